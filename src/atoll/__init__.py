@@ -1,0 +1,3 @@
+"""Atoll: many machines, in many places, one computer."""
+
+__version__ = "0.1.0"

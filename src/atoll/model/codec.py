@@ -1,0 +1,137 @@
+"""Bytes to records and back: the one place where input is validated.
+
+JSON is the form in the store, on the wire and on disk; TOML and YAML are read where people write specs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar, get_args
+
+import msgspec
+
+from atoll.model.errors import Invalid
+from atoll.model.units import Bytes, Cores, Seconds
+
+T = TypeVar("T")
+
+_QUANTITIES = (Bytes, Seconds, Cores)
+_PATH = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
+INPUT_BYTES_MAX = 1 << 20
+"""The largest spec or request body that is decoded, in bytes."""
+
+
+def _decode_quantity(kind: type[Any], value: object) -> object:
+    if kind in _QUANTITIES:
+        return kind.parse(value)
+    raise NotImplementedError(f"no decoder for {kind}")
+
+
+def _encode_quantity(value: object) -> object:
+    if isinstance(value, Bytes):
+        return int(value)
+    if isinstance(value, (Seconds, Cores)):
+        return float(value)
+    raise NotImplementedError(f"no encoder for {type(value)}")
+
+
+def _schema_quantity(kind: type[Any]) -> dict[str, object]:
+    if kind is Bytes:
+        return {"type": ["integer", "string"], "description": "bytes, or e.g. '256MiB'", "examples": ["256MiB", 1048576]}
+    if kind is Seconds:
+        return {"type": ["number", "string"], "description": "seconds, or e.g. '1m30s'", "examples": ["30s", 5]}
+    if kind is Cores:
+        return {"type": "number", "minimum": 0.01, "description": "cores", "examples": [0.5]}
+    raise NotImplementedError(f"no schema for {kind}")
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_encode_quantity)
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+def encode(record: object) -> bytes:
+    """Return `record` as compact JSON; `decode` of the same type gives an equal record."""
+    return _encoder.encode(record)
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """Return the record that `data` (JSON) holds. Raises Invalid, naming the field."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind, dec_hook=_decode_quantity)
+    try:
+        record: T = decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise invalid(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Invalid(f"not valid JSON: {error}") from None
+    return record
+
+
+def convert(value: object, kind: type[T]) -> T:
+    """Return the record that plain Python data (dicts, lists, numbers) holds. Raises Invalid, naming the field."""
+    try:
+        record: T = msgspec.convert(value, kind, dec_hook=_decode_quantity)
+    except msgspec.ValidationError as error:
+        raise invalid(error) from None
+    except RecursionError:
+        raise Invalid("nested too deeply") from None
+    return record
+
+
+def to_plain(record: object) -> Any:
+    """Return `record` as plain Python data, ready for any serialiser."""
+    return msgspec.to_builtins(record, enc_hook=_encode_quantity)
+
+
+def parse_text(text: bytes, suffix: str) -> Any:
+    """Return the plain data in a file that people wrote; `suffix` is `.toml`, `.json`, `.yaml` or `.yml`.
+
+    Raises Invalid for a file that does not parse, and for one over `INPUT_BYTES_MAX`.
+    """
+    if len(text) > INPUT_BYTES_MAX:
+        raise Invalid(f"the file has {len(text)} bytes; at most {INPUT_BYTES_MAX} are read")
+    try:
+        match suffix:
+            case ".toml":
+                return msgspec.toml.decode(text)
+            case ".json":
+                return msgspec.json.decode(text)
+            case ".yaml" | ".yml":
+                return msgspec.yaml.decode(text)
+            case _:
+                raise Invalid(f"unknown file type {suffix!r}", mend="name the file .toml, .json or .yaml")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Invalid(f"not valid {suffix.lstrip('.').upper()}: {error}") from None
+
+
+def json_schema(kind: Any) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a record type, made from the code."""
+    schema = msgspec.json.schema(kind, schema_hook=_schema_quantity)
+    for struct in _structs(kind, set()):
+        definition = schema["$defs"][struct.__name__]["properties"]
+        for field in msgspec.structs.fields(struct):
+            if field.default_factory is not msgspec.NODEFAULT:
+                definition[field.encode_name]["default"] = to_plain(field.default_factory())
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _structs(kind: Any, seen: set[type[msgspec.Struct]]) -> set[type[msgspec.Struct]]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        if kind not in seen:
+            seen.add(kind)
+            for field in msgspec.structs.fields(kind):
+                _structs(field.type, seen)
+    else:
+        for argument in get_args(kind):
+            _structs(argument, seen)
+    return seen
+
+
+def invalid(error: msgspec.ValidationError) -> Invalid:
+    """Return msgspec's error in our words, with the path of the field."""
+    match = _PATH.fullmatch(str(error))
+    what, path = (match["what"], match["path"]) if match else (str(error), None)
+    field = path.removeprefix("$").lstrip(".") if path else None
+    what = what.replace("Object contains unknown field", "unknown field").replace("Object missing required field", "missing")
+    return Invalid(f"{field}: {what}" if field else what, field=field or None)

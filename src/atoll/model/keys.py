@@ -1,0 +1,97 @@
+"""Where each record lives in the store. A prefix ends in `/`, so that `apps/a/` never finds `apps/ab/…`."""
+
+from __future__ import annotations
+
+PROJECTS = "projects/"
+APPS = "apps/"
+APP_STATUSES = "app-statuses/"
+RELEASES = "releases/"
+JOBS = "jobs/"
+JOB_STATUSES = "job-statuses/"
+INSTANCES = "instances/"
+STATUSES = "statuses/"
+NODES = "nodes/"
+NODE_POLICIES = "node-policies/"
+NODE_LIVENESS = "node-liveness/"
+TOKENS = "tokens/"
+SECRETS = "secrets/"
+EVENTS = "events/"
+DRAINED = "drained/"
+INGRESSES = "ingresses/"
+ROUTES = "routes/"
+"""`routes/HOST/PATH` → the app that owns it, so that two apps cannot claim one."""
+REQUESTS = "requests/"
+LEADER = "leader"
+"""Held under a lease by the leading server; its create revision is the fencing token."""
+
+
+def project(name: str) -> str:
+    return f"{PROJECTS}{name}"
+
+
+def app(project: str, name: str) -> str:
+    return f"{APPS}{project}/{name}"
+
+
+def app_status(project: str, name: str) -> str:
+    return f"{APP_STATUSES}{project}/{name}"
+
+
+def release(project: str, app: str, number: int) -> str:
+    return f"{RELEASES}{project}/{app}/{number:08d}"
+
+
+def job(project: str, name: str) -> str:
+    return f"{JOBS}{project}/{name}"
+
+
+def job_status(project: str, name: str) -> str:
+    return f"{JOB_STATUSES}{project}/{name}"
+
+
+def instance(project: str, id: str) -> str:
+    return f"{INSTANCES}{project}/{id}"
+
+
+def status(project: str, instance: str) -> str:
+    return f"{STATUSES}{project}/{instance}"
+
+
+def node(name: str) -> str:
+    return f"{NODES}{name}"
+
+
+def node_policy(name: str) -> str:
+    return f"{NODE_POLICIES}{name}"
+
+
+def node_liveness(name: str) -> str:
+    return f"{NODE_LIVENESS}{name}"
+
+
+def token(digest: str) -> str:
+    return f"{TOKENS}{digest}"
+
+
+def secret(project: str, name: str) -> str:
+    return f"{SECRETS}{project}/{name}"
+
+
+def event(project: str, id: str) -> str:
+    return f"{EVENTS}{project}/{id}"
+
+
+def drained(instance: str, ingress: str) -> str:
+    return f"{DRAINED}{instance}/{ingress}"
+
+
+def ingress(name: str) -> str:
+    return f"{INGRESSES}{name}"
+
+
+def route(host: str, path: str) -> str:
+    return f"{ROUTES}{host}{path}"
+
+
+def request(token_id: str, key: str) -> str:
+    return f"{REQUESTS}{token_id}/{key}"

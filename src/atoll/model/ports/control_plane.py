@@ -1,0 +1,93 @@
+"""What agents and ingress see of the control plane: nothing but this. Over HTTP in production, direct in the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from atoll.model.records import Assignment, Event, Heartbeat, Ingress, Node, Routing, Status
+
+
+class AssignmentBatch(Struct, frozen=True):
+    """With `complete`, `put` is everything that is assigned to the node, and whatever else the node has must go."""
+
+    revision: int
+    complete: bool
+    put: tuple[Assignment, ...] = ()
+    removed: tuple[str, ...] = ()
+    """Instance ids: remove every trace of them."""
+
+
+class RoutingBatch(Struct, frozen=True):
+    """With `complete`, `put` is every app that has a route."""
+
+    revision: int
+    complete: bool
+    put: tuple[Routing, ...] = ()
+    removed: tuple[str, ...] = ()
+    """`project/app`."""
+
+
+class StreamKind:
+    EXEC = "exec"
+    LOGS = "logs"
+    FILES_GET = "files-get"
+    FILES_PUT = "files-put"
+
+
+class StreamRequest(Struct, frozen=True):
+    """The server asks the agent to open stream `id` for an instance; `options` depend on `kind` (see `model.streams`)."""
+
+    id: str
+    kind: str
+    instance: str
+    options: dict[str, Any] = {}
+
+
+class Channel(Protocol):
+    """A two-way stream of messages (see `model.streams` for what is in them), with back-pressure."""
+
+    async def send(self, message: bytes) -> None:
+        """Raises Unavailable when the other end is gone."""
+        ...
+
+    async def receive(self) -> bytes | None:
+        """Return the next message; None when the other end has closed."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class ControlPlane(Protocol):
+    """Every call may raise Unavailable (safe to repeat) and Unauthenticated or Forbidden (not)."""
+
+    async def register_node(self, node: Node) -> None: ...
+
+    async def heartbeat(self, heartbeat: Heartbeat) -> None: ...
+
+    def assignments(self, node: str) -> AsyncIterator[AssignmentBatch]:
+        """Yield first a complete batch, then changes as they come. Ends with Unavailable when the connection breaks: call
+        again, and get a complete batch again."""
+        ...
+
+    async def report(self, node: str, statuses: Sequence[Status], events: Sequence[Event] = ()) -> None:
+        """Write what the node sees; the newest word on each instance wins. Safe to repeat."""
+        ...
+
+    async def instance_secrets(self, instance: str) -> dict[str, str]:
+        """Return environment variable → value for an instance of this node. Raises NotFound naming a missing secret."""
+        ...
+
+    def stream_requests(self, node: str) -> AsyncIterator[StreamRequest]: ...
+
+    async def open_stream(self, node: str, id: str) -> Channel: ...
+
+    async def register_ingress(self, ingress: Ingress) -> None: ...
+
+    def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]:
+        """As `assignments`, for all apps that have routes."""
+        ...
+
+    async def drained(self, ingress: str, instances: Sequence[str]) -> None: ...

@@ -1,0 +1,62 @@
+"""Images on a node: pulled once by digest, kept by content, shared by all instances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+
+class ImageConfig(Struct, frozen=True, kw_only=True):
+    """The parts of an OCI image's config that running it needs."""
+
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    workdir: str = "/"
+    user: str = ""
+    stop_signal: str | None = None
+    exposed_ports: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+
+
+class Image(Struct, frozen=True, kw_only=True):
+    """An image that is ready on this node."""
+
+    reference: str
+    """As asked for."""
+    digest: str
+    """`sha256:…` of its manifest for this machine."""
+    config: ImageConfig
+    layers: tuple[Path, ...]
+    """Directories of unpacked layers, lowest first, read-only, owned as in the image (root is 0); overlay white-outs are
+    already in overlayfs' own form."""
+    size_bytes: int = 0
+
+
+class PullProgress(Struct, frozen=True):
+    """`phase` is `resolve`, `download` or `unpack`."""
+
+    phase: str
+    done_bytes: int
+    total_bytes: int
+
+
+class Images(Protocol):
+    async def ensure(self, reference: str, *, progress: Callable[[PullProgress], None] | None = None) -> Image:
+        """Return the image, pulled if it is not here. Concurrent calls for one image share one pull. Safe to repeat.
+
+        Raises ImageError: absent, refused, damaged (a wrong digest), for another machine; DeadlineExceeded: the registry
+        hangs. What had been fetched and verified is kept, so that a repeat resumes.
+        """
+        ...
+
+    async def find(self, reference: str) -> Image | None:
+        """Return the image if it is ready here, without any network."""
+        ...
+
+    async def collect(self, keep: Sequence[str]) -> int:
+        """Remove images whose digest is not in `keep` and that no one holds; return the bytes freed."""
+        ...

@@ -1,0 +1,44 @@
+"""An instance's place on the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+from atoll.model.spec import Port
+
+
+class Link(Struct, frozen=True, kw_only=True):
+    """One instance's network: a namespace with an address, reachable from the node."""
+
+    id: str
+    netns: Path
+    address: str
+    """IPv4, unique on the node."""
+    interface: str
+    """The host's end."""
+    resolv_conf: Path | None = None
+
+
+class Network(Protocol):
+    async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
+        """Return the instance's link: out through NAT, in only to `ports` from the node's ingress. Safe to repeat.
+
+        Raises Exhausted when no address is free; then nothing is left behind.
+        """
+        ...
+
+    async def detach(self, id: str) -> None:
+        """Give everything back. Safe to repeat; an unknown id is no error."""
+        ...
+
+    async def recover(self, keep: Sequence[str]) -> Sequence[Link]:
+        """Adopt the links of `keep` and remove every other that an earlier agent left; return those adopted."""
+        ...
+
+    async def close(self) -> None:
+        """Let go without ending a link."""
+        ...

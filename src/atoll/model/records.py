@@ -1,0 +1,392 @@
+"""What the store holds. Each record has one writer, named in its docstring. Times are seconds since the epoch (UTC)."""
+
+from __future__ import annotations
+
+import enum
+import secrets
+from typing import Any
+
+from msgspec import Struct
+
+from atoll.model.spec import AppSpec, JobSpec, RuntimeName, Workload
+from atoll.model.states import Desired, Phase
+
+CELL = "main"
+"""The cell's name in ids; a fleet has many cells."""
+
+
+class _Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    pass
+
+
+class Project(_Record, frozen=True, kw_only=True):
+    """Tenant boundary. Writer: API."""
+
+    name: str
+    created_at: float
+
+
+class App(_Record, frozen=True, kw_only=True):
+    """An app as the user wants it. Writer: API; `deleting` is ended by the app controller, which removes the record."""
+
+    project: str
+    name: str
+    spec: AppSpec
+    release: int
+    """The number of the release that should run."""
+    replicas: int
+    generation: int = 1
+    """Raised by `restart`: instances of an older generation are replaced."""
+    created_at: float
+    updated_at: float
+    deleting: bool = False
+
+
+class Release(_Record, frozen=True, kw_only=True):
+    """An immutable version of an app's spec. Writer: API."""
+
+    project: str
+    app: str
+    number: int
+    spec: AppSpec
+    created_at: float
+    author: str = ""
+    note: str = ""
+
+
+class AppPhase(enum.StrEnum):
+    DEPLOYING = "deploying"
+    RUNNING = "running"
+    DEGRADED = "degraded"
+    """Fewer ready instances than wanted, with no rollout under way."""
+    FAILED = "failed"
+    """The rollout made no progress before its deadline; what served before still serves."""
+    STOPPED = "stopped"
+    DELETING = "deleting"
+
+
+class AppStatus(_Record, frozen=True, kw_only=True):
+    """How an app stands. Writer: app controller."""
+
+    project: str
+    name: str
+    phase: AppPhase
+    release: int
+    ready: int = 0
+    """Ready instances of any release."""
+    updated: int = 0
+    """Ready instances of the wanted release and generation."""
+    total: int = 0
+    message: str = ""
+    progressed_at: float = 0.0
+    served_release: int = 0
+    """The last release that was fully rolled out."""
+
+
+class Job(_Record, frozen=True, kw_only=True):
+    """A job as the user wants it. Writer: API; removed by the job controller after `keep`."""
+
+    project: str
+    name: str
+    spec: JobSpec
+    created_at: float
+    cancelled: bool = False
+
+
+class JobPhase(enum.StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        return self in (JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED)
+
+
+class JobStatus(_Record, frozen=True, kw_only=True):
+    """How a job stands. Writer: job controller."""
+
+    project: str
+    name: str
+    phase: JobPhase
+    succeeded: tuple[int, ...] = ()
+    """Indices that have completed."""
+    failures: dict[int, int] = {}
+    """Index → failed tries."""
+    retry_at: dict[int, float] = {}
+    active: int = 0
+    message: str = ""
+    started_at: float | None = None
+    finished_at: float | None = None
+
+
+class OwnerKind(enum.StrEnum):
+    APP = "app"
+    JOB = "job"
+
+
+class Rejection(_Record, frozen=True, kw_only=True):
+    """Why an instance has no node: a stable code, the reason, and what would change the answer."""
+
+    code: str
+    message: str
+    mend: str = ""
+    failed: dict[str, int] = {}
+    """Filter → number of nodes that it turned away."""
+
+
+class Instance(_Record, frozen=True, kw_only=True):
+    """One running copy, as the control plane wants it. Writer: the leader (controllers make, drain, stop and remove; the
+    scheduler sets `node` once)."""
+
+    id: str
+    project: str
+    owner_kind: OwnerKind
+    owner: str
+    release: int = 0
+    generation: int = 0
+    index: int = 0
+    """A job's array index."""
+    attempt: int = 0
+    """A job's try of this index."""
+    node: str | None = None
+    runtime: RuntimeName | None = None
+    """Chosen with the node."""
+    desired: Desired = Desired.RUN
+    created_at: float
+    placed_at: float | None = None
+    drain_until: float | None = None
+    reason: str = ""
+    """Why it is drained or stopped."""
+    rejection: Rejection | None = None
+
+
+class Exit(_Record, frozen=True, kw_only=True):
+    """How a process ended. `code` is the exit status, or 128 + the signal."""
+
+    code: int
+    at: float
+    signal: str | None = None
+    oom: bool = False
+    """The kernel killed it for going over its memory limit."""
+
+
+class Status(_Record, frozen=True, kw_only=True):
+    """What the node sees of an instance. Writer: the agent of its node."""
+
+    instance: str
+    project: str
+    node: str
+    phase: Phase
+    ready: bool = False
+    restarts: int = 0
+    pid: int | None = None
+    address: str | None = None
+    """Where its ports answer, reachable from the node's ingress."""
+    exit: Exit | None = None
+    """How it last ended."""
+    message: str = ""
+    """Why it is in this phase, in words, where that is not plain."""
+    image_digest: str | None = None
+    phase_at: float = 0.0
+    started_at: float | None = None
+    ready_at: float | None = None
+
+
+class GpuDevice(_Record, frozen=True, kw_only=True):
+    id: str
+    model: str
+    memory_bytes: int
+
+
+class Capacity(_Record, frozen=True, kw_only=True):
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int
+    gpus: tuple[GpuDevice, ...] = ()
+
+
+class Node(_Record, frozen=True, kw_only=True):
+    """A machine, as its agent describes it. Writer: the agent."""
+
+    name: str
+    site: str = "local"
+    region: str = "local"
+    capacity: Capacity
+    labels: dict[str, str] = {}
+    taints: tuple[str, ...] = ()
+    runtimes: tuple[RuntimeName, ...] = ()
+    arch: str = "amd64"
+    version: str = ""
+    address: str = ""
+    registered_at: float = 0.0
+
+
+class NodePolicy(_Record, frozen=True, kw_only=True):
+    """What operators say of a node. Writer: API."""
+
+    name: str
+    cordoned: bool = False
+    note: str = ""
+
+
+class NodeHealth(enum.StrEnum):
+    READY = "ready"
+    UNREACHABLE = "unreachable"
+    LOST = "lost"
+
+
+class NodeLiveness(_Record, frozen=True, kw_only=True):
+    """Whether a node answers, written only when that changes. Writer: node controller."""
+
+    name: str
+    health: NodeHealth
+    since: float
+
+
+class Usage(_Record, frozen=True, kw_only=True):
+    """What an instance uses now. Never stored: it travels with heartbeats."""
+
+    instance: str
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    pids: int = 0
+    disk_bytes: int = 0
+
+
+class Heartbeat(_Record, frozen=True, kw_only=True):
+    """A node's sign of life. Never stored."""
+
+    node: str
+    at: float
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    usage: tuple[Usage, ...] = ()
+
+
+class Role(enum.StrEnum):
+    ADMIN = "admin"
+    DEPLOY = "deploy"
+    READ = "read"
+    AGENT = "agent"
+    """A node's agent; `subject` is the node."""
+    INGRESS = "ingress"
+    """An ingress; `subject` is its name."""
+
+
+class Token(_Record, frozen=True, kw_only=True):
+    """A bearer token, of which only the SHA-256 is kept. Writer: API."""
+
+    id: str
+    name: str
+    role: Role
+    project: str = "*"
+    """`*` for all."""
+    subject: str = ""
+    digest: str
+    created_at: float
+    expires_at: float | None = None
+
+
+class Secret(_Record, frozen=True, kw_only=True):
+    """A project's secret, sealed with the cell's key. Writer: API."""
+
+    project: str
+    name: str
+    sealed: bytes
+    version: int
+    updated_at: float
+
+
+class Severity(enum.StrEnum):
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Event(_Record, frozen=True, kw_only=True):
+    """Something that happened to a subject, for people to read. Kept for a bounded time and count.
+
+    `subject` is `app/NAME`, `job/NAME`, `instance/ID`, `node/NAME` or `ingress/NAME`; `code` is stable, kebab-case.
+    """
+
+    id: str
+    at: float
+    project: str
+    subject: str
+    code: str
+    message: str
+    severity: Severity = Severity.INFO
+    node: str | None = None
+    data: dict[str, Any] = {}
+
+
+class Drained(_Record, frozen=True, kw_only=True):
+    """An ingress has no active request to a draining instance and sends it no more. Writer: that ingress."""
+
+    instance: str
+    ingress: str
+    at: float
+
+
+class Ingress(_Record, frozen=True, kw_only=True):
+    """An ingress that serves. Writer: the ingress, on registration."""
+
+    name: str
+    site: str = "local"
+    http_port: int
+    domain: str = "localhost"
+    registered_at: float = 0.0
+
+
+class RequestRecord(_Record, frozen=True, kw_only=True):
+    """The answer to a write that carried a request key, so that a repeat gets the same. Writer: API."""
+
+    status: int
+    body: bytes
+    fingerprint: str
+    at: float
+
+
+class Assignment(_Record, frozen=True, kw_only=True):
+    """All that an agent needs to run one instance."""
+
+    instance: Instance
+    workload: AppSpec | JobSpec
+    revision: int
+
+
+class Endpoint(_Record, frozen=True, kw_only=True):
+    """A place where requests for an app may go."""
+
+    instance: str
+    node: str
+    site: str = "local"
+    address: str
+    draining: bool = False
+
+
+class Routing(_Record, frozen=True, kw_only=True):
+    """All that an ingress needs for one app. `routes` are complete: the default hostname is among them."""
+
+    project: str
+    app: str
+    spec: AppSpec
+    hosts: tuple[tuple[str, str, int, bool], ...]
+    """(hostname, path prefix, port number, HTTP/2 to the instance)."""
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_suffix(choose: Any = secrets.choice, length: int = 6) -> str:
+    """Return random characters for an id; pass a seeded `choose` where runs must repeat."""
+    return "".join(choose(_ALPHABET) for _ in range(length))
+
+
+def workload_of(assignment: Assignment) -> Workload:
+    """Return the assignment's spec as what apps and jobs have in common."""
+    return assignment.workload

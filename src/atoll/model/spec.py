@@ -1,0 +1,368 @@
+"""What a user asks for: the spec of an app and of a job. Durations, sizes and cores are written as in `units`."""
+
+from __future__ import annotations
+
+import enum
+import re
+from typing import Annotated, TypeVar
+
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from atoll.model.errors import Invalid
+from atoll.model.units import Bytes, Cores, Seconds
+
+NAME_PATTERN = r"^[a-z](?:[-a-z0-9]{0,38}[a-z0-9])?$"
+Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="lower-case letters, digits and '-', at most 40")]
+EnvName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+EnvValue = Annotated[str, Meta(max_length=32_768)]
+Argument = Annotated[str, Meta(max_length=131_072, pattern=r"^[^\x00]*$")]
+PortNumber = Annotated[int, Meta(ge=1, le=65_535)]
+AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*$", max_length=4_096)]
+Hostname = Annotated[
+    str,
+    Meta(
+        pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*$",
+        max_length=253,
+    ),
+]
+
+REPLICAS_MAX = 100_000
+
+
+class Isolation(enum.StrEnum):
+    """How much isolation the work needs; the runtime is chosen from it unless pinned."""
+
+    CONTAINER = "container"
+    SANDBOX = "sandbox"
+    VM = "vm"
+    ISOLATE = "isolate"
+
+
+class RuntimeName(enum.StrEnum):
+    RUNC = "runc"
+    CRUN = "crun"
+    GVISOR = "gvisor"
+    LXC = "lxc"
+    FIRECRACKER = "firecracker"
+    CLOUD_HYPERVISOR = "cloud-hypervisor"
+    QEMU = "qemu"
+    WORKERD = "workerd"
+
+
+RUNTIMES_BY_ISOLATION: dict[Isolation, tuple[RuntimeName, ...]] = {
+    Isolation.CONTAINER: (RuntimeName.RUNC, RuntimeName.CRUN, RuntimeName.LXC),
+    Isolation.SANDBOX: (RuntimeName.GVISOR,),
+    Isolation.VM: (RuntimeName.FIRECRACKER, RuntimeName.CLOUD_HYPERVISOR, RuntimeName.QEMU),
+    Isolation.ISOLATE: (RuntimeName.WORKERD,),
+}
+"""Which runtimes provide an isolation, preferred first."""
+
+
+class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A stored spec names every value, so that a release keeps its meaning when a default changes."""
+
+
+T = TypeVar("T")
+
+
+def _default(value: T) -> T:
+    """A default that msgspec itself cannot write into a schema; `codec.json_schema` adds it."""
+    return field(default_factory=lambda: value)
+
+
+class Build(_Spec, frozen=True, kw_only=True):
+    """How to make the image from the app's directory, on a Debian base. Same inputs, same digest."""
+
+    base: Annotated[str, Meta(pattern=r"^debian:[a-z]+$")] = "debian:bookworm"
+    apt: tuple[Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.-]+$")], ...] = ()
+    pip: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9].*$", max_length=256)], ...] = ()
+    files: tuple[str, ...] = (".",)
+    """Paths below the app's directory that go into the image's `workdir`."""
+    ignore: tuple[str, ...] = (".git", "__pycache__", "*.pyc", ".venv")
+    workdir: AbsolutePath = "/app"
+    command: tuple[Argument, ...] = ()
+    user: str | None = None
+    env: dict[EnvName, EnvValue] = {}
+
+
+class Gpu(_Spec, frozen=True, kw_only=True):
+    model: str | None = None
+    count: Annotated[float, Meta(gt=0, le=64)] = 1
+    memory: Bytes | None = None
+    profile: str | None = None
+
+
+class Resources(_Spec, frozen=True, kw_only=True):
+    """What each instance may use. All are limits; `cpu` and `memory` are also what placement reserves."""
+
+    cpu: Cores = _default(Cores(0.1))
+    memory: Bytes = _default(Bytes(128 << 20))
+    disk: Bytes = _default(Bytes(1 << 30))
+    """Writable space of the instance's root; images and volumes do not count."""
+    pids: Annotated[int, Meta(ge=1, le=4_194_304)] = 1024
+    gpu: Gpu | None = None
+
+
+class PortProtocol(enum.StrEnum):
+    HTTP = "http"
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class Port(_Spec, frozen=True, kw_only=True):
+    """A port that the instance listens on. Nothing else of it can be reached."""
+
+    name: Name = "http"
+    port: PortNumber
+    protocol: PortProtocol = PortProtocol.HTTP
+    http2: bool = False
+    """The instance speaks HTTP/2 without TLS (gRPC)."""
+
+
+class Route(_Spec, frozen=True, kw_only=True):
+    """A hostname and path that lead to the app's port."""
+
+    host: Hostname
+    path: Annotated[str, Meta(pattern=r"^/", max_length=1024)] = "/"
+    port: Name | None = None
+    """The name of the port; the first `http` port where absent."""
+
+
+class HealthKind(enum.StrEnum):
+    HTTP = "http"
+    TCP = "tcp"
+    EXEC = "exec"
+
+
+class Health(_Spec, frozen=True, kw_only=True):
+    """When an instance counts as ready, and when it is restarted."""
+
+    kind: HealthKind = HealthKind.TCP
+    port: Name | None = None
+    path: Annotated[str, Meta(pattern=r"^/", max_length=1024)] = "/"
+    command: tuple[Argument, ...] = ()
+    start: Seconds = _default(Seconds(60))
+    """How long it may take until the first success; failures before that do not count."""
+    interval: Seconds = _default(Seconds(5))
+    timeout: Seconds = _default(Seconds(2))
+    retries: Annotated[int, Meta(ge=1, le=100)] = 3
+
+
+class Scale(_Spec, frozen=True, kw_only=True):
+    replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
+
+
+class Operator(enum.StrEnum):
+    EQUAL = "="
+    NOT_EQUAL = "!="
+    IN = "in"
+    NOT_IN = "not in"
+    EXISTS = "exists"
+    NOT_EXISTS = "not exists"
+    REGEXP = "regexp"
+    VERSION = "version"
+
+
+class Constraint(_Spec, frozen=True, kw_only=True):
+    """A hard rule on a node's label; `node`, `site`, `region` and `arch` are labels that every node has."""
+
+    label: Annotated[str, Meta(min_length=1, max_length=253)]
+    operator: Operator = Operator.EQUAL
+    value: str | tuple[str, ...] = ""
+
+
+class SpreadBy(enum.StrEnum):
+    NODE = "node"
+    SITE = "site"
+    REGION = "region"
+
+
+class Placement(_Spec, frozen=True, kw_only=True):
+    regions: tuple[str, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
+    spread: SpreadBy = SpreadBy.NODE
+    tolerations: tuple[str, ...] = ()
+    priority: Annotated[int, Meta(ge=0, le=100)] = 50
+
+
+class RestartPolicy(enum.StrEnum):
+    ALWAYS = "always"
+    ON_FAILURE = "on-failure"
+    NEVER = "never"
+
+
+class Restart(_Spec, frozen=True, kw_only=True):
+    """What the node does when the process ends: wait `delay * factor**n`, at most `delay_max`, and start it again.
+
+    After `reset` seconds of running, `n` is 0 again.
+    """
+
+    policy: RestartPolicy = RestartPolicy.ALWAYS
+    delay: Seconds = _default(Seconds(0.2))
+    factor: Annotated[float, Meta(ge=1, le=10)] = 2.0
+    delay_max: Seconds = _default(Seconds(60))
+    reset: Seconds = _default(Seconds(60))
+
+
+class Stop(_Spec, frozen=True, kw_only=True):
+    signal: Annotated[str, Meta(pattern=r"^SIG[A-Z0-9+]{1,10}$")] = "SIGTERM"
+    grace: Seconds = _default(Seconds(10))
+    """From the signal to SIGKILL."""
+
+
+class Rollout(_Spec, frozen=True, kw_only=True):
+    """How a new release replaces the old: never fewer than `replicas - max_unavailable` ready."""
+
+    max_surge: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
+    max_unavailable: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 0
+    drain: Seconds = _default(Seconds(30))
+    """The longest wait for active requests before an instance is told to stop."""
+    deadline: Seconds = _default(Seconds(300))
+    """Without progress for so long, the rollout has failed, and the old release keeps serving."""
+
+
+class Volume(_Spec, frozen=True, kw_only=True):
+    """A directory of the node, kept across restarts and releases, shared by the app's instances on that node."""
+
+    name: Name
+    path: AbsolutePath
+    read_only: bool = False
+
+
+class Workload(_Spec, frozen=True, kw_only=True):
+    """What apps and jobs have in common: the image and how to run it."""
+
+    name: Name
+    project: Name = "default"
+    image: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
+    build: Build | None = None
+    command: tuple[Argument, ...] = ()
+    """Replaces the image's entry point and arguments; empty keeps them."""
+    env: dict[EnvName, EnvValue] = {}
+    secrets: dict[EnvName, Name] = {}
+    """Environment variable → name of the project's secret."""
+    workdir: AbsolutePath | None = None
+    user: str | None = None
+    resources: Resources = _default(Resources())
+    isolation: Isolation = Isolation.CONTAINER
+    runtime: RuntimeName | None = None
+    placement: Placement = _default(Placement())
+    stop: Stop = _default(Stop())
+    volumes: Annotated[tuple[Volume, ...], Meta(max_length=32)] = ()
+    read_only_root: bool = False
+    labels: dict[str, str] = {}
+
+    @property
+    def runtimes(self) -> tuple[RuntimeName, ...]:
+        """The runtimes that may run this, preferred first."""
+        return (self.runtime,) if self.runtime else RUNTIMES_BY_ISOLATION[self.isolation]
+
+
+class AppSpec(Workload, frozen=True, kw_only=True):
+    """A long-running service."""
+
+    ports: Annotated[tuple[Port, ...], Meta(max_length=32)] = ()
+    routes: Annotated[tuple[Route, ...], Meta(max_length=256)] = ()
+    """Beside these, every app with an `http` port has `APP.DOMAIN` (in project `default`) or `APP.PROJECT.DOMAIN`."""
+    health: Health | None = None
+    scale: Scale | UnsetType = UNSET
+    restart: Restart = _default(Restart())
+    rollout: Rollout = _default(Rollout())
+
+    def port_named(self, name: str | None) -> Port | None:
+        """Return the port called `name`, or without a name the first `http` port."""
+        for port in self.ports:
+            if port.name == name or (name is None and port.protocol is PortProtocol.HTTP):
+                return port
+        return None
+
+
+class JobSpec(Workload, frozen=True, kw_only=True):
+    """Work that runs to completion: `completions` instances with indices 0…, at most `parallelism` at a time."""
+
+    completions: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 1
+    parallelism: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 1
+    retries: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """New tries of each index after a failure; the delay between them doubles from 1 s to 60 s."""
+    deadline: Seconds | None = None
+    """From the job's creation; what still runs then is stopped, and the job has failed."""
+    keep: Seconds = _default(Seconds(86_400))
+    """How long a finished job and its logs are kept."""
+
+
+_TARGET_RESERVED = ("/proc", "/sys", "/dev")
+
+
+def check_workload(spec: Workload) -> None:
+    """Raise Invalid for what the types alone do not rule out, naming the field."""
+    if re.fullmatch(NAME_PATTERN, spec.project) is None:
+        raise Invalid(f"project: {spec.project!r} is not a name", field="project")
+    if spec.image is None and spec.build is None:
+        raise Invalid("image: missing; give an image or a build", field="image", mend="add image = '…' or a [build] table")
+    if spec.runtime and spec.runtime not in RUNTIMES_BY_ISOLATION[spec.isolation]:
+        names = ", ".join(RUNTIMES_BY_ISOLATION[spec.isolation])
+        raise Invalid(
+            f"runtime: {spec.runtime} does not give isolation '{spec.isolation}'",
+            field="runtime",
+            mend=f"use one of {names}, or change isolation",
+        )
+    if spec.resources.memory < 4 << 20:
+        raise Invalid("resources.memory: below 4MiB nothing starts", field="resources.memory", mend="ask for 16MiB or more")
+    gpu = spec.resources.gpu
+    if gpu is not None and gpu.count > 1 and gpu.count != int(gpu.count):
+        raise Invalid("resources.gpu.count: a fraction must be below 1", field="resources.gpu.count")
+    _check_unique([volume.name for volume in spec.volumes], "volumes", "name")
+    _check_unique([volume.path for volume in spec.volumes], "volumes", "path")
+    for index, volume in enumerate(spec.volumes):
+        parts = volume.path.split("/")
+        if (
+            volume.path == "/"
+            or ".." in parts
+            or any(volume.path == p or volume.path.startswith(p + "/") for p in _TARGET_RESERVED)
+        ):
+            raise Invalid(f"volumes[{index}].path: cannot mount at {volume.path}", field=f"volumes[{index}].path")
+    both = sorted(set(spec.env) & set(spec.secrets))
+    if both:
+        raise Invalid(f"secrets: {both[0]} is also set in env", field=f"secrets.{both[0]}")
+
+
+def check_app(spec: AppSpec) -> None:
+    """Raise Invalid for an app spec that contradicts itself, naming the field."""
+    check_workload(spec)
+    _check_unique([port.name for port in spec.ports], "ports", "name")
+    _check_unique([f"{port.port}/{'udp' if port.protocol is PortProtocol.UDP else 'tcp'}" for port in spec.ports], "ports", "port")
+    _check_unique([f"{route.host}{route.path}" for route in spec.routes], "routes", "host and path")
+    for index, route in enumerate(spec.routes):
+        port = spec.port_named(route.port)
+        if port is None or port.protocol is not PortProtocol.HTTP:
+            raise Invalid(
+                f"routes[{index}].port: no http port {route.port or ''}".rstrip(),
+                field=f"routes[{index}].port",
+                mend="add it to ports with protocol = 'http'",
+            )
+    health = spec.health
+    if health is not None:
+        if health.kind is HealthKind.EXEC:
+            if not health.command:
+                raise Invalid("health.command: missing for kind 'exec'", field="health.command")
+        elif not any(port.name == health.port for port in spec.ports) if health.port else not spec.ports:
+            raise Invalid(f"health.port: no port {health.port or ''}".rstrip(), field="health.port", mend="add it to ports")
+        if health.interval <= 0 or health.timeout <= 0:
+            raise Invalid("health.interval: must be above 0", field="health.interval")
+    if spec.rollout.max_surge == 0 and spec.rollout.max_unavailable == 0:
+        raise Invalid("rollout.max_surge: 0 together with max_unavailable 0 could never progress", field="rollout.max_surge")
+
+
+def check_job(spec: JobSpec) -> None:
+    """Raise Invalid for a job spec that contradicts itself, naming the field."""
+    check_workload(spec)
+    if spec.deadline is not None and spec.deadline <= 0:
+        raise Invalid("deadline: must be above 0", field="deadline")
+
+
+def _check_unique(values: list[str], field: str, what: str) -> None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise Invalid(f"{field}: {what} {value!r} is given twice", field=field)
+        seen.add(value)

@@ -1,0 +1,90 @@
+"""Messages of a live stream (exec, logs, files): one byte that says what it is, then the payload.
+
+Exec: the client sends STDIN, STDIN_END, RESIZE, SIGNAL; the node sends STDOUT, STDERR and last EXIT, or ERROR.
+Logs: the node sends LOG (a `LogLine` as JSON), then END, or ERROR.
+Files: a tar stream in DATA messages, closed by END from the sending side; the receiver answers END, or ERROR.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from msgspec import Struct
+
+from atoll.model.errors import Invalid
+
+MESSAGE_BYTES_MAX = 1 << 17
+
+
+class Kind(enum.IntEnum):
+    STDIN = 0
+    STDOUT = 1
+    STDERR = 2
+    STDIN_END = 3
+    RESIZE = 4
+    SIGNAL = 5
+    EXIT = 6
+    ERROR = 7
+    LOG = 8
+    DATA = 9
+    END = 10
+
+
+class ExecOptions(Struct, frozen=True, kw_only=True):
+    argv: tuple[str, ...]
+    env: dict[str, str] = {}
+    workdir: str | None = None
+    user: str | None = None
+    tty: bool = False
+    rows: int = 24
+    columns: int = 80
+
+
+class LogOptions(Struct, frozen=True, kw_only=True):
+    follow: bool = False
+    tail: int | None = None
+    """The last so many lines; None for all that is kept."""
+    since: float | None = None
+
+
+class FilesOptions(Struct, frozen=True, kw_only=True):
+    path: str
+
+
+class Resize(Struct, frozen=True):
+    rows: int
+    columns: int
+
+
+class ErrorBody(Struct, frozen=True, kw_only=True):
+    """An error as every API answer and stream carries it."""
+
+    code: str
+    message: str
+    mend: str | None = None
+    field: str | None = None
+    retry: str = "never"
+
+
+class LogLine(Struct, frozen=True, kw_only=True):
+    """One line of output; `partial` when it was longer than the bound and goes on in the next."""
+
+    at: float
+    stream: str
+    """`stdout` or `stderr`."""
+    text: str
+    partial: bool = False
+
+
+def pack(kind: Kind, payload: bytes = b"") -> bytes:
+    return bytes((kind,)) + payload
+
+
+def unpack(message: bytes) -> tuple[Kind, bytes]:
+    """Raises Invalid for an empty, oversized or unknown message."""
+    if not message or len(message) > MESSAGE_BYTES_MAX:
+        raise Invalid(f"a stream message has 1 to {MESSAGE_BYTES_MAX} bytes, this one {len(message)}")
+    try:
+        return Kind(message[0]), message[1:]
+    except ValueError:
+        raise Invalid(f"unknown stream message kind {message[0]}") from None
