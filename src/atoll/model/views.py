@@ -1,0 +1,137 @@
+"""What the API answers with and takes beside specs and records; shared by the server and its clients."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, TypeVar
+
+from msgspec import Meta, Struct
+
+from atoll.model.records import (
+    App,
+    AppStatus,
+    Heartbeat,
+    Ingress,
+    Instance,
+    Job,
+    JobStatus,
+    Node,
+    NodeHealth,
+    NodePolicy,
+    Role,
+    Status,
+)
+from atoll.model.spec import REPLICAS_MAX, Name
+from atoll.model.streams import ErrorBody
+
+PAGE_LIMIT_MAX = 1_000
+"""Items in one page; `next` is what to pass as `after` for the following page."""
+
+T = TypeVar("T")
+
+
+class ErrorAnswer(Struct, frozen=True):
+    error: ErrorBody
+
+
+class Page(Struct, Generic[T], frozen=True, kw_only=True):
+    items: tuple[T, ...]
+    revision: int
+    next: str | None = None
+
+
+class AppView(Struct, frozen=True, kw_only=True):
+    app: App
+    status: AppStatus | None = None
+    revision: int
+    """Of `app`: pass it as `If-Match` to change only what was read."""
+    urls: tuple[str, ...] = ()
+
+
+class InstanceView(Struct, frozen=True, kw_only=True):
+    instance: Instance
+    status: Status | None = None
+    revision: int
+
+
+class JobView(Struct, frozen=True, kw_only=True):
+    job: Job
+    status: JobStatus | None = None
+    revision: int
+
+
+class NodeView(Struct, frozen=True, kw_only=True):
+    node: Node
+    health: NodeHealth = NodeHealth.READY
+    since: float = 0.0
+    policy: NodePolicy | None = None
+    heartbeat: Heartbeat | None = None
+    allocated_cpu_milli: int = 0
+    allocated_memory_bytes: int = 0
+    instances: int = 0
+    revision: int
+
+
+class SecretView(Struct, frozen=True, kw_only=True):
+    """A secret without its value, which never leaves the server but for the node that runs it."""
+
+    project: str
+    name: str
+    version: int
+    updated_at: float
+
+
+class TokenView(Struct, frozen=True, kw_only=True):
+    """`token` is there once, in the answer that made it."""
+
+    id: str
+    name: str
+    role: Role
+    project: str = "*"
+    created_at: float
+    expires_at: float | None = None
+    token: str | None = None
+
+
+class Info(Struct, frozen=True, kw_only=True):
+    version: str
+    cell: str
+    revision: int
+    store: str
+    ingresses: tuple[Ingress, ...] = ()
+    token: TokenView | None = None
+    """The caller's own."""
+
+
+class ScaleRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)]
+
+
+class RollbackRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Without `release`, the one before the current."""
+
+    release: Annotated[int, Meta(ge=1)] | None = None
+
+
+class SecretRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    value: Annotated[str, Meta(max_length=65_536)]
+
+
+class TokenRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Name
+    role: Role
+    project: str = "*"
+    expires_in_s: Annotated[float, Meta(gt=0)] | None = None
+    subject: str = ""
+
+
+class WatchLine(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of `GET /v1/watch`. A line without `kind` is a bookmark: all up to `revision` has been sent.
+
+    `record` None is a deletion. Resume with `from = revision + 1` of the last line, after which nothing is lost or twice.
+    """
+
+    revision: int
+    kind: str | None = None
+    key: str | None = None
+    """Behind the kind's prefix: `PROJECT/NAME` or `NAME`."""
+    record: Any = None
