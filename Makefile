@@ -1,0 +1,30 @@
+# The two commands: `make demo` runs a real app on real parts, `make test` runs every test.
+.PHONY: setup demo test lint lock bench clean
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@.venv/bin/python examples/demo.py
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test: lint
+	.venv/bin/coverage erase
+	.venv/bin/coverage run -m pytest -m "not soak"
+	.venv/bin/coverage combine -q
+	.venv/bin/coverage report --format=total | sed 's/^/coverage: /; s/$$/ %/'
+
+lock:
+	.venv/bin/pip-compile -q --generate-hashes --strip-extras --allow-unsafe --extra dev \
+	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host -o requirements.lock pyproject.toml
+
+bench: setup
+	.venv/bin/python -m bench --list
+
+clean:
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache htmlcov .coverage*

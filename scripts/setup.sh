@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Install everything that Atoll needs on Debian 12: system packages, `.venv` from the lock file, the native parts.
+# Does only what is missing, so a second run takes well under a second.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export DEBIAN_FRONTEND=noninteractive
+say() { printf '==> %s\n' "$*" >&2; }
+
+if [ "$(id -u)" -ne 0 ]; then
+    echo "error: Atoll makes namespaces, mounts and cgroups, and so needs root" >&2
+    echo "mend: run the command again as root, e.g. with sudo" >&2
+    exit 1
+fi
+
+mapfile -t wanted < <(grep -v '^#' scripts/apt-packages.txt)
+missing=()
+for package in "${wanted[@]}"; do
+    state=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
+    [ "$state" = installed ] || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+    say "system packages: ${missing[*]}"
+    apt-get update -qq
+    # A package of a service must not start it on the user's machine.
+    guard=/usr/sbin/policy-rc.d
+    if [ ! -e "$guard" ]; then
+        printf '#!/bin/sh\nexit 101\n' > "$guard"
+        chmod +x "$guard"
+        trap 'rm -f "$guard"' EXIT
+    fi
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null
+fi
+
+python=${PYTHON:-/usr/bin/python3}
+lock=$(sha256sum requirements.lock pyproject.toml | sha256sum | cut -d' ' -f1)
+if [ "$(cat .venv/.lock-digest 2>/dev/null)" != "$lock" ]; then
+    say "Python packages into .venv"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+    printf '%s\n' "$lock" > .venv/.lock-digest
+fi
+
+make --no-print-directory -s -C src/atoll/runtimes/native
