@@ -1,0 +1,1 @@
+"""Images: references, registries, the node's content-addressed store, and building without Docker."""

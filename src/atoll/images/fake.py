@@ -1,0 +1,119 @@
+"""Images without a registry, for the simulator and for tests of the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from atoll.model.errors import AtollError, ImageError
+from atoll.model.ports.images import Image, ImageConfig, PullProgress
+
+FAKE_IMAGE_BYTES = 40 << 20
+
+
+class FakeImages:
+    """Implements the `Images` port over images that exist by name.
+
+    With `anything=True` every reference names an image; otherwise only those given to `add`. `sleep` is how a pull
+    passes its time: the simulator gives that of its virtual clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        anything: bool = True,
+        delay_s: float = 0.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._anything = anything
+        self._delay_s = delay_s
+        self._sleep = sleep
+        self._known: dict[str, Image] = {}
+        self._ready: dict[str, Image] = {}
+        self._pulling: dict[str, asyncio.Task[Image]] = {}
+        self._delays: dict[str, float] = {}
+        self._failures: dict[str, list[AtollError]] = {}
+        self.pulls: list[str] = []
+        """References in the order in which a pull of them began; a shared pull counts once."""
+
+    def add(
+        self,
+        reference: str,
+        *,
+        config: ImageConfig | None = None,
+        layers: tuple[Path, ...] = (),
+        ready: bool = False,
+        size_bytes: int = FAKE_IMAGE_BYTES,
+    ) -> Image:
+        """Make `reference` exist in the registry and return its image; with `ready` it is on this node already."""
+        digest = reference.rpartition("@")[2] if "@" in reference else fake_digest(reference)
+        config = config or ImageConfig(command=("/bin/app",))
+        image = Image(reference=reference, digest=digest, config=config, layers=layers, size_bytes=size_bytes)
+        self._known[reference] = image
+        if ready:
+            self._ready[reference] = image
+        return image
+
+    def remove(self, reference: str) -> None:
+        """Make `reference` unknown to the registry; what this node already has stays."""
+        self._known.pop(reference, None)
+
+    def delay(self, reference: str, seconds: float) -> None:
+        """Let every later pull of `reference` take `seconds`."""
+        self._delays[reference] = seconds
+
+    def fail(self, reference: str, error: AtollError, *, times: int = 1) -> None:
+        """Let the next `times` pulls of `reference` raise `error` after their delay."""
+        self._failures.setdefault(reference, []).extend([error] * times)
+
+    async def ensure(self, reference: str, *, progress: Callable[[PullProgress], None] | None = None) -> Image:
+        ready = self._ready.get(reference)
+        if ready is not None:
+            return ready
+        task = self._pulling.get(reference)
+        if task is None:
+            task = self._pulling[reference] = asyncio.create_task(self._pull(reference))
+            task.add_done_callback(lambda done: self._pulled(reference, done))
+        if progress is not None:
+            progress(PullProgress("download", 0, FAKE_IMAGE_BYTES))
+        image = await asyncio.shield(task)
+        if progress is not None:
+            progress(PullProgress("unpack", FAKE_IMAGE_BYTES, FAKE_IMAGE_BYTES))
+        return image
+
+    async def find(self, reference: str) -> Image | None:
+        return self._ready.get(reference)
+
+    async def collect(self, keep: Sequence[str]) -> int:
+        gone = {reference: image for reference, image in self._ready.items() if image.digest not in set(keep)}
+        for reference in gone:
+            del self._ready[reference]
+        return sum(image.size_bytes for image in {image.digest: image for image in gone.values()}.values())
+
+    async def _pull(self, reference: str) -> Image:
+        self.pulls.append(reference)
+        seconds = self._delays.get(reference, self._delay_s)
+        if seconds:
+            await self._sleep(seconds)
+        failures = self._failures.get(reference)
+        if failures:
+            raise failures.pop(0)
+        image = self._known.get(reference)
+        if image is None:
+            if not self._anything:
+                raise ImageError(f"no image {reference!r} in the registry", mend="check the name and the tag")
+            image = self.add(reference)
+        self._ready[reference] = image
+        return image
+
+    def _pulled(self, reference: str, task: asyncio.Task[Image]) -> None:
+        self._pulling.pop(reference, None)
+        if not task.cancelled():
+            task.exception()  # read here, so that a pull that nobody waits for any more does not warn
+
+
+def fake_digest(text: str) -> str:
+    """Return the digest that a fake image of this name has."""
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
