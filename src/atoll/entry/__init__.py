@@ -1,0 +1,1 @@
+"""The processes, and the only place beside the simulator that chooses implementations."""

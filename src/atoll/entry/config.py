@@ -1,0 +1,96 @@
+"""What each process is told when it starts. Tokens travel in files of mode 0600, never in arguments."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.model.errors import Invalid
+
+DATA_DEFAULT = Path("/var/lib/atoll")
+API_DEFAULT = "127.0.0.1:7600"
+INGRESS_DEFAULT = "127.0.0.1:8080"
+SUBNET_DEFAULT = "10.64.0.0/16"
+DOMAIN_DEFAULT = "localhost"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One machine's settings; `entry/up.py` passes them on to its children unchanged."""
+
+    data: Path = DATA_DEFAULT
+    api: str = API_DEFAULT
+    ingress: str = INGRESS_DEFAULT
+    subnet: str = SUBNET_DEFAULT
+    domain: str = DOMAIN_DEFAULT
+    node: str = ""
+    site: str = "local"
+    region: str = "local"
+    default_registry: str = ""
+    log_json: bool = False
+
+    @property
+    def node_name(self) -> str:
+        return self.node or node_name_of(socket.gethostname())
+
+    @property
+    def server_data(self) -> Path:
+        return self.data / "server"
+
+    @property
+    def agent_data(self) -> Path:
+        return self.data / "agent"
+
+    @property
+    def ingress_data(self) -> Path:
+        return self.data / "ingress"
+
+    @property
+    def client_file(self) -> Path:
+        return self.data / "client.json"
+
+    def arguments(self) -> list[str]:
+        """Return the options that give another process the same settings."""
+        options = [
+            f"--data={self.data}",
+            f"--api={self.api}",
+            f"--ingress={self.ingress}",
+            f"--subnet={self.subnet}",
+            f"--domain={self.domain}",
+            f"--node={self.node_name}",
+            f"--site={self.site}",
+            f"--region={self.region}",
+        ]
+        if self.default_registry:
+            options.append(f"--default-registry={self.default_registry}")
+        if self.log_json:
+            options.append("--log-json")
+        return options
+
+
+def node_name_of(hostname: str) -> str:
+    """Return a machine's hostname as a name that Atoll accepts."""
+    kept = "".join(c if c.isalnum() else "-" for c in hostname.lower().split(".")[0]).strip("-")
+    return ("n-" + kept if not kept[:1].isalpha() else kept)[:40].rstrip("-") or "node"
+
+
+def split_address(address: str, *, field: str) -> tuple[str, int]:
+    """Return host and port of `HOST:PORT`. Raises Invalid, naming the option."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 <= int(port) <= 65_535:
+        raise Invalid(f"{field}: {address!r} is not HOST:PORT", field=field, mend="write e.g. 127.0.0.1:7600")
+    return host.strip("[]"), int(port)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(path.name + ".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

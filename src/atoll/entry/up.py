@@ -1,0 +1,195 @@
+"""`atoll up`: one server, one agent and one ingress as children over one data directory.
+
+Restarts a child that ends. SIGTERM or SIGINT stops the ingress, then the instances (unless `keep_running`), then the rest.
+Imports little, since it stays for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from atoll.entry.config import Config, split_address
+from atoll.model.errors import Conflict, Unsupported
+
+ROLES = ("server", "agent", "ingress")
+RESTART_DELAY_S = 0.5
+RESTART_DELAY_MAX_S = 15.0
+STABLE_S = 30.0
+"""A child that ran for so long is restarted without delay growth."""
+STOP_S = 25.0
+"""The longest wait for a child's own end, before SIGKILL."""
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass
+class _Child:
+    role: str
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0.0
+    failures: int = 0
+    retry_at: float = 0.0
+
+
+class Supervisor:
+    """Runs the children until told to stop. Use: `with lock(config): Supervisor(config).run()`."""
+
+    def __init__(self, config: Config, *, keep_running: bool = False) -> None:
+        self.config = config
+        self.keep_running = keep_running
+        self._children = {role: _Child(role) for role in ROLES}
+        self._stopping = False
+
+    def run(self) -> int:
+        """Supervise until SIGTERM or SIGINT; return the exit status."""
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # A signal between two waits leaves a byte here, so that none is missed.
+        wake, woken = socket.socketpair()
+        with wake, woken:
+            wake.setblocking(False)
+            woken.setblocking(False)
+            signal.set_wakeup_fd(wake.fileno())
+            while not self._stopping:
+                now = time.monotonic()
+                for child in self._children.values():
+                    if child.process is None and now >= child.retry_at:
+                        self._start(child, now)
+                waits = [child.retry_at - now for child in self._children.values() if child.process is None]
+                select.select([woken], [], [], max(0.0, min(waits)) if waits else None)
+                with contextlib.suppress(BlockingIOError):
+                    woken.recv(4096)
+                self._reap()
+            signal.set_wakeup_fd(-1)
+        self._stop_all()
+        return 0
+
+    def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def _start(self, child: _Child, now: float) -> None:
+        environment = {**os.environ, "ATOLL_SUPERVISOR": str(os.getpid())}
+        command = [sys.executable, "-m", f"atoll.entry.{child.role}", *self.config.arguments()]
+        child.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        child.started_at = now
+
+    def _reap(self) -> None:
+        """Collect every child that ended, adopted orphans too, and plan the restart of our own."""
+        now = time.monotonic()
+        for child in self._children.values():
+            if child.process is not None and child.process.poll() is not None:
+                if now - child.started_at > STABLE_S:
+                    child.failures = 0
+                delay = min(RESTART_DELAY_S * 2**child.failures, RESTART_DELAY_MAX_S) if child.failures else 0.0
+                print(
+                    f"atoll: {child.role} ended with status {child.process.returncode}; starts again in {delay:.1f} s",
+                    file=sys.stderr,
+                )
+                child.failures += 1
+                child.retry_at = now + delay
+                child.process = None
+        ours = {child.process.pid for child in self._children.values() if child.process is not None}
+        while (info := _next_ended()) is not None and info not in ours:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(info, os.WNOHANG)
+
+    def _stop_all(self) -> None:
+        # The agent's SIGINT means: stop the instances first. Ingress goes before them, so that no request is cut by us.
+        self._stop(self._children["ingress"], signal.SIGTERM)
+        self._stop(self._children["agent"], signal.SIGTERM if self.keep_running else signal.SIGINT)
+        self._stop(self._children["server"], signal.SIGTERM)
+
+    def _stop(self, child: _Child, number: signal.Signals) -> None:
+        process = child.process
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(number)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _next_ended() -> int | None:
+    try:
+        info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return info.si_pid if info is not None and info.si_pid else None
+
+
+@contextlib.contextmanager
+def lock(config: Config) -> Iterator[None]:
+    """Hold the data directory for this process. Raises Conflict naming the process that holds it."""
+    config.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = config.data / "lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise Conflict(
+                f"{config.data} is in use by another `atoll up`, process {holder}",
+                mend="use that one, end it with `atoll down`, or give another --data",
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def holder(config: Config) -> int | None:
+    """Return the process that holds the data directory, if one does."""
+    path = config.data / "lock"
+    if not path.exists():
+        return None
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            text = file.read().strip()
+            return int(text) if text.isdigit() else None
+    return None
+
+
+def check(config: Config) -> None:
+    """Raise Unsupported or Conflict for what would keep `atoll up` from working, before anything is made."""
+    if os.geteuid() != 0:
+        raise Unsupported("atoll up makes namespaces, mounts and cgroups, and so needs root", mend="run it as root, e.g. with sudo")
+    for option, address in (("--api", config.api), ("--ingress", config.ingress)):
+        host, port = split_address(address, field=option)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise Conflict(
+                    f"{option}: cannot listen on {address}: {os.strerror(error.errno or 0)}",
+                    field=option,
+                    mend=f"end what uses that port, or give another, e.g. {option} {host}:{port + 1}",
+                ) from None
+
+
+def log_path(config: Config) -> Path:
+    """Return where a detached `atoll up` writes its log."""
+    return config.data / "atoll.log"
