@@ -1,0 +1,1 @@
+"""What runs an instance on a node: one runtime per file, and the parts that runtimes share."""
