@@ -1,0 +1,31 @@
+"""`python -m bench --list`, `python -m bench NAME [--json] [OPTIONS]`. Exits 0 when it ran, whatever holds."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+BENCHES = {
+    "start": ("create request → process running → first byte, beside bare runc and podman", "1 min"),
+    "api": ("API reads/s and durable writes/s, idle memory and processor use", "1 min"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=sorted(BENCHES))
+    parser.add_argument("--list", action="store_true", help="name the benchmarks with their usual run time")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    arguments, rest = parser.parse_known_args()
+    if arguments.list or arguments.name is None:
+        for name, (what, time) in BENCHES.items():
+            print(f"{name:<12} {time:<8} {what}")
+        return 0
+    report = importlib.import_module(f"bench.{arguments.name}").run(rest)
+    report.print(as_json=arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
