@@ -1,0 +1,105 @@
+"""A private Atoll on free ports over a temporary directory: for demos, tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+COMMAND_S = 300.0
+"""The longest wait for one `atoll` command."""
+
+
+class CommandFailed(Exception):
+    """An `atoll` command ended with a status other than 0; the message has what it printed."""
+
+    def __init__(self, arguments: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> None:
+        super().__init__(f"`atoll {' '.join(arguments)}` ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        self.returncode = done.returncode
+        self.stdout = done.stdout
+        self.stderr = done.stderr
+
+
+class ScratchAtoll:
+    """A context that starts `atoll up --detach` and at its end stops it, instances and all, and removes its data."""
+
+    def __init__(self, prefix: str = "atoll-scratch-") -> None:
+        self.data = Path(tempfile.mkdtemp(prefix=prefix))
+        self.api = f"127.0.0.1:{free_port()}"
+        self.ingress = f"127.0.0.1:{free_port()}"
+        # Away from the default subnet, and from other scratch instances on this machine.
+        self.subnet = f"10.{100 + int(self.api.rsplit(':', 1)[1]) % 100}.0.0/16"
+        self.environment = {**os.environ, "XDG_CONFIG_HOME": str(self.data / "config"), "NO_COLOR": "1"}
+
+    def __enter__(self) -> ScratchAtoll:
+        try:
+            self.start()
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop()
+        finally:
+            self.remove()
+
+    def start(self) -> None:
+        """Run `atoll up --detach` and wait until it serves. Raises CommandFailed."""
+        where = ("--data", str(self.data), "--api", self.api, "--ingress", self.ingress, "--subnet", self.subnet)
+        self.atoll("up", "--detach", *where)
+
+    def stop(self) -> None:
+        """Stop the instances and every process. Safe to repeat."""
+        self.atoll("down", "--data", str(self.data))
+
+    def remove(self) -> None:
+        """Remove the data. Safe to repeat."""
+        shutil.rmtree(self.data, ignore_errors=True)
+
+    def atoll(self, *arguments: str, stdin: str | None = None) -> str:
+        """Run one `atoll` command and return what it printed. Raises CommandFailed."""
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("atoll")), *arguments],
+            env=self.environment,
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise CommandFailed(arguments, done)
+        return done.stdout
+
+    def atoll_json(self, *arguments: str) -> Any:
+        """Run one `atoll` command with `--json` and return what it said."""
+        return json.loads(self.atoll(*arguments, "--json"))
+
+    @property
+    def token(self) -> str:
+        """The admin's token."""
+        token: str = json.loads((self.data / "client.json").read_text())["token"]
+        return token
+
+    @property
+    def log(self) -> str:
+        """What all its processes logged so far."""
+        path = self.data / "atoll.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
