@@ -110,6 +110,9 @@ def json_schema(kind: Any) -> dict[str, Any]:
     schema = msgspec.json.schema(kind, schema_hook=_schema_quantity)
     for struct in _structs(kind, set()):
         definition = schema["$defs"][struct.__name__]["properties"]
+        tag = struct.__struct_config__.tag_field
+        if tag is not None:  # read where it is there, never asked for
+            schema["$defs"][struct.__name__]["required"].remove(tag)
         for field in msgspec.structs.fields(struct):
             if field.default_factory is not msgspec.NODEFAULT:
                 definition[field.encode_name]["default"] = to_plain(field.default_factory())

@@ -258,8 +258,8 @@ class Workload(_Spec, frozen=True, kw_only=True):
         return (self.runtime,) if self.runtime else RUNTIMES_BY_ISOLATION[self.isolation]
 
 
-class AppSpec(Workload, frozen=True, kw_only=True):
-    """A long-running service."""
+class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
+    """A long-running service. A spec may say `kind = "app"`; an assignment tells apps and jobs apart by it."""
 
     ports: Annotated[tuple[Port, ...], Meta(max_length=32)] = ()
     routes: Annotated[tuple[Route, ...], Meta(max_length=256)] = ()
@@ -277,7 +277,7 @@ class AppSpec(Workload, frozen=True, kw_only=True):
         return None
 
 
-class JobSpec(Workload, frozen=True, kw_only=True):
+class JobSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="job"):
     """Work that runs to completion: `completions` instances with indices 0…, at most `parallelism` at a time."""
 
     completions: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 1

@@ -1,0 +1,70 @@
+"""The API's errors back into our classes."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from atoll.model import codec, errors
+from atoll.model.streams import ErrorBody
+from atoll.model.views import ErrorAnswer
+from atoll.sdk.transport import Answer
+
+T = TypeVar("T")
+
+_BY_STATUS: dict[int, type[errors.AtollError]] = {
+    400: errors.Invalid,
+    401: errors.Unauthenticated,
+    403: errors.Forbidden,
+    404: errors.NotFound,
+    405: errors.NotFound,
+    409: errors.Conflict,
+    410: errors.Compacted,
+    413: errors.TooLarge,
+    422: errors.Unsupported,
+    429: errors.Exhausted,
+    502: errors.Unavailable,
+    503: errors.Unavailable,
+    504: errors.DeadlineExceeded,
+}
+_TOKEN_MEND = "give a token: ATOLL_TOKEN=…, or run this where `atoll up` runs, as the same user"  # noqa: S105 - words, not a token
+
+
+def from_body(body: ErrorBody) -> errors.AtollError:
+    """Return the error that an answer or a stream carries; an unknown code becomes the general class."""
+    cls = errors.BY_CODE.get(body.code, errors.AtollError)
+    mend = body.mend or (_TOKEN_MEND if cls is errors.Unauthenticated else None)
+    return cls(body.message, mend=mend, field=body.field)
+
+
+def from_answer(status: int, body: bytes) -> errors.AtollError:
+    """Return the error in an answer of 400 or above, whoever gave it: a proxy in between does not speak our JSON."""
+    try:
+        return from_body(codec.decode(body, ErrorAnswer).error)
+    except errors.Invalid:
+        cls = _BY_STATUS.get(status, errors.AtollError)
+        text = body[:200].decode("utf-8", "replace").strip().replace("\n", " ")
+        return cls(f"the API answered {status}{': ' + text if text else ''}", mend=_TOKEN_MEND if status == 401 else None)
+
+
+def read(answer: Answer, kind: type[T]) -> T:
+    """Return the record in a good answer; raise the error in any other."""
+    if answer.status >= 400:
+        raise from_answer(answer.status, answer.body)
+    try:
+        return codec.decode(answer.body, kind)
+    except errors.Invalid as error:
+        raise errors.AtollError(
+            f"the API's answer is not what this version understands: {error}", mend="use an `atoll` of the server's version"
+        ) from None
+
+
+def read_plain(answer: Answer) -> object:
+    """Return a good answer's JSON as plain data."""
+    if answer.status >= 400:
+        raise from_answer(answer.status, answer.body)
+    try:
+        return msgspec.json.decode(answer.body)
+    except msgspec.DecodeError as error:
+        raise errors.AtollError(f"the API's answer is not JSON: {error}") from None

@@ -1,0 +1,124 @@
+"""`model.ports.control_plane` over HTTP: what agents and ingresses call. Every call here is safe to repeat.
+
+Calls go over a few persistent connections; each watch has its own, which counts as broken after `SILENCE_S` without a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from atoll.model import codec
+from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
+from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
+from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
+from atoll.model.views import ErrorAnswer
+from atoll.sdk import answers
+from atoll.sdk.http import HttpTransport
+from atoll.sdk.transport import Transport, path
+
+CALL_S = 10.0
+"""The longest wait for the answer to one call; the agent's loops try again."""
+
+T = TypeVar("T")
+
+
+class _Report(msgspec.Struct, frozen=True):
+    statuses: Sequence[Status]
+    events: Sequence[Event]
+
+
+class _Drained(msgspec.Struct, frozen=True):
+    instances: Sequence[str]
+
+
+class HttpControlPlane:
+    """See `ports.control_plane.ControlPlane`. `token` is the node's or the ingress's own.
+
+    `node` is whose secrets `instance_secrets` asks for; without it, the node that was registered last through this object.
+    """
+
+    def __init__(self, address: str, token: str | None, *, node: str | None = None, transport: Transport | None = None) -> None:
+        self._transport: Transport = transport or HttpTransport(address, token, agent="atoll-agent")
+        self._node = node
+
+    async def register_node(self, node: Node) -> None:
+        await self._call("PUT", path("nodes", node.name), node)
+        self._node = node.name
+
+    async def heartbeat(self, heartbeat: Heartbeat) -> None:
+        await self._call("POST", path("nodes", heartbeat.node, "heartbeat"), heartbeat)
+
+    def assignments(self, node: str) -> AsyncIterator[AssignmentBatch]:
+        """Yield batches, the first complete; empty ones say that the server is there. Ends with Unavailable."""
+        return self._batches(path("nodes", node, "assignments"), AssignmentBatch)
+
+    async def report(self, node: str, statuses: Sequence[Status], events: Sequence[Event] = ()) -> None:
+        await self._call("POST", path("nodes", node, "statuses"), _Report(statuses, events))
+
+    async def instance_secrets(self, instance: str) -> dict[str, str]:
+        """Return environment variable → value. Raises NotFound naming a missing secret."""
+        if self._node is None:
+            raise Invalid("instance_secrets: no node is registered yet")
+        answer = await self._call("GET", path("nodes", self._node, "instances", instance, "secrets"))
+        return codec.decode(answer, dict[str, str])
+
+    async def stream_requests(self, node: str) -> AsyncIterator[StreamRequest]:
+        """Yield what the server asks for. Ends with Unavailable when the tunnel breaks; dial again."""
+        tunnel = await self._transport.channel(path("nodes", node, "tunnel"))
+        try:
+            while (message := await tunnel.receive()) is not None:
+                yield codec.decode(message, StreamRequest)
+        finally:
+            await tunnel.close()
+        raise Unavailable("the server closed the tunnel")
+
+    async def open_stream(self, node: str, id: str) -> Channel:
+        return await self._transport.channel(path("nodes", node, "streams", id))
+
+    async def register_ingress(self, ingress: Ingress) -> None:
+        await self._call("PUT", path("ingresses", ingress.name), ingress)
+
+    def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]:
+        """As `assignments`, for all apps that have routes."""
+        return self._batches(path("ingresses", ingress, "routing"), RoutingBatch)
+
+    async def drained(self, ingress: str, instances: Sequence[str]) -> None:
+        await self._call("POST", path("ingresses", ingress, "drained"), _Drained(instances))
+
+    async def close(self) -> None:
+        """Close the idle connections; streams that are open end with their iterators."""
+        await self._transport.close()
+
+    async def _call(self, method: str, where: str, record: object | None = None) -> bytes:
+        body = b"" if record is None else codec.encode(record)
+        try:
+            answer = await self._transport.request(method, where, body=body, timeout_s=CALL_S)
+        except (OutcomeUnknown, DeadlineExceeded) as error:
+            raise Unavailable(str(error)) from None  # every call of this port may be repeated
+        if answer.status >= 400:
+            refused = answers.from_answer(answer.status, answer.body)
+            if answer.status >= 500 and not isinstance(refused, Unavailable):
+                raise Unavailable(f"{method} {where}: {refused}")
+            raise refused
+        return answer.body
+
+    async def _batches(self, where: str, kind: type[T]) -> AsyncIterator[T]:
+        async with self._transport.lines(where) as lines:
+            async for line in lines:
+                try:
+                    batch = codec.decode(line, kind)
+                except Invalid as error:
+                    raise _broken(line, error) from None
+                yield batch
+
+
+def _broken(line: bytes, error: Invalid) -> AtollError:
+    """A stream that fails after its status was sent can only say so in a line of its own."""
+    try:
+        told = codec.decode(line, ErrorAnswer).error
+    except Invalid:
+        return Unavailable(f"the server sent a batch that this version does not understand: {error}")
+    return answers.from_body(told)

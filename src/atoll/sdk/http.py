@@ -1,0 +1,192 @@
+"""The transport over sockets: a small pool of persistent HTTP/1.1 connections, and WebSockets."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from atoll.model.errors import DeadlineExceeded, OutcomeUnknown, TooLarge, Unavailable
+from atoll.sdk import answers
+from atoll.sdk.connection import Connection
+from atoll.sdk.transport import BODY_BYTES_MAX, CONNECT_S, LINE_BYTES_MAX, REQUEST_S, SILENCE_S, Address, Answer
+
+if TYPE_CHECKING:
+    from atoll.model.ports.control_plane import Channel
+
+IDLE_MAX = 8
+"""Idle connections that are kept."""
+
+
+class HttpTransport:
+    """Calls the API at `address` with `token`. Safe for many tasks of one event loop."""
+
+    def __init__(self, address: str | Address, token: str | None = None, *, agent: str = "atoll") -> None:
+        self.address = Address.parse(address) if isinstance(address, str) else address
+        self._token = token
+        self._idle: list[Connection] = []
+        self._tls = ssl.create_default_context() if self.address.scheme == "https" else None
+        fixed = [f"Host: {self.address.authority}", f"User-Agent: {agent}", "Accept: application/json"]
+        if token:
+            fixed.append(f"Authorization: Bearer {token}")
+        self._fixed = "".join(f"{line}\r\n" for line in fixed)
+
+    async def request(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float = REQUEST_S
+    ) -> Answer:
+        """Return the answer, whatever its status.
+
+        Raises Unavailable: nothing was changed. OutcomeUnknown: a write was sent and its answer did not come; repeat it only
+        under an idempotency key. DeadlineExceeded: as OutcomeUnknown, but for a read.
+        """
+        sent = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    connection, fresh = await self._take()
+                    sent = True
+                    connection.send(self._head(method, path, headers, body), body)
+                    try:
+                        return await self._answer(connection)
+                    except Unavailable:
+                        # The server may close a kept connection just as it is used. Writes carry an idempotency key, or are safe
+                        # to repeat (the control-plane port), so that one more try is right even if it had read the request.
+                        if fresh or connection.began:
+                            raise
+        except TimeoutError:
+            message = f"{self.address} gave no answer within {timeout_s:.0f} s"
+            raise (OutcomeUnknown(message) if sent and method != "GET" else DeadlineExceeded(message)) from None
+        except Unavailable as error:
+            if sent and method != "GET":
+                raise OutcomeUnknown(f"{self.address}: {error}") from None
+            raise
+
+    @asynccontextmanager
+    async def lines(self, path: str, *, silence_s: float = SILENCE_S) -> AsyncIterator[LineStream]:
+        """GET a stream of lines. Raises the error that the server answers with."""
+        connection, _ = await self._take(fresh=True)
+        try:
+            connection.send(self._head("GET", path, None, b""), b"")
+            try:
+                async with asyncio.timeout(REQUEST_S):
+                    await connection.head()
+                    if connection.status >= 400:
+                        raise answers.from_answer(connection.status, await _body(connection))
+            except TimeoutError:
+                raise Unavailable(f"{self.address} gave no answer within {REQUEST_S:.0f} s") from None
+            yield LineStream(connection, silence_s)
+        finally:
+            connection.close()
+
+    async def channel(self, path: str) -> Channel:
+        """Open a WebSocket. Raises the error that the server answers with."""
+        from atoll.sdk.websocket import dial  # takes 35 ms to import, and most commands need none
+
+        return await dial(self.address, self._token, path)
+
+    async def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _take(self, *, fresh: bool = False) -> tuple[Connection, bool]:
+        while self._idle and not fresh:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection, False
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                if self.address.socket:
+                    _, connection = await loop.create_unix_connection(Connection, self.address.socket)
+                else:
+                    _, connection = await loop.create_connection(Connection, self.address.host, self.address.port, ssl=self._tls)
+        except TimeoutError:
+            raise Unavailable(f"{self.address} does not answer (no connection within {CONNECT_S:.0f} s)", mend=_MEND) from None
+        except OSError as error:
+            raise Unavailable(f"{self.address} does not answer: {_words(error)}", mend=_MEND) from None
+        return connection, True
+
+    async def _answer(self, connection: Connection) -> Answer:
+        try:
+            await connection.head()
+            body = await _body(connection)
+        except BaseException:
+            connection.close()
+            raise
+        answer = Answer(connection.status, connection.headers, body)
+        if connection.ended and len(self._idle) < IDLE_MAX:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return answer
+
+    def _head(self, method: str, path: str, headers: Mapping[str, str] | None, body: bytes) -> bytes:
+        lines = [f"{method} {self.address.base}{path} HTTP/1.1\r\n{self._fixed}"]
+        if headers:
+            lines.extend(f"{name}: {value}\r\n" for name, value in headers.items())
+        if body:
+            lines.append(f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n")
+        elif method not in ("GET", "HEAD"):
+            lines.append("Content-Length: 0\r\n")
+        lines.append("\r\n")
+        return "".join(lines).encode("latin-1")
+
+
+_MEND = "start it with `atoll up`, or name another with --api or ATOLL_API"
+
+
+def _words(error: OSError) -> str:
+    match error:
+        case ConnectionRefusedError():
+            return "connection refused"
+        case FileNotFoundError():
+            return "no such socket"
+        case PermissionError():
+            return "not allowed to open the socket"
+        case _:
+            return error.strerror or str(error)
+
+
+async def _body(connection: Connection) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while chunk := await connection.read():
+        size += len(chunk)
+        if size > BODY_BYTES_MAX:
+            raise TooLarge(f"the answer is over {BODY_BYTES_MAX} bytes")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+class LineStream:
+    """See `transport.Lines`."""
+
+    def __init__(self, connection: Connection, silence_s: float) -> None:
+        self._connection = connection
+        self._silence_s = silence_s
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            try:
+                async with asyncio.timeout(self._silence_s):
+                    chunk = await self._connection.read()
+            except TimeoutError:
+                raise Unavailable(f"the stream was silent for {self._silence_s:.0f} s") from None
+            if not chunk:
+                raise Unavailable("the server ended the stream")
+            *whole, rest = chunk.split(b"\n")
+            for line in whole:
+                parts.append(line)
+                joined = b"".join(parts)
+                parts.clear()
+                size = 0
+                if joined:
+                    yield joined
+            parts.append(rest)
+            size += len(rest)
+            if size > LINE_BYTES_MAX:
+                raise TooLarge(f"a line of the stream is over {LINE_BYTES_MAX} bytes")

@@ -1,0 +1,297 @@
+"""The HTTP client against a real socket whose server does what servers do on bad days."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from atoll.model import codec
+from atoll.model.errors import Conflict, Invalid, NotFound, OutcomeUnknown, Unauthenticated, Unavailable
+from atoll.model.ports.control_plane import AssignmentBatch
+from atoll.model.records import Assignment, Instance, OwnerKind, Status
+from atoll.model.spec import AppSpec, JobSpec, Port
+from atoll.model.states import Phase
+from atoll.sdk.control_plane import HttpControlPlane
+from atoll.sdk.http import HttpTransport
+from atoll.sdk.transport import Address, path
+
+Handler = Callable[[str, bytes, asyncio.StreamWriter], Awaitable[None]]
+
+
+def answer(body: bytes = b"{}", status: str = "200 OK") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+class Server:
+    """Reads requests from each connection and lets `handler` write whatever it likes."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+        self.connections = 0
+        self.requests: list[str] = []
+        self.address = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = next((int(line[15:]) for line in head.split("\r\n") if line.lower().startswith("content-length:")), 0)
+                body = await reader.readexactly(length)
+                self.requests.append(head)
+                await self.handler(head, body, writer)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def serving(handler: Handler, socket: Path | None = None) -> AsyncIterator[Server]:
+    server = Server(handler)
+    if socket:
+        listener = await asyncio.start_unix_server(server.serve, socket)
+        server.address = f"unix://{socket}"
+    else:
+        listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+        server.address = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    try:
+        yield server
+    finally:
+        listener.close()
+
+
+async def ok(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(answer(body or b'{"ok":true}'))
+
+
+async def test_calls_share_one_connection() -> None:
+    async with serving(ok) as server:
+        transport = HttpTransport(server.address, "t0ken")
+        for _ in range(5):
+            assert (await transport.request("GET", "/v1/info")).body == b'{"ok":true}'
+        assert server.connections == 1
+        assert "Authorization: Bearer t0ken\r\n" in server.requests[0]
+        await transport.close()
+
+
+async def test_a_unix_socket_is_an_address(tmp_path: Path) -> None:
+    async with serving(ok, tmp_path / "api.sock") as server:
+        transport = HttpTransport(server.address)
+        assert (await transport.request("POST", "/v1/x", body=b"[1]")).body == b"[1]"
+        await transport.close()
+
+
+async def test_a_chunked_answer_is_joined() -> None:
+    async def chunked(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
+
+    async with serving(chunked) as server:
+        transport = HttpTransport(server.address)
+        assert (await transport.request("GET", "/")).body == b"abcde"
+        assert (await transport.request("GET", "/")).body == b"abcde"
+        assert server.connections == 1
+        await transport.close()
+
+
+async def test_a_kept_connection_that_the_server_closed_is_replaced() -> None:
+    seen: list[str] = []
+
+    async def closes_after_first(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        seen.append(head)
+        if len(seen) == 2:
+            writer.transport.abort()
+        else:
+            writer.write(answer())
+
+    async with serving(closes_after_first) as server:
+        transport = HttpTransport(server.address)
+        await transport.request("GET", "/one")
+        assert (await transport.request("GET", "/two")).status == 200
+        assert server.connections == 2
+        await transport.close()
+
+
+async def test_a_write_that_was_cut_says_that_its_outcome_is_unknown() -> None:
+    async def cut(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+        await writer.drain()
+        writer.transport.abort()
+
+    async with serving(cut) as server:
+        transport = HttpTransport(server.address)
+        with pytest.raises(OutcomeUnknown):
+            await transport.request("POST", "/v1/x", body=b"{}")
+        with pytest.raises(Unavailable):
+            await transport.request("GET", "/v1/x")
+        await transport.close()
+
+
+async def test_a_silent_server_is_given_up() -> None:
+    async def silent(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(5)
+
+    async with serving(silent) as server:
+        transport = HttpTransport(server.address)
+        with pytest.raises(OutcomeUnknown, match="no answer within"):
+            await transport.request("PUT", "/v1/x", body=b"{}", timeout_s=0.05)
+        await transport.close()
+
+
+async def test_a_server_that_is_not_there_is_unavailable_with_a_mend() -> None:
+    transport = HttpTransport("http://127.0.0.1:1")
+    with pytest.raises(Unavailable, match="connection refused") as caught:
+        await transport.request("GET", "/v1/info")
+    assert "atoll up" in (caught.value.mend or "")
+
+
+async def test_a_thing_that_does_not_speak_http_is_unavailable() -> None:
+    async def ssh(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH\r\n")
+
+    async with serving(ssh) as server:
+        transport = HttpTransport(server.address)
+        with pytest.raises(Unavailable, match="not an HTTP answer"):
+            await transport.request("GET", "/v1/info")
+
+
+def batch_stream(*parts: bytes, status: str = "200 OK") -> Handler:
+    async def stream(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+        for part in parts:
+            writer.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+            await writer.drain()
+        writer.write(b"0\r\n\r\n")
+
+    return stream
+
+
+async def test_batches_come_whole_however_they_are_cut() -> None:
+    parts = (b'{"revision":1,"comp', b'lete":true}\n{"revision":2,', b'"complete":false,"removed":["a"]}\n')
+    async with serving(batch_stream(*parts)) as server:
+        plane = HttpControlPlane(server.address, None)
+        batches = plane.assignments("n1")
+        got = [await anext(batches), await anext(batches)]
+        with pytest.raises(Unavailable):
+            await anext(batches)
+        assert got == [AssignmentBatch(1, True), AssignmentBatch(2, False, removed=("a",))]
+        assert server.requests[0].startswith("GET /v1/nodes/n1/assignments ")
+
+
+async def test_a_stream_that_is_refused_raises_the_servers_error() -> None:
+    body = b'{"error":{"code":"unauthenticated","message":"no such token"}}'
+    async with serving(batch_stream(body, status="401 Unauthorized")) as server:
+        with pytest.raises(Unauthenticated, match="no such token"):
+            async for _ in HttpControlPlane(server.address, "bad").routing("g1"):
+                pass
+
+
+async def test_a_stream_gone_silent_is_broken() -> None:
+    async def mute(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(5)
+
+    async with serving(mute) as server, HttpTransport(server.address).lines("/x", silence_s=0.05) as lines:
+        with pytest.raises(Unavailable, match="silent"):
+            async for _ in lines:
+                pass
+
+
+async def test_a_slow_reader_holds_the_server_back() -> None:
+    """8 MiB of lines are offered; what the client holds unread stays bounded."""
+    sent = 0
+
+    async def flood(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        line = b"x" * 65_535 + b"\n"
+        for _ in range(512):
+            writer.write(line)
+            await writer.drain()
+            sent += len(line)
+        writer.close()
+
+    async with serving(flood) as server, HttpTransport(server.address).lines("/x") as lines:
+        iterator = aiter(lines)
+        await anext(iterator)
+        await asyncio.sleep(0.1)
+        assert sent < 16 << 20
+        for _ in range(511):
+            await anext(iterator)
+        with pytest.raises(Unavailable):
+            await anext(iterator)
+
+
+async def test_a_report_carries_statuses_and_its_errors_are_told() -> None:
+    bodies: list[bytes] = []
+
+    async def take(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        bodies.append(body)
+        if len(bodies) == 2:
+            writer.write(answer(b'{"error":{"code":"conflict","message":"not your instance"}}', "409 Conflict"))
+        elif len(bodies) == 3:
+            writer.write(answer(b"oops", "500 Internal Server Error"))
+        else:
+            writer.write(answer(b"{}"))
+
+    status = Status(instance="i", project="p", node="n", phase=Phase.RUNNING, ready=True)
+    async with serving(take) as server:
+        plane = HttpControlPlane(server.address, "t")
+        await plane.report("n", [status])
+        assert b'"statuses":[{"instance":"i","project":"p","node":"n","phase":"running","ready":true}]' in bodies[0]
+        with pytest.raises(Conflict, match="not your instance"):
+            await plane.report("n", [status])
+        with pytest.raises(Unavailable):
+            await plane.report("n", [status])
+        await plane.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://h", "http://h"),
+        ("h:7600", "http://h:7600"),
+        ("https://h/base/", "https://h/base"),
+        ("/run/a.sock", "unix:///run/a.sock"),
+        ("unix:///run/a.sock", "unix:///run/a.sock"),
+        ("http://[::1]:7600", "http://[::1]:7600"),
+    ],
+)
+def test_addresses_read_as_they_print(text: str, shown: str) -> None:
+    assert str(Address.parse(text)) == shown
+
+
+@pytest.mark.parametrize("text", ["ftp://h", "http://", "http://h:99999", "http://u:p@h", "http://h?x=1", ""])
+def test_a_bad_address_is_refused_by_name(text: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        Address.parse(text)
+    assert caught.value.field == "api"
+
+
+async def test_an_assignment_of_an_app_and_of_a_job_come_back_as_what_they_were() -> None:
+    specs = (AppSpec(name="web", image="x", ports=(Port(port=80),)), JobSpec(name="sum", image="x", completions=3))
+    instance = Instance(id="i", project="p", owner_kind=OwnerKind.APP, owner="web", created_at=1.0)
+    sent = AssignmentBatch(1, True, tuple(Assignment(instance=instance, workload=spec, revision=1) for spec in specs))
+    async with serving(batch_stream(codec.encode(sent) + b"\n")) as server:
+        assert await anext(HttpControlPlane(server.address, None).assignments("n1")) == sent
+
+
+def test_paths_quote_what_people_name() -> None:
+    assert path("projects", "a/b", "events", subject="app/x", limit=None, after="1 2") == (
+        "/v1/projects/a%2Fb/events?subject=app%2Fx&after=1%202"
+    )
+
+
+async def test_an_unknown_path_is_not_found_even_from_a_proxy() -> None:
+    async def proxy(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"<html>nope</html>", "404 Not Found"))
+
+    async with serving(proxy) as server:
+        with pytest.raises(NotFound, match="answered 404"):
+            await HttpControlPlane(server.address, None, node="n").instance_secrets("i")
