@@ -6,14 +6,9 @@ Runs its own Atoll on free ports over a temporary data directory, so it neither 
 from __future__ import annotations
 
 import http.client
-import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from atoll.entry.scratch import CommandFailed, ScratchAtoll
+
 HERE = Path(__file__).resolve().parent
-ATOLL = Path(sys.executable).with_name("atoll")
 HOST = "hello.localhost"
-STEP_S = 300.0
-SUBNET = "10.77.0.0/16"
 console = Console(highlight=False)
 
 
@@ -44,29 +38,10 @@ def expect(holds: bool, otherwise: str) -> None:
 class Demo:
     """The steps, in order, and what they took in milliseconds."""
 
-    def __init__(self, data: Path) -> None:
-        self.data = data
-        self.api = f"127.0.0.1:{free_port()}"
-        self.ingress = f"127.0.0.1:{free_port()}"
-        self.environment = {**os.environ, "XDG_CONFIG_HOME": str(data / "config"), "NO_COLOR": "1"}
+    def __init__(self, atoll: ScratchAtoll) -> None:
+        self.scratch = atoll
+        self.atoll, self.atoll_json = atoll.atoll, atoll.atoll_json
         self.rows: list[tuple[str, float, str]] = []
-
-    def atoll(self, *arguments: str, stdin: str | None = None) -> str:
-        """Run one `atoll` command and return what it printed; it must succeed."""
-        done = subprocess.run(
-            [ATOLL, *arguments],
-            env=self.environment,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=STEP_S,
-            check=False,
-        )
-        expect(done.returncode == 0, f"`atoll {' '.join(arguments)}` ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        return done.stdout
-
-    def atoll_json(self, *arguments: str) -> Any:
-        return json.loads(self.atoll(*arguments, "--json"))
 
     @contextmanager
     def step(self, what: str) -> Iterator[list[str]]:
@@ -81,7 +56,7 @@ class Demo:
 
     def get(self, path: str = "/") -> tuple[int, str]:
         """Ask the ingress, by hostname, and return status and body."""
-        host, port = self.ingress.rsplit(":", 1)
+        host, port = self.scratch.ingress.rsplit(":", 1)
         connection = http.client.HTTPConnection(host, int(port), timeout=10)
         try:
             connection.request("GET", path, headers={"Host": HOST})
@@ -96,8 +71,8 @@ class Demo:
 
     def walk(self) -> None:
         with self.step("start `atoll up`: server, agent, ingress, SQLite") as found:
-            self.atoll("up", "--detach", "--data", str(self.data), "--api", self.api, "--ingress", self.ingress, "--subnet", SUBNET)
-            found.append(f"API {self.api}, ingress {self.ingress}")
+            self.scratch.start()
+            found.append(f"API {self.scratch.api}, ingress {self.scratch.ingress}")
         with self.step("build the image of examples/hello") as found:
             built = self.atoll_json("build", str(HERE / "hello"))
             found.append(str(built["image"]))
@@ -109,7 +84,7 @@ class Demo:
         with self.step("call it through the ingress by hostname") as found:
             answers = {self.answer() for _ in range(20)}
             expect(len(answers) == 2, f"20 requests reached {len(answers)} of 2 replicas")
-            found.append(f"http://{HOST}:{self.ingress.rsplit(':', 1)[1]}/ answered by both")
+            found.append(f"http://{HOST}:{self.scratch.ingress.rsplit(':', 1)[1]}/ answered by both")
         with self.step("run a command inside with `atoll exec`") as found:
             text = self.atoll("exec", "hello", "--", "python3", "-c", "import os; print(os.getuid(), os.environ['ATOLL_APP'])")
             expect(text.split() == ["0", "hello"] or text.split()[1:] == ["hello"], f"exec printed {text!r}")
@@ -164,8 +139,8 @@ class Demo:
     def stop(self) -> None:
         """End what this demo started, and see that nothing is left of it."""
         with self.step("stop `atoll up` and clean up") as found:
-            self.atoll("down", "--data", str(self.data))
-            mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.data) in line]
+            self.scratch.stop()
+            mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if str(self.scratch.data) in line]
             expect(not mounts, f"mounts are left: {mounts[:3]}")
             found.append("no mount left")
 
@@ -215,33 +190,21 @@ def wait_for(holds: Callable[[], bool], otherwise: str, *, seconds: float = 60.0
         time.sleep(0.05)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def main() -> int:
-    data = Path(tempfile.mkdtemp(prefix="atoll-demo-"))
-    demo = Demo(data)
-    failure: Failed | None = None
-    try:
-        demo.walk()
-    except Failed as error:
-        failure = error
-        console.print(f"[red]✗[/] {error}")
-        log = data / "atoll.log"
-        if log.exists():
-            console.print("".join(log.read_text().splitlines(keepends=True)[-40:]), markup=False)
-    try:
-        demo.stop()
-    except Failed as error:
-        failure = failure or error
-        console.print(f"[red]✗[/] {error}")
-    shutil.rmtree(data, ignore_errors=True)
+    scratch = ScratchAtoll("atoll-demo-")
+    demo = Demo(scratch)
+    failed = False
+    for part in (demo.walk, demo.stop):
+        try:
+            part()
+        except (Failed, CommandFailed) as error:
+            failed = True
+            console.print(f"[red]✗[/] {error}")
+    if failed:
+        console.print("".join(scratch.log.splitlines(keepends=True)[-40:]), markup=False)
+    scratch.remove()
     console.print(demo.table())
-    return 0 if failure is None else 1
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
