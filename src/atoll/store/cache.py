@@ -1,0 +1,252 @@
+"""`State`: the store's records, decoded and kept current in memory, for control loops, joins and fan-out.
+
+    async with State(store, {keys.APPS: App, keys.INSTANCES: Instance}) as state:
+        apps = state.records(App)                    # live view: "project/name" → Held[App], in no order
+        held = state.get(Instance, "default/web-k3x9")
+        revision = await store.put(…)
+        await state.reach(revision)                  # now the cache has seen that write
+        async for deltas in state.changes():         # every change from now on, gapless, in order
+            …
+
+All kinds are at one revision at any moment in which no `await` lies: what a reader takes from several kinds without awaiting is
+one consistent snapshot. One watch serves all kinds and all consumers. A consumer that falls behind by more than the window gets
+Compacted from `changes` and starts again from `records`; nothing is ever skipped in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any, Generic, Self, TypeVar, cast
+
+import structlog
+from msgspec import Struct
+
+from atoll.model import codec
+from atoll.model.errors import AtollError, Compacted, Invalid, Unavailable
+from atoll.model.ports.store import Change, KeyValue, Revision, Store
+from atoll.store.window import Window
+
+T = TypeVar("T")
+
+DELTAS_MAX = 16_384
+"""Revisions of deltas that are kept for consumers that are behind."""
+DELTA_BYTES = 1_024
+"""What one delta is counted as towards the window's bytes."""
+RETRY_MIN_S = 0.1
+RETRY_MAX_S = 5.0
+"""Between attempts to reach a store that does not answer; doubled from the one to the other."""
+
+log = structlog.get_logger()
+
+
+class Held(Struct, Generic[T], frozen=True):
+    """A record and where it stands: `revision` last changed it, `created` made it. Pass `revision` to `unchanged`."""
+
+    record: T
+    revision: Revision
+    created: Revision
+
+
+class Delta(Struct, frozen=True):
+    """One record's change. `old` None: it is new; `new` None: it is gone. `key` is what stands behind the kind's prefix."""
+
+    kind: type[Any]
+    key: str
+    old: Held[Any] | None
+    new: Held[Any] | None
+
+
+class Deltas(Struct, frozen=True):
+    """All changes of one revision; after the cache had to list again, all that changed meanwhile."""
+
+    revision: Revision
+    deltas: tuple[Delta, ...]
+
+
+class State:
+    """A current, typed copy of part of the store. `kinds` maps prefix → record type; no type and no prefix twice.
+
+    A record that does not decode is logged and counts as absent: one bad record never stops a control loop.
+    """
+
+    def __init__(self, store: Store, kinds: Mapping[str, type[Any]]) -> None:
+        if len(set(kinds.values())) != len(kinds):
+            raise Invalid("a record type is given twice")
+        self._store = store
+        self._prefixes = {prefix.split("/", 1)[0] + "/": (prefix, kind) for prefix, kind in kinds.items()}
+        if len(self._prefixes) != len(kinds) or any(prefix != first for first, (prefix, _) in self._prefixes.items()):
+            raise Invalid("a kind's prefix is one word and a slash")
+        self._records: dict[type[Any], dict[str, Held[Any]]] = {kind: {} for kind in kinds.values()}
+        self._views: dict[type[Any], Mapping[str, Held[Any]]] = {k: MappingProxyType(v) for k, v in self._records.items()}
+        self._window: Window[tuple[Revision, tuple[Delta, ...]]] = Window(Revision(-1), floor=Revision(0), entries_max=DELTAS_MAX)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load everything, then follow in a task. Raises what the store raises; then nothing runs."""
+        await self._list()
+        self._task = asyncio.create_task(self._run(), name="store cache")
+
+    async def close(self) -> None:
+        """Stop following; whoever waits gets Unavailable. Safe to repeat."""
+        self._window.close("the cache is closed")
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    @property
+    def revision(self) -> Revision:
+        """The store's revision that every record here is current to."""
+        return self._window.newest
+
+    def records(self, kind: type[T]) -> Mapping[str, Held[T]]:
+        """Return a live, read-only view: key behind the prefix → record. Copy it before you await in a loop over it."""
+        return cast(Mapping[str, Held[T]], self._views[kind])
+
+    def get(self, kind: type[T], key: str) -> Held[T] | None:
+        return self._records[kind].get(key)
+
+    async def reach(self, revision: Revision) -> Revision:
+        """Return once the cache has seen `revision`, with the revision that it has. The caller sets the deadline.
+
+        Raises Unavailable when the cache is closed.
+        """
+        await self._window.reach(revision)
+        return self._window.newest
+
+    async def wait_past(self, revision: Revision) -> Revision:
+        """Return the new revision once it is above `revision`; for level-triggered loops. Raises as `reach`."""
+        return await self.reach(Revision(revision + 1))
+
+    def changes(self, start: Revision | None = None) -> AsyncIterator[Deltas]:
+        """Return all changes from revision `start` on; without it, all after this call.
+
+        Raises Compacted from the iterator when `start` is older than this cache, or the reader is too far behind: start
+        again from `records`. Raises Unavailable when the cache is closed.
+        """
+        return self._follow(Revision(self.revision + 1) if start is None else start)
+
+    async def _follow(self, position: Revision) -> AsyncIterator[Deltas]:
+        while True:
+            await self._window.reach(position)
+            newest = self._window.newest
+            for revision, (since, deltas) in self._window.read(position):
+                if position > since + 1:
+                    raise Compacted(f"revision {position} is among those that the cache had to list as one")
+                yield Deltas(revision, deltas)
+                position = Revision(revision + 1)
+            position = max(position, Revision(newest + 1))
+
+    async def _run(self) -> None:
+        """Follow the store for ever; what goes wrong is logged and tried again."""
+        retry_s = RETRY_MIN_S
+        while True:
+            began = self.revision
+            try:
+                await self._watch()
+            except Compacted:
+                log.info("the cache fell behind the store's history and lists again", revision=self.revision)
+                retry_s = await self._relist(retry_s)
+            except Exception as error:  # noqa: BLE001 (the outer edge: whatever breaks a watch, the cache must come back)
+                cause = error.message if isinstance(error, AtollError) else repr(error)
+                log.warning("the cache lost its watch", cause=cause, revision=self.revision, retry_s=retry_s)
+                retry_s = RETRY_MIN_S if self.revision > began else min(2 * retry_s, RETRY_MAX_S)
+                await asyncio.sleep(retry_s)
+
+    async def _watch(self) -> None:
+        async for batch in self._store.watch("", start=Revision(self.revision + 1)):
+            self._apply(batch.changes, batch.revision)
+        raise Unavailable("the watch ended")
+
+    async def _relist(self, retry_s: float) -> float:
+        try:
+            await self._list()
+        except AtollError as error:
+            log.warning("the cache could not list", cause=error.message, retry_s=retry_s)
+            await asyncio.sleep(retry_s)
+            return min(2 * retry_s, RETRY_MAX_S)
+        return RETRY_MIN_S
+
+    async def _list(self) -> None:
+        """Load every kind as of one revision, and enter what differs from before as one change."""
+        loaded: dict[type[Any], dict[str, Held[Any]]] = {}
+        at: Revision | None = None
+        for prefix, kind in self._prefixes.values():
+            records = loaded[kind] = {}
+            after = ""
+            while True:
+                page = await self._store.range(prefix, after=after, at=at)
+                at = page.revision
+                for item in page.items:
+                    held = _decode(item, kind)
+                    if held is not None:
+                        records[item.key.removeprefix(prefix)] = held
+                if not page.more:
+                    break
+                after = page.items[-1].key
+        revision = at if at is not None else await self._store.revision()
+        first = self.revision < 0
+        deltas = self._differences(loaded)
+        for delta in deltas:
+            self._set(delta.kind, delta.key, delta.new)
+        self._enter(revision, [] if first else deltas, listed=True)
+        if first:
+            self._window.forget_before(Revision(revision + 1))
+
+    def _differences(self, loaded: dict[type[Any], dict[str, Held[Any]]]) -> list[Delta]:
+        deltas: list[Delta] = []
+        for kind, new in loaded.items():
+            old = self._records[kind]
+            deltas.extend(Delta(kind, key, old[key], None) for key in old if key not in new)
+            for key, held in new.items():
+                before = old.get(key)
+                if before is None or before.revision != held.revision:
+                    deltas.append(Delta(kind, key, before, held))
+        return deltas
+
+    def _apply(self, changes: tuple[Change, ...], revision: Revision) -> None:
+        deltas: list[Delta] = []
+        for change in changes:
+            place = change.key.find("/") + 1
+            prefix_kind = self._prefixes.get(change.key[:place])
+            if prefix_kind is None:
+                continue
+            kind = prefix_kind[1]
+            key = change.key[place:]
+            new = _decode(change.item, kind) if change.item is not None else None
+            old = self._records[kind].get(key)
+            if old is not None or new is not None:
+                deltas.append(Delta(kind, key, old, new))
+                self._set(kind, key, new)
+        self._enter(revision, deltas)
+
+    def _set(self, kind: type[Any], key: str, new: Held[Any] | None) -> None:
+        if new is None:
+            self._records[kind].pop(key, None)
+        else:
+            self._records[kind][key] = new
+
+    def _enter(self, revision: Revision, deltas: list[Delta], *, listed: bool = False) -> None:
+        """Tell consumers; a list stands for all revisions since the last."""
+        if deltas:
+            since = self.revision if listed else Revision(revision - 1)
+            self._window.append(revision, (since, tuple(deltas)), DELTA_BYTES * len(deltas))
+        else:
+            self._window.pass_by(revision)
+
+
+def _decode(item: KeyValue, kind: type[T]) -> Held[T] | None:
+    try:
+        return Held(codec.decode(item.value, kind), item.mod_revision, item.create_revision)
+    except Invalid as error:
+        log.error("a record does not decode and is left out", key=item.key, kind=kind.__name__, cause=error.message)
+        return None
