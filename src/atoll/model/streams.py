@@ -2,6 +2,7 @@
 
 Exec: the client sends STDIN, STDIN_END, RESIZE, SIGNAL; the node sends STDOUT, STDERR and last EXIT, or ERROR.
 Logs: the node sends LOG (a `LogLine` as JSON), then END, or ERROR.
+Payloads: RESIZE a `Resize` as JSON; SIGNAL a name (`SIGINT`); EXIT the exit status in decimal; ERROR an `ErrorBody` as JSON.
 Files: a tar stream in DATA messages, closed by END from the sending side; the receiver answers END, or ERROR.
 """
 
