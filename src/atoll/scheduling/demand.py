@@ -1,0 +1,62 @@
+"""What an instance asks of a node."""
+
+from __future__ import annotations
+
+import math
+
+from msgspec import Struct
+
+from atoll.model.spec import Gpu, Placement, RuntimeName, Workload
+
+
+class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
+    """What one instance asks for. Instances with equal demand and group are one class, scored once."""
+
+    cpu_milli: int
+    memory_bytes: int
+    disk_bytes: int = 0
+    gpu: Gpu | None = None
+    runtimes: tuple[RuntimeName, ...] = (RuntimeName.RUNC,)
+    """Any of them will do, preferred first."""
+    placement: Placement = Placement()
+
+    @property
+    def gpus(self) -> int:
+        """Whole devices that are set aside. A fraction takes a whole one until devices can be shared."""
+        return math.ceil(self.gpu.count) if self.gpu else 0
+
+
+def demand_of(spec: Workload) -> Demand:
+    """Return what each instance of an app or a job asks for."""
+    resources = spec.resources
+    return Demand(
+        cpu_milli=resources.cpu.milli,
+        memory_bytes=int(resources.memory),
+        disk_bytes=int(resources.disk),
+        gpu=resources.gpu,
+        runtimes=spec.runtimes,
+        placement=spec.placement,
+    )
+
+
+class Pending(Struct, frozen=True, kw_only=True):
+    """An instance without a node."""
+
+    id: str
+    group: str
+    """Owner and release: instances of one group are spread away from each other."""
+    demand: Demand
+    created_at: float = 0.0
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """Higher priority first, then older, then by id."""
+        return (-self.demand.placement.priority, self.created_at, self.id)
+
+
+class Placed(Struct, frozen=True, kw_only=True):
+    """An instance of the plan, the node that it goes to and the runtime that it uses there."""
+
+    id: str
+    node: str
+    runtime: RuntimeName

@@ -1,0 +1,111 @@
+"""Why an instance does not fit, and why it went where it went."""
+
+from __future__ import annotations
+
+import numpy as np
+from msgspec import Struct
+
+from atoll.model.records import Rejection
+from atoll.scheduling.demand import Demand
+from atoll.scheduling.filters import FILTERS, LIMITS
+from atoll.scheduling.interface import Filter, Limit, Reason, View
+from atoll.scheduling.ranking import STEPS, Ranking, feasible
+from atoll.scheduling.scores import DOMAIN_SCORE, SCORES
+from atoll.scheduling.snapshot import Bools, Ints, Snapshot
+
+CANDIDATES_MAX = 10
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A node that would take the instance, with what each score says of it (already times its weight)."""
+
+    node: str
+    total: float
+    scores: dict[str, float]
+    room: int
+    """How many of such instances it has room for."""
+
+
+class Explanation(Struct, frozen=True, kw_only=True):
+    """What a plan would answer now: the best candidates in order, and how many nodes each filter turns away."""
+
+    candidates: tuple[Candidate, ...]
+    feasible: int
+    nodes: int
+    failed: dict[str, int] = {}
+    rejection: Rejection | None = None
+
+
+def _turned_away(view: View, demand: Demand) -> dict[str, tuple[Ints, Reason]]:
+    """Return filter → the rows that it turned away of those that the filters before it let pass, and why."""
+    left = np.flatnonzero(view.nodes.present[: view.size])
+    answer: dict[str, tuple[Ints, Reason]] = {}
+
+    def turn(rule: Filter | Limit, passes: Bools) -> Ints:
+        failed = left[~passes]
+        if len(failed):
+            answer[rule.name] = (failed, rule.explain(view, demand, failed))
+        return left[passes]
+
+    for rule in FILTERS:
+        if rule.wants(demand):
+            left = turn(rule, rule.passes(view, demand)[left])
+    for limit in LIMITS:
+        if limit.wants(demand):
+            left = turn(limit, limit.room(view, demand)[left] > 0)
+    return answer
+
+
+def reject(view: View, demand: Demand) -> Rejection:
+    """Return why no node takes the demand now.
+
+    The code is that of the last filter that turned nodes away: those came closest, so that its mend is the shortest way.
+    """
+    total = int(view.nodes.present[: view.size].sum())
+    if not total:
+        return Rejection(code="no-nodes", message="there is no node yet", mend="start an agent: atoll up, or atoll agent")
+    turned = _turned_away(view, demand)
+    parts = [f"{len(rows)} {reason.message}" for rows, reason in turned.values()]
+    last = next(reversed(turned), None)
+    nodes = "1 node" if total == 1 else f"{total} nodes"
+    return Rejection(
+        code=f"no-{last}" if last else "no-fit",
+        message=f"of {nodes}, " + "; ".join(parts),
+        mend=turned[last][1].mend if last else "",
+        failed={name: len(rows) for name, (rows, _) in turned.items()},
+    )
+
+
+def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDATES_MAX) -> Explanation:
+    """Return what `plan` would find for one instance of `group` with this demand."""
+    view = View(snapshot)
+    mask, room = feasible(view, demand)
+    rows = np.flatnonzero(mask)
+    failed = {name: len(turned) for name, (turned, _) in _turned_away(view, demand).items()}
+    ranking = Ranking(view, group, demand, room)
+    counts, zero = view.counts(group), np.zeros(len(rows), dtype=np.int64)
+    columns = {
+        score.name: np.rint(score.score(view, demand, counts, rows, zero) * STEPS) * score.weight / STEPS for score in SCORES
+    }
+    label = DOMAIN_SCORE.label(demand)
+    if label is not None:
+        domains = ranking.domains(label)
+        columns[DOMAIN_SCORE.name] = np.array([domains.score(domain) / STEPS for domain in domains.of[rows].tolist()])
+    total = sum(columns.values(), np.zeros(len(rows)))
+    order = np.lexsort((snapshot.ranks()[rows], -total))[:limit]
+    candidates = tuple(
+        Candidate(
+            node=snapshot.names[rows[place]],
+            total=float(total[place]),
+            scores={name: float(values[place]) for name, values in columns.items()},
+            room=int(room[rows[place]]),
+        )
+        for place in order.tolist()
+    )
+    return Explanation(
+        candidates=candidates,
+        feasible=len(rows),
+        nodes=len(snapshot),
+        failed=failed,
+        rejection=None if len(rows) else reject(view, demand),
+    )

@@ -1,0 +1,121 @@
+"""What a filter and a score are, and the view of the snapshot that they see while a plan grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from atoll.scheduling.demand import Demand
+from atoll.scheduling.snapshot import MASKS_MAX, Bools, Ints, Snapshot, amounts_of
+
+Floats = npt.NDArray[np.float64]
+
+
+class View:
+    """A snapshot together with what the plan has put on it so far. Changing it leaves the snapshot as it is."""
+
+    def __init__(self, nodes: Snapshot) -> None:
+        self.nodes = nodes
+        self.size = nodes.size
+        self.free: Ints = nodes.total[:, : nodes.size] - nodes.used[:, : nodes.size]
+        """By resource and row; below 0 where a node has shrunk under what it holds."""
+        self._added: dict[str, dict[int, int]] = {}
+
+    def counts(self, group: str) -> Ints:
+        """Return how many instances of `group` each row has."""
+        counts = np.zeros(self.size, dtype=np.int64)
+        for source in (self.nodes.count_by_row(group), self._added.get(group, {})):
+            if source:
+                counts[list(source)] += np.fromiter(source.values(), dtype=np.int64, count=len(source))
+        return counts
+
+    def place(self, group: str, demand: Demand, rows: Iterable[int], times: Iterable[int]) -> None:
+        """Take `times` instances' worth of each of `rows` (each named once)."""
+        at = np.fromiter(rows, dtype=np.int64)
+        by = np.fromiter(times, dtype=np.int64)
+        self.free[:, at] -= np.outer(np.asarray(amounts_of(demand), dtype=np.int64), by)
+        added = self._added.setdefault(group, {})
+        for row, count in zip(at.tolist(), by.tolist(), strict=True):
+            added[row] = added.get(row, 0) + count
+
+    def kept(self, key: tuple[Any, ...], make: Callable[[], Bools]) -> Bools:
+        """Return the mask under `key`, made once until facts about nodes change."""
+        masks = self.nodes.masks
+        mask = masks.get(key)
+        if mask is None:
+            if len(masks) >= MASKS_MAX:
+                del masks[next(iter(masks))]
+            mask = masks[key] = make()
+        return mask
+
+
+class Reason(Struct, frozen=True):
+    """Why a filter turned nodes away, and what would change that, in words."""
+
+    message: str
+    mend: str = ""
+
+
+class Filter(Protocol):
+    """A hard rule that depends on facts about nodes only, not on what is placed on them."""
+
+    name: str
+
+    def wants(self, demand: Demand) -> bool:
+        """Return whether the rule can turn anything away for this demand; if not it is skipped."""
+        ...
+
+    def passes(self, view: View, demand: Demand) -> Bools:
+        """Return for every row whether the rule lets the demand on it."""
+        ...
+
+    def explain(self, view: View, demand: Demand, failed: Ints) -> Reason:
+        """Say why the rows `failed`, which all filters before this one let pass, were turned away."""
+        ...
+
+
+class Limit(Protocol):
+    """A hard rule that depends on what is placed already. Each instance placed on a node takes one from its room there."""
+
+    name: str
+
+    def wants(self, demand: Demand) -> bool: ...
+
+    def room(self, view: View, demand: Demand) -> Ints:
+        """Return for every row how many instances with this demand still fit (0 or less: none)."""
+        ...
+
+    def explain(self, view: View, demand: Demand, failed: Ints) -> Reason: ...
+
+
+class Score(Protocol):
+    """A wish. The node with the greatest sum of weighted scores is chosen; a tie goes to the smaller name."""
+
+    name: str
+    weight: int
+
+    def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:
+        """Return how good one more instance on each of `rows` is, greater is better, exact to 1e-6 (it is rounded).
+
+        `extra` is how many equal instances the class has already put on the row beyond what `view` shows; `counts` is how many
+        of its group the view shows there. It must depend on nothing else of the plan, or bulk placement would differ from
+        placing one by one.
+        """
+        ...
+
+
+class DomainScore(Protocol):
+    """A wish about a whole site or region: every node of one has the same score, which falls with each instance there."""
+
+    name: str
+    weight: int
+
+    def label(self, demand: Demand) -> str | None:
+        """Return the label whose values are the domains; None where the wish is not made."""
+        ...
+
+    def score(self, count: int) -> int: ...

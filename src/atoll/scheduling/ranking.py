@@ -1,0 +1,110 @@
+"""The nodes of one class of equal instances in order: which fit, how often, and how good each next one there is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from atoll.scheduling.demand import Demand
+from atoll.scheduling.filters import FILTERS, LIMITS
+from atoll.scheduling.interface import View
+from atoll.scheduling.scores import DOMAIN_SCORE, SCORES
+from atoll.scheduling.snapshot import Bools, Ints
+
+Entry = tuple[int, int, int]
+"""Minus the score, the rank of the node's name, the row: the smallest is the best."""
+STEPS = 1_000_000
+"""Scores are rounded to whole millionths, so that sums are exact and the same on every machine."""
+_LEVELS_AHEAD = 16
+_NO_LIMIT = np.iinfo(np.int64).max
+
+
+def static_mask(view: View, demand: Demand) -> Bools:
+    """Return which rows pass every rule that depends on facts about nodes only."""
+
+    def make() -> Bools:
+        mask = view.nodes.present[: view.size].copy()
+        for rule in FILTERS:
+            if rule.wants(demand):
+                mask &= rule.passes(view, demand)
+        return mask
+
+    return view.kept(("static", demand), make)
+
+
+def feasible(view: View, demand: Demand) -> tuple[Bools, Ints]:
+    """Return which rows take the demand, and how many of it each has room for (valid where it fits)."""
+    mask = static_mask(view, demand)
+    room = np.full(view.size, _NO_LIMIT, dtype=np.int64)
+    for limit in LIMITS:
+        if limit.wants(demand):
+            np.minimum(room, limit.room(view, demand), out=room)
+    return mask & (room > 0), room
+
+
+class Domains:
+    """The sites or regions, and how many of the group each has."""
+
+    def __init__(self, of: Ints, counts: list[int]) -> None:
+        self.of = of
+        """Row → domain."""
+        self.counts = counts
+
+    def score(self, domain: int) -> int:
+        return DOMAIN_SCORE.score(self.counts[domain]) * DOMAIN_SCORE.weight * STEPS
+
+
+class Ranking:
+    """Scores of one class over the rows; `again` is asked after each placement."""
+
+    def __init__(self, view: View, group: str, demand: Demand, room: Ints) -> None:
+        self._view = view
+        self._demand = demand
+        self._room = room
+        self._counts = view.counts(group)
+        self._ranks = view.nodes.ranks()
+        self._placed: dict[int, int] = {}
+        self._levels: dict[int, list[int]] = {}
+
+    def totals(self, rows: Ints, extra: Ints) -> Ints:
+        """Return the weighted sum of all scores of one more instance on each row, in millionths."""
+        total = np.zeros(len(rows), dtype=np.int64)
+        for score in SCORES:
+            values = score.score(self._view, self._demand, self._counts, rows, extra)
+            total += np.rint(values * STEPS).astype(np.int64) * score.weight
+        return total
+
+    def best(self, rows: Ints, count: int) -> list[Entry]:
+        """Return a heap of the `count` best of `rows`: no other can be chosen before one of these has been."""
+        scores = self.totals(rows, np.zeros(len(rows), dtype=np.int64))
+        ranks = self._ranks[rows]
+        if count < len(rows):
+            edge = np.partition(scores, len(rows) - count)[len(rows) - count]
+            better = np.flatnonzero(scores > edge)
+            equal = np.flatnonzero(scores == edge)
+            fill = count - len(better)
+            if fill < len(equal):
+                equal = equal[np.argpartition(ranks[equal], fill - 1)[:fill]]
+            keep = np.concatenate((better, equal))
+            rows, scores, ranks = rows[keep], scores[keep], ranks[keep]
+        order = np.lexsort((ranks, -scores))
+        # Sorted, it is a heap.
+        return list(zip((-scores[order]).tolist(), ranks[order].tolist(), rows[order].tolist(), strict=True))
+
+    def again(self, row: int) -> Entry | None:
+        """Count one instance on `row` and return its entry for the next one; None when it is full."""
+        placed = self._placed[row] = self._placed.get(row, 0) + 1
+        if placed >= self._room[row]:
+            return None
+        levels = self._levels.setdefault(row, [])
+        if placed > len(levels):
+            start = len(levels) + 1
+            ahead = _LEVELS_AHEAD if start > 1 else 2
+            extra = np.arange(start, start + ahead, dtype=np.int64)
+            levels.extend(self.totals(np.full(ahead, row, dtype=np.int64), extra).tolist())
+        return (-levels[placed - 1], int(self._ranks[row]), row)
+
+    def domains(self, label: str) -> Domains:
+        """Return the places that `label` (`site` or `region`) names."""
+        column = self._view.nodes.label(label)
+        counts = np.bincount(column[column >= 0], weights=self._counts[column >= 0], minlength=len(self._view.nodes.values(label)))
+        return Domains(column, [int(count) for count in counts])

@@ -1,0 +1,249 @@
+"""All nodes as columns, kept up to date change by change. A row is a node; a removed node's row is used again.
+
+The numbers in a column are whole: cpu in thousandths of a core, memory and disk in bytes, GPUs in devices.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from atoll.model.records import Node
+from atoll.model.spec import RuntimeName
+from atoll.scheduling.demand import Demand
+
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+CPU, MEMORY, DISK, GPU = range(4)
+"""Rows of the resource columns."""
+ABSENT = -1
+"""The value id of a label that a node does not have."""
+MASKS_MAX = 256
+"""Masks of static filters kept between plans; each has one byte per node."""
+_ROWS_AT_FIRST = 16
+_RUNTIME_BIT = {name: 1 << index for index, name in enumerate(RuntimeName)}
+OWN_LABELS = ("node", "site", "region", "arch")
+"""Labels that every node has, whatever it says itself."""
+
+
+class Standing(enum.IntEnum):
+    """Whether a node takes new instances, and if not, why."""
+
+    OPEN = 0
+    CORDONED = 1
+    UNREACHABLE = 2
+    LOST = 3
+
+
+class Allocation(Struct, frozen=True):
+    """What an instance holds on a node."""
+
+    node: str
+    group: str
+    amounts: tuple[int, int, int, int]
+
+
+def amounts_of(demand: Demand) -> tuple[int, int, int, int]:
+    """Return the demand as a column: cpu, memory, disk, GPUs."""
+    return (demand.cpu_milli, demand.memory_bytes, demand.disk_bytes, demand.gpus)
+
+
+class Snapshot:
+    """The nodes and what is placed on them. Not for use from several threads.
+
+    Allocations are kept by the node's name, so that those of a node that is gone, or not yet known, count when it comes.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        """Rows in use, holes among them; every column below is valid up to it."""
+        self.facts = 0
+        """Rises when anything but allocations changes."""
+        self.names: list[str] = []
+        self.nodes: dict[str, Node] = {}
+        self.present: Bools = np.zeros(_ROWS_AT_FIRST, dtype=np.bool_)
+        self.standing: Ints = np.zeros(_ROWS_AT_FIRST, dtype=np.int64)
+        self.total: Ints = np.zeros((4, _ROWS_AT_FIRST), dtype=np.int64)
+        self.used: Ints = np.zeros((4, _ROWS_AT_FIRST), dtype=np.int64)
+        self.runtimes: Ints = np.zeros(_ROWS_AT_FIRST, dtype=np.int64)
+        """One bit for each runtime that the node offers."""
+        self.taints: dict[str, Bools] = {}
+        self.labels: dict[str, Ints] = {}
+        """Label → for each node the id of its value."""
+        self.masks: dict[tuple[Any, ...], Bools] = {}
+        """What static filters said, until facts change. Owned by `View`."""
+        self._values: dict[str, dict[str, int]] = {}
+        self._rows: dict[str, int] = {}
+        self._holes: list[int] = []
+        self._allocations: dict[str, Allocation] = {}
+        self._on: dict[str, set[str]] = {}
+        self._groups: dict[str, dict[int, int]] = {}
+        self._ranks: Ints | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def upsert_node(self, node: Node, standing: Standing = Standing.OPEN) -> None:
+        """Add a node, or take over what it says of itself now."""
+        row = self._rows.get(node.name)
+        if row is not None and self.nodes[node.name] == node:
+            if self.standing[row] != standing:
+                self.standing[row] = standing
+                self._facts_changed()
+            return
+        if row is None:
+            row = self._new_row(node.name)
+        self.nodes[node.name] = node
+        self.present[row] = True
+        self.standing[row] = standing
+        capacity = node.capacity
+        self.total[:, row] = (capacity.cpu_milli, capacity.memory_bytes, capacity.disk_bytes, len(capacity.gpus))
+        self.runtimes[row] = sum(_RUNTIME_BIT[name] for name in set(node.runtimes))
+        self._set_labels(row, node)
+        for column in self.taints.values():
+            column[row] = False
+        for taint in node.taints:
+            if taint not in self.taints:
+                self.taints[taint] = np.zeros(len(self.present), dtype=np.bool_)
+            self.taints[taint][row] = True
+        self._facts_changed()
+
+    def remove_node(self, name: str) -> None:
+        """Forget a node; what is allocated on it is remembered. An unknown name is no error."""
+        row = self._rows.pop(name, None)
+        if row is None:
+            return
+        for id in self._on.get(name, ()):
+            self._count(self._allocations[id], row, -1)
+        del self.nodes[name]
+        self.present[row] = False
+        self.used[:, row] = 0
+        self.names[row] = ""
+        self._holes.append(row)
+        self._ranks = None
+        self._facts_changed()
+
+    def allocate(self, id: str, node: str, group: str, demand: Demand) -> None:
+        """Count an instance on its node. The same again changes nothing; another node or amount replaces the first."""
+        allocation = Allocation(node, group, amounts_of(demand))
+        if self._allocations.get(id) == allocation:
+            return
+        self.release(id)
+        self._allocations[id] = allocation
+        self._on.setdefault(node, set()).add(id)
+        row = self._rows.get(node)
+        if row is not None:
+            self._count(allocation, row, 1)
+
+    def release(self, id: str) -> bool:
+        """Give back what an instance holds; return whether it held anything."""
+        allocation = self._allocations.pop(id, None)
+        if allocation is None:
+            return False
+        on = self._on[allocation.node]
+        on.discard(id)
+        if not on:
+            del self._on[allocation.node]
+        row = self._rows.get(allocation.node)
+        if row is not None:
+            self._count(allocation, row, -1)
+        return True
+
+    def allocated(self, id: str) -> str | None:
+        """Return the node that an instance is counted on."""
+        allocation = self._allocations.get(id)
+        return allocation.node if allocation else None
+
+    def row_of(self, name: str) -> int | None:
+        return self._rows.get(name)
+
+    def ranks(self) -> Ints:
+        """Return each row's place among the sorted names: the last tie-break, whatever order nodes came in."""
+        if self._ranks is None:
+            ranks = np.zeros(len(self.present), dtype=np.int64)
+            ranks[sorted(range(self.size), key=self.names.__getitem__)] = np.arange(self.size)
+            self._ranks = ranks
+        return self._ranks[: self.size]
+
+    def count_by_row(self, group: str) -> dict[int, int]:
+        """Return row → instances of `group` there."""
+        return self._groups.get(group, {})
+
+    def label(self, key: str) -> Ints:
+        """Return for each row the id of the label's value, or ABSENT."""
+        column = self.labels.get(key)
+        return np.full(self.size, ABSENT, dtype=np.int64) if column is None else column[: self.size]
+
+    def values(self, key: str) -> dict[str, int]:
+        """Return value → id of a label, of all values that any node has had."""
+        return self._values.get(key, {})
+
+    def runtime_for(self, row: int, wanted: tuple[RuntimeName, ...]) -> RuntimeName:
+        """Return the first of `wanted` that the node offers. Raises LookupError where it offers none."""
+        offered = int(self.runtimes[row])
+        for name in wanted:
+            if offered & _RUNTIME_BIT[name]:
+                return name
+        raise LookupError(f"{self.names[row]} offers none of {wanted}")
+
+    def offers_any(self, wanted: tuple[RuntimeName, ...]) -> Bools:
+        """Return which nodes offer one of `wanted`."""
+        bits = sum(_RUNTIME_BIT[name] for name in set(wanted))
+        mask: Bools = (self.runtimes[: self.size] & bits) != 0
+        return mask
+
+    def _count(self, allocation: Allocation, row: int, sign: int) -> None:
+        self.used[:, row] += np.asarray(allocation.amounts, dtype=np.int64) * sign
+        rows = self._groups.setdefault(allocation.group, {})
+        rows[row] = rows.get(row, 0) + sign
+        if rows[row] == 0:
+            del rows[row]
+            if not rows:
+                del self._groups[allocation.group]
+
+    def _new_row(self, name: str) -> int:
+        if self._holes:
+            row = self._holes.pop()
+            self.names[row] = name
+        else:
+            row = self.size
+            self.names.append(name)
+            self.size += 1
+            if self.size > len(self.present):
+                self._grow()
+        self._rows[name] = row
+        self._ranks = None
+        for id in self._on.get(name, ()):
+            self._count(self._allocations[id], row, 1)
+        return row
+
+    def _set_labels(self, row: int, node: Node) -> None:
+        for column in self.labels.values():
+            column[row] = ABSENT
+        own = dict(zip(OWN_LABELS, (node.name, node.site, node.region, node.arch), strict=True))
+        for key, value in (node.labels | own).items():
+            if key not in self.labels:
+                self.labels[key] = np.full(len(self.present), ABSENT, dtype=np.int64)
+                self._values[key] = {}
+            self.labels[key][row] = self._values[key].setdefault(value, len(self._values[key]))
+
+    def _facts_changed(self) -> None:
+        self.facts += 1
+        self.masks.clear()
+
+    def _grow(self) -> None:
+        more = len(self.present)
+        self.present = np.append(self.present, np.zeros(more, dtype=np.bool_))
+        self.standing = np.append(self.standing, np.zeros(more, dtype=np.int64))
+        self.runtimes = np.append(self.runtimes, np.zeros(more, dtype=np.int64))
+        self.total = np.append(self.total, np.zeros((4, more), dtype=np.int64), axis=1)
+        self.used = np.append(self.used, np.zeros((4, more), dtype=np.int64), axis=1)
+        for taint, bools in self.taints.items():
+            self.taints[taint] = np.append(bools, np.zeros(more, dtype=np.bool_))
+        for key, ids in self.labels.items():
+            self.labels[key] = np.append(ids, np.full(more, ABSENT, dtype=np.int64))
