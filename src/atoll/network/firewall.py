@@ -1,0 +1,129 @@
+"""What may pass to and from instances: one nftables table, whose sets grow with the instances while its rules do not.
+
+Changes go through libnftables in this process (0.1 ms), not through the `nft` command (5 ms).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable, Sequence
+
+from atoll.model.errors import RuntimeFailed, Unsupported
+from atoll.model.spec import Port, PortProtocol
+
+CLOSED = (
+    "0.0.0.0/8",
+    "127.0.0.0/8",
+    "169.254.0.0/16",  # link-local, and with it most clouds' metadata services
+    "100.100.100.200/32",  # Alibaba's metadata service
+    "168.63.129.16/32",  # Azure's
+    "192.0.0.192/32",  # Oracle's
+    "224.0.0.0/4",
+    "240.0.0.0/4",
+)
+"""Where no instance may go; a resolver of the node that lies there can be asked for names, and nothing else."""
+
+
+def ruleset(
+    *, table: str, prefix: str, subnet: str, node_address: str, resolvers: Iterable[str], elements: Iterable[str] = ()
+) -> str:
+    """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link.
+
+    Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our business.
+    """
+    links = f'"{prefix}*"'
+    named = ", ".join(resolvers)
+    return f"""
+table inet {table}
+delete table inet {table}
+table inet {table} {{
+  set sources {{ type ifname . ipv4_addr; }}
+  set inbound {{ type ipv4_addr . inet_proto . inet_service; }}
+  set resolvers {{ type ipv4_addr; {f"elements = {{ {named} }}" if named else ""} }}
+  set closed {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {", ".join((*CLOSED, subnet))} }} }}
+  chain origin {{
+    type filter hook prerouting priority raw; policy accept;
+    iifname {links} iifname . ip saddr != @sources drop
+    iifname {links} meta nfproto ipv6 drop
+  }}
+  chain to_node {{
+    type filter hook input priority filter; policy accept;
+    iifname != {links} accept
+    ct state established,related accept
+    ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+    reject
+  }}
+  chain between {{
+    type filter hook forward priority filter; policy accept;
+    iifname {links} oifname {links} reject
+    oifname {links} ct state established,related accept
+    oifname {links} drop
+    iifname != {links} accept
+    ct state established,related accept
+    ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+    ip daddr @closed reject
+  }}
+  chain from_node {{
+    type filter hook output priority filter; policy accept;
+    oifname != {links} accept
+    ct state established,related accept
+    ip daddr . meta l4proto . th dport @inbound accept
+    reject
+  }}
+  chain outward {{
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr {subnet} ip saddr != {node_address} oifname != {links} masquerade
+  }}
+}}
+""" + "\n".join(elements)
+
+
+def inbound(address: str, ports: Sequence[Port]) -> list[str]:
+    """Return the elements of `inbound` for an instance's declared ports."""
+    return sorted({f"{address} . {'udp' if port.protocol is PortProtocol.UDP else 'tcp'} . {port.port}" for port in ports})
+
+
+def add(table: str, name: str, elements: Sequence[str]) -> str:
+    return f"add element inet {table} {name} {{ {', '.join(elements)} }}" if elements else ""
+
+
+def delete(table: str, name: str, elements: Sequence[str]) -> str:
+    return f"delete element inet {table} {name} {{ {', '.join(elements)} }}" if elements else ""
+
+
+class Nftables:
+    """libnftables; calls from any thread are made one at a time. Each call is one transaction."""
+
+    def __init__(self) -> None:
+        """Raises Unsupported where the library is not installed."""
+        try:
+            self._library = ctypes.CDLL("libnftables.so.1")
+        except OSError as error:
+            raise Unsupported(f"libnftables: {error}", mend="install nftables (apt-get install nftables)") from None
+        self._library.nft_ctx_new.restype = ctypes.c_void_p
+        self._library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
+        self._context = ctypes.c_void_p(self._library.nft_ctx_new(0))
+        self._library.nft_ctx_buffer_error(self._context)
+        self._library.nft_ctx_buffer_output(self._context)
+        self._lock = threading.Lock()
+
+    def run(self, *commands: str) -> None:
+        """Apply all `commands` or none. Raises RuntimeFailed with the library's words."""
+        text = "\n".join(filter(None, commands))
+        if not text:
+            return
+        with self._lock:
+            code = self._library.nft_run_cmd_from_buffer(self._context, text.encode())
+            if code != 0:
+                words: bytes = self._library.nft_ctx_get_error_buffer(self._context) or b""
+                lines = words.decode(errors="replace").strip().splitlines()
+                first = lines[0] if lines else "no reason given"
+                mend = "run as root with CAP_NET_ADMIN" if "not permitted" in first else None
+                raise RuntimeFailed(f"nftables: {first}", mend=mend)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._context:
+                self._library.nft_ctx_free(self._context)
+                self._context = ctypes.c_void_p()

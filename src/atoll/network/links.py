@@ -1,0 +1,220 @@
+"""The network of one node on its kernel: `LinkNetwork` gives each instance a prepared slot and opens its declared ports."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+from msgspec import Struct, structs
+
+from atoll.model.errors import AtollError, Unavailable
+from atoll.model.ports.network import Link
+from atoll.model.spec import Port
+from atoll.network import firewall, resolvers
+from atoll.network.addresses import AddressPool
+from atoll.network.ledger import Entry, Ledger
+from atoll.network.pool import SlotPool
+from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
+
+PREPARED_DEFAULT = 8
+"""Slots made ahead. One costs about 2 ms to make, and some kernel memory."""
+FORWARDING = "ipv4/ip_forward"
+
+log = structlog.get_logger()
+
+
+class _Held(Struct, frozen=True):
+    """A slot in use."""
+
+    slot: Slot
+    entry: Entry
+
+
+class _Open:
+    """What exists while the network is in use."""
+
+    def __init__(self, maker: SlotMaker, nftables: firewall.Nftables, pool: SlotPool) -> None:
+        self.maker, self.nftables, self.pool = maker, nftables, pool
+
+
+class LinkNetwork:
+    """Implements `Network` with a namespace and a routed link for each instance. Linux, as root.
+
+    `directory` is this network's own, and names its links: two of them on one machine do not touch each other, but need
+    different subnets. Turns on IPv4 forwarding on the node. Nothing is done before the first call.
+    """
+
+    def __init__(
+        self,
+        subnet: str = "10.64.0.0/16",
+        directory: Path = Path("/var/lib/atoll/agent/network"),
+        *,
+        prepared: int = PREPARED_DEFAULT,
+        resolver_sources: Sequence[Path] = resolvers.SOURCES,
+    ) -> None:
+        """Raises Invalid for a subnet that is none."""
+        self._addresses = AddressPool(subnet)
+        self._directory = directory
+        self._prepared = prepared
+        self._sources = tuple(resolver_sources)
+        self._table = f"atoll_{tag_of(directory)}"
+        self._resolv_conf = directory / "resolv.conf"
+        self._ledger = Ledger(directory / "links")
+        self._held: dict[str, _Held] = {}
+        self._state: _Open | None = None
+        self._opening = asyncio.Lock()
+        self._closed = False
+        self._resolves = False
+
+    async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
+        opened = await self._open()
+        held = self._held.get(id)
+        if held is not None:
+            return self._link(self._change_ports(opened, held, tuple(ports)))
+        slot = await opened.pool.take()
+        entry = Entry(id=id, project=project, number=slot.number, ports=tuple(ports))
+        try:
+            # The ledger first: a slot that nobody is known to have is removed by the next agent.
+            self._ledger.write(entry)
+            opened.nftables.run(firewall.add(self._table, "inbound", firewall.inbound(slot.address, ports)))
+        except (AtollError, OSError) as error:
+            self._ledger.remove(slot.number)
+            await opened.pool.remove(slot.number)
+            if isinstance(error, OSError):
+                raise Unavailable(f"cannot note down the link of {id}: {error}", mend="free space on the disk") from error
+            raise
+        held = self._held[id] = _Held(slot, entry)
+        return self._link(held)
+
+    async def detach(self, id: str) -> None:
+        opened = await self._open()
+        held = self._held.pop(id, None)
+        if held is not None:
+            self._shut(opened, held)
+            await opened.pool.remove(held.slot.number)
+
+    async def recover(self, keep: Sequence[str]) -> Sequence[Link]:
+        opened = await self._open()
+        wanted = dict.fromkeys(keep)
+        others = [self._held.pop(id) for id in list(self._held) if id not in wanted]
+        for held in others:
+            self._shut(opened, held)
+        await asyncio.gather(*(opened.pool.remove(held.slot.number) for held in others))
+        return tuple(self._link(self._held[id]) for id in wanted if id in self._held)
+
+    async def close(self) -> None:
+        """Let go without ending a link; what was made ahead goes, and with the last link all else that was set up."""
+        self._closed = True
+        async with self._opening:
+            opened, self._state = self._state, None
+        if opened is None:
+            return
+        idle = await opened.pool.close()
+        if self._held:
+            opened.nftables.run(firewall.delete(self._table, "sources", [_source(slot) for slot in idle]))
+        else:
+            opened.nftables.run(f"table inet {self._table}", f"delete table inet {self._table}")
+            opened.maker.delete_node_address()
+        self._ledger.close()
+        opened.maker.close()
+        opened.nftables.close()
+
+    def _link(self, held: _Held) -> Link:
+        slot = held.slot
+        return Link(
+            id=held.entry.id,
+            netns=slot.netns,
+            address=slot.address,
+            interface=slot.interface,
+            resolv_conf=self._resolv_conf if self._resolves else None,
+        )
+
+    def _change_ports(self, opened: _Open, held: _Held, ports: tuple[Port, ...]) -> _Held:
+        """Open `ports` instead of those that were; the same again costs nothing."""
+        if held.entry.ports == ports:
+            return held
+        entry = structs.replace(held.entry, ports=ports)
+        self._ledger.write(entry)
+        old, new = (set(firewall.inbound(held.slot.address, each)) for each in (held.entry.ports, ports))
+        opened.nftables.run(
+            firewall.delete(self._table, "inbound", sorted(old - new)), firewall.add(self._table, "inbound", sorted(new - old))
+        )
+        changed = self._held[entry.id] = _Held(held.slot, entry)
+        return changed
+
+    def _shut(self, opened: _Open, held: _Held) -> None:
+        """Let nothing through any more, and forget whose the slot was. From here on a crash cannot give it to anybody."""
+        self._ledger.remove(held.slot.number)
+        opened.nftables.run(
+            firewall.delete(self._table, "inbound", firewall.inbound(held.slot.address, held.entry.ports)),
+            firewall.delete(self._table, "sources", [_source(held.slot)]),
+        )
+
+    async def _open(self) -> _Open:
+        """Find out what an earlier agent left, and set up what all links need; once."""
+        if self._state is not None:
+            return self._state
+        async with self._opening:
+            if self._closed:
+                raise Unavailable("the network has been closed")
+            if self._state is None:
+                nftables = firewall.Nftables()
+                maker = SlotMaker(tag_of(self._directory), self._addresses)
+                try:
+                    self._ledger.open()
+                    await asyncio.to_thread(self._take_over, maker, nftables)
+                except BaseException:
+                    self._ledger.close()
+                    maker.close()
+                    nftables.close()
+                    raise
+
+                def admit(slot: Slot) -> None:
+                    nftables.run(firewall.add(self._table, "sources", [_source(slot)]))
+
+                pool = SlotPool(maker, self._addresses, prepared=self._prepared, admit=admit)
+                pool.start()
+                self._state = _Open(maker, nftables, pool)
+            return self._state
+
+    def _take_over(self, maker: SlotMaker, nftables: firewall.Nftables) -> None:
+        entries = {entry.number: entry for entry in self._ledger.load()}
+        whole, broken = maker.find()
+        maker.remove([*broken, *(whole.keys() - entries.keys())])
+        for number in entries.keys() - whole.keys():  # the machine was restarted, or somebody removed the link by hand
+            self._ledger.remove(number)
+        maker.check_overlap()
+        if read_sysctl(FORWARDING) == "0":
+            write_sysctl(FORWARDING, "1")
+            log.warning("network.forwarding-on", message="IPv4 forwarding was off on this node and has been turned on")
+        named = resolvers.read(self._sources)
+        self._resolves = bool(named.servers)
+        if not self._resolves:
+            log.warning("network.no-resolver", message="no name server of this node can be reached from an instance")
+        self._resolv_conf.write_text(named.text)
+        held = [_Held(slot, entries[number]) for number, slot in whole.items() if number in entries]
+        ports = [element for each in held for element in firewall.inbound(each.slot.address, each.entry.ports)]
+        nftables.run(
+            firewall.ruleset(
+                table=self._table,
+                prefix=maker.prefix,
+                subnet=str(self._addresses.network),
+                node_address=self._addresses.node_address,
+                resolvers=named.servers,
+                elements=[
+                    firewall.add(self._table, "sources", [_source(each.slot) for each in held]),
+                    firewall.add(self._table, "inbound", ports),
+                ],
+            )
+        )
+        maker.add_node_address()
+        for each in held:
+            maker.connect(each.slot)
+        self._held = {each.entry.id: each for each in held}
+        self._addresses.claim(each.slot.number for each in held)
+
+
+def _source(slot: Slot) -> str:
+    return f'"{slot.interface}" . {slot.address}'

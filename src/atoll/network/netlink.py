@@ -1,0 +1,175 @@
+"""The few rtnetlink messages that links need, packed by hand: a tenth of the time and none of the 24 MB of a general library.
+
+Layouts are those of <linux/netlink.h>, <linux/rtnetlink.h> and <linux/if_link.h>.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+from atoll.model.errors import RuntimeFailed
+
+REPLY_TIMEOUT_S = 10.0
+"""The kernel answers at once; only a machine in deep trouble takes longer."""
+
+_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+_IFINFO = struct.Struct("=BxHiII")
+_IFADDR = struct.Struct("=BBBBI")
+_ROUTE = struct.Struct("=BBBBBBBBI")
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")
+
+_ACK_REQUEST = 0x1 | 0x4
+_CREATE, _EXCLUSIVE, _REPLACE = 0x400, 0x200, 0x100
+_ERROR = 2
+_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _DELADDR, _NEWROUTE, _NEWNEIGH = 16, 17, 19, 20, 21, 24, 28
+_IFF_UP = 1
+_SCOPE_LINK, _SCOPE_UNIVERSE = 253, 0
+_TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST = 254, 4, 1
+_PERMANENT = 0x80
+_NESTED = 0x8000
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """Return one attribute, padded to four bytes."""
+    length = _ATTRIBUTE.size + len(value)
+    return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (-length % 4)
+
+
+def _text(kind: int, value: str) -> bytes:
+    return attribute(kind, value.encode() + b"\0")
+
+
+def _number(kind: int, value: int) -> bytes:
+    return attribute(kind, struct.pack("=I", value))
+
+
+class Request:
+    """One message for the kernel, and in words what it does, for the error."""
+
+    __slots__ = ("body", "flags", "ignore", "kind", "what")
+
+    def __init__(self, kind: int, body: bytes, what: str, *, flags: int = 0, ignore: Sequence[int] = ()) -> None:
+        self.kind, self.body, self.what = kind, body, what
+        self.flags = flags | _ACK_REQUEST
+        self.ignore = ignore
+        """Error numbers that mean that it was done already."""
+
+
+def add_veth(name: str, *, mac: bytes, peer: str, peer_mac: bytes, peer_netns: int, mtu: int) -> Request:
+    """Make a pair of links: `name` here, `peer` in the namespace that the descriptor `peer_netns` names."""
+    ends = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _text(3, peer) + attribute(1, peer_mac) + _number(4, mtu)
+    ends += _number(28, peer_netns)
+    info = _text(1, "veth") + attribute(2 | _NESTED, attribute(1 | _NESTED, ends))
+    body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _text(3, name) + attribute(1, mac) + _number(4, mtu)
+    body += attribute(18 | _NESTED, info)
+    return Request(_NEWLINK, body, f"make the link {peer}", flags=_CREATE | _EXCLUSIVE)
+
+
+def set_group(index: int, group: int) -> Request:
+    body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0) + _number(27, group)
+    return Request(_SETLINK, body, "group a link", ignore=(errno.ENODEV,))
+
+
+def delete_group(group: int) -> Request:
+    """Remove all links of a group at once: one grace period of the kernel (tens of ms) instead of one for each."""
+    body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _number(27, group)
+    return Request(_DELLINK, body, f"remove the links of group {group:#x}", ignore=(errno.ENODEV,))
+
+
+def set_up(index: int) -> Request:
+    return Request(_SETLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP), "bring a link up")
+
+
+def add_address(index: int, address: str, *, link_scope: bool = False) -> Request:
+    """Give the link `address`/32; one that is there already is no error."""
+    packed = socket.inet_aton(address)
+    body = _IFADDR.pack(socket.AF_INET, 32, 0, _SCOPE_LINK if link_scope else _SCOPE_UNIVERSE, index)
+    body += attribute(1, packed) + attribute(2, packed)
+    return Request(_NEWADDR, body, f"set the address {address}", flags=_CREATE | _REPLACE, ignore=(errno.EEXIST,))
+
+
+def delete_address(index: int, address: str) -> Request:
+    body = _IFADDR.pack(socket.AF_INET, 32, 0, 0, index) + attribute(2, socket.inet_aton(address))
+    return Request(_DELADDR, body, f"remove the address {address}", ignore=(errno.EADDRNOTAVAIL,))
+
+
+def add_neighbour(index: int, address: str, mac: bytes) -> Request:
+    """Tell the kernel for good where `address` is, so that nothing ever has to ask."""
+    body = _NEIGHBOUR.pack(socket.AF_INET, index, _PERMANENT, 0, 0) + attribute(1, socket.inet_aton(address)) + attribute(2, mac)
+    return Request(_NEWNEIGH, body, f"set the neighbour {address}", flags=_CREATE | _REPLACE)
+
+
+def add_route(index: int, destination: str | None, *, gateway: str | None = None, source: str | None = None) -> Request:
+    """Route `destination`/32 (None: everything) to the link, through `gateway` where given, with `source` as own address."""
+    length, scope = (32, _SCOPE_LINK) if destination else (0, _SCOPE_UNIVERSE if gateway else _SCOPE_LINK)
+    body = _ROUTE.pack(socket.AF_INET, length, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, scope, _UNICAST, 0)
+    for kind, address in ((1, destination), (5, gateway), (7, source)):
+        if address:
+            body += attribute(kind, socket.inet_aton(address))
+    body += _number(4, index)
+    return Request(_NEWROUTE, body, f"set the route to {destination or 'everywhere'}", flags=_CREATE | _REPLACE)
+
+
+class RouteSocket:
+    """A netlink socket in the network namespace of the thread that makes it; it stays there, whoever uses it later."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._socket.settimeout(REPLY_TIMEOUT_S)
+        self._socket.bind((0, 0))
+        self._sequence = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> RouteSocket:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._socket.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, *requests: Request) -> None:
+        """Have the kernel do all of `requests` in order; each is one change of its own. Threads take turns.
+
+        Raises RuntimeFailed with the first that was refused; the others have been done nevertheless.
+        """
+        with self._lock:
+            first = self._sequence + 1
+            self._sequence += len(requests)
+            parts = []
+            for sequence, request in enumerate(requests, first):
+                head = _HEADER.pack(_HEADER.size + len(request.body), request.kind, request.flags, sequence, 0)
+                parts.append(head + request.body)
+            self._socket.send(b"".join(parts))
+            failures = self._answers(requests, first)
+        for failure in failures:
+            if failure is not None:
+                raise failure
+
+    def _answers(self, requests: Sequence[Request], first: int) -> list[RuntimeFailed | None]:
+        results: list[RuntimeFailed | None] = []
+        while len(results) < len(requests):
+            answer = self._socket.recv(1 << 16)
+            while len(answer) >= _HEADER.size:
+                length, kind, _, sequence, _ = _HEADER.unpack_from(answer)
+                # Answers to a request that an earlier caller no longer waited for have a lower number.
+                if kind == _ERROR and sequence >= first:
+                    number = -struct.unpack_from("=i", answer, _HEADER.size)[0]
+                    results.append(_refusal(requests[sequence - first], number))
+                answer = answer[(length + 3) & ~3 :]
+        return results
+
+
+def _refusal(request: Request, number: int) -> RuntimeFailed | None:
+    if number == 0 or number in request.ignore:
+        return None
+    mend = "run as root with CAP_NET_ADMIN" if number == errno.EPERM else None
+    return RuntimeFailed(f"cannot {request.what}: {os.strerror(number)}", mend=mend)
