@@ -1,0 +1,101 @@
+"""What this machine lacks for instances' networks, for `atoll doctor`. Changes nothing."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+from pathlib import Path
+
+from msgspec import Struct
+
+from atoll.model.errors import AtollError
+from atoll.network import resolvers
+from atoll.network.addresses import AddressPool
+from atoll.network.slots import read_sysctl, routes
+
+_ADMIN_BITS = (12, 21)
+"""CAP_NET_ADMIN and CAP_SYS_ADMIN in the kernel's numbers."""
+
+
+class Check(Struct, frozen=True):
+    """`ok` None is something to know that stops nothing."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    mend: str = ""
+
+
+def check_network(subnet: str = "10.64.0.0/16") -> tuple[Check, ...]:
+    """Return what was found, in the order in which it should be mended."""
+    return (_capabilities(), _nftables(), _sysctl(), _subnet(subnet), _forwarding(), _resolvers(), *_neighbours())
+
+
+def _capabilities() -> Check:
+    status = Path("/proc/self/status").read_text()
+    effective = int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), 16)
+    missing = [name for name, bit in zip(("CAP_NET_ADMIN", "CAP_SYS_ADMIN"), _ADMIN_BITS, strict=True) if not effective >> bit & 1]
+    if missing:
+        return Check(
+            "network capabilities", False, f"missing: {', '.join(missing)}", "run as root, outside of a restricted container"
+        )
+    return Check("network capabilities", True, "namespaces and links can be made")
+
+
+def _nftables() -> Check:
+    if ctypes.util.find_library("nftables") is None and not _library_loads():
+        return Check("nftables", False, "libnftables.so.1 is not installed", "apt-get install nftables")
+    return Check("nftables", True, "libnftables is installed")
+
+
+def _library_loads() -> bool:
+    try:
+        ctypes.CDLL("libnftables.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _sysctl() -> Check:
+    if os.access("/proc/sys/net/ipv4/ip_forward", os.W_OK):
+        return Check("/proc/sys/net", True, "writable")
+    return Check("/proc/sys/net", False, "not writable", "run as root, with /proc/sys mounted for writing")
+
+
+def _subnet(subnet: str) -> Check:
+    try:
+        network = AddressPool(subnet).network
+    except AtollError as error:
+        return Check("instances' subnet", False, str(error), error.mend or "")
+    taken = [f"{other} ({link})" for link, other in routes() if other.subnet_of(network) and not link.startswith("at")]
+    if taken:
+        return Check("instances' subnet", False, f"{network} holds {', '.join(taken[:3])}", "choose another subnet")
+    return Check("instances' subnet", True, f"{network} is free")
+
+
+def _forwarding() -> Check:
+    if read_sysctl("ipv4/ip_forward") == "1":
+        return Check("IPv4 forwarding", True, "on")
+    return Check("IPv4 forwarding", None, "off; the agent turns it on when it starts, and leaves it on")
+
+
+def _resolvers() -> Check:
+    named = resolvers.read()
+    if named.servers:
+        return Check("name servers", True, ", ".join(named.servers))
+    return Check(
+        "name servers",
+        None,
+        "none that an instance could ask; instances get the image's resolv.conf",
+        "name a server that is not on a loopback address in /etc/resolv.conf",
+    )
+
+
+def _neighbours() -> tuple[Check, ...]:
+    """Other software whose rules cut what ours let through."""
+    if not Path("/sys/class/net/docker0").exists():
+        return ()
+    detail = "Docker drops forwarded packets that it does not know, and with them what instances send out"
+    return (
+        Check("Docker", None, detail, "iptables -I DOCKER-USER -i 'at+' -j ACCEPT; iptables -I DOCKER-USER -o 'at+' -j ACCEPT"),
+    )

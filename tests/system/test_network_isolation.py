@@ -1,0 +1,328 @@
+"""What a packet can and cannot do, tried from inside the namespaces that instances get."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from atoll.model.errors import Conflict, Exhausted
+from atoll.model.ports.network import Link
+from atoll.model.spec import Port, PortProtocol
+from atoll.network import namespaces, slots
+from atoll.network.links import LinkNetwork
+
+pytestmark = [pytest.mark.system, pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root")]
+
+WEB = Port(port=8000)
+PATIENCE_S = 0.4
+"""For what must not arrive."""
+
+
+def some_subnet() -> str:
+    return f"10.{random.randrange(112, 124)}.{random.randrange(256)}.0/24"
+
+
+@pytest.fixture
+def subnet() -> str:
+    return some_subnet()
+
+
+@pytest.fixture
+async def network(tmp_path: Path, subnet: str) -> AsyncIterator[LinkNetwork]:
+    """Its name server is the node's own address in the subnet, so that what passes to a name server can be watched."""
+    source = tmp_path / "resolv.conf"
+    source.write_text(f"nameserver 127.0.0.53\nnameserver {subnet.replace('.0/24', '.1')}\n")
+    network = LinkNetwork(subnet, tmp_path / "network", prepared=2, resolver_sources=(source,))
+    yield network
+    await network.close()
+    last = LinkNetwork(subnet, tmp_path / "network", prepared=0)
+    await last.recover(())
+    await last.close()
+
+
+def socket_in(link: Link, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+    """Return a socket that lives in the instance's namespace, whoever uses it."""
+    made = namespaces.run_inside(link.netns, lambda: socket.socket(family, kind, protocol))
+    made.settimeout(PATIENCE_S)
+    return made
+
+
+@contextmanager
+def listening(link: Link, port: int, kind: int = socket.SOCK_STREAM) -> Iterator[socket.socket]:
+    with closing(socket_in(link, kind=kind)) as server:
+        server.bind(("0.0.0.0", port))
+        if kind == socket.SOCK_STREAM:
+            server.listen()
+        yield server
+
+
+def connects(client: socket.socket, address: str, port: int) -> bool:
+    client.settimeout(PATIENCE_S)
+    with closing(client):
+        try:
+            client.connect((address, port))
+        except OSError:
+            return False
+        return True
+
+
+def from_node(address: str, port: int) -> bool:
+    return connects(socket.socket(), address, port)
+
+
+async def test_the_node_reaches_declared_ports_and_no_other(network: LinkNetwork) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    with listening(link, 8000), listening(link, 9000):
+        assert from_node(link.address, 8000)
+        assert not from_node(link.address, 9000)
+
+
+async def test_ports_can_change_while_the_instance_runs(network: LinkNetwork) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    with listening(link, 8000), listening(link, 9000):
+        await network.attach("a", project="p", ports=(Port(port=9000),))
+        assert from_node(link.address, 9000)
+        assert not from_node(link.address, 8000)
+
+
+async def test_a_udp_port_opens_udp_only(network: LinkNetwork) -> None:
+    link = await network.attach("a", project="p", ports=(Port(name="dns", port=5353, protocol=PortProtocol.UDP),))
+    with listening(link, 5353, socket.SOCK_DGRAM) as server, closing(socket.socket(type=socket.SOCK_DGRAM)) as client:
+        client.sendto(b"hello", (link.address, 5353))
+        assert server.recv(16) == b"hello"
+    with listening(link, 5353):
+        assert not from_node(link.address, 5353)
+
+
+async def test_the_instance_sees_the_node_by_an_address_of_the_subnet(network: LinkNetwork, subnet: str) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    with listening(link, 8000) as server, closing(socket.create_connection((link.address, 8000), PATIENCE_S)):
+        connection, peer = server.accept()
+        connection.close()
+        assert peer[0] == subnet.replace(".0/24", ".1")
+
+
+async def test_instances_cannot_reach_each_other(network: LinkNetwork) -> None:
+    one = await network.attach("a", project="p", ports=(WEB,))
+    other = await network.attach("b", project="p", ports=(WEB,))
+    with listening(other, 8000):
+        assert from_node(other.address, 8000)
+        assert not connects(socket_in(one), other.address, 8000)
+
+
+async def test_the_nodes_own_services_are_closed_to_instances(network: LinkNetwork, subnet: str) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    node_address = subnet.replace(".0/24", ".1")
+    with closing(socket.socket()) as server:
+        server.bind(("0.0.0.0", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert from_node(node_address, port)
+        for address in (node_address, slots.GATEWAY, "127.0.0.1"):
+            assert not connects(socket_in(link), address, port), address
+
+
+async def test_what_is_refused_is_refused_at_once(network: LinkNetwork, subnet: str) -> None:
+    link = await network.attach("a", project="p", ports=())
+    for address in (subnet.replace(".0/24", ".1"), "169.254.169.254"):
+        started = time.monotonic()
+        assert not connects(socket_in(link), address, 80)
+        assert time.monotonic() - started < PATIENCE_S / 2, address
+
+
+def question(link: Link, resolver: str, source: str, server: socket.socket) -> bool:
+    """Send a UDP packet to the name server with `source` as sender, and return whether it arrived."""
+    payload = source.encode()
+    udp = struct.pack("!HHHH", 4000, 53, 8 + len(payload), 0) + payload
+    header = struct.pack(
+        "!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, socket.inet_aton(source), socket.inet_aton(resolver)
+    )
+    with closing(socket_in(link, kind=socket.SOCK_RAW, protocol=socket.IPPROTO_RAW)) as sender:
+        sender.sendto(header + udp, (resolver, 0))
+    try:
+        return server.recv(64) == payload
+    except TimeoutError:
+        return False
+
+
+async def test_names_can_be_asked_for_but_only_with_ones_own_address(network: LinkNetwork, subnet: str) -> None:
+    one = await network.attach("a", project="p", ports=())
+    other = await network.attach("b", project="p", ports=())
+    resolver = subnet.replace(".0/24", ".1")
+    with closing(socket.socket(type=socket.SOCK_DGRAM)) as server:
+        server.bind((resolver, 53))
+        server.settimeout(PATIENCE_S)
+        assert question(one, resolver, one.address, server)
+        for forged in (other.address, "192.0.2.77", "127.0.0.1", resolver):
+            assert not question(one, resolver, forged, server), forged
+
+
+async def test_the_resolv_conf_names_servers_that_an_instance_can_ask(network: LinkNetwork, subnet: str) -> None:
+    link = await network.attach("a", project="p", ports=())
+    assert link.resolv_conf is not None
+    assert link.resolv_conf.read_text() == f"nameserver {subnet.replace('.0/24', '.1')}\n"
+
+
+async def test_without_a_usable_name_server_there_is_no_resolv_conf(tmp_path: Path, subnet: str) -> None:
+    source = tmp_path / "resolv.conf"
+    source.write_text("nameserver 127.0.0.1\nnameserver ::1\n")
+    network = LinkNetwork(subnet, tmp_path / "network", prepared=0, resolver_sources=(source,))
+    assert (await network.attach("a", project="p", ports=())).resolv_conf is None
+    await network.detach("a")
+    await network.close()
+
+
+async def test_a_port_below_1024_needs_no_root_inside(network: LinkNetwork) -> None:
+    link = await network.attach("a", project="p", ports=(Port(port=80),))
+    code = "import os, socket; os.setuid(65534); socket.socket().bind(('0.0.0.0', 80))"
+    inside = ["nsenter", f"--net={link.netns}", sys.executable, "-c", code]
+    assert (await asyncio.to_thread(subprocess.run, inside, timeout=20)).returncode == 0
+
+
+async def test_an_app_may_listen_on_every_address_of_both_families(network: LinkNetwork) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    with closing(socket_in(link, family=socket.AF_INET6)) as server:
+        server.bind(("::", 8000))
+        server.listen()
+        assert from_node(link.address, 8000)
+
+
+def traces(network: LinkNetwork, directory: Path) -> list[str]:
+    """Return everything of this network that is in the kernel."""
+    tag = slots.tag_of(directory)
+    found = [name for _, name in socket.if_nameindex() if name.startswith(f"at{tag}")]
+    if namespaces.DIRECTORY.is_dir():
+        found += [path.name for path in namespaces.DIRECTORY.iterdir() if tag in path.name]
+    tables = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True, timeout=20).stdout
+    found += [line for line in tables.splitlines() if tag in line]
+    return found
+
+
+async def test_200_starts_and_stops_leave_nothing(network: LinkNetwork, tmp_path: Path, subnet: str) -> None:
+    for batch in range(20):
+        ids = [f"i-{batch}-{n}" for n in range(10)]
+        links = await asyncio.gather(*(network.attach(id, project="p", ports=(WEB,)) for id in ids))
+        assert len({link.address for link in links}) == 10
+        await asyncio.gather(*(network.detach(id) for id in ids))
+    await network.close()
+    assert await asyncio.to_thread(traces, network, tmp_path / "network") == []
+    routes = Path("/proc/net/fib_trie").read_text()
+    assert subnet.replace(".0/24", ".") not in routes
+
+
+async def test_a_namespace_that_a_process_still_holds_loses_its_link_all_the_same(network: LinkNetwork) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    holder = await asyncio.create_subprocess_exec("nsenter", f"--net={link.netns}", "sleep", "60")
+    try:
+        await asyncio.sleep(0.1)
+        await network.detach("a")
+        assert link.interface not in [name for _, name in socket.if_nameindex()]
+        assert not link.netns.exists()
+    finally:
+        holder.kill()
+        await holder.wait()
+
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from atoll.model.spec import Port
+from atoll.network.links import LinkNetwork
+
+async def main():
+    network = LinkNetwork(sys.argv[1], Path(sys.argv[2]), prepared=4)
+    print((await network.attach("kept", project="p", ports=(Port(port=8000),))).address, flush=True)
+    n = 0
+    while True:
+        await network.attach(f"i-{n}", project="p", ports=(Port(port=8000),))
+        if n > 5:
+            await network.detach(f"i-{n - 5}")
+        n += 1
+
+asyncio.run(main())
+"""
+
+
+async def test_after_kill_9_what_is_kept_works_and_the_rest_is_gone(tmp_path: Path, subnet: str) -> None:
+    directory = tmp_path / "network"
+    for delay_s in (0.05, 0.11, 0.23):
+        owner = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", OWNER, subnet, str(directory), stdout=asyncio.subprocess.PIPE
+        )
+        assert owner.stdout is not None
+        address = (await asyncio.wait_for(owner.stdout.readline(), 20)).decode().strip()
+        await asyncio.sleep(delay_s)
+        owner.send_signal(signal.SIGKILL)
+        await owner.wait()
+        network = LinkNetwork(subnet, directory, prepared=0)
+        (link,) = await network.recover(("kept",))
+        assert link.address == address
+        with listening(link, 8000), listening(link, 8001):
+            assert from_node(address, 8000)
+            assert not from_node(address, 8001)
+        held = await asyncio.to_thread(traces, network, directory)
+        assert sorted(held) == sorted([link.interface, link.netns.name, f"table inet atoll_{slots.tag_of(directory)}"])
+        await network.recover(())
+        await network.close()
+        assert await asyncio.to_thread(traces, network, directory) == []
+
+
+async def test_a_full_subnet_says_so_and_leaves_nothing(tmp_path: Path, subnet: str) -> None:
+    directory = tmp_path / "network"
+    network = LinkNetwork(subnet.replace("/24", "/29"), directory, prepared=8)
+    for n in range(5):
+        await network.attach(f"i-{n}", project="p", ports=(WEB,))
+    with pytest.raises(Exhausted):
+        await network.attach("one-too-many", project="p", ports=(WEB,))
+    await network.recover(())
+    await network.close()
+    assert await asyncio.to_thread(traces, network, directory) == []
+
+
+async def test_two_agents_cannot_own_one_directory(network: LinkNetwork, tmp_path: Path, subnet: str) -> None:
+    await network.attach("a", project="p", ports=())
+    with pytest.raises(Conflict):
+        await LinkNetwork(subnet, tmp_path / "network").attach("b", project="p", ports=())
+
+
+async def test_a_subnet_that_is_in_use_is_refused(network: LinkNetwork, tmp_path: Path, subnet: str) -> None:
+    await network.attach("a", project="p", ports=())
+    other = LinkNetwork(subnet, tmp_path / "other")
+    with pytest.raises(Conflict) as caught:
+        await other.attach("a", project="p", ports=())
+    assert caught.value.field == "subnet"
+    assert await asyncio.to_thread(traces, other, tmp_path / "other") == []
+
+
+async def test_a_link_that_was_removed_by_hand_is_not_adopted(network: LinkNetwork, tmp_path: Path, subnet: str) -> None:
+    link = await network.attach("a", project="p", ports=())
+    await network.close()
+    namespaces.remove(link.netns)
+    second = LinkNetwork(subnet, tmp_path / "network", prepared=0)
+    assert list(await second.recover(("a",))) == []
+    await second.attach("a", project="p", ports=())
+    await second.recover(())
+    await second.close()
+
+
+async def test_a_prepared_slot_is_taken_in_under_a_few_milliseconds(network: LinkNetwork) -> None:
+    took_ms = []
+    await network.attach("warm", project="p", ports=(WEB,))
+    for n in range(20):
+        await asyncio.sleep(0.02)
+        started = time.perf_counter()
+        await network.attach(f"i-{n}", project="p", ports=(WEB,))
+        took_ms.append((time.perf_counter() - started) * 1000)
+    assert sorted(took_ms)[len(took_ms) // 2] < 3, took_ms
