@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 
 import structlog
 
@@ -30,6 +31,8 @@ from atoll.store.window import Window
 
 WATCH_READ_REVISIONS = 1_000
 """Revisions that a watch takes up at a time, so that one far behind neither holds the event loop nor much memory."""
+RANGE_AT_REVISIONS_MAX = 16_384
+"""How far behind the newest revision a listing `at` a revision may be: a page costs as much as what has changed since."""
 LEASE_TTL_MIN_S = 1.0
 LEASE_TTL_MAX_S = 86_400.0
 LEASE_RETRY_S = 1.0
@@ -75,8 +78,16 @@ class BaseStore(abc.ABC):
     async def _compact(self, revision: Revision) -> None: ...
 
     @abc.abstractmethod
-    def _range_now(self, prefix: str, after: str, limit: int) -> Range:
-        """Return up to `limit` items; `limit` may exceed what callers may ask for."""
+    def _snapshot(self) -> AbstractContextManager[Revision]:
+        """Hold still what `_items` and `_since` see, which is everything up to the revision that this gives."""
+
+    @abc.abstractmethod
+    def _items(self, prefix: str, after: str, limit: int) -> list[KeyValue]:
+        """Return up to `limit` of the newest items, in key order; `limit` may exceed what callers may ask for."""
+
+    @abc.abstractmethod
+    def _since(self, start: Revision) -> list[tuple[Revision, Changes]]:
+        """Return all changes from revision `start` on, oldest first."""
 
     @property
     @abc.abstractmethod
@@ -85,7 +96,7 @@ class BaseStore(abc.ABC):
 
     @abc.abstractmethod
     def _log(self, start: Revision, count_max: int) -> list[tuple[Revision, Changes]]:
-        """Return changes by revision, from `start` on, oldest first. Raises Compacted."""
+        """Return changes from `start` on, oldest first: at least one revision if there is one. Raises Compacted."""
 
     async def revision(self) -> Revision:
         return self._window.newest
@@ -93,11 +104,14 @@ class BaseStore(abc.ABC):
     async def range(self, prefix: str, *, after: str = "", limit: int = RANGE_LIMIT_MAX, at: Revision | None = None) -> Range:
         """See `Store.range`."""
         check_prefix(prefix)
+        check_prefix(after)
         check_limit(limit)
-        if at is None or at == self._window.newest:
-            return self._range_now(prefix, after, limit)
-        self._check_held(at)
-        return self._range_then(prefix, after, limit, at)
+        with self._snapshot() as newest:
+            if at is None or at == newest:
+                items = self._items(prefix, after, limit + 1)
+                return Range(tuple(items[:limit]), newest, len(items) > limit)
+            self._check_at(at, newest)
+            return self._range_then(prefix, after, limit, at)
 
     async def put(self, key: str, value: bytes, *, lease: LeaseId = LeaseId(0)) -> Revision:
         return (await self.txn((), (Put(key, value, lease),))).revision
@@ -184,28 +198,30 @@ class BaseStore(abc.ABC):
         if end is None or end <= self._clock.monotonic():
             raise NotFound(f"lease {lease} is not there; it has expired or was revoked")
 
-    def _check_held(self, at: Revision) -> None:
-        if at > self._window.newest:
-            raise Invalid(f"revision {at} is not there yet; the newest is {self._window.newest}", field="at")
-        if at < self._floor:
-            raise Compacted(f"revision {at} is no longer held; the oldest is {self._floor}")
+    def _check_at(self, at: Revision, newest: Revision) -> None:
+        if at > newest:
+            raise Invalid(f"revision {at} is not there yet; the newest is {newest}", field="at")
+        oldest = max(self._floor, newest - RANGE_AT_REVISIONS_MAX)
+        if at < oldest:
+            raise Compacted(f"revision {at} is too old to be listed; the oldest is {oldest}")
+
+    def _check_start(self, start: Revision) -> None:
+        if start < self._floor:
+            raise Compacted(f"revision {start} is no longer held; the oldest is {self._floor}")
 
     def _range_then(self, prefix: str, after: str, limit: int, at: Revision) -> Range:
         """Undo on the newest items what has changed since `at`: the first change of a key tells what was there."""
         before: dict[str, KeyValue | None] = {}
-        for _, changes in self._log(Revision(at + 1), self._window.newest - at):
+        for _, changes in self._since(Revision(at + 1)):
             for change in changes:
                 if change.key.startswith(prefix) and change.key > after:
                     before.setdefault(change.key, change.previous)
-        now = self._range_now(prefix, after, limit + 1 + len(before))
-        items = {item.key: item for item in now.items}
-        for key, item in before.items():
-            items.pop(key, None)
-            # Beyond the last item that was read there may be others in between, which the cut below leaves for later.
-            if item is not None:
-                items[key] = item
+        # Of so many items, at least limit + 1 are as they were at `at`, so that nothing is missed between them.
+        now = self._items(prefix, after, limit + 1 + len(before))
+        items = {item.key: item for item in now if item.key not in before}
+        items.update((key, item) for key, item in before.items() if item is not None)
         ordered = sorted(items.values(), key=lambda item: item.key)
-        return Range(tuple(ordered[:limit]), at, len(ordered) > limit or now.more)
+        return Range(tuple(ordered[:limit]), at, len(ordered) > limit)
 
     def _begin_expiry(self) -> None:
         self._lease_change.set()

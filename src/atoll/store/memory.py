@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from atoll.model.errors import Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
-from atoll.model.ports.store import KeyValue, LeaseId, Range, Revision, TxnResult
+from atoll.model.ports.store import KeyValue, LeaseId, Revision, TxnResult
 from atoll.store.base import BaseStore, Changes
 from atoll.store.transaction import Transaction, apply, check_key, remove_all, size_bytes
 from atoll.store.window import WINDOW_BYTES_MAX, WINDOW_ENTRIES_MAX, Window
@@ -91,10 +92,16 @@ class MemoryStore(BaseStore):
         if not self._open:
             raise Unavailable("the store is closed")
 
-    def _range_now(self, prefix: str, after: str, limit: int) -> Range:
+    @contextmanager
+    def _snapshot(self) -> Iterator[Revision]:
         self._check_open()
-        items = self._table.slice(prefix, after, limit + 1)
-        return Range(tuple(items[:limit]), self._window.newest, len(items) > limit)
+        yield self._window.newest
+
+    def _items(self, prefix: str, after: str, limit: int) -> list[KeyValue]:
+        return self._table.slice(prefix, after, limit)
+
+    def _since(self, start: Revision) -> list[tuple[Revision, Changes]]:
+        return self._window.read(start)
 
     @property
     def _floor(self) -> Revision:
