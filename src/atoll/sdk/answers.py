@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import msgspec
-
 from atoll.model import codec, errors
 from atoll.model.streams import ErrorBody
 from atoll.model.views import ErrorAnswer
@@ -50,8 +48,7 @@ def from_answer(status: int, body: bytes) -> errors.AtollError:
 
 def read(answer: Answer, kind: type[T]) -> T:
     """Return the record in a good answer; raise the error in any other."""
-    if answer.status >= 400:
-        raise from_answer(answer.status, answer.body)
+    check(answer)
     try:
         return codec.decode(answer.body, kind)
     except errors.Invalid as error:
@@ -60,11 +57,7 @@ def read(answer: Answer, kind: type[T]) -> T:
         ) from None
 
 
-def read_plain(answer: Answer) -> object:
-    """Return a good answer's JSON as plain data."""
+def check(answer: Answer) -> None:
+    """Raise the error in an answer whose body does not matter when it is good."""
     if answer.status >= 400:
         raise from_answer(answer.status, answer.body)
-    try:
-        return msgspec.json.decode(answer.body)
-    except msgspec.DecodeError as error:
-        raise errors.AtollError(f"the API's answer is not JSON: {error}") from None

@@ -1,0 +1,283 @@
+"""The API from Python: a method per call, records and views as answers, errors of `model.errors`.
+
+Every write carries an idempotency key, so that a call whose connection broke is repeated by itself and acts once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from atoll.model import codec
+from atoll.model.errors import OutcomeUnknown, Unavailable
+from atoll.model.records import Event, Project, Release, Usage
+from atoll.model.spec import AppSpec, JobSpec
+from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
+from atoll.model.views import (
+    PAGE_LIMIT_MAX,
+    AppView,
+    Info,
+    InstanceView,
+    JobView,
+    NodeView,
+    Page,
+    RollbackRequest,
+    ScaleRequest,
+    SecretRequest,
+    SecretView,
+    TokenRequest,
+    TokenView,
+    WatchLine,
+)
+from atoll.sdk import answers, context, streams, watching
+from atoll.sdk.http import HttpTransport
+from atoll.sdk.transport import Answer, Transport, path
+
+TRIES_MAX = 3
+RETRY_DELAY_S = 0.1
+"""Before the second try; doubled for each one after."""
+
+T = TypeVar("T")
+
+
+class Client:
+    """Calls one cell's API. Safe for many tasks of one event loop; use as an async context, or `close` it.
+
+    Every method may raise Unavailable (nothing answered), Unauthenticated, Forbidden, and OutcomeUnknown for a write whose
+    repeats were cut too.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    @classmethod
+    def connect(cls, address: str | None = None, token: str | None = None) -> Client:
+        """Return a client for what was given, or for what the environment and `atoll up`'s files say. Opens nothing yet."""
+        found = context.resolve(address, token)
+        return cls(HttpTransport(found.address, found.token, agent="atoll-client"))
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._transport.close()
+
+    # The cell
+
+    async def info(self) -> Info:
+        return await self._get(Info, path("info"))
+
+    async def schema(self, kind: str) -> dict[str, Any]:
+        """Return the JSON Schema of an `app` or `job` spec."""
+        return await self._get(dict[str, Any], path("schema", kind))
+
+    async def projects(self) -> list[Project]:
+        return await self._all(Project, "projects")
+
+    async def put_project(self, name: str) -> Project:
+        return await self._write(Project, "PUT", path("projects", name))
+
+    async def nodes(self) -> list[NodeView]:
+        return await self._all(NodeView, "nodes")
+
+    async def node(self, name: str) -> NodeView:
+        return await self._get(NodeView, path("nodes", name))
+
+    async def cordon(self, name: str) -> NodeView:
+        """Let the scheduler put nothing new on the node."""
+        return await self._write(NodeView, "POST", path("nodes", name, "cordon"))
+
+    async def uncordon(self, name: str) -> NodeView:
+        return await self._write(NodeView, "POST", path("nodes", name, "uncordon"))
+
+    async def usage(self, project: str | None = None) -> list[Usage]:
+        """Return what every instance used at its node's last heartbeat."""
+        return await self._all(Usage, "usage", project=project)
+
+    async def tokens(self) -> list[TokenView]:
+        return await self._all(TokenView, "tokens")
+
+    async def create_token(self, request: TokenRequest) -> TokenView:
+        """Return the new token; its `token` is never shown again."""
+        return await self._write(TokenView, "POST", path("tokens"), request)
+
+    async def delete_token(self, id: str) -> None:
+        await self._delete(path("tokens", id))
+
+    # Apps
+
+    async def apps(self, project: str) -> list[AppView]:
+        return await self._all(AppView, "projects", project, "apps")
+
+    async def app(self, project: str, name: str) -> AppView:
+        """Raises NotFound."""
+        return await self._get(AppView, path("projects", project, "apps", name))
+
+    async def put_app(self, spec: AppSpec, *, if_revision: int | None = None) -> AppView:
+        """Make or change `spec.name` in `spec.project`; the same spec again makes no new release.
+
+        With `if_revision`, raises StaleRevision when the app has changed since it was read (0: when it exists).
+        """
+        where = path("projects", spec.project, "apps", spec.name)
+        return await self._write(AppView, "PUT", where, spec, if_revision=if_revision)
+
+    async def delete_app(self, project: str, name: str) -> None:
+        """Ask for the end of the app; it is gone when its last instance is."""
+        await self._delete(path("projects", project, "apps", name))
+
+    async def scale(self, project: str, name: str, replicas: int) -> AppView:
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "scale"), ScaleRequest(replicas))
+
+    async def restart(self, project: str, name: str) -> AppView:
+        """Replace every instance, keeping the app serving."""
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "restart"))
+
+    async def rollback(self, project: str, name: str, release: int | None = None) -> AppView:
+        """Deploy an earlier release's spec as a new one; without `release`, the one before the current."""
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollback"), RollbackRequest(release))
+
+    async def releases(self, project: str, name: str) -> list[Release]:
+        """Return the app's releases, newest first."""
+        return await self._all(Release, "projects", project, "apps", name, "releases")
+
+    # Instances
+
+    async def instances(self, project: str, *, app: str | None = None, job: str | None = None) -> list[InstanceView]:
+        return await self._all(InstanceView, "projects", project, "instances", app=app, job=job)
+
+    async def instance(self, project: str, id: str) -> InstanceView:
+        return await self._get(InstanceView, path("projects", project, "instances", id))
+
+    async def stop_instance(self, project: str, id: str) -> InstanceView:
+        """Drain and stop one instance; its app gets another."""
+        return await self._write(InstanceView, "POST", path("projects", project, "instances", id, "stop"))
+
+    async def exec(self, project: str, id: str, options: ExecOptions) -> streams.Exec:
+        """Start a command in a running instance."""
+        where = path("projects", project, "instances", id, "exec", options=codec.encode(options).decode())
+        return streams.Exec(await self._transport.channel(where))
+
+    async def logs(self, project: str, id: str, options: LogOptions = LogOptions()) -> AsyncIterator[LogLine]:
+        """Yield the instance's lines, oldest first; with `follow`, until the instance is gone or the iterator is closed."""
+        where = path("projects", project, "instances", id, "logs", options=codec.encode(options).decode())
+        channel = await self._transport.channel(where)
+        try:
+            async for line in streams.log_lines(channel):
+                yield line
+        finally:
+            await channel.close()
+
+    async def get_files(self, project: str, id: str, source: str) -> AsyncIterator[bytes]:
+        """Yield a tar stream of a file or directory in the instance."""
+        channel = await self._transport.channel(self._files(project, id, "get", source))
+        try:
+            async for part in streams.receive_files(channel):
+                yield part
+        finally:
+            await channel.close()
+
+    async def put_files(self, project: str, id: str, target: str, parts: AsyncIterator[bytes]) -> None:
+        """Unpack a tar stream into directory `target` of the instance; returns when all of it is there."""
+        channel = await self._transport.channel(self._files(project, id, "put", target))
+        try:
+            await streams.send_files(channel, parts)
+        finally:
+            await channel.close()
+
+    def _files(self, project: str, id: str, mode: str, where: str) -> str:
+        options = codec.encode(FilesOptions(path=where)).decode()
+        return path("projects", project, "instances", id, "files", mode=mode, options=options)
+
+    # Jobs
+
+    async def jobs(self, project: str) -> list[JobView]:
+        return await self._all(JobView, "projects", project, "jobs")
+
+    async def job(self, project: str, name: str) -> JobView:
+        return await self._get(JobView, path("projects", project, "jobs", name))
+
+    async def create_job(self, spec: JobSpec) -> JobView:
+        """Raises Conflict when a job of that name is there."""
+        return await self._write(JobView, "POST", path("projects", spec.project, "jobs"), spec)
+
+    async def cancel_job(self, project: str, name: str) -> JobView:
+        return await self._write(JobView, "POST", path("projects", project, "jobs", name, "cancel"))
+
+    async def delete_job(self, project: str, name: str) -> None:
+        await self._delete(path("projects", project, "jobs", name))
+
+    # Secrets and events
+
+    async def secrets(self, project: str) -> list[SecretView]:
+        return await self._all(SecretView, "projects", project, "secrets")
+
+    async def put_secret(self, project: str, name: str, value: str) -> SecretView:
+        return await self._write(SecretView, "PUT", path("projects", project, "secrets", name), SecretRequest(value))
+
+    async def delete_secret(self, project: str, name: str) -> None:
+        await self._delete(path("projects", project, "secrets", name))
+
+    async def events(self, project: str, *, subject: str | None = None, limit: int = 100, after: str | None = None) -> Page[Event]:
+        """Return up to `limit` events, newest first; pass `next` as `after` for older ones."""
+        return await self._get(Page[Event], path("projects", project, "events", subject=subject, limit=limit, after=after))
+
+    def watch(
+        self, kinds: Sequence[str], *, project: str | None = None, start: int | None = None, bookmarks: bool = False
+    ) -> AsyncIterator[WatchLine]:
+        """Yield the state, then every change, for ever; goes on by itself after the connection broke.
+
+        With `start`, only changes from that revision on; raises Compacted if it is no longer held.
+        """
+        return watching.watch(self._transport, kinds, project=project, start=start, bookmarks=bookmarks)
+
+    # How calls are made
+
+    async def _get(self, kind: type[T], where: str) -> T:
+        return answers.read(await self._repeat(lambda: self._transport.request("GET", where)), kind)
+
+    async def _all(self, kind: type[T], *segments: str, **query: str | None) -> list[T]:
+        """Return all items of a list, page by page."""
+        items: list[T] = []
+        after: str | None = None
+        while True:
+            where = path(*segments, **query, limit=PAGE_LIMIT_MAX, after=after)
+            page: Page[T] = await self._get(Page[kind], where)  # type: ignore[valid-type]
+            items.extend(page.items)
+            if page.next is None:
+                return items
+            after = page.next
+
+    async def _write(
+        self, kind: type[T], method: str, where: str, record: object | None = None, *, if_revision: int | None = None
+    ) -> T:
+        return answers.read(await self._send(method, where, record, if_revision), kind)
+
+    async def _delete(self, where: str) -> None:
+        answers.check(await self._send("DELETE", where))
+
+    async def _send(self, method: str, where: str, record: object | None = None, if_revision: int | None = None) -> Answer:
+        headers = {"Idempotency-Key": secrets.token_hex(16)}
+        if if_revision is not None:
+            headers["If-Match"] = f'"{if_revision}"'
+        body = b"" if record is None else codec.encode(record)
+        return await self._repeat(lambda: self._transport.request(method, where, headers=headers, body=body))
+
+    async def _repeat(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Make a call up to `TRIES_MAX` times while it is cut, or refused for now. Only for what acts once."""
+        delay = RETRY_DELAY_S
+        for _ in range(TRIES_MAX - 1):
+            try:
+                answer = await call()
+                if answer.status not in (502, 503):
+                    return answer
+            except (Unavailable, OutcomeUnknown):
+                pass
+            await asyncio.sleep(delay)
+            delay *= 2
+        return await call()
