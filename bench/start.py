@@ -1,0 +1,274 @@
+"""How fast an instance starts: ours, bare `runc run` of the same bundle, and `podman run` of the same image, interleaved.
+
+A sample's clock starts before the request (or the command) and stops at the measured process's own first instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.entry.scratch import ScratchAtoll
+from bench.image import compile_stamp, docker_archive
+from bench.report import Report, Result, median, percentile
+
+SAMPLES = 40
+WARM_UP = 3
+SAMPLE_S = 20.0
+IMAGE = "localhost/stamp:1"
+PODMAN = ("podman", "--cgroup-manager=cgroupfs", "--runtime", "runc")
+PODMAN_LIMITS = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000")
+
+
+class NotMeasured(Exception):
+    """A peer cannot be measured here; the message says why."""
+
+
+def run(arguments: list[str]) -> Report:
+    """Measure and return the report."""
+    parser = argparse.ArgumentParser(prog="python -m bench start")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    samples = parser.parse_args(arguments).samples
+    work = Path(tempfile.mkdtemp(prefix="atoll-bench-"))
+    try:
+        with ScratchAtoll("atoll-bench-") as scratch:
+            return _measure(scratch, work, samples)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _measure(scratch: ScratchAtoll, work: Path, samples: int) -> Report:
+    archive = docker_archive(work, IMAGE)
+    image = scratch.atoll_json("image", "import", str(archive), "--name", "stamp:1")["image"]
+    ours = Ours(scratch, image)
+    runc = BareRunc(work, ours.bundle(work))
+    podman: Podman | None = None
+    why = None
+    try:
+        podman = Podman(work, archive)
+    except NotMeasured as error:
+        why = str(error)
+    running: list[float] = []
+    first_byte: list[float] = []
+    bare: list[float] = []
+    peer: list[float] = []
+    for index in range(samples + WARM_UP):
+        _progress(index, samples + WARM_UP)
+        started, answered = ours.sample(index)
+        alone = runc.sample(index)
+        beside = podman.sample(index) if podman else None
+        if index >= WARM_UP:
+            running.append(started)
+            first_byte.append(answered)
+            bare.append(alone)
+            if beside is not None:
+                peer.append(beside)
+    if podman:
+        podman.close()
+    return _report(running, first_byte, bare, peer, why, samples)
+
+
+def _report(
+    running: list[float], first_byte: list[float], bare: list[float], peer: list[float], why: str | None, samples: int
+) -> Report:
+    report = Report(
+        "start", notes=[f"{samples} samples each, interleaved, after {WARM_UP} warm-ups; the image is present everywhere"]
+    )
+    started = "create request → process running"
+    report.add(Result(f"{started}, p50, beside bare runc run", median(running), "ms", median(bare), "<= 1.5"))
+    report.add(Result(f"{started}, p99, beside bare runc run", percentile(running, 99), "ms", percentile(bare, 99)))
+    if peer:
+        report.add(Result(f"{started}, p50, beside podman run", median(running), "ms", median(peer), "< 0.5"))
+        report.add(Result(f"{started}, p99, beside podman run", percentile(running, 99), "ms", percentile(peer, 99)))
+    else:
+        report.add(Result(f"{started}, p50, beside podman run", median(running), "ms", None, "< 0.5", why))
+    report.add(Result("create request → first byte through the ingress, p50", median(first_byte), "ms"))
+    report.add(Result("create request → first byte through the ingress, p99", percentile(first_byte, 99), "ms"))
+    return report
+
+
+class Ours:
+    """One sample: a new app with one replica, from the request to its first instruction and to its first answer."""
+
+    def __init__(self, scratch: ScratchAtoll, image: str) -> None:
+        self.scratch = scratch
+        self.image = image
+        self.volumes = scratch.data / "agent" / "volumes" / "default"
+        host, port = scratch.api.rsplit(":", 1)
+        self.connection = http.client.HTTPConnection(host, int(port), timeout=SAMPLE_S)
+
+    def sample(self, index: int) -> tuple[float, float]:
+        name = f"stamp-{index}"
+        stamp = self.volumes / name / "probe" / "t"
+        began_ns = time.time_ns()
+        self.deploy(name)
+        answered_ns = self._wait_answer(name)
+        started_ns = _read_stamp(stamp)
+        self.delete(name)
+        return (started_ns - began_ns) / 1e6, (answered_ns - began_ns) / 1e6
+
+    def deploy(self, name: str) -> None:
+        spec = {
+            "name": name,
+            "image": self.image,
+            "ports": [{"port": 8080}],
+            "volumes": [{"name": "probe", "path": "/probe"}],
+            "resources": {"cpu": 0.1, "memory": "64MiB"},
+            "stop": {"grace": "1s"},
+        }
+        self.call("PUT", f"/v1/projects/default/apps/{name}", spec)
+
+    def delete(self, name: str) -> None:
+        self.call("DELETE", f"/v1/projects/default/apps/{name}")
+        _wait(lambda: not self.call("GET", f"/v1/projects/default/instances?app={name}")["items"], f"{name} to be gone")
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        data = None if body is None else json.dumps(body)
+        headers = {"Authorization": f"Bearer {self.scratch.token}", "Content-Type": "application/json"}
+        self.connection.request(method, path, data, headers)
+        answer = self.connection.getresponse()
+        content = answer.read()
+        if answer.status >= 300:
+            raise RuntimeError(f"{method} {path}: {answer.status} {content.decode()[:500]}")
+        return json.loads(content) if content else None
+
+    def _wait_answer(self, name: str) -> int:
+        host, port = self.scratch.ingress.rsplit(":", 1)
+        deadline = time.monotonic() + SAMPLE_S
+        while time.monotonic() < deadline:
+            connection = http.client.HTTPConnection(host, int(port), timeout=SAMPLE_S)
+            connection.request("GET", "/", headers={"Host": f"{name}.localhost"})
+            answer = connection.getresponse()
+            answer.read()
+            connection.close()
+            if answer.status == 200:
+                return time.time_ns()
+            time.sleep(0.001)
+        raise RuntimeError(f"{name} did not answer within {SAMPLE_S:.0f} s\n{self.scratch.log[-3000:]}")
+
+    def bundle(self, work: Path) -> dict[str, Any]:
+        """Return the configuration that our agent wrote for an instance, which bare runc is then given."""
+        self.deploy("bundle")
+        self._wait_answer("bundle")
+        written = list((self.scratch.data / "agent").rglob("config.json"))
+        bundle: dict[str, Any] = json.loads(written[0].read_text())
+        self.delete("bundle")
+        return bundle
+
+
+class BareRunc:
+    """`runc run --detach` of our own bundle: only paths that must differ are changed, and its network is made ahead."""
+
+    def __init__(self, work: Path, bundle: dict[str, Any]) -> None:
+        self.work = work
+        self.probe = work / "probe"
+        self.root = work / "bundle"
+        rootfs = self.root / "rootfs"
+        rootfs.mkdir(parents=True)
+        self.probe.mkdir(mode=0o777)
+        self.probe.chmod(0o777)
+        work.chmod(0o755)
+        for name in ("probe", "etc", "proc", "sys", "dev", "tmp"):
+            (rootfs / name).mkdir()
+        shutil.copy2(compile_stamp(work), rootfs / "stamp")
+        _own(rootfs, bundle)
+        bundle["root"]["path"] = str(rootfs)
+        kept = []
+        for mount in bundle["mounts"]:
+            if mount["destination"] == "/probe":
+                mount["source"] = str(self.probe)
+            elif mount.get("source", "").startswith("/") and not Path(mount["source"]).exists():
+                continue
+            kept.append(mount)
+        bundle["mounts"] = kept
+        bundle["linux"]["namespaces"] = [
+            {"type": space["type"]} if space["type"] == "network" else space for space in bundle["linux"]["namespaces"]
+        ]
+        bundle["linux"]["cgroupsPath"] = "/atoll-bench"
+        (self.root / "config.json").write_text(json.dumps(bundle))
+        self.runc = ["runc", "--root", str(work / "runc")]
+
+    def sample(self, index: int) -> float:
+        stamp = self.probe / "t"
+        stamp.unlink(missing_ok=True)
+        name = f"bare-{os.getpid()}-{index}"
+        began_ns = time.time_ns()
+        _call([*self.runc, "run", "--detach", "--bundle", str(self.root), name])
+        started_ns = _read_stamp(stamp)
+        _call([*self.runc, "delete", "--force", name])
+        return (started_ns - began_ns) / 1e6
+
+
+class Podman:
+    """`podman run --detach` of the same image, with its default network."""
+
+    def __init__(self, work: Path, archive: Path) -> None:
+        if shutil.which("podman") is None:
+            raise NotMeasured("podman is not installed")
+        self.probe = work / "podman-probe"
+        self.probe.mkdir()
+        loaded = subprocess.run([*PODMAN, "load", "-q", "-i", str(archive)], capture_output=True, text=True, check=False)
+        if loaded.returncode != 0:
+            raise NotMeasured(f"podman cannot load the image: {loaded.stderr.strip()[-200:]}")
+
+    def sample(self, index: int) -> float:
+        stamp = self.probe / "t"
+        stamp.unlink(missing_ok=True)
+        name = f"bench-{os.getpid()}-{index}"
+        began_ns = time.time_ns()
+        _call([*PODMAN, "run", "--detach", "--name", name, *PODMAN_LIMITS, "-m", "64m", "-v", f"{self.probe}:/probe", IMAGE])
+        started_ns = _read_stamp(stamp)
+        _call([*PODMAN, "rm", "-f", "-t", "0", name])
+        return (started_ns - began_ns) / 1e6
+
+    def close(self) -> None:
+        _call([*PODMAN, "rmi", "-f", IMAGE])
+
+
+def _own(rootfs: Path, bundle: dict[str, Any]) -> None:
+    """Give the files to the bundle's root user, as the agent's id-mapped mount does."""
+    mappings = bundle["linux"].get("uidMappings") or [{"hostID": 0}]
+    host = mappings[0]["hostID"]
+    for path in (rootfs, *rootfs.rglob("*")):
+        os.chown(path, host, host)
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode()[-500:]}")
+
+
+def _read_stamp(path: Path) -> int:
+    text = ""
+
+    def written() -> bool:
+        nonlocal text
+        text = path.read_text() if path.exists() else ""
+        return text.endswith("\n")
+
+    _wait(written, f"{path} to be written")
+    return int(text)
+
+
+def _wait(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + SAMPLE_S
+    while not holds():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waited {SAMPLE_S:.0f} s for {what}")
+        time.sleep(0.002)
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total}", end="" if done + 1 < total else "\n", file=sys.stderr)
