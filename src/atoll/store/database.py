@@ -22,6 +22,8 @@ APPLICATION_ID = 0x41544F4C
 BUSY_TIMEOUT_MS = 2_000
 READ_BYTES_MAX = 4 << 20
 """History that is read at a time, in bytes, beside the first revision of it."""
+FREE_BYTES_MIN = 256 << 10
+"""With less room than this, an unexplained I/O error is put down to the full disk."""
 
 _HEADER = b"SQLite format 3\0"
 _SCHEMA = """
@@ -91,6 +93,9 @@ def connect(path: Path) -> sqlite3.Connection:
 def translate(path: Path, error: sqlite3.Error, *, committing: bool = False) -> AtollError:
     """Return SQLite's error as ours. While `committing`, all but a full disk leaves open whether the data will be there."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code == sqlite3.SQLITE_IOERR and not committing and _is_full(path):
+        # The index of the write-ahead log found no room; SQLite has no word of its own for it.
+        code = sqlite3.SQLITE_FULL
     match code:
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
             return _corrupt(path, str(error))
@@ -220,17 +225,20 @@ def _create(path: Path) -> None:
 
 
 def _check(path: Path) -> None:
-    """Read all pages without writing any."""
+    """Read all pages without writing any. The file is locked by us; without a log to read, not even an index is made."""
+    log = path.with_name(path.name + "-wal")
+    how = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
     try:
-        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?{how}", uri=True, isolation_level=None)) as connection:
             connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
             application, version = (_pragma(connection, name) for name in ("application_id", "user_version"))
+            tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             verdict = _pragma(connection, "quick_check(1)")
     except sqlite3.Error as error:
         raise translate(path, error) from None
     if verdict != "ok":
         raise _corrupt(path, verdict)
-    if (application, version) == (0, 0):
+    if (application, version, tables) == (0, 0, 0):
         # The file was made, but the first transaction never ended: nothing was ever acknowledged.
         _create(path)
     elif application != APPLICATION_ID:
@@ -252,6 +260,11 @@ def _corrupt(path: Path, cause: str) -> Corrupt:
         mend=f"nothing was changed; restore {path.name} from a backup, or move it and its -wal file away to begin anew "
         f"(`sqlite3 {path} .recover` may save what is left)",
     )
+
+
+def _is_full(path: Path) -> bool:
+    disk = os.statvfs(path.parent)
+    return disk.f_bavail * disk.f_frsize < FREE_BYTES_MIN
 
 
 def _sync_directory(path: Path) -> None:
