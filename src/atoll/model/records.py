@@ -341,6 +341,13 @@ class Ingress(_Record, frozen=True, kw_only=True):
     registered_at: float = 0.0
 
 
+class RouteClaim(_Record, frozen=True, kw_only=True):
+    """Which app owns a hostname and path, so that no two do. Writer: API."""
+
+    project: str
+    app: str
+
+
 class RequestRecord(_Record, frozen=True, kw_only=True):
     """The answer to a write that carried a request key, so that a repeat gets the same. Writer: API."""
 

@@ -1,0 +1,270 @@
+"""Apps: put, scale, restart, roll back, delete, and their releases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import UNSET
+from msgspec.structs import replace
+
+from atoll.api.service import claims
+from atoll.api.service.access import Caller, check_name
+from atoll.api.service.context import Context, Draft, RequestKey, check_match
+from atoll.api.service.pages import page
+from atoll.api.service.projects import require_project
+from atoll.api.service.workloads import check_secrets, pin
+from atoll.model import codec, keys
+from atoll.model.errors import Conflict, Invalid, NotFound
+from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
+from atoll.model.records import App, AppStatus, Ingress, Instance, OwnerKind, Release
+from atoll.model.spec import AppSpec, check_app
+from atoll.model.views import AppView, Page
+from atoll.store.cache import Held
+
+RELEASES_MAX = 50
+"""Releases that are kept of one app; older ones go, unless an instance runs them."""
+
+
+class Apps:
+    """What users do with apps. The caller's role has been checked; `caller` tells what may be named to them."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._state = context.state
+
+    def get(self, project: str, name: str) -> AppView:
+        """Raises NotFound."""
+        return self._view(self._held(project, name))
+
+    def all(self, project: str, *, limit: int, after: str = "") -> Page[AppView]:
+        require_project(self._context, project)
+        return page(self._state, App, project + "/", self._view, limit=limit, after=after)
+
+    def releases(self, project: str, name: str, *, limit: int, after: str = "") -> Page[Release]:
+        """Newest first; `after` is the number of the last one that was read."""
+        found = self._releases(self._held(project, name).record)[::-1]
+        if after:
+            number = _number(after)
+            found = [held for held in found if held.record.number < number]
+        items = tuple(held.record for held in found[:limit])
+        following = str(items[-1].number) if len(found) > limit else None
+        return Page(items=items, revision=self._state.revision, next=following)
+
+    async def put(
+        self, caller: Caller, spec: AppSpec, *, if_match: int | None = None, request: RequestKey | None = None
+    ) -> AppView:
+        """Make or change an app; the same spec again makes no new release. Safe to repeat.
+
+        Raises Invalid, NotFound (project, secret), ImageError (not in the cell's registry), Conflict (a route is taken, the app
+        is being deleted), StaleRevision.
+        """
+        check_name(spec.project, "project")
+        check_app(spec)
+        if spec.image is None:
+            raise Invalid(
+                "image: missing; the server does not build", field="image", mend="'atoll deploy' builds, pushes and sets it"
+            )
+
+        def build() -> Draft[AppView]:
+            require_project(self._context, spec.project)
+            held = self._state.get(App, f"{spec.project}/{spec.name}")
+            check_match(held, if_match, f"app '{spec.name}'")
+            claims.check_hosts(self._context, spec)
+            check_secrets(self._context, spec)
+            pinned = replace(spec, image=pin(self._context, caller, spec))
+            return self._create(caller, pinned) if held is None else self._change(caller, held, pinned)
+
+        return await self._context.write(AppView, build, request)
+
+    async def scale(
+        self, project: str, name: str, replicas: int, *, if_match: int | None = None, request: RequestKey | None = None
+    ) -> AppView:
+        return await self._modify(project, name, lambda app: replace(app, replicas=replicas), if_match, request)
+
+    async def restart(self, project: str, name: str, *, if_match: int | None = None, request: RequestKey | None = None) -> AppView:
+        """Have every instance replaced, as a rollout does. Without a request key, a repeat restarts once more."""
+        return await self._modify(project, name, lambda app: replace(app, generation=app.generation + 1), if_match, request)
+
+    async def rollback(
+        self,
+        caller: Caller,
+        project: str,
+        name: str,
+        number: int | None = None,
+        *,
+        if_match: int | None = None,
+        request: RequestKey | None = None,
+    ) -> AppView:
+        """Run release `number` again, or the one before the current. Raises NotFound when it is not kept, Conflict for a route."""
+
+        def build() -> Draft[AppView]:
+            held = self._changeable(project, name, if_match)
+            specs = {release.record.number: release.record.spec for release in self._releases(held.record)}
+            numbers = sorted(specs)
+            target = number or max((n for n in numbers if n < held.record.release), default=0)
+            if target not in numbers:
+                kept = ", ".join(map(str, numbers[-10:]))
+                wanted = f"release {target}" if target else f"a release before {held.record.release}"
+                raise NotFound(f"app '{name}' has no {wanted}; it has {kept}", field="release")
+            spec = specs[target]
+            compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
+            app = replace(held.record, spec=spec, release=target, updated_at=self._context.clock.now())
+            return self._draft(app, held, compare, ops)
+
+        return await self._context.write(AppView, build, request)
+
+    async def delete(self, project: str, name: str, *, if_match: int | None = None, request: RequestKey | None = None) -> AppView:
+        """Mark the app for deletion; it is gone when its last instance is. Safe to repeat until then."""
+
+        def build() -> Draft[AppView]:
+            held = self._held(project, name)
+            check_match(held, if_match, f"app '{name}'")
+            if held.record.deleting:
+                return Draft(answer=lambda _: self._view(held))
+            app = replace(held.record, deleting=True, updated_at=self._context.clock.now())
+            return self._draft(app, held, [], [])
+
+        return await self._context.write(AppView, build, request)
+
+    def _held(self, project: str, name: str) -> Held[App]:
+        held = self._state.get(App, f"{project}/{name}")
+        if held is None:
+            require_project(self._context, project)
+            raise NotFound(f"no app '{name[:60]}' in project '{project}'", mend="'atoll apps' lists them")
+        return held
+
+    def _changeable(self, project: str, name: str, if_match: int | None) -> Held[App]:
+        held = self._held(project, name)
+        check_match(held, if_match, f"app '{name}'")
+        if held.record.deleting:
+            raise Conflict(f"app '{name}' is being deleted", mend="wait until it is gone, then deploy it again")
+        return held
+
+    def _releases(self, app: App) -> list[Held[Release]]:
+        """All kept releases of an app, oldest first. Their numbers have no gaps, because only the oldest are ever removed."""
+        records = self._state.records(Release)
+        found: list[Held[Release]] = []
+        number = app.release
+        while (held := records.get(_release_key(app, number))) is not None:
+            found.append(held)
+            number -= 1
+        found.reverse()
+        number = app.release + 1
+        while (held := records.get(_release_key(app, number))) is not None:
+            found.append(held)
+            number += 1
+        return found
+
+    async def _modify(
+        self, project: str, name: str, change: Callable[[App], App], if_match: int | None, request: RequestKey | None
+    ) -> AppView:
+        def build() -> Draft[AppView]:
+            held = self._changeable(project, name, if_match)
+            app = change(held.record)
+            if app == held.record:
+                return Draft(answer=lambda _: self._view(held))
+            return self._draft(replace(app, updated_at=self._context.clock.now()), held, [], [])
+
+        return await self._context.write(AppView, build, request)
+
+    def _create(self, caller: Caller, spec: AppSpec) -> Draft[AppView]:
+        now = self._context.clock.now()
+        app = App(
+            project=spec.project,
+            name=spec.name,
+            spec=spec,
+            release=1,
+            replicas=_replicas(spec, 1),
+            created_at=now,
+            updated_at=now,
+        )
+        compare, ops = claims.claim(self._context, caller, None, spec)
+        return self._draft(app, None, [*compare, absent(_key(app))], [*ops, self._release(caller, app)])
+
+    def _change(self, caller: Caller, held: Held[App], spec: AppSpec) -> Draft[AppView]:
+        old = held.record
+        if old.deleting:
+            raise Conflict(f"app '{old.name}' is being deleted", mend="wait until it is gone, then deploy it again")
+        app = replace(old, spec=spec, replicas=_replicas(spec, old.replicas), updated_at=self._context.clock.now())
+        compare: list[Compare] = []
+        ops: list[Op] = []
+        if replace(spec, scale=UNSET) != replace(old.spec, scale=UNSET):
+            releases = self._releases(old)
+            app = replace(app, release=1 + max((release.record.number for release in releases), default=old.release))
+            compare, ops = claims.claim(self._context, caller, old.spec, spec)
+            compare.append(absent(_key(app)))
+            ops.append(self._release(caller, app))
+            ops.extend(self._prune(old, releases))
+        elif app.replicas == old.replicas:
+            return Draft(answer=lambda _: self._view(held))
+        return self._draft(app, held, compare, ops)
+
+    def _release(self, caller: Caller, app: App) -> Put:
+        release = Release(
+            project=app.project,
+            app=app.name,
+            number=app.release,
+            spec=app.spec,
+            created_at=app.updated_at,
+            author=caller.name or caller.id,
+        )
+        return Put(_key(app), codec.encode(release))
+
+    def _prune(self, app: App, releases: list[Held[Release]]) -> list[Op]:
+        """Delete the oldest releases over the bound, up to the first that something runs or that served last."""
+        if len(releases) < RELEASES_MAX:
+            return []
+        status = self._state.get(AppStatus, f"{app.project}/{app.name}")
+        needed = {app.release, status.record.served_release if status else 0}
+        for held in self._state.records(Instance).values():
+            instance = held.record
+            if instance.owner == app.name and instance.project == app.project and instance.owner_kind is OwnerKind.APP:
+                needed.add(instance.release)
+        ops: list[Op] = []
+        for release in releases[: len(releases) - RELEASES_MAX + 1]:
+            if release.record.number in needed:
+                break
+            ops.append(Delete(keys.release(app.project, app.name, release.record.number)))
+        return ops
+
+    def _draft(self, app: App, held: Held[App] | None, compare: list[Compare], ops: list[Op]) -> Draft[AppView]:
+        key = keys.app(app.project, app.name)
+        first = absent(key) if held is None else unchanged(key, held.revision)
+        return Draft(
+            compare=[first, *compare],
+            ops=[Put(key, codec.encode(app)), *ops],
+            answer=lambda revision: self._view(Held(app, revision, revision)),
+        )
+
+    def _view(self, held: Held[App]) -> AppView:
+        app = held.record
+        status = self._state.get(AppStatus, f"{app.project}/{app.name}")
+        return AppView(app=app, status=status.record if status else None, revision=held.revision, urls=self._urls(app))
+
+    def _urls(self, app: App) -> tuple[str, ...]:
+        ingress = min(self._state.records(Ingress).items(), default=None)
+        if ingress is None:
+            return ()
+        port = ingress[1].record.http_port
+        suffix = "" if port == 80 else f":{port}"
+        hosts = claims.hosts_of(app.spec, self._context.domain)
+        return tuple(f"http://{host.host}{suffix}{host.path}" for host in hosts if not host.host.startswith("*"))
+
+
+def _replicas(spec: AppSpec, otherwise: int) -> int:
+    """A spec without `scale` leaves the number as it is."""
+    return otherwise if spec.scale is UNSET else spec.scale.replicas
+
+
+def _key(app: App) -> str:
+    return keys.release(app.project, app.name, app.release)
+
+
+def _release_key(app: App, number: int) -> str:
+    return keys.release(app.project, app.name, number).removeprefix(keys.RELEASES)
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        raise Invalid(f"after: {text[:40]!r} is not a release's number", field="after")
+    return int(text)

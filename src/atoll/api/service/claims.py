@@ -1,0 +1,143 @@
+"""Who owns which hostname and path. One owner each: a duplicate would make the ingress refuse everything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from atoll.api.service.access import Caller
+from atoll.api.service.context import Context
+from atoll.model import codec, keys
+from atoll.model.errors import Conflict, Forbidden, Invalid
+from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
+from atoll.model.records import App, Project, RouteClaim
+from atoll.model.spec import AppSpec, Port
+
+DEFAULT_PROJECT = "default"
+PATH_BYTES_MAX = 512
+_PATH = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
+
+
+class Host(Struct, frozen=True):
+    """One place where an app answers."""
+
+    host: str
+    path: str
+    port: Port
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.host, self.path
+
+
+def default_host(project: str, app: str, domain: str) -> str:
+    return f"{app}.{domain}" if project == DEFAULT_PROJECT else f"{app}.{project}.{domain}"
+
+
+def hosts_of(spec: AppSpec, domain: str) -> tuple[Host, ...]:
+    """Return every place where the app answers, its default hostname first, unless a route of its own says otherwise."""
+    explicit = [
+        Host(route.host, _normal(route.path), port) for route in spec.routes if (port := spec.port_named(route.port)) is not None
+    ]
+    default = default_host(spec.project, spec.name, domain)
+    port = spec.port_named(None)
+    if port is None or any(host.place == (default, "/") for host in explicit):
+        return tuple(explicit)
+    return (Host(default, "/", port), *explicit)
+
+
+def check_hosts(context: Context, spec: AppSpec) -> None:
+    """Raise Invalid for a path that cannot be routed, Forbidden for a name under the cell's domain that is another project's."""
+    for index, route in enumerate(spec.routes):
+        field = f"routes[{index}]"
+        if len(route.path) > PATH_BYTES_MAX or _PATH.fullmatch(route.path) is None or ".." in route.path.split("/"):
+            raise Invalid(f"{field}.path: not the plain path of a URL, or over {PATH_BYTES_MAX} bytes", field=f"{field}.path")
+        if route.host == context.domain or not route.host.endswith("." + context.domain):
+            continue
+        owner = route.host.removesuffix("." + context.domain).rsplit(".", 1)[-1]
+        labels = route.host.count(".") - context.domain.count(".")
+        if spec.project == DEFAULT_PROJECT:
+            taken = labels > 1 and context.state.get(Project, owner) is not None
+        else:
+            taken = labels < 2 or owner != spec.project
+        if taken:
+            raise Forbidden(
+                f"{field}.host: {route.host} is not under this project's part of {context.domain}",
+                mend=f"use a name under {spec.project}.{context.domain}, or a domain of your own",
+                field=f"{field}.host",
+            )
+    places = [host.place for host in hosts_of(spec, context.domain)]
+    for place in places:
+        if places.count(place) > 1:
+            raise Invalid(f"routes: {place[0]}{place[1]} is given twice", field="routes")
+
+
+def claim(context: Context, caller: Caller, old: AppSpec | None, new: AppSpec) -> tuple[list[Compare], list[Op]]:
+    """Return what makes `new` own its places, and gives back those that only `old` had.
+
+    Raises Conflict naming the place, and its owner where `caller` may see that.
+    """
+    compare: list[Compare] = []
+    ops: list[Op] = []
+    wanted = {host.place for host in hosts_of(new, context.domain)}
+    for place in sorted(wanted):
+        key = keys.route(*place)
+        held = context.state.get(RouteClaim, key.removeprefix(keys.ROUTES))
+        if held is None:
+            compare.append(absent(key))
+        else:
+            compare.append(unchanged(key, held.revision))
+            if (held.record.project, held.record.app) == (new.project, new.name):
+                continue
+            compare.extend(_take(context, caller, held.record, place))
+        ops.append(Put(key, codec.encode(RouteClaim(project=new.project, app=new.name))))
+    if old is not None:
+        compare_old, ops_old = release(context, old, keep=wanted)
+        compare.extend(compare_old)
+        ops.extend(ops_old)
+    return compare, ops
+
+
+def release(context: Context, spec: AppSpec, keep: set[tuple[str, str]] | None = None) -> tuple[list[Compare], list[Op]]:
+    """Return what gives the app's places back, but for those in `keep`."""
+    compare: list[Compare] = []
+    ops: list[Op] = []
+    for place in sorted({host.place for host in hosts_of(spec, context.domain)} - (keep or set())):
+        key = keys.route(*place)
+        held = context.state.get(RouteClaim, key.removeprefix(keys.ROUTES))
+        if held is not None and (held.record.project, held.record.app) == (spec.project, spec.name):
+            compare.append(unchanged(key, held.revision))
+            ops.append(Delete(key))
+    return compare, ops
+
+
+def orphans(context: Context) -> Sequence[tuple[str, int]]:
+    """Return (key, revision) of claims whose app is gone or no longer wants them."""
+    found = []
+    for behind, held in context.state.records(RouteClaim).items():
+        host, slash, path = behind.partition("/")
+        if not _wanted(context, held.record, (host, slash + path)):
+            found.append((keys.ROUTES + behind, int(held.revision)))
+    return found
+
+
+def _take(context: Context, caller: Caller, claim: RouteClaim, place: tuple[str, str]) -> list[Compare]:
+    """Return the comparisons under which a claim that nobody needs any more may be taken over."""
+    if _wanted(context, claim, place):
+        owner = f"app '{claim.app}' in project '{claim.project}'" if caller.sees(claim.project) else "another project"
+        raise Conflict(f"routes: {place[0]}{place[1]} belongs to {owner}", field="routes", mend="choose another host or path")
+    key = keys.app(claim.project, claim.app)
+    held = context.state.get(App, f"{claim.project}/{claim.app}")
+    return [absent(key) if held is None else unchanged(key, held.revision)]
+
+
+def _wanted(context: Context, claim: RouteClaim, place: tuple[str, str]) -> bool:
+    held = context.state.get(App, f"{claim.project}/{claim.app}")
+    return held is not None and any(host.place == place for host in hosts_of(held.record.spec, context.domain))
+
+
+def _normal(path: str) -> str:
+    """`/api/` and `/api` are one place."""
+    return path.rstrip("/") or "/"

@@ -1,0 +1,201 @@
+"""What every part of the service shares: the store, the cache of its records, the clock, and how a write is made."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from atoll.api.service.sealing import Sealer
+from atoll.model import codec, keys
+from atoll.model.errors import Conflict, Invalid, StaleRevision
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.store import Compare, LeaseId, Op, Put, Revision, Store, absent
+from atoll.model.records import (
+    App,
+    AppStatus,
+    Drained,
+    Event,
+    Ingress,
+    Instance,
+    Job,
+    JobStatus,
+    Node,
+    NodeLiveness,
+    NodePolicy,
+    Project,
+    Release,
+    RequestRecord,
+    RouteClaim,
+    Secret,
+    Status,
+    Token,
+)
+from atoll.store.cache import Held, State
+
+T = TypeVar("T")
+
+KINDS: dict[str, type] = {
+    keys.PROJECTS: Project,
+    keys.APPS: App,
+    keys.APP_STATUSES: AppStatus,
+    keys.RELEASES: Release,
+    keys.JOBS: Job,
+    keys.JOB_STATUSES: JobStatus,
+    keys.INSTANCES: Instance,
+    keys.STATUSES: Status,
+    keys.NODES: Node,
+    keys.NODE_POLICIES: NodePolicy,
+    keys.NODE_LIVENESS: NodeLiveness,
+    keys.TOKENS: Token,
+    keys.SECRETS: Secret,
+    keys.EVENTS: Event,
+    keys.DRAINED: Drained,
+    keys.INGRESSES: Ingress,
+    keys.ROUTES: RouteClaim,
+}
+"""What the `State` that a `Service` is given must hold."""
+
+TRIES_MAX = 8
+"""Attempts of one write when others change the same records at the same time."""
+REACH_S = 5.0
+"""The longest wait until this server's cache shows a write that was made; the write stands all the same."""
+REQUEST_KEEP_S = 3_600.0
+"""How long at least the answer to a request key is kept."""
+REQUEST_LEASE_S = 300.0
+"""The keys of so long a time share one lease of the store, which removes them."""
+
+log = structlog.get_logger()
+
+
+class RequestKey(Struct, frozen=True, kw_only=True):
+    """A write's idempotency key: whose, which, and the keyed digest of what it asked for."""
+
+    caller: str
+    key: str
+    fingerprint: str
+
+
+class Draft(Struct, Generic[T], frozen=True, kw_only=True):
+    """A write that has been decided but not made. Without `ops` there is nothing to write, and the answer holds already."""
+
+    answer: Callable[[Revision], T]
+    """The answer, given the revision of the write."""
+    compare: Sequence[Compare] = ()
+    ops: Sequence[Op] = ()
+
+
+class ImageResolver(Protocol):
+    """The cell's own registry, as far as releases need it."""
+
+    def digest_of(self, repository: str, tag: str) -> str | None:
+        """Return the digest that `tag` names now, None when there is no such image."""
+        ...
+
+
+class Context:
+    """See the module. `entropy` gives bytes for tokens and nonces: the system's in production."""
+
+    def __init__(
+        self,
+        store: Store,
+        state: State,
+        clock: Clock,
+        random: random.Random,
+        sealer: Sealer,
+        domain: str,
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.store = store
+        self.state = state
+        self.clock = clock
+        self.random = random
+        self.sealer = sealer
+        self.domain = domain
+        self.entropy = entropy
+        self.images: ImageResolver | None = None
+        self._lease: tuple[float, LeaseId] | None = None
+
+    async def write(self, kind: type[T], build: Callable[[], Draft[T]], request: RequestKey | None = None) -> T:
+        """Make the write that `build` decides from the cache, and return its answer once the cache shows it.
+
+        `build` is called again when something that it read has changed meanwhile; what it raises is raised. A repeat under
+        the same `request` gets the first answer. Raises Conflict: others changed it too often, or the key was used for
+        something else. OutcomeUnknown: repeat with the same request key, or read first.
+        """
+        for _ in range(TRIES_MAX):
+            if request is not None:
+                kept = await self._kept(kind, request)
+                if kept is not None:
+                    return kept
+            draft = build()
+            compare, ops = list(draft.compare), list(draft.ops)
+            if request is not None:
+                compare.append(absent(keys.request(request.caller, request.key)))
+                ops.append(await self._keep(request, draft))
+            if not ops:
+                return draft.answer(Revision(0))
+            result = await self.store.txn(compare, ops)
+            await self.reach(result.revision)
+            if result.succeeded:
+                return draft.answer(result.revision)
+        raise Conflict("others change the same thing all the time; nothing was written", mend="try again")
+
+    async def reach(self, revision: Revision) -> None:
+        """Wait until the cache has seen `revision`, so that who wrote can read it here; give up after `REACH_S`."""
+        if self.state.revision >= revision:
+            return
+        try:
+            async with asyncio.timeout(REACH_S):
+                await self.state.reach(revision)
+        except TimeoutError:
+            log.warning("the cache does not follow the store", behind=revision, revision=self.state.revision)
+
+    async def _kept(self, kind: type[T], request: RequestKey) -> T | None:
+        item = await self.store.get(keys.request(request.caller, request.key))
+        if item is None:
+            return None
+        record = codec.decode(item.value, RequestRecord)
+        if record.fingerprint != request.fingerprint:
+            raise Conflict("this Idempotency-Key was used for a different request", mend="use a new key for each request")
+        plain = msgspec.json.decode(self.sealer.open(record.body, keys.request(request.caller, request.key)))
+        if isinstance(plain, dict) and plain.get("revision") == 0:
+            plain["revision"] = item.mod_revision
+        return codec.convert(plain, kind)
+
+    async def _keep(self, request: RequestKey, draft: Draft[T]) -> Put:
+        """The answer is sealed, because that to a new token holds the token. Its revision is that of this very record."""
+        key = keys.request(request.caller, request.key)
+        body = self.sealer.seal(codec.encode(draft.answer(Revision(0))), key)
+        record = RequestRecord(status=200, body=body, fingerprint=request.fingerprint, at=self.clock.now())
+        return Put(key, codec.encode(record), await self._request_lease())
+
+    async def _request_lease(self) -> LeaseId:
+        now = self.clock.monotonic()
+        if self._lease is None or now - self._lease[0] > REQUEST_LEASE_S:
+            lease = await self.store.lease_grant(REQUEST_KEEP_S + REQUEST_LEASE_S)
+            self._lease = (now, lease.id)
+        return self._lease[1]
+
+
+def check_match(held: Held[T] | None, if_match: int | None, what: str) -> None:
+    """Raise StaleRevision if the caller saw another revision than the newest; `if_match` 0 means that it must not exist."""
+    newest = held.revision if held is not None else 0
+    if if_match is not None and if_match != newest:
+        seen = f"is at revision {newest}" if newest else "does not exist"
+        expected = f"revision {if_match}" if if_match else "that it does not exist"
+        raise StaleRevision(f"{what} {seen}; the request expects {expected}", mend="read it again, then decide")
+
+
+def revision_of(text: str) -> int:
+    """Return the revision in an `If-Match` header. Raises Invalid."""
+    digits = text.strip().removeprefix("W/").strip('"')
+    if not digits.isascii() or not digits.isdecimal() or len(digits) > 18:
+        raise Invalid(f"If-Match: {text[:40]!r} is not a revision", field="If-Match", mend='send the ETag of an answer, e.g. "42"')
+    return int(digits)

@@ -1,0 +1,79 @@
+"""Events: what happened, for people to read. Bounded by count and by age."""
+
+from __future__ import annotations
+
+import heapq
+
+from msgspec.structs import replace
+
+from atoll.api.service.context import Context
+from atoll.api.service.projects import require_project
+from atoll.model import keys
+from atoll.model.ports.store import Delete
+from atoll.model.records import Event
+from atoll.model.views import Page
+from atoll.store.cache import Held
+
+EVENTS_MAX = 10_000
+"""Events that the cell keeps."""
+PROJECT_EVENTS_MAX = 2_000
+"""Events that one project keeps, so that a noisy one does not push out the others'."""
+EVENT_KEEP_S = 7 * 86_400.0
+MESSAGE_CHARS_MAX = 2_000
+DATA_ITEMS_MAX = 32
+
+
+def bounded(event: Event) -> Event:
+    """Return `event` cut to its bounds."""
+    if len(event.message) <= MESSAGE_CHARS_MAX and len(event.data) <= DATA_ITEMS_MAX:
+        return event
+    data = dict(list(event.data.items())[:DATA_ITEMS_MAX])
+    return replace(event, message=event.message[:MESSAGE_CHARS_MAX], data=data)
+
+
+class Events:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._state = context.state
+
+    def all(self, project: str, *, subject: str | None = None, limit: int, after: str = "") -> Page[Event]:
+        """Return the project's events, or those of one subject (`app/NAME` has its instances' too), newest first."""
+        require_project(self._context, project)
+        prefix = project + "/"
+        found = [
+            (_order(held), held)
+            for key, held in self._state.records(Event).items()
+            if key.startswith(prefix) and (subject is None or concerns(held.record, subject))
+        ]
+        if after:
+            mark = self._state.get(Event, prefix + after)
+            limit_order = _order(mark) if mark is not None else (float("inf"), 0, "")
+            found = [item for item in found if item[0] < limit_order]
+        newest = heapq.nlargest(limit, found, key=lambda item: item[0])
+        items = tuple(held.record for _, held in newest)
+        return Page(items=items, revision=self._state.revision, next=items[-1].id if len(found) > limit else None)
+
+    def surplus(self) -> list[Delete]:
+        """Return what deletes the events over the bounds."""
+        oldest_first = sorted(self._state.records(Event).items(), key=lambda item: _order(item[1]))
+        horizon = self._context.clock.now() - EVENT_KEEP_S
+        counts: dict[str, int] = {}
+        ops = []
+        for position, (key, held) in enumerate(reversed(oldest_first)):
+            project = held.record.project
+            counts[project] = counts.get(project, 0) + 1
+            if position >= EVENTS_MAX or counts[project] > PROJECT_EVENTS_MAX or held.record.at < horizon:
+                ops.append(Delete(keys.EVENTS + key))
+        return ops
+
+
+def concerns(event: Event, subject: str) -> bool:
+    """An app's story is also that of its instances, which name it in `data`."""
+    if event.subject == subject:
+        return True
+    kind, _, name = subject.partition("/")
+    return kind in ("app", "job") and event.data.get(kind) == name
+
+
+def _order(held: Held[Event]) -> tuple[float, int, str]:
+    return held.record.at, held.created, held.record.id

@@ -1,0 +1,252 @@
+"""Who must hear of what: one task follows the cache and marks, for every agent and ingress that listens, what has changed.
+
+A listener is marked, never queued for: what it is told is computed from the newest records when it is ready to hear. So a slow
+listener costs one set of names, and a busy record is told once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+import structlog
+
+from atoll.api.service.context import Context
+from atoll.api.service.routing import routing_of
+from atoll.api.service.specs import spec_of
+from atoll.model.errors import Compacted, Unavailable
+from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
+from atoll.model.records import App, Assignment, Instance, Node, OwnerKind, Routing, Status
+from atoll.store.cache import Deltas, Held
+
+ROUTINGS_AT_ONCE = 500
+"""Apps whose routing is computed before others get their turn."""
+
+log = structlog.get_logger()
+
+
+class Listener:
+    """One agent's or ingress's open ear."""
+
+    def __init__(self) -> None:
+        self.dirty: set[str] = set()
+        self.everything = True
+        """Tell all anew: at first, and after this server lost track."""
+        self.ended = False
+        self._wake = asyncio.Event()
+
+    def mark(self, key: str) -> None:
+        self.dirty.add(key)
+        self._wake.set()
+
+    def mark_everything(self) -> None:
+        self.everything = True
+        self._wake.set()
+
+    def end(self) -> None:
+        self.ended = True
+        self._wake.set()
+
+    async def wait(self, keepalive_s: float | None) -> None:
+        """Return when there is something to tell, or after `keepalive_s`. Raises Unavailable when the server stops."""
+        if not self._wake.is_set():
+            try:
+                async with asyncio.timeout(keepalive_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                return
+        self._wake.clear()
+        if self.ended:
+            raise Unavailable("the server is stopping", mend="connect again")
+
+
+class Feeds:
+    """Assignments for agents, routing for ingresses. `start` before use; `close` ends every stream."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._state = context.state
+        self._agents: dict[str, set[Listener]] = defaultdict(set)
+        self._ingresses: set[Listener] = set()
+        self._by_node: dict[str, set[str]] = defaultdict(set)
+        self._by_app: dict[str, set[str]] = defaultdict(set)
+        self._routings: dict[str, Routing | None] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin to follow; safe to repeat. Must be called where the event loop runs."""
+        if self._task is None and not self._closed:
+            self._rebuild()
+            self._task = asyncio.create_task(self._run(), name="api feeds")
+
+    async def close(self) -> None:
+        self._closed = True
+        for listener in (*self._ingresses, *(one for group in self._agents.values() for one in group)):
+            listener.end()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def of_node(self, node: str) -> list[Held[Instance]]:
+        """Return the instances that are placed on `node`."""
+        found = (self._state.get(Instance, key) for key in self._by_node.get(node, ()))
+        return [held for held in found if held is not None]
+
+    async def assignments(self, node: str, keepalive_s: float | None = None) -> AsyncIterator[AssignmentBatch]:
+        """See `ControlPlane.assignments`; with `keepalive_s`, an empty batch whenever so long nothing happened."""
+        listener = self._listen(self._agents[node])
+        try:
+            while True:
+                revision = int(self._state.revision)
+                if listener.everything:
+                    listener.everything = False
+                    listener.dirty.clear()
+                    held = sorted(self.of_node(node), key=lambda one: one.record.id)
+                    yield AssignmentBatch(revision, True, tuple(a for one in held if (a := self._assignment(one)) is not None))
+                else:
+                    dirty, listener.dirty = listener.dirty, set()
+                    yield self._assignment_changes(node, revision, dirty)
+                await listener.wait(keepalive_s)
+        finally:
+            self._agents[node].discard(listener)
+            if not self._agents[node]:
+                del self._agents[node]
+
+    async def routing(self, keepalive_s: float | None = None) -> AsyncIterator[RoutingBatch]:
+        """See `ControlPlane.routing`."""
+        listener = self._listen(self._ingresses)
+        sent: dict[str, Routing] = {}
+        try:
+            while True:
+                complete = listener.everything
+                listener.everything = False
+                revision = int(self._state.revision)
+                dirty, listener.dirty = listener.dirty, set()
+                names = set(self._state.records(App)) if complete else dirty
+                put, removed = [], []
+                for count, key in enumerate(sorted(names), 1):
+                    routing = self._routing(key)
+                    if routing is None:
+                        if sent.pop(key, None) is not None:
+                            removed.append(key)
+                    elif complete or sent.get(key) != routing:
+                        sent[key] = routing
+                        put.append(routing)
+                    if count % ROUTINGS_AT_ONCE == 0:
+                        await asyncio.sleep(0)
+                if complete:
+                    sent = {f"{routing.project}/{routing.app}": routing for routing in put}
+                    yield RoutingBatch(revision, True, tuple(put))
+                elif put or removed or not dirty:
+                    yield RoutingBatch(revision, False, tuple(put), tuple(removed))
+                await listener.wait(keepalive_s)
+        finally:
+            self._ingresses.discard(listener)
+
+    def _listen(self, group: set[Listener]) -> Listener:
+        if self._closed:
+            raise Unavailable("the server is stopping", mend="connect again")
+        self.start()
+        listener = Listener()
+        group.add(listener)
+        return listener
+
+    def _assignment_changes(self, node: str, revision: int, dirty: set[str]) -> AssignmentBatch:
+        put, removed = [], []
+        for key in sorted(dirty):
+            held = self._state.get(Instance, key)
+            if held is None or held.record.node != node:
+                removed.append(key.rpartition("/")[2])
+            elif (assignment := self._assignment(held)) is not None:
+                put.append(assignment)
+        return AssignmentBatch(revision, False, tuple(put), tuple(removed))
+
+    def _assignment(self, held: Held[Instance]) -> Assignment | None:
+        spec = spec_of(self._state, held.record)
+        if spec is None:
+            log.error(
+                "an instance's spec is gone; its node is not told of it", instance=held.record.id, release=held.record.release
+            )
+            return None
+        return Assignment(instance=held.record, workload=spec, revision=held.revision)
+
+    def _routing(self, key: str) -> Routing | None:
+        """Compute an app's routing, once for all ingresses."""
+        if key not in self._routings:
+            app = self._state.get(App, key)
+            found = (self._state.get(Instance, name) for name in self._by_app.get(key, ()))
+            instances = [held.record for held in found if held is not None]
+            routing = routing_of(self._state, app.record, instances, self._context.domain) if app is not None else None
+            self._routings[key] = routing
+        return self._routings[key]
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async for deltas in self._state.changes():
+                    self._apply(deltas)
+            except Compacted:
+                log.warning("the feeds fell behind the cache and tell everything anew")
+                self._rebuild()
+            except Unavailable:
+                return
+
+    def _rebuild(self) -> None:
+        self._by_node.clear()
+        self._by_app.clear()
+        self._routings.clear()
+        for key, held in self._state.records(Instance).items():
+            self._index(key, held.record)
+        for listener in (*self._ingresses, *(one for group in self._agents.values() for one in group)):
+            listener.mark_everything()
+
+    def _index(self, key: str, instance: Instance) -> None:
+        if instance.node is not None:
+            self._by_node[instance.node].add(key)
+        if instance.owner_kind is OwnerKind.APP:
+            self._by_app[f"{instance.project}/{instance.owner}"].add(key)
+
+    def _apply(self, deltas: Deltas) -> None:
+        apps: set[str] = set()
+        for delta in deltas.deltas:
+            if delta.kind is Instance:
+                self._apply_instance(delta.key, delta.old, delta.new, apps)
+            elif delta.kind is Status:
+                held = self._state.get(Instance, delta.key)
+                if held is not None and held.record.owner_kind is OwnerKind.APP:
+                    apps.add(f"{held.record.project}/{held.record.owner}")
+            elif delta.kind is App:
+                apps.add(delta.key)
+            elif delta.kind is Node and (delta.old is None or delta.new is None or delta.old.record.site != delta.new.record.site):
+                for one in self.of_node(delta.key):
+                    apps.add(f"{one.record.project}/{one.record.owner}")
+        for app in apps:
+            self._routings.pop(app, None)
+            for listener in self._ingresses:
+                listener.mark(app)
+
+    def _apply_instance(self, key: str, old: Held[Instance] | None, new: Held[Instance] | None, apps: set[str]) -> None:
+        either = new or old
+        if either is None:
+            return
+        record = either.record
+        app = f"{record.project}/{record.owner}"
+        if record.owner_kind is OwnerKind.APP:
+            apps.add(app)
+        if new is None:
+            self._by_app[app].discard(key)
+            if not self._by_app[app]:
+                del self._by_app[app]
+        else:
+            self._index(key, new.record)
+        nodes = {held.record.node for held in (old, new) if held is not None and held.record.node is not None}
+        for node in nodes:
+            if new is None or new.record.node != node:
+                self._by_node[node].discard(key)
+                if not self._by_node[node]:
+                    del self._by_node[node]
+            for listener in self._agents.get(node, ()):
+                listener.mark(key)

@@ -1,0 +1,52 @@
+"""What the API removes by itself: surplus events, routes that no app wants, tokens long expired. Several servers may do it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from atoll.api.service import claims
+from atoll.api.service.context import Context
+from atoll.api.service.events import Events
+from atoll.model import keys
+from atoll.model.errors import AtollError
+from atoll.model.ports.store import Delete, unchanged
+from atoll.model.records import Token
+
+INTERVAL_S = 30.0
+DELETES_MAX = 1_000
+"""Records that one transaction removes."""
+TOKEN_KEEP_S = 86_400.0
+"""How long an expired token is still told apart from an unknown one."""
+
+log = structlog.get_logger()
+
+
+class Housekeeping:
+    def __init__(self, context: Context, events: Events) -> None:
+        self._context = context
+        self._events = events
+
+    async def run(self) -> None:
+        """Sweep for ever."""
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            try:
+                await self.sweep()
+            except AtollError as error:
+                log.warning("housekeeping failed; trying again", cause=error.message, retry_s=INTERVAL_S)
+
+    async def sweep(self) -> None:
+        store = self._context.store
+        surplus = self._events.surplus()
+        for first in range(0, len(surplus), DELETES_MAX):
+            await store.txn((), surplus[first : first + DELETES_MAX])
+        for key, revision in claims.orphans(self._context)[:DELETES_MAX]:
+            # One at a time: an app may take one of them up right now, and then only that one stays.
+            await store.txn((unchanged(key, revision),), (Delete(key),))
+        horizon = self._context.clock.now() - TOKEN_KEEP_S
+        tokens = [held.record for held in self._context.state.records(Token).values()]
+        expired = [token for token in tokens if token.expires_at is not None and token.expires_at < horizon]
+        if expired:
+            await store.txn((), [Delete(keys.token(token.digest)) for token in expired[:DELETES_MAX]])

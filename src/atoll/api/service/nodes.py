@@ -1,0 +1,123 @@
+"""Nodes, as operators see them; and what runs on them uses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from atoll.api.service.access import Caller, check_id
+from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.heartbeats import Heartbeats
+from atoll.api.service.pages import page
+from atoll.api.service.specs import spec_of
+from atoll.model import codec, keys
+from atoll.model.errors import Invalid, NotFound
+from atoll.model.ports.store import Put, absent, unchanged
+from atoll.model.records import Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Status, Usage
+from atoll.model.views import NodeView, Page
+from atoll.store.cache import Held
+
+LABELS_MAX = 256
+
+
+class Nodes:
+    def __init__(self, context: Context, heartbeats: Heartbeats) -> None:
+        self._context = context
+        self._state = context.state
+        self._heartbeats = heartbeats
+
+    def get(self, name: str) -> NodeView:
+        """Raises NotFound."""
+        held = self._state.get(Node, name)
+        if held is None:
+            raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
+        return self._view(held, [i.record for i in self._state.records(Instance).values() if i.record.node == name])
+
+    def all(self, *, limit: int, after: str = "") -> Page[NodeView]:
+        placed: dict[str, list[Instance]] = defaultdict(list)
+        for held in self._state.records(Instance).values():
+            if held.record.node is not None:
+                placed[held.record.node].append(held.record)
+        return page(self._state, Node, "", lambda held: self._view(held, placed[held.record.name]), limit=limit, after=after)
+
+    async def cordon(self, name: str, cordoned: bool, *, request: RequestKey | None = None) -> NodeView:
+        """Say whether new instances may be placed on a node; what runs there is left alone. Safe to repeat."""
+
+        def build() -> Draft[NodeView]:
+            node = self._state.get(Node, name)
+            if node is None:
+                raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
+            held = self._state.get(NodePolicy, name)
+            policy = replace(held.record, cordoned=cordoned) if held is not None else NodePolicy(name=name, cordoned=cordoned)
+            key = keys.node_policy(name)
+            if held is not None and held.record == policy:
+                return Draft(answer=lambda _: self.get(name))
+            return Draft(
+                compare=[absent(key) if held is None else unchanged(key, held.revision)],
+                ops=[Put(key, codec.encode(policy))],
+                answer=lambda _: replace(self.get(name), policy=policy),
+            )
+
+        return await self._context.write(NodeView, build, request)
+
+    async def register(self, node: Node) -> None:
+        """Write what an agent says of its machine, if that is new. Safe to repeat.
+
+        Raises Invalid.
+        """
+        check_id(node.name, "name")
+        if len(node.labels) > LABELS_MAX or len(node.taints) > LABELS_MAX:
+            raise Invalid(f"labels: more than {LABELS_MAX}", field="labels")
+        self._heartbeats.touch(node.name)
+
+        def build() -> Draft[None]:
+            held = self._state.get(Node, node.name)
+            first = held.record.registered_at if held is not None else self._context.clock.now()
+            record = replace(node, registered_at=first)
+            if held is not None and held.record == record:
+                return Draft(answer=lambda _: None)
+            key = keys.node(node.name)
+            return Draft(
+                compare=[absent(key) if held is None else unchanged(key, held.revision)],
+                ops=[Put(key, codec.encode(record))],
+                answer=lambda _: None,
+            )
+
+        await self._context.write(type(None), build)
+
+    def usage(self, caller: Caller, project: str | None) -> tuple[Usage, ...]:
+        """Return the latest usage of every instance that `caller` may see, by instance."""
+        seen = {
+            held.record.id
+            for held in self._state.records(Instance).values()
+            if caller.sees(held.record.project) and project in (None, held.record.project)
+        }
+        found = (usage for heartbeat in self._heartbeats.all().values() for usage in heartbeat.usage if usage.instance in seen)
+        return tuple(sorted(found, key=lambda usage: usage.instance))
+
+    def _view(self, held: Held[Node], placed: Iterable[Instance]) -> NodeView:
+        name = held.record.name
+        liveness = self._state.get(NodeLiveness, name)
+        policy = self._state.get(NodePolicy, name)
+        cpu_milli = memory_bytes = count = 0
+        for instance in placed:
+            status = self._state.get(Status, f"{instance.project}/{instance.id}")
+            spec = spec_of(self._state, instance)
+            if spec is None or (status is not None and status.record.phase.final):
+                continue
+            cpu_milli += spec.resources.cpu.milli
+            memory_bytes += spec.resources.memory
+            count += 1
+        return NodeView(
+            node=held.record,
+            health=liveness.record.health if liveness is not None else NodeHealth.READY,
+            since=liveness.record.since if liveness is not None else held.record.registered_at,
+            policy=policy.record if policy is not None else None,
+            heartbeat=self._heartbeats.latest(name),
+            allocated_cpu_milli=cpu_milli,
+            allocated_memory_bytes=memory_bytes,
+            instances=count,
+            revision=held.revision,
+        )

@@ -1,0 +1,47 @@
+"""Projects: the boundary between tenants."""
+
+from __future__ import annotations
+
+from atoll.api.service.access import EVERY_PROJECT, Caller, check_name
+from atoll.api.service.claims import DEFAULT_PROJECT
+from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.pages import page
+from atoll.model import codec, keys
+from atoll.model.errors import NotFound
+from atoll.model.ports.store import Put, absent
+from atoll.model.records import Project
+from atoll.model.views import Page
+
+
+def require_project(context: Context, name: str) -> None:
+    """Raise NotFound for a project that nobody has made. `default` is there from the beginning."""
+    if name != DEFAULT_PROJECT and context.state.get(Project, name) is None:
+        raise NotFound(f"no project '{name[:60]}'", mend="an admin makes it: PUT /v1/projects/NAME")
+
+
+class Projects:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def all(self, caller: Caller, *, limit: int, after: str = "") -> Page[Project]:
+        """Return the projects that `caller` reaches into."""
+        state = self._context.state
+        everything = caller.project == EVERY_PROJECT
+        return page(
+            state, Project, "", lambda held: held.record, limit=limit, after=after, keep=lambda p: everything or caller.sees(p.name)
+        )
+
+    async def put(self, name: str, *, request: RequestKey | None = None) -> Project:
+        """Make a project; one that is there already is returned as it is. Safe to repeat."""
+        check_name(name, "project")
+
+        def build() -> Draft[Project]:
+            held = self._context.state.get(Project, name)
+            if held is not None:
+                record = held.record
+                return Draft(answer=lambda _: record)
+            project = Project(name=name, created_at=self._context.clock.now())
+            key = keys.project(name)
+            return Draft(compare=[absent(key)], ops=[Put(key, codec.encode(project))], answer=lambda _: project)
+
+        return await self._context.write(Project, build, request)

@@ -1,0 +1,145 @@
+"""What agents and ingresses say: statuses, events, drained endpoints. Each only about what is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+from msgspec.structs import replace
+
+from atoll.api.service.access import check_id, check_name
+from atoll.api.service.context import Context, Draft
+from atoll.api.service.events import MESSAGE_CHARS_MAX, bounded
+from atoll.model import codec, keys
+from atoll.model.errors import Forbidden, Invalid, TooLarge
+from atoll.model.ports.store import Compare, Op, Put, Target, absent, unchanged
+from atoll.model.records import Drained, Event, Ingress, Instance, Status
+from atoll.model.states import TRANSITIONS, Desired, Phase
+
+STATUSES_MAX = 1_000
+"""Statuses, and events, in one report."""
+
+log = structlog.get_logger()
+
+
+def _closure() -> dict[Phase, frozenset[Phase]]:
+    """From each phase, where an agent may have got when it reports only the newest; it never says that itself is lost."""
+    reached = {phase: {phase} | (TRANSITIONS[phase] - {Phase.LOST}) for phase in Phase}
+    for _ in Phase:
+        for phase, found in reached.items():
+            reached[phase] = found.union(*(reached[step] for step in found))
+    return {phase: frozenset(found) for phase, found in reached.items()}
+
+
+REACHABLE = _closure()
+
+
+async def report(context: Context, node: str, statuses: Sequence[Status], events: Sequence[Event]) -> None:
+    """Write what `node` says of its instances. Safe to repeat.
+
+    What concerns an instance that is gone, or would go back from an end, is left out: the agent is told of removals by its
+    assignments. Raises Forbidden for another node's instance, Invalid, TooLarge.
+    """
+    if len(statuses) > STATUSES_MAX or len(events) > STATUSES_MAX:
+        raise TooLarge(f"a report has at most {STATUSES_MAX} statuses and events, this one {len(statuses)} and {len(events)}")
+    newest = {status.instance: status for status in statuses}
+    for status in newest.values():
+        check_id(status.instance, "statuses.instance")
+        check_name(status.project, "statuses.project")
+        if status.node != node:
+            raise Forbidden(f"the status of instance '{status.instance}' names node '{status.node}', not '{node}'")
+        if status.phase is Phase.LOST:
+            raise Invalid("statuses.phase: only the control plane says that an instance is lost", field="statuses.phase")
+    event_ops = {op.key: op for event in events if (op := _event(context, node, event)) is not None}
+
+    def build() -> Draft[None]:
+        compare: list[Compare] = []
+        ops: list[Op] = list(event_ops.values())
+        for status in newest.values():
+            part = _status(context, node, status)
+            if part is not None:
+                compare.extend(part[0])
+                ops.append(part[1])
+        return Draft(compare=compare, ops=ops, answer=lambda _: None)
+
+    await context.write(type(None), build)
+
+
+def _status(context: Context, node: str, status: Status) -> tuple[list[Compare], Op] | None:
+    behind = f"{status.project}/{status.instance}"
+    instance = context.state.get(Instance, behind)
+    if instance is None:
+        return None
+    if instance.record.node != node:
+        raise Forbidden(f"instance '{status.instance}' is not on node '{node}'")
+    old = context.state.get(Status, behind)
+    if len(status.message) > MESSAGE_CHARS_MAX:
+        status = replace(status, message=status.message[:MESSAGE_CHARS_MAX])
+    if old is not None:
+        if old.record == status:
+            return None
+        if status.phase not in REACHABLE[old.record.phase]:
+            log.warning("an illegal step was reported", instance=status.instance, node=node, old=old.record.phase, new=status.phase)
+            return None
+    key = keys.status(status.project, status.instance)
+    exists = Compare(keys.instance(status.project, status.instance), Target.CREATE, instance.created)
+    return [exists, absent(key) if old is None else unchanged(key, old.revision)], Put(key, codec.encode(status))
+
+
+def _event(context: Context, node: str, event: Event) -> Put | None:
+    """An agent speaks of its instances and of itself."""
+    check_name(event.project, "events.project")
+    check_id(event.id, "events.id")
+    kind, _, name = event.subject.partition("/")
+    if kind == "instance":
+        held = context.state.get(Instance, f"{event.project}/{name}")
+        if held is not None and held.record.node != node:
+            raise Forbidden(f"instance '{name[:60]}' is not on node '{node}'")
+    elif event.subject != f"node/{node}":
+        raise Forbidden(f"an agent may not speak of '{event.subject[:60]}'")
+    known = context.state.get(Event, f"{event.project}/{event.id}")
+    if known is not None:
+        return None
+    return Put(keys.event(event.project, event.id), codec.encode(bounded(replace(event, node=node))))
+
+
+async def register_ingress(context: Context, ingress: Ingress) -> None:
+    """Write what an ingress says of itself, if that is new. Safe to repeat."""
+    check_id(ingress.name, "name")
+    if not 1 <= ingress.http_port <= 65_535:
+        raise Invalid(f"http_port: {ingress.http_port} is not a port", field="http_port")
+
+    def build() -> Draft[None]:
+        held = context.state.get(Ingress, ingress.name)
+        first = held.record.registered_at if held is not None else context.clock.now()
+        record = replace(ingress, registered_at=first)
+        if held is not None and held.record == record:
+            return Draft(answer=lambda _: None)
+        key = keys.ingress(ingress.name)
+        return Draft(
+            compare=[absent(key) if held is None else unchanged(key, held.revision)],
+            ops=[Put(key, codec.encode(record))],
+            answer=lambda _: None,
+        )
+
+    await context.write(type(None), build)
+
+
+async def drained(context: Context, ingress: str, instances: Sequence[str], find: dict[str, str]) -> None:
+    """Note that `ingress` has no request left to `instances`; `find` gives an id's key. Safe to repeat."""
+    if len(instances) > STATUSES_MAX:
+        raise TooLarge(f"at most {STATUSES_MAX} instances at once, not {len(instances)}")
+
+    def build() -> Draft[None]:
+        compare: list[Compare] = []
+        ops: list[Op] = []
+        for id in dict.fromkeys(instances):
+            held = context.state.get(Instance, find[id]) if id in find else None
+            if held is None or held.record.desired is not Desired.DRAIN or context.state.get(Drained, f"{id}/{ingress}"):
+                continue
+            compare.append(Compare(keys.INSTANCES + find[id], Target.CREATE, held.created))
+            record = Drained(instance=id, ingress=ingress, at=context.clock.now())
+            ops.append(Put(keys.drained(id, ingress), codec.encode(record)))
+        return Draft(compare=compare, ops=ops, answer=lambda _: None)
+
+    await context.write(type(None), build)

@@ -1,0 +1,67 @@
+"""What an ingress needs for one app: its places and the endpoints that may get requests."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from atoll.api.service.claims import Host, hosts_of
+from atoll.api.service.specs import release_spec
+from atoll.model.records import App, Endpoint, Instance, Node, Routing, Status
+from atoll.model.spec import AppSpec
+from atoll.model.states import Desired, Phase
+from atoll.store.cache import State
+
+Ports = tuple[tuple[int, bool] | None, ...]
+
+
+def routing_of(state: State, app: App, instances: Iterable[Instance], domain: str) -> Routing | None:
+    """Return the app's routing, None when it has no route.
+
+    Endpoints are instances that are ready; those that drain stay, marked, until they are told to stop, so that the ingress can
+    say when they have no request left. While a rollout changes port numbers, the places lead to the ports of the release that
+    has the most endpoints, and only to instances that listen there.
+    """
+    hosts = hosts_of(app.spec, domain)
+    if not hosts:
+        return None
+    groups: dict[Ports, list[tuple[int, Endpoint]]] = defaultdict(list)
+    for instance in instances:
+        endpoint = endpoint_of(state, instance)
+        spec = release_spec(state, app.project, app.name, instance.release) if endpoint is not None else None
+        if endpoint is not None and spec is not None:
+            groups[_ports(hosts, spec)].append((instance.release, endpoint))
+    wanted = _ports(hosts, app.spec)
+    ports = max(groups, key=lambda key: (_serving(groups[key]), key == wanted, max(r for r, _ in groups[key])), default=wanted)
+    endpoints = sorted((endpoint for _, endpoint in groups.get(ports, ())), key=lambda endpoint: endpoint.instance)
+    places = tuple(
+        (host.host, host.path, *(number or (host.port.port, host.port.http2))) for host, number in zip(hosts, ports, strict=True)
+    )
+    return Routing(project=app.project, app=app.name, spec=app.spec, hosts=places, endpoints=tuple(endpoints))
+
+
+def endpoint_of(state: State, instance: Instance) -> Endpoint | None:
+    """Return where an instance takes requests, None when it must not get any."""
+    held = state.get(Status, f"{instance.project}/{instance.id}")
+    if held is None or instance.node is None or instance.desired is Desired.STOP:
+        return None
+    status = held.record
+    draining = instance.desired is Desired.DRAIN
+    if status.address is None or status.phase is not Phase.RUNNING or not (status.ready or draining):
+        return None
+    node = state.get(Node, instance.node)
+    site = node.record.site if node is not None else "local"
+    return Endpoint(instance=instance.id, node=instance.node, site=site, address=status.address, draining=draining)
+
+
+def _ports(hosts: Iterable[Host], spec: AppSpec) -> Ports:
+    """Return where a release listens for each place: by the port's name."""
+    found = []
+    for host in hosts:
+        port = spec.port_named(host.port.name)
+        found.append((port.port, port.http2) if port is not None else None)
+    return tuple(found)
+
+
+def _serving(group: list[tuple[int, Endpoint]]) -> int:
+    return sum(not endpoint.draining for _, endpoint in group)

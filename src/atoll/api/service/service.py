@@ -1,0 +1,112 @@
+"""The service as a whole."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable
+from typing import Self
+
+from atoll import __version__
+from atoll.api.service.access import Caller
+from atoll.api.service.apps import Apps
+from atoll.api.service.context import Context, ImageResolver
+from atoll.api.service.control_plane import LocalControlPlane
+from atoll.api.service.events import Events
+from atoll.api.service.feeds import Feeds
+from atoll.api.service.heartbeats import Heartbeats
+from atoll.api.service.housekeeping import Housekeeping
+from atoll.api.service.instances import Instances
+from atoll.api.service.jobs import Jobs
+from atoll.api.service.nodes import Nodes
+from atoll.api.service.projects import Projects
+from atoll.api.service.sealing import Sealer
+from atoll.api.service.secrets import Secrets
+from atoll.api.service.tokens import Tokens
+from atoll.api.service.tunnels import Tunnels
+from atoll.api.service.watching import Watching
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.store import Store
+from atoll.model.records import CELL, Ingress
+from atoll.model.views import Info
+from atoll.store.cache import State
+
+
+class Service:
+    """Everything the API does, over `store` and the cache `state` of its records (which must hold `context.KINDS`).
+
+    `secret_key` has 32 bytes and seals secrets; `domain` is what default hostnames end in. `entropy` gives bytes for tokens,
+    nonces and stream ids; a simulator passes its seeded generator's. Use it as `async with`, or call `start` and `close`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        state: State,
+        clock: Clock,
+        random: random.Random,
+        secret_key: bytes,
+        domain: str = "localhost",
+        *,
+        store_name: str = "memory",
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.context = Context(store, state, clock, random, Sealer(secret_key, entropy), domain, entropy)
+        self.clock = clock
+        self._store_name = store_name
+        self.heartbeats = Heartbeats(clock)
+        self.tunnels = Tunnels(lambda: entropy(16).hex())
+        self.projects = Projects(self.context)
+        self.apps = Apps(self.context)
+        self.jobs = Jobs(self.context)
+        self.instances = Instances(self.context)
+        self.secrets = Secrets(self.context)
+        self.tokens = Tokens(self.context)
+        self.nodes = Nodes(self.context, self.heartbeats)
+        self.events = Events(self.context)
+        self.feeds = Feeds(self.context)
+        self.watching = Watching(self.context)
+        self.control_plane = LocalControlPlane(self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels)
+        self.housekeeping = Housekeeping(self.context, self.events)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin to follow the cache and to tidy up."""
+        self.feeds.start()
+        self._tasks.append(asyncio.create_task(self.housekeeping.run(), name="api housekeeping"))
+
+    async def close(self) -> None:
+        """End every stream and task. Safe to repeat; the store and the cache stay open, they are the caller's."""
+        self.watching.close()
+        await self.feeds.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def use_images(self, images: ImageResolver) -> None:
+        """Name the cell's own registry, in which tags are pinned when a release is made."""
+        self.context.images = images
+
+    async def healthy(self) -> int:
+        """Return the store's revision, as a sign that it answers. Raises Unavailable."""
+        return await self.context.store.revision()
+
+    def info(self, caller: Caller) -> Info:
+        state = self.context.state
+        return Info(
+            version=__version__,
+            cell=CELL,
+            revision=state.revision,
+            store=self._store_name,
+            ingresses=tuple(held.record for _, held in sorted(state.records(Ingress).items())),
+            token=self.tokens.of(caller),
+        )

@@ -1,0 +1,143 @@
+"""Live streams between a client and the agent that runs an instance: exec, logs, files.
+
+The server never dials a node. An agent keeps a tunnel open, is told of a stream that someone wants, and dials in with the
+stream's id; here the two ends meet and are spliced by two bounded queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from atoll.model.errors import DeadlineExceeded, Exhausted, NotFound, Unavailable
+from atoll.model.ports.control_plane import StreamRequest
+
+PIPE_MESSAGES_MAX = 16
+"""Messages that wait in one direction of a stream; with `MESSAGE_BYTES_MAX` each, at most 2 MiB."""
+ANSWER_S = 10.0
+"""How long an agent has to dial in."""
+REQUESTS_MAX = 256
+"""Streams of one node that wait for its agent."""
+STREAMS_MAX = 4_096
+"""Streams of all nodes together that wait for their agents."""
+
+
+class Pipe:
+    """One end of a two-way stream in memory, with back-pressure; implements the port `Channel`."""
+
+    def __init__(self, inward: asyncio.Queue[bytes | None], outward: asyncio.Queue[bytes | None], closed: asyncio.Event) -> None:
+        self._inward = inward
+        self._outward = outward
+        self._closed = closed
+        self._ended = False
+
+    async def send(self, message: bytes) -> None:
+        """Wait until the other end has room. Raises Unavailable when either end has closed."""
+        if self._outward.full() and not self._closed.is_set():
+            await _first(self._outward.put(message), self._closed)
+        elif not self._closed.is_set():
+            self._outward.put_nowait(message)
+            return
+        if self._closed.is_set():
+            raise Unavailable("the other end of the stream is gone")
+
+    async def receive(self) -> bytes | None:
+        """Return the next message; what was sent before the other end closed is still delivered."""
+        if self._ended:
+            return None
+        if not self._inward.empty():
+            message = self._inward.get_nowait()
+        elif self._closed.is_set():
+            message = None
+        else:
+            message = await _first(self._inward.get(), self._closed)
+            if message is None and not self._inward.empty():
+                message = self._inward.get_nowait()
+        self._ended = message is None
+        return message
+
+    async def close(self) -> None:
+        self._closed.set()
+
+
+async def _first(wanted: Any, closed: asyncio.Event) -> Any:
+    """Return the result of `wanted`, or None if `closed` is set before it is there."""
+    task = asyncio.ensure_future(wanted)
+    gone = asyncio.ensure_future(closed.wait())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+def pipe() -> tuple[Pipe, Pipe]:
+    """Return the two ends of a stream."""
+    there: asyncio.Queue[bytes | None] = asyncio.Queue(PIPE_MESSAGES_MAX)
+    back: asyncio.Queue[bytes | None] = asyncio.Queue(PIPE_MESSAGES_MAX)
+    closed = asyncio.Event()
+    return Pipe(back, there, closed), Pipe(there, back, closed)
+
+
+class Tunnels:
+    """Where clients' streams wait for their agents. It lives in memory: a server's restart ends its streams."""
+
+    def __init__(self, new_id: Callable[[], str] = lambda: secrets.token_hex(16)) -> None:
+        self._new_id = new_id
+        self._nodes: dict[str, asyncio.Queue[StreamRequest]] = {}
+        self._waiting: dict[str, tuple[str, asyncio.Future[Pipe]]] = {}
+
+    def connected(self, node: str) -> bool:
+        return node in self._nodes
+
+    async def requests(self, node: str) -> AsyncIterator[StreamRequest]:
+        """Yield the streams that are wanted of `node`. A newer tunnel of the same node takes over from an older."""
+        queue: asyncio.Queue[StreamRequest] = asyncio.Queue(REQUESTS_MAX)
+        self._nodes[node] = queue
+        try:
+            while self._nodes.get(node) is queue:
+                yield await queue.get()
+        finally:
+            if self._nodes.get(node) is queue:
+                del self._nodes[node]
+
+    async def open(self, node: str, kind: str, instance: str, options: dict[str, Any], *, answer_s: float = ANSWER_S) -> Pipe:
+        """Return the client's end of a new stream, once the agent has dialled in.
+
+        Raises Unavailable: the agent has no tunnel here; DeadlineExceeded: it did not answer; Exhausted: too many wait.
+        """
+        queue = self._nodes.get(node)
+        if queue is None:
+            raise Unavailable(
+                f"node '{node}' has no connection to this server", mend="look at its agent's log; 'atoll nodes' shows it"
+            )
+        if queue.full() or len(self._waiting) >= STREAMS_MAX:
+            raise Exhausted(f"{queue.qsize()} streams wait for node '{node}' already")
+        id = self._new_id()
+        answer: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
+        self._waiting[id] = (node, answer)
+        queue.put_nowait(StreamRequest(id, kind, instance, options))
+        try:
+            return await asyncio.wait_for(answer, answer_s)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"node '{node}' did not open the stream within {answer_s:g} s", mend="look at its agent's log, then try again"
+            ) from None
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled():
+                await answer.result().close()
+            raise
+        finally:
+            self._waiting.pop(id, None)
+
+    def accept(self, node: str, id: str) -> Pipe:
+        """Return the agent's end of stream `id`. Raises NotFound: nobody waits for it (any more), or it is another node's."""
+        expected, answer = self._waiting.get(id, ("", None))
+        if answer is None or expected != node or answer.done():
+            raise NotFound("nobody waits for this stream")
+        ours, theirs = pipe()
+        answer.set_result(ours)
+        return theirs

@@ -1,0 +1,60 @@
+"""What apps' and jobs' specs have in common when they come in: the image is pinned, the secrets are there."""
+
+from __future__ import annotations
+
+import re
+
+from atoll.api.service.access import Caller
+from atoll.api.service.context import Context
+from atoll.model.errors import Forbidden, ImageError, Invalid, NotFound
+from atoll.model.records import Secret
+from atoll.model.spec import Workload
+
+CELL_REGISTRY = "cell.internal/"
+_REFERENCE = re.compile(
+    r"(?P<repository>[a-z0-9][a-z0-9._/-]{0,200})"
+    r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?"
+    r"(?P<digest>@sha256:[0-9a-f]{64})?"
+)
+
+
+def require_image(spec: Workload) -> None:
+    """Raise Invalid for a spec that only says how to build the image."""
+    if spec.image is None:
+        mend = "'atoll deploy' builds it, pushes it and sets this"
+        raise Invalid("image: missing; the server does not build", field="image", mend=mend)
+
+
+def pin(context: Context, caller: Caller, spec: Workload) -> str | None:
+    """Return the image's reference; one to the cell's own registry names its digest, so that a release never changes.
+
+    Raises ImageError when it is not there, Forbidden for another project's image that `caller` may not see.
+    """
+    reference = spec.image
+    if reference is None or not reference.startswith(CELL_REGISTRY):
+        return reference
+    match = _REFERENCE.fullmatch(reference.removeprefix(CELL_REGISTRY))
+    if match is None or "/" not in match["repository"]:
+        raise Invalid(f"image: {reference!r} is not {CELL_REGISTRY}PROJECT/NAME[:TAG][@DIGEST]", field="image")
+    project = match["repository"].split("/", 1)[0]
+    if project != spec.project and not caller.sees(project):
+        raise Forbidden(f"image: {reference} is another project's", field="image")
+    if match["digest"]:
+        return reference
+    tag = match["tag"] or "latest"
+    digest = context.images.digest_of(match["repository"], tag) if context.images else None
+    if digest is None:
+        mend = "push it first, e.g. with 'atoll deploy'"
+        raise ImageError(f"image: {reference} is not in the cell's registry", field="image", mend=mend)
+    return f"{CELL_REGISTRY}{match['repository']}:{tag}@{digest}"
+
+
+def check_secrets(context: Context, spec: Workload) -> None:
+    """Raise NotFound for a secret that the spec names and the project does not have."""
+    for variable, name in spec.secrets.items():
+        if context.state.get(Secret, f"{spec.project}/{name}") is None:
+            raise NotFound(
+                f"secrets.{variable}: project '{spec.project}' has no secret '{name}'",
+                field=f"secrets.{variable}",
+                mend=f"set it with 'atoll secrets set {name}'",
+            )

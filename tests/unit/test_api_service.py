@@ -1,0 +1,389 @@
+"""The service over a memory store: what users do with apps, jobs, secrets and tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+from msgspec.structs import replace
+
+from atoll.api.service import KINDS, SYSTEM, Caller, RequestKey, Service
+from atoll.model import codec, keys
+from atoll.model.errors import Conflict, Forbidden, ImageError, Invalid, NotFound, StaleRevision, Unauthenticated
+from atoll.model.records import (
+    Event,
+    Ingress,
+    Instance,
+    Job,
+    JobPhase,
+    JobStatus,
+    OwnerKind,
+    Release,
+    Role,
+    RouteClaim,
+    Secret,
+    Token,
+)
+from atoll.model.spec import AppSpec, JobSpec, Port, Route, Scale
+from atoll.model.states import Desired
+from atoll.model.views import AppView, TokenRequest
+from atoll.store.cache import State
+from atoll.store.memory import MemoryStore
+
+KEY = bytes(range(32))
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.at = 1_000_000.0
+
+    def now(self) -> float:
+        return self.at
+
+    def monotonic(self) -> float:
+        return self.at
+
+
+class FakeImages:
+    def __init__(self) -> None:
+        self.tags: dict[tuple[str, str], str] = {}
+
+    def digest_of(self, repository: str, tag: str) -> str | None:
+        return self.tags.get((repository, tag))
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+async def service(clock: FakeClock) -> AsyncIterator[Service]:
+    store = MemoryStore(clock)
+    seeded = random.Random(1)
+    async with (
+        State(store, KINDS) as state,
+        Service(store, state, clock, seeded, KEY, "localhost", entropy=seeded.randbytes) as made,
+    ):
+        yield made
+    await store.close()
+
+
+def app_spec(name: str = "web", **changes: object) -> AppSpec:
+    base = AppSpec(name=name, image="registry.test/web:1", ports=(Port(port=8000),))
+    return replace(base, **changes)
+
+
+async def put_record(service: Service, key: str, record: object) -> None:
+    revision = await service.context.store.put(key, codec.encode(record))
+    await service.context.reach(revision)
+
+
+async def test_a_new_app_has_release_1_and_its_default_url(service: Service) -> None:
+    await service.control_plane.register_ingress(Ingress(name="edge", http_port=8080))
+    view = await service.apps.put(SYSTEM, app_spec())
+    assert (view.app.release, view.app.replicas) == (1, 1)
+    assert view.urls == ("http://web.localhost:8080/",)
+    assert view.revision == service.context.state.revision
+    assert service.apps.get("default", "web") == view
+
+
+async def test_the_same_spec_again_makes_no_release_and_no_write(service: Service) -> None:
+    first = await service.apps.put(SYSTEM, app_spec())
+    again = await service.apps.put(SYSTEM, app_spec())
+    assert again == first
+    assert len(service.apps.releases("default", "web", limit=10).items) == 1
+
+
+async def test_a_changed_spec_makes_the_next_release_and_keeps_the_replicas(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec(scale=Scale(replicas=3)))
+    view = await service.apps.put(SYSTEM, app_spec(env={"A": "1"}))
+    assert (view.app.release, view.app.replicas) == (2, 3)
+    assert [r.number for r in service.apps.releases("default", "web", limit=10).items] == [2, 1]
+
+
+async def test_only_another_scale_makes_no_release(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    view = await service.apps.put(SYSTEM, app_spec(scale=Scale(replicas=5)))
+    assert (view.app.release, view.app.replicas) == (1, 5)
+
+
+async def test_a_conditional_write_at_an_old_revision_is_refused(service: Service) -> None:
+    first = await service.apps.put(SYSTEM, app_spec())
+    await service.apps.scale("default", "web", 2, if_match=first.revision)
+    with pytest.raises(StaleRevision):
+        await service.apps.scale("default", "web", 3, if_match=first.revision)
+    with pytest.raises(StaleRevision):
+        await service.apps.put(SYSTEM, app_spec(), if_match=0)
+
+
+async def test_restart_raises_the_generation_and_rollback_runs_an_older_release(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await service.apps.put(SYSTEM, app_spec(env={"A": "1"}))
+    assert (await service.apps.restart("default", "web")).app.generation == 2
+    back = await service.apps.rollback(SYSTEM, "default", "web")
+    assert back.app.release == 1
+    assert back.app.spec.env == {}
+    with pytest.raises(NotFound, match="release before 1"):
+        await service.apps.rollback(SYSTEM, "default", "web")
+    with pytest.raises(NotFound, match="release 9"):
+        await service.apps.rollback(SYSTEM, "default", "web", 9)
+
+
+async def test_after_a_rollback_a_new_spec_gets_a_number_never_used(service: Service) -> None:
+    for value in "123":
+        await service.apps.put(SYSTEM, app_spec(env={"A": value}))
+    await service.apps.rollback(SYSTEM, "default", "web", 1)
+    view = await service.apps.put(SYSTEM, app_spec(env={"A": "4"}))
+    assert view.app.release == 4
+
+
+async def test_old_releases_are_removed_beyond_the_bound(service: Service) -> None:
+    for number in range(60):
+        await service.apps.put(SYSTEM, app_spec(env={"A": str(number)}))
+    numbers = [r.number for r in service.apps.releases("default", "web", limit=100).items]
+    assert numbers == list(range(60, 10, -1))
+
+
+async def test_a_route_has_one_owner(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec(routes=(Route(host="www.example.com"),)))
+    other = app_spec("other", routes=(Route(host="www.example.com"),))
+    with pytest.raises(Conflict, match="app 'web' in project 'default'"):
+        await service.apps.put(SYSTEM, other)
+    await service.projects.put("team")
+    stranger = Caller(id="t", role=Role.DEPLOY, project="team")
+    with pytest.raises(Conflict, match="another project"):
+        await service.apps.put(stranger, replace(other, project="team"))
+    assert service.context.state.get(Release, "default/other/00000001") is None
+
+
+async def test_a_route_that_is_given_up_can_be_claimed(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec(routes=(Route(host="www.example.com"), Route(host="www.example.com", path="/api/"))))
+    await service.apps.put(SYSTEM, app_spec())
+    view = await service.apps.put(SYSTEM, app_spec("other", routes=(Route(host="www.example.com", path="/api"),)))
+    assert view.app.release == 1
+
+
+async def test_a_claim_whose_app_is_gone_can_be_taken_and_is_swept(service: Service) -> None:
+    await put_record(service, keys.route("www.example.com", "/"), RouteClaim(project="default", app="gone"))
+    await put_record(service, keys.route("old.example.com", "/"), RouteClaim(project="default", app="gone"))
+    await service.apps.put(SYSTEM, app_spec(routes=(Route(host="www.example.com"),)))
+    await service.housekeeping.sweep()
+    await service.context.reach(await service.context.store.revision())
+    assert sorted(service.context.state.records(RouteClaim)) == ["web.localhost/", "www.example.com/"]
+
+
+@pytest.mark.parametrize(
+    ("project", "host"), [("team", "web.localhost"), ("team", "a.other.localhost"), ("default", "x.team.localhost")]
+)
+async def test_a_name_under_the_domain_belongs_to_its_project(service: Service, project: str, host: str) -> None:
+    await service.projects.put("team")
+    with pytest.raises(Forbidden):
+        await service.apps.put(SYSTEM, app_spec(project=project, routes=(Route(host=host),)))
+
+
+@pytest.mark.parametrize("path", ["/a b", "/../x", "/a?b", "/a\x00", "/" + "x" * 600, "/ü"])
+async def test_a_path_that_no_url_has_is_refused(service: Service, path: str) -> None:
+    with pytest.raises(Invalid, match="path"):
+        await service.apps.put(SYSTEM, app_spec(routes=(Route(host="www.example.com", path=path),)))
+
+
+async def test_two_deploys_at_once_both_end_well(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    specs = [app_spec(env={"A": str(n)}) for n in range(4)]
+    views = await asyncio.gather(*(service.apps.put(SYSTEM, spec) for spec in specs))
+    assert sorted(view.app.release for view in views) == [2, 3, 4, 5]
+
+
+async def test_a_repeated_request_key_gets_the_first_answer(service: Service) -> None:
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    first = await service.apps.put(SYSTEM, app_spec(), request=request)
+    await service.apps.scale("default", "web", 7)
+    assert await service.apps.put(SYSTEM, app_spec(), request=request) == first
+    assert service.apps.get("default", "web").app.replicas == 7
+    with pytest.raises(Conflict, match="Idempotency-Key"):
+        await service.apps.scale("default", "web", 1, request=replace(request, fingerprint="f2"))
+
+
+async def test_a_key_is_used_once_even_when_both_come_at_the_same_time(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    views = await asyncio.gather(*(service.apps.restart("default", "web", request=request) for _ in range(5)))
+    assert {view.app.generation for view in views} == {2}
+    assert len({view.revision for view in views}) == 1
+
+
+async def test_a_key_is_remembered_for_a_write_that_changed_nothing(service: Service) -> None:
+    view = await service.apps.put(SYSTEM, app_spec())
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    assert await service.apps.put(SYSTEM, app_spec(), request=request) == view
+    assert await service.apps.put(SYSTEM, app_spec(), request=request) == view
+    with pytest.raises(Conflict):
+        await service.apps.put(SYSTEM, app_spec(), request=replace(request, fingerprint="f2"))
+
+
+async def test_an_app_that_is_being_deleted_takes_no_changes(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    assert (await service.apps.delete("default", "web")).app.deleting
+    assert (await service.apps.delete("default", "web")).app.deleting
+    with pytest.raises(Conflict, match="being deleted"):
+        await service.apps.put(SYSTEM, app_spec(env={"A": "1"}))
+    with pytest.raises(Conflict, match="being deleted"):
+        await service.apps.scale("default", "web", 2)
+
+
+async def test_what_a_spec_names_must_be_there(service: Service) -> None:
+    with pytest.raises(NotFound, match="no secret 'key'"):
+        await service.apps.put(SYSTEM, app_spec(secrets={"KEY": "key"}))
+    with pytest.raises(NotFound, match="no project 'nowhere'"):
+        await service.apps.put(SYSTEM, app_spec(project="nowhere"))
+    with pytest.raises(ImageError, match="not in the cell's registry"):
+        await service.apps.put(SYSTEM, app_spec(image="cell.internal/default/web:1"))
+
+
+async def test_a_tag_of_the_cells_registry_is_pinned_when_a_release_is_made(service: Service) -> None:
+    images = FakeImages()
+    service.use_images(images)
+    spec = app_spec(image="cell.internal/default/web:1")
+    images.tags["default/web", "1"] = "sha256:" + "a" * 64
+    assert (await service.apps.put(SYSTEM, spec)).app.spec.image == "cell.internal/default/web:1@sha256:" + "a" * 64
+    assert (await service.apps.put(SYSTEM, spec)).app.release == 1
+    images.tags["default/web", "1"] = "sha256:" + "b" * 64
+    assert (await service.apps.put(SYSTEM, spec)).app.release == 2
+    await service.projects.put("team")
+    stranger = Caller(id="t", role=Role.DEPLOY, project="team")
+    with pytest.raises(Forbidden, match="another project"):
+        await service.apps.put(stranger, replace(spec, project="team"))
+
+
+async def test_a_secret_is_sealed_and_comes_out_only_for_its_instance(service: Service) -> None:
+    await service.secrets.put("default", "key", "hunter2")
+    held = service.context.state.get(Secret, "default/key")
+    assert held is not None
+    assert b"hunter2" not in codec.encode(held.record)
+    view = await service.apps.put(SYSTEM, app_spec(secrets={"KEY": "key"}))
+    instance = Instance(
+        id="web-1", project="default", owner_kind=OwnerKind.APP, owner="web", release=view.app.release, node="n1", created_at=1
+    )
+    await put_record(service, keys.instance("default", "web-1"), instance)
+    assert await service.control_plane.instance_secrets("web-1") == {"KEY": "hunter2"}
+    await asyncio.sleep(0)
+    assert await service.control_plane.instance_secrets("web-1", "n1") == {"KEY": "hunter2"}
+    with pytest.raises(NotFound):
+        await service.control_plane.instance_secrets("web-1", "n2")
+    with pytest.raises(Conflict, match="used by app 'web'"):
+        await service.secrets.delete("default", "key")
+
+
+async def test_a_sealed_secret_cannot_be_moved_to_another_name(service: Service) -> None:
+    await service.secrets.put("default", "key", "hunter2")
+    held = service.context.state.get(Secret, "default/key")
+    assert held is not None
+    await put_record(service, keys.secret("default", "mine"), replace(held.record, name="mine"))
+    spec = app_spec(secrets={"KEY": "mine"})
+    with pytest.raises(Exception, match="cannot be opened"):
+        service.secrets.reveal("default", spec)
+
+
+async def test_a_token_is_kept_as_a_digest_expires_and_can_be_withdrawn(service: Service, clock: FakeClock) -> None:
+    made = await service.tokens.create(SYSTEM, TokenRequest(name="ci", role=Role.DEPLOY, project="default", expires_in_s=60))
+    assert made.token is not None
+    stored = [codec.encode(held.record) for held in service.context.state.records(Token).values()]
+    assert made.token.encode() not in b"".join(stored)
+    assert service.tokens.authenticate(made.token).project == "default"
+    clock.at += 61
+    with pytest.raises(Unauthenticated, match="expired"):
+        service.tokens.authenticate(made.token)
+    forever = await service.tokens.create(SYSTEM, TokenRequest(name="ops", role=Role.ADMIN))
+    assert forever.token is not None
+    await service.tokens.delete(SYSTEM, forever.id)
+    with pytest.raises(Unauthenticated, match="not known"):
+        service.tokens.authenticate(forever.token)
+
+
+@pytest.mark.parametrize("token", ["", "x", "atoll_" + "a" * 43, "y" * 10_000, "ü€\udcff"])
+async def test_a_token_that_is_none_is_refused(service: Service, token: str) -> None:
+    with pytest.raises(Unauthenticated):
+        service.tokens.authenticate(token)
+
+
+async def test_nobody_makes_a_token_beyond_their_own(service: Service) -> None:
+    mine = Caller(id="t", role=Role.ADMIN, project="team")
+    with pytest.raises(Forbidden):
+        await service.tokens.create(mine, TokenRequest(name="x", role=Role.ADMIN))
+    with pytest.raises(Forbidden):
+        await service.tokens.create(mine, TokenRequest(name="x", role=Role.AGENT, subject="n1"))
+    with pytest.raises(Invalid, match="subject"):
+        await service.tokens.create(SYSTEM, TokenRequest(name="x", role=Role.AGENT))
+    other = await service.tokens.create(SYSTEM, TokenRequest(name="x", role=Role.READ, project="default"))
+    with pytest.raises(NotFound):
+        await service.tokens.delete(mine, other.id)
+    assert service.tokens.all(mine, limit=10).items == ()
+
+
+async def test_a_repeated_request_for_a_token_gets_the_same_token_and_the_store_never_holds_it(service: Service) -> None:
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    wanted = TokenRequest(name="ci", role=Role.READ)
+    first = await service.tokens.create(SYSTEM, wanted, request=request)
+    again = await service.tokens.create(SYSTEM, wanted, request=request)
+    assert first.token is not None
+    assert again == first
+    everything = await service.context.store.range("")
+    assert not any(first.token.encode() in item.value for item in everything.items)
+
+
+async def test_a_job_is_made_once_cancelled_and_forgotten_when_it_has_finished(service: Service) -> None:
+    spec = JobSpec(name="crunch", image="registry.test/x:1")
+    view = await service.jobs.create(SYSTEM, spec)
+    assert service.jobs.get("default", "crunch") == view
+    with pytest.raises(Conflict):
+        await service.jobs.create(SYSTEM, spec)
+    with pytest.raises(Conflict, match="not finished"):
+        await service.jobs.delete("default", "crunch")
+    assert (await service.jobs.cancel("default", "crunch")).job.cancelled
+    status = JobStatus(project="default", name="crunch", phase=JobPhase.CANCELLED)
+    await put_record(service, keys.job_status("default", "crunch"), status)
+    await service.jobs.delete("default", "crunch")
+    assert service.context.state.get(Job, "default/crunch") is None
+
+
+async def test_stopping_an_instance_drains_it_once(service: Service) -> None:
+    instance = Instance(id="web-1", project="default", owner_kind=OwnerKind.APP, owner="web", node="n1", created_at=1)
+    await put_record(service, keys.instance("default", "web-1"), instance)
+    view = await service.instances.stop(SYSTEM, "default", "web-1")
+    assert view.instance.desired is Desired.DRAIN
+    assert await service.instances.stop(SYSTEM, "default", "web-1") == view
+
+
+async def test_lists_come_in_pages(service: Service) -> None:
+    for name in "abcde":
+        await service.apps.put(SYSTEM, app_spec(name))
+    first = service.apps.all("default", limit=2)
+    assert [view.app.name for view in first.items] == ["a", "b"]
+    rest = service.apps.all("default", limit=9, after=first.next or "")
+    assert [view.app.name for view in rest.items] == ["c", "d", "e"]
+    assert rest.next is None
+
+
+async def test_events_come_newest_first_and_are_bounded(service: Service, clock: FakeClock) -> None:
+    for number in range(2_100):
+        event = Event(id=f"{number:06d}", at=clock.at + number, project="default", subject="app/web", code="x", message="m")
+        await service.context.store.put(keys.event("default", event.id), codec.encode(event))
+    await service.context.reach(await service.context.store.revision())
+    page = service.events.all("default", limit=2)
+    assert [event.id for event in page.items] == ["002099", "002098"]
+    assert [event.id for event in service.events.all("default", limit=1, after=page.next or "").items] == ["002097"]
+    await service.housekeeping.sweep()
+    await service.context.reach(await service.context.store.revision())
+    assert len(service.context.state.records(Event)) == 2_000
+
+
+async def test_an_answer_given_for_a_key_names_the_revision_of_the_write(service: Service) -> None:
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    first = await service.apps.put(SYSTEM, app_spec(), request=request)
+    held = await service.context.store.get(keys.app("default", "web"))
+    assert held is not None
+    assert first.revision == held.mod_revision
+    assert isinstance(await service.apps.put(SYSTEM, app_spec(), request=request), AppView)
