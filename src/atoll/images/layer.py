@@ -1,0 +1,120 @@
+"""Making a layer: a canonical tar, compressed with zstd, whose bytes depend on its content only."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+from msgspec import Struct
+
+from atoll.images.manifest import OCI_LAYER_ZSTD, Descriptor
+from atoll.images.unpack import XATTR_PREFIX
+
+COMPRESSION_LEVEL = 3
+COPY_BYTES = 1 << 20
+
+
+class LayerBlob(Struct, frozen=True):
+    """A layer in a layout's blobs."""
+
+    digest: str
+    size: int
+    diff_id: str
+    media_type: str = OCI_LAYER_ZSTD
+
+    @property
+    def descriptor(self) -> Descriptor:
+        return Descriptor(self.media_type, self.digest, self.size)
+
+
+class _Hashing:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{self._hash.hexdigest()}"
+
+
+class LayerWriter:
+    """Writes a layer to the new file `target`. The caller adds entries in a fixed order, then `close`s.
+
+    All times are `mtime` (seconds since the epoch) or older, owners are numbers only.
+    """
+
+    def __init__(self, target: Path, *, mtime: int) -> None:
+        self._mtime = mtime
+        self._file = target.open("xb")
+        self._packed = _Hashing(self._file)
+        self._zstd = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True).stream_writer(
+            self._packed,  # type: ignore[arg-type]
+            closefd=False,
+        )
+        self._plain = _Hashing(self._zstd)
+        self._tar = tarfile.open(fileobj=self._plain, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115 (`close` ends it)
+
+    def add(
+        self,
+        name: str,
+        kind: bytes,
+        *,
+        mode: int,
+        uid: int = 0,
+        gid: int = 0,
+        size: int = 0,
+        content: BinaryIO | None = None,
+        link: str = "",
+        device: tuple[int, int] = (0, 0),
+        mtime: float | None = None,
+        xattrs: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add one entry; `kind` is a tarfile type, `name` has no leading slash."""
+        info = tarfile.TarInfo(name)
+        info.type = kind
+        info.mode, info.uid, info.gid, info.size = mode & 0o7777, uid, gid, size
+        info.linkname = link
+        info.devmajor, info.devminor = device
+        info.mtime = self._mtime if mtime is None else min(int(mtime), self._mtime)
+        info.pax_headers = {f"{XATTR_PREFIX}{key}": value for key, value in sorted((xattrs or {}).items())}
+        self._tar.addfile(info, content)
+        self._tar.members.clear()  # tarfile would keep them all
+
+    def directory(self, name: str, mode: int = 0o755) -> None:
+        self.add(name, tarfile.DIRTYPE, mode=mode)
+
+    def bytes(self, name: str, data: bytes, mode: int = 0o644) -> None:
+        self.add(name, tarfile.REGTYPE, mode=mode, size=len(data), content=io.BytesIO(data))
+
+    def close(self) -> LayerBlob:
+        """Finish, make durable, and return what was written."""
+        self._tar.close()
+        self._zstd.close()  # type: ignore[no-untyped-call]
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return LayerBlob(self._packed.digest, self._packed.size, self._plain.digest)
+
+    def abandon(self) -> None:
+        self._file.close()
