@@ -37,6 +37,7 @@ from atoll.node.transitions import (
     PrepareFailed,
     Probe,
     Probed,
+    Progressed,
     Recovered,
     Removed,
     Rules,
@@ -74,6 +75,8 @@ def decide(rules: Rules, state: State, event: Happening, now: Now) -> Outcome:
             after, actions = _wanted(rules, replace(state, removed=True), Desired.STOP, now)
         case Recovered():
             after, actions = _recovered(rules, state, event, now)
+        case Progressed():
+            after, actions = (replace(state, message=event.message) if state.phase is Phase.PREPARING else state), ()
         case Prepared():
             after, actions = _prepared(state, event, now)
         case PrepareFailed():
@@ -177,6 +180,7 @@ def _prepared(state: State, event: Prepared, now: Now) -> Outcome:
         Phase.STARTING,
         now,
         image_digest=event.image_digest,
+        message="",
         address=event.address,
         stop_signal=event.stop_signal,
     )

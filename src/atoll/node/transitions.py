@@ -120,6 +120,12 @@ class Recovered(Struct, frozen=True):
     exit: Exit | None = None
 
 
+class Progressed(Struct, frozen=True):
+    """What is being prepared, in words."""
+
+    message: str
+
+
 class Prepared(Struct, frozen=True, kw_only=True):
     """Image, link and root are there."""
 
@@ -161,7 +167,7 @@ class Due(Struct, frozen=True):
     """`State.due` has come."""
 
 
-Happening = Wanted | Removed | Recovered | Prepared | PrepareFailed | Launched | LaunchFailed | Ended | Probed | Due
+Happening = Wanted | Removed | Recovered | Progressed | Prepared | PrepareFailed | Launched | LaunchFailed | Ended | Probed | Due
 
 
 class Prepare(Struct, frozen=True):

@@ -1,0 +1,322 @@
+"""The agent: adopts what an earlier one left, then follows its assignments, with or without the control plane."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from atoll import __version__
+from atoll.model.errors import AtollError, Unavailable
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.control_plane import AssignmentBatch, ControlPlane, StreamRequest
+from atoll.model.ports.images import Images
+from atoll.model.ports.network import Network
+from atoll.model.ports.runtime import Runtime
+from atoll.model.records import Assignment, Heartbeat, Node, Usage
+from atoll.model.spec import RuntimeName
+from atoll.node.directories import Directories
+from atoll.node.health import NetworkProber
+from atoll.node.logs import FileLogs
+from atoll.node.record import Entry, LocalRecord, SqliteRecord
+from atoll.node.recovery import recover
+from atoll.node.report import Reporter, retry_delay
+from atoll.node.runner import Runner, new_entry
+from atoll.node.streams import serve_stream
+from atoll.node.tools import Logs, Machine, Prober, Tools
+from atoll.node.transitions import Removed, Wanted
+from atoll.node.usage import LinuxMachine, architecture
+
+HEARTBEAT_S = 5.0
+CALL_S = 10.0
+"""Deadline of a registration or a heartbeat."""
+SILENCE_S = 30.0
+"""Without a batch for so long (an empty one is due every 10 s) the connection counts as broken."""
+USAGE_S = 2.0
+"""Deadline of reading one instance's usage."""
+STREAMS_MAX = 256
+"""Live streams (exec, logs, files) at a time."""
+COLLECT_S = 300.0
+"""How often the disk is looked at."""
+COLLECT_ABOVE = 0.80
+"""Images that no instance uses are removed when the disk is fuller than this."""
+CLOSE_S = 5.0
+"""Deadline of letting go of one part at the end."""
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+class Agent:
+    """Runs one node. `run` returns never; cancel it, and everything goes on running for the next agent to adopt.
+
+    The last five parameters have real implementations as defaults; the simulator and tests pass fakes.
+    """
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        control: ControlPlane,
+        runtimes: Sequence[Runtime],
+        images: Images,
+        network: Network,
+        clock: Clock,
+        random: random.Random,
+        data: Path,
+        site: str = "local",
+        region: str = "local",
+        labels: dict[str, str] | None = None,
+        taints: Sequence[str] = (),
+        address: str = "",
+        record: LocalRecord | None = None,
+        logs: Logs | None = None,
+        prober: Prober | None = None,
+        machine: Machine | None = None,
+        arch: str | None = None,
+    ) -> None:
+        self._node = node
+        self._control = control
+        self._offered = tuple(runtimes)
+        self._images = images
+        self._network = network
+        self._clock = clock
+        self._random = random
+        self._directories = Directories(data)
+        self._site, self._region = site, region
+        self._labels, self._taints = dict(labels or {}), tuple(taints)
+        self._address = address
+        self._record = record
+        self._logs = logs or FileLogs(self._directories, clock)
+        self._prober = prober or NetworkProber()
+        self._machine = machine or LinuxMachine(data)
+        self._arch = arch or architecture()
+        self._reporter = Reporter(node, control, clock, random)
+        self._runtimes: dict[RuntimeName, Runtime] = {}
+        self._streams = 0
+        self._group: asyncio.TaskGroup | None = None
+        self._tools: Tools | None = None
+        self.runners: dict[str, Runner] = {}
+        """By instance id; for reading from outside."""
+
+    async def run(self) -> None:
+        """Raises Corrupt for a damaged local record; nothing else of the machine or the control plane ends it."""
+        self._directories.make()
+        record = self._record or SqliteRecord(self._directories.record)
+        try:
+            await self._probe_runtimes()
+            self._tools = Tools(
+                node=self._node,
+                control=self._control,
+                runtimes=self._runtimes,
+                images=self._images,
+                network=self._network,
+                clock=self._clock,
+                record=record,
+                logs=self._logs,
+                prober=self._prober,
+                directories=self._directories,
+                reporter=self._reporter,
+            )
+            entries = record.load()
+            async with asyncio.TaskGroup() as self._group:
+                for entry, event in await recover(entries, self._tools, self._random):
+                    self._begin(entry).handle(event)
+                self._spawn(self._reporter.run())
+                self._spawn(self._follow(self._follow_assignments, "assignments"))
+                self._spawn(self._follow(self._follow_streams, "tunnel"))
+                self._spawn(self._beat())
+                self._spawn(self._collect())
+        finally:
+            await self._let_go(record)
+
+    async def _probe_runtimes(self) -> None:
+        for runtime in self._offered:
+            try:
+                version = await runtime.probe()
+            except AtollError as error:
+                log.warning("runtime not usable", runtime=runtime.name, why=str(error), mend=error.mend)
+            else:
+                log.info("runtime usable", runtime=runtime.name, version=version)
+                self._runtimes[runtime.name] = runtime
+
+    async def _let_go(self, record: LocalRecord) -> None:
+        parts: list[Runtime | Network] = [*self._runtimes.values(), self._network]
+        for part in parts:
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await part.close()
+            except (AtollError, TimeoutError) as error:
+                log.warning("not closed", part=type(part).__name__, error=str(error))
+        self._logs.shut()
+        record.close()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        if self._group is None:
+            raise AssertionError("nothing is spawned before run")
+        return self._group.create_task(work)
+
+    def _begin(self, entry: Entry) -> Runner:
+        if self._tools is None:
+            raise AssertionError("no instance begins before run")
+        runner = Runner(entry, self._tools, self._spawn)
+        self.runners[runner.id] = runner
+        self._spawn(self._run_instance(runner))
+        return runner
+
+    async def _run_instance(self, runner: Runner) -> None:
+        await runner.run()
+        self.runners.pop(runner.id, None)
+
+    async def _follow(self, follow: Callable[[], Awaitable[None]], what: str) -> None:
+        """Keep a stream from the control plane open, with growing waits between tries; it succeeded if it lasted."""
+        failures = 0
+        while True:
+            began = self._clock.monotonic()
+            try:
+                await follow()
+                raise Unavailable("the control plane ended the stream")
+            except (AtollError, TimeoutError) as error:
+                if self._clock.monotonic() - began > HEARTBEAT_S:
+                    failures = 0
+                log.warning("connection lost", what=what, node=self._node, error=str(error) or "silence", failures=failures)
+            except Exception:
+                log.exception("connection failed", what=what, node=self._node)
+            await asyncio.sleep(retry_delay(failures, self._random))
+            failures += 1
+
+    async def _follow_assignments(self) -> None:
+        await self._register()
+        async for batch in _with_silence(self._control.assignments(self._node), SILENCE_S):
+            self._apply(batch)
+
+    async def _register(self) -> None:
+        node = Node(
+            name=self._node,
+            site=self._site,
+            region=self._region,
+            capacity=self._machine.capacity(),
+            labels=self._labels,
+            taints=self._taints,
+            runtimes=tuple(self._runtimes),
+            arch=self._arch,
+            version=__version__,
+            address=self._address,
+            registered_at=self._clock.now(),
+        )
+        async with asyncio.timeout(CALL_S):
+            await self._control.register_node(node)
+        self._reporter.unknown_node.clear()
+
+    def _apply(self, batch: AssignmentBatch) -> None:
+        for assignment in batch.put:
+            self._assign(assignment)
+        gone = list(batch.removed)
+        if batch.complete:
+            wanted = {assignment.instance.id for assignment in batch.put}
+            gone += [id for id in self.runners if id not in wanted]
+        for id in gone:
+            runner = self.runners.get(id)
+            if runner is not None:
+                runner.handle(Removed())
+        if batch.complete:
+            # What was said while the connection was away may have been lost, or overruled by "lost".
+            for runner in self.runners.values():
+                if not runner.state.removed:
+                    runner.report()
+
+    def _assign(self, assignment: Assignment) -> None:
+        runner = self.runners.get(assignment.instance.id)
+        if runner is not None:
+            runner.update(assignment)
+            return
+        if self._tools is None:
+            raise AssertionError("no batch comes before run")
+        try:
+            self._tools.record.put_assignment(assignment)
+        except AtollError as error:
+            # It runs all the same; were the agent killed now, the next would remove it and start it anew.
+            log.error("assignment not recorded", instance=assignment.instance.id, error=str(error), mend=error.mend)
+        self._begin(new_entry(assignment)).handle(Wanted(assignment.instance.desired))
+
+    async def _beat(self) -> None:
+        while True:
+            try:
+                if self._reporter.unknown_node.is_set():
+                    await self._register()
+                cpu_milli, memory_bytes = self._machine.sample()
+                usage = await self._usage()
+                heartbeat = Heartbeat(
+                    node=self._node, at=self._clock.now(), cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage
+                )
+                async with asyncio.timeout(CALL_S):
+                    await self._control.heartbeat(heartbeat)
+            except (AtollError, TimeoutError) as error:
+                log.debug("heartbeat failed", node=self._node, error=str(error) or "timed out")
+            except Exception:
+                log.exception("heartbeat failed", node=self._node)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _usage(self) -> tuple[Usage, ...]:
+        found = []
+        for runner in list(self.runners.values()):
+            if runner.runtime is None or runner.state.pid is None:
+                continue
+            try:
+                async with asyncio.timeout(USAGE_S):
+                    found.append(await runner.runtime.usage(runner.id))
+            except (AtollError, TimeoutError) as error:
+                log.debug("no usage", instance=runner.id, error=str(error))
+        return tuple(found)
+
+    async def _follow_streams(self) -> None:
+        async for request in self._control.stream_requests(self._node):
+            self._spawn(self._serve(request))
+
+    async def _serve(self, request: StreamRequest) -> None:
+        self._streams += 1
+        try:
+            await serve_stream(
+                request,
+                self._control,
+                self._node,
+                self.runners.get(request.instance),
+                self._logs,
+                full=self._streams > STREAMS_MAX,
+            )
+        except Exception:
+            log.exception("stream failed", kind=request.kind, instance=request.instance)
+        finally:
+            self._streams -= 1
+
+    async def _collect(self) -> None:
+        while True:
+            await asyncio.sleep(COLLECT_S)
+            try:
+                if self._machine.disk_used() > COLLECT_ABOVE:
+                    keep = {runner.state.image_digest for runner in self.runners.values()} - {None}
+                    freed = await self._images.collect(sorted(digest for digest in keep if digest))
+                    log.info("images collected", freed_bytes=freed)
+            except (AtollError, OSError) as error:
+                log.warning("images not collected", error=str(error))
+
+
+async def _with_silence(items: AsyncIterator[T], silence_s: float) -> AsyncIterator[T]:
+    """Yield from `items`; raise TimeoutError when none comes for so long."""
+    iterator = aiter(items)
+    try:
+        while True:
+            async with asyncio.timeout(silence_s):
+                try:
+                    item = await anext(iterator)
+                except StopAsyncIteration:
+                    return
+            yield item
+    finally:
+        close = getattr(iterator, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,105 @@
+"""From an assignment and what was prepared for it to the Box that a runtime takes: pure, every choice is made here."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from atoll.model.errors import Invalid
+from atoll.model.ports.images import Image
+from atoll.model.ports.network import Link
+from atoll.model.ports.runtime import Box, Limits, Mount
+from atoll.model.records import Assignment, OwnerKind
+from atoll.model.spec import AppSpec, Port, Workload
+
+PATH_DEFAULT = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def ports_of(workload: Workload) -> tuple[Port, ...]:
+    return workload.ports if isinstance(workload, AppSpec) else ()
+
+
+def argv_of(workload: Workload, image: Image) -> tuple[str, ...]:
+    """Return the command. Raises Invalid when neither the spec nor the image has one."""
+    argv = workload.command or (*image.config.entrypoint, *image.config.command)
+    if not argv or not argv[0]:
+        raise Invalid(
+            f"nothing to run: the image {image.reference} has neither an entry point nor a command",
+            mend="add command = […] to the spec",
+            field="command",
+        )
+    return argv
+
+
+def env_of(assignment: Assignment, image: Image, secrets: Mapping[str, str], node: str) -> tuple[tuple[str, str], ...]:
+    """Return the environment: the image's, then Atoll's own, then the spec's, then secrets; later ones win."""
+    instance, workload = assignment.instance, assignment.workload
+    env: dict[str, str] = {"PATH": PATH_DEFAULT}
+    for line in image.config.env:
+        name, _, value = line.partition("=")
+        if name:
+            env[name] = value
+    env |= {"ATOLL_PROJECT": instance.project, "ATOLL_INSTANCE": instance.id, "ATOLL_NODE": node}
+    if instance.owner_kind is OwnerKind.JOB:
+        env |= {"ATOLL_JOB": instance.owner, "ATOLL_INDEX": str(instance.index), "ATOLL_ATTEMPT": str(instance.attempt)}
+    else:
+        env["ATOLL_APP"] = instance.owner
+    ports = ports_of(workload)
+    if ports:
+        env["PORT"] = str(ports[0].port)
+    env |= workload.env
+    env |= secrets
+    return tuple(env.items())
+
+
+def stop_signal_of(image: Image) -> str | None:
+    """Return the image's stop signal as a name such as `SIGQUIT`; None for none, or one that this system lacks."""
+    wanted = (image.config.stop_signal or "").strip().upper()
+    if not wanted:
+        return None
+    try:
+        if wanted.isdigit():
+            return signal.Signals(int(wanted)).name
+        return signal.Signals[wanted if wanted.startswith("SIG") else f"SIG{wanted}"].name
+    except (ValueError, KeyError):
+        return None
+
+
+def compose(
+    assignment: Assignment,
+    *,
+    node: str,
+    directory: Path,
+    image: Image,
+    link: Link | None,
+    secrets: Mapping[str, str],
+    mounts: Sequence[Mount],
+    stdout: Path,
+    stderr: Path,
+) -> Box:
+    """Return the box. Raises Invalid, naming the field, for a spec that this image cannot fulfil."""
+    workload = assignment.workload
+    resources = workload.resources
+    return Box(
+        id=assignment.instance.id,
+        directory=directory,
+        image=image,
+        argv=argv_of(workload, image),
+        env=env_of(assignment, image, secrets, node),
+        workdir=workload.workdir or image.config.workdir or "/",
+        user=workload.user if workload.user is not None else image.config.user,
+        hostname=assignment.instance.id,
+        limits=Limits(
+            cpu_milli=resources.cpu.milli,
+            memory_bytes=int(resources.memory),
+            disk_bytes=int(resources.disk),
+            pids=resources.pids,
+        ),
+        mounts=tuple(mounts),
+        read_only_root=workload.read_only_root,
+        netns=link.netns if link else None,
+        resolv_conf=link.resolv_conf if link else None,
+        stdout=stdout,
+        stderr=stderr,
+    )

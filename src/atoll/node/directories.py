@@ -1,0 +1,62 @@
+"""Where the agent keeps what on disk, below its data directory (mode 0700: nobody else of the machine may look in)."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from atoll.model.errors import Exhausted
+from atoll.model.ports.runtime import Mount
+from atoll.model.records import Assignment
+
+VOLUME_MODE = 0o777
+"""Any user inside may write; outside, the parents' mode keeps everybody but root away. Directories belong to root,
+which is the instance's root too: the runtime maps its ids."""
+
+
+class Directories:
+    def __init__(self, data: Path) -> None:
+        self.data = data
+        self.instances = data / "instances"
+        self.volumes = data / "volumes"
+        self.logs = data / "logs"
+
+    @property
+    def record(self) -> Path:
+        return self.data / "record.db"
+
+    def make(self) -> None:
+        for path in (self.data, self.instances, self.volumes, self.logs):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def box(self, id: str) -> Path:
+        """The runtime's own directory of an instance."""
+        return self.instances / id / "box"
+
+    def make_volumes(self, assignment: Assignment) -> list[Mount]:
+        """Make the directories of the workload's volumes where they are not there yet. Raises Exhausted on a full disk."""
+        instance = assignment.instance
+        mounts = []
+        for volume in assignment.workload.volumes:
+            source = self.volumes / instance.project / instance.owner / volume.name
+            try:
+                source.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with contextlib.suppress(FileExistsError):
+                    source.mkdir()
+                    source.chmod(VOLUME_MODE)
+            except OSError as error:
+                raise Exhausted(f"cannot make volume {volume.name}: {error.strerror}", mend="free some disk space") from None
+            mounts.append(Mount(source, volume.path, volume.read_only))
+        return mounts
+
+    def remove_instance(self, id: str) -> None:
+        """Remove what is left of an instance's directory. The runtime must have let go of it before."""
+        shutil.rmtree(self.instances / id, ignore_errors=True)
+
+    def strangers(self, known: Iterable[str]) -> list[str]:
+        """Return the ids that have a directory here but are not among `known`."""
+        if not self.instances.is_dir():
+            return []
+        return sorted({path.name for path in self.instances.iterdir()} - set(known))

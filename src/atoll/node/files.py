@@ -1,0 +1,226 @@
+"""Copying files out of and into an instance's root as a tar stream; runs in a thread, since disks block.
+
+Names are the tenant's: they are resolved in its root only, links are copied as links, devices and pipes not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tarfile
+from typing import Protocol
+
+from atoll.model.errors import AtollError, Exhausted, Invalid, NotFound, RuntimeFailed, TooLarge
+from atoll.node.in_root import IdMap, open_directory, open_in_root
+
+COPY_BYTES_MAX = 16 << 30
+"""In one copy."""
+ENTRIES_MAX = 1_000_000
+DEPTH_MAX = 200
+"""Directories below each other; each costs a descriptor."""
+PART_BYTES = 64 << 10
+_TEMPORARY = ".atoll-copy"
+
+
+class Sink(Protocol):
+    def write(self, data: bytes, /) -> object: ...
+
+
+class Source(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class Ids:
+    """The owners of files, inside and outside."""
+
+    def __init__(self, users: IdMap, groups: IdMap) -> None:
+        self.users, self.groups = users, groups
+
+    def to_node(self, uid: int, gid: int) -> tuple[int, int]:
+        return self.users.to_node(uid), self.groups.to_node(gid)
+
+
+def error_in_words(error: OSError, path: str) -> AtollError:
+    """Return what an error of the file system means to the one who copies."""
+    words = f"{path}: {os.strerror(error.errno or 0).lower()}"
+    match error.errno:
+        case errno.ENOENT:
+            return NotFound(f"no such file or directory: {path}")
+        case errno.ENOSPC | errno.EDQUOT:
+            return Exhausted(words, mend="free some space in the instance, or raise resources.disk")
+        case errno.ENOTDIR | errno.EISDIR | errno.ELOOP | errno.EROFS | errno.ENAMETOOLONG | errno.EEXIST | errno.EINVAL:
+            return Invalid(words)
+        case _:
+            return RuntimeFailed(words)
+
+
+def pack_files(root: int, path: str, ids: Ids, sink: Sink) -> None:
+    """Write `path` (a link there is followed) and all below it as a tar stream whose only top name is its last part.
+
+    Raises NotFound, Invalid, TooLarge, RuntimeFailed.
+    """
+    name = path.rstrip("/").rpartition("/")[2] or "."
+    try:
+        with tarfile.open(mode="w|", fileobj=sink, format=tarfile.PAX_FORMAT, bufsize=PART_BYTES) as archive:  # type: ignore[call-overload]
+            top = open_in_root(root, path, os.O_PATH)
+            try:
+                _Packer(archive, ids).add(top, name, 0)
+            finally:
+                os.close(top)
+    except OSError as error:
+        raise error_in_words(error, path) from None
+
+
+class _Packer:
+    def __init__(self, archive: tarfile.TarFile, ids: Ids) -> None:
+        self._archive, self._ids = archive, ids
+        self._bytes = self._entries = 0
+
+    def add(self, fd: int, name: str, depth: int) -> None:
+        """`fd` is an O_PATH descriptor, so that what was looked at is what is read."""
+        about = os.fstat(fd)
+        info = tarfile.TarInfo(name)
+        info.mode, info.mtime = stat.S_IMODE(about.st_mode), about.st_mtime
+        info.uid, info.gid = self._ids.users.to_instance(about.st_uid), self._ids.groups.to_instance(about.st_gid)
+        self._entries += 1
+        self._bytes += about.st_size if stat.S_ISREG(about.st_mode) else 0
+        if self._entries > ENTRIES_MAX or self._bytes > COPY_BYTES_MAX or depth > DEPTH_MAX:
+            raise TooLarge(f"more than is copied at once: {ENTRIES_MAX} files, {COPY_BYTES_MAX >> 30} GiB, {DEPTH_MAX} deep")
+        if stat.S_ISREG(about.st_mode):
+            info.size = about.st_size
+            with open(f"/proc/self/fd/{fd}", "rb") as file:
+                self._archive.addfile(info, _Exactly(file))  # type: ignore[arg-type]
+        elif stat.S_ISDIR(about.st_mode):
+            info.type = tarfile.DIRTYPE
+            self._archive.addfile(info)
+            self._add_children(fd, name, depth)
+        elif stat.S_ISLNK(about.st_mode):
+            info.type, info.linkname = tarfile.SYMTYPE, os.readlink("", dir_fd=fd)
+            self._archive.addfile(info)
+
+    def _add_children(self, fd: int, name: str, depth: int) -> None:
+        directory = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for child in sorted(os.listdir(directory)):  # noqa: PTH208 - by descriptor
+                try:
+                    below = os.open(child, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+                except FileNotFoundError:
+                    continue  # removed meanwhile
+                try:
+                    self.add(below, f"{name}/{child}", depth + 1)
+                finally:
+                    os.close(below)
+        finally:
+            os.close(directory)
+
+
+class _Exactly:
+    """A file that changes while it is read must not break the archive: what it lacks is filled with zeros."""
+
+    def __init__(self, file: Source) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        return data + bytes(size - len(data))
+
+
+def unpack_files(root: int, path: str, ids: Ids, source: Source) -> None:
+    """Unpack a tar stream into the directory `path`, which is made if need be. A file is replaced when its new content is whole.
+
+    Raises Invalid for what is not a tar stream, leads out of `path`, or is neither file, directory nor link; TooLarge;
+    Exhausted; RuntimeFailed. What was unpacked before stays.
+    """
+    try:
+        os.close(open_directory(root, path, owner=ids.to_node(0, 0)))
+        with tarfile.open(mode="r|", fileobj=source, bufsize=PART_BYTES) as archive:  # type: ignore[call-overload]
+            total = entries = 0
+            for member in archive:
+                entries, total = entries + 1, total + member.size
+                if entries > ENTRIES_MAX or total > COPY_BYTES_MAX:
+                    raise TooLarge(f"more than is copied at once: {ENTRIES_MAX} files, {COPY_BYTES_MAX >> 30} GiB")
+                _unpack(root, path, archive, member, ids)
+    except tarfile.TarError as error:
+        raise Invalid(f"not a tar stream: {error}") from None
+    except OSError as error:
+        raise error_in_words(error, error.filename if isinstance(error.filename, str) else path) from None
+
+
+def _parts(name: str) -> list[str]:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts or "\0" in name:
+        raise Invalid(f"{name!r} leads out of the directory that it is to be unpacked in")
+    return parts
+
+
+def _unpack(root: int, path: str, archive: tarfile.TarFile, member: tarfile.TarInfo, ids: Ids) -> None:
+    parts = _parts(member.name)
+    owner = ids.to_node(member.uid, member.gid)
+    if not parts:
+        return  # the directory itself
+    parent = open_directory(root, "/".join((path.rstrip("/"), *parts[:-1])) or "/", owner=ids.to_node(0, 0))
+    try:
+        if member.isdir():
+            _make_directory(parent, parts[-1], member, owner)
+            return
+        if member.isreg():
+            _write(parent, archive, member, owner)
+        elif member.issym():
+            os.symlink(member.linkname, _TEMPORARY, dir_fd=parent)
+            os.chown(_TEMPORARY, *owner, dir_fd=parent, follow_symlinks=False)
+        elif member.islnk():
+            _link(root, path, parent, member, ids)
+        else:
+            raise Invalid(f"{member.name}: only files, directories and links are copied")
+        os.rename(_TEMPORARY, parts[-1], src_dir_fd=parent, dst_dir_fd=parent)
+    except BaseException:
+        _remove_temporary(parent)
+        raise
+    finally:
+        os.close(parent)
+
+
+def _make_directory(parent: int, name: str, member: tarfile.TarInfo, owner: tuple[int, int]) -> None:
+    try:
+        os.mkdir(name, 0o700, dir_fd=parent)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.stat(name, dir_fd=parent).st_mode):
+            raise
+        return  # it keeps its owner and mode
+    os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.fchmod(fd, member.mode & 0o7777)
+    finally:
+        os.close(fd)
+
+
+def _write(parent: int, archive: tarfile.TarFile, member: tarfile.TarInfo, owner: tuple[int, int]) -> None:
+    _remove_temporary(parent)
+    fd = os.open(_TEMPORARY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
+    with os.fdopen(fd, "wb") as file:
+        content = archive.extractfile(member)
+        while content is not None and (data := content.read(PART_BYTES)):
+            file.write(data)
+        file.flush()
+        os.fchown(fd, *owner)
+        os.fchmod(fd, member.mode & 0o7777)
+        os.utime(fd, (member.mtime, member.mtime))
+
+
+def _link(root: int, path: str, parent: int, member: tarfile.TarInfo, ids: Ids) -> None:
+    target = _parts(member.linkname)
+    if not target:
+        raise Invalid(f"{member.name}: a link to nothing")
+    beside = open_directory(root, "/".join((path.rstrip("/"), *target[:-1])) or "/", owner=ids.to_node(0, 0))
+    try:
+        os.link(target[-1], _TEMPORARY, src_dir_fd=beside, dst_dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(beside)
+
+
+def _remove_temporary(parent: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_TEMPORARY, dir_fd=parent)

@@ -1,0 +1,87 @@
+"""Opening names that a tenant chose, as if its root were the whole file system: openat2(2) with RESOLVE_IN_ROOT, Linux ≥ 5.6."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from bisect import bisect_right
+from pathlib import Path
+
+_NR_OPENAT2 = 437
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_IN_ROOT = 0x10
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+def open_in_root(root: int, path: str, flags: int) -> int:
+    """Return a descriptor of `path` with `root` (a directory's descriptor) as `/`; the caller closes it.
+
+    Symbolic links and `..` never lead out, not even while the tenant renames what they pass. Raises OSError.
+    """
+    how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
+    name = os.fsencode(path) or b"."
+    while True:
+        fd = int(_libc.syscall(_NR_OPENAT2, root, name, ctypes.byref(how), ctypes.sizeof(how)))
+        if fd >= 0:
+            return fd
+        error = ctypes.get_errno()
+        if error not in (errno.EINTR, errno.EAGAIN):  # EAGAIN: a rename disturbed the resolution
+            raise OSError(error, os.strerror(error), path)
+
+
+def open_directory(root: int, path: str, *, owner: tuple[int, int]) -> int:
+    """Return a descriptor of the directory `path`, made with its parents where it is not there. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    try:
+        return open_in_root(root, path, flags)
+    except FileNotFoundError:
+        above, _, name = path.rstrip("/").rpartition("/")
+        if name in ("", ".", ".."):
+            raise
+    parent = open_directory(root, above or "/", owner=owner)
+    try:
+        os.mkdir(name, 0o755, dir_fd=parent)
+        os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+    except FileExistsError:
+        pass  # it was made meanwhile, or is a link that leads nowhere: then opening it says so
+    finally:
+        os.close(parent)
+    return open_in_root(root, path, flags)
+
+
+class IdMap:
+    """How ids in an instance and on the node belong together, as /proc/PID/uid_map says (user_namespaces(7))."""
+
+    def __init__(self, text: str) -> None:
+        rows = [tuple(int(field) for field in line.split()) for line in text.splitlines()]
+        self._inside = sorted((inside, outside, count) for inside, outside, count in rows)
+        self._outside = sorted((outside, inside, count) for inside, outside, count in rows)
+
+    @classmethod
+    def of(cls, pid: int, kind: str) -> IdMap:
+        """`kind` is `uid` or `gid`. Raises OSError when the process is gone."""
+        return cls(Path(f"/proc/{pid}/{kind}_map").read_text(encoding="ascii"))
+
+    def to_node(self, id: int) -> int:
+        """Return the node's id; that of the instance's root for one that the instance does not have."""
+        found = _translate(self._inside, id)
+        if found is None:
+            found = _translate(self._inside, 0)
+        return 0 if found is None else found
+
+    def to_instance(self, id: int) -> int:
+        found = _translate(self._outside, id)
+        return 0 if found is None else found
+
+
+def _translate(rows: list[tuple[int, int, int]], id: int) -> int | None:
+    index = bisect_right(rows, id, key=lambda row: row[0]) - 1
+    if index < 0:
+        return None
+    start, other, count = rows[index]
+    return other + id - start if id < start + count else None

@@ -1,0 +1,146 @@
+"""Everything that must be there before a process can start: image, link, pipes, volumes, secrets side by side; then the root."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from atoll.model.errors import AtollError, Invalid, Retry, Unavailable, Unsupported
+from atoll.model.ports.images import Image, PullProgress
+from atoll.model.ports.network import Link
+from atoll.model.ports.runtime import Runtime
+from atoll.model.records import Assignment
+from atoll.model.units import format_bytes, format_seconds
+from atoll.node.compose import compose, ports_of, stop_signal_of
+from atoll.node.tools import Tools
+from atoll.node.transitions import Happening, Prepared, PrepareFailed, Progressed
+
+PREPARE_S = 1_800.0
+"""Deadline of it all; most of it is for a large image over a slow line."""
+SECRETS_S = 10.0
+"""Deadline of asking for secrets."""
+SECRETS_KNOWN_S = 2.0
+"""The same where the last known ones can stand in."""
+PROGRESS_S = 0.25
+"""Shortest time between two words on a pull's progress."""
+
+log = structlog.get_logger()
+
+
+def in_words(error: AtollError) -> str:
+    """Return an error and its mend as one message for a status."""
+    return f"{error} ({error.mend})" if error.mend else str(error)
+
+
+class Preparation:
+    """One try. `run` ends with a call of `tell`: Prepared or PrepareFailed; cancelled, it tells nothing."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        runtime: Runtime | None,
+        tools: Tools,
+        secrets: dict[str, str] | None,
+        tell: Callable[[Happening], None],
+    ) -> None:
+        self._assignment = assignment
+        self._runtime = runtime
+        self._tools = tools
+        self._tell = tell
+        self._told_at = float("-inf")
+        self.secrets = secrets
+        self.env: tuple[tuple[str, str], ...] | None = None
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.timeout(PREPARE_S):
+                outcome = await self._prepare()
+        except TimeoutError:
+            outcome = PrepareFailed(f"not ready to start within {format_seconds(PREPARE_S)}", passing=True)
+        except AtollError as error:
+            outcome = PrepareFailed(in_words(error), passing=error.retry is Retry.SAFE)
+        except OSError as error:
+            outcome = PrepareFailed(f"the node failed: {error}", passing=True)
+        except Exception:  # the outer edge of this task: a bug must not end the agent
+            log.exception("preparation failed", instance=self._assignment.instance.id)
+            outcome = PrepareFailed("internal error while preparing; the agent's log has it", passing=True)
+        self._tell(outcome)
+
+    async def _prepare(self) -> Prepared | PrepareFailed:
+        instance, workload = self._assignment.instance, self._assignment.workload
+        runtime = self._runtime
+        if runtime is None:
+            wanted = instance.runtime or " or ".join(workload.runtimes)
+            raise Unsupported(f"this node cannot run {wanted}", mend="run `atoll doctor` on it")
+        stdout, stderr = self._tools.logs.open(instance.project, instance.id)
+        image, link, secrets = await _together(
+            self._image(),
+            self._tools.network.attach(instance.id, project=instance.project, ports=ports_of(workload)),
+            self._fetch_secrets(),
+        )
+        box = compose(
+            self._assignment,
+            node=self._tools.node,
+            directory=self._tools.directories.box(instance.id),
+            image=image,
+            link=link,
+            secrets=secrets,
+            mounts=self._tools.directories.make_volumes(self._assignment),
+            stdout=stdout,
+            stderr=stderr,
+        )
+        self.env = box.env
+        await runtime.create(box)
+        return Prepared(image_digest=image.digest, address=link.address, stop_signal=stop_signal_of(image))
+
+    async def _image(self) -> Image:
+        """An image that is here is not asked for again: a tag means what it meant when this node first used it, and a
+        start needs no registry. (The cell's own tags are pinned to a digest with the release.)"""
+        reference = self._assignment.workload.image
+        if reference is None:
+            raise Invalid("the release has no image", field="image")
+        found = await self._tools.images.find(reference)
+        return found or await self._tools.images.ensure(reference, progress=self._progress)
+
+    def _progress(self, progress: PullProgress) -> None:
+        now = self._tools.clock.monotonic()
+        if now - self._told_at >= PROGRESS_S:
+            self._told_at = now
+            of = f" of {format_bytes(progress.total_bytes)}" if progress.total_bytes else ""
+            self._tell(Progressed(f"image: {progress.phase} {format_bytes(progress.done_bytes)}{of}"))
+
+    async def _fetch_secrets(self) -> dict[str, str]:
+        """Return the secrets as they are now, or while the control plane is away as they were."""
+        instance, workload = self._assignment.instance, self._assignment.workload
+        if not workload.secrets:
+            return {}
+        known = self.secrets
+        try:
+            async with asyncio.timeout(SECRETS_S if known is None else SECRETS_KNOWN_S):
+                fetched = await self._tools.control.instance_secrets(instance.id)
+        except (Unavailable, TimeoutError):
+            if known is None:
+                raise Unavailable("the control plane does not answer, and this instance needs its secrets") from None
+            return known
+        if fetched != known:
+            self.secrets = fetched
+            self._tools.record.put_secrets(instance.id, fetched)
+        return fetched
+
+
+async def _together(
+    image: Coroutine[Any, Any, Image], link: Coroutine[Any, Any, Link], secrets: Coroutine[Any, Any, dict[str, str]]
+) -> tuple[Image, Link, dict[str, str]]:
+    """Await all three at once; the first failure cancels the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = group.create_task(image), group.create_task(link), group.create_task(secrets)
+    except BaseExceptionGroup as errors:
+        failure: BaseException = errors
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+        raise failure from None
+    return tasks[0].result(), tasks[1].result(), tasks[2].result()

@@ -1,0 +1,106 @@
+"""Tells the control plane what the node sees: at once when idle, in batches when busy, again when it did not arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+
+import structlog
+
+from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.control_plane import ControlPlane
+from atoll.model.records import Event, Severity, Status, new_suffix
+
+STATUSES_MAX = 256
+"""Statuses in one report."""
+EVENTS_MAX = 1_000
+"""Events that wait while the control plane is away; the oldest go first."""
+EVENTS_BATCH_MAX = 256
+REPORT_S = 15.0
+"""Deadline of one report."""
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 5.0
+
+log = structlog.get_logger()
+
+
+def retry_delay(failures: int, choose: random.Random) -> float:
+    """Return the wait before the next try, with jitter so that nodes do not come back in step."""
+    return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(failures, 16)) * choose.uniform(0.5, 1.0)
+
+
+class Reporter:
+    """Newest word on each instance wins, so what waits is bounded by the instances of the node."""
+
+    def __init__(self, node: str, control: ControlPlane, clock: Clock, choose: random.Random) -> None:
+        self._node = node
+        self._control = control
+        self._clock = clock
+        self._choose = choose
+        self._statuses: dict[str, Status] = {}
+        self._sending: dict[str, Status] = {}
+        self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
+        self._wake = asyncio.Event()
+        self.unknown_node = asyncio.Event()
+        """Set when the control plane does not know this node: it must be registered again."""
+
+    @property
+    def idle(self) -> bool:
+        return not self._statuses and not self._events
+
+    def status(self, status: Status) -> None:
+        self._statuses[status.instance] = status
+        self._wake.set()
+
+    def forget(self, instance: str) -> None:
+        """Say nothing more of an instance whose assignment is gone."""
+        self._statuses.pop(instance, None)
+        self._sending.pop(instance, None)
+
+    def event(self, project: str, subject: str, code: str, message: str, severity: Severity = Severity.INFO) -> None:
+        at = self._clock.now()
+        # The time leads, so that ids sort as they happened.
+        id = f"{int(at * 1000):013d}-{new_suffix(self._choose.choice, 8)}"
+        record = Event(
+            id=id, at=at, project=project, subject=subject, code=code, message=message, severity=severity, node=self._node
+        )
+        self._events.append(record)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Report for ever; never raises for what the control plane does."""
+        failures = 0
+        while True:
+            await self._wake.wait()  # without a deadline: there is nothing to say
+            self._wake.clear()
+            while not self.idle:
+                if await self._send():
+                    failures = 0
+                else:
+                    await asyncio.sleep(retry_delay(failures, self._choose))
+                    failures += 1
+
+    async def _send(self) -> bool:
+        self._sending = {id: self._statuses.pop(id) for id in list(self._statuses)[:STATUSES_MAX]}
+        statuses = list(self._sending.values())
+        events = [self._events.popleft() for _ in range(min(len(self._events), EVENTS_BATCH_MAX))]
+        try:
+            async with asyncio.timeout(REPORT_S):
+                await self._control.report(self._node, statuses, events)
+        except (Invalid, TooLarge) as error:
+            # Sent again it would be refused again, and hold up all that comes after it.
+            log.error("report refused and dropped", node=self._node, error=str(error), statuses=len(statuses), events=len(events))
+        except (AtollError, TimeoutError) as error:
+            log.warning("report failed", node=self._node, error=str(error) or "timed out", statuses=len(statuses))
+            if isinstance(error, NotFound):
+                self.unknown_node.set()
+            for id, status in self._sending.items():
+                self._statuses.setdefault(id, status)
+            room = EVENTS_MAX - len(self._events)
+            self._events.extendleft(reversed(events[-room:] if room else []))
+            return False
+        finally:
+            self._sending = {}
+        return True

@@ -1,0 +1,334 @@
+"""Carries out what `decide` says for one instance. Decisions are made where events arrive, without waiting; what takes
+time is done by one task per instance, in order, since a runtime takes an instance's calls one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, assert_never
+
+import structlog
+from msgspec.structs import replace
+
+from atoll.model.errors import AtollError, NotFound
+from atoll.model.ports.runtime import Runtime
+from atoll.model.records import Assignment
+from atoll.model.spec import AppSpec
+from atoll.model.states import Phase
+from atoll.model.units import format_seconds
+from atoll.node.compose import env_of
+from atoll.node.decide import decide
+from atoll.node.prepare import Preparation, in_words
+from atoll.node.record import Entry
+from atoll.node.report import RETRY_MAX_S
+from atoll.node.tools import Tools
+from atoll.node.transitions import (
+    CancelPrepare,
+    Clean,
+    Due,
+    Ended,
+    Erase,
+    Happening,
+    Kill,
+    Launch,
+    Launched,
+    LaunchFailed,
+    Note,
+    Now,
+    Prepare,
+    PrepareFailed,
+    Probe,
+    Probed,
+    Signal,
+    State,
+    Wanted,
+    Watch,
+    rules_of,
+    status_of,
+)
+
+LAUNCH_S = 60.0
+"""Deadline of starting a process."""
+SIGNAL_S = 30.0
+"""Deadline of delivering a signal."""
+CLEAN_S = 120.0
+"""Deadline of one try at removing what an instance leaves."""
+CLEAN_RETRY_S = 0.5
+"""First wait before another try; it doubles up to RETRY_MAX_S, and there is no last try: a leak is never accepted."""
+WATCH_TRIES_MAX = 5
+"""Failures of `wait` in a row after which the process counts as ended, and is removed to make sure."""
+PROBE_SLACK_S = 5.0
+"""How much longer than the check's own timeout a probe may take in all."""
+
+Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+log = structlog.get_logger()
+_Step = Prepare | Launch | Signal | Kill | Clean | Erase
+
+
+class Runner:
+    """One instance on this node, from its assignment until every trace of it is gone."""
+
+    def __init__(self, entry: Entry, tools: Tools, spawn: Spawn) -> None:
+        self.assignment: Assignment = entry.assignment
+        self.state: State = entry.state
+        self._secrets = entry.secrets
+        self._tools = tools
+        self._spawn = spawn
+        self._rules = rules_of(entry.assignment.workload)
+        self._recorded: State | None = None
+        self._steps: deque[_Step] = deque()
+        self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._preparing: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[None] | None = None
+        self._env: tuple[tuple[str, str], ...] | None = None
+        instance = entry.assignment.instance
+        self.id = instance.id
+        self.project = instance.project
+        self._log = log.bind(project=instance.project, owner=instance.owner, instance=instance.id, node=tools.node)
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """The runtime that was chosen with the node; None when this machine cannot run it."""
+        chosen = self.assignment.instance.runtime
+        names = (chosen,) if chosen else self.assignment.workload.runtimes
+        return next((self._tools.runtimes[name] for name in names if name in self._tools.runtimes), None)
+
+    def update(self, assignment: Assignment) -> None:
+        """Take in what the control plane wants now."""
+        if assignment.instance.desired is not self.assignment.instance.desired:
+            self.assignment = assignment
+            self._save(lambda: self._tools.record.put_assignment(assignment))
+        self.handle(Wanted(assignment.instance.desired))
+
+    def handle(self, event: Happening) -> None:
+        """Decide, record, report and set going what follows. Never waits, never raises."""
+        now = Now(self._tools.clock.now(), self._tools.clock.monotonic())
+        before = self.state
+        self.state, actions = decide(self._rules, before, event, now)
+        if self.state != before:
+            if self.state.phase is not before.phase:
+                self._log.info("phase", was=before.phase.value, phase=self.state.phase.value, why=self.state.message)
+            self._keep()
+            self._set_timer(now.monotonic)
+        for action in actions:
+            self._dispatch(action)
+
+    def report(self) -> None:
+        """Tell the control plane the present state."""
+        status = status_of(self.state, instance=self.id, project=self.project, node=self._tools.node)
+        self._tools.reporter.status(status)
+
+    async def env(self) -> tuple[tuple[str, str], ...]:
+        """Return the environment that the process was given, secrets among it."""
+        if self._env is None:
+            # An earlier agent started it: make the same again from what is known here.
+            image = await self._tools.images.find(self.assignment.workload.image or "")
+            if image is None:
+                raise NotFound(f"the image of instance {self.id} is no longer on this node")
+            self._env = env_of(self.assignment, image, self._secrets or {}, self._tools.node)
+        return self._env
+
+    async def run(self) -> None:
+        """Work off the steps; returns when the instance is erased."""
+        while True:
+            while self._steps:
+                step = self._steps.popleft()
+                try:
+                    await self._do(step)
+                except Exception:  # noqa: BLE001 - the outer edge: one instance's surprise must not end the others
+                    self._log.exception("step failed", step=type(step).__name__)
+                    self._surprised(step)
+                if isinstance(step, Erase):
+                    return
+            self._wake.clear()
+            await self._wake.wait()  # without a deadline: timers and events add steps
+
+    def _keep(self) -> None:
+        durable = self.state.durable
+        if durable == self._recorded or self.state.erased:
+            return
+        self._recorded = durable
+        self._save(lambda: self._tools.record.put_state(self.id, durable))
+        self.report()
+
+    def _save(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except AtollError as error:
+            # What runs must go on: a full disk costs the adoption of this change, not the instance.
+            self._log.error("not recorded", error=str(error), mend=error.mend)
+
+    def _set_timer(self, monotonic: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due = self.state.due
+        if due is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, due - monotonic), self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        before = self.state
+        self.handle(Due())
+        if self.state == before:
+            self._set_timer(self._tools.clock.monotonic())  # it came too early
+
+    def _dispatch(self, action: object) -> None:
+        match action:
+            case Note():
+                self._tools.reporter.event(self.project, f"instance/{self.id}", action.code, action.message, action.severity)
+            case CancelPrepare():
+                if self._preparing is not None:
+                    self._preparing.cancel()
+            case Watch():
+                self._watching = self._spawn(self._watch())
+            case Probe():
+                self._probing = self._spawn(self._probe(action.run))
+            case Prepare() | Launch() | Signal() | Kill() | Clean() | Erase():
+                self._steps.append(action)
+                self._wake.set()
+
+    async def _do(self, step: _Step) -> None:
+        match step:
+            case Prepare():
+                await self._prepare()
+            case Launch():
+                await self._launch()
+            case Signal():
+                await self._send(step.name)
+            case Kill():
+                await self._send(None)
+            case Clean():
+                await self._clean(step.all)
+            case Erase():
+                self._erase()
+            case _:
+                assert_never(step)
+
+    def _surprised(self, step: _Step) -> None:
+        """A bug or a broken machine: let the instance fail in the ordinary way."""
+        message = f"internal error at {type(step).__name__.lower()}; the agent's log has it"
+        if isinstance(step, Prepare):
+            self.handle(PrepareFailed(message, passing=True))
+        elif isinstance(step, Launch):
+            self.handle(LaunchFailed(message))
+
+    async def _prepare(self) -> None:
+        if self.state.phase is not Phase.PREPARING:
+            return  # told to stop while this step waited
+        preparation = Preparation(self.assignment, self.runtime, self._tools, self._secrets, self.handle)
+        self._preparing = self._spawn(preparation.run())
+        try:
+            await asyncio.wait({self._preparing})
+        finally:
+            self._preparing = None
+        self._env = preparation.env
+        self._secrets = preparation.secrets
+
+    async def _launch(self) -> None:
+        runtime = self.runtime
+        if runtime is None:
+            raise AssertionError("an instance without a runtime is never prepared")
+        if self.state.phase is not Phase.STARTING:
+            self.handle(LaunchFailed("stopped before it started"))
+            return
+        try:
+            async with asyncio.timeout(LAUNCH_S):
+                started = await runtime.start(self.id)
+        except TimeoutError:
+            self.handle(LaunchFailed(f"did not start within {format_seconds(LAUNCH_S)}"))
+        except AtollError as error:
+            self.handle(LaunchFailed(in_words(error)))
+        else:
+            self.handle(Launched(started.pid, started.at))
+
+    async def _send(self, name: str | None) -> None:
+        """Send a signal, or without a name kill. A failure is not answered: the kill that is due comes (again)."""
+        runtime = self.runtime
+        if runtime is None or not self.state.phase.live:
+            return
+        try:
+            async with asyncio.timeout(SIGNAL_S):
+                await (runtime.kill(self.id) if name is None else runtime.signal(self.id, name))
+        except (AtollError, TimeoutError) as error:
+            self._log.warning("signal failed", signal=name or "kill", error=str(error) or "timed out")
+
+    async def _watch(self) -> None:
+        runtime = self.runtime
+        exit = None
+        for attempt in range(WATCH_TRIES_MAX):
+            if runtime is None:
+                break
+            try:
+                exit = await runtime.wait(self.id)  # as long as the process lives: no deadline
+                break
+            except NotFound:
+                break
+            except Exception as error:  # noqa: BLE001 - the outer edge of this task
+                self._log.warning("wait failed", error=str(error), attempt=attempt)
+                await asyncio.sleep(CLEAN_RETRY_S * 2**attempt)
+        self._tools.logs.drain(self.id)
+        self.handle(Ended(exit))
+
+    async def _probe(self, run: int) -> None:
+        prober, runtime, workload = self._tools.prober, self.runtime, self.assignment.workload
+        health, address = self._rules.health, self.state.address
+        try:
+            async with asyncio.timeout((health.timeout if health else 0) + PROBE_SLACK_S):
+                if runtime is None or not isinstance(workload, AppSpec):
+                    failure = ""
+                elif health is not None:
+                    port = workload.port_named(health.port) or (workload.ports[0] if workload.ports else None)
+                    number, http2 = (port.port, port.http2) if port else (0, False)
+                    failure = await prober.probe(runtime, self.id, address, health, number, http2)
+                elif address is not None and self._rules.gate_port is not None:
+                    failure = await prober.probe_port(address, self._rules.gate_port)
+                else:
+                    failure = ""
+        except TimeoutError:
+            failure = "the check did not end in time"
+        except Exception as error:  # noqa: BLE001 - the outer edge of this task
+            failure = f"the check could not be made: {error}"
+        self.handle(Probed(run, failure))
+
+    async def _clean(self, all: bool) -> None:
+        for task in (self._watching, self._probing):
+            if task is not None:
+                task.cancel()
+        if all:
+            self._tools.logs.drain(self.id)
+        failures = 0
+        while not await self._try_clean(all):
+            await asyncio.sleep(min(RETRY_MAX_S, CLEAN_RETRY_S * 2.0 ** min(failures, 16)))
+            failures += 1
+
+    async def _try_clean(self, all: bool) -> bool:
+        try:
+            async with asyncio.timeout(CLEAN_S):
+                if self.runtime is not None:
+                    await self.runtime.delete(self.id)
+                if all:
+                    await self._tools.network.detach(self.id)
+        except (AtollError, TimeoutError) as error:
+            self._log.warning("removal failed, trying again", error=str(error) or "timed out")
+            return False
+        if all:
+            self._tools.logs.close(self.id)
+            self._tools.directories.remove_instance(self.id)
+            self._env = None
+        return True
+
+    def _erase(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._tools.logs.remove(self.project, self.id)
+        self._save(lambda: self._tools.record.remove(self.id))
+        self._tools.reporter.forget(self.id)
+
+
+def new_entry(assignment: Assignment) -> Entry:
+    """Return the entry of an instance that this node has just been given."""
+    return Entry(assignment, replace(State(), desired=assignment.instance.desired))

@@ -1,0 +1,77 @@
+"""What the machine has, and what is in use on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from atoll.model.records import Capacity
+
+CPU_RESERVE_MILLI = 100
+"""Kept for the system and Atoll itself, in thousandths of a core."""
+MEMORY_RESERVE = 0.05
+MEMORY_RESERVE_BYTES_MIN = 256 << 20
+DISK_RESERVE = 0.10
+
+
+class LinuxMachine:
+    """Implements `tools.Machine` from /proc, for the machine or the cgroup namespace that the agent sees."""
+
+    def __init__(self, data: Path, proc: Path = Path("/proc")) -> None:
+        self._data = data
+        self._proc = proc
+        self._busy: tuple[float, float] | None = None
+
+    def capacity(self) -> Capacity:
+        cores = len(os.sched_getaffinity(0))
+        total = self._memory()["MemTotal"]
+        reserve = max(MEMORY_RESERVE_BYTES_MIN, int(total * MEMORY_RESERVE))
+        return Capacity(
+            cpu_milli=max(0, cores * 1000 - CPU_RESERVE_MILLI),
+            memory_bytes=max(0, total - reserve),
+            disk_bytes=int(self._disk().total * (1 - DISK_RESERVE)),
+        )
+
+    def sample(self) -> tuple[int, int]:
+        memory = self._memory()
+        used = memory["MemTotal"] - memory["MemAvailable"]
+        now, busy = time.monotonic(), self._busy_s()
+        before, self._busy = self._busy, (now, busy)
+        if before is None or now <= before[0]:
+            return 0, used
+        return max(0, round((busy - before[1]) / (now - before[0]) * 1000)), used
+
+    def disk_used(self) -> float:
+        disk = self._disk()
+        return 1 - disk.free / disk.total if disk.total else 0.0
+
+    def _disk(self) -> shutil._ntuple_diskusage:
+        place = self._data
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place)
+
+    def _busy_s(self) -> float:
+        """Seconds of processor time since boot that were not idle or waiting for a disk (proc(5))."""
+        with open(self._proc / "stat", "rb") as file:
+            fields = [int(field) for field in file.readline().split()[1:9]]
+        user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes by name."""
+        memory: dict[str, int] = {}
+        with open(self._proc / "meminfo", encoding="ascii") as file:
+            for line in file:
+                name, _, rest = line.partition(":")
+                if name in ("MemTotal", "MemAvailable"):
+                    memory[name] = int(rest.split()[0]) << 10
+        return memory
+
+
+def architecture() -> str:
+    """Return the machine's architecture in the words of OCI images."""
+    machine = os.uname().machine
+    return {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}.get(machine, machine)
