@@ -1,6 +1,7 @@
 """`atoll up`: one server, one agent and one ingress as children over one data directory.
 
-Restarts a child that ends. SIGTERM or SIGINT stops the ingress, then the instances (unless `keep_running`), then the rest.
+Restarts a child that ends. SIGTERM or SIGINT stops the ingress, then the instances, then the rest. SIGHUP does the same but
+leaves the instances running, for the next `atoll up` to adopt.
 Imports little, since it stays for ever.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from atoll.entry.config import Config, split_address
-from atoll.model.errors import Conflict, Unsupported
+from atoll.model.errors import AtollError, Conflict, Unsupported
 
 ROLES = ("server", "agent", "ingress")
 RESTART_DELAY_S = 0.5
@@ -46,16 +47,16 @@ class _Child:
 class Supervisor:
     """Runs the children until told to stop. Use: `with lock(config): Supervisor(config).run()`."""
 
-    def __init__(self, config: Config, *, keep_running: bool = False) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.keep_running = keep_running
+        self._keep_running = False
         self._children = {role: _Child(role) for role in ROLES}
         self._stopping = False
 
     def run(self) -> int:
-        """Supervise until SIGTERM or SIGINT; return the exit status."""
+        """Supervise until SIGTERM, SIGINT or SIGHUP; return the exit status."""
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         # A signal between two waits leaves a byte here, so that none is missed.
@@ -78,8 +79,9 @@ class Supervisor:
         self._stop_all()
         return 0
 
-    def _on_stop(self, _number: int, _frame: FrameType | None) -> None:
+    def _on_stop(self, number: int, _frame: FrameType | None) -> None:
         self._stopping = True
+        self._keep_running = number == signal.SIGHUP
 
     def _start(self, child: _Child, now: float) -> None:
         environment = {**os.environ, "ATOLL_SUPERVISOR": str(os.getpid())}
@@ -110,7 +112,7 @@ class Supervisor:
     def _stop_all(self) -> None:
         # The agent's SIGINT means: stop the instances first. Ingress goes before them, so that no request is cut by us.
         self._stop(self._children["ingress"], signal.SIGTERM)
-        self._stop(self._children["agent"], signal.SIGTERM if self.keep_running else signal.SIGINT)
+        self._stop(self._children["agent"], signal.SIGTERM if self._keep_running else signal.SIGINT)
         self._stop(self._children["server"], signal.SIGTERM)
 
     def _stop(self, child: _Child, number: signal.Signals) -> None:
@@ -193,3 +195,20 @@ def check(config: Config) -> None:
 def log_path(config: Config) -> Path:
     """Return where a detached `atoll up` writes its log."""
     return config.data / "atoll.log"
+
+
+def foreground(config: Config) -> int:
+    """Run everything until told to stop; return the exit status. Raises Conflict, Unsupported before anything is made."""
+    check(config)
+    with lock(config):
+        return Supervisor(config).run()
+
+
+if __name__ == "__main__":
+    from atoll.entry.process import parse, report
+
+    try:
+        sys.exit(foreground(parse("up")))
+    except AtollError as error:
+        report(error)
+        sys.exit(1)

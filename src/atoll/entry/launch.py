@@ -1,0 +1,102 @@
+"""Start `atoll up` in the background and see that it serves; end it again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+from atoll.entry.config import Config
+from atoll.entry.up import check, holder, log_path
+from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, NotFound, Unavailable
+from atoll.model.records import NodeHealth
+from atoll.sdk.client import Client
+from atoll.sdk.context import load
+
+READY_S = 60.0
+"""From the start of `atoll up` until node and ingress have reported."""
+STOP_S = 90.0
+"""The longest an orderly end may take: every child's, one after the other."""
+POLL_S = 0.02
+LOG_LINES = 20
+
+
+def launch(config: Config, *, progress: Callable[[str], None] = lambda _: None) -> int:
+    """Start `atoll up` in the background, wait until it serves, and return its process id.
+
+    Raises Conflict, Unsupported before anything is started; Unavailable with the last log lines when it ended by itself;
+    DeadlineExceeded after `READY_S`, and then it has been stopped.
+    """
+    if (pid := holder(config)) is not None:
+        raise Conflict(
+            f"{config.data} is in use by another `atoll up`, process {pid}",
+            mend="use that one, end it with `atoll down`, or give another --data",
+        )
+    check(config)
+    config.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    command = [sys.executable, "-m", "atoll.entry.up", *config.arguments()]
+    with open(log_path(config), "ab") as log:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
+    try:
+        asyncio.run(_wait_ready(config, child, progress))
+    except AtollError:
+        child.terminate()
+        child.wait(STOP_S)
+        raise
+    return child.pid
+
+
+async def _wait_ready(config: Config, child: subprocess.Popen[bytes], progress: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + READY_S
+    waiting_for = "the server"
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            raise Unavailable(f"`atoll up` ended with status {child.returncode}; its last lines:\n{_tail(config)}")
+        progress(waiting_for)
+        with contextlib.suppress(AtollError):
+            missing = await _missing(config)
+            if missing is None:
+                return
+            waiting_for = missing
+        await asyncio.sleep(POLL_S)
+    raise DeadlineExceeded(f"{waiting_for} was not ready after {READY_S:.0f} s; the log's last lines:\n{_tail(config)}")
+
+
+async def _missing(config: Config) -> str | None:
+    """Return what does not serve yet; None when all does. Raises AtollError while the server does not answer."""
+    saved = load(config.client_file)
+    if saved is None:
+        return "the server"
+    async with Client.connect(saved.address, saved.token) as client:
+        if not (await client.info()).ingresses:
+            return "the ingress"
+        node = next((view for view in await client.nodes() if view.node.name == config.node_name), None)
+        return None if node is not None and node.heartbeat is not None and node.health is NodeHealth.READY else "the agent"
+
+
+def _tail(config: Config) -> str:
+    path = log_path(config)
+    return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:]) if path.exists() else ""
+
+
+def terminate(config: Config, *, keep_running: bool = False) -> int:
+    """End the `atoll up` that holds the data directory, and return the process id that it had.
+
+    Its instances are stopped too, unless `keep_running`: then the next `atoll up` adopts them. Raises NotFound: none runs;
+    DeadlineExceeded: it has not ended after `STOP_S`, and may yet.
+    """
+    pid = holder(config)
+    if pid is None:
+        raise NotFound(f"no `atoll up` runs over {config.data}", mend="name its directory with --data")
+    os.kill(pid, signal.SIGHUP if keep_running else signal.SIGTERM)
+    deadline = time.monotonic() + STOP_S
+    while holder(config) is not None:
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded(f"`atoll up`, process {pid}, has not ended after {STOP_S:.0f} s", mend=f"see {log_path(config)}")
+        time.sleep(POLL_S)
+    return pid
