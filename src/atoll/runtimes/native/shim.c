@@ -1,0 +1,196 @@
+/*
+ * The parent of one container, so that the agent may die and come back.
+ *
+ *   atoll-shim run STDOUT STDERR PIDFILE EXITFILE LOCKFILE -- TOOL ARG...
+ *       Starts TOOL (an OCI runtime's detached `run`) with its output on two FIFOs, learns the container's first process
+ *       from PIDFILE, waits for it as its subreaper, and writes EXITFILE ("STATUS SECONDS.NANOSECONDS\n", STATUS as of
+ *       wait(2)) by rename. Descriptor 3 carries news to the agent: "pid N\n", or "failed STATUS\n"; end of file after it.
+ *       While the shim lives it holds a POSIX lock on LOCKFILE, which names its pid to whoever asks.
+ *   atoll-shim exec PIDFILE -- TOOL ARG...
+ *       The same for a command beside the container: its stdio is the caller's, its status goes to descriptor 3
+ *       ("exit STATUS\n"), and when descriptor 3's other end closes, the command is killed.
+ *   atoll-shim userns
+ *       Makes a user namespace, writes one byte to stdout, and ends with its stdin: the caller writes the id maps.
+ *
+ * It allocates nothing while it waits, and links statically where the system can.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { NEWS = 3, FAILED = 125 };
+
+static void say(const char *word, long number) {
+    char line[48];
+    int length = snprintf(line, sizeof line, "%s %ld\n", word, number);
+    if (write(NEWS, line, length) < 0) { /* the agent is gone: it will ask the lock and the files */
+    }
+}
+
+static void die(const char *what) {
+    fprintf(stderr, "atoll-shim: %s: %s\n", what, strerror(errno));
+    say("failed", FAILED << 8);
+    _exit(FAILED);
+}
+
+static void take_lock(const char *path) {
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    if (fd < 0 || fcntl(fd, F_SETLK, &lock) < 0) die(path);
+    /* The descriptor stays open: closing it would end the lock. */
+}
+
+static int open_fifo(const char *path) {
+    int fd = open(path, O_RDWR | O_CLOEXEC | O_NOCTTY);
+    if (fd < 0) die(path);
+    return fd;
+}
+
+static pid_t spawn(char **argv, int out, int err) {
+    pid_t child = fork();
+    if (child < 0) die("fork");
+    if (child == 0) {
+        sigset_t none;
+        sigemptyset(&none);
+        sigprocmask(SIG_SETMASK, &none, NULL);
+        signal(SIGPIPE, SIG_DFL);
+        signal(SIGHUP, SIG_DFL);
+        signal(SIGINT, SIG_DFL);
+        signal(SIGTERM, SIG_DFL);
+        if (out >= 0) dup2(out, 1);
+        if (err >= 0) dup2(err, 2);
+        fcntl(NEWS, F_SETFD, FD_CLOEXEC);
+        execv(argv[0], argv);
+        _exit(127);
+    }
+    return child;
+}
+
+static pid_t read_pid(const char *path) {
+    char text[32] = "";
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || read(fd, text, sizeof text - 1) <= 0) return -1;
+    close(fd);
+    return (pid_t)atol(text);
+}
+
+static void record(const char *path, int status) {
+    char next[4096], line[64];
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    snprintf(next, sizeof next, "%s.next", path);
+    int length = snprintf(line, sizeof line, "%d %lld.%09ld\n", status, (long long)now.tv_sec, now.tv_nsec);
+    int fd = open(next, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    if (fd < 0 || write(fd, line, length) != length || fdatasync(fd) < 0 || rename(next, path) < 0) die(path);
+}
+
+/* The container's first process may end before the tool that started it, so the tool alone is waited for. */
+static int finish(pid_t tool) {
+    int status;
+    while (waitpid(tool, &status, 0) < 0)
+        if (errno != EINTR) return FAILED << 8;
+    return status;
+}
+
+/* Reap everything until `first` ends; with `peer` >= 0, kill it when that descriptor's other end closes. */
+static int reap(pid_t first, int peer) {
+    sigset_t none;
+    sigemptyset(&none);
+    for (;;) {
+        int status;
+        pid_t ended = waitpid(-1, &status, peer >= 0 ? WNOHANG : 0);
+        if (ended == first) return status;
+        if (ended > 0 || (ended < 0 && errno == EINTR)) continue;
+        if (ended < 0) return FAILED << 8;
+        struct pollfd other = {.fd = peer, .events = 0};
+        if (ppoll(&other, 1, NULL, &none) > 0) {
+            kill(first, SIGKILL);
+            peer = -1;
+        }
+    }
+}
+
+static void on_child(int number) { (void)number; }
+
+static void prepare(void) {
+    sigset_t child;
+    struct sigaction wake = {.sa_handler = on_child};
+    setsid();
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+    signal(SIGINT, SIG_IGN);
+    signal(SIGTERM, SIG_IGN);
+    sigemptyset(&child);
+    sigaddset(&child, SIGCHLD);
+    sigprocmask(SIG_BLOCK, &child, NULL);
+    sigaction(SIGCHLD, &wake, NULL);
+}
+
+static int run(char **argv) {
+    take_lock(argv[4]);
+    int out = open_fifo(argv[0]), err = open_fifo(argv[1]);
+    pid_t tool = spawn(argv + 6, out, err);
+    close(out);
+    close(err);
+    int status = finish(tool);
+    pid_t first = status == 0 ? read_pid(argv[2]) : -1;
+    if (first <= 0) {
+        say("failed", status ? status : FAILED << 8);
+        return 1;
+    }
+    say("pid", first);
+    close(NEWS);
+    status = reap(first, -1);
+    record(argv[3], status);
+    return 0;
+}
+
+static int execute(char **argv) {
+    pid_t tool = spawn(argv + 2, -1, -1);
+    int status = finish(tool);
+    pid_t first = status == 0 ? read_pid(argv[0]) : -1;
+    unlink(argv[0]);
+    if (first <= 0) {
+        say("failed", status ? status : FAILED << 8);
+        return 1;
+    }
+    say("pid", first);
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    dup2(null, 0);
+    dup2(null, 1);
+    dup2(null, 2); /* or its pipes would outlive the command */
+    say("exit", reap(first, NEWS));
+    return 0;
+}
+
+static int userns(void) {
+    char byte = '.';
+    if (unshare(CLONE_NEWUSER) < 0) return errno;
+    if (write(1, &byte, 1) != 1) return FAILED;
+    return read(0, &byte, 1) < 0 ? FAILED : 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc == 2 && strcmp(argv[1], "userns") == 0) return userns();
+    if (argc > 8 && strcmp(argv[1], "run") == 0 && strcmp(argv[7], "--") == 0) {
+        prepare();
+        return run(argv + 2);
+    }
+    if (argc > 4 && strcmp(argv[1], "exec") == 0 && strcmp(argv[3], "--") == 0) {
+        prepare();
+        return execute(argv + 2);
+    }
+    fprintf(stderr, "usage: see shim.c\n");
+    return 2;
+}

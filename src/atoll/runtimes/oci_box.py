@@ -1,0 +1,209 @@
+"""Makes and removes what an instance of an OCI runtime consists of beside its processes. Blocking: call it from threads.
+
+Order of making: record, directory, disk, root, mounts, configuration. Removal goes the other way and is safe to repeat, so
+that a crash in between leaves nothing that the next agent does not find.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atoll.model.errors import Conflict, Exhausted, Invalid, RuntimeFailed
+from atoll.model.ports.runtime import Box
+from atoll.runtimes.box_record import BoxRecord, BoxRecords, boot_id
+from atoll.runtimes.cgroup import Cgroups, Group
+from atoll.runtimes.idmap import IdMaps, idmaps_work
+from atoll.runtimes.mounts import descriptor
+from atoll.runtimes.oci import Bundle, configuration
+from atoll.runtimes.rootfs import make_root, remove_root, show_mounts
+from atoll.runtimes.scratch import ScratchPool
+from atoll.runtimes.shim import ShimFiles
+from atoll.runtimes.sysfs import mount_sysfs
+from atoll.runtimes.users import User, resolve_user
+
+_HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
+START_PIDS_MIN = 32
+"""The runtime's tool needs some threads inside the group before the command runs; the limit is lowered after that."""
+
+
+RUNTIME_DIRECTORY = Path("/run/atoll")
+"""Where roots are mounted; it must be open to all, as /run is."""
+
+
+class OciBoxes:
+    """All boxes of one OCI runtime on this node. `directory` is the runtime's own; `cgroup` the parent of their groups."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        cgroup: str,
+        cgroups: Cgroups,
+        userns: bool | None = None,
+        runtime_directory: Path = RUNTIME_DIRECTORY,
+    ) -> None:
+        self.directory = directory
+        self.state = directory / "state"
+        self.records = BoxRecords(directory / "boxes")
+        self.scratch = ScratchPool(directory / "scratch")
+        self.idmaps = IdMaps()
+        self.boot_id = boot_id()
+        self._cgroup = cgroup.rstrip("/")
+        self._cgroups = cgroups
+        for path in (directory, self.state, directory / "scratch"):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # An instance with ids of its own must reach its root by path, and may pass through none of our directories.
+        self._roots = runtime_directory / hashlib.sha256(bytes(directory.resolve())).hexdigest()[:12]
+        self._roots.mkdir(parents=True, exist_ok=True, mode=0o711)
+        self.userns = idmaps_work(directory) if userns is None else userns
+
+    def root(self, id: str) -> Path:
+        """Return where the root of `id` is mounted."""
+        return self._roots / id
+
+    def group(self, id: str) -> Group:
+        return self._cgroups.group(f"{self._cgroup}/{id}")
+
+    def make(self, box: Box) -> BoxRecord:
+        """Make all of `box`. Raises Conflict, Invalid, ImageError, RuntimeFailed or Exhausted; nothing is left then."""
+        _check(box)
+        if self.records.exists(box.id):
+            raise Conflict(f"instance {box.id} exists already", mend="delete it first")
+        slot = self.idmaps.take() if self.userns else None
+        disk = ""
+        try:
+            disk, point = self.scratch.take(box.limits.disk_bytes)
+            record = BoxRecord(id=box.id, path=str(box.directory), boot_id=self.boot_id, slot=slot, disk=disk, limits=box.limits)
+            self.records.write(record)
+            self._fill(box, record, point)
+        except BaseException as error:
+            self.remove(BoxRecord(id=box.id, path=str(box.directory), boot_id="", slot=slot, disk=disk, limits=box.limits))
+            if isinstance(error, OSError):
+                raise _explain(error) from None
+            raise
+        return record
+
+    def _fill(self, box: Box, record: BoxRecord, disk: Path) -> None:
+        directory = box.directory
+        directory.mkdir(parents=True, mode=0o700)
+        base_id = None if record.slot is None else self.idmaps.base(record.slot)
+        userns = None if record.slot is None else self.idmaps.namespace(record.slot)
+        root = self.root(box.id)
+        make_root(root, directory, box.image.layers, disk, base_id=base_id or 0, userns=userns)
+        user = user_in(root, box.user)
+        sysfs = None
+        if base_id is not None and box.netns is not None:
+            sysfs = directory / "sysfs"
+            sysfs.mkdir()
+            mount_sysfs(box.netns, sysfs)
+        hosts, hostname = directory / "hosts", directory / "hostname"
+        write_private(hosts, _HOSTS.format(hostname=box.hostname), 0o644)
+        write_private(hostname, f"{box.hostname}\n", 0o644)
+        for fifo in (box.stdout, box.stderr):
+            # So that the process can open /dev/stdout by name, whoever it is.
+            os.chown(fifo, (base_id or 0) + user.uid, (base_id or 0) + user.gid)
+        resources = self._cgroups.resources(box.limits)
+        resources["pids"]["limit"] = max(START_PIDS_MIN, box.limits.pids)
+        config = configuration(
+            box,
+            Bundle(
+                root=root,
+                user=user,
+                base_id=base_id,
+                cgroup=f"{self._cgroup}/{box.id}",
+                resources=resources,
+                volumes=tuple(show_mounts(directory, box.mounts, userns=userns)),
+                hosts=hosts,
+                hostname_file=hostname,
+                sysfs=sysfs,
+            ),
+        )
+        config["annotations"] = {"io.atoll.stdout": str(box.stdout), "io.atoll.stderr": str(box.stderr)}
+        write_private(directory / "config.json", json.dumps(config))
+
+    def clean(self, record: BoxRecord) -> None:
+        """End what is left of an attempt to run the box, so that it is as `make` left it."""
+        group = self.group(record.id)
+        group.kill()
+        group.remove()
+        shutil.rmtree(self.state / record.id, ignore_errors=True)
+        ShimFiles(record.directory).clear()
+
+    def remove(self, record: BoxRecord) -> None:
+        """Kill what runs and remove every trace; safe to repeat. Raises RuntimeFailed; then call it again."""
+        self.clean(record)
+        remove_root(self.root(record.id))
+        remove_root(record.directory)
+        if record.disk:
+            self.scratch.release(record.disk)
+        self.records.remove(record.id)
+        if record.slot is not None:
+            self.idmaps.give_back(record.slot)
+
+    def recover(self, records: Sequence[BoxRecord]) -> None:
+        """Keep what `records` use, and remove all else that an earlier agent left."""
+        self.idmaps.adopt(record.slot for record in records if record.slot is not None)
+        self.remove_strays({record.id for record in records})
+        self.scratch.recover(record.disk for record in records)
+
+    def remove_strays(self, known: set[str]) -> None:
+        """Remove what no record speaks of, which is what a damaged record leaves behind.
+
+        Only our own directories are searched: other runtimes and agents have groups beside ours.
+        """
+        named = {path.name for directory in (self.state, self._roots) for path in directory.iterdir()}
+        for id in named - known:
+            group = self.group(id)
+            group.kill()
+            group.remove()
+            remove_root(self.root(id))
+            shutil.rmtree(self.state / id, ignore_errors=True)
+
+    def close(self) -> None:
+        self.scratch.close()
+        self.idmaps.close()
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """Return the configuration that `make` wrote. Raises RuntimeFailed."""
+    try:
+        config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise RuntimeFailed(f"the configuration of the instance cannot be read: {error}", mend="delete the instance") from None
+    return config
+
+
+def user_in(root: Path, user: str) -> User:
+    """Return who `user` is in the root directory `root`. Raises ImageError."""
+    with descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        return resolve_user(fd, user)
+
+
+def _check(box: Box) -> None:
+    if not box.argv or not box.argv[0]:
+        raise Invalid("no command to run", mend="give a command, or an image with an entry point", field="command")
+    texts = [*box.argv, box.workdir, box.hostname, *(part for pair in box.env for part in pair)]
+    if any("\0" in text for text in texts):
+        raise Invalid("a NUL character in the command or the environment", field="command")
+    if box.workdir and not box.workdir.startswith("/"):
+        raise Invalid(f"the working directory {box.workdir!r} is not absolute", field="workdir")
+
+
+def _explain(error: OSError) -> Exhausted | RuntimeFailed:
+    if error.errno in {28, 122}:  # ENOSPC, EDQUOT
+        return Exhausted("the node's disk is full", mend="free space on the node")
+    return RuntimeFailed(f"cannot make the instance: {error}")
+
+
+def write_private(path: Path, text: str, mode: int = 0o600) -> None:
+    """Write a file that only root reads: it may hold secrets."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    with os.fdopen(fd, "w") as file:
+        os.fchmod(fd, mode)
+        file.write(text)

@@ -1,0 +1,325 @@
+"""A command beside an instance's process, by an OCI runtime's detached `exec` under a shim of its own.
+
+The command holds its pipes or its terminal directly: no byte of it is copied by the runtime's tool.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import termios
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from atoll.model.errors import RuntimeFailed
+from atoll.runtimes.oci import process as oci_process
+from atoll.runtimes.oci_box import load_config, user_in, write_private
+from atoll.runtimes.oci_container import failure
+from atoll.runtimes.readiness import ready
+from atoll.runtimes.shim import Launch
+from atoll.runtimes.signals import signal_number
+from atoll.runtimes.users import User
+
+CHUNK_BYTES_MAX = 64 << 10
+DRAIN_S = 1.0
+"""How long output is awaited, in silence, after the command's end: its children may hold the pipes for ever."""
+CONSOLE_S_MAX = 30.0
+CLOSE_S_MAX = 2.0
+EXEC_S_MAX = 60.0
+_EOT = b"\x04"
+
+
+class Stream:
+    """A descriptor that does not block, read or written by waiting on the event loop."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        os.set_blocking(fd, False)
+
+    def read(self) -> bytes | None:
+        """Return bytes, `b""` at the end, or None when there is nothing yet."""
+        try:
+            return os.read(self.fd, CHUNK_BYTES_MAX)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EIO:  # a terminal whose other side is closed
+                return b""
+            raise
+
+    async def write(self, data: bytes) -> None:
+        """Return when all of it is in the pipe. Raises BrokenPipeError."""
+        view = memoryview(data)
+        while view and self.fd >= 0:
+            try:
+                view = view[os.write(self.fd, view) :]
+            except BlockingIOError:
+                await ready(self.fd, writing=True)
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    raise BrokenPipeError from None
+                raise
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self.fd)
+            loop.remove_writer(self.fd)
+            os.close(self.fd)
+            self.fd = -1
+
+
+class OciExecution:
+    """Made by a runtime's `exec` when the command runs; see `model.ports.runtime.Execution`."""
+
+    def __init__(self, launch: Launch, pid: int, *, stdin: Stream, outputs: dict[int, Stream], tty: bool) -> None:
+        self._launch = launch
+        self._pidfd = _open_pid(pid)
+        self._stdin = stdin
+        self._outputs = outputs
+        self._tty = tty
+        self._last = 0
+        self._closed = False
+        self._code: asyncio.Task[int] = asyncio.create_task(self._await_code())
+
+    async def _await_code(self) -> int:
+        while (news := await self._launch.news(None)) is not None:  # as long as the command runs
+            if news[0] == "exit":
+                return os.waitstatus_to_exitcode(news[1]) if os.WIFEXITED(news[1]) else 128 + os.WTERMSIG(news[1])
+        return 137  # its shim was killed, and the command with it
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def ended(self) -> bool:
+        return self._code.done()
+
+    async def read(self) -> tuple[int, bytes] | None:
+        while self._outputs:
+            for number in sorted(self._outputs, key=lambda number: number == self._last):
+                data = self._outputs[number].read()
+                if data:
+                    self._last = number
+                    return number, data
+                if data is not None:
+                    self._end_output(number)
+            if self._outputs and not await self._output_ready():
+                for number in list(self._outputs):
+                    self._end_output(number)
+        return None
+
+    def _end_output(self, number: int) -> None:
+        stream = self._outputs.pop(number)
+        if stream is not self._stdin:
+            stream.close()
+
+    async def _output_ready(self) -> bool:
+        """Wait until there is output; return False when the command ended and nothing came for DRAIN_S."""
+        waits = {asyncio.create_task(ready(stream.fd)) for stream in self._outputs.values()}
+        try:
+            done, _ = await asyncio.wait({*waits, self._code}, return_when=asyncio.FIRST_COMPLETED)
+            if done & waits:
+                return True
+            done, _ = await asyncio.wait(waits, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+            return bool(done)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.wait(waits)
+
+    async def write(self, data: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            await self._stdin.write(data)
+
+    async def close_stdin(self) -> None:
+        if self._tty:
+            await self.write(_EOT)
+        else:
+            self._stdin.close()
+
+    async def resize(self, rows: int, columns: int) -> None:
+        if self._tty and self._stdin.fd >= 0:
+            set_size(self._stdin.fd, rows, columns)
+
+    async def signal(self, name: str) -> None:
+        self._send(signal_number(name))
+
+    def _send(self, number: int) -> None:
+        if self._pidfd >= 0 and not self.ended:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self._code)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._send(signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):  # in a paused instance even this signal waits; the shim then does the rest
+            await asyncio.wait_for(asyncio.shield(self._code), CLOSE_S_MAX)
+        self._launch.close()
+        self._code.cancel()
+        for stream in (self._stdin, *self._outputs.values()):
+            stream.close()
+        self._outputs.clear()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _open_pid(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def set_size(fd: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+class ConsoleSocket:
+    """Where the runtime's tool sends the terminal that it made in the instance (OCI `--console-socket`)."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        # By way of a descriptor, because the path of a socket holds at most 107 bytes.
+        self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._file = directory / name
+        self.path = f"/proc/{os.getpid()}/fd/{self._directory}/{name}"
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(self.path)
+        self._socket.listen(1)
+        self._socket.setblocking(False)
+
+    async def terminal(self) -> int:
+        """Return the terminal's descriptor; call it when the tool has ended well. Raises RuntimeFailed."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONSOLE_S_MAX):
+                peer, _ = await loop.sock_accept(self._socket)
+                with peer:
+                    await ready(peer.fileno())
+                    _, ancillary, _, _ = peer.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        except TimeoutError:
+            raise RuntimeFailed("the runtime's tool sent no terminal") from None
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                return array.array("i", data[:4])[0]
+        raise RuntimeFailed("the runtime's tool sent no terminal")
+
+    def close(self) -> None:
+        self._socket.close()
+        self._file.unlink(missing_ok=True)
+        os.close(self._directory)
+
+
+async def start_execution(
+    directory: Path,
+    tool: Callable[[Path], list[str]],
+    id: str,
+    *,
+    argv: Sequence[str],
+    env: Sequence[tuple[str, str]],
+    workdir: str | None,
+    user: str | None,
+    size: tuple[int, int] | None,
+    base_id: int | None,
+) -> OciExecution:
+    """Start `argv` in the container `id`, whose box is in `directory`; with `size` (rows, columns) it gets a terminal.
+
+    `tool` gives the runtime's `exec --detach` command that logs to a path. Raises RuntimeFailed, ImageError (no such user).
+    """
+    directory = directory / "exec"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    with ExitStack() as files:
+        names = iter(f"{uuid.uuid4().hex[:12]}.{kind}" for kind in ("json", "log", "out", "pid", "console"))
+        process, log_path, output, pid_file, console_name = (directory / name for name in names)
+        for path in (process, log_path, output):
+            files.callback(path.unlink, missing_ok=True)
+        owner = _write_process(directory.parent, process, argv, env, workdir, user, size, base_id)
+        command = [*tool(log_path), "--pid-file", str(pid_file), "--process", str(process)]
+        if size is None:
+            return await _start_on_pipes(command, id, pid_file, output, owner, argv[0], log_path)
+        console = ConsoleSocket(directory, console_name.name)
+        files.callback(console.close)
+        command += ["--console-socket", console.path]
+        launch = Launch(["exec", str(pid_file), "--", *command, id], stdio=None, output=output)
+        pid = await _started(launch, log_path, argv[0])
+        terminal = Stream(await console.terminal())
+        set_size(terminal.fd, *size)
+        return OciExecution(launch, pid, stdin=terminal, outputs={1: terminal}, tty=True)
+
+
+async def _start_on_pipes(
+    command: list[str], id: str, pid_file: Path, output: Path, owner: tuple[int, int], name: str, log_path: Path
+) -> OciExecution:
+    ours: list[int] = []
+    with ExitStack() as theirs:
+        ends = []
+        for writing in (True, False, False):
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            ours.append(writer if writing else reader)
+            ends.append(reader if writing else writer)
+            theirs.callback(os.close, ends[-1])
+            os.fchown(ends[-1], *owner)  # so that /dev/stdout can be opened by name
+        try:
+            launch = Launch(["exec", str(pid_file), "--", *command, id], stdio=(ends[0], ends[1], ends[2]), output=output)
+            theirs.close()
+            pid = await _started(launch, log_path, name)
+        except BaseException:
+            for fd in ours:
+                os.close(fd)
+            raise
+    stdin, stdout, stderr = (Stream(fd) for fd in ours)
+    return OciExecution(launch, pid, stdin=stdin, outputs={1: stdout, 2: stderr}, tty=False)
+
+
+async def _started(launch: Launch, log_path: Path, name: str) -> int:
+    try:
+        news = await launch.news(EXEC_S_MAX)
+        if news is None or news[0] != "pid":
+            raise failure(log_path, name)
+    except BaseException:
+        launch.abandon()
+        raise
+    return news[1]
+
+
+def _write_process(
+    box: Path,
+    path: Path,
+    argv: Sequence[str],
+    env: Sequence[tuple[str, str]],
+    workdir: str | None,
+    user: str | None,
+    size: tuple[int, int] | None,
+    base_id: int | None,
+) -> tuple[int, int]:
+    """Write the command's `process.json`, and return the ids on the node that it runs as."""
+    own = load_config(box)["process"]
+    who = own["user"]
+    variables = [(name, value) for name, _, value in (entry.partition("=") for entry in own["env"])]
+    if user is None:
+        account = User(who["uid"], who["gid"], tuple(who.get("additionalGids", ())))
+    else:
+        account = user_in(Path(load_config(box)["root"]["path"]), user)
+        variables = [*((name, value) for name, value in variables if name != "HOME"), ("HOME", account.home)]
+    body = oci_process(argv, [*variables, *env], workdir or own["cwd"], account, tty=size is not None)
+    if size is not None:
+        body["consoleSize"] = {"height": size[0], "width": size[1]}
+    write_private(path, json.dumps(body))
+    return (base_id or 0) + account.uid, (base_id or 0) + account.gid

@@ -1,0 +1,313 @@
+"""What the runtimes with an OCI command line (runc, crun, runsc) have in common; each is a small class over this one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from atoll.model.errors import AtollError, Conflict, Exhausted, Invalid, NotFound, RuntimeFailed, Unsupported
+from atoll.model.ports.runtime import Box, Execution, Feature, Found, Started
+from atoll.model.records import Exit, Usage
+from atoll.model.spec import RuntimeName
+from atoll.runtimes.box_record import BoxRecord, check_id
+from atoll.runtimes.cgroup import Cgroups
+from atoll.runtimes.oci_box import START_PIDS_MIN, OciBoxes, load_config
+from atoll.runtimes.oci_container import Container, ending_of, failure
+from atoll.runtimes.oci_exec import OciExecution, start_execution
+from atoll.runtimes.shim import Launch
+from atoll.runtimes.signals import signal_number
+
+T = TypeVar("T")
+
+STARTS_MAX = 8
+"""Starts and execs that run at once; more wait."""
+EXECUTIONS_MAX = 256
+THREADS_MAX = 8
+START_S_MAX = 60.0
+END_S_MAX = 10.0
+SETTLE_S_MAX = 30.0
+SETTLE_STEP_S = 0.01
+REFILL_DELAY_S = 0.05
+
+log = structlog.get_logger()
+
+
+class OciRuntime:
+    """`directory` is this runtime's own on the node; one agent at a time may use it.
+
+    A subclass gives `name`, `tool` and `probe`. With `userns=None`, user namespaces are used where the kernel and the file
+    system of `directory` can shift ids.
+    """
+
+    name: RuntimeName
+    features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES})
+
+    def __init__(self, directory: Path, *, binary: str, cgroup: str = "/atoll", userns: bool | None = None) -> None:
+        self._directory = directory
+        self._binary = binary
+        self._cgroup = cgroup
+        self._userns = userns
+        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix=binary)
+        self._starts = asyncio.Semaphore(STARTS_MAX)
+        self._containers: dict[str, Container] = {}
+        self._executions: set[OciExecution] = set()
+        self._made: OciBoxes | None = None
+        self._making = asyncio.Lock()
+        self._refilling: asyncio.Task[None] | None = None
+
+    def tool(self, boxes: OciBoxes, log_path: Path) -> list[str]:
+        """Return the runtime's command with its global options; it logs JSON to `log_path`."""
+        path = shutil.which(self._binary)
+        if path is None:
+            raise Unsupported(f"{self._binary} is not installed", mend=f"apt-get install {self._binary}")
+        return [path, "--root", str(boxes.state), "--log", str(log_path), "--log-format", "json"]
+
+    async def create(self, box: Box) -> None:
+        boxes = await self._boxes()
+        check_id(box.id)
+        making = asyncio.ensure_future(self._in_thread(boxes.make, box))
+        try:
+            record = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            with contextlib.suppress(AtollError):
+                await self._in_thread(boxes.remove, await making)
+            raise
+        self._containers[box.id] = Container(record, boxes.group(box.id))
+        self._refill_soon(boxes)
+
+    async def start(self, id: str) -> Started:
+        boxes, container = await self._find(id)
+        if container.started:
+            raise Conflict(f"instance {id} was started already", mend="delete it and create it again")
+        async with self._starts:
+            return await self._start(boxes, container)
+
+    async def _start(self, boxes: OciBoxes, container: Container) -> Started:
+        files, record = container.files, container.record
+        config = load_config(files.directory)
+        log_path = files.directory / "tool.log"
+        tool = [*self.tool(boxes, log_path), "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
+        fifos = [config["annotations"]["io.atoll.stdout"], config["annotations"]["io.atoll.stderr"]]
+        shim = ["run", *fifos, str(files.pid), str(files.exit), str(files.lock)]
+        launch = Launch([*shim, "--", *tool], stdio=None, output=files.directory / "shim.log")
+        try:
+            news = await launch.news(START_S_MAX)
+            if news is None or news[0] != "pid":
+                raise failure(log_path, config["process"]["args"][0])
+            if record.limits.pids < START_PIDS_MIN:
+                container.group.set_pids_limit(record.limits.pids)
+        except (AtollError, OSError, asyncio.CancelledError) as error:
+            await asyncio.shield(self._abandon(boxes, record, launch))
+            if isinstance(error, OSError):
+                raise RuntimeFailed(f"cannot start the instance: {error}") from None
+            raise
+        finally:
+            launch.close()
+        container.shim, container.first = launch.ending, ending_of(news[1])
+        return Started(pid=news[1], at=time.time())
+
+    async def _abandon(self, boxes: OciBoxes, record: BoxRecord, launch: Launch) -> None:
+        launch.abandon()
+        await launch.ending.event.wait()  # SIGKILL was sent
+        launch.ending.close()
+        await self._in_thread(boxes.clean, record)
+
+    async def wait(self, id: str) -> Exit:
+        _, container = await self._find(id)
+        if not container.started:
+            raise Conflict(f"instance {id} was not started")
+        await container.ended()
+        if container.exit is None:
+            container.exit = await self._in_thread(container.read_exit)
+        return container.exit
+
+    async def exec(
+        self,
+        id: str,
+        argv: Sequence[str],
+        *,
+        env: Sequence[tuple[str, str]] = (),
+        workdir: str | None = None,
+        user: str | None = None,
+        tty: bool = False,
+        rows: int = 24,
+        columns: int = 80,
+    ) -> Execution:
+        boxes, container = await self._find(id)
+        if not argv or any("\0" in part for part in argv):
+            raise Invalid("no command to run, or a NUL character in it", field="command")
+        if not container.running:
+            raise Conflict(f"instance {id} does not run")
+        self._executions = {execution for execution in self._executions if not execution.closed}
+        if len(self._executions) >= EXECUTIONS_MAX:
+            raise Exhausted(f"{EXECUTIONS_MAX} commands run beside instances on this node")
+        base_id = None if container.record.slot is None else boxes.idmaps.base(container.record.slot)
+        async with self._starts:
+            execution = await start_execution(
+                container.record.directory,
+                lambda log_path: [*self.tool(boxes, log_path), "exec", "--detach"],
+                id,
+                argv=argv,
+                env=env,
+                workdir=workdir,
+                user=user,
+                size=(rows, columns) if tty else None,
+                base_id=base_id,
+            )
+        self._executions.add(execution)
+        return execution
+
+    async def signal(self, id: str, name: str) -> None:
+        _, container = await self._find(id)
+        number = signal_number(name)
+        if not container.started:
+            raise Conflict(f"instance {id} was not started")
+        if container.first is not None:
+            container.first.signal(number)
+
+    async def kill(self, id: str) -> None:
+        _, container = await self._find(id)
+        if container.first is not None:
+            container.first.signal(signal.SIGKILL)
+        await self._in_thread(container.group.kill)
+
+    async def pause(self, id: str) -> None:
+        await self._in_thread((await self._running(id)).group.freeze)
+
+    async def resume(self, id: str) -> None:
+        await self._in_thread((await self._running(id)).group.thaw)
+
+    async def usage(self, id: str) -> Usage:
+        boxes, container = await self._find(id)
+        return await self._in_thread(container.usage, boxes.directory / "scratch" / container.record.disk)
+
+    async def root(self, id: str) -> int:
+        boxes, container = await self._find(id)
+        path = boxes.root(id)
+        if container.running and container.first is not None:
+            path = Path(f"/proc/{container.first.pid}/root")  # as the instance sees it, volumes included
+        try:
+            return os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise RuntimeFailed(f"cannot open the root of instance {id}: {error}") from None
+
+    async def delete(self, id: str) -> None:
+        boxes = await self._boxes()
+        container = self._containers.get(id)
+        record = container.record if container else await self._in_thread(boxes.records.read, id)
+        if record is None:
+            return
+        if container is not None and container.running:
+            await self.kill(id)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(container.ended(), END_S_MAX)
+        await self._in_thread(boxes.remove, record)
+        if container is not None:
+            if container.exit is None and container.started:
+                container.exit = Exit(code=137, at=time.time(), signal="SIGKILL")
+            container.close()
+            self._containers.pop(id, None)
+
+    async def recover(self) -> Sequence[Found]:
+        boxes = await self._boxes()
+        found = []
+        for id in await self._in_thread(lambda: list(boxes.records.ids())):
+            try:
+                record = await self._in_thread(boxes.records.read, id)
+            except Invalid as error:
+                log.error("box.record.damaged", instance=id, error=str(error))
+                boxes.records.remove(id)
+                continue
+            if record is not None:
+                found.append(await self._adopt(boxes, record))
+        await self._in_thread(boxes.recover, [container.record for container in self._containers.values()])
+        return found
+
+    async def _adopt(self, boxes: OciBoxes, record: BoxRecord) -> Found:
+        """Take one box over. A start that the earlier agent began is waited for, because its shim goes on alone."""
+        container = self._containers.setdefault(record.id, Container(record, boxes.group(record.id)))
+        if container.started:
+            return Found(id=record.id, pid=container.first.pid if container.first else None, exit=container.exit)
+        files, deadline = container.files, time.monotonic() + SETTLE_S_MAX
+        while (shim := files.holder()) is not None and files.read_pid() is None:
+            if time.monotonic() > deadline:
+                raise RuntimeFailed(
+                    f"the start of instance {record.id} hangs", mend=f"end process {shim}, and start the agent again"
+                )
+            await asyncio.sleep(SETTLE_STEP_S)
+        pid = files.read_pid()
+        if record.boot_id != boxes.boot_id:
+            container.exit = Exit(code=137, at=time.time(), signal="SIGKILL") if pid else None
+        elif shim is not None and pid is not None and files.read_exit() is None:
+            container.adopt(shim, pid)
+            if container.running:
+                return Found(id=record.id, pid=pid, exit=None)
+            await container.ended()
+        if container.exit is None and files.read_exit() is not None:
+            container.exit = await self._in_thread(container.read_exit)
+        if container.exit is None:
+            await self._in_thread(boxes.clean, record)
+        return Found(id=record.id, pid=None, exit=container.exit)
+
+    async def close(self) -> None:
+        if self._refilling is not None:
+            self._refilling.cancel()
+            await asyncio.wait({self._refilling})
+        for execution in self._executions:
+            await execution.close()
+        for container in self._containers.values():
+            container.close()
+        self._containers.clear()
+        if self._made is not None:
+            await self._in_thread(self._made.close)
+        self._threads.shutdown(wait=True)
+
+    async def _running(self, id: str) -> Container:
+        _, container = await self._find(id)
+        if not container.running:
+            raise Conflict(f"instance {id} does not run")
+        return container
+
+    async def _find(self, id: str) -> tuple[OciBoxes, Container]:
+        boxes = await self._boxes()
+        try:
+            return boxes, self._containers[id]
+        except KeyError:
+            raise NotFound(f"no instance {id} is known to this runtime") from None
+
+    async def _boxes(self) -> OciBoxes:
+        if self._made is None:
+            async with self._making:
+                if self._made is None:
+                    self._made = await self._in_thread(self._make_boxes)
+        return self._made
+
+    def _make_boxes(self) -> OciBoxes:
+        return OciBoxes(self._directory, cgroup=self._cgroup, cgroups=Cgroups.detect(), userns=self._userns)
+
+    def _refill_soon(self, boxes: OciBoxes) -> None:
+        if self._refilling is None or self._refilling.done():
+            self._refilling = asyncio.create_task(self._refill(boxes))
+
+    async def _refill(self, boxes: OciBoxes) -> None:
+        """Make spare disks while nobody waits for one."""
+        try:
+            more = True
+            while more:
+                await asyncio.sleep(REFILL_DELAY_S)
+                more = await self._in_thread(boxes.scratch.refill)
+        except AtollError as error:
+            log.warning("scratch.refill.failed", error=str(error))
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
