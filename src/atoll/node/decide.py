@@ -213,7 +213,8 @@ def _launched(rules: Rules, state: State, event: Launched, now: Now) -> Outcome:
     note = Note("started", f"started as process {event.pid}")
     changes |= {"message": "", "probes": 0, "misses": 0}
     if rules.health is None and rules.gate_port is None:
-        return _enter(state, Phase.RUNNING, now, **changes, ready=True, ready_at=now.wall), (Watch(), note)
+        changes |= {"ready": True, "ready_at": now.wall}
+        return _enter(state, Phase.RUNNING, now, **changes), (Watch(), note)
     exec_probe = rules.health is not None and rules.health.kind is HealthKind.EXEC
     first = now.monotonic + (PROBE_EXEC_FIRST_S if exec_probe else PROBE_FIRST_S)
     return _enter(state, Phase.RUNNING, now, **changes, ready=False, probe_due=first), (Watch(), note)
