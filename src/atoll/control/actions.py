@@ -1,0 +1,182 @@
+"""What a decision can ask for, and what it sees of an instance. The writer turns actions into fenced transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import Any
+
+from msgspec import Struct, structs
+
+from atoll.model.records import AppStatus, Event, Instance, JobStatus, NodeLiveness, Release, Severity, Status
+from atoll.model.states import Desired, Phase
+
+EVENTS_PER_DECISION_MAX = 100
+"""Events about single instances in one decision; beyond it the owner's own event says how many there were."""
+
+
+class Create(Struct, frozen=True):
+    instance: Instance
+
+
+class Update(Struct, frozen=True):
+    """Write the instance if it is still at `revision`."""
+
+    instance: Instance
+    revision: int
+
+
+class Remove(Struct, frozen=True):
+    """Remove the instance if it is still at `revision`, and with it its status and its drained records."""
+
+    instance: Instance
+    revision: int
+
+
+class WriteAppStatus(Struct, frozen=True):
+    status: AppStatus
+
+
+class WriteJobStatus(Struct, frozen=True):
+    status: JobStatus
+
+
+class WriteLiveness(Struct, frozen=True):
+    liveness: NodeLiveness
+
+
+class RemoveApp(Struct, frozen=True):
+    """Remove the app if it is still at `revision`, with its releases, its status and its claims on routes, all at once."""
+
+    project: str
+    name: str
+    revision: int
+
+
+class RemoveJob(Struct, frozen=True):
+    project: str
+    name: str
+    revision: int
+
+
+class RemoveRelease(Struct, frozen=True):
+    release: Release
+
+
+class Forget(Struct, frozen=True):
+    """Delete a key if it is still at `revision`, and if `unless` is absent."""
+
+    key: str
+    revision: int
+    unless: str | None = None
+
+
+class Tell(Struct, frozen=True):
+    event: Event
+
+
+Action = (
+    Create
+    | Update
+    | Remove
+    | WriteAppStatus
+    | WriteJobStatus
+    | WriteLiveness
+    | RemoveApp
+    | RemoveJob
+    | RemoveRelease
+    | Forget
+    | Tell
+)
+
+
+class Seen(Struct, frozen=True, kw_only=True):
+    """An instance as the control plane wants it and as its node sees it."""
+
+    instance: Instance
+    revision: int
+    status: Status | None = None
+    lost_at: float | None = None
+    """Since when its node is lost (or was never known)."""
+    drained: frozenset[str] = frozenset()
+    """Ingresses that have no request to it any more."""
+
+    @property
+    def lost(self) -> bool:
+        return self.lost_at is not None
+
+    @property
+    def phase(self) -> Phase:
+        if self.lost and not (self.status and self.status.phase.final):
+            return Phase.LOST
+        return self.status.phase if self.status else Phase.PENDING
+
+    @property
+    def ended(self) -> bool:
+        """It does not run and will not by itself, as far as anyone can know."""
+        return self.phase.final
+
+    @property
+    def ready(self) -> bool:
+        """It serves, and is meant to."""
+        return (
+            self.instance.desired is Desired.RUN and self.phase is Phase.RUNNING and self.status is not None and self.status.ready
+        )
+
+
+class Decision:
+    """Actions in the order in which they were decided, and when to decide again if nothing happens before.
+
+    `now` is in seconds since the epoch; `new_suffix` gives random characters for ids, of which `taken` are in use.
+    """
+
+    def __init__(self, now: float, new_suffix: Callable[[], str], taken: Container[str] = ()) -> None:
+        self.now = now
+        self.new_suffix = new_suffix
+        self.actions: list[Action] = []
+        self.wake_at: float | None = None
+        self._told = 0
+        self._taken = taken
+
+    def do(self, action: Action) -> None:
+        self.actions.append(action)
+
+    def new_id(self, owner: str) -> str:
+        """Return an id for an instance that no other in the cell has, whatever its project."""
+        while (id := f"{owner}-{self.new_suffix()}") in self._taken:
+            pass
+        return id
+
+    def wake(self, at: float) -> None:
+        self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+
+    def tell(
+        self,
+        project: str,
+        subject: str,
+        code: str,
+        message: str,
+        severity: Severity = Severity.INFO,
+        node: str | None = None,
+        **data: Any,
+    ) -> None:
+        """Record an event for people. Of those about single instances only the first are kept (see the bound above)."""
+        if subject.startswith("instance/"):
+            self._told += 1
+            if self._told > EVENTS_PER_DECISION_MAX:
+                return
+        # Ids of events sort as they happened: the time leads, then the place among those of one decision.
+        event = Event(
+            id=f"{int(self.now * 1000):013d}-{len(self.actions):04d}{self.new_suffix()}",
+            at=self.now,
+            project=project,
+            subject=subject,
+            code=code,
+            message=message,
+            severity=severity,
+            node=node,
+            data=data,
+        )
+        self.do(Tell(event))
+
+    def update(self, seen: Seen, **changes: Any) -> None:
+        self.do(Update(structs.replace(seen.instance, **changes), seen.revision))

@@ -1,0 +1,289 @@
+"""Apps: as many instances of the wanted release as asked for, replaced without a gap.
+
+A rollout keeps `replicas - max_unavailable` ready and at most `replicas + max_surge` meant to run. A release that does not become
+ready before its deadline fails: what served before goes on serving and is kept at its number, while the failed release's few
+instances stay for people to look at and may still come round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from atoll.control.actions import Create, Decision, Remove, RemoveApp, Seen, WriteAppStatus
+from atoll.control.appstatus import Rollout, settled, status_of, why_not_ready
+from atoll.control.leaving import leave, retire
+from atoll.model.records import App, AppPhase, AppStatus, Instance, OwnerKind, Severity
+from atoll.model.spec import AppSpec
+from atoll.model.states import Desired, Phase
+from atoll.model.units import format_seconds
+
+RETRY_MIN_S = 1.0
+RETRY_MAX_S = 60.0
+"""Before an instance that has failed for good is replaced; doubled with each failure of its line."""
+RETRY_RESET_S = 60.0
+"""An instance that was ready for so long starts its line anew."""
+
+
+class AppFacts(Struct, frozen=True, kw_only=True):
+    """All that a decision about one app may depend on."""
+
+    app: App
+    revision: int
+    status: AppStatus | None
+    instances: tuple[Seen, ...]
+    specs: Mapping[int, AppSpec] = {}
+    """Release → spec, of those that are still held."""
+    ingresses: frozenset[str] = frozenset()
+
+    def drain_s(self, seen: Seen) -> float | None:
+        spec = self.specs.get(seen.instance.release, self.app.spec)
+        return float(spec.rollout.drain) if spec.port_named(None) is not None else None
+
+
+def decide_app(facts: AppFacts, decision: Decision) -> None:
+    """Compare the app with its instances and add to `decision` what is missing or too much."""
+    for seen in facts.instances:
+        if seen.instance.desired is not Desired.RUN:
+            leave(decision, seen, drain_s=facts.drain_s(seen), ingresses=facts.ingresses)
+    _Step(facts, decision).run()
+
+
+class _Step:
+    """One decision about one app; only instances that are meant to run are looked at."""
+
+    def __init__(self, facts: AppFacts, decision: Decision) -> None:
+        self.facts = facts
+        self.app = facts.app
+        self.decision = decision
+        self.wanted = 0 if self.app.deleting else self.app.replicas
+        self.rules = self.app.spec.rollout
+        order = sorted(facts.instances, key=lambda seen: (seen.instance.created_at, seen.instance.id))
+        run = [seen for seen in order if seen.instance.desired is Desired.RUN]
+        self.new = [seen for seen in run if self._current(seen) and not seen.ended]
+        self.old = [seen for seen in run if not self._current(seen) and not seen.ended]
+        self.failed = [seen for seen in run if seen.ended and seen.phase is not Phase.LOST]
+        self.lost = [seen for seen in run if seen.phase is Phase.LOST]
+        self.ready_new = [seen for seen in self.new if seen.ready and self._settled(seen)]
+        self.ready = [seen for seen in (*self.old, *self.new) if seen.ready]
+        self.created = 0
+
+    def _current(self, seen: Seen) -> bool:
+        return (seen.instance.release, seen.instance.generation) == (self.app.release, self.app.generation)
+
+    def _settled(self, seen: Seen) -> bool:
+        """Whether a ready instance may stand in for another. Once a release has been proved, being ready is enough."""
+        last = self.facts.status
+        if not self.old and last is not None and last.served_release == self.app.release:
+            return True
+        at = settled(seen, self.app.spec)
+        if at <= self.decision.now:
+            return True
+        self.decision.wake(at)
+        return False
+
+    def run(self) -> None:
+        if self.app.deleting:
+            self._delete()
+            return
+        rollout = self._rollout()
+        self._replace_failed(rollout)
+        self._create(self.app.release, self.app.generation, self._missing(), self._due(current=True))
+        if rollout.failed and rollout.served in self.facts.specs:
+            self._create(rollout.served, self.app.generation, self._missing_served(), self._due(current=False))
+        self._retire_surplus()
+        self._retire_old()
+        self._drop_lost()
+        self._report(rollout)
+
+    def _rollout(self) -> Rollout:
+        updated = len(self.ready_new)
+        last = self.facts.status
+        served = last.served_release if last else 0
+        complete = updated >= self.wanted and not self.old
+        if last is None or last.release != self.app.release or updated > last.updated:
+            progressed_at = self.decision.now
+        else:
+            progressed_at = max(last.progressed_at, self.app.updated_at)
+        under_way = not complete and (served != self.app.release or bool(self.old))
+        deadline = progressed_at + self.rules.deadline
+        failed = under_way and self.decision.now >= deadline
+        if under_way and not failed:
+            self.decision.wake(deadline)
+        return Rollout(
+            complete=complete,
+            under_way=under_way,
+            failed=failed,
+            progressed_at=progressed_at,
+            served=self.app.release if complete else served,
+        )
+
+    def _replace_failed(self, rollout: Rollout) -> None:
+        """Sort what has ended for good: to be replaced now, later, or not at all."""
+        self.due: list[Seen] = []
+        self.waiting: list[Seen] = []
+        for seen in self.failed:
+            keep = self._current(seen) or (rollout.failed and seen.instance.release == rollout.served)
+            at = retry_at(seen)
+            if keep and at > self.decision.now and self.wanted:
+                self.waiting.append(seen)
+                self.decision.wake(at)
+            else:
+                if keep:
+                    self.due.append(seen)
+                self.decision.do(Remove(seen.instance, seen.revision))
+
+    def _due(self, *, current: bool) -> list[Seen]:
+        return [seen for seen in self.due if self._current(seen) is current]
+
+    def _missing(self) -> int:
+        """Return how many instances of the wanted release may be made: up to the number wanted, and within the surge."""
+        waiting_new = sum(self._current(seen) for seen in self.waiting)
+        total = len(self.new) + len(self.old) + len(self.waiting)
+        return min(self.wanted - len(self.new) - waiting_new, self.wanted + self.rules.max_surge - total)
+
+    def _missing_served(self) -> int:
+        """Return how many instances of what served before must be made while the wanted release has failed."""
+        waiting_old = sum(not self._current(seen) for seen in self.waiting)
+        total = len(self.new) + len(self.old) + len(self.waiting) + self.created
+        short = self.wanted - len(self.ready_new) - len(self.old) - waiting_old
+        return min(short, self.wanted + self.rules.max_surge - total)
+
+    def _create(self, release: int, generation: int, count: int, due: list[Seen]) -> None:
+        for number in range(count):
+            before = due[number] if number < len(due) else None
+            self.decision.do(
+                Create(
+                    Instance(
+                        id=self.decision.new_id(self.app.name),
+                        project=self.app.project,
+                        owner_kind=OwnerKind.APP,
+                        owner=self.app.name,
+                        release=release,
+                        generation=generation,
+                        attempt=next_attempt(before) if before else 0,
+                        created_at=self.decision.now,
+                    )
+                )
+            )
+        if count > 0:
+            self.created += count
+            what = "1 instance" if count == 1 else f"{count} instances"
+            self._tell("instances-created", f"made {what} of release {release}", count=count, release=release)
+
+    def _retire_surplus(self) -> None:
+        """After a scale-down, or when lost instances have come back: those that serve least go first."""
+        surplus = len(self.new) - self.wanted
+        if surplus <= 0:
+            return
+        order = sorted(
+            self.new,
+            key=lambda s: (s.instance.node is not None, s.ready, -s.instance.created_at, s.instance.id),
+        )
+        for seen in order[:surplus]:
+            self._retire(seen, f"only {self.wanted} wanted")
+        gone = {seen.instance.id for seen in order[:surplus]}
+        self.new = [seen for seen in self.new if seen.instance.id not in gone]
+        self.ready = [seen for seen in self.ready if seen.instance.id not in gone]
+        self.ready_new = [seen for seen in self.ready_new if seen.instance.id not in gone]
+
+    def _retire_old(self) -> None:
+        """Take away as many of the old as the ready ones allow, those that do not serve first."""
+        serving = len(self.ready_new) + sum(seen.ready for seen in self.old)
+        least = max(0, self.wanted - self.rules.max_unavailable)
+        spare = len(self.old) + len(self.ready_new) - least
+        reason = f"replaced by release {self.app.release}"
+        for seen in sorted(self.old, key=lambda s: (s.ready, s.instance.created_at, s.instance.id)):
+            if spare <= 0 or (seen.ready and serving <= least):
+                break
+            self._retire(seen, reason)
+            spare -= 1
+            serving -= seen.ready
+            self.old = [other for other in self.old if other is not seen]
+            self.ready = [other for other in self.ready if other is not seen]
+
+    def _drop_lost(self) -> None:
+        """Forget instances on lost nodes once others serve in their place. Until then they would be taken back."""
+        if self.lost and len(self.ready) >= self.wanted:
+            for seen in self.lost:
+                self.decision.do(Remove(seen.instance, seen.revision))
+                subject = f"instance/{seen.instance.id}"
+                text = f"node {seen.instance.node} is lost; others serve in its place"
+                self.decision.tell(self.app.project, subject, "lost", text, Severity.WARNING, node=seen.instance.node)
+
+    def _retire(self, seen: Seen, reason: str) -> None:
+        retire(self.decision, seen, reason, drain_s=self.facts.drain_s(seen), ingresses=self.facts.ingresses)
+
+    def _delete(self) -> None:
+        for seen in (*self.old, *self.new, *self.failed, *self.lost):
+            self._retire(seen, "the app is being deleted")
+        if not self.facts.instances:
+            self.decision.do(RemoveApp(self.app.project, self.app.name, self.facts.revision))
+            self._tell("app-deleted", "the app is gone")
+            return
+        self._write(status_of(self.app, self.facts.status, phase=AppPhase.DELETING, total=len(self.facts.instances)))
+
+    def _report(self, rollout: Rollout) -> None:
+        last = self.facts.status
+        unready = [seen for seen in (*self.new, *self.failed, *self.lost) if not seen.ready and self._current(seen)]
+        why = why_not_ready(unready)
+        phase, message = self._phase(rollout, unready, why)
+        self._write(
+            status_of(
+                self.app,
+                last,
+                phase=phase,
+                ready=len(self.ready),
+                updated=len(self.ready_new),
+                total=len(self.new) + len(self.old) + self.created,
+                message=message,
+                progressed_at=rollout.progressed_at,
+                served_release=rollout.served,
+            )
+        )
+        if last is None or last.release != self.app.release:
+            self._tell("app-deployed", f"release {self.app.release} is being rolled out", release=self.app.release)
+        if rollout.complete and self.wanted and (last is None or last.served_release != self.app.release):
+            self._tell("rollout-finished", f"release {self.app.release} serves", release=self.app.release)
+        if rollout.failed and (last is None or last.phase is not AppPhase.FAILED):
+            self._tell("rollout-failed", message, Severity.ERROR, release=self.app.release)
+
+    def _phase(self, rollout: Rollout, unready: list[Seen], why: str) -> tuple[AppPhase, str]:
+        if not self.wanted:
+            return AppPhase.STOPPED, ""
+        if rollout.complete:
+            return AppPhase.RUNNING, ""
+        if rollout.failed:
+            waited = format_seconds(self.rules.deadline)
+            return AppPhase.FAILED, f"release {self.app.release} made no progress for {waited}" + (f": {why}" if why else "")
+        if rollout.under_way or all(self._fresh(seen) for seen in unready):
+            return AppPhase.DEPLOYING, why
+        return AppPhase.DEGRADED, why
+
+    def _fresh(self, seen: Seen) -> bool:
+        """Whether the instance is on its first way to being ready, as after a scale-up."""
+        young = self.decision.now - seen.instance.created_at < self.rules.deadline
+        return young and not seen.ended and seen.instance.attempt == 0 and (seen.status is None or seen.status.restarts == 0)
+
+    def _write(self, status: AppStatus) -> None:
+        if status != self.facts.status:
+            self.decision.do(WriteAppStatus(status))
+
+    def _tell(self, code: str, message: str, severity: Severity = Severity.INFO, **data: Any) -> None:
+        self.decision.tell(self.app.project, f"app/{self.app.name}", code, message, severity, **data)
+
+
+def next_attempt(seen: Seen) -> int:
+    """Return which failure in a row of its line an instance that has ended for good was, counted from 1."""
+    status = seen.status
+    if status is not None and status.ready_at is not None and status.phase_at - status.ready_at >= RETRY_RESET_S:
+        return 1
+    return seen.instance.attempt + 1
+
+
+def retry_at(seen: Seen) -> float:
+    """Return when an instance that has ended for good is replaced."""
+    ended_at = seen.status.phase_at if seen.status and seen.status.phase_at else seen.instance.created_at
+    return ended_at + min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(next_attempt(seen) - 1, 30))

@@ -1,0 +1,99 @@
+"""How an app stands, from how its instances stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec import Struct
+
+from atoll.control.actions import Seen
+from atoll.model.records import App, AppPhase, AppStatus, Exit
+from atoll.model.spec import AppSpec
+from atoll.model.states import Phase
+
+SETTLE_PLAIN_S = 0.3
+"""How long an instance without a health check must have been up until it counts: what dies at once never served."""
+SETTLE_RESTARTED_S = 10.0
+"""The same for one that has been restarted: a crash loop is up for moments, too."""
+
+
+class Rollout(Struct, frozen=True, kw_only=True):
+    complete: bool
+    under_way: bool
+    failed: bool
+    """Under way without progress for longer than its deadline."""
+    progressed_at: float
+    served: int
+    """The last release that was fully rolled out; 0 for none."""
+
+
+def settled(seen: Seen, spec: AppSpec) -> float:
+    """Return from when on a ready instance counts as one that lasts, in seconds since the epoch."""
+    status = seen.status
+    if status is None:
+        return seen.instance.created_at
+    since = status.ready_at or status.started_at or status.phase_at
+    if status.restarts:
+        return since + SETTLE_RESTARTED_S
+    return since if spec.health is not None else since + SETTLE_PLAIN_S
+
+
+def exit_in_words(exit: Exit) -> str:
+    if exit.oom:
+        return "was killed for going over its memory limit"
+    return f"was ended by {exit.signal}" if exit.signal else f"exited with status {exit.code}"
+
+
+def why_not_ready(unready: Iterable[Seen]) -> str:
+    """Return the most telling reason among instances that should serve and do not; empty while they merely start."""
+    best = (0, "")
+    for seen in unready:
+        best = max(best, _reason(seen), key=lambda pair: pair[0])
+    return best[1]
+
+
+def _reason(seen: Seen) -> tuple[int, str]:
+    instance, status = seen.instance, seen.status
+    if seen.phase is Phase.LOST:
+        return 2, f"{instance.id}: node {instance.node} is lost"
+    if instance.rejection is not None and instance.node is None:
+        return 3, f"{instance.id} has no node: {instance.rejection.message}"
+    if status is None:
+        return 0, ""
+    where = f"{instance.id} on {status.node}"
+    again = f" ({status.restarts} restarts)" if status.restarts else ""
+    told = status.message or (exit_in_words(status.exit) if status.exit else "")
+    if status.phase in (Phase.FAILED, Phase.BACKOFF):
+        return 4, f"{where}: {told or 'failed'}{again}"
+    if told:
+        return 2, f"{where}: {told}{again}"
+    if status.phase is Phase.RUNNING and not status.ready:
+        return 1, f"{where}: runs, but is not ready{again}"
+    return 0, ""
+
+
+def status_of(
+    app: App,
+    last: AppStatus | None,
+    *,
+    phase: AppPhase,
+    ready: int = 0,
+    updated: int = 0,
+    total: int = 0,
+    message: str = "",
+    progressed_at: float | None = None,
+    served_release: int | None = None,
+) -> AppStatus:
+    """Return the app's status; what is not given stays as it was."""
+    return AppStatus(
+        project=app.project,
+        name=app.name,
+        phase=phase,
+        release=app.release,
+        ready=ready,
+        updated=updated,
+        total=total,
+        message=message,
+        progressed_at=progressed_at if progressed_at is not None else (last.progressed_at if last else 0.0),
+        served_release=served_release if served_release is not None else (last.served_release if last else 0),
+    )

@@ -1,0 +1,27 @@
+"""What a server runs to take part in control: wait to lead, then lead."""
+
+from __future__ import annotations
+
+import random
+
+from atoll.control.leader import Term, lead
+from atoll.control.loop import Loop
+from atoll.control.nodes import LastSeen
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.store import Store
+from atoll.store.cache import State
+
+
+async def run_control(
+    store: Store, state: State, clock: Clock, chance: random.Random, last_seen: LastSeen, *, identity: str = "server"
+) -> None:
+    """Lead whenever this server holds the lease, until cancelled.
+
+    `state` must hold all of `world.KINDS`. `last_seen` is read live: node → any number that changes with each sign of life.
+    `identity` names this server across its restarts; no two servers may share one.
+    """
+
+    async def work(term: Term) -> None:
+        await Loop(store, state, clock, chance, last_seen, term).run()
+
+    await lead(store, clock, identity, work)

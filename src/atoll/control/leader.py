@@ -1,0 +1,129 @@
+"""One leader at a time: a key under a lease, and a fence that every write of the leader carries.
+
+The lease makes a new leader possible; only the fence makes an old one harmless, however late its last write arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+from msgspec import Struct
+
+from atoll.model import keys
+from atoll.model.errors import AtollError, Fenced, NotFound
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.store import Compare, LeaseId, Put, Store, Target, absent
+
+LEASE_S = 5.0
+"""How long a leader that died holds up the next."""
+KEEP_ALIVES_PER_LEASE = 3
+POLL_S = 0.5
+"""How often one who waits looks whether the leader is gone."""
+ERROR_PAUSE_S = 1.0
+
+log = structlog.get_logger()
+
+
+class Term(Struct, frozen=True):
+    """One time of leading. `fence` holds as long as nobody else leads: its token is the key's create revision."""
+
+    fence: Compare
+    lease: LeaseId
+
+
+async def lead(store: Store, clock: Clock, identity: str, work: Callable[[Term], Awaitable[None]]) -> None:
+    """Run `work` whenever this server leads, for ever; it is cancelled when the lease is lost.
+
+    `identity` names this server across its restarts: an earlier run's lease is taken over at once, so no two servers may share
+    one. When `work` ends or raises, leadership is given up and sought again.
+    """
+    while True:
+        pause_s = ERROR_PAUSE_S
+        try:
+            pause_s = await _try(store, clock, identity, work)
+        except* AtollError as group:
+            log.warning("leading was interrupted", server=identity, causes=[str(error) for error in group.exceptions])
+        except* Exception:
+            log.exception("the leader's loops failed and start again", server=identity)
+        await asyncio.sleep(pause_s)
+
+
+async def _try(store: Store, clock: Clock, identity: str, work: Callable[[Term], Awaitable[None]]) -> float:
+    """Lead if nobody else does; return how long to wait before the next try."""
+    term = await _acquire(store, identity)
+    if term is None:
+        return POLL_S
+    log.info("leading", server=identity, fence=term.fence.expected)
+    try:
+        await _serve(store, clock, term, work)
+    finally:
+        await _give_up(store, term)
+    log.info("not leading any more", server=identity)
+    # Also after an orderly end: whatever ended the term must not make a hot loop.
+    return ERROR_PAUSE_S
+
+
+async def _acquire(store: Store, identity: str) -> Term | None:
+    held = await store.get(keys.LEADER)
+    if held is not None:
+        if held.value != identity.encode():
+            return None
+        # It was us, before a restart. The key goes with its lease, so that ours gets a new create revision.
+        await store.lease_revoke(held.lease)
+    lease = await store.lease_grant(LEASE_S)
+    result = await store.txn([absent(keys.LEADER)], [Put(keys.LEADER, identity.encode(), lease.id)])
+    if not result.succeeded:
+        await store.lease_revoke(lease.id)
+        return None
+    return Term(Compare(keys.LEADER, Target.CREATE, int(result.revision)), lease.id)
+
+
+async def _serve(store: Store, clock: Clock, term: Term, work: Callable[[Term], Awaitable[None]]) -> None:
+    working = asyncio.ensure_future(work(term))
+    keeping = asyncio.ensure_future(_keep_alive(store, clock, term))
+    try:
+        # Without a deadline: leading lasts until the lease is lost or the work ends.
+        await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        for task in (working, keeping):
+            task.cancel()
+        await asyncio.gather(working, keeping, return_exceptions=True)
+
+
+async def _keep_alive(store: Store, clock: Clock, term: Term) -> None:
+    """Return when the lease may have expired."""
+    good_until = clock.monotonic() + LEASE_S
+    while True:
+        await asyncio.sleep(LEASE_S / KEEP_ALIVES_PER_LEASE)
+        asked = clock.monotonic()
+        try:
+            async with asyncio.timeout(max(0.01, good_until - asked)):
+                await store.lease_keep_alive(term.lease)
+            good_until = asked + LEASE_S
+        except NotFound:
+            log.warning("the lease has expired")
+            return
+        except (AtollError, TimeoutError) as error:
+            log.warning("the lease could not be kept alive", cause=str(error) or "timeout")
+            if clock.monotonic() >= good_until:
+                return
+
+
+async def _give_up(store: Store, term: Term) -> None:
+    """End the term so that another can begin at once; where that fails the lease runs out by itself."""
+    try:
+        async with asyncio.timeout(ERROR_PAUSE_S):
+            await store.lease_revoke(term.lease)
+    except (AtollError, TimeoutError) as error:
+        log.info("the lease was left to run out", cause=str(error) or "timeout")
+
+
+async def check(store: Store, term: Term) -> None:
+    """Raise Fenced if someone else leads, or nobody."""
+    held = await store.get(keys.LEADER)
+    if held is None or int(held.create_revision) != term.fence.expected:
+        raise Fenced("another server leads")

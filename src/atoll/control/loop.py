@@ -1,0 +1,276 @@
+"""The leader's one loop: changes in, decisions out, written in one go.
+
+A wake looks at the owners that have changed, decides about each, plans what has no node (what was decided into being a moment ago
+too), and commits all of it together, so that a new app costs one transaction from its record to instances with nodes. The next
+wake waits until the cache shows what this one wrote; nothing is counted twice, and nothing depends on having seen every change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+
+import structlog
+
+from atoll.control.actions import Action, Create, Decision, Remove, Update
+from atoll.control.apps import decide_app
+from atoll.control.gc import GC_S, decide_gc
+from atoll.control.jobs import decide_job, decide_orphans
+from atoll.control.leader import Term
+from atoll.control.nodes import LastSeen
+from atoll.control.placement import Placement
+from atoll.control.watching import NodeWatch
+from atoll.control.world import Owner, World
+from atoll.control.writer import Unit, Writer, units_of
+from atoll.model.errors import Compacted, OutcomeUnknown, Unavailable
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.store import Revision, Store
+from atoll.model.records import Instance, OwnerKind, new_suffix
+from atoll.store.cache import State
+
+OWNERS_PER_WAKE_MAX = 500
+"""Owners decided about before what was decided is written and the event loop gets its turn."""
+REACH_S = 5.0
+"""The longest wait for the cache to show what was written; after it everything is looked at afresh."""
+TICK_S = 1.0
+"""How often nodes are looked at, and a part of all owners, whatever has happened."""
+TICKS_PER_ROUND = 60
+"""Ticks in which every owner has been looked at once."""
+CONFLICT_PAUSE_S = 0.02
+ERROR_PAUSE_MIN_S = 0.1
+ERROR_PAUSE_MAX_S = 5.0
+PLACED_EVENTS_MAX = 100
+"""Events about single placements in one wake; beyond it there is none, and the owners' own events say how many."""
+
+log = structlog.get_logger()
+
+
+class Loop:
+    """One term of leading. `run` never returns by itself."""
+
+    def __init__(self, store: Store, state: State, clock: Clock, chance: random.Random, last_seen: LastSeen, term: Term) -> None:
+        self._store = store
+        self._clock = clock
+        self._chance = chance
+        self._writer = Writer(store, term)
+        self._world = World(state)
+        self._placement = Placement(self._world)
+        self._nodes = NodeWatch(self._world, clock, last_seen)
+        self._changed = asyncio.Event()
+        self._timers: list[tuple[float, Owner]] = []
+        self._due: dict[Owner, float] = {}
+        self._round: list[Owner] = []
+        self._share = 0
+        self._tick_at = 0.0
+        self._gc_at = clock.now() + GC_S
+
+    async def run(self) -> None:
+        """Raises Fenced when another leads. What the store cannot do for a while is tried again."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(), name="control: follow")
+            tasks.create_task(self._work(), name="control: work")
+
+    async def _follow(self) -> None:
+        while True:
+            changes = self._world.state.changes()
+            self._rebuild()
+            try:
+                # Without a deadline: a quiet cell has no changes.
+                async for deltas in changes:
+                    self._world.apply(deltas)
+                    self._placement.apply(deltas)
+                    self._changed.set()
+            except Compacted:
+                log.info("control fell behind the cache and starts afresh")
+
+    def _rebuild(self) -> None:
+        self._world.rebuild()
+        self._placement.rebuild()
+        self._changed.set()
+
+    async def _work(self) -> None:
+        pause_s = ERROR_PAUSE_MIN_S
+        while True:
+            await self._wait()
+            try:
+                await self._wake()
+                pause_s = ERROR_PAUSE_MIN_S
+            except (Unavailable, OutcomeUnknown, TimeoutError) as error:
+                log.warning("a wake could not be written; all is decided again", cause=str(error) or "timeout", retry_s=pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(ERROR_PAUSE_MAX_S, 2 * pause_s)
+                await self._catch_up()
+
+    async def _wait(self) -> None:
+        """Return when there is something to decide."""
+        delay = self._next() - self._clock.now()
+        if not self._changed.is_set() and delay > 0:
+            try:
+                async with asyncio.timeout(delay):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+        self._changed.clear()
+
+    def _next(self) -> float:
+        """Return when to wake though nothing happens."""
+        while self._timers and self._due.get(self._timers[0][1]) != self._timers[0][0]:
+            heapq.heappop(self._timers)
+        times = [self._tick_at]
+        if self._timers:
+            times.append(self._timers[0][0])
+        plan_at = self._placement.due(self._clock.now())
+        if plan_at is not None:
+            times.append(plan_at)
+        return min(times)
+
+    async def _wake(self) -> None:
+        units = self._decide()
+        if self._world.dirty:
+            self._changed.set()
+        if not units:
+            return
+        outcome = await self._writer.commit(units)
+        await self._reach(outcome.revision)
+        if outcome.conflicts:
+            for source in outcome.conflicts:
+                if isinstance(source, tuple):
+                    self._world.dirty[source] = None
+            self._placement.again(source for source in outcome.conflicts if isinstance(source, str))
+            # What was in the way shows in the cache soon; a pause, so that a quarrel never becomes a hot loop.
+            await asyncio.sleep(CONFLICT_PAUSE_S)
+            self._changed.set()
+        if self._world.dirty:
+            self._changed.set()
+
+    async def _reach(self, revision: Revision) -> None:
+        if self._world.revision >= revision:
+            return
+        async with asyncio.timeout(REACH_S):
+            await self._world.state.reach(revision)
+            while self._world.revision < revision:
+                # The cache has it; `_follow` takes it over in its next turn.
+                await self._changed.wait()
+                self._changed.clear()
+        self._changed.set()
+
+    async def _catch_up(self) -> None:
+        """After a failure: see all that may have been written, then look at everything."""
+        try:
+            async with asyncio.timeout(REACH_S):
+                await self._world.state.reach(await self._store.revision())
+        except (Unavailable, TimeoutError):
+            log.warning("the store does not answer")
+        self._rebuild()
+
+    def _decide(self) -> list[Unit]:
+        now = self._clock.now()
+        self._wake_due(now)
+        units: list[Unit] = []
+        decided: list[tuple[Owner, Decision]] = []
+        for owner in list(self._world.dirty)[:OWNERS_PER_WAKE_MAX]:
+            del self._world.dirty[owner]
+            decision = self._decide_owner(owner, now)
+            if decision.actions:
+                decided.append((owner, decision))
+        placed_units = self._place(decided, now)
+        for owner, decision in decided:
+            units.extend(units_of(owner, decision.actions, self._world.state))
+        return [*units, *placed_units, *self._node_units(now), *self._gc_units(now)]
+
+    def _wake_due(self, now: float) -> None:
+        if now >= self._tick_at or self._tick_at > now + 2 * TICK_S:
+            # The second case: the clock was set back.
+            self._tick_at = now + TICK_S
+            self._nodes.tick_due = True
+            if not self._round:
+                self._round = self._world.owners()
+                self._share = -(-len(self._round) // TICKS_PER_ROUND)
+            for owner in self._round[: self._share]:
+                self._world.dirty[owner] = None
+            del self._round[: self._share]
+        while self._timers and self._timers[0][0] <= now:
+            at, owner = heapq.heappop(self._timers)
+            if self._due.get(owner) == at:
+                del self._due[owner]
+                self._world.dirty[owner] = None
+
+    def _decide_owner(self, owner: Owner, now: float) -> Decision:
+        decision = Decision(now, self._suffix, self._world.ids)
+        kind, key = owner
+        match kind:
+            case OwnerKind.APP:
+                app = self._world.app_facts(key)
+                if app is not None:
+                    decide_app(app, decision)
+                else:
+                    decide_orphans(self._world.instances(owner), decision)
+            case OwnerKind.JOB:
+                job = self._world.job_facts(key)
+                if job is not None:
+                    decide_job(job, decision)
+                else:
+                    decide_orphans(self._world.instances(owner), decision)
+        self._due.pop(owner, None)
+        if decision.wake_at is not None:
+            self._due[owner] = decision.wake_at
+            heapq.heappush(self._timers, (decision.wake_at, owner))
+        return decision
+
+    def _place(self, decided: list[tuple[Owner, Decision]], now: float) -> list[Unit]:
+        """Give nodes to what waits, and to what was just decided into being, in place."""
+        created: list[tuple[Decision, int]] = []
+        touched: set[str] = set()
+        for _, decision in decided:
+            for index, action in enumerate(decision.actions):
+                if isinstance(action, Create):
+                    created.append((decision, index))
+                elif isinstance(action, (Update, Remove)):
+                    touched.add(f"{action.instance.project}/{action.instance.id}")
+        if not created and self._placement.due(now) is None:
+            return []
+        fresh = [_created(decision.actions[index]) for decision, index in created]
+        placed, waiting = self._placement.place(fresh, touched, now)
+        quiet = len(placed) + len(waiting) > PLACED_EVENTS_MAX
+        for (decision, index), instance in zip(created, placed, strict=True):
+            decision.actions[index] = Create(instance)
+            if not quiet:
+                _tell(decision, instance)
+        units = []
+        for instance, revision in waiting:
+            decision = Decision(now, self._suffix)
+            decision.do(Update(instance, revision))
+            if not quiet:
+                _tell(decision, instance)
+            units.extend(units_of(f"{instance.project}/{instance.id}", decision.actions, self._world.state))
+        return units
+
+    def _node_units(self, now: float) -> list[Unit]:
+        decision = Decision(now, self._suffix)
+        self._nodes.decide(decision)
+        return units_of("nodes", decision.actions, self._world.state)
+
+    def _gc_units(self, now: float) -> list[Unit]:
+        if self._gc_at <= now or self._gc_at > now + 2 * GC_S:
+            self._gc_at = now + GC_S
+            return [unit for action in decide_gc(self._world, now) for unit in units_of("gc", [action], self._world.state)]
+        return []
+
+    def _suffix(self) -> str:
+        return new_suffix(self._chance.choice)
+
+
+def _created(action: Action) -> Instance:
+    if not isinstance(action, Create):
+        raise TypeError(f"not a creation: {action}")
+    return action.instance
+
+
+def _tell(decision: Decision, instance: Instance) -> None:
+    subject = f"instance/{instance.id}"
+    if instance.node is not None:
+        text = f"placed on {instance.node} with {instance.runtime}"
+        decision.tell(instance.project, subject, "instance-placed", text, node=instance.node)
+    elif instance.rejection is not None:
+        decision.tell(instance.project, subject, "rejected", instance.rejection.message, mend=instance.rejection.mend)

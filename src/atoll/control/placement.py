@@ -1,0 +1,201 @@
+"""The scheduler's loop side: keeps the snapshot current, plans what has no node, and says what to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from msgspec import structs
+
+from atoll.control.world import World, owner_of
+from atoll.model.records import Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Rejection, Release, Status
+from atoll.model.states import Desired
+from atoll.scheduling.demand import Demand, Pending, demand_of
+from atoll.scheduling.plan import PENDING_MAX, plan
+from atoll.scheduling.snapshot import Snapshot, Standing
+from atoll.store.cache import Delta, Deltas
+
+REJECTION_REFRESH_S = 10.0
+"""The words of a rejection change with every instance that comes or goes; only a new code is written sooner than this."""
+REPLAN_S = 0.2
+"""What was rejected is planned again when something has changed, but not more often than this."""
+DEMANDS_MAX = 65_536
+"""Demands kept, by owner and release."""
+
+_STANDING = {NodeHealth.READY: Standing.OPEN, NodeHealth.UNREACHABLE: Standing.UNREACHABLE, NodeHealth.LOST: Standing.LOST}
+
+
+class Placement:
+    """Which instances wait for a node, and a snapshot to plan them on. Nothing is counted before the cache shows it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.snapshot = Snapshot()
+        self._new: dict[str, None] = {}
+        """Pending instances that have not been planned since they came."""
+        self._rejected: dict[str, float] = {}
+        """Pending instances that did not fit → when their rejection was written."""
+        self._room = False
+        """Whether something has changed that may let a rejected one fit."""
+        self._planned_at = 0.0
+        self._demands: dict[tuple[Any, ...], Demand] = {}
+
+    def rebuild(self) -> None:
+        self.snapshot = Snapshot()
+        self._new.clear()
+        self._rejected.clear()
+        self._demands.clear()
+        for name in self._world.state.records(Node):
+            self._node(name)
+        for key in self._world.state.records(Instance):
+            self._instance(key)
+
+    def apply(self, deltas: Deltas) -> None:
+        """Take over one revision's changes."""
+        for delta in deltas.deltas:
+            self._apply(delta)
+
+    def _apply(self, delta: Delta) -> None:
+        if delta.kind in (Node, NodePolicy, NodeLiveness):
+            self._node(delta.key)
+        elif delta.kind is Instance:
+            if delta.new is None:
+                self._forget(delta.key)
+            else:
+                self._instance(delta.key)
+        elif delta.kind is Release:
+            # An app may be deleted and made again under the same name.
+            gone = (delta.new or delta.old).record  # type: ignore[union-attr]  # one of the two is there
+            self._demands.pop((OwnerKind.APP, f"{gone.project}/{gone.app}", gone.number), None)
+        elif delta.kind is Status and delta.new is not None and delta.new.record.phase.final:
+            self._instance(delta.key)
+
+    def _node(self, name: str) -> None:
+        state = self._world.state
+        node, policy, liveness = state.get(Node, name), state.get(NodePolicy, name), state.get(NodeLiveness, name)
+        facts = self.snapshot.facts
+        if node is None:
+            self.snapshot.remove_node(name)
+        else:
+            standing = _STANDING[liveness.record.health] if liveness else Standing.OPEN
+            if standing is Standing.OPEN and policy is not None and policy.record.cordoned:
+                standing = Standing.CORDONED
+            self.snapshot.upsert_node(node.record, standing)
+        self._room |= self.snapshot.facts != facts
+
+    def _instance(self, key: str) -> None:
+        state = self._world.state
+        held, status = state.get(Instance, key), state.get(Status, key)
+        if held is None or (status is not None and status.record.phase.final):
+            self._forget(key)
+            return
+        instance = held.record
+        if instance.node is not None:
+            self._new.pop(key, None)
+            self._rejected.pop(key, None)
+            demand = self.demand(instance)
+            if demand is not None:
+                self.snapshot.allocate(key, instance.node, group_of(instance), demand)
+        elif instance.desired is not Desired.RUN:
+            self._forget(key)
+        elif key not in self._rejected:
+            self._new[key] = None
+
+    def _forget(self, key: str) -> None:
+        self._new.pop(key, None)
+        self._rejected.pop(key, None)
+        self._room |= self.snapshot.release(key)
+
+    def demand(self, instance: Instance) -> Demand | None:
+        """Return what the instance asks for; None when its spec is not held any more."""
+        which = (*owner_of(instance), instance.release)
+        demand = self._demands.get(which)
+        if demand is None:
+            spec = self._world.spec_of(instance)
+            if spec is None:
+                return None
+            demand = demand_of(spec)
+            if self._world.release(instance.project, instance.owner, instance.release) is not None:
+                # A release never changes, unlike a job of the same name.
+                if len(self._demands) >= DEMANDS_MAX:
+                    del self._demands[next(iter(self._demands))]
+                self._demands[which] = demand
+        return demand
+
+    def due(self, now: float) -> float | None:
+        """Return when to plan: now, later, or None while nothing can be placed."""
+        if self._new:
+            return now
+        if self._rejected and self._room:
+            return max(now, self._planned_at + REPLAN_S)
+        return None
+
+    def place(self, created: Iterable[Instance], skip: set[str], now: float) -> tuple[list[Instance], list[tuple[Instance, int]]]:
+        """Plan `created` (not in the store yet) and all that waits but for the keys in `skip`.
+
+        Returns the created ones, each with its node or its rejection, and those that waited and must be written, with the
+        revision that they were read at.
+        """
+        waiting = self._waiting(skip, now)
+        fresh = {f"{instance.project}/{instance.id}": instance for instance in created}
+        pending = [*self._pending(fresh.items()), *self._pending((key, instance) for key, (instance, _) in waiting.items())]
+        if not pending:
+            return list(fresh.values()), []
+        answer = plan(self.snapshot, pending, now)
+        result: dict[str, Instance] = {}
+        for placed in answer.placed:
+            instance = fresh[placed.id] if placed.id in fresh else waiting[placed.id][0]
+            result[placed.id] = structs.replace(instance, node=placed.node, runtime=placed.runtime, placed_at=now, rejection=None)
+        for key, rejection in answer.rejected.items():
+            if key in fresh:
+                result[key] = structs.replace(fresh[key], rejection=rejection)
+                self._rejected[key] = now
+            else:
+                self._reject(key, waiting[key][0], rejection, now, result)
+        return [result.get(key, instance) for key, instance in fresh.items()], [
+            (result[key], revision) for key, (_, revision) in waiting.items() if key in result
+        ]
+
+    def _waiting(self, skip: set[str], now: float) -> dict[str, tuple[Instance, int]]:
+        """Return what to plan again: the new, and the rejected too where room may have come."""
+        again = bool(self._rejected) and self._room and now >= self._planned_at + REPLAN_S
+        if again:
+            self._room = False
+            self._planned_at = now
+        names = [*self._new, *(self._rejected if again else ())][:PENDING_MAX]
+        found: dict[str, tuple[Instance, int]] = {}
+        for key in names:
+            held = self._world.state.get(Instance, key)
+            if held is None:
+                self._forget(key)
+            elif key not in skip:
+                found[key] = (held.record, held.revision)
+                self._new.pop(key, None)
+        return found
+
+    def again(self, keys: Iterable[str]) -> None:
+        """Plan these again: what was decided about them could not be written."""
+        for key in keys:
+            held = self._world.state.get(Instance, key)
+            if held is not None and held.record.node is None and held.record.desired is Desired.RUN:
+                self._rejected.pop(key, None)
+                self._new[key] = None
+
+    def _pending(self, instances: Iterable[tuple[str, Instance]]) -> Iterable[Pending]:
+        for key, instance in instances:
+            demand = self.demand(instance)
+            if demand is not None:
+                yield Pending(id=key, group=group_of(instance), demand=demand, created_at=instance.created_at)
+
+    def _reject(self, key: str, instance: Instance, rejection: Rejection, now: float, result: dict[str, Instance]) -> None:
+        last = instance.rejection
+        written_at = self._rejected.get(key, 0.0)
+        self._rejected[key] = written_at
+        if last is None or last.code != rejection.code or (last != rejection and now >= written_at + REJECTION_REFRESH_S):
+            result[key] = structs.replace(instance, rejection=rejection)
+            self._rejected[key] = now
+
+
+def group_of(instance: Instance) -> str:
+    """Instances of one group are equal, and are spread away from each other."""
+    return f"{instance.owner_kind}/{instance.project}/{instance.owner}/{instance.release}/{instance.generation}"

@@ -1,0 +1,243 @@
+"""What the controllers know: the cache's records joined by owner and by node, and which of them must be looked at again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from atoll.control.actions import Seen
+from atoll.control.apps import AppFacts
+from atoll.control.jobs import JobFacts
+from atoll.model import keys
+from atoll.model.ports.store import Revision
+from atoll.model.records import (
+    App,
+    AppStatus,
+    Drained,
+    Event,
+    Ingress,
+    Instance,
+    Job,
+    JobStatus,
+    Node,
+    NodeHealth,
+    NodeLiveness,
+    NodePolicy,
+    OwnerKind,
+    Release,
+    RouteClaim,
+    Status,
+)
+from atoll.model.spec import AppSpec, Workload
+from atoll.model.states import Desired
+from atoll.store.cache import Delta, Deltas, Held, State
+
+KINDS: dict[str, type[Any]] = {
+    keys.APPS: App,
+    keys.APP_STATUSES: AppStatus,
+    keys.RELEASES: Release,
+    keys.JOBS: Job,
+    keys.JOB_STATUSES: JobStatus,
+    keys.INSTANCES: Instance,
+    keys.STATUSES: Status,
+    keys.NODES: Node,
+    keys.NODE_POLICIES: NodePolicy,
+    keys.NODE_LIVENESS: NodeLiveness,
+    keys.EVENTS: Event,
+    keys.DRAINED: Drained,
+    keys.INGRESSES: Ingress,
+    keys.ROUTES: RouteClaim,
+}
+"""What the `State` that control is given must hold."""
+
+Owner = tuple[OwnerKind, str]
+"""Kind, and `project/name`."""
+
+
+def owner_of(instance: Instance) -> Owner:
+    return (instance.owner_kind, f"{instance.project}/{instance.owner}")
+
+
+class World:
+    """Joins over a `State`, kept current delta by delta. Everything happens on one event loop."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.revision = Revision(0)
+        """Up to which the joins are current."""
+        self.dirty: dict[Owner, None] = {}
+        """Owners to decide about, in the order in which they changed."""
+        self.owned: dict[Owner, set[str]] = defaultdict(set)
+        self.on_node: dict[str, set[str]] = defaultdict(set)
+        self.draining: set[str] = set()
+        self.ids: set[str] = set()
+        """Of all instances, in every project."""
+        self._drained: dict[str, set[str]] = defaultdict(set)
+
+    def rebuild(self) -> None:
+        """Start from the cache as it is now, with everything to be decided about."""
+        for index in (self.dirty, self.owned, self.on_node, self._drained):
+            index.clear()
+        self.draining.clear()
+        self.ids.clear()
+        for key, held in self.state.records(Instance).items():
+            self._enter(key, held.record)
+        for drained in self.state.records(Drained).values():
+            self._drained[drained.record.instance].add(drained.record.ingress)
+        self.dirty.update((owner, None) for owner in self.owners())
+        self.revision = self.state.revision
+
+    def apply(self, deltas: Deltas) -> None:
+        """Take over one revision's changes and mark the owners that they touch."""
+        for delta in deltas.deltas:
+            self._apply(delta)
+        self.revision = deltas.revision
+
+    def _apply(self, delta: Delta) -> None:
+        record = (delta.new or delta.old).record  # type: ignore[union-attr]  # one of the two is there
+        match record:
+            case App() | AppStatus():
+                self.dirty[(OwnerKind.APP, delta.key)] = None
+            case Job() | JobStatus():
+                self.dirty[(OwnerKind.JOB, delta.key)] = None
+            case Release():
+                self.dirty[(OwnerKind.APP, f"{record.project}/{record.app}")] = None
+            case Instance():
+                self._instance(delta)
+            case Status():
+                self._touch(delta.key)
+            case Drained():
+                self._set_drained(delta, record)
+            case Ingress():
+                for key in self.draining:
+                    self._touch(key)
+            case Node() | NodeLiveness():
+                # A node's own words (its labels, say) change nothing for owners; that it is there, or is lost, does.
+                if not isinstance(record, Node) or delta.old is None or delta.new is None:
+                    for key in self.on_node.get(record.name, ()):
+                        self._touch(key)
+            case _:
+                pass
+
+    def _instance(self, delta: Delta) -> None:
+        if delta.old is not None:
+            old: Instance = delta.old.record
+            self.owned[owner_of(old)].discard(delta.key)
+            if not self.owned[owner_of(old)]:
+                del self.owned[owner_of(old)]
+            if old.node is not None:
+                self.on_node[old.node].discard(delta.key)
+            self.draining.discard(delta.key)
+            self.ids.discard(old.id)
+            self.dirty[owner_of(old)] = None
+        if delta.new is not None:
+            self._enter(delta.key, delta.new.record)
+            self.dirty[owner_of(delta.new.record)] = None
+
+    def _enter(self, key: str, instance: Instance) -> None:
+        self.owned[owner_of(instance)].add(key)
+        self.ids.add(instance.id)
+        if instance.node is not None:
+            self.on_node[instance.node].add(key)
+        if instance.desired is Desired.DRAIN:
+            self.draining.add(key)
+
+    def _set_drained(self, delta: Delta, record: Drained) -> None:
+        there = self._drained[record.instance]
+        (there.add if delta.new is not None else there.discard)(record.ingress)
+        if not there:
+            del self._drained[record.instance]
+        for key in self.draining:
+            if key.endswith("/" + record.instance):
+                self._touch(key)
+
+    def _touch(self, key: str) -> None:
+        held = self.state.get(Instance, key)
+        if held is not None:
+            self.dirty[owner_of(held.record)] = None
+
+    def lost_at(self, node: str | None) -> float | None:
+        """Return since when a node is lost; one that nobody knows counts as lost for ever."""
+        if node is None:
+            return None
+        if self.state.get(Node, node) is None:
+            return 0.0
+        liveness = self.state.get(NodeLiveness, node)
+        if liveness is None or liveness.record.health is not NodeHealth.LOST:
+            return None
+        return liveness.record.since
+
+    def seen(self, key: str) -> Seen | None:
+        held = self.state.get(Instance, key)
+        if held is None:
+            return None
+        status = self.state.get(Status, key)
+        instance = held.record
+        return Seen(
+            instance=instance,
+            revision=held.revision,
+            status=status.record if status else None,
+            lost_at=self.lost_at(instance.node),
+            drained=frozenset(self._drained.get(instance.id, ())),
+        )
+
+    def owners(self) -> list[Owner]:
+        """Return everything that there is to decide about."""
+        found = dict.fromkeys((OwnerKind.APP, key) for key in self.state.records(App))
+        found.update(dict.fromkeys((OwnerKind.JOB, key) for key in self.state.records(Job)))
+        found.update(dict.fromkeys(self.owned))
+        return list(found)
+
+    def instances(self, owner: Owner) -> tuple[Seen, ...]:
+        found = (self.seen(key) for key in sorted(self.owned.get(owner, ())))
+        return tuple(seen for seen in found if seen is not None)
+
+    def app_facts(self, key: str) -> AppFacts | None:
+        held = self.state.get(App, key)
+        if held is None:
+            return None
+        status = self.state.get(AppStatus, key)
+        instances = self.instances((OwnerKind.APP, key))
+        wanted = {seen.instance.release for seen in instances} | {status.record.served_release if status else 0}
+        specs = {number: spec for number in wanted if (spec := self.release_spec(held.record, number)) is not None}
+        return AppFacts(
+            app=held.record,
+            revision=held.revision,
+            status=status.record if status else None,
+            instances=instances,
+            specs=specs,
+            ingresses=frozenset(self.state.records(Ingress)),
+        )
+
+    def job_facts(self, key: str) -> JobFacts | None:
+        held = self.state.get(Job, key)
+        if held is None:
+            return None
+        status = self.state.get(JobStatus, key)
+        return JobFacts(
+            job=held.record,
+            revision=held.revision,
+            status=status.record if status else None,
+            instances=self.instances((OwnerKind.JOB, key)),
+        )
+
+    def release_spec(self, app: App, number: int) -> AppSpec | None:
+        held = self.release(app.project, app.name, number)
+        if held is not None:
+            return held.record.spec
+        return app.spec if number == app.release else None
+
+    def release(self, project: str, app: str, number: int) -> Held[Release] | None:
+        return self.state.get(Release, keys.release(project, app, number).removeprefix(keys.RELEASES))
+
+    def spec_of(self, instance: Instance) -> Workload | None:
+        """Return the spec that an instance runs; None when its owner, or its release, is not held any more."""
+        key = f"{instance.project}/{instance.owner}"
+        if instance.owner_kind is OwnerKind.JOB:
+            job = self.state.get(Job, key)
+            return job.record.spec if job else None
+        app = self.state.get(App, key)
+        release = self.release(instance.project, instance.owner, instance.release)
+        if release is not None:
+            return release.record.spec
+        return app.record.spec if app else None
