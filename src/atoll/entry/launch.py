@@ -59,7 +59,7 @@ async def _wait_ready(config: Config, child: subprocess.Popen[bytes], progress: 
             raise Unavailable(f"`atoll up` ended with status {child.returncode}; its last lines:\n{_tail(config)}")
         progress(waiting_for)
         with contextlib.suppress(AtollError):
-            missing = await _missing(config)
+            missing = await missing(config)
             if missing is None:
                 return
             waiting_for = missing
@@ -67,7 +67,7 @@ async def _wait_ready(config: Config, child: subprocess.Popen[bytes], progress: 
     raise DeadlineExceeded(f"{waiting_for} was not ready after {READY_S:.0f} s; the log's last lines:\n{_tail(config)}")
 
 
-async def _missing(config: Config) -> str | None:
+async def missing(config: Config) -> str | None:
     """Return what does not serve yet; None when all does. Raises AtollError while the server does not answer."""
     saved = load(config.client_file)
     if saved is None:

@@ -34,7 +34,7 @@ from atoll.model.views import (
 )
 from atoll.sdk import answers, context, streams, watching
 from atoll.sdk.http import HttpTransport
-from atoll.sdk.transport import Answer, Transport, path
+from atoll.sdk.transport import Answer, Transport, Unreachable, path
 
 TRIES_MAX = 3
 RETRY_DELAY_S = 0.1
@@ -276,6 +276,8 @@ class Client:
                 answer = await call()
                 if answer.status not in (502, 503):
                     return answer
+            except Unreachable:
+                raise
             except (Unavailable, OutcomeUnknown):
                 pass
             await asyncio.sleep(delay)

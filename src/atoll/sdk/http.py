@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from atoll.model.errors import DeadlineExceeded, OutcomeUnknown, TooLarge, Unavailable
 from atoll.sdk import answers
 from atoll.sdk.connection import Connection
-from atoll.sdk.transport import BODY_BYTES_MAX, CONNECT_S, LINE_BYTES_MAX, REQUEST_S, SILENCE_S, Address, Answer
+from atoll.sdk.transport import BODY_BYTES_MAX, CONNECT_S, LINE_BYTES_MAX, REQUEST_S, SILENCE_S, Address, Answer, Unreachable
 
 if TYPE_CHECKING:
     from atoll.model.ports.control_plane import Channel
@@ -58,6 +58,8 @@ class HttpTransport:
         except TimeoutError:
             message = f"{self.address} gave no answer within {timeout_s:.0f} s"
             raise (OutcomeUnknown(message) if sent and method != "GET" else DeadlineExceeded(message)) from None
+        except Unreachable:
+            raise
         except Unavailable as error:
             if sent and method != "GET":
                 raise OutcomeUnknown(f"{self.address}: {error}") from None
@@ -103,9 +105,9 @@ class HttpTransport:
                 else:
                     _, connection = await loop.create_connection(Connection, self.address.host, self.address.port, ssl=self._tls)
         except TimeoutError:
-            raise Unavailable(f"{self.address} does not answer (no connection within {CONNECT_S:.0f} s)", mend=_MEND) from None
+            raise Unreachable(f"{self.address} does not answer (no connection within {CONNECT_S:.0f} s)", mend=_MEND) from None
         except OSError as error:
-            raise Unavailable(f"{self.address} does not answer: {_words(error)}", mend=_MEND) from None
+            raise Unreachable(f"{self.address} does not answer: {_words(error)}", mend=_MEND) from None
         return connection, True
 
     async def _answer(self, connection: Connection) -> Answer:

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlsplit
 
 from msgspec import Struct
 
-from atoll.model.errors import Invalid
+from atoll.model.errors import Invalid, Unavailable
 from atoll.model.ports.control_plane import Channel
 
 ADDRESS_DEFAULT = "http://127.0.0.1:7600"
@@ -63,6 +63,10 @@ class Address(Struct, frozen=True):
 
 
 _MEND = f"write it like {ADDRESS_DEFAULT} or unix:///run/atoll.sock"
+
+
+class Unreachable(Unavailable):
+    """Nothing listens at the address; nothing was sent."""
 
 
 class Answer(Struct, frozen=True):

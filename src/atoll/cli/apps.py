@@ -1,0 +1,221 @@
+"""The commands of an app's life: apps, status, scale, restart, releases, rollback, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atoll.cli.session import Session, command
+from atoll.model.errors import Invalid
+
+if TYPE_CHECKING:
+    from atoll.model.views import AppView
+    from atoll.sdk.client import Client
+
+EVENTS_SHOWN = 8
+
+detach = click.option("--detach", "-d", is_flag=True, help="Return at once; do not follow the rollout.")
+
+
+@command(example="atoll apps\natoll apps --json | jq -r '.[].urls[]'")
+async def apps(session: Session) -> None:
+    """List the apps of the project."""
+    async with session.client() as client:
+        views = await client.apps(session.project)
+    if session.json:
+        session.output.json(views)
+        return
+    session.output.table(
+        ("APP", "STATE", "READY>", "RELEASE>", "AGE>", "URL", "NOTE"),
+        [_app_row(view) for view in views],
+        empty=f"no apps in project '{session.project}'; deploy one: atoll deploy examples/hello",
+    )
+
+
+def _app_row(view: AppView) -> tuple[Any, ...]:
+    from atoll.cli.output import age, dim, state
+
+    app, status = view.app, view.status
+    return (
+        app.name,
+        state(word(view)),
+        f"{status.ready if status else 0}/{app.replicas}",
+        app.release,
+        age(app.updated_at),
+        view.urls[0] if view.urls else "–",
+        dim(status.message if status else ""),
+    )
+
+
+def word(view: AppView) -> str:
+    """Return the one word for how an app stands."""
+    if view.app.deleting:
+        return "deleting"
+    return str(view.status.phase) if view.status else "deploying"
+
+
+@command(example="atoll status hello")
+@click.argument("app")
+async def status(session: Session, app: str) -> None:
+    """Show one app: its state, its instances and its last events."""
+    project = session.project
+    async with session.client() as client:
+        view = await client.app(project, app)
+        instances, events = await asyncio.gather(
+            client.instances(project, app=app), client.events(project, subject=f"app/{app}", limit=EVENTS_SHOWN)
+        )
+    if session.json:
+        session.output.json({"app": view, "instances": instances, "events": events.items})
+        return
+    _show_app(session, view)
+    from atoll.cli import events as event_lines
+    from atoll.cli import instances as instance_lines
+
+    columns = instance_lines.COLUMNS[:1] + instance_lines.COLUMNS[2:]
+    rows = [(line := instance_lines.row(each))[:1] + line[2:] for each in instances]
+    session.output.print("")
+    session.output.table(columns, rows, empty="no instances")
+    if events.items:
+        session.output.print("")
+        session.output.table(event_lines.COLUMNS, [event_lines.row(each) for each in reversed(events.items)])
+
+
+def _show_app(session: Session, view: AppView) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from atoll.cli.output import age, state
+    from atoll.model.units import format_bytes
+
+    app, spec = view.app, view.app.spec
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    told = view.status.message if view.status else ""
+    ready = view.status.ready if view.status else 0
+    lines: list[tuple[str, Any]] = [
+        ("app", f"{app.project}/{app.name}"),
+        ("state", state(word(view), told)),
+        ("ready", f"{ready} of {app.replicas}"),
+        ("release", f"{app.release}, {age(app.updated_at)} ago"),
+        ("image", spec.image or "–"),
+        ("isolation", f"{spec.isolation}" + (f" ({spec.runtime})" if spec.runtime else "")),
+        ("resources", f"{spec.resources.cpu:g} cores · {format_bytes(spec.resources.memory)} memory"),
+        ("ports", ", ".join(f"{port.name} {port.port}/{port.protocol}" for port in spec.ports) or "none"),
+        ("url", "\n".join(view.urls) or "–"),
+    ]
+    for name, value in lines:
+        grid.add_row(name, value if isinstance(value, Text) else Text(str(value)))
+    session.output.print(grid)
+
+
+@command(example="atoll scale hello 5")
+@click.argument("app")
+@click.argument("replicas", type=click.IntRange(min=0))
+@detach
+async def scale(session: Session, app: str, replicas: int, detach: bool) -> None:
+    """Change how many instances an app has, and follow it until they are ready."""
+    async with session.client() as client:
+        view = await client.scale(session.project, app, replicas)
+        await follow(session, client, view, detach=detach)
+
+
+@command(example="atoll restart hello")
+@click.argument("app")
+@detach
+async def restart(session: Session, app: str, detach: bool) -> None:
+    """Replace every instance of an app, new ones first, so that it keeps serving."""
+    async with session.client() as client:
+        view = await client.restart(session.project, app)
+        await follow(session, client, view, detach=detach)
+
+
+@command(example="atoll releases hello")
+@click.argument("app")
+async def releases(session: Session, app: str) -> None:
+    """List what was deployed, newest first; `atoll rollback` goes back to one."""
+    from atoll.cli.output import age, dim
+
+    async with session.client() as client:
+        view = await client.app(session.project, app)
+        found = await client.releases(session.project, app)
+    if session.json:
+        session.output.json(found)
+        return
+    rows = [
+        (
+            release.number,
+            "●" if release.number == view.app.release else "",
+            age(release.created_at),
+            release.author,
+            _image(release.spec.image),
+            dim(release.note),
+        )
+        for release in found
+    ]
+    session.output.table(("RELEASE>", "NOW", "AGE>", "BY", "IMAGE", "NOTE"), rows, empty="no releases")
+
+
+def _image(reference: str | None) -> str:
+    """Return a reference whose digest is cut to what tells it from others."""
+    name, at, digest = (reference or "–").partition("@")
+    return f"{name}{at}{digest[:19]}"
+
+
+@command(example="atoll rollback hello\natoll rollback hello --to 3")
+@click.argument("app")
+@click.option(
+    "--to", "release", type=click.IntRange(min=1), metavar="RELEASE", help="The release; else the one before the current."
+)
+@detach
+async def rollback(session: Session, app: str, release: int | None, detach: bool) -> None:
+    """Deploy an earlier release again."""
+    async with session.client() as client:
+        view = await client.rollback(session.project, app, release)
+        await follow(session, client, view, detach=detach)
+
+
+@command(example="atoll delete hello\natoll delete hello --yes   # ask nothing")
+@click.argument("app")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@detach
+async def delete(session: Session, app: str, yes: bool, detach: bool) -> None:
+    """Delete an app: its instances are drained and stopped, its routes are free again. Volumes stay on their nodes."""
+    async with session.client() as client:
+        view = await client.app(session.project, app)
+        if not yes:
+            confirm(f"Delete app '{app}' with {view.app.replicas} instances?")
+        await client.delete_app(session.project, app)
+        if not detach:
+            from atoll.cli.rollout import until_gone
+
+            await until_gone(session, client, app)
+    if session.json:
+        session.output.json({"deleted": app})
+    else:
+        session.output.say(f"[green]✓[/] {app} is {'being deleted' if detach else 'deleted'}")
+
+
+def confirm(question: str) -> None:
+    """Ask on a terminal; elsewhere raise Invalid, because nobody can answer."""
+    import sys
+
+    if not sys.stdin.isatty():
+        raise Invalid(f"{question.rstrip('?')}: nobody is there to be asked", mend="pass --yes")
+    click.confirm(question, abort=True, err=True)
+
+
+async def follow(session: Session, client: Client, view: AppView, *, detach: bool) -> None:
+    """Follow a rollout to its end and print what came of it. Raises why it failed."""
+    from atoll.cli.rollout import follow_rollout, show_result
+
+    if detach:
+        if session.json:
+            session.output.json(view)
+        else:
+            session.output.say(f"{view.app.name} goes to release {view.app.release}; follow it with: atoll status {view.app.name}")
+        return
+    began = await follow_rollout(session, client, view)
+    show_result(session, await client.app(view.app.project, view.app.name), began)

@@ -1,0 +1,238 @@
+"""`atoll cp`: files and directories into and out of a running instance, as a tar stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import tarfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from atoll.cli.session import Session, command
+from atoll.model.errors import AtollError, Invalid, NotFound, RuntimeFailed
+from atoll.model.units import format_bytes
+
+if TYPE_CHECKING:
+    from atoll.sdk.client import Client
+
+PART_BYTES = 65_536
+PARTS_MAX = 16
+"""Parts of a tar stream that wait between the disk and the network."""
+PIPE_S = 60.0
+"""The longest that one side waits for the other to move."""
+
+
+@command(
+    name="cp", example="atoll cp app.conf hello:/etc/app.conf\natoll cp hello:/var/log ./logs\natoll cp site/ hello-1-abc:/srv/"
+)
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+async def copy(session: Session, source: str, target: str) -> None:
+    """Copy a file or directory; one side is APP:PATH or INSTANCE:PATH.
+
+    A DST that ends in / (or is a directory here) keeps the name of SRC; any other DST is the new name.
+    """
+    there, here = _remote(source), _remote(target)
+    if bool(there) == bool(here):
+        raise Invalid("one of SRC and DST must be INSTANCE:PATH, the other a path here", mend="e.g. atoll cp app.conf hello:/etc/")
+    from atoll.cli.instances import one_running
+
+    name = (there or here or ("", ""))[0]
+    async with session.client() as client:
+        id = (await one_running(client, session.project, name)).instance.id
+        with _Counter(session, f"{source} → {target}") as counter:
+            if there:
+                await _fetch(client, session.project, id, there[1], Path(target), target.endswith("/"), counter.add)
+            elif here:
+                await _store(client, session.project, id, Path(source), here[1], counter.add)
+    if session.json:
+        session.output.json({"source": source, "target": target, "instance": id, "bytes": counter.bytes})
+    else:
+        session.output.say(f"[green]✓[/] {source} → {target} ({format_bytes(counter.bytes)})")
+
+
+def _remote(text: str) -> tuple[str, str] | None:
+    """Return name and path of `NAME:PATH`; None for a path here. `./a:b` is a path here."""
+    name, colon, path = text.partition(":")
+    if not colon or "/" in name or not name:
+        return None
+    if not path.startswith("/"):
+        raise Invalid(f"{text}: the path in an instance must be absolute", mend=f"write {name}:/{path}")
+    return name, path
+
+
+class _Counter:
+    """Counts bytes, and shows them while they move."""
+
+    def __init__(self, session: Session, what: str) -> None:
+        self.bytes = 0
+        self._what = what
+        self._status = session.output.err.status(what) if session.output.err.is_terminal else None
+
+    def __enter__(self) -> _Counter:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+        if self._status is not None:
+            self._status.update(f"{self._what} [dim]{format_bytes(self.bytes)}[/]")
+
+
+async def _store(client: Client, project: str, id: str, source: Path, target: str, count: Callable[[int], None]) -> None:
+    if not source.exists() and not source.is_symlink():
+        raise NotFound(f"{source}: no such file or directory")
+    into = target.endswith("/")
+    directory = target if into else str(PurePosixPath(target).parent)
+    name = source.resolve().name if into else PurePosixPath(target).name
+    if not name:
+        raise Invalid(f"{target}: no name to give to {source}", mend="end DST in / to keep the name")
+
+    async def parts() -> AsyncIterator[bytes]:
+        pipe = _Pipe()
+        packing = asyncio.create_task(asyncio.to_thread(_pack, source, name, pipe))
+        try:
+            async for part in pipe:
+                count(len(part))
+                yield part
+            await packing
+        finally:
+            pipe.close()
+            with contextlib.suppress(AtollError, OSError, tarfile.TarError):
+                await packing
+
+    await client.put_files(project, id, directory, parts())
+
+
+def _pack(source: Path, name: str, pipe: _Pipe) -> None:
+    """Write `source` as a tar stream in which it is called `name`; owners are the instance's root."""
+
+    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        member.uid = member.gid = 0
+        member.uname = member.gname = ""
+        return member if member.isreg() or member.isdir() or member.issym() or member.islnk() else None
+
+    try:
+        with tarfile.open(mode="w|", fileobj=cast(Any, pipe), format=tarfile.PAX_FORMAT, bufsize=PART_BYTES) as archive:
+            archive.add(source, name, filter=plain)
+        pipe.end()
+    except OSError as error:
+        pipe.end(RuntimeFailed(f"{error.filename or source}: {os.strerror(error.errno or 0).lower()}"))
+
+
+async def _fetch(
+    client: Client, project: str, id: str, source: str, target: Path, into: bool, count: Callable[[int], None]
+) -> None:
+    if into or target.is_dir():
+        directory, name = target, None
+    else:
+        directory, name = target.parent, target.name
+    if not directory.is_dir():
+        raise NotFound(f"{directory}: no such directory", mend=f"make it first: mkdir -p {directory}")
+    pipe = _Pipe()
+    unpacking = asyncio.create_task(asyncio.to_thread(_unpack, pipe, directory, name))
+    try:
+        async for part in client.get_files(project, id, source):
+            count(len(part))
+            await pipe.put(part)
+        await pipe.put(b"")
+    except BaseException:
+        pipe.close()
+        with contextlib.suppress(AtollError, OSError, tarfile.TarError):
+            await unpacking
+        raise
+    await unpacking
+
+
+def _unpack(pipe: _Pipe, directory: Path, name: str | None) -> None:
+    """Unpack below `directory`; what leads out of it, and devices, are refused. With `name`, the top is called that."""
+    try:
+        with tarfile.open(mode="r|", fileobj=cast(Any, pipe), bufsize=PART_BYTES) as archive:
+            for member in archive:
+                if name is not None:
+                    _, slash, rest = member.name.partition("/")
+                    member = member.replace(name=name + slash + rest, deep=False)
+                archive.extract(member, directory, set_attrs=True, filter="data")
+    except tarfile.FilterError as error:
+        raise Invalid(f"the instance sent what is not unpacked here: {error}") from None
+    except tarfile.TarError as error:
+        raise Invalid(f"the instance did not send a tar stream: {error}") from None
+    except OSError as error:
+        raise RuntimeFailed(f"{error.filename or directory}: {os.strerror(error.errno or 0).lower()}") from None
+    finally:
+        pipe.close()
+
+
+class _Pipe:
+    """A bounded pipe between a thread that packs or unpacks and the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._parts: asyncio.Queue[bytes | AtollError] = asyncio.Queue(PARTS_MAX)
+        self._rest = b""
+        self._ended = False
+        self._closed = False
+
+    # The event loop's side
+
+    async def put(self, part: bytes) -> None:
+        """Wait for room. After the other side has closed, do nothing: why is in what it raised."""
+        while not self._closed:
+            try:
+                async with asyncio.timeout(0.2):
+                    await self._parts.put(part)
+                return
+            except TimeoutError:
+                continue
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            part = await self._parts.get()
+            if isinstance(part, AtollError):
+                raise part
+            if not part:
+                return
+            yield part
+
+    def close(self) -> None:
+        """Let go of whoever waits; from either side."""
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        while not self._parts.empty():
+            self._parts.get_nowait()  # makes room for a writer that waits
+        self._parts.put_nowait(b"")  # the end, for a reader that waits
+
+    # The thread's side: a file
+
+    def write(self, data: bytes) -> int:
+        if data:
+            self._put(bytes(data))
+        return len(data)
+
+    def end(self, error: AtollError | None = None) -> None:
+        self._put(error or b"")
+
+    def _put(self, part: bytes | AtollError) -> None:
+        if self._closed:
+            raise BrokenPipeError(0, "the copy was ended")
+        asyncio.run_coroutine_threadsafe(self._parts.put(part), self._loop).result(PIPE_S)
+
+    def read(self, size: int) -> bytes:
+        while not self._rest and not self._ended and not self._closed:
+            part = asyncio.run_coroutine_threadsafe(self._parts.get(), self._loop).result(PIPE_S)
+            if isinstance(part, AtollError):
+                raise part
+            self._rest, self._ended = part, not part
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data

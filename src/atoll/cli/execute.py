@@ -1,0 +1,163 @@
+"""`atoll exec`: a command inside a running instance, with its terminal, its input and its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from atoll.cli.session import Session, command
+from atoll.model.errors import AtollError, Invalid, Unavailable
+from atoll.model.streams import ExecOptions, Kind
+
+if TYPE_CHECKING:
+    from atoll.sdk.streams import Exec
+
+READ_BYTES = 32_768
+SHELL = ("/bin/sh",)
+
+
+@command(
+    name="exec",
+    example="atoll exec hello -- ls -l /app\natoll exec -it hello   # a shell\necho hi | atoll exec -i hello -- cat",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option("--interactive", "-i", is_flag=True, help="Pass stdin on.")
+@click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
+@click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable for the command (not for secrets).")
+@click.option("--workdir", "-w", metavar="DIR", help="Where the command starts.")
+@click.option("--user", "-u", metavar="USER[:GROUP]", help="Who the command runs as.")
+@click.argument("name", metavar="APP|INSTANCE")
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND…")
+async def execute(
+    session: Session,
+    interactive: bool,
+    tty: bool,
+    env: tuple[str, ...],
+    workdir: str | None,
+    user: str | None,
+    name: str,
+    argv: tuple[str, ...],
+) -> None:
+    """Run a command inside a running instance; its exit status becomes this command's own.
+
+    Of an app, a ready instance is taken. Without a command, a shell.
+    """
+    from atoll.cli.instances import one_running
+
+    argv = argv[1:] if argv[:1] == ("--",) else argv
+    if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise Invalid("--tty: stdin and stdout are not a terminal", field="tty", mend="leave out -t")
+    rows, columns = _size()
+    options = ExecOptions(
+        argv=argv or SHELL, env=variables(env, tty=tty), workdir=workdir, user=user, tty=tty, rows=rows, columns=columns
+    )
+    async with session.client() as client:
+        view = await one_running(client, session.project, name)
+        running = await client.exec(session.project, view.instance.id, options)
+        try:
+            with _raw_terminal() if tty else contextlib.nullcontext():
+                code = await _attend(running, interactive=interactive, tty=tty)
+        finally:
+            await running.close()
+    click.get_current_context().exit(code)
+
+
+async def _attend(running: Exec, *, interactive: bool, tty: bool) -> int:
+    """Carry input, output, signals and sizes until the command has ended; return its exit status."""
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def pass_on(number: signal.Signals) -> None:
+        with contextlib.suppress(Unavailable):  # it has ended meanwhile
+            await (running.resize(*_size()) if number is signal.SIGWINCH else running.signal(number.name))
+
+    def on_signal(number: signal.Signals) -> None:
+        task = loop.create_task(pass_on(number))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    for number in (signal.SIGWINCH,) if tty else (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    feeder = asyncio.ensure_future(_feed(running) if interactive else _no_input(running))
+    try:
+        async for kind, data in running:
+            stream = sys.stdout if kind is Kind.STDOUT else sys.stderr
+            stream.buffer.write(data)
+            stream.buffer.flush()
+        return running.code if running.code is not None else 1
+    finally:
+        feeder.cancel()
+        await asyncio.gather(feeder, *tasks, return_exceptions=True)
+
+
+async def _no_input(running: Exec) -> None:
+    with contextlib.suppress(Unavailable):
+        await running.end_input()
+
+
+async def _feed(running: Exec) -> None:
+    """Pass stdin on, whatever it is: a terminal, a pipe or a file."""
+    loop = asyncio.get_running_loop()
+    descriptor = sys.stdin.fileno()
+    try:
+        while data := await _read(loop, descriptor):
+            await running.send(data)
+        await running.end_input()
+    except (Unavailable, AtollError):
+        pass  # the command has ended; its exit status is on the way
+
+
+async def _read(loop: asyncio.AbstractEventLoop, descriptor: int) -> bytes:
+    """Wait until there is input and return it. A file cannot be waited for, and never has to be."""
+    ready = loop.create_future()
+    try:
+        loop.add_reader(descriptor, lambda: None if ready.done() else ready.set_result(None))
+    except PermissionError:
+        return os.read(descriptor, READ_BYTES)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
+    return os.read(descriptor, READ_BYTES)
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    """Let every key through to the command, and give the terminal back as it was."""
+    import termios
+    import tty
+
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setraw(descriptor)
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _size() -> tuple[int, int]:
+    """Return the terminal's rows and columns."""
+    try:
+        size = os.get_terminal_size(sys.stdin.fileno())
+    except (OSError, ValueError):
+        return 24, 80
+    return size.lines, size.columns
+
+
+def variables(pairs: tuple[str, ...], *, tty: bool = False) -> dict[str, str]:
+    """Return what `--env NAME=VALUE` options set. Raises Invalid."""
+    made = {"TERM": os.environ.get("TERM", "xterm")} if tty else {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise Invalid(f"--env: {pair!r} is not NAME=VALUE", field="env")
+        made[name] = value
+    return made

@@ -1,0 +1,139 @@
+"""`atoll nodes`: the machines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atoll.cli.session import Session, command, group
+
+if TYPE_CHECKING:
+    from atoll.model.views import NodeView
+
+
+@group(example="atoll nodes\natoll nodes cordon node-3")
+def nodes() -> None:
+    """Show the machines; take one out of use with cordon."""
+
+
+@command(name="list", example="atoll nodes list --json")
+async def list_nodes(session: Session) -> None:
+    """List the nodes, with what is reserved on each."""
+    async with session.client() as client:
+        views = await client.nodes()
+    if session.json:
+        session.output.json(views)
+        return
+    columns = ("NODE", "STATE", "SITE", "REGION", "INSTANCES>", "CPU", "MEMORY", "RUNTIMES", "VERSION")
+    session.output.table(columns, [_row(view) for view in views], empty="no nodes; start one: atoll agent, or all: atoll up")
+
+
+def word(view: NodeView) -> str:
+    """Return the one word for how a node stands."""
+    if view.health != "ready":
+        return str(view.health)
+    return "cordoned" if view.policy is not None and view.policy.cordoned else "ready"
+
+
+def _row(view: NodeView) -> tuple[Any, ...]:
+    from atoll.cli.output import age, bar, state
+    from atoll.model.units import format_bytes
+
+    node = view.node
+    return (
+        node.name,
+        state(word(view), f"for {age(view.since)}" if view.health != "ready" and view.since else ""),
+        node.site,
+        node.region,
+        view.instances,
+        bar(
+            view.allocated_cpu_milli,
+            node.capacity.cpu_milli,
+            f"{view.allocated_cpu_milli / 1000:g}/{node.capacity.cpu_milli / 1000:g}",
+        ),
+        bar(
+            view.allocated_memory_bytes,
+            node.capacity.memory_bytes,
+            f"{format_bytes(view.allocated_memory_bytes)}/{format_bytes(node.capacity.memory_bytes)}",
+        ),
+        " ".join(node.runtimes) or "–",
+        node.version,
+    )
+
+
+@command(example="atoll nodes show node-3")
+@click.argument("name", metavar="NODE")
+async def show(session: Session, name: str) -> None:
+    """Show one node."""
+    async with session.client() as client:
+        view = await client.node(name)
+    if session.json:
+        session.output.json(view)
+        return
+    from rich.table import Table
+
+    from atoll.cli.output import age, bar, state
+    from atoll.model.units import format_bytes
+
+    node, beat = view.node, view.heartbeat
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    lines: list[tuple[str, Any]] = [
+        ("node", node.name),
+        ("state", state(word(view), view.policy.note if view.policy else "")),
+        ("place", f"site {node.site}, region {node.region}"),
+        (
+            "cpu",
+            bar(
+                view.allocated_cpu_milli,
+                node.capacity.cpu_milli,
+                f"{view.allocated_cpu_milli / 1000:g} of {node.capacity.cpu_milli / 1000:g} cores reserved",
+            ),
+        ),
+        ("memory", f"{format_bytes(view.allocated_memory_bytes)} of {format_bytes(node.capacity.memory_bytes)} reserved"),
+        ("disk", format_bytes(node.capacity.disk_bytes)),
+        ("gpus", ", ".join(f"{gpu.model} {format_bytes(gpu.memory_bytes)}" for gpu in node.capacity.gpus) or "none"),
+        ("instances", str(view.instances)),
+        ("runtimes", ", ".join(node.runtimes) or "none: run `atoll doctor` there"),
+        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(node.labels.items())) or "none"),
+        ("taints", ", ".join(node.taints) or "none"),
+        ("agent", f"{node.version or 'unknown version'}, {node.arch}, registered {age(node.registered_at)} ago"),
+        (
+            "last sign",
+            f"{age(beat.at)} ago, uses {beat.cpu_milli / 1000:.2f} cores, {format_bytes(beat.memory_bytes)}" if beat else "none",
+        ),
+    ]
+    for label, value in lines:
+        grid.add_row(label, value)
+    session.output.print(grid)
+
+
+@command(example="atoll nodes cordon node-3")
+@click.argument("name", metavar="NODE")
+async def cordon(session: Session, name: str) -> None:
+    """Put nothing new on a node; what runs there stays."""
+    async with session.client() as client:
+        view = await client.cordon(name)
+    _said(session, view, "takes nothing new")
+
+
+@command(example="atoll nodes uncordon node-3")
+@click.argument("name", metavar="NODE")
+async def uncordon(session: Session, name: str) -> None:
+    """Let a node be used again."""
+    async with session.client() as client:
+        view = await client.uncordon(name)
+    _said(session, view, "is used again")
+
+
+def _said(session: Session, view: NodeView, what: str) -> None:
+    if session.json:
+        session.output.json(view)
+    else:
+        session.output.say(f"[green]✓[/] {view.node.name} {what}")
+
+
+for _each in (list_nodes, show, cordon, uncordon):
+    nodes.add_command(_each)

@@ -1,0 +1,176 @@
+"""How things are printed: tables and words for people, JSON for programs. Results go to stdout, messages to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from atoll.model import codec
+from atoll.model.units import format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+PIPE_COLUMNS = 1_000
+"""Into a pipe nothing is cut: each row is one line of up to so many characters."""
+
+BAR_CELLS = 8
+
+COLOURS = {
+    "running": "green",
+    "ready": "green",
+    "succeeded": "green",
+    "info": "dim",
+    "deploying": "yellow",
+    "preparing": "yellow",
+    "starting": "yellow",
+    "pending": "yellow",
+    "draining": "yellow",
+    "stopping": "yellow",
+    "cordoned": "yellow",
+    "warning": "yellow",
+    "degraded": "yellow",
+    "unhealthy": "yellow",
+    "backoff": "red",
+    "failed": "red",
+    "lost": "red",
+    "unreachable": "red",
+    "error": "red",
+    "missing": "red",
+    "ok": "green",
+    "stopped": "dim",
+    "deleting": "dim",
+    "cancelled": "dim",
+}
+
+
+class Output:
+    """Prints for one command."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self._out: Console | None = None
+        self._err: Console | None = None
+
+    @property
+    def out(self) -> Console:
+        if self._out is None:
+            self._out = _console(sys.stdout)
+        return self._out
+
+    @property
+    def err(self) -> Console:
+        """For progress and messages."""
+        if self._err is None:
+            self._err = _console(sys.stderr)
+        return self._err
+
+    def json(self, value: object) -> None:
+        """Print records as JSON, indented."""
+        sys.stdout.write(msgspec.json.format(codec.encode(value), indent=2).decode() + "\n")
+        sys.stdout.flush()
+
+    def json_line(self, value: object) -> None:
+        """Print one record of a stream on a line of its own."""
+        sys.stdout.write(codec.encode(value).decode() + "\n")
+        sys.stdout.flush()
+
+    def print(self, *what: RenderableType) -> None:
+        for each in what:
+            self.out.print(each, soft_wrap=isinstance(each, str), highlight=False)
+
+    def say(self, message: str) -> None:
+        """Tell people something on stderr; `message` may hold rich's markup."""
+        self.err.print(message, soft_wrap=True, highlight=False)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str = "") -> None:
+        """Print rows under headings; without rows, say so on stderr. A column whose name ends in `>` is set to the right."""
+        if not rows:
+            if empty:
+                self.say(f"[dim]{empty}[/]")
+            return
+        self.out.print(table(columns, rows, whole=not self.out.is_terminal))
+
+
+def _console(stream: Any) -> Console:
+    from rich.console import Console
+
+    terminal = stream.isatty()
+    return Console(file=stream, width=None if terminal else PIPE_COLUMNS, highlight=False, emoji=False, legacy_windows=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, whole: bool = False) -> Table:
+    """Return rows under headings. The last column wraps; others are kept whole."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", collapse_padding=True)
+    for index, column in enumerate(columns):
+        right = column.endswith(">")
+        last = index == len(columns) - 1
+        made.add_column(
+            column.rstrip(">"),
+            justify="right" if right else "left",
+            no_wrap=whole or not last,
+            overflow="ellipsis" if not last else "fold",
+        )
+    for row in rows:
+        made.add_row(*(_cell(value) for value in row))
+    return made
+
+
+def _cell(value: Any) -> Text:
+    from rich.text import Text
+
+    if isinstance(value, Text):
+        return value
+    return Text("" if value is None else str(value))
+
+
+def state(word: str, note: str = "") -> Text:
+    """Return a state in its colour, with a mark that is seen without colours too."""
+    from rich.text import Text
+
+    colour = COLOURS.get(word, "")
+    mark = {"green": "●", "yellow": "◐", "red": "✗", "dim": "○"}.get(colour, "·")
+    text = Text(f"{mark} {word}", style=colour)
+    return text.append(f" {note}", style="dim") if note else text
+
+
+def dim(text: str) -> Text:
+    from rich.text import Text
+
+    return Text(text, style="dim")
+
+
+def age(at: float | None, now: float | None = None) -> str:
+    """Return how long ago `at` was: `"3m10s"`; a dash for what never was."""
+    if not at:
+        return "–"
+    return format_seconds(max(0.0, (time.time() if now is None else now) - at))
+
+
+def clock(at: float) -> str:
+    """Return a time of day here, with the date when it was not today."""
+    local = time.localtime(at)
+    same_day = time.strftime("%F", local) == time.strftime("%F")
+    return time.strftime("%T" if same_day else "%F %T", local)
+
+
+def cores(milli: int) -> str:
+    return f"{milli / 1000:.2f}"
+
+
+def bar(part: int, whole: int, words: str) -> Text:
+    """Return a share as a small bar and in words."""
+    from rich.text import Text
+
+    share = min(1.0, part / whole) if whole else 0.0
+    full = round(share * BAR_CELLS)
+    colour = "red" if share > 0.9 else "yellow" if share > 0.75 else "green"
+    return Text.assemble(("━" * full, colour), ("━" * (BAR_CELLS - full), "bright_black"), f" {words}")

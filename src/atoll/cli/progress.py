@@ -1,0 +1,174 @@
+"""What a rollout looks like from outside: a pure fold over watch lines, which ends in a verdict."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from atoll.model import codec
+from atoll.model.errors import AtollError, Conflict, NotFound, Unsupported
+from atoll.model.records import App, AppPhase, AppStatus, Event, Instance, Status
+from atoll.model.states import Desired, Phase
+from atoll.model.views import AppView, InstanceView, WatchLine
+
+KINDS = ("apps", "app-statuses", "instances", "statuses", "events")
+CRASHES_MAX = 4
+"""An instance that was never ready and ended so often will not get better by waiting."""
+NO_PLACE_S = 20.0
+"""How long an instance may be without a place before the rollout counts as stuck."""
+
+
+class RolloutFailed(AtollError):
+    """The rollout did not end well; the message says why, `instance` is where to read its log."""
+
+    code = "rollout-failed"
+
+    def __init__(self, message: str, *, mend: str | None = None, instance: str | None = None) -> None:
+        super().__init__(message, mend=mend)
+        self.instance = instance
+
+
+class Verdict(Struct, frozen=True):
+    """`error` None: it is done."""
+
+    error: AtollError | None = None
+
+
+class Progress:
+    """Follows one app from the answer to the write that changed it."""
+
+    def __init__(self, view: AppView) -> None:
+        self.app = view.app
+        self.revision = view.revision
+        self.status: AppStatus | None = None
+        self.gone = False
+        self._status_revision = 0
+        self._instances: dict[str, tuple[Instance, int]] = {}
+        self._statuses: dict[str, Status] = {}
+        self._rejected_since: dict[str, float] = {}
+
+    def apply(self, line: WatchLine, now: float) -> Event | None:
+        """Take one line; return the event in it, if it tells of this rollout."""
+        key = (line.key or "").partition("/")[2]
+        match line.kind:
+            case "apps" if key == self.app.name:
+                if line.record is None:
+                    self.gone = True
+                elif line.revision > self.revision:
+                    self.app, self.revision = codec.convert(line.record, App), line.revision
+            case "app-statuses" if key == self.app.name and line.record is not None:
+                self.status, self._status_revision = codec.convert(line.record, AppStatus), line.revision
+            case "instances":
+                self._take_instance(key, line, now)
+            case "statuses":
+                if line.record is None:
+                    self._statuses.pop(key, None)
+                elif key in self._instances or key.startswith(self.app.name):
+                    self._statuses[key] = codec.convert(line.record, Status)
+            case "events" if line.record is not None:
+                event = codec.convert(line.record, Event)
+                if event.at >= self.app.updated_at and self._concerns(event):
+                    return event
+            case _:
+                pass
+        return None
+
+    def _take_instance(self, id: str, line: WatchLine, now: float) -> None:
+        if line.record is None:
+            self._instances.pop(id, None)
+            self._rejected_since.pop(id, None)
+            return
+        instance = codec.convert(line.record, Instance)
+        if instance.owner != self.app.name or instance.owner_kind != "app":
+            return
+        self._instances[id] = (instance, line.revision)
+        if instance.rejection is not None and instance.node is None:
+            self._rejected_since.setdefault(id, now)
+        else:
+            self._rejected_since.pop(id, None)
+
+    def _concerns(self, event: Event) -> bool:
+        kind, _, name = event.subject.partition("/")
+        return (kind == "app" and name == self.app.name) or (kind == "instance" and name in self._instances)
+
+    @property
+    def wanted(self) -> list[InstanceView]:
+        """The instances of the release and generation that should run."""
+        return [view for view in self._views() if self._is_wanted(view.instance) and view.instance.desired is Desired.RUN]
+
+    @property
+    def old(self) -> list[InstanceView]:
+        return [view for view in self._views() if not self._is_wanted(view.instance) or view.instance.desired is not Desired.RUN]
+
+    def _views(self) -> list[InstanceView]:
+        return [
+            InstanceView(instance=instance, status=self._statuses.get(id), revision=revision)
+            for id, (instance, revision) in sorted(self._instances.items())
+        ]
+
+    def _is_wanted(self, instance: Instance) -> bool:
+        return instance.release == self.app.release and instance.generation == self.app.generation
+
+    @property
+    def ready(self) -> int:
+        return sum(1 for view in self.wanted if view.status is not None and view.status.ready)
+
+    def verdict(self, view: AppView, now: float) -> Verdict | None:
+        """Return how it ended, or None while it goes on."""
+        if self.gone or self.app.deleting:
+            return Verdict(NotFound(f"app '{self.app.name}' was deleted meanwhile"))
+        if (self.app.release, self.app.generation) != (view.app.release, view.app.generation):
+            return Verdict(
+                Conflict(
+                    f"release {view.app.release} was overtaken by release {self.app.release}",
+                    mend=f"see who deployed it: atoll releases {self.app.name}",
+                )
+            )
+        wanted = self.wanted
+        if self.ready >= self.app.replicas and len(wanted) == self.app.replicas:
+            settled = self.status is not None and self.status.phase in (AppPhase.RUNNING, AppPhase.STOPPED)
+            if settled or not self.old:
+                return Verdict()
+        if self.status is not None and self.status.phase is AppPhase.FAILED and self._status_revision > view.revision:
+            return Verdict(self._failure(self.status.message or "the rollout made no progress before its deadline"))
+        for each in wanted:
+            if (error := self._hopeless(each, now)) is not None:
+                return Verdict(error)
+        return None
+
+    def _hopeless(self, view: InstanceView, now: float) -> AtollError | None:
+        instance, status = view.instance, view.status
+        if instance.rejection is not None and now - self._rejected_since.get(instance.id, now) >= NO_PLACE_S:
+            mend = instance.rejection.mend or "it starts when there is room; `atoll nodes` shows what is free"
+            return Unsupported(f"no node takes it: {instance.rejection.message}", mend=mend)
+        if status is None or status.ready_at is not None:
+            return None
+        if status.phase is Phase.FAILED or status.restarts >= CRASHES_MAX:
+            return self._failure(f"{instance.id} {_ended(status)}", instance.id)
+        return None
+
+    def _failure(self, message: str, instance: str | None = None) -> RolloutFailed:
+        return RolloutFailed(message, mend=self._mend(), instance=instance or self._worst())
+
+    def _mend(self) -> str:
+        previous = self.status.served_release if self.status is not None else 0
+        name = self.app.name
+        if previous and previous != self.app.release:
+            return f"release {previous} still serves; mend the cause and deploy again, or: atoll rollback {name} --to {previous}"
+        return f"mend the cause and deploy again; `atoll status {name}` shows all, `atoll delete {name}` ends the tries"
+
+    def _worst(self) -> str | None:
+        """Return the instance whose log says most about a failure."""
+        tried = [view for view in self.wanted if view.status is not None and not view.status.ready]
+        tried.sort(key=lambda view: (view.status.exit is None, -view.status.restarts) if view.status else (True, 0))
+        return tried[0].instance.id if tried else None
+
+
+def _ended(status: Status) -> str:
+    from atoll.cli.instances import exit_words
+
+    times = f"; tried {status.restarts + 1} times" if status.restarts else ""
+    if status.message:
+        return f"cannot run: {status.message}{times}"
+    if status.exit is not None:
+        return exit_words(status.exit.code, status.exit.signal, oom=status.exit.oom) + times
+    return f"failed{times}"

@@ -1,0 +1,180 @@
+"""`atoll up`, `down`, and the three processes alone. The work is done in `entry/`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atoll.cli.session import Session, command
+from atoll.model.errors import AtollError
+
+if TYPE_CHECKING:
+    from atoll.entry.config import Config
+
+ANNOUNCE_S = 60.0
+"""How long the foreground's announcement waits for everything to serve."""
+ANNOUNCE_POLL_S = 0.1
+
+
+def settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every Atoll process takes."""
+    options = (
+        click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]"),
+        click.option("--ingress", metavar="HOST:PORT", help="Where apps are served.  [default: 127.0.0.1:8080]"),
+        click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: 10.64.0.0/16]"),
+        click.option("--domain", metavar="NAME", help="Apps are APP.NAME.  [default: localhost]"),
+        click.option("--node", metavar="NAME", help="This node's name.  [default: the hostname]"),
+        click.option("--site", metavar="NAME", help="Where this node stands.  [default: local]"),
+        click.option("--region", metavar="NAME", help="The group of sites.  [default: local]"),
+        click.option("--default-registry", metavar="HOST", help="Where images without a host come from."),
+        click.option("--log-json", is_flag=True, help="Log as JSON."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _config(session: Session, given: dict[str, Any]) -> Config:
+    """Return the settings; --api is where the API listens here, not where it is called."""
+    from atoll.entry.config import Config
+
+    if session.api_given is not None:
+        given["api"] = session.api_given.removeprefix("http://").rstrip("/")
+    if given.get("data") is not None:
+        given["data"] = given["data"].absolute()
+    return Config(**{name: value for name, value in given.items() if value})
+
+
+@command(example="atoll up --detach\natoll up --data /srv/atoll --ingress 0.0.0.0:80 --domain apps.example")
+@settings
+@click.option("--detach", "-d", is_flag=True, help="Return when everything serves; it goes on in the background.")
+def up(session: Session, detach: bool, **given: Any) -> None:
+    """Run everything on this machine: server, agent and ingress, over one data directory.
+
+    In the foreground with its log on stderr until Ctrl-C, which stops the instances too; or with --detach. Needs root.
+    """
+    config = _config(session, given)
+    if detach:
+        _detached(session, config)
+        return
+    from atoll.entry.up import check, foreground, holder
+
+    if holder(config) is None:  # else `foreground` says who holds it
+        check(config)
+        if os.fork() == 0:
+            _announce(session, config)
+    sys.exit(foreground(config))
+
+
+def _detached(session: Session, config: Config) -> None:
+    from atoll.entry.launch import launch
+
+    began = time.monotonic()
+    with session.output.err.status("starting") as status:
+        pid = launch(config, progress=lambda waits: status.update(f"waiting for {waits}"))
+    _save(config)
+    if session.json:
+        session.output.json({**_places(config), "pid": pid, "ready_s": round(time.monotonic() - began, 3)})
+        return
+    session.output.say(f"[green]✓[/] atoll runs, process {pid}, ready after {time.monotonic() - began:.1f} s")
+    _show(session, config)
+
+
+def _announce(session: Session, config: Config) -> None:
+    """In a child of its own: say where everything is once it serves, and end. Never returns."""
+    from atoll.entry.launch import missing
+
+    code = 1
+    try:
+        deadline = time.monotonic() + ANNOUNCE_S
+        while code and time.monotonic() < deadline and os.getppid() != 1:
+            try:
+                if asyncio.run(missing(config)) is None:
+                    _save(config)
+                    session.output.say("[green]✓[/] everything serves")
+                    _show(session, config)
+                    code = 0
+            except AtollError:
+                pass  # not yet
+            time.sleep(ANNOUNCE_POLL_S)
+    finally:
+        os._exit(code)
+
+
+def _places(config: Config) -> dict[str, str]:
+    from atoll.sdk.context import config_path
+
+    return {
+        "api": f"http://{config.api}",
+        "ingress": f"http://{config.ingress}",
+        "domain": config.domain,
+        "token_file": str(config.client_file),
+        "config": str(config_path()),
+        "data": str(config.data),
+    }
+
+
+def _show(session: Session, config: Config) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    places = _places(config)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row("api", escape(places["api"]))
+    grid.add_row(
+        "ingress", escape(f"{places['ingress']}  (apps at http://APP.{config.domain}:{config.ingress.rpartition(':')[2]})")
+    )
+    grid.add_row("token", escape(f"in {places['token_file']}, and for this user in {places['config']}"))
+    grid.add_row("next", "atoll deploy examples/hello")
+    session.output.err.print(grid)
+
+
+def _save(config: Config) -> None:
+    """Make this Atoll the one that this user's commands mean."""
+    from atoll.sdk import context
+
+    saved = context.load(config.client_file)
+    if saved is not None:
+        context.save(context.config_path(), saved)
+
+
+@command(example="atoll down\natoll down --keep-running   # the next `atoll up` takes the instances over")
+@click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]")
+@click.option("--keep-running", is_flag=True, help="Leave the instances running.")
+def down(session: Session, data: Path | None, keep_running: bool) -> None:
+    """End an `atoll up`: ingress first, then the instances, then the rest."""
+    from atoll.entry.launch import terminate
+
+    config = _config(session, {"data": data})
+    with session.output.err.status("stopping"):
+        pid = terminate(config, keep_running=keep_running)
+    if session.json:
+        session.output.json({"stopped": pid})
+    else:
+        session.output.say(f"[green]✓[/] stopped, process {pid}" + ("; its instances go on" if keep_running else ""))
+
+
+def _process(role: str, text: str, example: str) -> click.Command:
+    def start(session: Session, **given: Any) -> None:
+        config = _config(session, given)
+        os.execv(sys.executable, [sys.executable, "-m", f"atoll.entry.{role}", *config.arguments()])  # noqa: S606 - becomes it
+
+    start.__name__ = role
+    start.__doc__ = text
+    return command(example=example, name=role)(settings(start))
+
+
+server = _process("server", "Run the server alone: store, API, controllers and scheduler.", "atoll server --api 127.0.0.1:7600")
+agent = _process(
+    "agent", "Run the agent alone: it runs this node's instances. Its token is DATA/agent/token.", "atoll agent --node node-3"
+)
+ingress = _process("ingress", "Run the ingress alone. Its token is DATA/ingress/token.", "atoll ingress --ingress 0.0.0.0:80")
