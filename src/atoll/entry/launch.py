@@ -59,10 +59,10 @@ async def _wait_ready(config: Config, child: subprocess.Popen[bytes], progress: 
             raise Unavailable(f"`atoll up` ended with status {child.returncode}; its last lines:\n{_tail(config)}")
         progress(waiting_for)
         with contextlib.suppress(AtollError):
-            missing = await missing(config)
-            if missing is None:
+            lacking = await missing(config)
+            if lacking is None:
                 return
-            waiting_for = missing
+            waiting_for = lacking
         await asyncio.sleep(POLL_S)
     raise DeadlineExceeded(f"{waiting_for} was not ready after {READY_S:.0f} s; the log's last lines:\n{_tail(config)}")
 
