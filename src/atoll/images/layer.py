@@ -61,10 +61,10 @@ class _Hashing:
 class LayerWriter:
     """Writes a layer to the new file `target`. The caller adds entries in a fixed order, then `close`s.
 
-    All times are `mtime` (seconds since the epoch) or older, owners are numbers only.
+    Entries have the time `mtime` (seconds since the epoch) unless they bring one; owners are numbers only.
     """
 
-    def __init__(self, target: Path, *, mtime: int) -> None:
+    def __init__(self, target: Path, *, mtime: int = 0) -> None:
         self._mtime = mtime
         self._file = target.open("xb")
         self._packed = _Hashing(self._file)
@@ -87,7 +87,7 @@ class LayerWriter:
         content: BinaryIO | None = None,
         link: str = "",
         device: tuple[int, int] = (0, 0),
-        mtime: float | None = None,
+        mtime: int | None = None,
         xattrs: Mapping[str, str] | None = None,
     ) -> None:
         """Add one entry; `kind` is a tarfile type, `name` has no leading slash."""
@@ -96,7 +96,7 @@ class LayerWriter:
         info.mode, info.uid, info.gid, info.size = mode & 0o7777, uid, gid, size
         info.linkname = link
         info.devmajor, info.devminor = device
-        info.mtime = self._mtime if mtime is None else min(int(mtime), self._mtime)
+        info.mtime = self._mtime if mtime is None else mtime
         info.pax_headers = {f"{XATTR_PREFIX}{key}": value for key, value in sorted((xattrs or {}).items())}
         self._tar.addfile(info, content)
         self._tar.members.clear()  # tarfile would keep them all

@@ -50,6 +50,9 @@ class Layout:
     def blob(self, digest: str) -> Path:
         return self._blobs / digest.removeprefix("sha256:")
 
+    def blobs(self) -> list[Path]:
+        return list(self._blobs.iterdir())
+
     def put(self, data: bytes) -> str:
         """Keep a small blob and return its digest."""
         digest = sha256(data)
