@@ -296,7 +296,7 @@ async def test_without_the_control_plane_even_a_new_agent_keeps_things_running(w
     async with world.agent() as agent:
         await until(lambda: id in world.host.running())
         assert agent.runners[id].state.run == 2
-        assert dict(await agent.runners[id].env())["KEY"] == "value"
+        assert dict(world.host.processes[id].box.env)["KEY"] == "value"
 
 
 async def test_what_was_unassigned_while_away_is_removed_on_return(world: World) -> None:

@@ -13,7 +13,7 @@ import tarfile
 from typing import Protocol
 
 from atoll.model.errors import AtollError, Exhausted, Invalid, NotFound, RuntimeFailed, TooLarge
-from atoll.node.in_root import IdMap, open_directory, open_in_root
+from atoll.node.in_root import IdMap, acting_as, open_directory, open_in_root
 
 COPY_BYTES_MAX = 16 << 30
 """In one copy."""
@@ -134,18 +134,23 @@ def unpack_files(root: int, path: str, ids: Ids, source: Source) -> None:
     Exhausted; RuntimeFailed. What was unpacked before stays.
     """
     try:
-        os.close(open_directory(root, path, owner=ids.to_node(0, 0)))
-        with tarfile.open(mode="r|", fileobj=source, bufsize=PART_BYTES) as archive:  # type: ignore[call-overload]
-            total = entries = 0
-            for member in archive:
-                entries, total = entries + 1, total + member.size
-                if entries > ENTRIES_MAX or total > COPY_BYTES_MAX:
-                    raise TooLarge(f"more than is copied at once: {ENTRIES_MAX} files, {COPY_BYTES_MAX >> 30} GiB")
-                _unpack(root, path, archive, member, ids)
+        with acting_as(*ids.to_node(0, 0)):
+            _unpack_all(root, path, ids, source)
     except tarfile.TarError as error:
         raise Invalid(f"not a tar stream: {error}") from None
     except OSError as error:
         raise error_in_words(error, error.filename if isinstance(error.filename, str) else path) from None
+
+
+def _unpack_all(root: int, path: str, ids: Ids, source: Source) -> None:
+    os.close(open_directory(root, path))
+    with tarfile.open(mode="r|", fileobj=source, bufsize=PART_BYTES) as archive:  # type: ignore[call-overload]
+        total = entries = 0
+        for member in archive:
+            entries, total = entries + 1, total + member.size
+            if entries > ENTRIES_MAX or total > COPY_BYTES_MAX:
+                raise TooLarge(f"more than is copied at once: {ENTRIES_MAX} files, {COPY_BYTES_MAX >> 30} GiB")
+            _unpack(root, path, archive, member, ids)
 
 
 def _parts(name: str) -> list[str]:
@@ -160,7 +165,7 @@ def _unpack(root: int, path: str, archive: tarfile.TarFile, member: tarfile.TarI
     owner = ids.to_node(member.uid, member.gid)
     if not parts:
         return  # the directory itself
-    parent = open_directory(root, "/".join((path.rstrip("/"), *parts[:-1])) or "/", owner=ids.to_node(0, 0))
+    parent = open_directory(root, "/".join((path.rstrip("/"), *parts[:-1])) or "/")
     try:
         if member.isdir():
             _make_directory(parent, parts[-1], member, owner)
@@ -171,7 +176,7 @@ def _unpack(root: int, path: str, archive: tarfile.TarFile, member: tarfile.TarI
             os.symlink(member.linkname, _TEMPORARY, dir_fd=parent)
             os.chown(_TEMPORARY, *owner, dir_fd=parent, follow_symlinks=False)
         elif member.islnk():
-            _link(root, path, parent, member, ids)
+            _link(root, path, parent, member)
         else:
             raise Invalid(f"{member.name}: only files, directories and links are copied")
         os.rename(_TEMPORARY, parts[-1], src_dir_fd=parent, dst_dir_fd=parent)
@@ -210,11 +215,11 @@ def _write(parent: int, archive: tarfile.TarFile, member: tarfile.TarInfo, owner
         os.utime(fd, (member.mtime, member.mtime))
 
 
-def _link(root: int, path: str, parent: int, member: tarfile.TarInfo, ids: Ids) -> None:
+def _link(root: int, path: str, parent: int, member: tarfile.TarInfo) -> None:
     target = _parts(member.linkname)
     if not target:
         raise Invalid(f"{member.name}: a link to nothing")
-    beside = open_directory(root, "/".join((path.rstrip("/"), *target[:-1])) or "/", owner=ids.to_node(0, 0))
+    beside = open_directory(root, "/".join((path.rstrip("/"), *target[:-1])) or "/")
     try:
         os.link(target[-1], _TEMPORARY, src_dir_fd=beside, dst_dir_fd=parent, follow_symlinks=False)
     finally:

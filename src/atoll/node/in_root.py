@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+import struct
 from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 
 _NR_OPENAT2 = 437
@@ -34,7 +37,7 @@ def open_in_root(root: int, path: str, flags: int) -> int:
             raise OSError(error, os.strerror(error), path)
 
 
-def open_directory(root: int, path: str, *, owner: tuple[int, int]) -> int:
+def open_directory(root: int, path: str) -> int:
     """Return a descriptor of the directory `path`, made with its parents where it is not there. Raises OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY
     try:
@@ -43,15 +46,50 @@ def open_directory(root: int, path: str, *, owner: tuple[int, int]) -> int:
         above, _, name = path.rstrip("/").rpartition("/")
         if name in ("", ".", ".."):
             raise
-    parent = open_directory(root, above or "/", owner=owner)
+    parent = open_directory(root, above or "/")
     try:
         os.mkdir(name, 0o755, dir_fd=parent)
-        os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
     except FileExistsError:
         pass  # it was made meanwhile, or is a link that leads nowhere: then opening it says so
     finally:
         os.close(parent)
     return open_in_root(root, path, flags)
+
+
+_SYS_CAPGET = {"x86_64": 125, "aarch64": 90}
+_SYS_CAPSET = {"x86_64": 126, "aarch64": 91}
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+@contextlib.contextmanager
+def acting_as(uid: int, gid: int) -> Iterator[None]:
+    """Make files as `uid` and `gid` of the node, in this thread only, with root's capabilities kept.
+
+    A mount with shifted ids (a volume) takes no file of an owner that it has no id for, which the node's root is.
+    setfsuid(2) takes the file capabilities out of the effective set; capset(2) puts them back.
+    """
+    before = _libc.setfsuid(-1), _libc.setfsgid(-1)
+    _libc.setfsgid(gid)
+    _libc.setfsuid(uid)
+    try:
+        _restore_effective()
+        yield
+    finally:
+        _libc.setfsuid(before[0])
+        _libc.setfsgid(before[1])
+
+
+def _restore_effective() -> None:
+    machine = os.uname().machine
+    if machine not in _SYS_CAPGET:
+        return  # without the capabilities some copies are refused; none goes wrong
+    header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
+    data = ctypes.create_string_buffer(24)
+    if _libc.syscall(_SYS_CAPGET[machine], header, data) != 0:
+        return
+    _, permitted_low, inheritable_low, _, permitted_high, inheritable_high = struct.unpack("6I", data.raw[:24])
+    data.raw = struct.pack("6I", permitted_low, permitted_low, inheritable_low, permitted_high, permitted_high, inheritable_high)
+    _libc.syscall(_SYS_CAPSET[machine], header, data)
 
 
 class IdMap:

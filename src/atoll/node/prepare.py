@@ -52,7 +52,6 @@ class Preparation:
         self._tell = tell
         self._told_at = float("-inf")
         self.secrets = secrets
-        self.env: tuple[tuple[str, str], ...] | None = None
 
     async def run(self) -> None:
         try:
@@ -92,7 +91,6 @@ class Preparation:
             stdout=stdout,
             stderr=stderr,
         )
-        self.env = box.env
         await runtime.create(box)
         return Prepared(image_digest=image.digest, address=link.address, stop_signal=stop_signal_of(image))
 

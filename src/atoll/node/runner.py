@@ -17,7 +17,6 @@ from atoll.model.records import Assignment
 from atoll.model.spec import AppSpec
 from atoll.model.states import Phase
 from atoll.model.units import format_seconds
-from atoll.node.compose import env_of
 from atoll.node.decide import decide
 from atoll.node.prepare import Preparation, in_words
 from atoll.node.record import Entry
@@ -83,7 +82,6 @@ class Runner:
         self._preparing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
-        self._env: tuple[tuple[str, str], ...] | None = None
         instance = entry.assignment.instance
         self.id = instance.id
         self.project = instance.project
@@ -120,16 +118,6 @@ class Runner:
         """Tell the control plane the present state."""
         status = status_of(self.state, instance=self.id, project=self.project, node=self._tools.node)
         self._tools.reporter.status(status)
-
-    async def env(self) -> tuple[tuple[str, str], ...]:
-        """Return the environment that the process was given, secrets among it."""
-        if self._env is None:
-            # An earlier agent started it: make the same again from what is known here.
-            image = await self._tools.images.find(self.assignment.workload.image or "")
-            if image is None:
-                raise NotFound(f"the image of instance {self.id} is no longer on this node")
-            self._env = env_of(self.assignment, image, self._secrets or {}, self._tools.node)
-        return self._env
 
     async def run(self) -> None:
         """Work off the steps; returns when the instance is erased."""
@@ -225,7 +213,6 @@ class Runner:
             await asyncio.wait({self._preparing})
         finally:
             self._preparing = None
-        self._env = preparation.env
         self._secrets = preparation.secrets
 
     async def _launch(self) -> None:
@@ -318,7 +305,6 @@ class Runner:
         if all:
             self._tools.logs.close(self.id)
             self._tools.directories.remove_instance(self.id)
-            self._env = None
         return True
 
     def _erase(self) -> None:

@@ -85,15 +85,12 @@ async def _exec(channel: Channel, runner: Runner, options: ExecOptions) -> None:
     runtime, _ = _running(runner)
     if not options.argv or not options.argv[0]:
         raise Invalid("argv: missing", field="argv")
-    env = dict(await runner.env())
-    if options.tty:
-        env["TERM"] = "xterm"
     try:
         async with asyncio.timeout(EXEC_START_S):
             execution = await runtime.exec(
                 runner.id,
                 options.argv,
-                env=tuple((env | options.env).items()),
+                env=tuple(options.env.items()),
                 workdir=options.workdir,
                 user=options.user,
                 tty=options.tty,

@@ -151,7 +151,10 @@ class Runtime(Protocol):
         rows: int = 24,
         columns: int = 80,
     ) -> Execution:
-        """Start a command in the running instance. Raises RuntimeFailed for one that cannot be started."""
+        """Start a command in the running instance, with `env` added to the instance's own environment.
+
+        Raises RuntimeFailed for one that cannot be started.
+        """
         ...
 
     async def signal(self, id: str, name: str) -> None:
