@@ -6,6 +6,7 @@ JSON is the form in the store, on the wire and on disk; TOML and YAML are read w
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -107,16 +108,25 @@ def parse_text(text: bytes, suffix: str) -> Any:
 
 def json_schema(kind: Any) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a record type, made from the code."""
-    schema = msgspec.json.schema(kind, schema_hook=_schema_quantity)
-    for struct in _structs(kind, set()):
-        definition = schema["$defs"][struct.__name__]["properties"]
+    (schema,), definitions = json_schemas((kind,), "#/$defs/{name}")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": definitions}
+
+
+def json_schemas(kinds: Sequence[Any], ref_template: str) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    """Return the schemas of several types, and by name those of all records in them, to which `ref_template` refers."""
+    schemas, definitions = msgspec.json.schema_components(kinds, schema_hook=_schema_quantity, ref_template=ref_template)
+    structs: set[type[msgspec.Struct]] = set()
+    for kind in kinds:
+        _structs(kind, structs)
+    for struct in structs:
+        definition = definitions[struct.__name__]
         tag = struct.__struct_config__.tag_field
         if tag is not None:  # read where it is there, never asked for
-            schema["$defs"][struct.__name__]["required"].remove(tag)
+            definition["required"].remove(tag)
         for field in msgspec.structs.fields(struct):
             if field.default_factory is not msgspec.NODEFAULT:
-                definition[field.encode_name]["default"] = to_plain(field.default_factory())
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+                definition["properties"][field.encode_name]["default"] = to_plain(field.default_factory())
+    return schemas, definitions
 
 
 def _structs(kind: Any, seen: set[type[msgspec.Struct]]) -> set[type[msgspec.Struct]]:

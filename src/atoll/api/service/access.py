@@ -25,6 +25,8 @@ class Need(enum.Enum):
     READ = "read"
     DEPLOY = "deploy"
     ADMIN = "admin"
+    ADMIN_OF_PROJECT = "admin-of-project"
+    """Admin, of the whole cell or of the project that it concerns."""
     AGENT = "agent"
     """The agent of the node that the path names."""
     INGRESS = "ingress"
@@ -39,6 +41,7 @@ _ROLES: dict[Need, frozenset[Role]] = {
     Need.READ: frozenset({Role.READ, Role.DEPLOY, Role.ADMIN}),
     Need.DEPLOY: frozenset({Role.DEPLOY, Role.ADMIN}),
     Need.ADMIN: frozenset({Role.ADMIN}),
+    Need.ADMIN_OF_PROJECT: frozenset({Role.ADMIN}),
     Need.AGENT: frozenset({Role.AGENT}),
     Need.INGRESS: frozenset({Role.INGRESS}),
     Need.PULL: frozenset({Role.READ, Role.DEPLOY, Role.ADMIN, Role.AGENT}),

@@ -1,0 +1,116 @@
+"""The calls that concern the cell as a whole: health, schemas, nodes, tokens, usage."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from msgspec import Struct
+
+from atoll.api.http.answers import Answer
+from atoll.api.http.calls import Call, Query, Route
+from atoll.api.http.users import PAGED
+from atoll.api.service import Need, authorize
+from atoll.model import codec
+from atoll.model.errors import NotFound
+from atoll.model.records import Usage
+from atoll.model.spec import AppSpec, JobSpec
+from atoll.model.views import Info, NodeView, Page, TokenRequest, TokenView
+
+
+class Healthy(Struct, frozen=True):
+    """The store answers."""
+
+    revision: int
+
+
+async def healthz(call: Call) -> Answer:
+    return Answer(codec.encode(Healthy(await call.service.healthy())))
+
+
+async def info(call: Call) -> Info:
+    return call.service.info(call.caller)
+
+
+async def schema(call: Call) -> Answer:
+    return Answer(_schema(call.path["kind"]))
+
+
+@cache
+def _schema(kind: str) -> bytes:
+    kinds: dict[str, Any] = {"app": AppSpec, "job": JobSpec}
+    if kind not in kinds:
+        raise NotFound(f"no schema '{kind[:60]}'", mend="there are: app, job")
+    return codec.encode(codec.json_schema(kinds[kind]))
+
+
+async def list_nodes(call: Call) -> Page[NodeView]:
+    return call.service.nodes.all(limit=call.limit, after=call.after)
+
+
+async def get_node(call: Call) -> NodeView:
+    return call.service.nodes.get(call.path["node"])
+
+
+async def cordon_node(call: Call) -> NodeView:
+    return await call.service.nodes.cordon(call.path["node"], True, request=call.request_key)
+
+
+async def uncordon_node(call: Call) -> NodeView:
+    return await call.service.nodes.cordon(call.path["node"], False, request=call.request_key)
+
+
+async def usage(call: Call) -> tuple[Usage, ...]:
+    project = call.query("project")
+    if project is not None:
+        authorize(call.caller, Need.READ, project=project)
+    return call.service.nodes.usage(call.caller, project)
+
+
+async def list_tokens(call: Call) -> Page[TokenView]:
+    return call.service.tokens.all(call.caller, limit=call.limit, after=call.after)
+
+
+async def create_token(call: Call) -> TokenView:
+    return await call.service.tokens.create(call.caller, call.body(TokenRequest), request=call.request_key)
+
+
+async def delete_token(call: Call) -> TokenView:
+    return await call.service.tokens.delete(call.caller, call.path["token"], request=call.request_key)
+
+
+def _route(method: str, path: str, need: Need, run: Any, summary: str, answer: Any, **more: Any) -> Route:
+    return Route(method=method, path=path, need=need, run=run, summary=summary, answer=answer, **more)
+
+
+ROUTES: tuple[Route, ...] = (
+    _route("GET", "/healthz", Need.NOTHING, healthz, "Whether the store answers", Healthy),
+    _route("GET", "/v1/info", Need.ANY, info, "This server, and the caller's own token", Info),
+    _route("GET", "/v1/schema/{kind}", Need.NOTHING, schema, "JSON Schema of a spec: `app` or `job`", dict[str, Any]),
+    _route("GET", "/v1/nodes", Need.READ, list_nodes, "Nodes", Page[NodeView], query=PAGED),
+    _route("GET", "/v1/nodes/{node}", Need.READ, get_node, "A node", NodeView),
+    _route("POST", "/v1/nodes/{node}/cordon", Need.ADMIN, cordon_node, "Place nothing new on a node", NodeView, repeatable=True),
+    _route("POST", "/v1/nodes/{node}/uncordon", Need.ADMIN, uncordon_node, "Undo a cordon", NodeView, repeatable=True),
+    _route(
+        "GET",
+        "/v1/usage",
+        Need.READ,
+        usage,
+        "What every instance used last",
+        tuple[Usage, ...],
+        query=(Query("project", "only of this project"),),
+    ),
+    _route("GET", "/v1/tokens", Need.ADMIN_OF_PROJECT, list_tokens, "Tokens, without their secrets", Page[TokenView], query=PAGED),
+    _route(
+        "POST",
+        "/v1/tokens",
+        Need.ADMIN_OF_PROJECT,
+        create_token,
+        "Make a token; its secret is in this answer only",
+        TokenView,
+        body=TokenRequest,
+        status=201,
+        repeatable=True,
+    ),
+    _route("DELETE", "/v1/tokens/{token}", Need.ADMIN_OF_PROJECT, delete_token, "Withdraw a token", TokenView, repeatable=True),
+)

@@ -1,0 +1,150 @@
+"""The HTTP server: uvicorn with httptools, bounded against what strangers send, and ended from within."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, cast
+
+import structlog
+import uvicorn
+from litestar import Litestar
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from atoll.api.service import Service
+from atoll.model.errors import Unavailable
+from atoll.model.streams import MESSAGE_BYTES_MAX
+
+HEADER_BYTES_MAX = 65_536
+"""Of one request, with its path."""
+HEADER_S = 15.0
+"""How long a new connection has to send its first request's headers."""
+KEEP_ALIVE_S = 75
+PING_S = 20.0
+GRACE_S = 5
+"""How long calls that run may take to end when the server stops."""
+BACKLOG = 1_024
+CONNECTIONS_MAX = 8_192
+"""Beyond it, a call is answered with 503."""
+
+log = structlog.get_logger()
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol with a bound on headers and on the time until they are there."""
+
+    _header_bytes = 0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADER_S, self._late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_time()
+        self._header_bytes = 0
+        super().on_headers_complete()
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > HEADER_BYTES_MAX:
+            # httptools reports what a callback raises as a parse error, which is answered with 400 and ends the connection.
+            raise ValueError(f"headers over {HEADER_BYTES_MAX} bytes")
+
+    def _in_time(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _late(self) -> None:
+        self._deadline = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class ApiServer(uvicorn.Server):
+    """A uvicorn server that waits for an event instead of ticking, leaves signals alone, and ends its streams when it stops."""
+
+    def __init__(self, app: Litestar, service: Service) -> None:
+        config = uvicorn.Config(
+            cast(Any, app),
+            http=BoundedProtocol,
+            ws="websockets-sansio",
+            ws_max_size=MESSAGE_BYTES_MAX,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
+            ws_per_message_deflate=False,
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=GRACE_S,
+            backlog=BACKLOG,
+            limit_concurrency=CONNECTIONS_MAX,
+        )
+        super().__init__(config)
+        self._service = service
+        self._stop = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        await self._stop.wait()
+
+    def stop(self) -> None:
+        """Begin a graceful end: streams end, calls that run are finished, then `serve` returns."""
+        self.should_exit = True
+        self._stop.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to whoever runs this server."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._service.close()
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 takes any that is free. Raises Unavailable naming the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        mend = "stop what uses it (ss -ltnp shows it), or choose another with --api"
+        raise Unavailable(f"cannot listen on {host}:{port}: {error.strerror}", mend=mend) from None
+    listener.setblocking(False)
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def serving(app: Litestar, service: Service, listener: socket.socket) -> AsyncIterator[ApiServer]:
+    """Serve `app` on `listener` until the context ends, then end gracefully; that closes `service`, too."""
+    server = ApiServer(app, service)
+    task = asyncio.create_task(server.serve([listener]), name="api server")
+    try:
+        yield server
+    finally:
+        server.stop()
+        await task

@@ -1,0 +1,173 @@
+"""Live streams over WebSocket: exec, logs and files, spliced to the agent's own connection."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import structlog
+from litestar import WebSocket
+from litestar.handlers import WebsocketRouteHandler
+
+from atoll.api.http.answers import JSON, error_body
+from atoll.api.http.calls import admit, internal, parse_query
+from atoll.api.service import Caller, Need, Service
+from atoll.model import codec
+from atoll.model.errors import AtollError, Invalid
+from atoll.model.ports.control_plane import Channel, StreamKind
+from atoll.model.records import Instance
+from atoll.model.streams import ExecOptions, FilesOptions, LogOptions
+
+T = TypeVar("T")
+Socket = WebSocket[Any, Any, Any]
+Open = Callable[[Service, Caller, dict[str, str], dict[str, str]], Awaitable[Channel]]
+
+ARGV_BYTES_MAX = 8_192
+CLOSE_S = 5.0
+"""How long either end has to take the last messages once the other has closed."""
+GOING_AWAY = 1001
+
+log = structlog.get_logger()
+
+
+async def open_exec(service: Service, caller: Caller, path: dict[str, str], query: dict[str, str]) -> Channel:
+    options = _options(query, ExecOptions)
+    if not options.argv or not options.argv[0]:
+        raise Invalid("argv: empty; say what to run", field="argv")
+    instance = service.instances.running(path["project"], path["instance"])
+    return await _tunnel(service, instance, StreamKind.EXEC, options)
+
+
+async def open_logs(service: Service, caller: Caller, path: dict[str, str], query: dict[str, str]) -> Channel:
+    instance = service.instances.placed(path["project"], path["instance"])
+    return await _tunnel(service, instance, StreamKind.LOGS, _options(query, LogOptions))
+
+
+async def open_files(service: Service, caller: Caller, path: dict[str, str], query: dict[str, str]) -> Channel:
+    kinds = {"get": StreamKind.FILES_GET, "put": StreamKind.FILES_PUT}
+    mode = query.get("mode", "")
+    if mode not in kinds:
+        raise Invalid(f"mode: {mode[:20]!r} is neither 'get' nor 'put'", field="mode")
+    instance = service.instances.running(path["project"], path["instance"])
+    return await _tunnel(service, instance, kinds[mode], _options(query, FilesOptions))
+
+
+async def open_agent_end(service: Service, caller: Caller, path: dict[str, str], query: dict[str, str]) -> Channel:
+    return await service.control_plane.open_stream(path["node"], path["stream"])
+
+
+async def open_tunnel(service: Service, caller: Caller, path: dict[str, str], query: dict[str, str]) -> Channel:
+    return _Requests(service.tunnels.requests(path["node"]))
+
+
+STREAMS: tuple[tuple[str, Need, Open], ...] = (
+    ("/v1/projects/{project}/instances/{instance}/exec", Need.DEPLOY, open_exec),
+    ("/v1/projects/{project}/instances/{instance}/logs", Need.READ, open_logs),
+    ("/v1/projects/{project}/instances/{instance}/files", Need.DEPLOY, open_files),
+    ("/v1/nodes/{node}/tunnel", Need.AGENT, open_tunnel),
+    ("/v1/nodes/{node}/streams/{stream}", Need.AGENT, open_agent_end),
+)
+
+
+def stream_handlers(service: Service) -> list[WebsocketRouteHandler]:
+    return [_handler(service, path, need, opener) for path, need, opener in STREAMS]
+
+
+def _handler(service: Service, path: str, need: Need, opener: Open) -> WebsocketRouteHandler:
+    async def handle(socket: Socket) -> None:
+        try:
+            caller, parts = admit(service, socket, need)
+            channel = await opener(service, caller, parts, parse_query(socket.scope["query_string"]))
+        except AtollError as error:
+            await _refuse(socket, error)
+            return
+        except Exception as error:
+            log.exception("a stream could not be opened", path=socket.scope["path"])
+            await _refuse(socket, internal(error))
+            return
+        try:
+            await socket.accept()
+            await splice(socket, channel)
+        finally:
+            await channel.close()
+
+    return WebsocketRouteHandler(re.sub(r"\{(\w+)\}", r"{\1:str}", path))(handle)
+
+
+async def splice(socket: Socket, channel: Channel) -> None:
+    """Carry messages both ways until one side ends; what was sent before is still delivered."""
+    inward = asyncio.create_task(_inward(socket, channel))
+    outward = asyncio.create_task(_outward(socket, channel))
+    try:
+        await asyncio.wait((inward, outward), return_when=asyncio.FIRST_COMPLETED)
+        if outward.done() and not inward.done():
+            await asyncio.wait((inward,), timeout=CLOSE_S)
+    finally:
+        await channel.close()
+        for task in (inward, outward):
+            task.cancel()
+        for result in await asyncio.gather(inward, outward, return_exceptions=True):
+            if isinstance(result, Exception) and not isinstance(result, AtollError):
+                log.info("a stream broke", cause=repr(result))
+
+
+async def _inward(socket: Socket, channel: Channel) -> None:
+    while True:
+        message: Any = await socket.receive()
+        if message["type"] == "websocket.disconnect":
+            return
+        data = message.get("bytes")
+        await channel.send(bytes(data) if data is not None else (message.get("text") or "").encode())
+
+
+async def _outward(socket: Socket, channel: Channel) -> None:
+    while (message := await channel.receive()) is not None:
+        await socket.send({"type": "websocket.send", "bytes": message, "text": None})
+    await socket.send({"type": "websocket.close", "code": 1000, "reason": ""})
+
+
+class _Requests:
+    """What is wanted of an agent, as a channel that only sends."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests
+
+    async def send(self, message: bytes) -> None:
+        """An agent has nothing to say here."""
+
+    async def receive(self) -> bytes | None:
+        async for request in self._requests:
+            return codec.encode(request)
+        return None
+
+    async def close(self) -> None:
+        close = getattr(self._requests, "aclose", None)
+        if close is not None:
+            try:
+                await close()
+            except RuntimeError:
+                # The reader is inside; its task's end closes the iterator.
+                return
+
+
+async def _tunnel(service: Service, instance: Instance, kind: str, options: object) -> Channel:
+    assert instance.node is not None  # noqa: S101 (what `placed` promises)
+    return await service.tunnels.open(instance.node, kind, instance.id, codec.to_plain(options))
+
+
+def _options(query: dict[str, str], kind: type[T]) -> T:
+    text = query.get("options") or "{}"
+    return codec.decode(text.encode(), kind)
+
+
+async def _refuse(socket: Socket, error: AtollError) -> None:
+    """Answer the handshake with the error, as an HTTP call would."""
+    headers = [JSON]
+    body = codec.encode(error_body(error))
+    start: Any = {"type": "websocket.http.response.start", "status": error.status, "headers": headers}
+    end: Any = {"type": "websocket.http.response.body", "body": body, "more_body": False}
+    await socket.receive()  # the handshake itself
+    await socket.send(start)
+    await socket.send(end)

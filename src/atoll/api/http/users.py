@@ -1,0 +1,217 @@
+"""The calls of people and their tools: projects, apps, jobs, instances, secrets, events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atoll.api.http.answers import Lines
+from atoll.api.http.calls import Call, Query, Route
+from atoll.api.service import Need, authorize
+from atoll.api.service.watching import WATCHED, wanted
+from atoll.model.records import Event, Project, Release
+from atoll.model.spec import AppSpec, JobSpec
+from atoll.model.views import (
+    PAGE_LIMIT_MAX,
+    AppView,
+    InstanceView,
+    JobView,
+    Page,
+    RollbackRequest,
+    ScaleRequest,
+    SecretRequest,
+    SecretView,
+    WatchLine,
+)
+
+LIMIT = Query("limit", "items at most", {"type": "integer", "minimum": 1, "maximum": PAGE_LIMIT_MAX, "default": PAGE_LIMIT_MAX})
+AFTER = Query("after", "the `next` of the page before")
+PAGED = (LIMIT, AFTER)
+_P = "/v1/projects"
+_APP = f"{_P}/{{project}}/apps/{{app}}"
+_JOB = f"{_P}/{{project}}/jobs/{{job}}"
+_INSTANCE = f"{_P}/{{project}}/instances/{{instance}}"
+_SECRET = f"{_P}/{{project}}/secrets/{{secret}}"
+
+
+async def list_projects(call: Call) -> Page[Project]:
+    return call.service.projects.all(call.caller, limit=call.limit, after=call.after)
+
+
+async def put_project(call: Call) -> Project:
+    return await call.service.projects.put(call.project, request=call.request_key)
+
+
+async def list_apps(call: Call) -> Page[AppView]:
+    return call.service.apps.all(call.project, limit=call.limit, after=call.after)
+
+
+async def get_app(call: Call) -> AppView:
+    return call.service.apps.get(call.project, call.path["app"])
+
+
+async def put_app(call: Call) -> AppView:
+    spec = call.spec(AppSpec, call.path["app"])
+    return await call.service.apps.put(call.caller, spec, if_match=call.if_match, request=call.request_key)
+
+
+async def delete_app(call: Call) -> AppView:
+    return await call.service.apps.delete(call.project, call.path["app"], if_match=call.if_match, request=call.request_key)
+
+
+async def scale_app(call: Call) -> AppView:
+    replicas = call.body(ScaleRequest).replicas
+    name = call.path["app"]
+    return await call.service.apps.scale(call.project, name, replicas, if_match=call.if_match, request=call.request_key)
+
+
+async def restart_app(call: Call) -> AppView:
+    return await call.service.apps.restart(call.project, call.path["app"], if_match=call.if_match, request=call.request_key)
+
+
+async def rollback_app(call: Call) -> AppView:
+    wish = call.body(RollbackRequest) if call.has_body else RollbackRequest()
+    return await call.service.apps.rollback(
+        call.caller, call.project, call.path["app"], wish.release, if_match=call.if_match, request=call.request_key
+    )
+
+
+async def list_releases(call: Call) -> Page[Release]:
+    return call.service.apps.releases(call.project, call.path["app"], limit=call.limit, after=call.after)
+
+
+async def list_instances(call: Call) -> Page[InstanceView]:
+    return call.service.instances.all(
+        call.project, app=call.query("app"), job=call.query("job"), limit=call.limit, after=call.after
+    )
+
+
+async def get_instance(call: Call) -> InstanceView:
+    return call.service.instances.get(call.project, call.path["instance"])
+
+
+async def stop_instance(call: Call) -> InstanceView:
+    return await call.service.instances.stop(call.caller, call.project, call.path["instance"], request=call.request_key)
+
+
+async def list_jobs(call: Call) -> Page[JobView]:
+    return call.service.jobs.all(call.project, limit=call.limit, after=call.after)
+
+
+async def create_job(call: Call) -> JobView:
+    return await call.service.jobs.create(call.caller, call.spec(JobSpec, None), request=call.request_key)
+
+
+async def get_job(call: Call) -> JobView:
+    return call.service.jobs.get(call.project, call.path["job"])
+
+
+async def cancel_job(call: Call) -> JobView:
+    return await call.service.jobs.cancel(call.project, call.path["job"], request=call.request_key)
+
+
+async def delete_job(call: Call) -> JobView:
+    return await call.service.jobs.delete(call.project, call.path["job"], request=call.request_key)
+
+
+async def list_secrets(call: Call) -> Page[SecretView]:
+    return call.service.secrets.all(call.project, limit=call.limit, after=call.after)
+
+
+async def put_secret(call: Call) -> SecretView:
+    value = call.body(SecretRequest).value
+    name = call.path["secret"]
+    return await call.service.secrets.put(call.project, name, value, if_match=call.if_match, request=call.request_key)
+
+
+async def delete_secret(call: Call) -> SecretView:
+    return await call.service.secrets.delete(call.project, call.path["secret"], request=call.request_key)
+
+
+async def list_events(call: Call) -> Page[Event]:
+    return call.service.events.all(call.project, subject=call.query("subject"), limit=call.limit, after=call.after)
+
+
+async def watch(call: Call) -> Lines:
+    project = call.query("project")
+    if project is not None:
+        authorize(call.caller, Need.READ, project=project)
+    wish = wanted(call.caller, call.query("kinds") or "", project, call.query("from"))
+    return Lines(await call.service.watching.stream(wish))
+
+
+def _write(method: str, path: str, run: Any, summary: str, answer: Any, body: Any = None, **more: Any) -> Route:
+    return Route(
+        method=method, path=path, need=Need.DEPLOY, run=run, summary=summary, answer=answer, body=body, repeatable=True, **more
+    )
+
+
+def _read(path: str, run: Any, summary: str, answer: Any, query: tuple[Query, ...] = ()) -> Route:
+    return Route(method="GET", path=path, need=Need.READ, run=run, summary=summary, answer=answer, query=query)
+
+
+ROUTES: tuple[Route, ...] = (
+    _read(_P, list_projects, "The projects that the token reaches into", Page[Project], PAGED),
+    Route(
+        method="PUT",
+        path=f"{_P}/{{project}}",
+        need=Need.ADMIN,
+        run=put_project,
+        summary="Make a project",
+        answer=Project,
+        repeatable=True,
+    ),
+    _read(f"{_P}/{{project}}/apps", list_apps, "Apps", Page[AppView], PAGED),
+    _read(_APP, get_app, "An app", AppView),
+    _write("PUT", _APP, put_app, "Make or change an app; the same spec again makes no release", AppView, AppSpec, conditional=True),
+    _write("DELETE", _APP, delete_app, "Delete an app; gone when its last instance is", AppView, conditional=True, status=202),
+    _write("POST", f"{_APP}/scale", scale_app, "Say how many instances an app has", AppView, ScaleRequest, conditional=True),
+    _write("POST", f"{_APP}/restart", restart_app, "Replace every instance, as a rollout does", AppView, conditional=True),
+    _write("POST", f"{_APP}/rollback", rollback_app, "Run an older release again", AppView, RollbackRequest, conditional=True),
+    _read(f"{_APP}/releases", list_releases, "Releases of an app, newest first", Page[Release], PAGED),
+    _read(
+        f"{_P}/{{project}}/instances",
+        list_instances,
+        "Instances, of all or of one app or job",
+        Page[InstanceView],
+        (Query("app", "only this app's"), Query("job", "only this job's"), *PAGED),
+    ),
+    _read(_INSTANCE, get_instance, "An instance", InstanceView),
+    _write("POST", f"{_INSTANCE}/stop", stop_instance, "Have an instance drained, stopped and replaced", InstanceView),
+    _read(f"{_P}/{{project}}/jobs", list_jobs, "Jobs", Page[JobView], PAGED),
+    _write("POST", f"{_P}/{{project}}/jobs", create_job, "Make a job", JobView, JobSpec, status=201),
+    _read(_JOB, get_job, "A job", JobView),
+    _write("POST", f"{_JOB}/cancel", cancel_job, "Stop a job", JobView),
+    _write("DELETE", _JOB, delete_job, "Forget a job that has finished", JobView),
+    Route(
+        method="GET",
+        path=f"{_P}/{{project}}/secrets",
+        need=Need.DEPLOY,
+        run=list_secrets,
+        summary="Secrets, without their values",
+        answer=Page[SecretView],
+        query=PAGED,
+    ),
+    _write("PUT", _SECRET, put_secret, "Set a secret", SecretView, SecretRequest, conditional=True),
+    _write("DELETE", _SECRET, delete_secret, "Remove a secret that no app uses", SecretView),
+    _read(
+        f"{_P}/{{project}}/events",
+        list_events,
+        "What happened, newest first",
+        Page[Event],
+        (Query("subject", "only of this subject, e.g. app/web"), *PAGED),
+    ),
+    Route(
+        method="GET",
+        path="/v1/watch",
+        need=Need.READ,
+        run=watch,
+        summary="Records as they change; without `from`, the state first",
+        answer=WatchLine,
+        lines=True,
+        query=(
+            Query("kinds", f"some of {', '.join(sorted(WATCHED))}, with commas; all without it"),
+            Query("project", "only of this project"),
+            Query("from", "the revision to begin with: one more than that of the last line", {"type": "integer"}),
+        ),
+    ),
+)
