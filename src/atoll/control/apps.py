@@ -13,7 +13,7 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.control.actions import Create, Decision, Remove, RemoveApp, Seen, WriteAppStatus
-from atoll.control.appstatus import Rollout, settled, status_of, why_not_ready
+from atoll.control.appstatus import Rollout, has_crashed, settled, status_of, why_not_ready
 from atoll.control.leaving import leave, retire
 from atoll.model.records import App, AppPhase, AppStatus, Instance, OwnerKind, Severity
 from atoll.model.spec import AppSpec
@@ -66,6 +66,7 @@ class _Step:
         self.old = [seen for seen in run if not self._current(seen) and not seen.ended]
         self.failed = [seen for seen in run if seen.ended and seen.phase is not Phase.LOST]
         self.lost = [seen for seen in run if seen.phase is Phase.LOST]
+        self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
         self.ready_new = [seen for seen in self.new if seen.ready and self._settled(seen)]
         self.ready = [seen for seen in (*self.old, *self.new) if seen.ready]
         self.created = 0
@@ -78,7 +79,7 @@ class _Step:
         last = self.facts.status
         if not self.old and last is not None and last.served_release == self.app.release:
             return True
-        at = settled(seen, self.app.spec)
+        at = settled(seen, self.app.spec, replacing=bool(self.old), crashed=self.crashed)
         if at <= self.decision.now:
             return True
         self.decision.wake(at)
@@ -90,9 +91,12 @@ class _Step:
             return
         rollout = self._rollout()
         self._replace_failed(rollout)
-        self._create(self.app.release, self.app.generation, self._missing(), self._due(current=True))
+        missing = self._missing()
         if rollout.failed and rollout.served in self.facts.specs:
             self._create(rollout.served, self.app.generation, self._missing_served(), self._due(current=False))
+            # One of the failed release is enough to see whether it has come round.
+            missing = min(self._missing(), 1 - len(self.new) - sum(self._current(seen) for seen in self.waiting))
+        self._create(self.app.release, self.app.generation, missing, self._due(current=True))
         self._retire_surplus()
         self._retire_old()
         self._drop_lost()
@@ -141,7 +145,7 @@ class _Step:
     def _missing(self) -> int:
         """Return how many instances of the wanted release may be made: up to the number wanted, and within the surge."""
         waiting_new = sum(self._current(seen) for seen in self.waiting)
-        total = len(self.new) + len(self.old) + len(self.waiting)
+        total = len(self.new) + len(self.old) + len(self.waiting) + self.created
         return min(self.wanted - len(self.new) - waiting_new, self.wanted + self.rules.max_surge - total)
 
     def _missing_served(self) -> int:
@@ -187,6 +191,7 @@ class _Step:
         gone = {seen.instance.id for seen in order[:surplus]}
         self.new = [seen for seen in self.new if seen.instance.id not in gone]
         self.ready = [seen for seen in self.ready if seen.instance.id not in gone]
+        self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
         self.ready_new = [seen for seen in self.ready_new if seen.instance.id not in gone]
 
     def _retire_old(self) -> None:
@@ -227,7 +232,8 @@ class _Step:
 
     def _report(self, rollout: Rollout) -> None:
         last = self.facts.status
-        unready = [seen for seen in (*self.new, *self.failed, *self.lost) if not seen.ready and self._current(seen)]
+        proved = {seen.instance.id for seen in self.ready_new}
+        unready = [seen for seen in (*self.new, *self.failed, *self.lost) if self._current(seen) and seen.instance.id not in proved]
         why = why_not_ready(unready)
         phase, message = self._phase(rollout, unready, why)
         self._write(
@@ -255,6 +261,12 @@ class _Step:
             return AppPhase.STOPPED, ""
         if rollout.complete:
             return AppPhase.RUNNING, ""
+        last = self.facts.status
+        if not why and self.crashed and last is not None and last.release == self.app.release:
+            # Its next try has just begun: what ended the one before is still the best word on it.
+            if rollout.failed and last.phase is AppPhase.FAILED:
+                return AppPhase.FAILED, last.message
+            why = last.message
         if rollout.failed:
             waited = format_seconds(self.rules.deadline)
             return AppPhase.FAILED, f"release {self.app.release} made no progress for {waited}" + (f": {why}" if why else "")

@@ -11,10 +11,12 @@ from atoll.model.records import App, AppPhase, AppStatus, Exit
 from atoll.model.spec import AppSpec
 from atoll.model.states import Phase
 
-SETTLE_PLAIN_S = 0.3
+SETTLE_FIRST_S = 0.3
 """How long an instance without a health check must have been up until it counts: what dies at once never served."""
-SETTLE_RESTARTED_S = 10.0
-"""The same for one that has been restarted: a crash loop is up for moments, too."""
+SETTLE_REPLACING_S = 1.0
+"""The same where an older one would be taken away for it."""
+SETTLE_CRASHED_S = 10.0
+"""The same, health check or not, once an instance of the release has ended by itself: a crash loop is up for moments, too."""
 
 
 class Rollout(Struct, frozen=True, kw_only=True):
@@ -27,15 +29,20 @@ class Rollout(Struct, frozen=True, kw_only=True):
     """The last release that was fully rolled out; 0 for none."""
 
 
-def settled(seen: Seen, spec: AppSpec) -> float:
+def settled(seen: Seen, spec: AppSpec, *, replacing: bool, crashed: bool) -> float:
     """Return from when on a ready instance counts as one that lasts, in seconds since the epoch."""
     status = seen.status
-    if status is None:
-        return seen.instance.created_at
-    since = status.ready_at or status.started_at or status.phase_at
-    if status.restarts:
-        return since + SETTLE_RESTARTED_S
-    return since if spec.health is not None else since + SETTLE_PLAIN_S
+    since = (status.ready_at or status.started_at or status.phase_at) if status else seen.instance.created_at
+    if crashed:
+        return since + SETTLE_CRASHED_S
+    if spec.health is not None:
+        return since
+    return since + (SETTLE_REPLACING_S if replacing else SETTLE_FIRST_S)
+
+
+def has_crashed(seen: Seen) -> bool:
+    """Whether the instance, or one that it stands in for, has ended by itself."""
+    return seen.instance.attempt > 0 or seen.phase in (Phase.FAILED, Phase.BACKOFF) or bool(seen.status and seen.status.restarts)
 
 
 def exit_in_words(exit: Exit) -> str:

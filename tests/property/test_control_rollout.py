@@ -1,0 +1,227 @@
+"""Whatever order things happen in, a rollout keeps enough serving, never makes too many, and ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+
+from atoll.control.actions import Create, Decision, Remove, RemoveApp, Seen, Tell, Update, WriteAppStatus
+from atoll.control.apps import AppFacts, decide_app
+from atoll.model.records import App, AppPhase, AppStatus, Exit, Status
+from atoll.model.spec import AppSpec, Port, Rollout
+from atoll.model.states import Desired, Phase
+from atoll.model.units import Seconds
+
+
+class Model:
+    """One app, a node that does as the dice say, and no store: actions are applied as they are."""
+
+    def __init__(self, replicas: int, surge: int, unavailable: int, ports: bool, ingresses: frozenset[str]) -> None:
+        rollout = Rollout(max_surge=surge, max_unavailable=unavailable, deadline=Seconds(100), drain=Seconds(10))
+        self.spec = AppSpec(name="web", image="x", ports=(Port(port=80),) if ports else (), rollout=rollout)
+        self.now = 1000.0
+        self.ingresses = ingresses
+        self.app = App(
+            project="p", name="web", spec=self.spec, release=1, replicas=replicas, created_at=self.now, updated_at=self.now
+        )
+        self.status: AppStatus | None = None
+        self.seen: dict[str, Seen] = {}
+        self.gone = False
+        self.ids = self._count()
+        self.bad: set[int] = set()
+        self.made = 0
+
+    def _count(self) -> Iterator[str]:
+        number = 0
+        while True:
+            number += 1
+            yield f"{number:06d}"
+
+    def running(self) -> list[Seen]:
+        return [seen for seen in self.seen.values() if seen.instance.desired is Desired.RUN and not seen.ended]
+
+    def ready(self) -> int:
+        return sum(seen.ready for seen in self.seen.values())
+
+    def decide(self) -> None:
+        if self.gone:
+            return
+        facts = AppFacts(
+            app=self.app,
+            revision=1,
+            status=self.status,
+            instances=tuple(self.seen.values()),
+            specs={n: self.spec for n in range(20)},
+            ingresses=self.ingresses,
+        )
+        decision = Decision(self.now, lambda: next(self.ids))
+        ready, running = self.ready(), len(self.running())
+        decide_app(facts, decision)
+        for action in decision.actions:
+            match action:
+                case Create(instance):
+                    self.seen[instance.id] = Seen(instance=instance, revision=1)
+                    self.made += 1
+                case Update(instance, _):
+                    old = self.seen[instance.id]
+                    self.seen[instance.id] = structs.replace(old, instance=instance, drained=frozenset())
+                case Remove(instance, _):
+                    del self.seen[instance.id]
+                case WriteAppStatus(status):
+                    self.status = status
+                case RemoveApp():
+                    self.gone = True
+                case Tell():
+                    pass
+                case _:
+                    raise AssertionError(action)
+        self.check(ready, running)
+
+    def check(self, ready_before: int, running_before: int) -> None:
+        wanted = 0 if self.app.deleting else self.app.replicas
+        least = wanted - self.spec.rollout.max_unavailable
+        assert self.ready() >= min(ready_before, least), "a decision took away one that had to serve"
+        most = wanted + self.spec.rollout.max_surge
+        assert len(self.running()) <= max(running_before, most), "a decision made too many"
+
+    def step(self, chance: random.Random) -> None:
+        """Something happens to one instance, or a little time passes."""
+        self.now += chance.choice((0.0, 0.1, 1.0))
+        for id, seen in self.seen.items():
+            # What is bad is up for half a second at most.
+            if seen.phase is Phase.RUNNING and seen.instance.release in self.bad and seen.status:
+                if self.now >= (seen.status.started_at or 0.0) + 0.5:
+                    status = structs.replace(seen.status, phase=Phase.BACKOFF, ready=False, exit=Exit(code=1, at=self.now))
+                    self.seen[id] = structs.replace(seen, status=status)
+        if not self.seen:
+            return
+        seen = chance.choice(list(self.seen.values()))
+        instance, status = seen.instance, seen.status
+        if instance.node is None:
+            self.seen[instance.id] = structs.replace(seen, instance=structs.replace(instance, node="n"))
+            return
+        status = status or Status(instance=instance.id, project="p", node="n", phase=Phase.PENDING)
+        bad = instance.release in self.bad
+        if status.phase.final:
+            return
+        if instance.desired is Desired.STOP:
+            status = structs.replace(status, phase=Phase.STOPPED, ready=False)
+        elif instance.desired is Desired.DRAIN and chance.random() < 0.5:
+            self.seen[instance.id] = structs.replace(seen, drained=self.ingresses)
+            return
+        elif status.phase is not Phase.RUNNING:
+            restarts = status.restarts + (status.phase is Phase.BACKOFF)
+            status = structs.replace(status, phase=Phase.RUNNING, restarts=restarts, started_at=self.now, ready=bad)
+            if bad:
+                status = structs.replace(status, ready_at=self.now)
+        elif bad:
+            final = chance.random() < 0.2
+            phase = Phase.FAILED if final else Phase.BACKOFF
+            status = structs.replace(status, phase=phase, ready=False, exit=Exit(code=1, at=self.now))
+        elif not status.ready:
+            status = structs.replace(status, ready=True, ready_at=self.now)
+        self.seen[instance.id] = structs.replace(seen, status=structs.replace(status, phase_at=self.now))
+
+    def settle(self, chance: random.Random, steps: int = 1500) -> None:
+        for _ in range(steps):
+            self.step(chance)
+            self.decide()
+            if self.settled():
+                return
+
+    def settled(self) -> bool:
+        app, status = self.app, self.status
+        if app.deleting or status is None or len(self.seen) != app.replicas:
+            return self.gone
+        return (status.release, status.served_release, status.updated) == (app.release, app.release, app.replicas) and (
+            status.phase in (AppPhase.RUNNING, AppPhase.STOPPED) and self.ready() == app.replicas
+        )
+
+
+worlds = st.builds(
+    Model,
+    replicas=st.integers(0, 5),
+    surge=st.integers(0, 3),
+    unavailable=st.integers(1, 2),
+    ports=st.booleans(),
+    ingresses=st.sampled_from([frozenset(), frozenset({"g"}), frozenset({"g", "h"})]),
+)
+orders = st.lists(st.sampled_from(["release", "restart", "scale", "step", "step", "step"]), max_size=60)
+
+
+@given(worlds, orders, st.integers(0, 2**32))
+@settings(max_examples=300, deadline=None)
+def test_enough_serve_and_never_too_many_whatever_is_asked(model: Model, todo: list[str], seed: int) -> None:
+    chance = random.Random(seed)
+    for what in todo:
+        match what:
+            case "release":
+                model.app = structs.replace(model.app, release=model.app.release + 1, updated_at=model.now)
+            case "restart":
+                model.app = structs.replace(model.app, generation=model.app.generation + 1, updated_at=model.now)
+            case "scale":
+                model.app = structs.replace(model.app, replicas=chance.randint(0, 6), updated_at=model.now)
+            case _:
+                for _ in range(5):
+                    model.step(chance)
+                    model.decide()
+        model.decide()
+    model.settle(chance)
+    assert model.status is not None
+    assert model.status.phase is (AppPhase.RUNNING if model.app.replicas else AppPhase.STOPPED)
+    assert model.ready() == model.app.replicas == len(model.running())
+    assert {(s.instance.release, s.instance.generation) for s in model.running()} <= {(model.app.release, model.app.generation)}
+    model.app = structs.replace(model.app, deleting=True)
+    model.settle(chance, 300)
+    assert model.gone
+    assert not model.seen
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(("surge", "unavailable"), [(1, 0), (2, 0), (0, 1), (2, 1)])
+def test_a_release_that_crashes_fails_while_the_old_one_keeps_serving(seed: int, surge: int, unavailable: int) -> None:
+    chance = random.Random(seed)
+    model = Model(3, surge, unavailable, True, frozenset({"g"}))
+    model.decide()
+    model.settle(chance, 200)
+    assert model.ready() == 3
+    model.bad = {2}
+    model.app = structs.replace(model.app, release=2, updated_at=model.now)
+    made = model.made
+    for _ in range(2000):
+        model.step(chance)
+        model.decide()
+        good = sum(seen.ready and seen.instance.release == 1 for seen in model.seen.values())
+        assert good >= 3 - unavailable
+    assert model.status is not None
+    assert model.status.phase is AppPhase.FAILED
+    assert "exited with status 1" in model.status.message
+    assert model.status.served_release == 1
+    assert model.made - made < 60, "a failing release must not be made again and again"
+    # Back to what works: a new release of the old spec.
+    model.app = structs.replace(model.app, release=3, updated_at=model.now)
+    model.settle(chance)
+    assert model.status.phase is AppPhase.RUNNING
+    assert model.ready() == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_served_before_is_kept_at_its_number_after_a_failed_rollout(seed: int) -> None:
+    chance = random.Random(seed)
+    model = Model(3, 1, 0, True, frozenset())
+    model.decide()
+    model.settle(chance, 200)
+    model.bad = {2}
+    model.app = structs.replace(model.app, release=2, updated_at=model.now)
+    model.settle(chance, 1000)
+    assert model.status is not None
+    assert model.status.phase is AppPhase.FAILED
+    victim = next(seen for seen in model.running() if seen.instance.release == 1)
+    model.seen[victim.instance.id] = structs.replace(victim, lost_at=model.now)
+    model.settle(chance, 600)
+    assert sum(seen.ready and seen.instance.release == 1 for seen in model.seen.values()) == 3
