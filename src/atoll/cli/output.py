@@ -95,7 +95,12 @@ class Output:
             if empty:
                 self.say(f"[dim]{empty}[/]")
             return
-        self.out.print(table(columns, rows, whole=not self.out.is_terminal))
+        if self.out.is_terminal:
+            self.out.print(table(columns, rows))
+            return
+        with self.out.capture() as captured:
+            self.out.print(table(columns, rows, whole=True))
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def _console(stream: Any) -> Console:

@@ -1,0 +1,68 @@
+"""`atoll doctor`: what this machine can and cannot run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from atoll.cli.session import EXIT_FAILED, Session, command
+
+if TYPE_CHECKING:
+    from atoll.entry.findings import Finding
+
+
+@command(example="sudo atoll doctor\natoll doctor --json | jq -r '.findings[] | select(.level != \"ok\") | .mend'")
+@click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]")
+@click.option("--ingress", metavar="HOST:PORT", help="Where apps would be served.  [default: 127.0.0.1:8080]")
+@click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: 10.64.0.0/16]")
+def doctor(session: Session, data: Path | None, ingress: str | None, subnet: str | None) -> None:
+    """Say what this machine can and cannot run, and how to mend each. Changes nothing; best run as root.
+
+    Exits 1 when something is missing that containers cannot do without.
+    """
+    from atoll.entry.config import Config
+    from atoll.entry.doctor import can_run, examine
+
+    api = (session.api_given or "").removeprefix("http://").rstrip("/")
+    given = {"data": data.absolute() if data else None, "ingress": ingress, "subnet": subnet, "api": api or None}
+    with session.output.err.status("looking at this machine"):
+        findings = examine(Config(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
+    able = can_run(findings)
+    if session.json:
+        session.output.json({"can_run": able, "findings": findings})
+    else:
+        _show(session, findings)
+        _conclude(session, findings, able=able)
+    if not able:
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def _show(session: Session, findings: list[Finding]) -> None:
+    from rich.text import Text
+
+    from atoll.cli.output import dim, state
+
+    rows = []
+    area = ""
+    for finding in findings:
+        words = Text(finding.found)
+        if finding.level != "ok":
+            words.append(f" – {finding.why}" if finding.why else "", style="dim")
+            words.append(f"\n→ {finding.mend}" if finding.mend else "", style="cyan")
+        level = state(str(finding.level))
+        if finding.level == "missing" and not finding.core:
+            level = dim("○ missing")
+        rows.append((dim(finding.area if finding.area != area else ""), finding.name, level, words))
+        area = finding.area
+    session.output.table(("AREA", "PART", "STATE", "FOUND"), rows)
+
+
+def _conclude(session: Session, findings: list[Finding], *, able: bool) -> None:
+    lacking = [finding.name for finding in findings if finding.core and finding.level == "missing"]
+    session.output.print("")
+    if able:
+        session.output.print("[green]✓[/] this machine can run containers; start with: atoll up")
+    else:
+        session.output.print(f"[red]✗[/] this machine cannot run containers yet: mend {', '.join(lacking)}")

@@ -1,0 +1,117 @@
+"""`atoll build` and `atoll image`: images of the cell's own registry."""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from pathlib import Path
+
+import click
+
+from atoll.cli.session import Session, command, group
+from atoll.model.errors import ImageError, NotFound
+
+
+@command(example="atoll build examples/hello\natoll build --refresh   # with the packages of today")
+@click.argument("directory", type=click.Path(path_type=Path), required=False, metavar="[DIR]")
+@click.option(
+    "--file", "-f", "file", type=click.Path(path_type=Path), help="The spec: TOML, JSON or YAML.  [default: DIR/atoll.toml]"
+)
+@click.option("--name", metavar="NAME", help="The app's name; else the spec's.")
+@click.option("--refresh", is_flag=True, help="Fetch packages anew, even if nothing has changed here.")
+@click.option("--no-push", is_flag=True, help="Only build; needs no server.")
+async def build(
+    session: Session, directory: Path | None, file: Path | None, name: str | None, refresh: bool, no_push: bool
+) -> None:
+    """Build an app's image and push it to the cell's registry; print its reference, for `atoll deploy --image`."""
+    from atoll.cli import spec_file
+    from atoll.cli.building import build_image, push_image
+    from atoll.cli.deploy import spec_of
+
+    path = spec_file.find(file or directory or Path())
+    data = spec_file.read(path)
+    if name is not None:
+        data["name"] = name
+    if session.project_given or "project" not in data:
+        data["project"] = session.project
+    spec = spec_of(data, path)
+    if not no_push:
+        async with session.client() as client:
+            await client.info()
+    built = await build_image(session, spec, directory or path.parent, refresh=refresh)
+    image = None if no_push else await push_image(session, built.layout, built.digest, spec.project, spec.name)
+    if session.json:
+        session.output.json(
+            {
+                "image": image,
+                "digest": built.digest,
+                "size_bytes": built.size_bytes,
+                "took_s": round(built.took_s, 3),
+                "unchanged": built.cached,
+                "layout": str(built.layout),
+            }
+        )
+    else:
+        click.echo(image or built.digest)
+
+
+@group(example="atoll image import web.tar --name web\natoll image list")
+def image() -> None:
+    """Import and list images of the cell's own registry."""
+
+
+@command(name="import", example="skopeo copy docker://debian:bookworm oci:debian\natoll image import debian --name debian")
+@click.argument("source", type=click.Path(path_type=Path), metavar="DIR|TAR")
+@click.option("--name", metavar="NAME", required=True, help="What it is called in the project.")
+@click.option("--tag", metavar="TAG", default="latest", show_default=True)
+@click.option("--image", "inner", metavar="NAME", help="Which image, where SOURCE holds several.")
+async def import_image(session: Session, source: Path, name: str, tag: str, inner: str | None) -> None:
+    """Push an OCI image layout (a directory, or a tar of one, as `docker save` writes since version 25) to the registry."""
+    from atoll.cli.building import push_image
+    from atoll.images.layout import Layout, LayoutImage
+
+    if not source.exists():
+        raise NotFound(f"{source}: no such file or directory")
+    with tempfile.TemporaryDirectory(prefix="atoll-import-") as scratch:
+        layout = source if source.is_dir() else _unpacked(source, Path(scratch))
+        resolved = await LayoutImage(Layout(layout), name=inner).resolve()
+        pushed = await push_image(session, layout, resolved.digest, session.project, name, tag=tag)
+    if session.json:
+        session.output.json({"image": pushed, "digest": resolved.digest})
+    else:
+        click.echo(pushed)
+
+
+def _unpacked(source: Path, target: Path) -> Path:
+    try:
+        with tarfile.open(source) as archive:
+            archive.extractall(target, filter="data")
+    except (tarfile.TarError, OSError) as error:
+        raise ImageError(f"{source} is not a tar file: {error}", mend="give an OCI layout, or what `docker save` wrote") from None
+    if not (target / "index.json").exists():
+        raise ImageError(
+            f"{source} holds no OCI layout", mend=f"convert it: skopeo copy docker-archive:{source} oci:DIR, then import DIR"
+        )
+    return target
+
+
+@command(name="list", example="atoll image list")
+async def list_images(session: Session) -> None:
+    """List what the project's apps and jobs run, and where from."""
+    async with session.client() as client:
+        apps = await client.apps(session.project)
+        jobs = await client.jobs(session.project)
+    used: dict[str, list[str]] = {}
+    for view in apps:
+        used.setdefault(view.app.spec.image or "–", []).append(view.app.name)
+    for job in jobs:
+        used.setdefault(job.job.spec.image or "–", []).append(f"job {job.job.name}")
+    if session.json:
+        session.output.json([{"image": image, "used_by": by} for image, by in sorted(used.items())])
+        return
+    rows = [(", ".join(by), image) for image, by in sorted(used.items())]
+    session.output.table(("USED BY", "IMAGE"), rows, empty=f"project '{session.project}' runs no image")
+
+
+for _each in (import_image, list_images):
+    image.add_command(_each)
