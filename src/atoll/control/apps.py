@@ -152,8 +152,10 @@ class _Step:
         """Return how many instances of what served before must be made while the wanted release has failed."""
         waiting_old = sum(not self._current(seen) for seen in self.waiting)
         total = len(self.new) + len(self.old) + len(self.waiting) + self.created
-        short = self.wanted - len(self.ready_new) - len(self.old) - waiting_old
-        return min(short, self.wanted + self.rules.max_surge - total)
+        most = self.wanted + self.rules.max_surge
+        # One place is left to the failed release, or the two would take turns in it.
+        target = min(self.wanted - len(self.ready_new), most - 1)
+        return min(target - len(self.old) - waiting_old, most - total)
 
     def _create(self, release: int, generation: int, count: int, due: list[Seen]) -> None:
         for number in range(count):
