@@ -6,6 +6,7 @@ that a crash in between leaves nothing that the next agent does not find.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,7 +61,9 @@ class OciBoxes:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         # An instance with ids of its own must reach its root by path, and may pass through none of our directories.
         self._roots = runtime_directory / hashlib.sha256(bytes(directory.resolve())).hexdigest()[:12]
-        self._roots.mkdir(parents=True, exist_ok=True, mode=0o711)
+        self._roots.mkdir(parents=True, exist_ok=True)
+        for path in (runtime_directory, self._roots):
+            path.chmod(0o711)
         self.userns = idmaps_work(directory) if userns is None else userns
 
     def root(self, id: str) -> Path:
@@ -168,6 +171,8 @@ class OciBoxes:
     def close(self) -> None:
         self.scratch.close()
         self.idmaps.close()
+        with contextlib.suppress(OSError):  # roots are mounted there: they stay
+            self._roots.rmdir()
 
 
 def load_config(directory: Path) -> dict[str, Any]:

@@ -268,8 +268,9 @@ class OciRuntime:
         for container in self._containers.values():
             container.close()
         self._containers.clear()
-        if self._made is not None:
-            await self._in_thread(self._made.close)
+        made, self._made = self._made, None
+        if made is not None:
+            await self._in_thread(made.close)
         self._threads.shutdown(wait=True)
 
     async def _running(self, id: str) -> Container:

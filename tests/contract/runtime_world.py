@@ -1,0 +1,138 @@
+"""Where the runtime contract runs: the same programs on the fake runtime and in real containers made of busybox."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.model.ports.images import Image, ImageConfig
+from atoll.model.ports.runtime import Box, Limits, Runtime
+
+BUSYBOX = Path("/bin/busybox")
+LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=64 << 20, pids=64)
+
+_SCRIPTS = {
+    "exit": 'sleep "${2:-0}"; exit "$1"',
+    "stubborn": "trap '' TERM; while :; do sleep 0.05; done",
+    "graceful": "trap 'exit 0' TERM; while :; do sleep 0.05; done",
+    "run": "while :; do sleep 1000; done",
+}
+_APPLETS = (
+    "sh cat sleep echo true false id ls ping stty dd head mount umount mkdir touch rm chmod kill test seq wc grep nc ln stat env"
+)
+
+
+def make_layer(directory: Path) -> Path:
+    """Return a layer with busybox and the programs that the fake runtime knows too."""
+    layer = directory / "layer"
+    for name in ("bin", "etc", "tmp", "data", "srv"):
+        (layer / name).mkdir(parents=True)
+    (layer / "tmp").chmod(0o1777)
+    shutil.copy(BUSYBOX, layer / "bin/busybox")
+    for applet in _APPLETS.split():
+        (layer / "bin" / applet).symlink_to("busybox")
+    for name, script in _SCRIPTS.items():
+        program = layer / "bin" / name
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    (layer / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\napp:x:1234:1235:App:/srv:/bin/sh\n")
+    (layer / "etc/group").write_text("root:x:0:\napp:x:1235:\nextra:x:2000:app,other\n")
+    (layer / "srv/owned").write_text("app's\n")
+    os.chown(layer / "srv/owned", 1234, 1235)
+    return layer
+
+
+class World:
+    """One node: `make` gives a runtime on it, any number of times, as agents come and go."""
+
+    def __init__(self, directory: Path, make: Callable[[], Runtime], layers: tuple[Path, ...], *, real: bool) -> None:
+        self.directory = directory
+        self.make = make
+        self.real = real
+        self.runtime = make()
+        self._image = Image(reference="test", digest="sha256:0", config=ImageConfig(), layers=layers)
+        self._readers: dict[Path, int] = {}
+
+    def box(self, id: str, /, *argv: str, **changes: Any) -> Box:
+        """Return a box whose output FIFOs are open for `output`."""
+        fifos = []
+        for name in ("stdout", "stderr"):
+            path = self.directory / f"{id}.{name}"
+            os.mkfifo(path)
+            self._readers[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            fifos.append(path)
+        fields: dict[str, Any] = {
+            "id": id,
+            "directory": self.directory / "instances" / id,
+            "image": self._image,
+            "argv": argv,
+            "env": (("GREETING", "hello"),),
+            "workdir": "/",
+            "user": "",
+            "hostname": f"host-{id}",
+            "limits": LIMITS,
+            "stdout": fifos[0],
+            "stderr": fifos[1],
+        }
+        return Box(**(fields | changes))
+
+    def output(self, id: str, stream: str = "stdout") -> str:
+        """Return what the instance has written since the last call."""
+        parts = []
+        while True:
+            try:
+                part = os.read(self._readers[self.directory / f"{id}.{stream}"], 1 << 16)
+            except BlockingIOError:
+                part = b""
+            if not part:
+                return b"".join(parts).decode()
+            parts.append(part)
+
+    async def output_until(self, id: str, text: str, deadline_s: float = 10.0) -> str:
+        seen, deadline = "", time.monotonic() + deadline_s
+        while text not in seen:
+            assert time.monotonic() < deadline, f"{text!r} did not come, only {seen!r}"
+            await asyncio.sleep(0.01)
+            seen += self.output(id)
+        return seen
+
+    async def launch(self, id: str, /, *argv: str, **changes: Any) -> int:
+        await self.runtime.create(self.box(id, *argv, **changes))
+        return (await self.runtime.start(id)).pid
+
+    async def run(self, id: str, /, *argv: str, **changes: Any) -> tuple[int, str, str]:
+        """Run to the end; return the exit status, stdout and stderr."""
+        await self.launch(id, *argv, **changes)
+        end = await asyncio.wait_for(self.runtime.wait(id), 20)
+        return end.code, self.output(id), self.output(id, "stderr")
+
+    async def shell(self, id: str, script: str, **options: Any) -> tuple[int, str]:
+        """Run a script beside the instance; return its exit status and all that it wrote."""
+        execution = await self.runtime.exec(id, ["sh", "-c", script], **options)
+        try:
+            parts = []
+            while (part := await asyncio.wait_for(execution.read(), 20)) is not None:
+                parts.append(part[1])
+            return await asyncio.wait_for(execution.wait(), 20), b"".join(parts).decode()
+        finally:
+            await execution.close()
+
+    async def reopen(self) -> Runtime:
+        """Put a new agent's runtime in the place of the old one."""
+        await self.runtime.close()
+        self.runtime = self.make()
+        return self.runtime
+
+    async def close(self) -> None:
+        await self.runtime.close()
+        self.runtime = self.make()
+        for found in await self.runtime.recover():
+            await self.runtime.delete(found.id)
+        await self.runtime.close()
+        for fd in self._readers.values():
+            os.close(fd)
