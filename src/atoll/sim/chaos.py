@@ -1,0 +1,132 @@
+"""The larger faults: processes, machines, lines and disks, one after another, until all is healed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from atoll.api.service.access import SYSTEM
+from atoll.model.errors import AtollError, Compacted, Unavailable
+from atoll.model.records import Instance
+from atoll.sim.machine import SimMachine
+
+if TYPE_CHECKING:
+    from atoll.sim.world import World
+
+DOWN_S = 8.0
+"""The longest that a killed process usually stays away."""
+DOWN_LONG_S = 80.0
+"""Sometimes a machine is away for longer than it takes to be given up."""
+
+
+class Chaos:
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._choose = world.choose
+        self._story = world.story
+        self._cordoned: set[str] = set()
+
+    async def run(self) -> None:
+        """Do one thing after another, for ever; what takes its time goes on beside the next."""
+        profile = self._world.profile
+        if not profile.chaos:
+            await asyncio.Event().wait()  # nothing is to happen: the run's end cancels this
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await asyncio.sleep(self._choose.expovariate(1 / profile.chaos_every_s))
+                kind = self._choose.choice(profile.chaos)
+                self._story.mark(f"chaos: {kind}")
+                group.create_task(self._do(kind))
+
+    async def heal(self) -> None:
+        """Undo everything, so that from now on nothing fails any more."""
+        world = self._world
+        world.faults.heal()
+        world.server.start()
+        if world.server.store is not None:
+            world.server.store.stalled_until = 0.0
+        world.ingress.line.mend()
+        for machine in world.machines.values():
+            machine.line.mend()
+            machine.sick.clear()
+            machine.start_agent()
+        for name in sorted(self._cordoned):
+            await self._cordon(name, False)
+
+    async def _do(self, kind: str) -> None:
+        world = self._world
+        machine = self._choose.choice(list(world.machines.values()))
+        match kind:
+            case "agent-crash":
+                await machine.crash_agent()
+                await self._wait(DOWN_S)
+                machine.start_agent()
+            case "machine-restart":
+                await machine.restart()
+                await self._wait(self._choose.choice((DOWN_S, DOWN_LONG_S)))
+                machine.start_agent()
+            case "server-crash":
+                await world.server.crash()
+                await self._wait(DOWN_S)
+                world.server.start()
+            case "partition":
+                self._story.tell("a line is cut", node=machine.name)
+                machine.line.cut()
+                await self._wait(self._choose.choice((DOWN_S, DOWN_LONG_S)))
+                machine.line.mend()
+            case "ingress-cut":
+                world.ingress.line.cut()
+                await self._wait(DOWN_S)
+                world.ingress.line.mend()
+            case "process-crash" | "sick":
+                self._hurt(machine, kind)
+            case "pull-fails":
+                for reference in ("registry.test/app:1", "registry.test/job:1"):
+                    machine.images.fail(reference, Unavailable("the registry hangs"), times=2)
+                await machine.images.collect(())
+            case "compaction":
+                with contextlib.suppress(Compacted):
+                    await world.disk.compact(await world.disk.revision())
+            case "stall":
+                self._story.tell("the server's disk hangs")
+                world.server.stall()
+            case "cordon":
+                self._cordoned.add(machine.name)
+                await self._cordon(machine.name, True)
+            case "stop-instance":
+                await self._stop_instance()
+            case _:
+                raise AssertionError(f"no chaos is called {kind}")
+
+    async def _wait(self, most_s: float) -> None:
+        await asyncio.sleep(self._choose.random() * most_s)
+
+    def _hurt(self, machine: SimMachine, kind: str) -> None:
+        running = machine.host.running()
+        if not running:
+            return
+        id = self._choose.choice(running)
+        if kind == "sick":
+            self._story.tell("a process hangs", node=machine.name, instance=id)
+            machine.make_sick(id)
+        else:
+            self._story.tell("a process crashes", node=machine.name, instance=id)
+            machine.host.crash(id, oom=self._choose.random() < 0.3)
+
+    async def _cordon(self, name: str, cordoned: bool) -> None:
+        user = self._world.app_users[0]
+        try:
+            await user.insist(f"cordon {name} {cordoned}", lambda s, r: s.nodes.cordon(name, cordoned, request=r))
+        except AtollError as error:
+            self._story.tell("cordoning was refused", cause=error.message)
+
+    async def _stop_instance(self) -> None:
+        ids = sorted(instance.id for instance in self._world.rules.records[Instance].values())
+        if not ids:
+            return
+        id = self._choose.choice(ids)
+        try:
+            await self._world.app_users[0].insist(f"stop {id}", lambda s, r: s.instances.stop(SYSTEM, "default", id, request=r))
+        except AtollError as error:
+            self._story.tell("stopping was refused", cause=error.message)

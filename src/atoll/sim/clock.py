@@ -1,0 +1,22 @@
+"""The clock port on a virtual loop."""
+
+from __future__ import annotations
+
+import asyncio
+
+EPOCH = 1_800_000_000.0
+"""When every simulation begins, in seconds since the epoch."""
+
+
+class VirtualClock:
+    """Reads the loop's time; `skew_s` is how far this machine's idea of the date is off."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, skew_s: float = 0.0) -> None:
+        self._loop = loop
+        self.skew_s = skew_s
+
+    def now(self) -> float:
+        return round(EPOCH + self._loop.time() + self.skew_s, 6)
+
+    def monotonic(self) -> float:
+        return self._loop.time()

@@ -1,0 +1,119 @@
+"""Which faults a seed brings, how often, and the dice for them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from msgspec import Struct
+
+from atoll.model.errors import Unavailable
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """What a run is made of. Rates are probabilities of each call; spans are in seconds of virtual time."""
+
+    calm: bool
+    """No faults at all: then also what only holds without them is checked."""
+    nodes: int
+    apps: int
+    jobs: int
+    span_s: float
+    """How long users and chaos are at work before everything is healed."""
+    shuffle: float
+    latency_s: float
+    """The longest usual delay of a call."""
+    lost: float
+    """Requests that never arrive."""
+    lost_reply: float
+    """Requests that are carried out, but whose answer never arrives."""
+    store_fails: float
+    slow_watch: float
+    """Batches of a watch that come late."""
+    runtime_fails: float
+    chaos: tuple[str, ...]
+    """Kinds of larger faults that happen."""
+    chaos_every_s: float
+
+
+KINDS_OF_CHAOS = (
+    "agent-crash",
+    "server-crash",
+    "process-crash",
+    "machine-restart",
+    "partition",
+    "ingress-cut",
+    "sick",
+    "pull-fails",
+    "compaction",
+    "stall",
+    "cordon",
+    "stop-instance",
+)
+
+
+def profile_of(choose: random.Random) -> Profile:
+    """Return the profile that a seed's generator gives; a quarter of all are calm, the others have some faults each."""
+    calm = choose.random() < 0.25
+
+    def rate(most: float) -> float:
+        return 0.0 if calm or choose.random() < 0.4 else choose.uniform(0, most)
+
+    return Profile(
+        calm=calm,
+        nodes=choose.randint(2, 4),
+        apps=choose.randint(1, 3),
+        jobs=choose.randint(0, 2),
+        span_s=choose.uniform(30, 70),
+        shuffle=choose.choice((0.0, 0.2, 1.0)),
+        latency_s=choose.choice((0.0, 0.003, 0.03)) if calm else choose.choice((0.001, 0.01, 0.2)),
+        lost=rate(0.05),
+        lost_reply=rate(0.05),
+        store_fails=rate(0.03),
+        slow_watch=rate(0.2),
+        runtime_fails=rate(0.05),
+        chaos=() if calm else tuple(kind for kind in KINDS_OF_CHAOS if choose.random() < 0.5),
+        chaos_every_s=choose.uniform(2, 12),
+    )
+
+
+class Faults:
+    """The dice. After `heal` nothing fails any more, and delays are usual ones."""
+
+    def __init__(self, profile: Profile, choose: random.Random) -> None:
+        self.profile = profile
+        self.healed = False
+        self._choose = choose
+
+    def hit(self, rate: float) -> bool:
+        return rate > 0 and not self.healed and self._choose.random() < rate
+
+    async def pause(self) -> None:
+        """Take as long as a call usually does."""
+        if self.profile.latency_s:
+            await asyncio.sleep(self._choose.random() * self.profile.latency_s)
+
+    async def dawdle(self, most_s: float) -> None:
+        """Take much longer than usual."""
+        await asyncio.sleep(self._choose.random() * most_s)
+
+    def heal(self) -> None:
+        self.healed = True
+
+
+class Life:
+    """One run of a process. What belongs to a process that was killed can do nothing any more, however it ends."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.ended = asyncio.Event()
+
+    def end(self) -> None:
+        self.alive = False
+        self.ended.set()
+
+    def check(self) -> None:
+        """Raise Unavailable when the process was killed: whatever it still asks for does not happen."""
+        if not self.alive:
+            raise Unavailable(f"{self.name} was killed")

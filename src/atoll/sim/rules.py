@@ -1,0 +1,203 @@
+"""What must hold at every moment of every run, checked on each revision of the disk and each process that starts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from atoll.model import codec, keys
+from atoll.model.ports.control_plane import RoutingBatch
+from atoll.model.ports.runtime import Box
+from atoll.model.ports.store import Change, Store, WatchBatch
+from atoll.model.records import App, Event, Instance, Job, Node, OwnerKind, Release, Status
+from atoll.model.spec import Workload
+from atoll.model.states import TRANSITIONS, Desired, Phase, advance
+from atoll.sim.machine import SimMachine
+from atoll.sim.server import KINDS
+from atoll.sim.story import Story
+
+_FIXED = ("id", "project", "owner_kind", "owner", "release", "generation", "index", "attempt", "created_at")
+"""Fields of an instance that never change."""
+
+
+class Rules:
+    """The observer. It reads the disk itself, so that no part of the system stands between it and what is true."""
+
+    def __init__(self, story: Story, machines: Mapping[str, SimMachine], *, calm: bool) -> None:
+        self._story = story
+        self._machines = machines
+        self._calm = calm
+        self.records: dict[type[Any], dict[str, Any]] = {kind: {} for kind in KINDS.values()}
+        self.revision = 0
+        self.stopped_at: dict[str, int] = {}
+        """Instance → revision at which it was told to stop, or removed."""
+        self.least_ready: dict[str, int] = {}
+        """App → ready instances below which a calm run never falls."""
+        self.serves_since: dict[str, float] = {}
+        """App → (virtual) time since when that has been more than none."""
+
+    async def watch(self, disk: Store) -> None:
+        """Follow every revision for ever."""
+        async for batch in disk.watch("", start=type(await disk.revision())(1)):
+            self._take(batch)
+
+    def _take(self, batch: WatchBatch) -> None:
+        if batch.revision != self.revision + 1:
+            self._story.breaks(f"the store went from revision {self.revision} to {batch.revision}")
+        self.revision = batch.revision
+        placed: list[Instance] = []
+        for change in batch.changes:
+            self._story.imprint(change.key, change.item.value if change.item else None)
+            prefix = change.key[: change.key.find("/") + 1]
+            kind = KINDS.get(prefix)
+            if kind is not None:
+                self._change(kind, change.key.removeprefix(prefix), change, placed)
+        for instance in placed:
+            self._check_room(instance.node or "")
+        if self._calm:
+            self._check_serving()
+
+    def _change(self, kind: type[Any], key: str, change: Change, placed: list[Instance]) -> None:
+        records = self.records[kind]
+        old = records.get(key)
+        new = codec.decode(change.item.value, kind) if change.item else None
+        if new is None:
+            records.pop(key, None)
+        else:
+            records[key] = new
+        if kind is Instance:
+            self._check_instance(key, old, new)
+            if new is not None and new.node is not None and (old is None or old.node is None):
+                placed.append(new)
+        elif kind is Status and new is not None:
+            self._check_status(key, old, new)
+        elif kind is Release and old is not None and new is not None and old != new:
+            self._story.breaks(f"release {key} was changed")
+        elif kind is Event and new is not None and old is None:
+            self._story.mark(f"event: {new.code}")
+            self._story.tell(f"event {new.subject}: {new.code}", message=new.message)
+
+    def _check_instance(self, key: str, old: Instance | None, new: Instance | None) -> None:
+        if new is None:
+            status = self.records[Status].get(key)
+            if old is not None:
+                self.stopped_at.setdefault(old.id, self.revision)
+                self._story.tell("instance removed", id=old.id, desired=old.desired, phase=status.phase if status else None)
+            return
+        self._story.tell("instance", id=new.id, desired=new.desired, node=new.node, release=new.release, generation=new.generation)
+        if new.desired is Desired.STOP:
+            self.stopped_at.setdefault(new.id, self.revision)
+        if old is None:
+            if new.id in self.stopped_at:
+                self._story.breaks(f"instance {new.id} was made again")
+            return
+        if advance(old.desired, new.desired) is not new.desired:
+            self._story.breaks(f"instance {new.id} was to {old.desired}, then to {new.desired}")
+        if old.node is not None and (old.node, old.runtime) != (new.node, new.runtime):
+            self._story.breaks(f"instance {new.id} was moved from {old.node} to {new.node}")
+        for field in _FIXED:
+            if getattr(old, field) != getattr(new, field):
+                self._story.breaks(f"{field} of instance {new.id} was changed")
+
+    def _check_status(self, key: str, old: Status | None, new: Status) -> None:
+        instance = self.records[Instance].get(key)
+        self._story.tell("status", id=new.instance, phase=new.phase, ready=new.ready, node=new.node, message=new.message)
+        if instance is None:
+            self._story.breaks(f"a status of {new.instance}, which is gone, was written")
+        elif instance.node != new.node:
+            self._story.breaks(f"{new.node} spoke of {new.instance}, which is on {instance.node}")
+        if old is not None and new.phase not in _reachable(old.phase):
+            self._story.breaks(f"{new.instance} went from {old.phase} to {new.phase}")
+        if new.ready and new.phase is not Phase.RUNNING:
+            self._story.breaks(f"{new.instance} is {new.phase} and ready")
+
+    def _check_room(self, name: str) -> None:
+        """A node never has more placed on it than it has."""
+        node: Node | None = self.records[Node].get(name)
+        if node is None:
+            self._story.breaks(f"an instance was placed on {name}, which is not known")
+            return
+        cpu_milli = memory_bytes = 0
+        for key, instance in self.records[Instance].items():
+            status: Status | None = self.records[Status].get(key)
+            if instance.node != name or (status is not None and status.phase.final):
+                continue
+            spec = self.spec_of(instance)
+            if spec is not None:
+                cpu_milli += spec.resources.cpu.milli
+                memory_bytes += spec.resources.memory
+        if cpu_milli > node.capacity.cpu_milli or memory_bytes > node.capacity.memory_bytes:
+            self._story.breaks(f"node {name} is over-committed: {cpu_milli} milli-cores and {memory_bytes} bytes are placed there")
+
+    def spec_of(self, instance: Instance) -> Workload | None:
+        """Return the instance's spec, or that of the newest release if its own is gone."""
+        if instance.owner_kind is OwnerKind.JOB:
+            job: Job | None = self.records[Job].get(f"{instance.project}/{instance.owner}")
+            return job.spec if job else None
+        release: Release | None = self.records[Release].get(
+            keys.release(instance.project, instance.owner, instance.release).removeprefix(keys.RELEASES)
+        )
+        return release.spec if release else None
+
+    def ready(self, app: str) -> int:
+        """Return how many instances of an app serve."""
+        count = 0
+        for key, instance in self.records[Instance].items():
+            status: Status | None = self.records[Status].get(key)
+            if f"{instance.project}/{instance.owner}" == app and instance.owner_kind is OwnerKind.APP:
+                count += bool(instance.desired is Desired.RUN and status and status.ready)
+        return count
+
+    def _check_serving(self) -> None:
+        """Without faults, an app that once served never serves with less than it promised."""
+        for name, app in self.records[App].items():
+            floor = 0 if app.deleting else max(0, app.replicas - app.spec.rollout.max_unavailable)
+            ready = self.ready(name)
+            # What was asked for since counts once it was reached, and a smaller wish counts at once.
+            least = min(self.least_ready.get(name, 0), floor)
+            if ready < least:
+                self._story.breaks(f"{ready} instances of {name} serve; without faults {least} must")
+            self.least_ready[name] = least = max(least, min(floor, ready))
+            if least:
+                self.serves_since.setdefault(name, asyncio.get_running_loop().time())
+            else:
+                self.serves_since.pop(name, None)
+        for name in [name for name in self.least_ready if name not in self.records[App]]:
+            del self.least_ready[name]
+            self.serves_since.pop(name, None)
+
+    def routed(self, batch: RoutingBatch) -> None:
+        """Check a batch before the ingress uses it."""
+        for routing in batch.put:
+            for endpoint in routing.endpoints:
+                if self.stopped_at.get(endpoint.instance, batch.revision + 1) <= batch.revision:
+                    self._story.breaks(f"{routing.app} is routed to {endpoint.instance}, which was told to stop")
+
+    def started(self, machine: SimMachine, box: Box) -> None:
+        """Check a process that is about to start."""
+        for other in self._machines.values():
+            if box.id in other.host.running():
+                self._story.breaks(f"{box.id} starts on {machine.name} while it runs on {other.name}")
+        instance = next((i for i in self.records[Instance].values() if i.id == box.id), None)
+        if instance is not None and instance.node != machine.name:
+            self._story.breaks(f"{box.id} starts on {machine.name}, but its node is {instance.node}")
+        running = Counter[str]()
+        for id in (*machine.host.running(), box.id):
+            limits = box.limits if id == box.id else machine.host.processes[id].box.limits
+            running["cpu"] += limits.cpu_milli
+            running["memory"] += limits.memory_bytes
+        if running["cpu"] > machine.capacity[0] or running["memory"] > machine.capacity[1]:
+            self._story.breaks(f"{machine.name} runs more than it has: {dict(running)}")
+
+
+def _reachable(phase: Phase) -> frozenset[Phase]:
+    """Return where an instance may be at its node's next word: an agent reports only the newest."""
+    found = {phase}
+    grown = True
+    while grown:
+        more = found.union(*(TRANSITIONS[step] for step in found))
+        grown = len(more) > len(found)
+        found = more
+    return frozenset(found)
