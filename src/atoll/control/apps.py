@@ -98,7 +98,7 @@ class _Step:
             missing = min(self._missing(), 1 - len(self.new) - sum(self._current(seen) for seen in self.waiting))
         self._create(self.app.release, self.app.generation, missing, self._due(current=True))
         self._retire_surplus()
-        self._retire_old()
+        self._retire_old(rollout)
         self._drop_lost()
         self._report(rollout)
 
@@ -153,9 +153,14 @@ class _Step:
         waiting_old = sum(not self._current(seen) for seen in self.waiting)
         total = len(self.new) + len(self.old) + len(self.waiting) + self.created
         most = self.wanted + self.rules.max_surge
-        # One place is left to the failed release, or the two would take turns in it.
-        target = min(self.wanted - len(self.ready_new), most - 1)
-        return min(target - len(self.old) - waiting_old, most - total)
+        return min(self._served_wanted() - len(self.old) - waiting_old, most - total)
+
+    def _served_wanted(self) -> int:
+        """Return how many of what served before are kept while the wanted release has failed.
+
+        One place is left to the failed release, or the two would take turns in it.
+        """
+        return max(0, min(self.wanted - len(self.ready_new), self.wanted + self.rules.max_surge - 1))
 
     def _create(self, release: int, generation: int, count: int, due: list[Seen]) -> None:
         for number in range(count):
@@ -196,11 +201,13 @@ class _Step:
         self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
         self.ready_new = [seen for seen in self.ready_new if seen.instance.id not in gone]
 
-    def _retire_old(self) -> None:
+    def _retire_old(self, rollout: Rollout) -> None:
         """Take away as many of the old as the ready ones allow, those that do not serve first."""
         serving = len(self.ready_new) + sum(seen.ready for seen in self.old)
         least = max(0, self.wanted - self.rules.max_unavailable)
         spare = len(self.old) + len(self.ready_new) - least
+        if rollout.failed and rollout.served in self.facts.specs:
+            spare = min(spare, len(self.old) - self._served_wanted())
         reason = f"replaced by release {self.app.release}"
         for seen in sorted(self.old, key=lambda s: (s.ready, s.instance.created_at, s.instance.id)):
             if spare <= 0 or (seen.ready and serving <= least):
