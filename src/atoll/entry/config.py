@@ -14,6 +14,8 @@ API_DEFAULT = "127.0.0.1:7600"
 INGRESS_DEFAULT = "127.0.0.1:8080"
 SUBNET_DEFAULT = "10.64.0.0/16"
 DOMAIN_DEFAULT = "localhost"
+EXIT_HOPELESS = 78
+"""EX_CONFIG of sysexits.h: the supervisor does not start such a process again, but ends."""
 
 
 @dataclass(frozen=True)

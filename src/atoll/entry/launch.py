@@ -41,9 +41,10 @@ def launch(config: Config, *, progress: Callable[[str], None] = lambda _: None) 
     config.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     command = [sys.executable, "-m", "atoll.entry.up", *config.arguments()]
     with open(log_path(config), "ab") as log:
+        begin = log.tell()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
     try:
-        asyncio.run(_wait_ready(config, child, progress))
+        asyncio.run(_wait_ready(config, child, begin, progress))
     except AtollError:
         child.terminate()
         child.wait(STOP_S)
@@ -51,12 +52,12 @@ def launch(config: Config, *, progress: Callable[[str], None] = lambda _: None) 
     return child.pid
 
 
-async def _wait_ready(config: Config, child: subprocess.Popen[bytes], progress: Callable[[str], None]) -> None:
+async def _wait_ready(config: Config, child: subprocess.Popen[bytes], begin: int, progress: Callable[[str], None]) -> None:
     deadline = time.monotonic() + READY_S
     waiting_for = "the server"
     while time.monotonic() < deadline:
         if child.poll() is not None:
-            raise Unavailable(f"`atoll up` ended with status {child.returncode}; its last lines:\n{_tail(config)}")
+            raise Unavailable(f"`atoll up` ended with status {child.returncode}; its last lines:\n{_tail(config, begin)}")
         progress(waiting_for)
         with contextlib.suppress(AtollError):
             lacking = await missing(config)
@@ -64,7 +65,7 @@ async def _wait_ready(config: Config, child: subprocess.Popen[bytes], progress: 
                 return
             waiting_for = lacking
         await asyncio.sleep(POLL_S)
-    raise DeadlineExceeded(f"{waiting_for} was not ready after {READY_S:.0f} s; the log's last lines:\n{_tail(config)}")
+    raise DeadlineExceeded(f"{waiting_for} was not ready after {READY_S:.0f} s; the log's last lines:\n{_tail(config, begin)}")
 
 
 async def missing(config: Config) -> str | None:
@@ -79,9 +80,11 @@ async def missing(config: Config) -> str | None:
         return None if node is not None and node.heartbeat is not None and node.health is NodeHealth.READY else "the agent"
 
 
-def _tail(config: Config) -> str:
-    path = log_path(config)
-    return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:]) if path.exists() else ""
+def _tail(config: Config, begin: int) -> str:
+    """Return the last lines that were logged since `begin`, a position in bytes."""
+    with open(log_path(config), "rb") as log:
+        log.seek(begin)
+        return "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_LINES:])
 
 
 def terminate(config: Config, *, keep_running: bool = False) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import structlog
 import uvloop
@@ -19,14 +21,17 @@ from atoll.entry.config import (
     API_DEFAULT,
     DATA_DEFAULT,
     DOMAIN_DEFAULT,
+    EXIT_HOPELESS,
     INGRESS_DEFAULT,
     SUBNET_DEFAULT,
     Config,
 )
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, Retry, Unauthenticated
 
 PR_SET_PDEATHSIG = 1
 EXIT_FAILED = 1
+TOKEN_WAIT_S = 60.0
+"""How long a token file may take to appear; the server writes it when it first starts."""
 
 Main = Callable[[Config, asyncio.Event], Awaitable[None]]
 
@@ -50,7 +55,7 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
 def run(role: str, main: Main) -> None:
     """Run a process until SIGTERM or SIGINT, which set the event that `main` got; then `main` ends in its own time.
 
-    Exits 1 with one line that names the cause and the mend when it cannot go on.
+    When it cannot go on it says the cause and the mend, and exits 1, or `EXIT_HOPELESS` where another try cannot help.
     """
     config = parse(role)
     set_up_logs(role, as_json=config.log_json)
@@ -58,9 +63,10 @@ def run(role: str, main: Main) -> None:
     try:
         uvloop.run(_until_stopped(main, config))
     except* AtollError as group:
-        for error in _leaves(group):
+        errors = _leaves(group)
+        for error in errors:
             report(error)
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_HOPELESS if any(error.retry is Retry.NEVER for error in errors) else EXIT_FAILED)
 
 
 async def _until_stopped(main: Main, config: Config) -> None:
@@ -69,6 +75,30 @@ async def _until_stopped(main: Main, config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await main(config, stop)
+
+
+async def run_until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` until `stop`, then cancel it and wait for its end. What `work` raises is raised."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        working.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await working
+
+
+async def read_token(path: Path, stop: asyncio.Event) -> str | None:
+    """Return the token in a file, waiting until it is there; None when told to stop first."""
+    for _ in range(int(TOKEN_WAIT_S / 0.05)):
+        if stop.is_set():
+            return None
+        if path.exists():
+            return path.read_text().strip()
+        await asyncio.sleep(0.05)
+    raise Unauthenticated(f"there is no token in {path}", mend="write one there; `atoll token create` makes one")
 
 
 def _leaves(group: BaseExceptionGroup[AtollError]) -> list[AtollError]:

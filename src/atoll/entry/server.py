@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
-import uvicorn
 
 from atoll.api.http.app import create_app
-from atoll.api.service.access import Caller
+from atoll.api.http.serve import listen, serving
+from atoll.api.service import SYSTEM, Service
 from atoll.api.service.context import KINDS
-from atoll.api.service.service import Service
 from atoll.control.controllers import run_control
 from atoll.entry.config import Config, split_address, write_private
-from atoll.entry.process import run
-from atoll.model.errors import Conflict, Unauthenticated
+from atoll.entry.process import run, run_until
+from atoll.model.errors import Unauthenticated
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.model.records import Role
 from atoll.model.views import TokenRequest
@@ -27,87 +24,29 @@ from atoll.sdk.context import Saved, save
 from atoll.store.cache import State
 from atoll.store.sqlite import SqliteStore
 
-SHUTDOWN_S = 3
-"""How long requests under way may take when the server ends."""
-SYSTEM = Caller(id="system", role=Role.ADMIN, project="*", subject="", name="system")
 log = structlog.get_logger()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn, told to stop by us: one place in the process listens for signals."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 async def main(config: Config, stop: asyncio.Event) -> None:
-    """Serve until `stop`. Raises Conflict (port or data in use), Corrupt, Unavailable."""
-    listener = listen(config.api)
+    """Serve until `stop`. Raises Unavailable (the port is taken), Conflict (the data is in use), Corrupt."""
+    listener = listen(*split_address(config.api, field="--api"))
     clock, random = SystemClock(), system_random()
-    key = cell_key(config.server_data / "key")
+    config.server_data.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = await SqliteStore.open(config.server_data / "state.db", clock)
     try:
         async with State(store, KINDS) as state:
+            key = cell_key(config.server_data / "key")
             service = Service(store, state, clock, random, key, config.domain, store_name="sqlite")
-            async with service:
-                await write_tokens(config, service)
-                app = create_app(service, config.server_data / "registry")
-                server = _Server(_settings(app))
-                control = asyncio.create_task(
-                    run_control(
-                        store=store,
-                        state=state,
-                        clock=clock,
-                        random=random,
-                        last_seen=service.heartbeats,
-                        identity=config.node_name,
-                    )
-                )
-                serving = asyncio.create_task(server.serve(sockets=[listener]))
-                stopping = asyncio.create_task(stop.wait())
+            await service.start()
+            await write_tokens(config, service)
+            async with serving(create_app(service), service, listener):
                 log.info("serving", api=f"http://{config.api}", store="sqlite")
-                await asyncio.wait({control, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                server.should_exit = True
-                service.watching.close()
-                stopping.cancel()
-                control.cancel()
-                await asyncio.gather(serving, return_exceptions=False)
-                with contextlib.suppress(asyncio.CancelledError):
-                    await control
+                await run_until(
+                    stop,
+                    run_control(store, state, clock, random, service.heartbeats.last_seen(), identity=config.node_name),
+                )
     finally:
         await store.close()
-
-
-def _settings(app: object) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type]  # an ASGI application, which uvicorn types more narrowly
-        loop="none",
-        http="httptools",
-        ws="websockets-sansio",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        timeout_keep_alive=75,
-        backlog=1024,
-    )
-
-
-def listen(address: str) -> socket.socket:
-    """Return a listening socket. Raises Conflict with the mend when the address is taken."""
-    host, port = split_address(address, field="--api")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise Conflict(f"--api: cannot listen on {address}: {error.strerror}", mend="give another address with --api") from None
-    listener.setblocking(False)
-    return listener
 
 
 def cell_key(path: Path) -> bytes:

@@ -50,6 +50,7 @@ class Supervisor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._keep_running = False
+        self._status = 0
         self._children = {role: _Child(role) for role in ROLES}
         self._stopping = False
 
@@ -77,7 +78,7 @@ class Supervisor:
                 self._reap()
             signal.set_wakeup_fd(-1)
         self._stop_all()
-        return 0
+        return self._status
 
     def _on_stop(self, number: int, _frame: FrameType | None) -> None:
         self._stopping = True
@@ -103,7 +104,6 @@ class Supervisor:
                 )
                 child.failures += 1
                 child.retry_at = now + delay
-                child.process = None
         ours = {child.process.pid for child in self._children.values() if child.process is not None}
         while (info := _next_ended()) is not None and info not in ours:
             with contextlib.suppress(ChildProcessError):
