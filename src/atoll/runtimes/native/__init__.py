@@ -11,11 +11,11 @@ SOURCE = Path(__file__).with_name("shim.c")
 _BINARY = Path(__file__).with_name("atoll-shim")
 
 
-def shim_path() -> Path:
+def shim_path(binary: Path = _BINARY) -> Path:
     """Return the shim's path. Raises Unsupported, with the command that builds it, where it is missing or stale."""
     mend = f"run `make -C {SOURCE.parent}` (it needs gcc and make)"
-    if not os.access(_BINARY, os.X_OK):
+    if not os.access(binary, os.X_OK):
         raise Unsupported("the native shim is not built", mend=mend)
-    if SOURCE.exists() and SOURCE.stat().st_mtime > _BINARY.stat().st_mtime:
+    if SOURCE.exists() and SOURCE.stat().st_mtime > binary.stat().st_mtime:
         raise Unsupported("the native shim is older than its source", mend=mend)
-    return _BINARY
+    return binary
