@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from atoll.cli.session import Session, command
+from atoll.cli.untar import unpack
 from atoll.model.errors import AtollError, Invalid, NotFound, RuntimeFailed
 from atoll.model.units import format_bytes
 
@@ -157,13 +158,7 @@ def _unpack(pipe: _Pipe, directory: Path, name: str | None) -> None:
     """Unpack below `directory`; what leads out of it, and devices, are refused. With `name`, the top is called that."""
     try:
         with tarfile.open(mode="r|", fileobj=cast(Any, pipe), bufsize=PART_BYTES) as archive:
-            for member in archive:
-                if name is not None:
-                    _, slash, rest = member.name.partition("/")
-                    member = member.replace(name=name + slash + rest, deep=False)
-                archive.extract(member, directory, set_attrs=True, filter="data")
-    except tarfile.FilterError as error:
-        raise Invalid(f"the instance sent what is not unpacked here: {error}") from None
+            unpack(archive, directory, top=name)
     except tarfile.TarError as error:
         raise Invalid(f"the instance did not send a tar stream: {error}") from None
     except OSError as error:

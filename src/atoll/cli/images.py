@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from atoll.cli.session import Session, command, group
+from atoll.cli.untar import unpack
 from atoll.model.errors import ImageError, NotFound
 
 
@@ -85,7 +86,7 @@ async def import_image(session: Session, source: Path, name: str, tag: str, inne
 def _unpacked(source: Path, target: Path) -> Path:
     try:
         with tarfile.open(source) as archive:
-            archive.extractall(target, filter="data")
+            unpack(archive, target)
     except (tarfile.TarError, OSError) as error:
         raise ImageError(f"{source} is not a tar file: {error}", mend="give an OCI layout, or what `docker save` wrote") from None
     if not (target / "index.json").exists():

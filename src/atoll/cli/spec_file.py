@@ -65,14 +65,14 @@ def _mend(error: Invalid, data: dict[str, Any], kind: type[Workload]) -> str:
     noun = "job" if kind is JobSpec else "app"
     if "unknown field" in error.message:
         wrong = error.message.rpartition("`")[0].rpartition("`")[2]
-        table = _struct_at(kind, error.field or "")
-        close = get_close_matches(wrong, [field.encode_name for field in msgspec.structs.fields(table)], n=1) if table else []
-        if close:
-            return f"did you mean `{close[0]}`?"
         if kind is AppSpec and wrong in JobSpec.__struct_fields__:
             return "that is for jobs: run it with `atoll jobs run`"
         if kind is JobSpec and wrong in AppSpec.__struct_fields__:
             return "that is for apps: run it with `atoll deploy`"
+        table = _struct_at(kind, error.field or "")
+        close = get_close_matches(wrong, [field.encode_name for field in msgspec.structs.fields(table)], n=1) if table else []
+        if close:
+            return f"did you mean `{close[0]}`?"
     return f"`atoll schema {noun}` prints all fields and what they take"
 
 

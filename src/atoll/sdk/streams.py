@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 
 from atoll.model import codec
@@ -95,7 +96,8 @@ async def receive_files(channel: Channel) -> AsyncIterator[bytes]:
             case Kind.DATA:
                 yield payload
             case Kind.END:
-                await channel.send(pack(Kind.END))
+                with contextlib.suppress(Unavailable):  # all has come; a node that left already needs no answer
+                    await channel.send(pack(Kind.END))
                 return
             case Kind.ERROR:
                 raise error_of(payload)
