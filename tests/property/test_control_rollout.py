@@ -56,7 +56,7 @@ class Model:
             revision=1,
             status=self.status,
             instances=tuple(self.seen.values()),
-            specs={n: self.spec for n in range(20)},
+            specs=dict.fromkeys(range(20), self.spec),
             ingresses=self.ingresses,
         )
         decision = Decision(self.now, lambda: next(self.ids))
