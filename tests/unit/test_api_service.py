@@ -207,6 +207,17 @@ async def test_a_repeated_request_key_gets_the_first_answer(service: Service) ->
         await service.apps.scale("default", "web", 1, request=replace(request, fingerprint="f2"))
 
 
+async def test_a_repeated_cancel_answers_with_the_jobs_status_as_the_first_did(service: Service) -> None:
+    """A status counts failures by index; whole numbers as keys must survive being kept. (Found by the simulator, seed 50.)"""
+    await service.jobs.create(SYSTEM, JobSpec(name="crunch", image="r/x"))
+    status = JobStatus(project="default", name="crunch", phase=JobPhase.RUNNING, failures={0: 2}, retry_at={0: 5.0})
+    await put_record(service, keys.job_status("default", "crunch"), status)
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    first = await service.jobs.cancel("default", "crunch", request=request)
+    assert await service.jobs.cancel("default", "crunch", request=request) == first
+    assert first.status == status
+
+
 async def test_a_key_is_used_once_even_when_both_come_at_the_same_time(service: Service) -> None:
     await service.apps.put(SYSTEM, app_spec())
     request = RequestKey(caller="t", key="k1", fingerprint="f1")

@@ -8,9 +8,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
-import msgspec
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
@@ -164,10 +163,11 @@ class Context:
         record = codec.decode(item.value, RequestRecord)
         if record.fingerprint != request.fingerprint:
             raise Conflict("this Idempotency-Key was used for a different request", mend="use a new key for each request")
-        plain = msgspec.json.decode(self.sealer.open(record.body, keys.request(request.caller, request.key)))
-        if isinstance(plain, dict) and plain.get("revision") == 0:
-            plain["revision"] = item.mod_revision
-        return codec.convert(plain, kind)
+        # Straight into its type: by way of plain data a map with whole numbers for keys would not come back.
+        answer = codec.decode(self.sealer.open(record.body, keys.request(request.caller, request.key)), kind)
+        if isinstance(answer, Struct) and getattr(answer, "revision", None) == 0:
+            answer = structs.replace(answer, revision=item.mod_revision)
+        return answer
 
     async def _keep(self, request: RequestKey, draft: Draft[T]) -> Put:
         """The answer is sealed, because that to a new token holds the token. Its revision is that of this very record."""
