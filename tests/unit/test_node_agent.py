@@ -402,3 +402,16 @@ async def test_a_slow_start_that_is_stopped_meanwhile_ends_stopped(world: World)
     assert status.exit is not None
     assert status.exit.code == 0
     assert world.host.processes == {}
+
+
+async def test_after_its_end_an_agent_sets_nothing_going(world: World) -> None:
+    """A timer that was left behind tried to begin work in a group that was over. (Found by the simulator.)"""
+    surprises: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: surprises.append(context))
+    async with world.agent():
+        id = world.app("web-1", "exit", "1", restart=Restart(delay=Seconds(0.05)))
+        await world.phase(id, Phase.BACKOFF)
+    starts = world.host.calls.count(("start", id))
+    await asyncio.sleep(0.1)
+    assert world.host.calls.count(("start", id)) == starts
+    assert surprises == []

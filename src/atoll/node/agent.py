@@ -19,6 +19,7 @@ from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Heartbeat, Node, Usage
 from atoll.model.spec import RuntimeName
+from atoll.model.states import Desired
 from atoll.node.directories import Directories
 from atoll.node.health import NetworkProber
 from atoll.node.logs import FileLogs
@@ -44,6 +45,9 @@ COLLECT_S = 300.0
 """How often the disk is looked at."""
 COLLECT_ABOVE = 0.80
 """Images that no instance uses are removed when the disk is fuller than this."""
+STOP_ALL_S = 20.0
+"""How long an orderly end of the node waits for its instances."""
+STOP_POLL_S = 0.02
 CLOSE_S = 5.0
 """Deadline of letting go of one part at the end."""
 
@@ -98,6 +102,7 @@ class Agent:
         self._reporter = Reporter(node, control, clock, random)
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
+        self._closing = False
         self._group: asyncio.TaskGroup | None = None
         self._tools: Tools | None = None
         self.runners: dict[str, Runner] = {}
@@ -132,7 +137,25 @@ class Agent:
                 self._spawn(self._beat())
                 self._spawn(self._collect())
         finally:
+            for runner in self.runners.values():
+                runner.let_go()
             await self._let_go(record)
+
+    async def stop_instances(self, deadline_s: float = STOP_ALL_S) -> None:
+        """Tell every instance to stop and wait until they have, and have been reported; while `run` runs, once, before it ends.
+
+        New assignments are not taken up any more. Returns after `deadline_s` whatever then still runs, which the next agent adopts.
+        """
+        self._closing = True
+        for runner in self.runners.values():
+            runner.handle(Wanted(Desired.STOP))
+        deadline = self._clock.monotonic() + deadline_s
+        while self._clock.monotonic() < deadline:
+            if self._reporter.idle and all(runner.settled for runner in self.runners.values()):
+                return
+            await asyncio.sleep(STOP_POLL_S)
+        left = [runner.id for runner in self.runners.values() if not runner.settled]
+        log.warning("not all has ended", node=self._node, instances=left)
 
     async def _probe_runtimes(self) -> None:
         for runtime in self._offered:
@@ -213,6 +236,8 @@ class Agent:
         self._reporter.unknown_node.clear()
 
     def _apply(self, batch: AssignmentBatch) -> None:
+        if self._closing:
+            return
         for assignment in batch.put:
             self._assign(assignment)
         gone = list(batch.removed)

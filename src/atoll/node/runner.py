@@ -78,6 +78,7 @@ class Runner:
         self._recorded: State | None = None
         self._steps: deque[_Step] = deque()
         self._wake = asyncio.Event()
+        self._idle = False
         self._timer: asyncio.TimerHandle | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -93,6 +94,11 @@ class Runner:
         chosen = self.assignment.instance.runtime
         names = (chosen,) if chosen else self.assignment.workload.runtimes
         return next((self._tools.runtimes[name] for name in names if name in self._tools.runtimes), None)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has ended for good, and nothing is left to do about it."""
+        return self.state.phase.final and self._idle and not self._steps
 
     def update(self, assignment: Assignment) -> None:
         """Take in what the control plane wants now."""
@@ -114,6 +120,12 @@ class Runner:
         for action in actions:
             self._dispatch(action)
 
+    def let_go(self) -> None:
+        """Set nothing going any more: the agent ends, and the next one takes over."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def report(self) -> None:
         """Tell the control plane the present state."""
         status = status_of(self.state, instance=self.id, project=self.project, node=self._tools.node)
@@ -132,7 +144,9 @@ class Runner:
                 if isinstance(step, Erase):
                     return
             self._wake.clear()
+            self._idle = True
             await self._wake.wait()  # without a deadline: timers and events add steps
+            self._idle = False
 
     def _keep(self) -> None:
         durable = self.state.durable
