@@ -23,7 +23,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.seed is not None:
         outcome = run_seed(options.seed)
-        print("\n".join(outcome.story[-options.lines :]))
+        print("\n".join(outcome.story[max(0, len(outcome.story) - options.lines) :]))
         report(outcome)
         return 1 if outcome.broken else 0
     began = time.perf_counter()

@@ -36,6 +36,8 @@ from atoll.store.memory import MemoryStore
 
 REST_S = 400.0
 """After healing, everything must have come to rest within so long (virtual) a time."""
+SPARE = (64_000, 64 << 30)
+"""Thousandths of a core, and bytes, of the machine that joins when everything is healed."""
 LOOK_S = 2.0
 """How often one looks whether it has; it must be so twice in a row."""
 
@@ -56,32 +58,38 @@ class World:
         self.profile = profile
         self.choose = choose
         self.story = story
-        loop = asyncio.get_running_loop()
+        self._data = data
+        self._parts = parts
         self.faults = Faults(profile, choose)
-        self.clock = VirtualClock(loop)
+        self.clock = VirtualClock(asyncio.get_running_loop())
         self.disk = MemoryStore(self.clock)
         self.server = Server(self.disk, self.clock, choose, self.faults, story, through=parts.store)
         self.machines: dict[str, SimMachine] = {}
         self.rules = Rules(story, self.machines, calm=profile.calm)
         for number in range(profile.nodes):
             name = f"n{number}"
-            self.machines[name] = parts.machine(
-                name,
-                server=self.server,
-                clock=VirtualClock(loop, skew_s=0.0 if profile.calm else choose.uniform(-0.5, 0.5)),
-                choose=choose,
-                faults=self.faults,
-                story=story,
-                data=data / name,
-                cpu_milli=choose.choice((2_000, 4_000, 8_000)),
-                memory_bytes=choose.choice((2, 4)) << 30,
-                started=self.rules.started,
-            )
+            self._add_machine(name, choose.choice((2_000, 4_000, 8_000)), choose.choice((2, 4)) << 30)
         self.ingress = SimIngress(self.server, choose, self.faults, story, self.rules.routed)
         self.app_users = [AppUser(f"app{n}", self._user_line(), choose, story, calm=profile.calm) for n in range(profile.apps)]
         self.job_users = [JobUser(f"job{n}", self._user_line(), choose, story) for n in range(profile.jobs)]
         self.requests = Requests(self.ingress, self.machines, self.rules, story, choose, strict=profile.calm)
         self.chaos = Chaos(self)
+
+    def _add_machine(self, name: str, cpu_milli: int, memory_bytes: int) -> SimMachine:
+        skew_s = 0.0 if self.profile.calm else self.choose.uniform(-0.5, 0.5)
+        self.machines[name] = machine = self._parts.machine(
+            name,
+            server=self.server,
+            clock=VirtualClock(asyncio.get_running_loop(), skew_s=skew_s),
+            choose=self.choose,
+            faults=self.faults,
+            story=self.story,
+            data=self._data / name,
+            cpu_milli=cpu_milli,
+            memory_bytes=memory_bytes,
+            started=self.rules.started,
+        )
+        return machine
 
     def _user_line(self) -> Line:
         return Line(self.server, Life("a user"), self.faults, self.story)
@@ -104,6 +112,8 @@ class World:
         await asyncio.gather(breaking, return_exceptions=True)
         self.story.tell("everything is healed")
         await self.chaos.heal()
+        # Room for all that was asked for: what was turned away must come round by itself.
+        self._add_machine("spare", *SPARE).start_agent()
         await self._finish(wishing)
         await self._come_to_rest()
         for task in (asking, ingress, observing):
