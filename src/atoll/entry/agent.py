@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import signal
 
 from atoll.entry.config import Config
-from atoll.entry.process import read_token, run, run_until
+from atoll.entry.process import Stop, read_token, run, run_until
 from atoll.images.reference import CELL_HOST
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
@@ -17,8 +17,8 @@ from atoll.runtimes.runc import RuncRuntime
 from atoll.sdk.control_plane import HttpControlPlane
 
 
-async def main(config: Config, stop: asyncio.Event) -> None:
-    """Run the agent until `stop`; then let go of what runs, or stop it first where `config.stop_instances` says so."""
+async def main(config: Config, stop: Stop) -> None:
+    """Run the agent until `stop`; then let go of what runs; on SIGINT stop it first."""
     data = config.agent_data
     token = await read_token(config.agent_data / "token", stop)
     if token is None:
@@ -40,7 +40,12 @@ async def main(config: Config, stop: asyncio.Event) -> None:
         site=config.site,
         region=config.region,
     )
-    await run_until(stop, agent.run())
+
+    async def last() -> None:
+        if stop.signal == signal.SIGINT:
+            await agent.stop_instances()
+
+    await run_until(stop, agent.run(), last)
     await images.close()
     await registries.aclose()
 

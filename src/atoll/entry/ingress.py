@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from atoll.entry.config import Config, split_address
-from atoll.entry.process import read_token, run, run_until
+from atoll.entry.process import Stop, read_token, run, run_until
 from atoll.ingress.service import Ingress
 from atoll.sdk.control_plane import HttpControlPlane
 
 
-async def main(config: Config, stop: asyncio.Event) -> None:
+async def main(config: Config, stop: Stop) -> None:
     """Run the ingress until `stop`, and Envoy with it."""
     token = await read_token(config.ingress_data / "token", stop)
     if token is None:

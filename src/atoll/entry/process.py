@@ -33,7 +33,18 @@ EXIT_FAILED = 1
 TOKEN_WAIT_S = 60.0
 """How long a token file may take to appear; the server writes it when it first starts."""
 
-Main = Callable[[Config, asyncio.Event], Awaitable[None]]
+
+class Stop(asyncio.Event):
+    """Set when the process is told to end; `signal` is how. The agent stops its instances on SIGINT, and not on SIGTERM."""
+
+    signal: int = 0
+
+    def by(self, number: int) -> None:
+        self.signal = number
+        self.set()
+
+
+Main = Callable[[Config, Stop], Awaitable[None]]
 
 
 def parse(role: str, arguments: list[str] | None = None) -> Config:
@@ -70,19 +81,21 @@ def run(role: str, main: Main) -> None:
 
 
 async def _until_stopped(main: Main, config: Config) -> None:
-    stop = asyncio.Event()
+    stop = Stop()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, stop.by, number)
     await main(config, stop)
 
 
-async def run_until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` until `stop`, then cancel it and wait for its end. What `work` raises is raised."""
+async def run_until(stop: Stop, work: Coroutine[Any, Any, None], last: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Run `work` until `stop`, then `last` beside it, then cancel it and wait for its end. What `work` raises is raised."""
     working = asyncio.ensure_future(work)
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if last is not None and not working.done():
+            await last()
     finally:
         stopping.cancel()
         working.cancel()
@@ -90,7 +103,7 @@ async def run_until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> Non
         await working
 
 
-async def read_token(path: Path, stop: asyncio.Event) -> str | None:
+async def read_token(path: Path, stop: Stop) -> str | None:
     """Return the token in a file, waiting until it is there; None when told to stop first."""
     for _ in range(int(TOKEN_WAIT_S / 0.05)):
         if stop.is_set():

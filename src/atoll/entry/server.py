@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 from pathlib import Path
@@ -15,7 +14,7 @@ from atoll.api.service import SYSTEM, Service
 from atoll.api.service.context import KINDS
 from atoll.control.controllers import run_control
 from atoll.entry.config import Config, split_address, write_private
-from atoll.entry.process import run, run_until
+from atoll.entry.process import Stop, run, run_until
 from atoll.model.errors import Unauthenticated
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.model.records import Role
@@ -27,7 +26,7 @@ from atoll.store.sqlite import SqliteStore
 log = structlog.get_logger()
 
 
-async def main(config: Config, stop: asyncio.Event) -> None:
+async def main(config: Config, stop: Stop) -> None:
     """Serve until `stop`. Raises Unavailable (the port is taken), Conflict (the data is in use), Corrupt."""
     listener = listen(*split_address(config.api, field="--api"))
     clock, random = SystemClock(), system_random()
