@@ -1,0 +1,197 @@
+"""What Envoy starts with: its listener, its limits, and where to ask for everything else. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, ROUTE_CONFIG, STREAM_IDLE_S
+
+ADMIN_SOCKET = "admin.sock"
+ADS_SOCKET = "ads.sock"
+ACCESS_LOG = "access.log"
+"""All three in the ingress's directory, which is Envoy's working directory: a unix socket's path must be short."""
+
+HEADERS_TIMEOUT_S = 15
+"""From the first byte of a request to the end of its headers: who is slower than that is an attacker."""
+IDLE_CONNECTION_S = 300
+HEADERS_KB_MAX = 60
+HEADERS_MAX = 100
+STREAMS_MAX = 256
+"""HTTP/2 requests side by side on one connection."""
+WINDOW_BYTES = 1 << 20
+RECONNECT_BASE_MS = 50
+RECONNECT_MAX_MS = 500
+"""After this process was restarted, Envoy is back within so long; its own default is up to 30 s."""
+
+_TYPE = "@type"
+_GOOGLE = "type.googleapis.com/envoy"
+
+
+class Listener(Struct, frozen=True, kw_only=True):
+    """Where requests come in; `connections_max` bounds what clients may hold open."""
+
+    address: str
+    port: int
+    connections_max: int
+
+
+def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
+    """Return Envoy's bootstrap as plain data, ready for JSON."""
+    return {
+        "node": {"id": name, "cluster": "ingress"},
+        "admin": {"address": {"pipe": {"path": ADMIN_SOCKET, "mode": 0o600}}},
+        "dynamic_resources": {
+            "ads_config": {
+                "api_type": "DELTA_GRPC",
+                "transport_api_version": "V3",
+                "grpc_services": [{"envoy_grpc": {"cluster_name": "control", "retry_policy": {"retry_back_off": _reconnect()}}}],
+                "set_node_on_first_message_only": True,
+            },
+            "cds_config": _from_us(),
+        },
+        "static_resources": {"listeners": [_listener(listener)], "clusters": [_control()]},
+        "cluster_manager": {"enable_deferred_cluster_creation": True},
+        "deferred_stat_options": {"enable_deferred_creation_stats": True},
+        # What is kept is what is read: 10,000 apps with all of Envoy's statistics cost 300 MB.
+        "stats_config": {
+            "stats_matcher": {
+                "inclusion_list": {
+                    "patterns": [{"prefix": prefix} for prefix in ("server.", "http.ingress.", "listener.", "control_plane.")]
+                    + [{"safe_regex": {"regex": r"cluster\..*\.upstream_rq_(total|pending_active|retry|5xx)"}}]
+                }
+            }
+        },
+        "overload_manager": {
+            "resource_monitors": [
+                {
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": {
+                        _TYPE: f"{_GOOGLE}.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                        "max_active_downstream_connections": listener.connections_max,
+                    },
+                }
+            ]
+        },
+    }
+
+
+def _control() -> dict[str, Any]:
+    options = {
+        _TYPE: f"{_GOOGLE}.extensions.upstreams.http.v3.HttpProtocolOptions",
+        "explicit_http_config": {
+            "http2_protocol_options": {"connection_keepalive": {"interval": "10s", "timeout": "5s"}},
+        },
+    }
+    endpoint = {"endpoint": {"address": {"pipe": {"path": ADS_SOCKET}}}}
+    return {
+        "name": "control",
+        "type": "STATIC",
+        "connect_timeout": "1s",
+        "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
+        "load_assignment": {"cluster_name": "control", "endpoints": [{"lb_endpoints": [endpoint]}]},
+        "circuit_breakers": {"thresholds": [{"max_retries": BREAKER_MAX}]},
+    }
+
+
+def _listener(listener: Listener) -> dict[str, Any]:
+    return {
+        "name": "http",
+        "address": {"socket_address": {"address": listener.address, "port_value": listener.port}},
+        "per_connection_buffer_limit_bytes": BUFFER_BYTES,
+        "filter_chains": [
+            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": _connection_manager()}]}
+        ],
+    }
+
+
+def _connection_manager() -> dict[str, Any]:
+    router = {
+        _TYPE: f"{_GOOGLE}.extensions.filters.http.router.v3.Router",
+        "suppress_envoy_headers": True,
+    }
+    return {
+        _TYPE: f"{_GOOGLE}.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "ingress",
+        "codec_type": "AUTO",
+        "rds": {"route_config_name": ROUTE_CONFIG, "config_source": _from_us()},
+        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": router}],
+        "upgrade_configs": [{"upgrade_type": "websocket"}],
+        "use_remote_address": True,
+        "server_header_transformation": "PASS_THROUGH",
+        "normalize_path": True,
+        "request_headers_timeout": f"{HEADERS_TIMEOUT_S}s",
+        "stream_idle_timeout": f"{STREAM_IDLE_S}s",
+        "common_http_protocol_options": {"idle_timeout": f"{IDLE_CONNECTION_S}s", "max_headers_count": HEADERS_MAX},
+        "max_request_headers_kb": HEADERS_KB_MAX,
+        "http2_protocol_options": {
+            "allow_connect": True,
+            "max_concurrent_streams": STREAMS_MAX,
+            "initial_stream_window_size": WINDOW_BYTES,
+            "initial_connection_window_size": WINDOW_BYTES,
+        },
+        "access_log": [{"name": "envoy.access_loggers.file", "typed_config": _access_log()}],
+        "local_reply_config": _local_replies(),
+    }
+
+
+def _access_log() -> dict[str, Any]:
+    fields = {
+        "at": "%START_TIME%",
+        "method": "%REQ(:METHOD)%",
+        "host": "%REQ(:AUTHORITY)%",
+        "path": "%PATH(NQ:PATH)%",  # without the query, which holds secrets often enough
+        "protocol": "%PROTOCOL%",
+        "status": "%RESPONSE_CODE%",
+        "flags": "%RESPONSE_FLAGS%",
+        "why": "%RESPONSE_CODE_DETAILS%",
+        "app": "%ROUTE_NAME%",
+        "upstream": "%UPSTREAM_HOST%",
+        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        "duration_ms": "%DURATION%",
+        "received_bytes": "%BYTES_RECEIVED%",
+        "sent_bytes": "%BYTES_SENT%",
+        "client": "%DOWNSTREAM_REMOTE_ADDRESS_WITHOUT_PORT%",
+        "agent": "%REQ(USER-AGENT):256%",
+        "request": "%REQ(X-REQUEST-ID):64%",
+    }
+    return {
+        _TYPE: f"{_GOOGLE}.extensions.access_loggers.file.v3.FileAccessLog",
+        "path": ACCESS_LOG,
+        "log_format": {"json_format": fields},
+    }
+
+
+def _local_replies() -> dict[str, Any]:
+    """What Envoy answers by itself, in the form of every error of Atoll."""
+    place = "%REQ(:AUTHORITY):253%"
+    return {
+        "mappers": [
+            _reply(["NR"], "not-found", f"no app is served at {place} under this path", "see `atoll apps` for what is"),
+            _reply(["UH", "NC"], "unavailable", f"the app at {place} has no instance that is ready", "see `atoll ps`; retry soon"),
+            _reply(["UF", "UC", "UR", "URX"], "unavailable", f"an instance of the app at {place} broke the connection", ""),
+            _reply(["UT", "SI"], "deadline-exceeded", f"the app at {place} did not answer in time", ""),
+        ],
+        "body_format": {"json_format": _error("ingress", "%LOCAL_REPLY_BODY%", "")},
+    }
+
+
+def _reply(flags: list[str], code: str, message: str, mend: str) -> dict[str, Any]:
+    return {
+        "filter": {"response_flag_filter": {"flags": flags}},
+        "body_format_override": {"json_format": _error(code, message, mend)},
+    }
+
+
+def _error(code: str, message: str, mend: str) -> dict[str, Any]:
+    return {"error": {"code": code, "message": message, **({"mend": mend} if mend else {})}}
+
+
+def _from_us() -> dict[str, Any]:
+    # Waits for ever: a listener that opens with no routes would answer 404 for apps that exist.
+    return {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
+
+
+def _reconnect() -> dict[str, Any]:
+    return {"base_interval": f"{RECONNECT_BASE_MS / 1000}s", "max_interval": f"{RECONNECT_MAX_MS / 1000}s"}

@@ -1,0 +1,234 @@
+"""One Envoy's side of the incremental aggregated discovery protocol: requests in, responses out, no I/O.
+
+Protocol: https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol#incremental-xds. Of each kind at most one response is
+unanswered, so that a refusal always tells which response is meant. A response of several resources that is refused is sent
+again one by one, which finds the bad one; that one is put back to what Envoy last took, and all others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from envoy.service.discovery.v3 import discovery_pb2
+
+from atoll.ingress.resources import Kind, Name, Resource
+
+RESPONSE_RESOURCES_MAX = 2_000
+HOLD_S = 1.0
+"""The longest that a hostname waits for the endpoints it leads to. Envoy asks for them within a millisecond or two."""
+
+Resources = Mapping[Kind, Mapping[str, Resource]]
+
+
+class Verdicts:
+    """What Envoy has said of resources so far; it outlives a connection, so that a new one starts with what is good."""
+
+    def __init__(self, refused: Callable[[Resource, str], None]) -> None:
+        """`refused` is called once for each version of a resource that Envoy does not take, with its words."""
+        self._refused = refused
+        self._good: dict[Name, Resource] = {}
+        self._bad: dict[Name, str] = {}
+        self.suspects: set[Name] = set()
+
+    def choose(self, name: Name, newest: Resource | None) -> Resource | None:
+        """Return what Envoy should have: the newest, or if it was refused, the last that was taken."""
+        if newest is not None and self._bad.get(name) == newest.version:
+            return self._good.get(name)
+        return newest
+
+    def take(self, name: Name, resource: Resource | None) -> None:
+        self.suspects.discard(name)
+        if resource is None:
+            self._good.pop(name, None)
+            self._bad.pop(name, None)
+        else:
+            self._good[name] = resource
+
+    def refuse(self, name: Name, resource: Resource, words: str) -> None:
+        self.suspects.discard(name)
+        self._bad[name] = resource.version
+        self._refused(resource, words)
+
+
+class _Channel:
+    """One kind on one connection."""
+
+    def __init__(self) -> None:
+        self.wildcard = False
+        self.subscribed: set[str] = set()
+        self.sent: dict[str, str] = {}
+        """Name → version that Envoy has, or will have once it takes what is in flight."""
+        self.applied: dict[str, str] = {}
+        """Name → version that Envoy has said to have."""
+        self.dirty: set[str] = set()
+        self.nonce = ""
+        """Of the last response; there is none yet while it is empty, and Envoy waits for one even if it says nothing."""
+        self.in_flight: dict[str, Resource | None] | None = None
+
+
+class DeltaSession:
+    """`resources` is live: call `changed` after it was changed, and `receive` for each request; then `respond` until None."""
+
+    def __init__(self, resources: Resources, verdicts: Verdicts) -> None:
+        self._resources = resources
+        self._verdicts = verdicts
+        self._channels: dict[Kind, _Channel] = {}
+        self._nonce = 0
+        self._awaited: set[str] = set()
+        """Clusters that are new to Envoy and whose endpoints it does not have yet."""
+        self._held_until: float | None = None
+
+    @property
+    def held_until(self) -> float | None:
+        """When `respond` should be called again even if nothing happens, on the clock that it was given."""
+        return self._held_until
+
+    def applied(self, name: Name) -> str | None:
+        """Return the version of a resource that Envoy has confirmed."""
+        channel = self._channels.get(name[0])
+        return channel.applied.get(name[1]) if channel else None
+
+    def changed(self, names: Iterable[Name]) -> None:
+        for kind, name in names:
+            if (channel := self._channels.get(kind)) is not None:
+                channel.dirty.add(name)
+
+    def receive(self, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
+        """Take over what Envoy asks for, and its answer to the last response. A kind that is not ours is ignored."""
+        try:
+            kind = Kind(request.type_url)
+        except ValueError:
+            return
+        channel = self._channels.get(kind)
+        first = channel is None
+        if channel is None:
+            channel = self._channels[kind] = _Channel()
+            named = [name for name in request.resource_names_subscribe if name != "*"]
+            channel.wildcard = kind is Kind.HOST or not named or len(named) < len(request.resource_names_subscribe)
+            channel.dirty.update(self._resources[kind])
+        elif request.response_nonce and request.response_nonce == channel.nonce and channel.in_flight is not None:
+            self._answer(kind, channel, request)
+        for name in request.resource_names_subscribe:
+            channel.subscribed.add(name)
+            channel.dirty.add(name)
+            channel.sent.pop(name, None)
+        for name in request.resource_names_unsubscribe:
+            channel.subscribed.discard(name)
+            if not channel.wildcard:
+                channel.sent.pop(name, None)
+                channel.applied.pop(name, None)
+        if first:
+            # After a reconnect Envoy says what it still has; what is no longer ours will be removed.
+            channel.sent.update(request.initial_resource_versions)
+            channel.applied.update(request.initial_resource_versions)
+            channel.dirty.update(request.initial_resource_versions)
+
+    def respond(self, now: float) -> discovery_pb2.DeltaDiscoveryResponse | None:
+        """Return the next response to send, or None when Envoy has, or is about to answer for, all that it may have now."""
+        # Twice, as looking at the hostnames may show that clusters no longer wait for them.
+        for kind, channel in sorted(self._channels.items(), key=_rank) * 2:
+            silent = channel.wildcard and not channel.nonce
+            if channel.in_flight is None and (channel.dirty or silent) and not self._must_wait(kind, now):
+                batch = self._next_batch(kind, channel)
+                if batch or silent:
+                    return self._response(kind, channel, batch)
+        return None
+
+    def _must_wait(self, kind: Kind, now: float) -> bool:
+        """A hostname comes after the clusters that it leads to, so that no request finds a gap."""
+        if kind is not Kind.HOST:
+            return False
+        clusters = self._channels.get(Kind.CLUSTER)
+        if not self._awaited and not (clusters and clusters.in_flight):
+            self._held_until = None
+            return False
+        if self._held_until is None:
+            self._held_until = now + HOLD_S
+        if now < self._held_until:
+            return True
+        self._held_until = None
+        self._awaited.clear()
+        return False
+
+    def _next_batch(self, kind: Kind, channel: _Channel) -> dict[str, Resource | None]:
+        batch: dict[str, Resource | None] = {}
+        suspects: dict[str, Resource | None] = {}
+        for name in sorted(channel.dirty):
+            wanted = self._verdicts.choose((kind, name), self._resources[kind].get(name))
+            asked = channel.wildcard or name in channel.subscribed
+            if not asked or (wanted is None and name not in channel.sent) or (wanted and channel.sent.get(name) == wanted.version):
+                channel.dirty.discard(name)
+            elif wanted is None and kind is Kind.CLUSTER and self._hosts_pending():
+                continue  # it goes after the hostnames that led to it
+            elif (kind, name) in self._verdicts.suspects:
+                suspects[name] = wanted
+            elif len(batch) < RESPONSE_RESOURCES_MAX:
+                batch[name] = wanted
+        return batch or dict(list(suspects.items())[:1])
+
+    def _hosts_pending(self) -> bool:
+        hosts = self._channels.get(Kind.HOST)
+        return hosts is not None and bool(hosts.dirty or hosts.in_flight)
+
+    def _response(self, kind: Kind, channel: _Channel, batch: dict[str, Resource | None]) -> discovery_pb2.DeltaDiscoveryResponse:
+        self._nonce += 1
+        channel.nonce = str(self._nonce)
+        channel.in_flight = batch
+        message = discovery_pb2.DeltaDiscoveryResponse(type_url=kind, nonce=channel.nonce, system_version_info=channel.nonce)
+        for name, resource in batch.items():
+            channel.dirty.discard(name)
+            if resource is None:
+                channel.sent.pop(name, None)
+                message.removed_resources.append(name)
+                continue
+            if kind is Kind.CLUSTER:
+                self._expect_endpoints(name)
+            channel.sent[name] = resource.version
+            part = message.resources.add(name=name, version=resource.version)
+            part.resource.type_url = kind
+            part.resource.value = resource.body
+        return message
+
+    def _expect_endpoints(self, cluster: str) -> None:
+        endpoints = self._channels.get(Kind.ENDPOINTS)
+        if endpoints is None or cluster not in endpoints.subscribed:
+            self._awaited.add(cluster)
+        else:
+            # A cluster that changes starts without endpoints, and Envoy does not ask for those it had a second time.
+            endpoints.sent.pop(cluster, None)
+            endpoints.dirty.add(cluster)
+
+    def _answer(self, kind: Kind, channel: _Channel, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
+        batch, channel.in_flight = channel.in_flight or {}, None
+        refused = request.HasField("error_detail")
+        for name, resource in batch.items():
+            if not refused:
+                self._verdicts.take((kind, name), resource)
+                if resource is None:
+                    channel.applied.pop(name, None)
+                else:
+                    channel.applied[name] = resource.version
+            else:
+                self._back(kind, channel, name, resource, request.error_detail.message if len(batch) == 1 else None)
+            if kind is Kind.ENDPOINTS or (kind is Kind.CLUSTER and (refused or resource is None)):
+                self._awaited.discard(name)
+
+    def _back(self, kind: Kind, channel: _Channel, name: str, resource: Resource | None, words: str | None) -> None:
+        """Note that Envoy still has what it had; `words` None: of several, nobody knows yet which it did not want."""
+        if name in channel.applied:
+            channel.sent[name] = channel.applied[name]
+        else:
+            channel.sent.pop(name, None)
+        if words is None:
+            self._verdicts.suspects.add((kind, name))
+            channel.dirty.add(name)
+        elif resource is not None:
+            self._verdicts.refuse((kind, name), resource, words)
+            channel.dirty.add(name)
+
+
+def _rank(item: tuple[Kind, _Channel]) -> int:
+    return _ORDER.index(item[0])
+
+
+_ORDER = tuple(Kind)

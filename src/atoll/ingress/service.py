@@ -1,0 +1,149 @@
+"""The ingress of a site: what the control plane says of apps and their endpoints, Envoy does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from atoll.ingress.admin import short
+from atoll.ingress.ads import AdsServer
+from atoll.ingress.bootstrap import ACCESS_LOG, ADS_SOCKET
+from atoll.ingress.drain import Drainer
+from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
+from atoll.ingress.logs import keep_bounded
+from atoll.ingress.resources import Kind, Resource
+from atoll.ingress.table import RoutingTable
+from atoll.model import records
+from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
+from atoll.model.ports.clock import Clock, SystemClock
+from atoll.model.ports.control_plane import RoutingBatch
+
+RETRY_S = 0.2
+RETRY_MAX_S = 5.0
+READY_POLL_S = 0.02
+STOP_GRACE_S = 5.0
+"""What active requests get when the ingress is stopped."""
+
+log = structlog.get_logger()
+
+
+class ControlPlane(Protocol):
+    """`model.ports.control_plane.ControlPlane`, as far as an ingress needs it."""
+
+    async def register_ingress(self, ingress: records.Ingress) -> None: ...
+
+    def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]: ...
+
+    async def drained(self, ingress: str, instances: Sequence[str]) -> None: ...
+
+
+class Ingress:
+    """Serves HTTP at `address:port` for every app that has a route; `directory` is its own. Port 0 takes a free one.
+
+    Without the control plane it serves what it last knew. `workers` are Envoy's threads, one for each core by default.
+    """
+
+    def __init__(
+        self,
+        control_plane: ControlPlane,
+        directory: Path,
+        *,
+        name: str = "local",
+        site: str = "local",
+        address: str = "127.0.0.1",
+        port: int = 8080,
+        domain: str = "localhost",
+        workers: int | None = None,
+        stop_grace_s: float = STOP_GRACE_S,
+        clock: Clock | None = None,
+        binary: Path | None = None,
+    ) -> None:
+        self.http_port = port or free_port(address)
+        self.ready = asyncio.Event()
+        """Set once Envoy runs and has the routes of the control plane."""
+        self._control_plane = control_plane
+        self._directory = directory
+        self._name, self._site, self._domain = name, site, domain
+        self._stop_grace_s = stop_grace_s
+        self._clock = clock or SystemClock()
+        self.table = RoutingTable()
+        self.ads = AdsServer(self.table.resources, self._clock, refused=self._refused)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.envoy = EnvoyProcess(
+            directory, name=name, address=address, port=self.http_port, clock=self._clock, workers=workers, binary=binary
+        )
+        self._drainer = Drainer(self.table, self.ads, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
+
+    async def run(self) -> None:
+        """Serve until cancelled; then Envoy ends too, with `stop_grace_s` for the requests that are active.
+
+        Raises Conflict when the port is taken, Unsupported without Envoy; then nothing runs.
+        """
+        with short(self._directory / ADS_SOCKET) as socket:
+            await self.ads.start(socket)
+        try:
+            await self.envoy.start()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.envoy.supervise(), name="ingress-envoy")
+                tasks.create_task(self._follow(), name="ingress-routing")
+                tasks.create_task(self._become_ready(), name="ingress-ready")
+                tasks.create_task(self._drainer.run(), name="ingress-drain")
+                logs = [self._directory / ACCESS_LOG, self._directory / LOG]
+                tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
+        finally:
+            await asyncio.shield(self._stop())
+
+    async def _stop(self) -> None:
+        await self.envoy.stop(self._stop_grace_s)
+        await self.ads.stop()
+
+    async def _follow(self) -> None:
+        """Take over every change of the routing, for ever; a control plane that is away changes nothing."""
+        retry_s = RETRY_S
+        while True:
+            try:
+                await self._register()
+                async for batch in self._control_plane.routing(self._name):
+                    self._apply(batch)
+                    retry_s = RETRY_S
+                log.warning("ingress.control-plane-away", message="the watch ended")
+            except AtollError as error:
+                log.warning("ingress.control-plane-away", message=str(error), code=error.code, retry_in_s=retry_s)
+            await asyncio.sleep(retry_s)
+            retry_s = min(retry_s * 2, RETRY_MAX_S)
+
+    async def _register(self) -> None:
+        await self._control_plane.register_ingress(
+            records.Ingress(
+                name=self._name,
+                site=self._site,
+                http_port=self.http_port,
+                domain=self._domain,
+                registered_at=self._clock.now(),
+            )
+        )
+
+    def _apply(self, batch: RoutingBatch) -> None:
+        for problem in self.table.apply(batch):
+            log.warning("ingress.routing-refused", app=problem.app, message=problem.message)
+        self.ads.publish(self.table.take_changes())
+        self._drainer.changed()
+
+    async def _become_ready(self) -> None:
+        while not self.ready.is_set():
+            try:
+                for kind in (Kind.ROUTES, Kind.HOST):
+                    for resource in list(self.table.resources[kind].values()):
+                        await self.ads.applied((kind, resource.name), resource.version, timeout_s=1.0)
+                await self.envoy.admin.get("/ready")
+                log.info("ingress.ready", port=self.http_port, apps=self.table.apps)
+                self.ready.set()
+            except (DeadlineExceeded, Unavailable):
+                await asyncio.sleep(READY_POLL_S)
+
+    def _refused(self, resource: Resource, words: str) -> None:
+        log.error("ingress.envoy-refused", kind=resource.kind.rpartition(".")[2], name=resource.name, message=words)

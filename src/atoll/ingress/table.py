@@ -1,0 +1,189 @@
+"""The routing of all apps as Envoy's resources, kept up to date by what changes. No I/O: batches in, resources out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from atoll.ingress import resources
+from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
+from atoll.model.ports.control_plane import RoutingBatch
+from atoll.model.records import Endpoint, Routing
+
+
+class RoutingTable:
+    """`resources` is always whole: every virtual host in it leads to clusters in it, and no hostname is there twice.
+
+    Of two apps that claim one hostname and path, the one that had it first keeps it; the control plane allows no such
+    claims, but Envoy would refuse everything if one slipped through.
+    """
+
+    def __init__(self) -> None:
+        frame = resources.route_configuration()
+        self.resources: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
+        self.resources[Kind.ROUTES][frame.name] = frame
+        self._changed: set[Name] = set()
+        self._routings: dict[str, Routing] = {}
+        self._claims: dict[HostPath, dict[str, Target]] = {}
+        """Place → app → where it leads, the first app being the one that has it."""
+        self._paths: dict[str, set[str]] = {}
+        """Hostname → the paths that are claimed on it."""
+        self._clusters: dict[str, set[str]] = {}
+        """App → the clusters that it has in `resources`."""
+        self._problems: dict[str, tuple[Problem, ...]] = {}
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What was left out of the resources, and why."""
+        return tuple(problem for each in self._problems.values() for problem in each)
+
+    @property
+    def apps(self) -> int:
+        return len(self._routings)
+
+    def apply(self, batch: RoutingBatch) -> tuple[Problem, ...]:
+        """Take over what changed, and return the problems that are new. A complete batch replaces everything."""
+        put = {key_of(routing): routing for routing in batch.put}
+        gone = set(self._routings) - set(put) if batch.complete else set(batch.removed) - set(put)
+        before = set(self.problems)
+        hosts: set[str] = set()
+        for key in sorted(gone):
+            hosts |= self._remove(key)
+        for key, routing in sorted(put.items()) if batch.complete else put.items():
+            hosts |= self._put(key, routing)
+        for host in hosts:
+            self._write_host(host)
+        self._sweep(gone | set(put))
+        return tuple(problem for problem in self.problems if problem not in before)
+
+    def take_changes(self) -> set[Name]:
+        """Return what was written or erased since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def draining(self) -> Iterable[tuple[str, Endpoint]]:
+        """Yield every endpoint that must lose its requests, with its app's key."""
+        for key, routing in self._routings.items():
+            for endpoint in routing.endpoints:
+                if endpoint.draining:
+                    yield key, endpoint
+
+    def clusters_of(self, key: str) -> tuple[str, ...]:
+        """Return the names of the app's clusters."""
+        routing = self._routings.get(key)
+        return tuple(sorted({target.cluster for target in _targets(routing)})) if routing else ()
+
+    def _put(self, key: str, routing: Routing) -> set[str]:
+        old = self._routings.get(key)
+        if old == routing:
+            return set()
+        self._routings[key] = routing
+        problems = [
+            Problem(key, f"instance {endpoint.instance}: {why}")
+            for endpoint in routing.endpoints
+            if (why := resources.check_address(endpoint.address)) is not None
+        ]
+        for target in _targets(routing):
+            for each in (resources.cluster(target), resources.endpoints(target, routing.endpoints)):
+                self._write(each)
+        hosts: set[str] = set()
+        if old is None or old.hosts != routing.hosts:
+            hosts = self._claim(key, old, routing)
+        problems += self._refused(key, routing)
+        self._problems[key] = tuple(problems)
+        return hosts
+
+    def _claim(self, key: str, old: Routing | None, routing: Routing) -> set[str]:
+        """Claim the app's places instead of those it had; return the hostnames that this may change."""
+        wanted: dict[HostPath, Target] = {}
+        for host, path, port, http2 in routing.hosts:
+            if resources.check_host_path(host, path) is None and 0 < port < 65_536:
+                wanted.setdefault(HostPath(host, path), Target(routing.project, routing.app, port, http2))
+        changed = {place.host for place in wanted}
+        for place in self._held(key, old):
+            if place not in wanted:
+                changed.add(place.host)
+                self._unclaim(place, key)
+        for place, target in wanted.items():
+            self._claims.setdefault(place, {})[key] = target
+            self._paths.setdefault(place.host, set()).add(place.path)
+        return changed
+
+    def _unclaim(self, place: HostPath, key: str) -> None:
+        claims = self._claims[place]
+        del claims[key]
+        if not claims:
+            del self._claims[place]
+            self._paths[place.host].discard(place.path)
+            if not self._paths[place.host]:
+                del self._paths[place.host]
+
+    def _refused(self, key: str, routing: Routing) -> list[Problem]:
+        problems = []
+        for host, path, port, _ in routing.hosts:
+            why = resources.check_host_path(host, path)
+            if why is None and not 0 < port < 65_536:
+                why = f"{port} is not a port"
+            if why is None:
+                owner = next(iter(self._claims[HostPath(host, path)]))
+                why = None if owner == key else f"{host}{path} belongs to {owner}"
+            if why is not None:
+                problems.append(Problem(key, why))
+        return problems
+
+    def _remove(self, key: str) -> set[str]:
+        routing = self._routings.pop(key, None)
+        self._problems.pop(key, None)
+        if routing is None:
+            return set()
+        held = self._held(key, routing)
+        for place in held:
+            self._unclaim(place, key)
+        return {place.host for place in held}
+
+    def _held(self, key: str, routing: Routing | None) -> list[HostPath]:
+        """Return the places that the app claims by `routing`."""
+        if routing is None:
+            return []
+        places = dict.fromkeys(HostPath(host, path) for host, path, _, _ in routing.hosts)
+        return [place for place in places if key in self._claims.get(place, {})]
+
+    def _write_host(self, host: str) -> None:
+        routes = [(path, next(iter(self._claims[HostPath(host, path)].values()))) for path in self._paths.get(host, ())]
+        name = f"{resources.ROUTE_CONFIG}/{host}"
+        if routes:
+            self._write(resources.virtual_host(host, routes))
+        else:
+            self._erase(Kind.HOST, name)
+
+    def _sweep(self, keys: Iterable[str]) -> None:
+        """Remove the clusters of `keys` that nothing leads to any more."""
+        for key in keys:
+            wanted = set(self.clusters_of(key))
+            for kind in (Kind.CLUSTER, Kind.ENDPOINTS):
+                for name in self._clusters.get(key, set()) - wanted:
+                    self._erase(kind, name)
+            if wanted:
+                self._clusters[key] = wanted
+            else:
+                self._clusters.pop(key, None)
+
+    def _write(self, resource: Resource) -> None:
+        if self.resources[resource.kind].get(resource.name) != resource:
+            self.resources[resource.kind][resource.name] = resource
+            self._changed.add((resource.kind, resource.name))
+
+    def _erase(self, kind: Kind, name: str) -> None:
+        if self.resources[kind].pop(name, None) is not None:
+            self._changed.add((kind, name))
+
+
+def key_of(routing: Routing) -> str:
+    return f"{routing.project}/{routing.app}"
+
+
+def _targets(routing: Routing) -> set[Target]:
+    return {
+        Target(routing.project, routing.app, port, http2)
+        for host, path, port, http2 in routing.hosts
+        if resources.check_host_path(host, path) is None and 0 < port < 65_536
+    }
