@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -193,8 +194,8 @@ def test_what_fails_for_good_is_replaced_with_a_growing_delay() -> None:
                 known = {i.id for i in cell.instances()} if made else set()
                 await cell.until(lambda known=known: {i.id for i in cell.instances()} - known, 200)
                 made.append(cell.instances()[0].created_at)
-            gaps = [later - earlier for earlier, later in zip(made, made[1:], strict=False)]
-            assert all(1.5 < later / earlier < 2.5 for earlier, later in zip(gaps, gaps[1:], strict=False)), gaps
+            gaps = [later - earlier for earlier, later in pairwise(made)]
+            assert all(1.5 < later / earlier < 2.5 for earlier, later in pairwise(gaps)), gaps
 
     run_virtual(main())
 
@@ -383,7 +384,7 @@ def test_a_server_that_starts_again_leads_at_once() -> None:
 
 
 class Faulty(MemoryStore):
-    """Every `every`th transaction of the leader fails: before it is made, or after with an unknown outcome; or the leader is killed at it."""
+    """Every `every`th transaction of the leader fails: before it is made, or with an unknown outcome; or the leader dies at it."""
 
     every = 0
     count = 0
