@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -103,6 +104,7 @@ class Agent:
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
         self._closing = False
+        self._registered = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self._tools: Tools | None = None
         self.runners: dict[str, Runner] = {}
@@ -234,6 +236,7 @@ class Agent:
         async with asyncio.timeout(CALL_S):
             await self._control.register_node(node)
         self._reporter.unknown_node.clear()
+        self._registered.set()  # a heartbeat follows at once, so that a node is known to be alive
 
     def _apply(self, batch: AssignmentBatch) -> None:
         if self._closing:
@@ -284,7 +287,10 @@ class Agent:
                 log.debug("heartbeat failed", node=self._node, error=str(error) or "timed out")
             except Exception:
                 log.exception("heartbeat failed", node=self._node)
-            await asyncio.sleep(HEARTBEAT_S)
+            self._registered.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._registered.wait()
 
     async def _usage(self) -> tuple[Usage, ...]:
         found = []
