@@ -48,6 +48,7 @@ def make_directories(root: int, parts: Iterable[bytes]) -> tuple[int, list[bytes
                 os.mkdir(part, 0o755, dir_fd=fd)
                 made.append(path)
                 child = open_beneath(root, path, os.O_RDONLY | os.O_DIRECTORY)
+                os.fchmod(child, 0o755)  # whatever the umask is
             except OSError:
                 os.close(fd)
                 raise

@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import stat
-import time
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atoll.images.command import Finished, run_tool
-from atoll.images.layer import LayerBlob, LayerWriter
+from atoll.images.layer import LayerWriter
 from atoll.images.steps import StepCache, StepResult
 from atoll.images.threads import in_thread
-from atoll.images.tree import EPOCH, add_tree
+from atoll.images.tree import EPOCH
+from atoll.images.unpack import kept_xattrs
 from atoll.model.errors import AtollError, ImageError, Invalid, Unavailable, Unsupported
 
 BASE_DEADLINE_S = 1800.0
@@ -36,6 +36,9 @@ _MACHINE_SPECIFIC = re.compile(
     rb"|etc/(?:apt/apt\.conf\.d|dpkg/dpkg\.cfg\.d)/99mmdebstrap$"
     rb"|var/lib/dpkg/(?:lock|lock-frontend|[a-z]+-old|triggers/Lock)$|var/lib/dbus/machine-id$|var/lib/systemd/.*/random"
 )
+MEMORY_BYTES_MIN = 4 << 30
+"""With so much memory available the base is made in memory: twice as fast, and without thousands of files on the disk."""
+_IN_MEMORY = ("sh", "-c", 'mount -t tmpfs -o mode=0755,size=75% atoll-build "$TMPDIR" && exec "$@"', "sh")
 _UNKNOWN = re.compile(
     r"Unable to locate package ([^\s.]+)|Package '?([^\s']+)'? has no installation candidate|Couldn't find any package.*'(.+)'"
 )
@@ -54,13 +57,14 @@ async def make_base(
         work.chmod(0o755)
         sources = work / "sources.list"
         sources.write_text("".join(f"{line}\n" for line in await mirrors(suite, architecture)))
-        (work / "tmp").mkdir(mode=0o755)
-        root = work / "root"
+        tar, scratch = work / "base.tar", work / "tmp"
+        scratch.mkdir(mode=0o755)
         argv = [
+            *(_IN_MEMORY if _memory_available() >= MEMORY_BYTES_MIN else ()),
             "mmdebstrap",
             "--mode=root",
             "--variant=essential",
-            "--format=directory",
+            "--format=tar",
             f"--architectures={architecture}",
             *(f"--dpkgopt={option}" for option in _DPKG_OPTIONS),
             *(f"--aptopt={option}" for option in await _proxies()),
@@ -68,19 +72,17 @@ async def make_base(
             "--aptopt=Acquire::http::Timeout 30",
             *([f"--include={','.join(packages)}"] if packages else []),
             suite,
-            str(root),
+            str(tar),
             str(sources),
         ]
-        env = {**os.environ, "SOURCE_DATE_EPOCH": str(EPOCH), "TMPDIR": str(work / "tmp"), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
-        began = time.time()
+        env = {**os.environ, "SOURCE_DATE_EPOCH": str(EPOCH), "TMPDIR": str(scratch), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
         finished = await run_tool(argv, env=env, deadline_s=BASE_DEADLINE_S, on_line=on_line, isolated=True)
         if finished.status != 0:
             raise _failure(finished, suite)
         on_line("packing the base layer")
         layer = work / "layer"
-        blob = await in_thread(lambda: _pack(root, layer, began))
-        version = _python_version(root)
-        return cache.keep(key, StepResult(blob, {"python": version} if version else {}), layer)
+        result = await in_thread(lambda: _pack(tar, layer))
+        return cache.keep(key, result, layer)
 
 
 async def mirrors(suite: str, architecture: str) -> list[str]:
@@ -154,18 +156,37 @@ def _failure(finished: Finished, suite: str) -> AtollError:
     return ImageError(f"mmdebstrap failed with status {finished.status}: {words}", mend="the build's log says more")
 
 
-def _pack(root: Path, target: Path, began: float) -> LayerBlob:
+def _pack(tar: Path, target: Path) -> StepResult:
+    """Rewrite mmdebstrap's tar, which is sorted and has no time after `EPOCH`, without what belongs to this machine."""
+    facts: dict[str, str] = {}
     writer = LayerWriter(target)
     try:
-        add_tree(writer, root, leave_out=_MACHINE_SPECIFIC, fresh_since=began)
-        return writer.close()
+        with tarfile.open(tar, mode="r:", errors="surrogateescape", encoding="utf-8") as base:
+            while (member := base.next()) is not None:
+                base.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+                name = member.name.removeprefix("./").strip("/")
+                if name in ("", ".") or _MACHINE_SPECIFIC.match(os.fsencode(name)):
+                    continue
+                if name == "usr/bin/python3" and member.issym() and member.linkname.startswith("python3."):
+                    facts["python"] = member.linkname.removeprefix("python")
+                writer.add(
+                    name,
+                    member.type,
+                    mode=member.mode,
+                    uid=member.uid,
+                    gid=member.gid,
+                    size=member.size if member.isreg() else 0,
+                    content=base.extractfile(member) if member.isreg() else None,  # type: ignore[arg-type]
+                    link=member.linkname.removeprefix("./") if member.islnk() else member.linkname,
+                    device=(member.devmajor, member.devminor),
+                    mtime=min(int(member.mtime), EPOCH),
+                    xattrs=kept_xattrs(member),
+                )
+        return StepResult(writer.close(), facts)
     finally:
         writer.abandon()
 
 
-def _python_version(root: Path) -> str | None:
-    python = root / "usr/bin/python3"
-    if not python.is_symlink() or not stat.S_ISLNK(python.lstat().st_mode):
-        return None
-    match = re.fullmatch(r"python(3\.\d+)", python.readlink().name)
-    return match[1] if match else None
+def _memory_available() -> int:
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0

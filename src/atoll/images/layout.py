@@ -30,7 +30,6 @@ from atoll.images.threads import in_thread
 from atoll.model.errors import ImageError
 from atoll.model.ports.images import ImageConfig
 
-COPY_BYTES = 1 << 20
 NAME_ANNOTATION = "org.opencontainers.image.ref.name"
 
 
@@ -145,16 +144,8 @@ class LayoutImage:
 
     def _copy(self, descriptor: Descriptor, target: Path) -> None:
         target.unlink(missing_ok=True)
-        sink = BlobSink(target, descriptor)
-        try:
-            with _open(self._layout.blob(descriptor.digest)) as file:
-                while data := file.read(COPY_BYTES):
-                    if sink.size + len(data) > descriptor.size:
-                        raise sink.damaged(f"more than {descriptor.size} bytes")
-                    sink.write(data)
-            sink.finish()
-        finally:
-            sink.close()
+        with BlobSink(target, descriptor) as sink, _open(self._layout.blob(descriptor.digest)) as file:
+            sink.copy_from(file)
 
 
 def read_file(path: Path, bytes_max: int = MANIFEST_BYTES_MAX) -> bytes:

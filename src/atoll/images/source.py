@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from msgspec import Struct
 
@@ -66,6 +66,14 @@ class BlobSink:
             view = view[self._file.write(view) :]
         self.size += len(data)
 
+    def copy_from(self, file: BinaryIO) -> None:
+        """Take the whole blob from a file, and finish."""
+        while data := file.read(CHUNK_BYTES):
+            if self.size + len(data) > self.descriptor.size:
+                raise self.damaged(f"more than {self.descriptor.size} bytes")
+            self.write(data)
+        self.finish()
+
     def restart(self) -> None:
         self._file.truncate(0)
         self._file.seek(0)
@@ -94,3 +102,9 @@ class BlobSink:
 
     def close(self) -> None:
         self._file.close()
+
+    def __enter__(self) -> BlobSink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

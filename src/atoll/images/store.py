@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -121,6 +122,15 @@ class ImageStore:
         """Take the image from `source` (an archive) under the name `reference`, in place of one that has it."""
         parse(reference, default_registry=self._registries.default)
         return await self._shared(reference, source, progress)
+
+    @contextlib.contextmanager
+    def workplace(self) -> Iterator[Path]:
+        """Give a path on the store's disk where the caller may make a directory; it is gone afterwards."""
+        path = self._disk.new_path()
+        try:
+            yield path
+        finally:
+            self._disk.release_path(path)
 
     async def collect(self, keep: Sequence[str]) -> int:
         now = self._monotonic()

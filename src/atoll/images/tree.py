@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import stat
 import tarfile
 from pathlib import Path
@@ -25,11 +24,8 @@ _KINDS = (
 )
 
 
-def add_tree(writer: LayerWriter, root: Path, *, leave_out: re.Pattern[bytes] | None = None, fresh_since: float = 0.0) -> None:
-    """Add all below `root`, sorted by name. What was changed at or after `fresh_since` gets `EPOCH` as its time.
-
-    Blocks for long. `leave_out` matches relative paths.
-    """
+def add_tree(writer: LayerWriter, root: Path) -> None:
+    """Add all below `root`, sorted by name; every time is `EPOCH`. Blocks for long."""
     linked: dict[tuple[int, int], str] = {}
     base = os.fsencode(root)
     pending = [b""]
@@ -38,16 +34,13 @@ def add_tree(writer: LayerWriter, root: Path, *, leave_out: re.Pattern[bytes] | 
         absolute = base + b"/" + path if path else base
         found = os.lstat(absolute)
         if path:
-            _add(writer, absolute, path, found, linked, fresh_since)
+            _add(writer, absolute, path, found, linked)
         if stat.S_ISDIR(found.st_mode):
             children = sorted(os.listdir(absolute), reverse=True)  # noqa: PTH208 (names here are bytes)
-            below = [path + b"/" + name if path else name for name in children]
-            pending.extend(child for child in below if leave_out is None or leave_out.match(child) is None)
+            pending.extend(path + b"/" + name if path else name for name in children)
 
 
-def _add(
-    writer: LayerWriter, absolute: bytes, path: bytes, found: os.stat_result, linked: dict[tuple[int, int], str], fresh_since: float
-) -> None:
+def _add(writer: LayerWriter, absolute: bytes, path: bytes, found: os.stat_result, linked: dict[tuple[int, int], str]) -> None:
     kind = next((kind for test, kind in _KINDS if test(found.st_mode)), None)
     if kind is None:  # a socket means nothing in an image
         return
@@ -69,7 +62,7 @@ def _add(
             content=content,
             link=link,
             device=(os.major(found.st_rdev), os.minor(found.st_rdev)),
-            mtime=EPOCH if found.st_mtime >= fresh_since else int(found.st_mtime),
+            mtime=EPOCH,
             xattrs=_xattrs(absolute) if plain else None,
         )
 

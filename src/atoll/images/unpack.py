@@ -75,7 +75,8 @@ def unpack(
     Unavailable. Raises ImageError for a damaged or hostile tar, Exhausted for a full disk, Unsupported without the rights
     that it needs.
     """
-    target.mkdir(mode=0o755)
+    target.mkdir()
+    target.chmod(0o755)  # whatever the umask is
     try:
         with source.open("rb") as raw:
             stream = TarStream(raw, bytes_max=bytes_max, on_bytes=on_bytes)
@@ -321,14 +322,12 @@ class _Layer:
         """Set owner, then mode, then attributes: chown clears set-uid bits and capabilities."""
         os.fchown(fd, member.uid, member.gid)
         os.fchmod(fd, member.mode & 0o7777)
-        for key, value in member.pax_headers.items():
-            name = key.removeprefix(XATTR_PREFIX)
-            if name != key and name.startswith(XATTRS_KEPT):
-                try:
-                    os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
-                except OSError as error:
-                    if error.errno != errno.EOPNOTSUPP:
-                        raise
+        for name, value in kept_xattrs(member).items():
+            try:
+                os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
 
     def _set_times(self) -> None:
         """Set directories' times when nothing is written to them any more."""
@@ -342,6 +341,12 @@ class _Layer:
 
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def kept_xattrs(member: tarfile.TarInfo) -> dict[str, str]:
+    """Return the extended attributes of an entry that an image may set."""
+    names = {key: key.removeprefix(XATTR_PREFIX) for key in member.pax_headers}
+    return {name: member.pax_headers[key] for key, name in names.items() if name != key and name.startswith(XATTRS_KEPT)}
 
 
 def _split(name: bytes) -> list[bytes]:
