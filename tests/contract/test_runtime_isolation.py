@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,9 @@ async def world(layer: Path, tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path, lambda: RuncRuntime(tmp_path / "runtime", cgroup="/atoll-test"), (layer,), real=True)
     yield world
     await world.close()
+    for path in [*Path("/sys/fs/cgroup").glob("*/atoll-test"), Path("/sys/fs/cgroup/atoll-test")]:
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
 
 
 def limits(**changes: int) -> Limits:
@@ -120,6 +126,35 @@ async def test_only_its_own_processes_and_names_are_seen(world: World) -> None:
     lines = out.split("\n")
     assert int(lines[0]) <= 5
     assert lines[1:4] == ["host-a", "1", "lo"]
+
+
+@pytest.fixture
+def netns() -> Iterator[Path]:
+    name = f"atoll-test-{uuid.uuid4().hex[:8]}"
+    if shutil.which("ip") is None:
+        pytest.skip("needs iproute2")
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    subprocess.run(["ip", "-n", name, "link", "add", "inner", "type", "veth", "peer", "name", "outer"], check=True)
+    subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+    yield Path("/run/netns") / name
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+async def test_a_given_network_namespace_is_used_and_its_low_ports_are_free(world: World, netns: Path) -> None:
+    _, out, _ = await sh(world, "ls /sys/class/net; cat /proc/net/dev | grep -c inner", netns=netns)
+    assert out == "inner\nlo\nouter\n1\n"
+    await world.launch("web", "nc", "-l", "-p", "80", netns=netns, user="app")
+    await world.launch("client", "run", netns=netns)
+    assert (await world.shell("client", "sleep 0.1; echo hello | nc -w 1 127.0.0.1 80"))[0] == 0
+    assert (await asyncio.wait_for(world.runtime.wait("web"), 10)).code == 0
+    assert world.output("web") == "hello\n"
+    assert (await world.shell("client", "echo 1 > /proc/sys/net/ipv4/ip_forward"))[0] != 0
+
+
+async def test_a_network_namespace_that_is_not_there_is_named(world: World) -> None:
+    with pytest.raises(RuntimeFailed, match="/run/netns/gone"):
+        await world.runtime.create(world.box("a", "run", netns=Path("/run/netns/gone")))
+    assert _traces(world, "a") == []
 
 
 async def test_memory_beyond_the_limit_ends_it_and_is_told(world: World) -> None:

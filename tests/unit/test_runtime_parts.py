@@ -18,7 +18,7 @@ from atoll.model.ports.runtime import Box, Limits, Mount
 from atoll.runtimes.box_record import BoxRecord, BoxRecords
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.native import shim_path
-from atoll.runtimes.oci import CAPABILITIES, Bundle, configuration
+from atoll.runtimes.oci import CAPABILITIES, Bundle, configuration, launch_netns
 from atoll.runtimes.seccomp import profile
 from atoll.runtimes.signals import signal_name, signal_number
 from atoll.runtimes.users import User, resolve_user
@@ -76,8 +76,11 @@ def test_the_configuration_is_what_the_specification_allows(base_id: int | None,
     errors = [f"{list(error.absolute_path)}: {error.message}" for error in validator().iter_errors(config)]
     assert errors == []
     kinds = {entry["type"] for entry in config["linux"]["namespaces"]}
-    assert {"pid", "ipc", "uts", "mount", "cgroup", "network"} <= kinds
+    assert {"pid", "ipc", "uts", "mount", "cgroup"} <= kinds
     assert ("user" in kinds) == (base_id is not None)
+    inherited = netns is not None and base_id is not None
+    assert ("network" in kinds) != inherited
+    assert launch_netns(box(netns=netns), bundle(base_id=base_id)) == ("/run/netns/a" if inherited else "-")
     assert config["process"]["noNewPrivileges"] is True
     assert config["root"]["readonly"] is True
     shown = next(entry for entry in config["mounts"] if entry["destination"] == "/data")

@@ -101,6 +101,15 @@ def configuration(box: Box, bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def launch_netns(box: Box, bundle: Bundle) -> str:
+    """Return the network namespace that the runtime's tool must be started in, or `-`.
+
+    A network namespace that the node made belongs to the node's user namespace. runc before 1.2 enters an instance's user
+    namespace first, and may then not enter the other: so it starts there, and the instance inherits it.
+    """
+    return str(box.netns) if box.netns is not None and bundle.base_id is not None else "-"
+
+
 def process(argv: Sequence[str], env: Sequence[tuple[str, str]], workdir: str, user: User, *, tty: bool = False) -> dict[str, Any]:
     """Return the `process` of a configuration; `runc exec --process` takes it too."""
     variables = dict(env)
@@ -143,7 +152,11 @@ def rlimits() -> list[dict[str, Any]]:
 
 def _namespaces(box: Box, bundle: Bundle) -> list[dict[str, str]]:
     kinds: list[dict[str, str]] = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup")]
-    kinds.append({"type": "network", "path": str(box.netns)} if box.netns else {"type": "network"})
+    if box.netns is None:
+        kinds.append({"type": "network"})
+    elif bundle.base_id is None:
+        kinds.append({"type": "network", "path": str(box.netns)})
+    # With both, the runtime's tool is started in the network namespace: see `launch_netns`.
     if bundle.base_id is not None:
         kinds.append({"type": "user"})
     return kinds

@@ -21,7 +21,7 @@ from atoll.runtimes.box_record import BoxRecord, BoxRecords, boot_id
 from atoll.runtimes.cgroup import Cgroups, Group
 from atoll.runtimes.idmap import IdMaps, idmaps_work
 from atoll.runtimes.mounts import descriptor
-from atoll.runtimes.oci import Bundle, configuration
+from atoll.runtimes.oci import Bundle, configuration, launch_netns
 from atoll.runtimes.rootfs import make_root, remove_root, show_mounts
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
@@ -33,6 +33,8 @@ START_PIDS_MIN = 32
 """The runtime's tool needs some threads inside the group before the command runs; the limit is lowered after that."""
 
 
+STDOUT, STDERR, NETNS = "io.atoll.stdout", "io.atoll.stderr", "io.atoll.netns"
+"""Annotations by which the next agent knows what an instance's tools are started with."""
 RUNTIME_DIRECTORY = Path("/run/atoll")
 """Where roots are mounted; it must be open to all, as /run is."""
 
@@ -113,21 +115,19 @@ class OciBoxes:
             os.chown(fifo, (base_id or 0) + user.uid, (base_id or 0) + user.gid)
         resources = self._cgroups.resources(box.limits)
         resources["pids"]["limit"] = max(START_PIDS_MIN, box.limits.pids)
-        config = configuration(
-            box,
-            Bundle(
-                root=root,
-                user=user,
-                base_id=base_id,
-                cgroup=f"{self._cgroup}/{box.id}",
-                resources=resources,
-                volumes=tuple(show_mounts(directory, box.mounts, userns=userns)),
-                hosts=hosts,
-                hostname_file=hostname,
-                sysfs=sysfs,
-            ),
+        bundle = Bundle(
+            root=root,
+            user=user,
+            base_id=base_id,
+            cgroup=f"{self._cgroup}/{box.id}",
+            resources=resources,
+            volumes=tuple(show_mounts(directory, box.mounts, userns=userns)),
+            hosts=hosts,
+            hostname_file=hostname,
+            sysfs=sysfs,
         )
-        config["annotations"] = {"io.atoll.stdout": str(box.stdout), "io.atoll.stderr": str(box.stderr)}
+        config = configuration(box, bundle)
+        config["annotations"] = {STDOUT: str(box.stdout), STDERR: str(box.stderr), NETNS: launch_netns(box, bundle)}
         write_private(directory / "config.json", json.dumps(config))
 
     def clean(self, record: BoxRecord) -> None:

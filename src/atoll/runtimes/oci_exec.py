@@ -20,10 +20,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from atoll.model.errors import RuntimeFailed
 from atoll.runtimes.oci import process as oci_process
-from atoll.runtimes.oci_box import load_config, user_in, write_private
+from atoll.runtimes.oci_box import NETNS, load_config, user_in, write_private
 from atoll.runtimes.oci_container import failure
 from atoll.runtimes.readiness import ready
 from atoll.runtimes.shim import Launch
@@ -250,23 +251,24 @@ async def start_execution(
         process, log_path, output, pid_file, console_name = (directory / name for name in names)
         for path in (process, log_path, output):
             files.callback(path.unlink, missing_ok=True)
-        owner = _write_process(directory.parent, process, argv, env, workdir, user, size, base_id)
+        config = load_config(directory.parent)
+        netns = config["annotations"][NETNS]
+        owner = _write_process(config, process, argv, env, workdir, user, size, base_id)
+        shim = ["exec", netns, str(pid_file), "--"]
         command = [*tool(log_path), "--pid-file", str(pid_file), "--process", str(process)]
         if size is None:
-            return await _start_on_pipes(command, id, pid_file, output, owner, argv[0], log_path)
+            return await _start_on_pipes([*shim, *command, id], output, owner, argv[0], log_path)
         console = ConsoleSocket(directory, console_name.name)
         files.callback(console.close)
         command += ["--console-socket", console.path]
-        launch = Launch(["exec", str(pid_file), "--", *command, id], stdio=None, output=output)
+        launch = Launch([*shim, *command, id], stdio=None, output=output)
         pid = await _started(launch, log_path, argv[0])
         terminal = Stream(await console.terminal())
         set_size(terminal.fd, *size)
         return OciExecution(launch, pid, stdin=terminal, outputs={1: terminal}, tty=True)
 
 
-async def _start_on_pipes(
-    command: list[str], id: str, pid_file: Path, output: Path, owner: tuple[int, int], name: str, log_path: Path
-) -> OciExecution:
+async def _start_on_pipes(arguments: list[str], output: Path, owner: tuple[int, int], name: str, log_path: Path) -> OciExecution:
     ours: list[int] = []
     with ExitStack() as theirs:
         ends = []
@@ -277,7 +279,7 @@ async def _start_on_pipes(
             theirs.callback(os.close, ends[-1])
             os.fchown(ends[-1], *owner)  # so that /dev/stdout can be opened by name
         try:
-            launch = Launch(["exec", str(pid_file), "--", *command, id], stdio=(ends[0], ends[1], ends[2]), output=output)
+            launch = Launch(arguments, stdio=(ends[0], ends[1], ends[2]), output=output)
             theirs.close()
             pid = await _started(launch, log_path, name)
         except BaseException:
@@ -300,7 +302,7 @@ async def _started(launch: Launch, log_path: Path, name: str) -> int:
 
 
 def _write_process(
-    box: Path,
+    config: dict[str, Any],
     path: Path,
     argv: Sequence[str],
     env: Sequence[tuple[str, str]],
@@ -310,13 +312,13 @@ def _write_process(
     base_id: int | None,
 ) -> tuple[int, int]:
     """Write the command's `process.json`, and return the ids on the node that it runs as."""
-    own = load_config(box)["process"]
+    own = config["process"]
     who = own["user"]
     variables = [(name, value) for name, _, value in (entry.partition("=") for entry in own["env"])]
     if user is None:
         account = User(who["uid"], who["gid"], tuple(who.get("additionalGids", ())))
     else:
-        account = user_in(Path(load_config(box)["root"]["path"]), user)
+        account = user_in(Path(config["root"]["path"]), user)
         variables = [*((name, value) for name, value in variables if name != "HOME"), ("HOME", account.home)]
     body = oci_process(argv, [*variables, *env], workdir or own["cwd"], account, tty=size is not None)
     if size is not None:

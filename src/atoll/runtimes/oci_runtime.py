@@ -21,7 +21,7 @@ from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
-from atoll.runtimes.oci_box import START_PIDS_MIN, OciBoxes, load_config
+from atoll.runtimes.oci_box import NETNS, START_PIDS_MIN, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
 from atoll.runtimes.oci_exec import OciExecution, start_execution
 from atoll.runtimes.shim import Launch
@@ -97,8 +97,8 @@ class OciRuntime:
         config = load_config(files.directory)
         log_path = files.directory / "tool.log"
         tool = [*self.tool(boxes, log_path), "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
-        fifos = [config["annotations"]["io.atoll.stdout"], config["annotations"]["io.atoll.stderr"]]
-        shim = ["run", *fifos, str(files.pid), str(files.exit), str(files.lock)]
+        given = [config["annotations"][name] for name in (NETNS, STDOUT, STDERR)]
+        shim = ["run", *given, str(files.pid), str(files.exit), str(files.lock)]
         launch = Launch([*shim, "--", *tool], stdio=None, output=files.directory / "shim.log")
         try:
             news = await launch.news(START_S_MAX)

@@ -1,14 +1,16 @@
 /*
  * The parent of one container, so that the agent may die and come back.
  *
- *   atoll-shim run STDOUT STDERR PIDFILE EXITFILE LOCKFILE -- TOOL ARG...
+ *   atoll-shim run NETNS STDOUT STDERR PIDFILE EXITFILE LOCKFILE -- TOOL ARG...
  *       Starts TOOL (an OCI runtime's detached `run`) with its output on two FIFOs, learns the container's first process
  *       from PIDFILE, waits for it as its subreaper, and writes EXITFILE ("STATUS SECONDS.NANOSECONDS\n", STATUS as of
  *       wait(2)) by rename. Descriptor 3 carries news to the agent: "pid N\n", or "failed STATUS\n"; end of file after it.
  *       While the shim lives it holds a POSIX lock on LOCKFILE, which names its pid to whoever asks.
- *   atoll-shim exec PIDFILE -- TOOL ARG...
+ *   atoll-shim exec NETNS PIDFILE -- TOOL ARG...
  *       The same for a command beside the container: its stdio is the caller's, its status goes to descriptor 3
  *       ("exit STATUS\n"), and when descriptor 3's other end closes, the command is killed.
+ *   NETNS is the network namespace that TOOL starts in, or "-" for the caller's: a runtime that first enters an instance's
+ *   user namespace may not enter a network namespace of the node any more.
  *   atoll-shim userns
  *       Makes a user namespace, writes one byte to stdout, and ends with its stdin: the caller writes the id maps.
  *
@@ -56,7 +58,12 @@ static int open_fifo(const char *path) {
     return fd;
 }
 
-static pid_t spawn(char **argv, int out, int err) {
+static int enter(const char *netns) {
+    int fd = open(netns, O_RDONLY | O_CLOEXEC);
+    return fd < 0 ? -1 : setns(fd, CLONE_NEWNET);
+}
+
+static pid_t spawn(char **argv, const char *netns, int out, int err) {
     pid_t child = fork();
     if (child < 0) die("fork");
     if (child == 0) {
@@ -67,6 +74,7 @@ static pid_t spawn(char **argv, int out, int err) {
         signal(SIGHUP, SIG_DFL);
         signal(SIGINT, SIG_DFL);
         signal(SIGTERM, SIG_DFL);
+        if (strcmp(netns, "-") != 0 && enter(netns) < 0) die(netns);
         if (out >= 0) dup2(out, 1);
         if (err >= 0) dup2(err, 2);
         fcntl(NEWS, F_SETFD, FD_CLOEXEC);
@@ -138,13 +146,13 @@ static void prepare(void) {
 }
 
 static int run(char **argv) {
-    take_lock(argv[4]);
-    int out = open_fifo(argv[0]), err = open_fifo(argv[1]);
-    pid_t tool = spawn(argv + 6, out, err);
+    take_lock(argv[5]);
+    int out = open_fifo(argv[1]), err = open_fifo(argv[2]);
+    pid_t tool = spawn(argv + 7, argv[0], out, err);
     close(out);
     close(err);
     int status = finish(tool);
-    pid_t first = status == 0 ? read_pid(argv[2]) : -1;
+    pid_t first = status == 0 ? read_pid(argv[3]) : -1;
     if (first <= 0) {
         say("failed", status ? status : FAILED << 8);
         return 1;
@@ -152,15 +160,15 @@ static int run(char **argv) {
     say("pid", first);
     close(NEWS);
     status = reap(first, -1);
-    record(argv[3], status);
+    record(argv[4], status);
     return 0;
 }
 
 static int execute(char **argv) {
-    pid_t tool = spawn(argv + 2, -1, -1);
+    pid_t tool = spawn(argv + 3, argv[0], -1, -1);
     int status = finish(tool);
-    pid_t first = status == 0 ? read_pid(argv[0]) : -1;
-    unlink(argv[0]);
+    pid_t first = status == 0 ? read_pid(argv[1]) : -1;
+    unlink(argv[1]);
     if (first <= 0) {
         say("failed", status ? status : FAILED << 8);
         return 1;
@@ -183,11 +191,11 @@ static int userns(void) {
 
 int main(int argc, char **argv) {
     if (argc == 2 && strcmp(argv[1], "userns") == 0) return userns();
-    if (argc > 8 && strcmp(argv[1], "run") == 0 && strcmp(argv[7], "--") == 0) {
+    if (argc > 9 && strcmp(argv[1], "run") == 0 && strcmp(argv[8], "--") == 0) {
         prepare();
         return run(argv + 2);
     }
-    if (argc > 4 && strcmp(argv[1], "exec") == 0 && strcmp(argv[3], "--") == 0) {
+    if (argc > 5 && strcmp(argv[1], "exec") == 0 && strcmp(argv[4], "--") == 0) {
         prepare();
         return execute(argv + 2);
     }
