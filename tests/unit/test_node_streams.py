@@ -1,0 +1,171 @@
+"""Live streams over the agent on fakes: exec, logs, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoll.images.fake import FakeImages
+from atoll.model import codec
+from atoll.model.errors import Invalid, Unavailable
+from atoll.model.ports.clock import SystemClock
+from atoll.model.ports.control_plane import StreamKind, StreamRequest
+from atoll.model.records import Assignment, Event, Instance, OwnerKind, Severity, Status
+from atoll.model.spec import AppSpec, RuntimeName
+from atoll.model.states import Phase
+from atoll.model.streams import ErrorBody, Kind, LogLine, pack, unpack
+from atoll.network.fake import FakeNetwork
+from atoll.node.agent import Agent
+from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs, channel_pair
+from atoll.node.record import MemoryRecord
+from atoll.node.report import EVENTS_MAX, STATUSES_MAX, Reporter
+from atoll.runtimes.fake import FakeRuntime
+
+LOGS = MemoryLogs()
+
+
+@pytest.fixture
+async def control(tmp_path: Path) -> AsyncIterator[FakeControlPlane]:
+    control = FakeControlPlane()
+    agent = Agent(
+        node="n1",
+        control=control,
+        runtimes=[FakeRuntime()],
+        images=FakeImages(),
+        network=FakeNetwork(),
+        clock=SystemClock(),
+        random=random.Random(1),
+        data=tmp_path,
+        record=MemoryRecord(),
+        logs=LOGS,
+        prober=FakeProber(),
+        machine=FakeMachine(),
+    )
+    task = asyncio.create_task(agent.run())
+    instance = Instance(
+        id="web-1", project="default", owner_kind=OwnerKind.APP, owner="web", runtime=RuntimeName.RUNC, created_at=1.0
+    )
+    control.assign(Assignment(instance=instance, workload=AppSpec(name="web", image="web"), revision=1))
+    await control.until(lambda c: c.statuses.get("web-1") and c.statuses["web-1"].phase is Phase.RUNNING)
+    yield control
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def ask(control: FakeControlPlane, kind: str, instance: str = "web-1", **options: Any) -> list[tuple[Kind, bytes]]:
+    channel = control.request(StreamRequest(f"s{random.random()}", kind, instance, options))
+    found = []
+    async with asyncio.timeout(5):
+        while (message := await channel.receive()) is not None:
+            found.append(unpack(message))
+    return found
+
+
+async def test_exec_gives_output_and_status(control: FakeControlPlane) -> None:
+    assert await ask(control, StreamKind.EXEC, argv=["echo", "a", "b"]) == [(Kind.STDOUT, b"a b\n"), (Kind.EXIT, b"0")]
+    assert (await ask(control, StreamKind.EXEC, argv=["exit", "7"]))[-1] == (Kind.EXIT, b"7")
+
+
+async def test_exec_takes_input(control: FakeControlPlane) -> None:
+    channel = control.request(StreamRequest("s", StreamKind.EXEC, "web-1", {"argv": ["cat"]}))
+    await channel.send(pack(Kind.STDIN, b"hello"))
+    await channel.send(pack(Kind.STDIN_END))
+    found = []
+    while (message := await channel.receive()) is not None:
+        found.append(unpack(message))
+    assert b"".join(payload for kind, payload in found if kind is Kind.STDOUT) == b"hello"
+    assert found[-1] == (Kind.EXIT, b"0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "instance", "options", "code"),
+    [
+        (StreamKind.EXEC, "web-1", {"argv": []}, "invalid"),
+        (StreamKind.EXEC, "web-1", {}, "invalid"),
+        (StreamKind.EXEC, "web-1", {"argv": ["missing"]}, "runtime-failed"),
+        (StreamKind.EXEC, "web-9", {"argv": ["echo"]}, "not-found"),
+        (StreamKind.LOGS, "web-9", {}, "not-found"),
+        (StreamKind.LOGS, "web-1", {"tail": "many"}, "invalid"),
+        ("teleport", "web-1", {}, "invalid"),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_with_its_code(
+    control: FakeControlPlane, kind: str, instance: str, options: dict[str, Any], code: str
+) -> None:
+    messages = await ask(control, kind, instance, **options)
+    assert messages[-1][0] is Kind.ERROR
+    assert codec.decode(messages[-1][1], ErrorBody).code == code
+
+
+async def test_logs_end_with_an_end(control: FakeControlPlane) -> None:
+    LOGS.lines["web-1"] = [LogLine(at=float(n), stream="stdout", text=str(n)) for n in range(5)]
+    messages = await ask(control, StreamKind.LOGS, tail=2)
+    assert [codec.decode(payload, LogLine).text for kind, payload in messages if kind is Kind.LOG] == ["3", "4"]
+    assert messages[-1][0] is Kind.END
+
+
+async def test_a_channel_that_is_closed_ends_both_ways() -> None:
+    ours, theirs = channel_pair()
+    for _ in range(64):
+        await ours.send(b"x")
+    await ours.close()
+    with pytest.raises(Unavailable):
+        await theirs.send(b"y")
+    assert await ours.receive() is None
+
+
+class Slow(FakeControlPlane):
+    """Notes each report; fails as often as told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[tuple[int, int]] = []
+        self.errors: list[Exception] = []
+
+    async def report(self, node: str, statuses: Any, events: Any = ()) -> None:
+        self.batches.append((len(statuses), len(events)))
+        await asyncio.sleep(0)
+        if self.errors:
+            raise self.errors.pop(0)
+        await super().report(node, statuses, events)
+
+
+async def test_reports_are_bounded_and_the_newest_word_wins() -> None:
+    control = Slow()
+    control.errors = [Unavailable("away"), Invalid("bad")]
+    reporter = Reporter("n1", control, SystemClock(), random.Random(1))
+    for number in range(EVENTS_MAX + 10):
+        reporter.event("default", "instance/x", "code", str(number), Severity.INFO)
+    for phase in (Phase.STARTING, Phase.RUNNING):
+        for number in range(STATUSES_MAX + 1):
+            reporter.status(Status(instance=f"i{number}", project="default", node="n1", phase=phase))
+    task = asyncio.create_task(reporter.run())
+    async with asyncio.timeout(5):
+        while not reporter.idle:  # noqa: ASYNC110 - the reporter has no event for it
+            await asyncio.sleep(0.01)
+    task.cancel()
+    assert max(statuses for statuses, _ in control.batches) == STATUSES_MAX
+    # The first try failed and was repeated whole; the second was refused and dropped; the rest came.
+    assert control.batches[0] == control.batches[1]
+    assert {status.phase for status in control.history} == {Phase.RUNNING}
+    assert isinstance(control.events[-1], Event)
+    assert control.events[-1].message == str(EVENTS_MAX + 9)
+
+
+async def test_what_is_forgotten_while_under_way_is_not_said_again() -> None:
+    control = Slow()
+    control.errors = [Unavailable("away")]
+    reporter = Reporter("n1", control, SystemClock(), random.Random(1))
+    reporter.status(Status(instance="gone", project="default", node="n1", phase=Phase.STOPPED))
+    task = asyncio.create_task(reporter.run())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    reporter.forget("gone")
+    await asyncio.sleep(0.2)
+    task.cancel()
+    assert [status.instance for status in control.history] == []
