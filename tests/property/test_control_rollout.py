@@ -94,10 +94,11 @@ class Model:
         self.now += chance.choice((0.0, 0.1, 1.0))
         for id, seen in self.seen.items():
             # What is bad is up for half a second at most.
-            if seen.phase is Phase.RUNNING and seen.instance.release in self.bad and seen.status:
-                if self.now >= (seen.status.started_at or 0.0) + 0.5:
-                    status = structs.replace(seen.status, phase=Phase.BACKOFF, ready=False, exit=Exit(code=1, at=self.now))
-                    self.seen[id] = structs.replace(seen, status=status)
+            status = seen.status
+            if seen.phase is Phase.RUNNING and seen.instance.release in self.bad and status:
+                over = self.now >= (status.started_at or 0.0) + 0.5
+                status = structs.replace(status, phase=Phase.BACKOFF, ready=False, exit=Exit(code=1, at=self.now))
+                self.seen[id] = structs.replace(seen, status=status) if over else seen
         if not self.seen:
             return
         seen = chance.choice(list(self.seen.values()))
@@ -173,6 +174,9 @@ def test_enough_serve_and_never_too_many_whatever_is_asked(model: Model, todo: l
         model.decide()
     model.settle(chance)
     assert model.status is not None
+    seen, made, status = dict(model.seen), model.made, model.status
+    model.decide()
+    assert (model.seen, model.made, model.status) == (seen, made, status), "what is as it should be is left alone"
     assert model.status.phase is (AppPhase.RUNNING if model.app.replicas else AppPhase.STOPPED)
     assert model.ready() == model.app.replicas == len(model.running())
     assert {(s.instance.release, s.instance.generation) for s in model.running()} <= {(model.app.release, model.app.generation)}

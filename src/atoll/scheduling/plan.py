@@ -17,9 +17,9 @@ from atoll.model.records import Rejection
 from atoll.scheduling.demand import Demand, Pending, Placed
 from atoll.scheduling.explain import reject
 from atoll.scheduling.interface import View
-from atoll.scheduling.ranking import Ranking, feasible
+from atoll.scheduling.ranking import Entry, Ranking, feasible
 from atoll.scheduling.scores import DOMAIN_SCORE
-from atoll.scheduling.snapshot import Snapshot
+from atoll.scheduling.snapshot import Ints, Snapshot
 
 PENDING_MAX = 100_000
 """Instances planned at once; later ones wait for the next plan."""
@@ -81,21 +81,26 @@ def place_class(view: View, group: str, demand: Demand, count: int) -> list[int]
     return chosen
 
 
-def _place_flat(ranking: Ranking, rows: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> list[int]:
+def _place_flat(ranking: Ranking, rows: Ints, count: int) -> list[int]:
     heap = ranking.best(rows, count)
     chosen: list[int] = []
     while heap and len(chosen) < count:
         row = heap[0][2]
         chosen.append(row)
-        again = ranking.again(row)
-        if again is None:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, again)
+        if len(chosen) < count:
+            _renew(heap, ranking.again(row))
     return chosen
 
 
-def _place_over(ranking: Ranking, rows: np.ndarray[tuple[int], np.dtype[np.int64]], count: int, label: str) -> list[int]:
+def _renew(heap: list[Entry], again: Entry | None) -> None:
+    """Put the entry of the node that has just received one back in its place."""
+    if again is None:
+        heapq.heappop(heap)
+    else:
+        heapq.heapreplace(heap, again)
+
+
+def _place_over(ranking: Ranking, rows: Ints, count: int, label: str) -> list[int]:
     """As `_place_flat`, with one heap for each site or region, and one over these by their best node.
 
     Within a place the place's own score is the same for all, so that its best node is the best whatever that score is.
@@ -118,11 +123,7 @@ def _place_over(ranking: Ranking, rows: np.ndarray[tuple[int], np.dtype[np.int64
         row = heap[0][2]
         chosen.append(row)
         domains.counts[domain] += 1
-        again = ranking.again(row)
-        if again is None:
-            heapq.heappop(heap)
-        else:
-            heapq.heapreplace(heap, again)
+        _renew(heap, ranking.again(row))
         if heap:
             heapq.heapreplace(outer, entry(domain))
         else:

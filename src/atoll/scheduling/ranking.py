@@ -15,6 +15,9 @@ Entry = tuple[int, int, int]
 STEPS = 1_000_000
 """Scores are rounded to whole millionths, so that sums are exact and the same on every machine."""
 _LEVELS_AHEAD = 16
+"""Further instances on one node that are scored at once."""
+_TABLE_MAX = 1 << 20
+"""Scores in the table that a class begins with."""
 _NO_LIMIT = np.iinfo(np.int64).max
 
 
@@ -87,8 +90,17 @@ class Ranking:
             keep = np.concatenate((better, equal))
             rows, scores, ranks = rows[keep], scores[keep], ranks[keep]
         order = np.lexsort((ranks, -scores))
+        if count > 1:
+            self._look_ahead(rows, count)
         # Sorted, it is a heap.
         return list(zip((-scores[order]).tolist(), ranks[order].tolist(), rows[order].tolist(), strict=True))
+
+    def _look_ahead(self, rows: Ints, count: int) -> None:
+        """Score all of `rows` at once for as many instances as each would get if all got the same."""
+        levels = min(count // len(rows) + 1, max(1, _TABLE_MAX // len(rows)))
+        extra = np.arange(1, levels + 1, dtype=np.int64)
+        table = self.totals(np.repeat(rows, levels), np.tile(extra, len(rows))).reshape(len(rows), levels)
+        self._levels.update(zip(rows.tolist(), table.tolist(), strict=True))
 
     def again(self, row: int) -> Entry | None:
         """Count one instance on `row` and return its entry for the next one; None when it is full."""
@@ -98,9 +110,8 @@ class Ranking:
         levels = self._levels.setdefault(row, [])
         if placed > len(levels):
             start = len(levels) + 1
-            ahead = _LEVELS_AHEAD if start > 1 else 2
-            extra = np.arange(start, start + ahead, dtype=np.int64)
-            levels.extend(self.totals(np.full(ahead, row, dtype=np.int64), extra).tolist())
+            extra = np.arange(start, start + _LEVELS_AHEAD, dtype=np.int64)
+            levels.extend(self.totals(np.full(_LEVELS_AHEAD, row, dtype=np.int64), extra).tolist())
         return (-levels[placed - 1], int(self._ranks[row]), row)
 
     def domains(self, label: str) -> Domains:
