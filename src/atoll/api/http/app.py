@@ -22,6 +22,8 @@ from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge
 ROUTES: tuple[Route, ...] = (*operators.ROUTES, *users.ROUTES, *machines.ROUTES)
 OPENAPI_PATH = "/schema/openapi.json"
 
+CLOSE = ((b"connection", b"close"),)
+
 log = structlog.get_logger()
 
 
@@ -42,23 +44,31 @@ def _handler(service: Service, route: Route) -> HTTPRouteHandler:
     open_to_all = route.need is Need.NOTHING
 
     async def handle(request: Request[Any, Any, Any]) -> ASGIApp:
+        unread = reads_body
         try:
             if open_to_all:
                 caller, path = SYSTEM, dict(request.path_params)
             else:
                 caller, path = admit(service, request, route.need)
             body = await _body(request, route.body_bytes_max) if reads_body else b""
+            unread = False
             result = await route.run(Call(service, request, caller, path, body))
         except AtollError as error:
             if error.status >= 500:
                 log.warning("a call failed", method=route.method, path=request.scope["path"], code=error.code, cause=error.message)
-            return error_answer(error)
+            return error_answer(error, headers=CLOSE if unread and _more_to_come(request) else ())
         if result is None:
             return Answer(b"", 204, ())
         return result if callable(result) else record_answer(result, route.status)
 
     path = re.sub(r"\{(\w+)\}", r"{\1:str}", route.path)
     return HTTPRouteHandler(path, http_method=route.method, status_code=route.status, request_max_body_size=None)(handle)  # type: ignore[arg-type]
+
+
+def _more_to_come(request: Request[Any, Any, Any]) -> bool:
+    """Whether so much of a refused body may still come that it is better to hang up than to read it."""
+    stated = request.headers.get("content-length")
+    return "transfer-encoding" in request.headers or (stated is not None and len(stated) > 4)
 
 
 async def _body(request: Request[Any, Any, Any], bytes_max: int) -> bytes:
