@@ -26,6 +26,7 @@ from atoll.ingress import envoy
 from atoll.ingress.fake import FakeRouting
 from atoll.ingress.resources import Kind
 from atoll.ingress.service import Ingress
+from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict
 from atoll.model.records import Endpoint, Routing
 from atoll.model.spec import AppSpec, Port
@@ -131,20 +132,16 @@ class Backend:
 class Site:
     """An ingress, its control plane, and the apps behind it."""
 
-    def __init__(self, directory: Path, stack: AsyncExitStack) -> None:
+    def __init__(self, directory: Path, stack: AsyncExitStack, port: int) -> None:
         self.directory = directory
         self.control = FakeRouting()
-        self.ingress = self._new()
+        self.ingress = Ingress(self.control, directory, port=port, workers=2, stop_grace_s=0.2)
         self._stack = stack
         self._task: asyncio.Task[None] | None = None
-        self._next = 2
 
     @property
     def port(self) -> int:
         return self.ingress.http_port
-
-    def _new(self, port: int = 0) -> Ingress:
-        return Ingress(self.control, self.directory, port=port, workers=2, stop_grace_s=0.2)
 
     async def start(self) -> None:
         self._task = asyncio.create_task(self.ingress.run())
@@ -161,35 +158,31 @@ class Site:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
-    async def replace(self) -> None:
-        """Kill the ingress as a crash would, with Envoy left alone, and start another in its place."""
-        assert self._task is not None
-        self.ingress.envoy._running = None  # a killed process stops nothing
-        self.ingress.envoy._child = None
-        await self.stop()
-        self.ingress = self._new(self.port)
-        await self.start()
-
     async def backends(self, count: int) -> list[Backend]:
-        """Start so many backends on one port."""
-        while True:
-            made = [Backend(f"b{n}", f"127.0.0.{n}") for n in range(self._next, self._next + count)]
-            self._next += count
-            try:
-                await made[0].start()
-                for backend in made[1:]:
-                    await backend.start(made[0].port)
-            except OSError:
-                continue
-            for backend in made:
-                self._stack.push_async_callback(backend.crash)
-            return made
+        return await start_backends(self._stack, count)
+
+
+async def start_backends(stack: AsyncExitStack, count: int) -> list[Backend]:
+    """Start `b2`, `b3` and so on, on one port and at addresses of their own."""
+    for _ in range(10):
+        made = [Backend(f"b{n}", f"127.0.0.{n}") for n in range(2, count + 2)]
+        for backend in made:
+            stack.push_async_callback(backend.crash)
+        try:
+            await made[0].start()
+            for backend in made[1:]:
+                await backend.start(made[0].port)
+        except OSError:  # another has the port at one of the addresses
+            continue
+        return made
+    raise AssertionError("no port is free at all addresses")
 
 
 @asynccontextmanager
-async def site_at(directory: Path) -> AsyncIterator[Site]:
+async def site_at(directory: Path, port: int = 0, *known: Routing) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack:
-        site = Site(directory, stack)
+        site = Site(directory, stack, port)
+        site.control.put(*known)
         try:
             await site.start()
             yield site
@@ -223,6 +216,12 @@ def routing(
             for each in (*backends, *(each for each in draining if each not in backends))
         ),
     )
+
+
+async def applied(site: Site, host: str) -> None:
+    """Return when Envoy knows the hostname."""
+    await eventually(lambda: f"http/{host}" in site.ingress.table.resources[Kind.HOST])
+    await site.ingress.ads.applied((Kind.HOST, f"http/{host}"), "any", timeout_s=TIMEOUT_S)
 
 
 async def serves(site: Site, host: str, path: str = "/") -> bool:
@@ -453,7 +452,7 @@ async def test_http2_reaches_an_instance_that_speaks_it(site: Site) -> None:
     backend = Backend("grpc", "127.0.0.1")
     backend.port = port
     site.control.put(routing("rpc", backend, http2=True))
-    await eventually(lambda: _routed(site, "rpc.localhost"))
+    await applied(site, "rpc.localhost")
     options = [("grpc.default_authority", "rpc.localhost")]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{site.port}", options=options) as channel:
         call = channel.stream_stream("/t.T/Shout")()
@@ -462,10 +461,6 @@ async def test_http2_reaches_an_instance_that_speaks_it(site: Site) -> None:
             assert await asyncio.wait_for(call.read(), TIMEOUT_S) == word.upper()
         await call.done_writing()
     await server.stop(0)
-
-
-async def _routed(site: Site, host: str) -> bool:
-    return (await get(site.port, host)).status not in (404, 503)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -502,21 +497,55 @@ async def test_envoy_is_started_again_when_it_is_killed(site: Site) -> None:
     await eventually(lambda: serves(site, "other.localhost"))
 
 
-async def test_envoy_serves_on_while_the_ingress_is_restarted(site: Site) -> None:
-    one, two = await site.backends(2)
-    site.control.put(routing("web", one))
-    await eventually(lambda: serves(site, "web.localhost"))
-    pid = site.ingress.envoy.pid
-    load = Load(site.port, "web.localhost", clients=4)
-    await asyncio.sleep(0.1)
-    await site.replace()
-    assert site.ingress.envoy.pid == pid
-    site.control.put(routing("web", two), routing("late", two))
-    await eventually(lambda: serves(site, "late.localhost"))
-    await asyncio.sleep(0.1)
-    await load.stop()
-    assert load.failures == []
-    assert (await get(site.port, "web.localhost")).body == b"b3"
+EARLIER = """
+import asyncio, sys
+from pathlib import Path
+from atoll.ingress.fake import FakeRouting
+from atoll.ingress.service import Ingress
+from atoll.model import codec
+from atoll.model.records import Routing
+
+async def main():
+    control = FakeRouting()
+    control.put(codec.decode(sys.stdin.buffer.read(), Routing))
+    ingress = Ingress(control, Path(sys.argv[1]), port=0, workers=2)
+    task = asyncio.create_task(ingress.run())
+    await ingress.ready.wait()
+    print("serving", ingress.http_port, ingress.envoy.pid, flush=True)
+    await task
+
+asyncio.run(main())
+"""
+
+
+async def test_envoy_serves_on_when_the_ingress_is_killed_and_the_next_one_adopts_it(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        one, two = await start_backends(stack, 2)
+        pipe = asyncio.subprocess.PIPE
+        command = (sys.executable, "-c", EARLIER, str(tmp_path))
+        earlier = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+        assert earlier.stdin is not None
+        assert earlier.stdout is not None
+        earlier.stdin.write(codec.encode(routing("web", one)))
+        earlier.stdin.close()
+        line = ""
+        while not line.startswith("serving"):  # log lines come before it
+            line = (await asyncio.wait_for(earlier.stdout.readline(), 30)).decode()
+        port, pid = map(int, line.split()[1:])
+        load = Load(port, "web.localhost", clients=4)
+        await asyncio.sleep(0.1)
+        earlier.kill()
+        await earlier.wait()
+        await asyncio.sleep(0.1)
+        async with site_at(tmp_path, port, routing("web", one)) as site:
+            assert site.ingress.envoy.pid == pid
+            site.control.put(routing("web", two), routing("late", two))
+            await eventually(lambda: serves(site, "late.localhost"))
+            await eventually(lambda: _body(site, "web.localhost", b"b3"))
+            await load.stop()
+        assert load.failures == []
+        assert load.answers > 20
+        assert envoy.started_at(pid) is None
 
 
 async def test_without_the_control_plane_it_serves_what_it_knew_and_catches_up_later(site: Site) -> None:

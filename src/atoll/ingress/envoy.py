@@ -143,10 +143,9 @@ class EnvoyProcess:
     async def stop(self, grace_s: float) -> None:
         """Take no new connection, wait up to `grace_s` for active requests, and end. Safe to repeat."""
         running, self._running = self._running, None
-        if running is None or not alive(running):
-            self._remove_pid_file()
+        if running is None:
             return
-        if grace_s > 0:
+        if grace_s > 0 and alive(running):
             await self._finish_requests(grace_s)
         await self._end(running)
 

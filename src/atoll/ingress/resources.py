@@ -97,7 +97,7 @@ def resource(kind: Kind, name: str, message: cluster_pb2.Cluster) -> Resource:
 
 def check_host_path(host: str, path: str) -> str | None:
     """Return why Envoy could not take this hostname and path, or None. What it cannot take, it refuses with all else."""
-    if len(host) > 253 or HOSTNAME.fullmatch(host) is None:
+    if len(host) > 253 or HOSTNAME.fullmatch(host) is None or host.endswith(".invalid"):
         return f"{host[:80]!r} is not a hostname"
     if len(path) > PATH_BYTES_MAX or PATH.fullmatch(path) is None:
         return f"{path[:80]!r} is not a path prefix"
@@ -169,6 +169,14 @@ def virtual_host(host: str, routes: Sequence[tuple[str, Target]]) -> Resource:
     message = route_components_pb2.VirtualHost(name=name, domains=[host], routes=[_route(path, to) for path, to in ordered])
     message.include_request_attempt_count = False
     return resource(Kind.HOST, name, message)
+
+
+def nobody() -> Resource:
+    """Return a virtual host that no request can name. Without any, Envoy waits 15 s for one before it begins to listen."""
+    name = f"{ROUTE_CONFIG}/nobody.invalid"
+    route = route_components_pb2.Route(match=route_components_pb2.RouteMatch(prefix="/"))
+    route.direct_response.status = 404
+    return resource(Kind.HOST, name, route_components_pb2.VirtualHost(name=name, domains=["nobody.invalid"], routes=[route]))
 
 
 def route_configuration() -> Resource:

@@ -18,10 +18,10 @@ class RoutingTable:
     """
 
     def __init__(self) -> None:
-        frame = resources.route_configuration()
         self.resources: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
-        self.resources[Kind.ROUTES][frame.name] = frame
         self._changed: set[Name] = set()
+        for fixed in (resources.route_configuration(), resources.nobody()):
+            self._write(fixed)
         self._routings: dict[str, Routing] = {}
         self._claims: dict[HostPath, dict[str, Target]] = {}
         """Place → app → where it leads, the first app being the one that has it."""
