@@ -37,7 +37,10 @@ class WriteAppStatus(Struct, frozen=True):
 
 
 class WriteJobStatus(Struct, frozen=True):
+    """Write the status if the job is still at `revision`: it may have been deleted, and another made under its name."""
+
     status: JobStatus
+    revision: int
 
 
 class WriteLiveness(Struct, frozen=True):
@@ -94,6 +97,8 @@ class Seen(Struct, frozen=True, kw_only=True):
 
     instance: Instance
     revision: int
+    created: int = 0
+    """The revision that made the instance."""
     status: Status | None = None
     lost_at: float | None = None
     """Since when its node is lost (or was never known)."""

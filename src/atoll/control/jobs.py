@@ -18,6 +18,8 @@ from atoll.model.units import format_seconds
 
 RETRY_MIN_S = 1.0
 RETRY_MAX_S = 60.0
+STATUS_WRITES_PER_JOB = 500
+"""About how often the status of a large job is written on its way."""
 TRIES_KEPT = 3
 """Ended instances of one index whose records, and so logs, are kept until the job is removed."""
 
@@ -27,12 +29,19 @@ class JobFacts(Struct, frozen=True, kw_only=True):
 
     job: Job
     revision: int
+    created: int = 0
+    """The revision that made the job."""
     status: JobStatus | None
     instances: tuple[Seen, ...]
 
 
 def decide_job(facts: JobFacts, decision: Decision) -> None:
     """Compare the job with its instances and add to `decision` what is missing or too much."""
+    before = tuple(seen for seen in facts.instances if seen.created < facts.created)
+    if before:
+        # Left of an earlier job of this name.
+        decide_orphans(before, decision)
+        facts = structs.replace(facts, instances=tuple(seen for seen in facts.instances if seen.created >= facts.created))
     _Step(facts, decision).run()
 
 
@@ -201,8 +210,20 @@ class _Step:
         )
         if phase is JobPhase.SUCCEEDED:
             status = structs.replace(status, message="")
-        if status != self.facts.status:
-            self.decision.do(WriteJobStatus(status))
+        if self._worth_writing(status):
+            self.decision.do(WriteJobStatus(status, self.facts.revision))
+
+    def _worth_writing(self, status: JobStatus) -> bool:
+        """Whether the record is to be written: of a large job not for every index, since it grows with them.
+
+        Nothing is lost by that: which indices have succeeded can always be told from their instances.
+        """
+        last = self.facts.status
+        if last is None or status.phase is not last.phase:
+            return True
+        step = self.spec.completions // STATUS_WRITES_PER_JOB
+        small = len(status.succeeded) - len(last.succeeded) < step and sum(status.failures.values()) == sum(last.failures.values())
+        return status != last and not (step > 1 and small)
 
 
 def leave_running(decision: Decision, seen: Seen) -> None:

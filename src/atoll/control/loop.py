@@ -37,6 +37,10 @@ TICK_S = 1.0
 """How often nodes are looked at, and a part of all owners, whatever has happened."""
 TICKS_PER_ROUND = 60
 """Ticks in which every owner has been looked at once."""
+LARGE_OWNER = 200
+"""Instances from which on an owner is not decided about at every change."""
+PAUSE_S_PER_INSTANCE = 40e-6
+"""Its pause between two decisions, for each of its instances."""
 CONFLICT_PAUSE_S = 0.02
 ERROR_PAUSE_MIN_S = 0.1
 ERROR_PAUSE_MAX_S = 5.0
@@ -62,6 +66,7 @@ class Loop:
         self._due: dict[Owner, float] = {}
         self._round: list[Owner] = []
         self._share = 0
+        self._decided_at: dict[Owner, float] = {}
         self._tick_at = 0.0
         self._gc_at = clock.now() + GC_S
 
@@ -171,6 +176,8 @@ class Loop:
         decided: list[tuple[Owner, Decision]] = []
         for owner in list(self._world.dirty)[:OWNERS_PER_WAKE_MAX]:
             del self._world.dirty[owner]
+            if self._too_soon(owner, now):
+                continue
             decision = self._decide_owner(owner, now)
             if decision.actions:
                 decided.append((owner, decision))
@@ -195,6 +202,21 @@ class Loop:
             if self._due.get(owner) == at:
                 del self._due[owner]
                 self._world.dirty[owner] = None
+
+    def _too_soon(self, owner: Owner, now: float) -> bool:
+        """Put off a large owner that has just been decided about, so that it is not gone through for each of its instances."""
+        count = len(self._world.owned.get(owner, ()))
+        if count < LARGE_OWNER:
+            self._decided_at.pop(owner, None)
+            return False
+        at = self._decided_at.get(owner, 0.0) + count * PAUSE_S_PER_INSTANCE
+        if now < at <= now + 2 * count * PAUSE_S_PER_INSTANCE:
+            if at < self._due.get(owner, at + 1):
+                self._due[owner] = at
+                heapq.heappush(self._timers, (at, owner))
+            return True
+        self._decided_at[owner] = now
+        return False
 
     def _decide_owner(self, owner: Owner, now: float) -> Decision:
         decision = Decision(now, self._suffix, self._world.ids)
@@ -241,7 +263,8 @@ class Loop:
         for instance, revision in waiting:
             decision = Decision(now, self._suffix)
             decision.do(Update(instance, revision))
-            if not quiet:
+            before = self._world.state.get(Instance, f"{instance.project}/{instance.id}")
+            if not quiet and not (before and _same_reason(before.record, instance)):
                 _tell(decision, instance)
             units.extend(units_of(f"{instance.project}/{instance.id}", decision.actions, self._world.state))
         return units
@@ -265,6 +288,11 @@ def _created(action: Action) -> Instance:
     if not isinstance(action, Create):
         raise TypeError(f"not a creation: {action}")
     return action.instance
+
+
+def _same_reason(before: Instance, after: Instance) -> bool:
+    """Whether only the words of a rejection have changed."""
+    return before.rejection is not None and after.rejection is not None and before.rejection.code == after.rejection.code
 
 
 def _tell(decision: Decision, instance: Instance) -> None:

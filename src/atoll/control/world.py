@@ -176,6 +176,7 @@ class World:
         return Seen(
             instance=instance,
             revision=held.revision,
+            created=held.created,
             status=status.record if status else None,
             lost_at=self.lost_at(instance.node),
             drained=frozenset(self._drained.get(instance.id, ())),
@@ -217,6 +218,7 @@ class World:
         return JobFacts(
             job=held.record,
             revision=held.revision,
+            created=held.created,
             status=status.record if status else None,
             instances=self.instances((OwnerKind.JOB, key)),
         )

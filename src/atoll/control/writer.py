@@ -77,8 +77,9 @@ def _translate(action: Action, state: State) -> tuple[list[Compare], list[Op]]:
             return [unchanged(key, revision)], [Delete(key), status, Delete(keys.drained(instance.id, ""), prefix=True)]
         case WriteAppStatus(status):
             return [], [Put(keys.app_status(status.project, status.name), codec.encode(status))]
-        case WriteJobStatus(job_status):
-            return [], [Put(keys.job_status(job_status.project, job_status.name), codec.encode(job_status))]
+        case WriteJobStatus(job_status, revision):
+            job = keys.job(job_status.project, job_status.name)
+            return [unchanged(job, revision)], [Put(keys.job_status(job_status.project, job_status.name), codec.encode(job_status))]
         case WriteLiveness(liveness):
             return [], [Put(keys.node_liveness(liveness.name), codec.encode(liveness))]
         case RemoveApp():
