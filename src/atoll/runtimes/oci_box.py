@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from atoll.model.errors import Conflict, Exhausted, Invalid, RuntimeFailed
 from atoll.model.ports.runtime import Box
@@ -22,7 +25,7 @@ from atoll.runtimes.cgroup import Cgroups, Group
 from atoll.runtimes.idmap import IdMaps, idmaps_work
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.oci import Bundle, configuration, launch_netns
-from atoll.runtimes.rootfs import make_root, remove_root, show_mounts
+from atoll.runtimes.rootfs import drop_mounts, make_root, remove_root, show_mounts
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
 from atoll.runtimes.sysfs import mount_sysfs
@@ -59,6 +62,7 @@ class OciBoxes:
         self.boot_id = boot_id()
         self._cgroup = cgroup.rstrip("/")
         self._cgroups = cgroups
+        self._unneeded: deque[Path] = deque()  # mounts of boxes that exist; `tidy` empties it soon after each `make`
         for path in (directory, self.state, directory / "scratch"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         # An instance with ids of its own must reach its root by path, and may pass through none of our directories.
@@ -100,7 +104,7 @@ class OciBoxes:
         base_id = None if record.slot is None else self.idmaps.base(record.slot)
         userns = None if record.slot is None else self.idmaps.namespace(record.slot)
         root = self.root(box.id)
-        make_root(root, directory, box.image.layers, disk, base_id=base_id or 0, userns=userns)
+        self._unneeded.extend(make_root(root, directory, box.image.layers, disk, base_id=base_id or 0, userns=userns))
         user = user_in(root, box.user)
         sysfs = None
         if base_id is not None and box.netns is not None:
@@ -108,8 +112,8 @@ class OciBoxes:
             sysfs.mkdir()
             mount_sysfs(box.netns, sysfs)
         hosts, hostname = directory / "hosts", directory / "hostname"
-        write_private(hosts, _HOSTS.format(hostname=box.hostname), 0o644)
-        write_private(hostname, f"{box.hostname}\n", 0o644)
+        write_private(hosts, _HOSTS.format(hostname=box.hostname).encode(), 0o644)
+        write_private(hostname, f"{box.hostname}\n".encode(), 0o644)
         for fifo in (box.stdout, box.stderr):
             # So that the process can open /dev/stdout by name, whoever it is.
             os.chown(fifo, (base_id or 0) + user.uid, (base_id or 0) + user.gid)
@@ -128,7 +132,14 @@ class OciBoxes:
         )
         config = configuration(box, bundle)
         config["annotations"] = {STDOUT: str(box.stdout), STDERR: str(box.stderr), NETNS: launch_netns(box, bundle)}
-        write_private(directory / "config.json", json.dumps(config))
+        write_private(directory / "config.json", msgspec.json.encode(config))
+
+    def tidy(self) -> bool:
+        """Do one piece of the work that `make` put off or will want done; return whether there may be more."""
+        if self._unneeded:
+            drop_mounts([self._unneeded.popleft() for _ in range(len(self._unneeded))])
+            return True
+        return self.scratch.refill()
 
     def clean(self, record: BoxRecord) -> None:
         """End what is left of an attempt to run the box, so that it is as `make` left it."""
@@ -175,13 +186,23 @@ class OciBoxes:
             self._roots.rmdir()
 
 
-def load_config(directory: Path) -> dict[str, Any]:
+class SavedConfig(Struct, frozen=True):
+    """The parts of a saved configuration that later calls need."""
+
+    process: dict[str, Any]
+    root: dict[str, Any]
+    annotations: dict[str, str]
+
+
+_saved = msgspec.json.Decoder(SavedConfig)
+
+
+def load_config(directory: Path) -> SavedConfig:
     """Return the configuration that `make` wrote. Raises RuntimeFailed."""
     try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+        return _saved.decode((directory / "config.json").read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
         raise RuntimeFailed(f"the configuration of the instance cannot be read: {error}", mend="delete the instance") from None
-    return config
 
 
 def user_in(root: Path, user: str) -> User:
@@ -206,9 +227,9 @@ def _explain(error: OSError) -> Exhausted | RuntimeFailed:
     return RuntimeFailed(f"cannot make the instance: {error}")
 
 
-def write_private(path: Path, text: str, mode: int = 0o600) -> None:
+def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write a file that only root reads: it may hold secrets."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-    with os.fdopen(fd, "w") as file:
+    with os.fdopen(fd, "wb") as file:
         os.fchmod(fd, mode)
-        file.write(text)
+        file.write(data)

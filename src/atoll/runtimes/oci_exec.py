@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import signal
 import socket
@@ -20,11 +19,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from atoll.model.errors import RuntimeFailed
 from atoll.runtimes.oci import process as oci_process
-from atoll.runtimes.oci_box import NETNS, load_config, user_in, write_private
+from atoll.runtimes.oci_box import NETNS, SavedConfig, load_config, user_in, write_private
 from atoll.runtimes.oci_container import failure
 from atoll.runtimes.readiness import ready
 from atoll.runtimes.shim import Launch
@@ -252,7 +252,7 @@ async def start_execution(
         for path in (process, log_path, output):
             files.callback(path.unlink, missing_ok=True)
         config = load_config(directory.parent)
-        netns = config["annotations"][NETNS]
+        netns = config.annotations[NETNS]
         owner = _write_process(config, process, argv, env, workdir, user, size, base_id)
         shim = ["exec", netns, str(pid_file), "--"]
         command = [*tool(log_path), "--pid-file", str(pid_file), "--process", str(process)]
@@ -302,7 +302,7 @@ async def _started(launch: Launch, log_path: Path, name: str) -> int:
 
 
 def _write_process(
-    config: dict[str, Any],
+    config: SavedConfig,
     path: Path,
     argv: Sequence[str],
     env: Sequence[tuple[str, str]],
@@ -312,16 +312,16 @@ def _write_process(
     base_id: int | None,
 ) -> tuple[int, int]:
     """Write the command's `process.json`, and return the ids on the node that it runs as."""
-    own = config["process"]
+    own = config.process
     who = own["user"]
     variables = [(name, value) for name, _, value in (entry.partition("=") for entry in own["env"])]
     if user is None:
         account = User(who["uid"], who["gid"], tuple(who.get("additionalGids", ())))
     else:
-        account = user_in(Path(config["root"]["path"]), user)
+        account = user_in(Path(config.root["path"]), user)
         variables = [*((name, value) for name, value in variables if name != "HOME"), ("HOME", account.home)]
     body = oci_process(argv, [*variables, *env], workdir or own["cwd"], account, tty=size is not None)
     if size is not None:
         body["consoleSize"] = {"height": size[0], "width": size[1]}
-    write_private(path, json.dumps(body))
+    write_private(path, msgspec.json.encode(body))
     return (base_id or 0) + account.uid, (base_id or 0) + account.gid

@@ -37,7 +37,7 @@ START_S_MAX = 60.0
 END_S_MAX = 10.0
 SETTLE_S_MAX = 30.0
 SETTLE_STEP_S = 0.01
-REFILL_DELAY_S = 0.05
+TIDY_DELAY_S = 0.05
 
 log = structlog.get_logger()
 
@@ -55,6 +55,7 @@ class OciRuntime:
     def __init__(self, directory: Path, *, binary: str, cgroup: str = "/atoll", userns: bool | None = None) -> None:
         self._directory = directory
         self._binary = binary
+        self._path: str | None = None
         self._cgroup = cgroup
         self._userns = userns
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix=binary)
@@ -63,14 +64,14 @@ class OciRuntime:
         self._executions: set[OciExecution] = set()
         self._made: OciBoxes | None = None
         self._making = asyncio.Lock()
-        self._refilling: asyncio.Task[None] | None = None
+        self._tidying: asyncio.Task[None] | None = None
 
     def tool(self, boxes: OciBoxes, log_path: Path) -> list[str]:
         """Return the runtime's command with its global options; it logs JSON to `log_path`."""
-        path = shutil.which(self._binary)
-        if path is None:
+        self._path = self._path or shutil.which(self._binary)
+        if self._path is None:
             raise Unsupported(f"{self._binary} is not installed", mend=f"apt-get install {self._binary}")
-        return [path, "--root", str(boxes.state), "--log", str(log_path), "--log-format", "json"]
+        return [self._path, "--root", str(boxes.state), "--log", str(log_path), "--log-format", "json"]
 
     async def create(self, box: Box) -> None:
         boxes = await self._boxes()
@@ -83,7 +84,7 @@ class OciRuntime:
                 await self._in_thread(boxes.remove, await making)
             raise
         self._containers[box.id] = Container(record, boxes.group(box.id))
-        self._refill_soon(boxes)
+        self._tidy_soon(boxes)
 
     async def start(self, id: str) -> Started:
         boxes, container = await self._find(id)
@@ -97,13 +98,13 @@ class OciRuntime:
         config = load_config(files.directory)
         log_path = files.directory / "tool.log"
         tool = [*self.tool(boxes, log_path), "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
-        given = [config["annotations"][name] for name in (NETNS, STDOUT, STDERR)]
+        given = [config.annotations[name] for name in (NETNS, STDOUT, STDERR)]
         shim = ["run", *given, str(files.pid), str(files.exit), str(files.lock)]
         launch = Launch([*shim, "--", *tool], stdio=None, output=files.directory / "shim.log")
         try:
             news = await launch.news(START_S_MAX)
             if news is None or news[0] != "pid":
-                raise failure(log_path, config["process"]["args"][0])
+                raise failure(log_path, config.process["args"][0])
             if record.limits.pids < START_PIDS_MIN:
                 container.group.set_pids_limit(record.limits.pids)
         except (AtollError, OSError, asyncio.CancelledError) as error:
@@ -260,9 +261,9 @@ class OciRuntime:
         return Found(id=record.id, pid=None, exit=container.exit)
 
     async def close(self) -> None:
-        if self._refilling is not None:
-            self._refilling.cancel()
-            await asyncio.wait({self._refilling})
+        if self._tidying is not None:
+            self._tidying.cancel()
+            await asyncio.wait({self._tidying})
         for execution in self._executions:
             await execution.close()
         for container in self._containers.values():
@@ -296,19 +297,19 @@ class OciRuntime:
     def _make_boxes(self) -> OciBoxes:
         return OciBoxes(self._directory, cgroup=self._cgroup, cgroups=Cgroups.detect(), userns=self._userns)
 
-    def _refill_soon(self, boxes: OciBoxes) -> None:
-        if self._refilling is None or self._refilling.done():
-            self._refilling = asyncio.create_task(self._refill(boxes))
+    def _tidy_soon(self, boxes: OciBoxes) -> None:
+        if self._tidying is None or self._tidying.done():
+            self._tidying = asyncio.create_task(self._tidy(boxes))
 
-    async def _refill(self, boxes: OciBoxes) -> None:
-        """Make spare disks while nobody waits for one."""
+    async def _tidy(self, boxes: OciBoxes) -> None:
+        """Drop mounts that are not needed and make spare disks, while nobody waits for it."""
         try:
             more = True
             while more:
-                await asyncio.sleep(REFILL_DELAY_S)
-                more = await self._in_thread(boxes.scratch.refill)
-        except AtollError as error:
-            log.warning("scratch.refill.failed", error=str(error))
+                await asyncio.sleep(TIDY_DELAY_S)
+                more = await self._in_thread(boxes.tidy)
+        except (AtollError, OSError) as error:
+            log.warning("runtime.tidy.failed", error=str(error))
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
