@@ -329,8 +329,8 @@ class Agent:
             await asyncio.sleep(COLLECT_S)
             try:
                 if self._machine.disk_used() > COLLECT_ABOVE:
-                    keep = {runner.state.image_digest for runner in self.runners.values()} - {None}
-                    freed = await self._images.collect(sorted(digest for digest in keep if digest))
+                    keep = set().union(*(runner.digests for runner in self.runners.values()))
+                    freed = await self._images.collect(sorted(keep))
                     log.info("images collected", freed_bytes=freed)
             except (AtollError, OSError) as error:
                 log.warning("images not collected", error=str(error))

@@ -52,6 +52,7 @@ class Preparation:
         self._tell = tell
         self._told_at = float("-inf")
         self.secrets = secrets
+        self.digest: str | None = None
 
     async def run(self) -> None:
         try:
@@ -101,7 +102,9 @@ class Preparation:
         if reference is None:
             raise Invalid("the release has no image", field="image")
         found = await self._tools.images.find(reference)
-        return found or await self._tools.images.ensure(reference, progress=self._progress)
+        image = found or await self._tools.images.ensure(reference, progress=self._progress)
+        self.digest = image.digest
+        return image
 
     def _progress(self, progress: PullProgress) -> None:
         now = self._tools.clock.monotonic()

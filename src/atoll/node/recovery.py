@@ -8,9 +8,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import structlog
+from msgspec.structs import replace
 
 from atoll.model.errors import AtollError
 from atoll.model.ports.runtime import Found
+from atoll.model.states import advance
 from atoll.node.record import Entry
 from atoll.node.report import retry_delay
 from atoll.node.tools import Tools
@@ -47,7 +49,9 @@ async def recover(entries: Sequence[Entry], tools: Tools, choose: random.Random)
             _open_logs(entry, tools)
         each_found = found.get(id)
         event = Recovered(True, each_found.pid, each_found.exit) if each_found else Recovered(False)
-        recovered.append((entry, event))
+        # The wish is recorded with the assignment first, so it may be newer than the state.
+        desired = advance(entry.state.desired, entry.assignment.instance.desired)
+        recovered.append((replace(entry, state=replace(entry.state, desired=desired)), event))
     log.info("recovered", recorded=len(known), running=sum(event.pid is not None for _, event in recovered))
     return recovered
 

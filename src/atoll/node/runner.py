@@ -11,16 +11,15 @@ from typing import Any, assert_never
 import structlog
 from msgspec.structs import replace
 
-from atoll.model.errors import AtollError, NotFound
+from atoll.model.errors import AtollError
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment
-from atoll.model.spec import AppSpec
 from atoll.model.states import Phase
 from atoll.model.units import format_seconds
+from atoll.node.attend import await_exit, probe_once, remove
 from atoll.node.decide import decide
 from atoll.node.prepare import Preparation, in_words
 from atoll.node.record import Entry
-from atoll.node.report import RETRY_MAX_S
 from atoll.node.tools import Tools
 from atoll.node.transitions import (
     CancelPrepare,
@@ -51,15 +50,6 @@ LAUNCH_S = 60.0
 """Deadline of starting a process."""
 SIGNAL_S = 30.0
 """Deadline of delivering a signal."""
-CLEAN_S = 120.0
-"""Deadline of one try at removing what an instance leaves."""
-CLEAN_RETRY_S = 0.5
-"""First wait before another try; it doubles up to RETRY_MAX_S, and there is no last try: a leak is never accepted."""
-WATCH_TRIES_MAX = 5
-"""Failures of `wait` in a row after which the process counts as ended, and is removed to make sure."""
-PROBE_SLACK_S = 5.0
-"""How much longer than the check's own timeout a probe may take in all."""
-
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 log = structlog.get_logger()
 _Step = Prepare | Launch | Signal | Kill | Clean | Erase
@@ -80,6 +70,7 @@ class Runner:
         self._wake = asyncio.Event()
         self._idle = False
         self._timer: asyncio.TimerHandle | None = None
+        self._preparation: Preparation | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
@@ -94,6 +85,12 @@ class Runner:
         chosen = self.assignment.instance.runtime
         names = (chosen,) if chosen else self.assignment.workload.runtimes
         return next((self._tools.runtimes[name] for name in names if name in self._tools.runtimes), None)
+
+    @property
+    def digests(self) -> set[str]:
+        """The images that must stay on the node for this instance."""
+        preparing = self._preparation.digest if self._preparation else None
+        return {digest for digest in (self.state.image_digest, preparing) if digest}
 
     @property
     def settled(self) -> bool:
@@ -111,7 +108,11 @@ class Runner:
         """Decide, record, report and set going what follows. Never waits, never raises."""
         now = Now(self._tools.clock.now(), self._tools.clock.monotonic())
         before = self.state
-        self.state, actions = decide(self._rules, before, event, now)
+        try:
+            self.state, actions = decide(self._rules, before, event, now)
+        except Exception:  # noqa: BLE001 - a bug in one decision must not end the agent, and with it all other instances' care
+            self._log.exception("no decision", event_type=type(event).__name__, phase=before.phase.value)
+            return
         if self.state != before:
             if self.state.phase is not before.phase:
                 self._log.info("phase", was=before.phase.value, phase=self.state.phase.value, why=self.state.message)
@@ -221,7 +222,7 @@ class Runner:
     async def _prepare(self) -> None:
         if self.state.phase is not Phase.PREPARING:
             return  # told to stop while this step waited
-        preparation = Preparation(self.assignment, self.runtime, self._tools, self._secrets, self.handle)
+        preparation = self._preparation = Preparation(self.assignment, self.runtime, self._tools, self._secrets, self.handle)
         self._preparing = self._spawn(preparation.run())
         try:
             await asyncio.wait({self._preparing})
@@ -258,42 +259,13 @@ class Runner:
             self._log.warning("signal failed", signal=name or "kill", error=str(error) or "timed out")
 
     async def _watch(self) -> None:
-        runtime = self.runtime
-        exit = None
-        for attempt in range(WATCH_TRIES_MAX):
-            if runtime is None:
-                break
-            try:
-                exit = await runtime.wait(self.id)  # as long as the process lives: no deadline
-                break
-            except NotFound:
-                break
-            except Exception as error:  # noqa: BLE001 - the outer edge of this task
-                self._log.warning("wait failed", error=str(error), attempt=attempt)
-                await asyncio.sleep(CLEAN_RETRY_S * 2**attempt)
+        exit = await await_exit(self.runtime, self.id)
         self._tools.logs.drain(self.id)
         self.handle(Ended(exit))
 
     async def _probe(self, run: int) -> None:
-        prober, runtime, workload = self._tools.prober, self.runtime, self.assignment.workload
-        health, address = self._rules.health, self.state.address
-        try:
-            async with asyncio.timeout((health.timeout if health else 0) + PROBE_SLACK_S):
-                if runtime is None or not isinstance(workload, AppSpec):
-                    failure = ""
-                elif health is not None:
-                    port = workload.port_named(health.port) or (workload.ports[0] if workload.ports else None)
-                    number, http2 = (port.port, port.http2) if port else (0, False)
-                    failure = await prober.probe(runtime, self.id, address, health, number, http2)
-                elif address is not None and self._rules.gate_port is not None:
-                    failure = await prober.probe_port(address, self._rules.gate_port)
-                else:
-                    failure = ""
-        except TimeoutError:
-            failure = "the check did not end in time"
-        except Exception as error:  # noqa: BLE001 - the outer edge of this task
-            failure = f"the check could not be made: {error}"
-        self.handle(Probed(run, failure))
+        workload, address = self.assignment.workload, self.state.address
+        self.handle(Probed(run, await probe_once(self._tools, self.runtime, self.id, workload, self._rules, address)))
 
     async def _clean(self, all: bool) -> None:
         for task in (self._watching, self._probing):
@@ -301,25 +273,7 @@ class Runner:
                 task.cancel()
         if all:
             self._tools.logs.drain(self.id)
-        failures = 0
-        while not await self._try_clean(all):
-            await asyncio.sleep(min(RETRY_MAX_S, CLEAN_RETRY_S * 2.0 ** min(failures, 16)))
-            failures += 1
-
-    async def _try_clean(self, all: bool) -> bool:
-        try:
-            async with asyncio.timeout(CLEAN_S):
-                if self.runtime is not None:
-                    await self.runtime.delete(self.id)
-                if all:
-                    await self._tools.network.detach(self.id)
-        except (AtollError, TimeoutError) as error:
-            self._log.warning("removal failed, trying again", error=str(error) or "timed out")
-            return False
-        if all:
-            self._tools.logs.close(self.id)
-            self._tools.directories.remove_instance(self.id)
-        return True
+        await remove(self._tools, self.runtime, self.id, all=all)
 
     def _erase(self) -> None:
         if self._timer is not None:
