@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import os
 import re
@@ -18,14 +19,15 @@ import httpx
 import pytest
 import zstandard
 
+from atoll.images.archive import export_archive, import_archive
 from atoll.images.layer import LayerBlob, LayerWriter
-from atoll.images.layout import NAME_ANNOTATION, Layout
+from atoll.images.layout import NAME_ANNOTATION, Layout, LayoutImage
 from atoll.images.manifest import OCI_INDEX, OCI_LAYER_TAR, machine_architecture
 from atoll.images.push import push
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
 from atoll.images.transport import Access, Patience
-from atoll.model.errors import ImageError, Unavailable
+from atoll.model.errors import Exhausted, ImageError, Unavailable
 from atoll.model.ports.images import ImageConfig, PullProgress
 
 pytestmark = [
@@ -115,6 +117,15 @@ def filled(registry: str, layout: Layout) -> str:
     # last, or skopeo remembers that there is a zstd form of the same layers and uses it for the others too
     skopeo("copy", f"oci:{layout.directory}:it", f"docker://{registry}/raw/zstd:1")
     return registry
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 def skopeo(*arguments: str) -> None:
@@ -262,3 +273,77 @@ async def test_concurrent_callers_share_one_pull(registries: Registries, tmp_pat
     images = await asyncio.gather(*(store.ensure("raw/zstd:1") for _ in range(20)))
     assert len({image.digest for image in images}) == 1
     assert len(list((tmp_path / "images/records").iterdir())) == 1
+
+
+@pytest.mark.parametrize("form", ["oci directory", "oci tar", "docker save", "docker save, gzip"])
+async def test_archives_are_imported(layout: Layout, registries: Registries, tmp_path: Path, form: str) -> None:
+    archive = tmp_path / "archive"
+    if form == "oci directory":
+        archive = layout.directory
+    elif form == "oci tar":
+        skopeo("copy", f"oci:{layout.directory}:it", f"oci-archive:{archive}:it")
+    else:
+        skopeo("copy", f"oci:{layout.directory}:plain", f"docker-archive:{archive}:reg.example/app:1")
+        if "gzip" in form:
+            archive.write_bytes(gzip.compress(archive.read_bytes(), 1))
+    store = ImageStore(tmp_path / "images", registries)
+    name = "it" if form == "oci directory" else None
+    image = await import_archive(store, archive, "cell.internal/default/app:1", name=name)
+    assert await store.find("cell.internal/default/app:1") == image
+    assert (image.layers[0] / "etc/name").read_bytes() == b"lower\n"
+    assert image.config.command == ("/bin/app",)
+    assert list((tmp_path / "images/making").iterdir()) == []
+
+
+async def test_an_exported_image_comes_back_with_its_digest(layout: Layout, registries: Registries, tmp_path: Path) -> None:
+    digest = next(item.digest for item in layout.index().manifests if item.annotations[NAME_ANNOTATION] == "it")
+    await export_archive(layout.directory, digest, tmp_path / "out.tar", name="v1")
+    store = ImageStore(tmp_path / "images", registries)
+    assert (await import_archive(store, tmp_path / "out.tar", "reg.example/app:1")).digest == digest
+    skopeo("copy", f"oci-archive:{tmp_path}/out.tar:v1", f"dir:{tmp_path}/dir")
+
+
+async def test_what_is_no_archive_is_one_clear_error(layout: Layout, registries: Registries, tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "images", registries)
+    (tmp_path / "noise").write_bytes(os.urandom(5000))
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "noise", tmp_path / "empty", tmp_path / "absent"):
+        with pytest.raises(ImageError):
+            await import_archive(store, path, "reg.example/app:1")
+    with pytest.raises(ImageError, match="no image 'other'") as caught:
+        await import_archive(store, layout.directory, "reg.example/app:1", name="other")
+    assert "it, plain" in str(caught.value)
+    assert list((tmp_path / "images/making").iterdir()) == []
+
+
+async def test_a_disk_that_fills_up_leaves_nothing_half_made(layout: Layout, registries: Registries, small_disk: Path) -> None:
+    """The layer is tiny when packed, so that only unpacking it finds the disk full."""
+    bomb = make_layer(layout, "zeros", {"a": bytes(150 << 20)})
+    image = layout.put_image([bomb], ImageConfig(), created="2001-09-09T01:46:40Z", comment=("zeros",))
+    store = ImageStore(small_disk / "images", registries)
+    with pytest.raises(Exhausted, match="the disk is full"):
+        await store.add("reg.example/app:1", LayoutImage(layout, digest=image.digest))
+    left = [path for path in (small_disk / "images").rglob("*") if path.parent != small_disk / "images"]
+    assert left == []
+
+
+async def test_a_layer_that_only_implies_a_directory_does_not_change_it(
+    layout: Layout, registries: Registries, tmp_path: Path
+) -> None:
+    writer = LayerWriter(layout.directory / "sticky.layer", mtime=1)
+    writer.directory("tmp", 0o1777)
+    lower = writer.close()
+    layout.adopt(layout.directory / "sticky.layer", lower.digest)
+    writer = LayerWriter(layout.directory / "implied.layer", mtime=1)
+    writer.bytes("tmp/x", b"x")
+    upper = writer.close()
+    layout.adopt(layout.directory / "implied.layer", upper.digest)
+    store = ImageStore(tmp_path / "images", registries)
+    image = layout.put_image([lower, upper], ImageConfig(), created="2001-09-09T01:46:40Z", comment=("a", "b"))
+    ready = await store.add("reg.example/app:1", LayoutImage(layout, digest=image.digest))
+    assert stat.S_IMODE((ready.layers[1] / "tmp").stat().st_mode) == 0o1777
+    again = await store.add("reg.example/app:2", LayoutImage(layout, digest=image.digest))
+    assert again.layers == ready.layers
+    alone = layout.put_image([upper], ImageConfig(), created="2001-09-09T01:46:40Z", comment=("b",))
+    other = await store.add("reg.example/app:3", LayoutImage(layout, digest=alone.digest))
+    assert stat.S_IMODE((other.layers[0] / "tmp").stat().st_mode) == 0o755
