@@ -16,8 +16,6 @@ EVERY_S = 0.7
 LASTS_S = 1.5
 """The longest that a request takes."""
 ACTIVE_MAX = 100
-HEARD_S = 1.0
-"""The longest that it takes until the ingress has heard of an app's first instance."""
 
 
 class Requests:
@@ -52,8 +50,7 @@ class Requests:
     async def _ask(self, app: str) -> None:
         endpoint = self._ingress.pick(app)
         if endpoint is None:
-            since = self._rules.serves_since.get(app)
-            if self._strict and since is not None and asyncio.get_running_loop().time() > since + HEARD_S:
+            if self._strict and self._rules.least_ready.get(app, 0) > 0:
                 self._story.breaks(f"a request to {app} found nobody, though it serves")
             self._story.mark("request: nobody there")
             return

@@ -20,6 +20,8 @@ from atoll.sim.story import Story
 
 _FIXED = ("id", "project", "owner_kind", "owner", "release", "generation", "index", "attempt", "created_at")
 """Fields of an instance that never change."""
+SETTLED_S = 1.0
+"""How long a number of ready instances must last until it may not be fallen below."""
 
 
 class Rules:
@@ -35,8 +37,8 @@ class Rules:
         """Instance → revision at which it was told to stop, or removed."""
         self.least_ready: dict[str, int] = {}
         """App → ready instances below which a calm run never falls."""
-        self.serves_since: dict[str, float] = {}
-        """App → (virtual) time since when that has been more than none."""
+        self._ready_since: dict[str, tuple[int, float]] = {}
+        """App → how many are ready, and since when it is so many."""
 
     async def watch(self, disk: Store) -> None:
         """Follow every revision for ever."""
@@ -151,22 +153,26 @@ class Rules:
         return count
 
     def _check_serving(self) -> None:
-        """Without faults, an app that once served never serves with less than it promised."""
+        """Without faults, an app that once served never serves with less than it promised.
+
+        What has been reached counts once it has lasted for `SETTLED_S`: who decides may not have heard of it before. A smaller
+        wish counts at once.
+        """
+        now = asyncio.get_running_loop().time()
         for name, app in self.records[App].items():
             floor = 0 if app.deleting else max(0, app.replicas - app.spec.rollout.max_unavailable)
             ready = self.ready(name)
-            # What was asked for since counts once it was reached, and a smaller wish counts at once.
-            least = min(self.least_ready.get(name, 0), floor)
+            before, since = self._ready_since.get(name, (0, now))
+            lasting = before if now - since >= SETTLED_S else 0
+            least = min(max(self.least_ready.get(name, 0), lasting), floor)
             if ready < least:
                 self._story.breaks(f"{ready} instances of {name} serve; without faults {least} must")
-            self.least_ready[name] = least = max(least, min(floor, ready))
-            if least:
-                self.serves_since.setdefault(name, asyncio.get_running_loop().time())
-            else:
-                self.serves_since.pop(name, None)
+            if ready != before:
+                self._ready_since[name] = (ready, now)
+            self.least_ready[name] = least
         for name in [name for name in self.least_ready if name not in self.records[App]]:
             del self.least_ready[name]
-            self.serves_since.pop(name, None)
+            self._ready_since.pop(name, None)
 
     def routed(self, batch: RoutingBatch) -> None:
         """Check a batch before the ingress uses it."""
