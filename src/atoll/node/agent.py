@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from atoll.model.ports.control_plane import AssignmentBatch, ControlPlane, Strea
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
-from atoll.model.records import Assignment, Heartbeat, Node, Usage
+from atoll.model.records import Assignment, Capacity, Node
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired
 from atoll.node.directories import Directories
@@ -32,20 +31,14 @@ from atoll.node.streams import serve_stream
 from atoll.node.tools import Logs, Machine, Prober, Tools
 from atoll.node.transitions import Removed, Wanted
 from atoll.node.usage import LinuxMachine, architecture
+from atoll.node.vitals import Vitals
 
-HEARTBEAT_S = 5.0
-CALL_S = 10.0
-"""Deadline of a registration or a heartbeat."""
 SILENCE_S = 30.0
 """Without a batch for so long (an empty one is due every 10 s) the connection counts as broken."""
-USAGE_S = 2.0
-"""Deadline of reading one instance's usage."""
+LASTED_S = 5.0
+"""A connection that lasted so long was a good one: the next try comes at once."""
 STREAMS_MAX = 256
 """Live streams (exec, logs, files) at a time."""
-COLLECT_S = 300.0
-"""How often the disk is looked at."""
-COLLECT_ABOVE = 0.80
-"""Images that no instance uses are removed when the disk is fuller than this."""
 STOP_ALL_S = 20.0
 """How long an orderly end of the node waits for its instances."""
 STOP_POLL_S = 0.02
@@ -59,7 +52,7 @@ log = structlog.get_logger()
 class Agent:
     """Runs one node. `run` returns never; cancel it, and everything goes on running for the next agent to adopt.
 
-    The last five parameters have real implementations as defaults; the simulator and tests pass fakes.
+    From `record` on, parameters have real implementations as defaults; the simulator and tests pass fakes.
     """
 
     def __init__(
@@ -92,21 +85,28 @@ class Agent:
         self._clock = clock
         self._random = random
         self._directories = Directories(data)
-        self._site, self._region = site, region
-        self._labels, self._taints = dict(labels or {}), tuple(taints)
-        self._address = address
         self._record = record
         self._logs = logs or FileLogs(self._directories, clock)
         self._prober = prober or NetworkProber()
         self._machine = machine or LinuxMachine(data)
-        self._arch = arch or architecture()
+        self._description = Node(
+            name=node,
+            site=site,
+            region=region,
+            capacity=Capacity(cpu_milli=0, memory_bytes=0, disk_bytes=0),
+            labels=dict(labels or {}),
+            taints=tuple(taints),
+            arch=arch or architecture(),
+            version=__version__,
+            address=address,
+        )
         self._reporter = Reporter(node, control, clock, random)
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
         self._closing = False
-        self._registered = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
         self._tools: Tools | None = None
+        self._vitals: Vitals | None = None
         self.runners: dict[str, Runner] = {}
         """By instance id; for reading from outside."""
 
@@ -129,6 +129,7 @@ class Agent:
                 directories=self._directories,
                 reporter=self._reporter,
             )
+            self._vitals = Vitals(self._description, self._tools, self._machine, self.runners)
             entries = record.load()
             async with asyncio.TaskGroup() as self._group:
                 for entry, event in await recover(entries, self._tools, self._random):
@@ -136,8 +137,8 @@ class Agent:
                 self._spawn(self._reporter.run())
                 self._spawn(self._follow(self._follow_assignments, "assignments"))
                 self._spawn(self._follow(self._follow_streams, "tunnel"))
-                self._spawn(self._beat())
-                self._spawn(self._collect())
+                self._spawn(self._vitals.beat())
+                self._spawn(self._vitals.collect())
         finally:
             for runner in self.runners.values():
                 runner.let_go()
@@ -206,7 +207,7 @@ class Agent:
                 await follow()
                 raise Unavailable("the control plane ended the stream")
             except (AtollError, TimeoutError) as error:
-                if self._clock.monotonic() - began > HEARTBEAT_S:
+                if self._clock.monotonic() - began > LASTED_S:
                     failures = 0
                 log.warning("connection lost", what=what, node=self._node, error=str(error) or "silence", failures=failures)
             except Exception:
@@ -215,28 +216,11 @@ class Agent:
             failures += 1
 
     async def _follow_assignments(self) -> None:
-        await self._register()
+        if self._vitals is None:
+            raise AssertionError("nothing is followed before run")
+        await self._vitals.register()
         async for batch in _with_silence(self._control.assignments(self._node), SILENCE_S):
             self._apply(batch)
-
-    async def _register(self) -> None:
-        node = Node(
-            name=self._node,
-            site=self._site,
-            region=self._region,
-            capacity=self._machine.capacity(),
-            labels=self._labels,
-            taints=self._taints,
-            runtimes=tuple(self._runtimes),
-            arch=self._arch,
-            version=__version__,
-            address=self._address,
-            registered_at=self._clock.now(),
-        )
-        async with asyncio.timeout(CALL_S):
-            await self._control.register_node(node)
-        self._reporter.unknown_node.clear()
-        self._registered.set()  # a heartbeat follows at once, so that a node is known to be alive
 
     def _apply(self, batch: AssignmentBatch) -> None:
         if self._closing:
@@ -271,39 +255,6 @@ class Agent:
             log.error("assignment not recorded", instance=assignment.instance.id, error=str(error), mend=error.mend)
         self._begin(new_entry(assignment)).handle(Wanted(assignment.instance.desired))
 
-    async def _beat(self) -> None:
-        while True:
-            try:
-                if self._reporter.unknown_node.is_set():
-                    await self._register()
-                cpu_milli, memory_bytes = self._machine.sample()
-                usage = await self._usage()
-                heartbeat = Heartbeat(
-                    node=self._node, at=self._clock.now(), cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage
-                )
-                async with asyncio.timeout(CALL_S):
-                    await self._control.heartbeat(heartbeat)
-            except (AtollError, TimeoutError) as error:
-                log.debug("heartbeat failed", node=self._node, error=str(error) or "timed out")
-            except Exception:
-                log.exception("heartbeat failed", node=self._node)
-            self._registered.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_S):
-                    await self._registered.wait()
-
-    async def _usage(self) -> tuple[Usage, ...]:
-        found = []
-        for runner in list(self.runners.values()):
-            if runner.runtime is None or runner.state.pid is None:
-                continue
-            try:
-                async with asyncio.timeout(USAGE_S):
-                    found.append(await runner.runtime.usage(runner.id))
-            except (AtollError, TimeoutError) as error:
-                log.debug("no usage", instance=runner.id, error=str(error))
-        return tuple(found)
-
     async def _follow_streams(self) -> None:
         async for request in self._control.stream_requests(self._node):
             self._spawn(self._serve(request))
@@ -323,17 +274,6 @@ class Agent:
             log.exception("stream failed", kind=request.kind, instance=request.instance)
         finally:
             self._streams -= 1
-
-    async def _collect(self) -> None:
-        while True:
-            await asyncio.sleep(COLLECT_S)
-            try:
-                if self._machine.disk_used() > COLLECT_ABOVE:
-                    keep = set().union(*(runner.digests for runner in self.runners.values()))
-                    freed = await self._images.collect(sorted(keep))
-                    log.info("images collected", freed_bytes=freed)
-            except (AtollError, OSError) as error:
-                log.warning("images not collected", error=str(error))
 
 
 async def _with_silence(items: AsyncIterator[T], silence_s: float) -> AsyncIterator[T]:

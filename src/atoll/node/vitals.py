@@ -1,0 +1,100 @@
+"""What a node says of itself: what it is, that it lives, what is in use; and that its disk does not fill with old images."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+
+import structlog
+from msgspec.structs import replace
+
+from atoll.model.errors import AtollError
+from atoll.model.records import Heartbeat, Node, Usage
+from atoll.node.runner import Runner
+from atoll.node.tools import Machine, Tools
+
+HEARTBEAT_S = 5.0
+CALL_S = 10.0
+"""Deadline of a registration or a heartbeat."""
+USAGE_S = 2.0
+"""Deadline of reading one instance's usage."""
+COLLECT_S = 300.0
+"""How often the disk is looked at."""
+COLLECT_ABOVE = 0.80
+"""Images that no instance uses are removed when the disk is fuller than this."""
+
+log = structlog.get_logger()
+
+
+class Vitals:
+    """`node` is the record that is registered, but for the capacity and the runtimes, which are looked up each time."""
+
+    def __init__(self, node: Node, tools: Tools, machine: Machine, runners: Mapping[str, Runner]) -> None:
+        self._node = node
+        self._tools = tools
+        self._machine = machine
+        self._runners = runners
+        self._registered = asyncio.Event()
+
+    async def register(self) -> None:
+        """Tell the control plane what this node is. Safe to repeat."""
+        tools = self._tools
+        node = replace(
+            self._node,
+            capacity=self._machine.capacity(),
+            runtimes=tuple(tools.runtimes),
+            registered_at=tools.clock.now(),
+        )
+        async with asyncio.timeout(CALL_S):
+            await tools.control.register_node(node)
+        tools.reporter.unknown_node.clear()
+        self._registered.set()  # a heartbeat follows at once, so that a node is known to be alive
+
+    async def beat(self) -> None:
+        """Send heartbeats for ever."""
+        while True:
+            try:
+                if self._tools.reporter.unknown_node.is_set():
+                    await self.register()
+                await self._beat_once()
+            except (AtollError, TimeoutError) as error:
+                log.debug("heartbeat failed", node=self._node.name, error=str(error) or "timed out")
+            except Exception:  # the outer edge: a surprise must not end what runs here
+                log.exception("heartbeat failed", node=self._node.name)
+            self._registered.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self._registered.wait()
+
+    async def _beat_once(self) -> None:
+        cpu_milli, memory_bytes = self._machine.sample()
+        usage = await self._usage()
+        at = self._tools.clock.now()
+        heartbeat = Heartbeat(node=self._node.name, at=at, cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage)
+        async with asyncio.timeout(CALL_S):
+            await self._tools.control.heartbeat(heartbeat)
+
+    async def _usage(self) -> tuple[Usage, ...]:
+        found = []
+        for runner in list(self._runners.values()):
+            if runner.runtime is None or runner.state.pid is None:
+                continue
+            try:
+                async with asyncio.timeout(USAGE_S):
+                    found.append(await runner.runtime.usage(runner.id))
+            except (AtollError, TimeoutError) as error:
+                log.debug("no usage", instance=runner.id, error=str(error))
+        return tuple(found)
+
+    async def collect(self) -> None:
+        """Remove images that no instance uses while the disk is nearly full, for ever."""
+        while True:
+            await asyncio.sleep(COLLECT_S)
+            try:
+                if self._machine.disk_used() > COLLECT_ABOVE:
+                    keep: set[str] = set().union(*(runner.digests for runner in self._runners.values()))
+                    freed_bytes = await self._tools.images.collect(sorted(keep))
+                    log.info("images collected", freed_bytes=freed_bytes)
+            except (AtollError, OSError) as error:
+                log.warning("images not collected", error=str(error))
