@@ -298,7 +298,7 @@ def test_what_does_not_fit_says_why_and_is_placed_when_room_comes() -> None:
             assert waiting.rejection.mend == "needs 512.0MiB more memory on the best node, n1"
             status = cell.app_status()
             assert status is not None
-            assert "have too little memory free" in status.message
+            assert "with too little memory free" in status.message
             await cell.quiet(5)
             assert await cell.quiet(60) <= 2, "a rejection is not written again and again"
             await cell.add_node("n2")

@@ -65,12 +65,14 @@ def reject(view: View, demand: Demand) -> Rejection:
     if not total:
         return Rejection(code="no-nodes", message="there is no node yet", mend="start an agent: atoll up, or atoll agent")
     turned = _turned_away(view, demand)
-    parts = [f"{len(rows)} {reason.message}" for rows, reason in turned.values()]
     last = next(reversed(turned), None)
-    nodes = "1 node" if total == 1 else f"{total} nodes"
+    if total == 1:
+        message = "the only node does not fit: " + "".join(reason.message for _, reason in turned.values())
+    else:
+        message = f"none of {total} nodes fits: " + "; ".join(f"{len(rows)} {reason.message}" for rows, reason in turned.values())
     return Rejection(
         code=f"no-{last}" if last else "no-fit",
-        message=f"of {nodes}, " + "; ".join(parts),
+        message=message,
         mend=turned[last][1].mend if last else "",
         failed={name: len(rows) for name, (rows, _) in turned.items()},
     )

@@ -37,13 +37,13 @@ class _Room:
         largest = int(total.max())
         if asked > largest:
             return Reason(
-                f"are too small: {self._words(asked)} of {self.name} asked for, the largest has {self._words(largest)}",
+                f"too small ({self._words(asked)} of {self.name} asked for, the largest has {self._words(largest)})",
                 f"ask for at most {self._words(largest)} of {self.name}, or add a larger node",
             )
         best = _first_by_name(view, failed[free == free.max()])
         short = asked - int(view.free[self._resource][best])
         return Reason(
-            f"have too little {self.name} free for {self._words(asked)}",
+            f"with too little {self.name} free for {self._words(asked)}",
             f"needs {self._words(short)} more {self.name} on the best node, {view.nodes.names[best]}",
         )
 
@@ -63,7 +63,7 @@ class _DiskSize:
     def explain(self, view: View, demand: Demand, failed: Ints) -> Reason:
         largest = format_bytes(int(view.nodes.total[DISK][failed].max()))
         return Reason(
-            f"have a disk smaller than {format_bytes(demand.disk_bytes)}",
+            f"with a disk smaller than {format_bytes(demand.disk_bytes)}",
             f"ask for at most {largest} of disk, the largest there is",
         )
 

@@ -60,9 +60,9 @@ class GpuModel:
         devices = [d for row in failed[:1000].tolist() for d in view.nodes.nodes[view.nodes.names[row]].capacity.gpus]
         asked = _in_words(demand)
         if not devices:
-            return Reason(f"have no GPU; {asked} asked for", "remove resources.gpu, or add a node with GPUs")
+            return Reason(f"without GPU ({asked} asked for)", "remove resources.gpu, or add a node with GPUs")
         models = ", ".join(sorted({device.model for device in devices})[:10])
-        return Reason(f"lack {asked}", f"the models there are {models}")
+        return Reason(f"without {asked}", f"the models there are {models}")
 
 
 class GpuRoom:
@@ -79,4 +79,4 @@ class GpuRoom:
         return room
 
     def explain(self, view: View, demand: Demand, failed: Ints) -> Reason:
-        return Reason(f"have no {_in_words(demand)} free", "stop what holds them, or add a node")
+        return Reason(f"without {_in_words(demand)} free", "stop what holds them, or add a node")

@@ -41,7 +41,7 @@ class LabelRules:
             - {""}
         )
         mend = f"values of {worst.label!r} there: {', '.join(values[:10])}" if values else f"label a node with {worst.label!r}"
-        return Reason(f"do not satisfy {in_words(worst)}", mend)
+        return Reason(f"not satisfying {in_words(worst)}", mend)
 
     def _one(self, view: View, constraint: Constraint) -> Bools:
         ids = [id for value, id in view.nodes.values(constraint.label).items() if holds(constraint, value)]

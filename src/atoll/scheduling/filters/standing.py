@@ -29,6 +29,6 @@ class Standings:
         for standing, (word, mend) in _WORDS.items():
             count = int((standings == standing).sum())
             if count:
-                parts.append(f"{count} {word}")
+                parts.append(word if count == len(failed) else f"{word} ({count})")
                 mends.append(mend)
         return Reason(", ".join(parts), "; ".join(mends))
