@@ -311,6 +311,9 @@ async def test_an_agent_reports_only_its_own_instances(api: Api) -> None:
         return {"statuses": [{"instance": instance, "project": "default", "node": node, "phase": phase}]}
 
     report = "/v1/nodes/n1/statuses"
+    assert (await api.error("POST", report, status("web-1", "running"), who="agent"))[0] == 404, "register first"
+    node = Node(name="n1", capacity=Capacity(cpu_milli=1000, memory_bytes=1 << 30, disk_bytes=1 << 30))
+    await api.call("PUT", "/v1/nodes/n1", codec.encode(node), who="agent")
     assert (await api.call("POST", report, status("web-1", "running"), who="agent")).status_code == 204
     assert (await api.error("POST", report, status("web-2", "running"), who="agent"))[0] == 403
     assert (await api.error("POST", report, status("web-1", "running", "n2"), who="agent"))[0] == 403

@@ -10,24 +10,40 @@ import pytest
 from msgspec.structs import replace
 
 from atoll.api.service import KINDS, SYSTEM, Caller, RequestKey, Service
+from atoll.api.service.watching import Watch
 from atoll.model import codec, keys
-from atoll.model.errors import Conflict, Forbidden, ImageError, Invalid, NotFound, StaleRevision, Unauthenticated
+from atoll.model.errors import (
+    Conflict,
+    Forbidden,
+    ImageError,
+    Invalid,
+    NotFound,
+    StaleRevision,
+    Unauthenticated,
+    Unavailable,
+)
 from atoll.model.records import (
+    Capacity,
     Event,
     Ingress,
     Instance,
     Job,
     JobPhase,
     JobStatus,
+    Node,
+    NodeHealth,
+    NodeLiveness,
     OwnerKind,
     Release,
     Role,
     RouteClaim,
+    Routing,
     Secret,
+    Status,
     Token,
 )
 from atoll.model.spec import AppSpec, JobSpec, Port, Route, Scale
-from atoll.model.states import Desired
+from atoll.model.states import Desired, Phase
 from atoll.model.views import AppView, TokenRequest
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -398,3 +414,116 @@ async def test_an_answer_given_for_a_key_names_the_revision_of_the_write(service
     assert held is not None
     assert first.revision == held.mod_revision
     assert isinstance(await service.apps.put(SYSTEM, app_spec(), request=request), AppView)
+
+
+def running(instance: str, address: str, *, ready: bool = True, node: str = "n1") -> Status:
+    return Status(instance=instance, project="default", node=node, phase=Phase.RUNNING, ready=ready, address=address)
+
+
+async def put_instance(service: Service, id: str, release: int, *, node: str = "n1", ready: bool = True, **more: object) -> None:
+    instance = Instance(id=id, project="default", owner_kind=OwnerKind.APP, owner="web", release=release, node=node, created_at=1)
+    await put_record(service, keys.instance("default", id), replace(instance, **more))
+    await put_record(service, keys.status("default", id), running(id, f"10.0.0.{id[-1]}", ready=ready, node=node))
+
+
+async def routing_now(service: Service) -> Routing:
+    feed = service.feeds.routing()
+    batch = await anext(feed)
+    await feed.aclose()  # type: ignore[attr-defined]
+    return batch.put[0]
+
+
+async def test_while_ports_change_requests_go_only_to_instances_that_listen_there(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await put_instance(service, "web-1", 1)
+    await put_instance(service, "web-2", 1)
+    await service.apps.put(SYSTEM, app_spec(ports=(Port(port=9000),)))
+    await put_instance(service, "web-3", 2)
+    routing = await routing_now(service)
+    assert routing.hosts == (("web.localhost", "/", 8000, False),)
+    assert [endpoint.instance for endpoint in routing.endpoints] == ["web-1", "web-2"]
+    await put_instance(service, "web-1", 1, desired=Desired.DRAIN)
+    routing = await routing_now(service)
+    assert routing.hosts == (("web.localhost", "/", 9000, False),), "at a tie the new release serves"
+    assert [endpoint.instance for endpoint in routing.endpoints] == ["web-3"]
+
+
+async def test_an_instance_that_is_not_ready_or_is_told_to_stop_gets_no_request(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await put_instance(service, "web-1", 1, ready=False)
+    await put_instance(service, "web-2", 1, desired=Desired.STOP)
+    await put_instance(service, "web-3", 1, ready=False, desired=Desired.DRAIN)
+    routing = await routing_now(service)
+    assert [(endpoint.instance, endpoint.draining) for endpoint in routing.endpoints] == [("web-3", True)]
+
+
+async def test_a_lost_nodes_endpoints_go_only_when_others_serve(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await put_instance(service, "web-1", 1, node="n1")
+    lost = NodeLiveness(name="n1", health=NodeHealth.LOST, since=1)
+    await put_record(service, keys.node_liveness("n1"), lost)
+    assert [endpoint.instance for endpoint in (await routing_now(service)).endpoints] == ["web-1"]
+    await put_instance(service, "web-2", 1, node="n2")
+    assert [endpoint.instance for endpoint in (await routing_now(service)).endpoints] == ["web-2"]
+
+
+async def test_an_ingress_is_told_only_of_what_changes_its_routing(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await put_instance(service, "web-1", 1)
+    feed = service.feeds.routing()
+    assert (await anext(feed)).complete
+    following = asyncio.ensure_future(anext(feed))
+    await put_record(service, keys.status("default", "web-1"), replace(running("web-1", "10.0.0.1"), restarts=5))
+    await asyncio.sleep(0.02)
+    assert not following.done()
+    await put_record(service, keys.status("default", "web-1"), running("web-1", "10.0.0.9"))
+    batch = await asyncio.wait_for(following, 5)
+    assert [endpoint.address for endpoint in batch.put[0].endpoints] == ["10.0.0.9"]
+    await service.context.store.delete(keys.app("default", "web"))
+    batch = await asyncio.wait_for(anext(feed), 5)
+    assert batch.removed == ("default/web",)
+    await feed.aclose()  # type: ignore[attr-defined]
+
+
+async def test_many_changes_while_an_agent_is_busy_reach_it_as_one_batch(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    feed = service.feeds.assignments("n1")
+    assert (await anext(feed)).put == ()
+    for _ in range(50):
+        await put_instance(service, "web-1", 1)
+    await put_instance(service, "web-2", 1, node="n2")
+    await asyncio.sleep(0.02)
+    batch = await asyncio.wait_for(anext(feed), 5)
+    assert [assignment.instance.id for assignment in batch.put] == ["web-1"]
+    await feed.aclose()  # type: ignore[attr-defined]
+
+
+async def test_closing_the_service_ends_every_feed_and_watch(service: Service) -> None:
+    agent, edge = service.feeds.assignments("n1"), service.feeds.routing()
+    await anext(agent)
+    await anext(edge)
+    stream = await service.watching.stream(Watch(kinds=frozenset({"apps"})))
+    await anext(stream)
+    waiting = [asyncio.ensure_future(anext(feed)) for feed in (agent, edge, stream)]
+    await asyncio.sleep(0)
+    await service.close()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [Unavailable, Unavailable, Unavailable]
+
+
+async def test_a_jump_over_phases_is_legal_but_not_back_from_an_end(service: Service) -> None:
+    await put_record(service, keys.node("n1"), Node(name="n1", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1)))
+    await put_instance(service, "web-1", 1)
+
+    async def report(phase: Phase) -> Phase:
+        status = replace(running("web-1", "10.0.0.1"), phase=phase)
+        await service.control_plane.report("n1", [status])
+        held = service.context.state.get(Status, "default/web-1")
+        assert held is not None
+        return held.record.phase
+
+    assert await report(Phase.PREPARING) is Phase.PREPARING, "it crashed, waited and starts again"
+    assert await report(Phase.STOPPING) is Phase.STOPPING
+    assert await report(Phase.RUNNING) is Phase.STOPPING
+    assert await report(Phase.STOPPED) is Phase.STOPPED
+    assert await report(Phase.RUNNING) is Phase.STOPPED

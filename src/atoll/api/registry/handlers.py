@@ -6,23 +6,23 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import structlog
 from litestar.handlers import ASGIRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
-from msgspec import Struct
 
-from atoll.api.http.answers import JSON, SLOW_READER_S, Answer, Header
+from atoll.api.http.answers import JSON, Answer, Header
 from atoll.api.http.calls import internal, parse_query
 from atoll.api.registry.blobs import BLOB_BYTES_MAX, Upload
+from atoll.api.registry.exchange import Asked, BlobAnswer
 from atoll.api.registry.names import RegistryError, check_digest, check_tag, is_digest, manifest_unknown
 from atoll.api.registry.registry import Registry
 from atoll.api.registry.repositories import MANIFEST_BYTES_MAX
-from atoll.api.service import Caller, Need, Service
-from atoll.model.errors import AtollError, Forbidden, Invalid, TooLarge, Unauthenticated, Unavailable
+from atoll.api.service import Need, Service
+from atoll.model.errors import AtollError, Forbidden, Invalid, TooLarge, Unauthenticated
 
 TAGS_MAX = 1_000
 _VERSION = (b"docker-distribution-api-version", b"registry/2.0")
@@ -32,60 +32,6 @@ _CONTENT_RANGE = re.compile(r"(?:bytes )?(\d{1,15})-(\d{1,15})(?:/\S*)?")
 _CODES = {Unauthenticated: "UNAUTHORIZED", Forbidden: "DENIED", TooLarge: "SIZE_INVALID", Invalid: "UNSUPPORTED"}
 
 log = structlog.get_logger()
-
-
-class Asked(Struct, frozen=True):
-    """One request to the registry."""
-
-    scope: Any
-    receive: Receive
-    caller: Caller
-    repository: str
-    rest: tuple[str, ...]
-    """Of the path, what the route's pattern caught."""
-    query: dict[str, str]
-
-    def header(self, name: bytes) -> str:
-        return next((value.decode("latin-1") for key, value in self.scope["headers"] if key == name), "")
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body. Raises Unavailable when the client goes away in the middle."""
-        while True:
-            message: Any = await self.receive()
-            if message["type"] != "http.request":
-                raise Unavailable("the client went away")
-            if body := message.get("body", b""):
-                yield body
-            if not message.get("more_body", False):
-                return
-
-    async def body(self, bytes_max: int) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        async for part in self.chunks():
-            size += len(part)
-            if size > bytes_max:
-                raise TooLarge(f"the body is over {bytes_max} bytes")
-            parts.append(part)
-        return b"".join(parts)
-
-
-class BlobAnswer:
-    """A blob, or a part of it, from disk."""
-
-    def __init__(self, registry: Registry, digest: str, start: int, count: int, status: int, headers: list[Header]) -> None:
-        self._registry = registry
-        self._part = (digest, start, count)
-        self._status = status
-        self._headers = [*headers, (b"content-length", b"%d" % count)]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self._status, "headers": self._headers})
-        if scope.get("method") != "HEAD":
-            async for data in self._registry.blobs.read(*self._part):
-                async with asyncio.timeout(SLOW_READER_S):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class Handlers:

@@ -17,8 +17,8 @@ from atoll.api.service.routing import routing_of
 from atoll.api.service.specs import spec_of
 from atoll.model.errors import Compacted, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
-from atoll.model.records import App, Assignment, Instance, Node, OwnerKind, Routing, Status
-from atoll.store.cache import Deltas, Held
+from atoll.model.records import App, Assignment, Instance, Node, NodeLiveness, OwnerKind, Routing, Status
+from atoll.store.cache import Delta, Deltas, Held
 
 ROUTINGS_AT_ONCE = 500
 """Apps whose routing is computed before others get their turn."""
@@ -78,8 +78,10 @@ class Feeds:
     def start(self) -> None:
         """Begin to follow; safe to repeat. Must be called where the event loop runs."""
         if self._task is None and not self._closed:
+            # Asked for in the same moment as the records are read, so that no change falls in between.
+            changes = self._state.changes()
             self._rebuild()
-            self._task = asyncio.create_task(self._run(), name="api feeds")
+            self._task = asyncio.create_task(self._run(changes), name="api feeds")
 
     async def close(self) -> None:
         self._closed = True
@@ -119,6 +121,8 @@ class Feeds:
         """See `ControlPlane.routing`."""
         listener = self._listen(self._ingresses)
         sent: dict[str, Routing] = {}
+        now = asyncio.get_running_loop().time
+        told_at = now()
         try:
             while True:
                 complete = listener.everything
@@ -139,8 +143,10 @@ class Feeds:
                         await asyncio.sleep(0)
                 if complete:
                     sent = {f"{routing.project}/{routing.app}": routing for routing in put}
+                    told_at = now()
                     yield RoutingBatch(revision, True, tuple(put))
-                elif put or removed or not dirty:
+                elif put or removed or (keepalive_s is not None and now() - told_at >= keepalive_s):
+                    told_at = now()
                     yield RoutingBatch(revision, False, tuple(put), tuple(removed))
                 await listener.wait(keepalive_s)
         finally:
@@ -183,13 +189,14 @@ class Feeds:
             self._routings[key] = routing
         return self._routings[key]
 
-    async def _run(self) -> None:
+    async def _run(self, changes: AsyncIterator[Deltas]) -> None:
         while True:
             try:
-                async for deltas in self._state.changes():
+                async for deltas in changes:
                     self._apply(deltas)
             except Compacted:
                 log.warning("the feeds fell behind the cache and tell everything anew")
+                changes = self._state.changes()
                 self._rebuild()
             except Unavailable:
                 return
@@ -220,7 +227,7 @@ class Feeds:
                     apps.add(f"{held.record.project}/{held.record.owner}")
             elif delta.kind is App:
                 apps.add(delta.key)
-            elif delta.kind is Node and (delta.old is None or delta.new is None or delta.old.record.site != delta.new.record.site):
+            elif delta.kind is NodeLiveness or (delta.kind is Node and _moved(delta)):
                 for one in self.of_node(delta.key):
                     apps.add(f"{one.record.project}/{one.record.owner}")
         for app in apps:
@@ -250,3 +257,7 @@ class Feeds:
                     del self._by_node[node]
             for listener in self._agents.get(node, ()):
                 listener.mark(key)
+
+
+def _moved(delta: Delta) -> bool:
+    return delta.old is None or delta.new is None or delta.old.record.site != delta.new.record.site

@@ -15,6 +15,8 @@ from atoll.model.ports.store import Delete, unchanged
 from atoll.model.records import Token
 
 INTERVAL_S = 30.0
+ORPHANS_EVERY = 10
+"""Sweeps between looks at all routes."""
 DELETES_MAX = 1_000
 """Records that one transaction removes."""
 TOKEN_KEEP_S = 86_400.0
@@ -27,6 +29,7 @@ class Housekeeping:
     def __init__(self, context: Context, events: Events) -> None:
         self._context = context
         self._events = events
+        self._sweeps = 0
 
     async def run(self) -> None:
         """Sweep for ever."""
@@ -42,9 +45,11 @@ class Housekeeping:
         surplus = self._events.surplus()
         for first in range(0, len(surplus), DELETES_MAX):
             await store.txn((), surplus[first : first + DELETES_MAX])
-        for key, revision in claims.orphans(self._context)[:DELETES_MAX]:
-            # One at a time: an app may take one of them up right now, and then only that one stays.
-            await store.txn((unchanged(key, revision),), (Delete(key),))
+        if self._sweeps % ORPHANS_EVERY == 0:
+            for key, revision in claims.orphans(self._context)[:DELETES_MAX]:
+                # One at a time: an app may take one of them up right now, and then only that one stays.
+                await store.txn((unchanged(key, revision),), (Delete(key),))
+        self._sweeps += 1
         horizon = self._context.clock.now() - TOKEN_KEEP_S
         tokens = [held.record for held in self._context.state.records(Token).values()]
         expired = [token for token in tokens if token.expires_at is not None and token.expires_at < horizon]

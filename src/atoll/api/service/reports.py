@@ -11,9 +11,9 @@ from atoll.api.service.access import check_id, check_name
 from atoll.api.service.context import Context, Draft
 from atoll.api.service.events import MESSAGE_CHARS_MAX, bounded
 from atoll.model import codec, keys
-from atoll.model.errors import Forbidden, Invalid, TooLarge
+from atoll.model.errors import Forbidden, Invalid, NotFound, TooLarge
 from atoll.model.ports.store import Compare, Op, Put, Target, absent, unchanged
-from atoll.model.records import Drained, Event, Ingress, Instance, Status
+from atoll.model.records import Drained, Event, Ingress, Instance, Node, Status
 from atoll.model.states import TRANSITIONS, Desired, Phase
 
 STATUSES_MAX = 1_000
@@ -38,8 +38,10 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
     """Write what `node` says of its instances. Safe to repeat.
 
     What concerns an instance that is gone, or would go back from an end, is left out: the agent is told of removals by its
-    assignments. Raises Forbidden for another node's instance, Invalid, TooLarge.
+    assignments. Raises NotFound for a node that has not registered, Forbidden for another node's instance, Invalid, TooLarge.
     """
+    if context.state.get(Node, node) is None:
+        raise NotFound(f"no node '{node[:60]}'", mend="register it first")
     if len(statuses) > STATUSES_MAX or len(events) > STATUSES_MAX:
         raise TooLarge(f"a report has at most {STATUSES_MAX} statuses and events, this one {len(statuses)} and {len(events)}")
     newest = {status.instance: status for status in statuses}

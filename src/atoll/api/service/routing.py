@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from atoll.api.service.claims import Host, hosts_of
 from atoll.api.service.specs import release_spec
-from atoll.model.records import App, Endpoint, Instance, Node, Routing, Status
+from atoll.model.records import App, Endpoint, Instance, Node, NodeHealth, NodeLiveness, Routing, Status
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired, Phase
 from atoll.store.cache import State
@@ -26,7 +26,7 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
     if not hosts:
         return None
     groups: dict[Ports, list[tuple[int, Endpoint]]] = defaultdict(list)
-    for instance in instances:
+    for instance in _reachable(state, instances):
         endpoint = endpoint_of(state, instance)
         spec = release_spec(state, app.project, app.name, instance.release) if endpoint is not None else None
         if endpoint is not None and spec is not None:
@@ -52,6 +52,22 @@ def endpoint_of(state: State, instance: Instance) -> Endpoint | None:
     node = state.get(Node, instance.node)
     site = node.record.site if node is not None else "local"
     return Endpoint(instance=instance.id, node=instance.node, site=site, address=status.address, draining=draining)
+
+
+def _reachable(state: State, instances: Iterable[Instance]) -> list[Instance]:
+    """Leave out instances on lost nodes, as long as there are others that take requests.
+
+    Where all nodes seem lost, it is likely the control plane that is cut off, and what served goes on serving.
+    """
+    found = list(instances)
+    near = [instance for instance in found if instance.node is not None and not _lost(state, instance.node)]
+    serving = any((endpoint := endpoint_of(state, instance)) is not None and not endpoint.draining for instance in near)
+    return near if serving else found
+
+
+def _lost(state: State, node: str) -> bool:
+    liveness = state.get(NodeLiveness, node)
+    return liveness is not None and liveness.record.health is NodeHealth.LOST
 
 
 def _ports(hosts: Iterable[Host], spec: AppSpec) -> Ports:

@@ -30,10 +30,9 @@ WATCHED = {
     "node-liveness",
     "events",
     "ingresses",
-    "drained",
 }
 """Kinds that may be watched: none that holds a secret or a token."""
-CELL_WIDE = {"nodes", "node-policies", "node-liveness", "ingresses", "drained"}
+CELL_WIDE = {"nodes", "node-policies", "node-liveness", "ingresses"}
 """Kinds that belong to no project."""
 BOOKMARK_S = 5.0
 """The longest silence of a stream."""
@@ -128,10 +127,12 @@ class Watching:
         try:
             for piece in snapshot:
                 yield piece
-            while not closed.done():
+            while True:
                 if pending is None:
                     pending = asyncio.ensure_future(anext(changes))
                 await asyncio.wait((pending, closed), timeout=BOOKMARK_S, return_when=asyncio.FIRST_COMPLETED)
+                if closed.done():
+                    raise Unavailable("the server is stopping", mend="connect again")
                 if not pending.done():
                     # What the cache had one silence ago has surely come through here; what it has now may be on its way.
                     revision, seen = max(revision, seen), int(self._state.revision)
