@@ -82,6 +82,18 @@ async def test_the_last_line_without_an_end_is_kept_when_the_process_ends(tmp_pa
         assert [line.text for line in await kept(logs)] == ["no newline"]
 
 
+async def test_a_prompt_is_seen_before_its_line_ends(tmp_path: Path) -> None:
+    async with opened(tmp_path) as logs:
+        out, _ = logs.open("default", "web-1")
+        lines = logs.read("default", "web-1", LogOptions(follow=True))
+        await put(out, b"name? ")
+        first = await asyncio.wait_for(anext(lines), 3)  # type: ignore[arg-type]
+        assert (first.text, first.partial) == ("name? ", True)
+        await put(out, b"Atoll\n")
+        second = await asyncio.wait_for(anext(lines), 3)  # type: ignore[arg-type]
+        assert (second.text, second.partial) == ("Atoll", False)
+
+
 async def test_disk_use_is_bounded_and_the_newest_stays(tmp_path: Path) -> None:
     directory = tmp_path / "logs"
     writer = LogWriter(directory)

@@ -33,6 +33,8 @@ RATE_BYTES_S = 8 << 20
 BURST_BYTES = 16 << 20
 DRAIN_BYTES_MAX = 4 << 20
 """What is taken in at the end of a process; a child that goes on writing must not hold up its end."""
+PARTIAL_S = 1.0
+"""A line without its end is kept as a part after so long: a prompt is seen, and an agent's death loses little."""
 FOLLOW_POLL_S = 5.0
 """A follower looks so often even when nobody woke it."""
 
@@ -49,6 +51,7 @@ class _Pipe:
         self.budget = float(BURST_BYTES)
         self.filled_at = 0.0
         self.resume: asyncio.TimerHandle | None = None
+        self.flush: asyncio.TimerHandle | None = None
         with contextlib.suppress(FileExistsError):
             os.mkfifo(path)
             # Open to all, since a process that is not root may open /dev/stdout anew; its directory is root's alone.
@@ -122,17 +125,25 @@ class FileLogs:
 
     def _read_turn(self, id: str, instance: _Instance, pipe: _Pipe) -> None:
         size = self._read(id, instance, pipe)
+        loop = asyncio.get_running_loop()
+        if pipe.rest and pipe.flush is None:
+            pipe.flush = loop.call_later(PARTIAL_S, self._flush, id, instance, pipe)
         now = self._clock.monotonic()
         pipe.budget = min(float(BURST_BYTES), pipe.budget + (now - pipe.filled_at) * RATE_BYTES_S) - size
         pipe.filled_at = now
         if pipe.budget < 0 and pipe.resume is None:
-            loop = asyncio.get_running_loop()
             loop.remove_reader(pipe.fd)
             pipe.resume = loop.call_later(-pipe.budget / RATE_BYTES_S, self._resume, id, instance, pipe)
 
     def _resume(self, id: str, instance: _Instance, pipe: _Pipe) -> None:
         pipe.resume = None
         asyncio.get_running_loop().add_reader(pipe.fd, self._read_turn, id, instance, pipe)
+
+    def _flush(self, id: str, instance: _Instance, pipe: _Pipe) -> None:
+        pipe.flush = None
+        if pipe.rest:
+            self._keep(id, instance, encode_line(self._clock.now(), pipe.stream, pipe.rest, partial=True))
+            pipe.rest = b""
 
     def _read(self, id: str, instance: _Instance, pipe: _Pipe) -> int:
         try:
@@ -183,8 +194,9 @@ class FileLogs:
     def _let_go(self, instance: _Instance) -> None:
         loop = asyncio.get_running_loop()
         for pipe in instance.pipes:
-            if pipe.resume is not None:
-                pipe.resume.cancel()
+            for timer in (pipe.resume, pipe.flush):
+                if timer is not None:
+                    timer.cancel()
             loop.remove_reader(pipe.fd)
             os.close(pipe.fd)
         instance.writer.close()
