@@ -21,8 +21,9 @@ import grpc.aio
 import pytest
 import websockets.asyncio.client
 import websockets.asyncio.server
+from envoy.config.route.v3.route_components_pb2 import VirtualHost
 
-from atoll.ingress import envoy
+from atoll.ingress import envoy, resources
 from atoll.ingress.fake import FakeRouting
 from atoll.ingress.resources import Kind
 from atoll.ingress.service import Ingress
@@ -587,16 +588,16 @@ async def test_what_envoy_refuses_is_contained_and_the_last_good_version_serves(
     one, two = await site.backends(2)
     site.control.put(routing("web", one), routing("other", one))
     await eventually(lambda: serves(site, "other.localhost"))
-    # Past the table's own checks: a resource that does not parse, sent together with good ones.
+    # Past the table's own checks: one that does not parse and one whose domain is taken, sent together with a good one.
     table = site.ingress.table
     site.control.put(routing("web", two), routing("new", two))
     broken = table.resources[Kind.HOST]["http/web.localhost"]._replace(version="broken", body=b"\x0a\x03abc\xff")
     await eventually(lambda: "http/new.localhost" in table.resources[Kind.HOST])
     table.resources[Kind.HOST]["http/web.localhost"] = broken
-    table.resources[Kind.HOST]["http/extra.localhost"] = table.resources[Kind.HOST]["http/new.localhost"]._replace(
-        name="http/extra.localhost", version="duplicate"
-    )
-    site.ingress.ads.publish({(Kind.HOST, "http/web.localhost"), (Kind.HOST, "http/extra.localhost")})
+    taken = VirtualHost.FromString(table.resources[Kind.HOST]["http/new.localhost"].body)
+    taken.name = "http/extra.localhost"
+    table.resources[Kind.HOST][taken.name] = resources.resource(Kind.HOST, taken.name, taken)
+    site.ingress.ads.publish({(Kind.HOST, "http/web.localhost"), (Kind.HOST, taken.name)})
     site.control.put(routing("later", two))
     await eventually(lambda: serves(site, "later.localhost"))
     for host in ("web.localhost", "other.localhost", "new.localhost"):

@@ -25,6 +25,8 @@ from atoll.model.ports.control_plane import RoutingBatch
 RETRY_S = 0.2
 RETRY_MAX_S = 5.0
 READY_POLL_S = 0.02
+WORDS_MAX = 500
+"""Characters of Envoy's reason in the log; it likes to quote what it refuses."""
 STOP_GRACE_S = 5.0
 """What active requests get when the ingress is stopped."""
 
@@ -146,4 +148,4 @@ class Ingress:
                 await asyncio.sleep(READY_POLL_S)
 
     def _refused(self, resource: Resource, words: str) -> None:
-        log.error("ingress.envoy-refused", kind=resource.kind.rpartition(".")[2], name=resource.name, message=words)
+        log.error("ingress.envoy-refused", kind=resource.kind.rpartition(".")[2], name=resource.name, message=words[:WORDS_MAX])

@@ -30,6 +30,7 @@ class RoutingTable:
         self._clusters: dict[str, set[str]] = {}
         """App → the clusters that it has in `resources`."""
         self._problems: dict[str, tuple[Problem, ...]] = {}
+        """Of those apps only that have any."""
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -52,6 +53,12 @@ class RoutingTable:
             hosts |= self._put(key, routing)
         for host in hosts:
             self._write_host(host)
+        for key in self._claimants(hosts) | put.keys():
+            problems = self._problems_of(key)
+            if problems:
+                self._problems[key] = problems
+            else:
+                self._problems.pop(key, None)
         self._sweep(gone | set(put))
         return tuple(problem for problem in self.problems if problem not in before)
 
@@ -77,20 +84,12 @@ class RoutingTable:
         if old == routing:
             return set()
         self._routings[key] = routing
-        problems = [
-            Problem(key, f"instance {endpoint.instance}: {why}")
-            for endpoint in routing.endpoints
-            if (why := resources.check_address(endpoint.address)) is not None
-        ]
         for target in _targets(routing):
             for each in (resources.cluster(target), resources.endpoints(target, routing.endpoints)):
                 self._write(each)
-        hosts: set[str] = set()
         if old is None or old.hosts != routing.hosts:
-            hosts = self._claim(key, old, routing)
-        problems += self._refused(key, routing)
-        self._problems[key] = tuple(problems)
-        return hosts
+            return self._claim(key, old, routing)
+        return set()
 
     def _claim(self, key: str, old: Routing | None, routing: Routing) -> set[str]:
         """Claim the app's places instead of those it had; return the hostnames that this may change."""
@@ -117,8 +116,16 @@ class RoutingTable:
             if not self._paths[place.host]:
                 del self._paths[place.host]
 
-    def _refused(self, key: str, routing: Routing) -> list[Problem]:
+    def _claimants(self, hosts: Iterable[str]) -> set[str]:
+        return {key for host in hosts for path in self._paths.get(host, ()) for key in self._claims[HostPath(host, path)]}
+
+    def _problems_of(self, key: str) -> tuple[Problem, ...]:
+        routing = self._routings[key]
         problems = []
+        for endpoint in routing.endpoints:
+            why = resources.check_address(endpoint.address)
+            if why is not None:
+                problems.append(Problem(key, f"instance {endpoint.instance}: {why}"))
         for host, path, port, _ in routing.hosts:
             why = resources.check_host_path(host, path)
             if why is None and not 0 < port < 65_536:
@@ -128,7 +135,7 @@ class RoutingTable:
                 why = None if owner == key else f"{host}{path} belongs to {owner}"
             if why is not None:
                 problems.append(Problem(key, why))
-        return problems
+        return tuple(problems)
 
     def _remove(self, key: str) -> set[str]:
         routing = self._routings.pop(key, None)
