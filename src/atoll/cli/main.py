@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+import atoll
 from atoll.cli.session import COMMON, EXIT_FAILED, EXIT_INTERRUPTED, Session, debugging, exit_code, first_error, report
 
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
@@ -126,7 +127,7 @@ def report_unexpected(error: BaseException) -> None:
 
 
 @click.group(cls=Root, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="atoll", message="%(version)s")
+@click.version_option(atoll.__version__, message="%(version)s")
 def cli(as_json: bool, project: str | None, api: str | None) -> None:
     """Atoll makes many machines one computer: hand it an image, and it finds a place, runs it and keeps it alive."""
     session = click.get_current_context().ensure_object(Session)

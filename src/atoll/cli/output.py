@@ -83,7 +83,13 @@ class Output:
 
     def print(self, *what: RenderableType) -> None:
         for each in what:
-            self.out.print(each, soft_wrap=isinstance(each, str), highlight=False)
+            if self.out.is_terminal:
+                self.out.print(each, soft_wrap=isinstance(each, str), highlight=False)
+                continue
+            with self.out.capture() as captured:
+                self.out.print(each, soft_wrap=isinstance(each, str), highlight=False)
+            sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines() or [""]))
+            sys.stdout.flush()
 
     def say(self, message: str) -> None:
         """Tell people something on stderr; `message` may hold rich's markup."""
@@ -95,12 +101,7 @@ class Output:
             if empty:
                 self.say(f"[dim]{empty}[/]")
             return
-        if self.out.is_terminal:
-            self.out.print(table(columns, rows))
-            return
-        with self.out.capture() as captured:
-            self.out.print(table(columns, rows, whole=True))
-        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+        self.print(table(columns, rows, whole=not self.out.is_terminal))
 
 
 def _console(stream: Any) -> Console:

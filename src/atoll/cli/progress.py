@@ -11,9 +11,10 @@ from atoll.model.states import Desired, Phase
 from atoll.model.views import AppView, InstanceView, WatchLine
 
 KINDS = ("apps", "app-statuses", "instances", "statuses", "events")
-CRASHES_MAX = 4
-"""An instance that was never ready and ended so often will not get better by waiting."""
-NO_PLACE_S = 20.0
+FAILURES_MAX = 4
+FAILING_S = 3.0
+"""An instance that was never ready and has failed `FAILURES_MAX` times over at least so long will not get better by waiting."""
+NO_PLACE_S = 10.0
 """How long an instance may be without a place before the rollout counts as stuck."""
 
 
@@ -45,6 +46,8 @@ class Progress:
         self._instances: dict[str, tuple[Instance, int]] = {}
         self._statuses: dict[str, Status] = {}
         self._rejected_since: dict[str, float] = {}
+        self._failures: dict[str, tuple[int, float]] = {}
+        """Instance → how often it was seen to fail, and when first."""
 
     def apply(self, line: WatchLine, now: float) -> Event | None:
         """Take one line; return the event in it, if it tells of this rollout."""
@@ -60,10 +63,7 @@ class Progress:
             case "instances":
                 self._take_instance(key, line, now)
             case "statuses":
-                if line.record is None:
-                    self._statuses.pop(key, None)
-                elif key in self._instances or key.startswith(self.app.name):
-                    self._statuses[key] = codec.convert(line.record, Status)
+                self._take_status(key, line, now)
             case "events" if line.record is not None:
                 event = codec.convert(line.record, Event)
                 if event.at >= self.app.updated_at and self._concerns(event):
@@ -85,6 +85,18 @@ class Progress:
             self._rejected_since.setdefault(id, now)
         else:
             self._rejected_since.pop(id, None)
+
+    def _take_status(self, id: str, line: WatchLine, now: float) -> None:
+        if line.record is None:
+            self._statuses.pop(id, None)
+            return
+        if not id.startswith(self.app.name):
+            return
+        status, before = codec.convert(line.record, Status), self._statuses.get(id)
+        self._statuses[id] = status
+        if status.phase is Phase.BACKOFF and (before is None or before.phase is not Phase.BACKOFF):
+            times, first = self._failures.get(id, (0, now))
+            self._failures[id] = (times + 1, first)
 
     def _concerns(self, event: Event) -> bool:
         kind, _, name = event.subject.partition("/")
@@ -142,8 +154,10 @@ class Progress:
             return Unsupported(f"no node takes it: {instance.rejection.message}", mend=mend)
         if status is None or status.ready_at is not None:
             return None
-        if status.phase is Phase.FAILED or status.restarts >= CRASHES_MAX:
-            return self._failure(f"{instance.id} {_ended(status)}", instance.id)
+        seen, first = self._failures.get(instance.id, (0, now))
+        times = max(seen, status.restarts)
+        if status.phase is Phase.FAILED or (times >= FAILURES_MAX and now - first >= FAILING_S):
+            return self._failure(f"{instance.id} {_ended(status, times)}", instance.id)
         return None
 
     def _failure(self, message: str, instance: str | None = None) -> RolloutFailed:
@@ -153,8 +167,8 @@ class Progress:
         previous = self.status.served_release if self.status is not None else 0
         name = self.app.name
         if previous and previous != self.app.release:
-            return f"release {previous} still serves; mend the cause and deploy again, or: atoll rollback {name} --to {previous}"
-        return f"mend the cause and deploy again; `atoll status {name}` shows all, `atoll delete {name}` ends the tries"
+            return f"release {previous} still serves; correct it and deploy again, or: atoll rollback {name} --to {previous}"
+        return f"correct it and deploy again; `atoll status {name}` shows all, `atoll delete {name}` ends the tries"
 
     def _worst(self) -> str | None:
         """Return the instance whose log says most about a failure."""
@@ -163,12 +177,10 @@ class Progress:
         return tried[0].instance.id if tried else None
 
 
-def _ended(status: Status) -> str:
+def _ended(status: Status, times: int) -> str:
     from atoll.cli.instances import exit_words
 
-    times = f"; tried {status.restarts + 1} times" if status.restarts else ""
-    if status.message:
-        return f"cannot run: {status.message}{times}"
+    tries = f"; tried {times} times" if times > 1 else ""
     if status.exit is not None:
-        return exit_words(status.exit.code, status.exit.signal, oom=status.exit.oom) + times
-    return f"failed{times}"
+        return exit_words(status.exit.code, status.exit.signal, oom=status.exit.oom) + tries
+    return f"cannot run: {status.message.partition('; next start')[0]}{tries}" if status.message else f"failed{tries}"

@@ -102,7 +102,7 @@ class _View:
             if session.output.err.is_terminal
             else None
         )
-        self._told: dict[str, str] = {}
+        self._told: set[str] = set()
 
     def __enter__(self) -> None:
         if self._live is not None:
@@ -120,19 +120,24 @@ class _View:
     def _tell(self, event: Event) -> None:
         from rich.markup import escape
 
+        if self._live is None and event.subject.startswith("instance/"):
+            return  # its states are printed
         colour = {"error": "red", "warning": "yellow"}.get(event.severity, "dim")
         subject = event.subject.partition("/")[2]
         self._output.say(f"[dim]{self._elapsed():>6}[/] [{colour}]{escape(subject)}: {escape(event.message)}[/]")
 
     def draw(self) -> None:
-        """Without a terminal, print a line for each instance whose state changed; a terminal redraws by itself."""
+        """Without a terminal, print a line for each state that an instance is in for the first time; a terminal redraws."""
         if self._live is not None:
             return
         for view in self._progress.wanted:
-            note = lines.note(view)
-            said = lines.phase_word(view) + (f" ({note})" if note else "")
-            if self._told.get(view.instance.id) != said:
-                self._told[view.instance.id] = said
+            word, note = lines.phase_word(view), lines.note(view).partition("; next start")[0]
+            if word in ("starting", "ready"):
+                note = ""  # what the try before died of
+            gist = view.instance.id + word + "".join(c for c in note if not c.isdigit() and c != ".")  # counted bytes are no news
+            if gist not in self._told:
+                self._told.add(gist)
+                said = f"{word} ({note})" if note else word
                 self._output.err.print(f"{self._elapsed():>6} {view.instance.id} {said}", markup=False, soft_wrap=True)
 
     def _render(self) -> Group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import sys
@@ -127,6 +126,8 @@ def command(*, example: str, name: str | None = None, **options: Any) -> Callabl
             session.api_given = api or session.api_given
             result = function(session, **values)
             if inspect.iscoroutine(result):
+                import asyncio  # takes 30 ms, and not every command waits for something
+
                 asyncio.run(result)
 
         wrapped: Callable[..., Any] = update_wrapper(run, function)

@@ -30,7 +30,7 @@ async def top(session: Session, interval: float, once: bool) -> None:
             return
         if once or not session.output.out.is_terminal:
             for part in _tables(*await _look(client, session.project), whole=not session.output.out.is_terminal):
-                session.output.out.print(part)
+                session.output.print(part)
             return
         await _live(session, client, interval)
 

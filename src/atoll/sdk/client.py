@@ -98,7 +98,7 @@ class Client:
 
     async def usage(self, project: str | None = None) -> list[Usage]:
         """Return what every instance used at its node's last heartbeat."""
-        return await self._all(Usage, "usage", project=project)
+        return await self._get(list[Usage], path("usage", project=project))
 
     async def tokens(self) -> list[TokenView]:
         return await self._all(TokenView, "tokens")
@@ -139,7 +139,7 @@ class Client:
         return await self._write(AppView, "POST", path("projects", project, "apps", name, "restart"))
 
     async def rollback(self, project: str, name: str, release: int | None = None) -> AppView:
-        """Deploy an earlier release's spec as a new one; without `release`, the one before the current."""
+        """Go back to an earlier release; without `release`, to the one before the current."""
         return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollback"), RollbackRequest(release))
 
     async def releases(self, project: str, name: str) -> list[Release]:

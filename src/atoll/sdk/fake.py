@@ -238,7 +238,7 @@ class FakeApi:
             case _, ["nodes", *rest]:
                 return self._nodes(method, rest)
             case "GET", ["usage"]:
-                return self._page(self.usage)
+                return self.usage
             case _, ["tokens", *rest]:
                 return self._token_calls(method, rest, body)
             case _:
@@ -273,7 +273,7 @@ class FakeApi:
                 app, _ = self.get("apps", f"{project}/{name}")
                 wanted = codec.decode(body, RollbackRequest).release or app.release - 1
                 release, _ = self.get("releases", f"{project}/{name}/{wanted:08d}")
-                return self._put_app(project, name, release.spec, {})
+                self.put("apps", f"{project}/{name}", replace(app, spec=release.spec, release=wanted, updated_at=self.now))
             case "GET", [name, "releases"]:
                 self.get("apps", f"{project}/{name}")
                 return self._page([record for record, _ in reversed(self.under("releases", f"{project}/{name}/"))])
