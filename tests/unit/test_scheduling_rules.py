@@ -243,13 +243,15 @@ def test_an_expression_that_is_wrong_or_could_hold_up_the_planner_is_refused_wit
     assert "expression" in said.message or "too long" in said.message
 
 
-@pytest.mark.parametrize("pattern", ["^a.*b.*c$", "(?:eu|us)-west", r"\d+\.\d+", "[a+*|(]+x", "a{2,3}b?", ".*.*.*!"])
+@pytest.mark.parametrize(
+    "pattern", ["^a.*b.*c$", "(?:eu|us)-west", r"\d+\.\d+", "[a+*|(]+x", "a{2,3}b?", "[a-b]*[a-c]*[!z]", "a?b?c?[ad]*[ae]*[!z]"]
+)
 def test_plain_expressions_are_accepted_and_matched_quickly(pattern: str) -> None:
     rule = Constraint(label="disk", operator=Operator.REGEXP, value=pattern)
     assert problem(rule) is None
     began = time.perf_counter()
-    holds(rule, "a" * 253)
-    assert time.perf_counter() - began < 1.0
+    holds(rule, "a" * 1000)
+    assert time.perf_counter() - began < 0.5
 
 
 def test_a_version_rule_that_is_none_is_refused_with_a_reason() -> None:

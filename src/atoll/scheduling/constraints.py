@@ -10,10 +10,12 @@ from msgspec import Struct
 from atoll.model.spec import Constraint, Operator
 
 PATTERN_CHARS_MAX = 200
-VALUE_CHARS_MAX = 253
-REPEATS_MAX = 3
-"""Repeats in a regular expression. None may hold another repeat or an alternative, so that matching one value cannot take
-more than a few ms: a pattern comes from a tenant, and the planner serves all."""
+VALUE_CHARS_MAX = 128
+"""Of a label's value, what a regular expression is searched in."""
+REPEATS_MAX = 2
+OPTIONS_MAX = 4
+"""Repeats (`*`, `+`, `{}`) and options (`?`) in a regular expression. None may hold another repeat or an alternative, so that
+matching one value cannot take more than some 50 ms: a pattern comes from a tenant, and the planner serves all."""
 
 _TERM = re.compile(r"\s*(>=|<=|!=|=|>|<|~>)?\s*v?([0-9]+(?:\.[0-9]+)*)([-+][0-9A-Za-z.+-]*)?\s*")
 _VERSION = re.compile(r"v?([0-9]+(?:\.[0-9]+)*)([-+][0-9A-Za-z.+-]*)?")
@@ -91,8 +93,8 @@ def _pattern_problem(pattern: str) -> Problem | None:
         return Problem(f"not a regular expression: {error}")
     if _repeats(pattern) is None:
         return Problem(
-            f"may take too long to match: at most {REPEATS_MAX} repeats, and none around another repeat, an alternative or a group "
-            "reference",
+            f"may take too long to match: at most {REPEATS_MAX} repeats, none around another repeat or an alternative, and no "
+            "reference to a group",
             "write several constraints, or use 'in'",
         )
     return None
@@ -112,7 +114,7 @@ def _repeats(pattern: str) -> int | None:
     text = re.sub(r"\(\?P<[^>]*>|\(\?[a-zA-Z-]*:|\(\?<?[=!]", "(", text)
     text = re.sub(r"([*+?}])[?+]", r"\1", text)
     stack: list[bool] = []
-    total, closed_busy = 0, False
+    total, options, closed_busy = 0, 0, False
     for index, char in enumerate(text):
         repeats = char in "*+" or (char == "{" and re.match(r"\{[0-9]*,?[0-9]*\}", text[index:]) is not None)
         if char == "(":
@@ -127,11 +129,12 @@ def _repeats(pattern: str) -> int | None:
         if repeats or (char == "?" and index):
             if closed_busy and repeats:
                 return None
-            total += 1
+            total += repeats
+            options += not repeats
         if (repeats or char in "?|") and stack:
             stack[-1] = True
         closed_busy = False
-    return total if total <= REPEATS_MAX else None
+    return total if total <= REPEATS_MAX and options <= OPTIONS_MAX else None
 
 
 _Parsed = tuple[tuple[int, ...], bool]
