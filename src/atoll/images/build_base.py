@@ -53,6 +53,7 @@ async def make_base(
     """
     if shutil.which("mmdebstrap") is None:
         raise Unsupported("building needs mmdebstrap", mend="apt-get install mmdebstrap")
+    await _check_names(packages, suite)
     with cache.workplace() as work:
         work.chmod(0o755)
         sources = work / "sources.list"
@@ -83,6 +84,22 @@ async def make_base(
         layer = work / "layer"
         result = await in_thread(lambda: _pack(tar, layer))
         return cache.keep(key, result, layer)
+
+
+async def _check_names(packages: Sequence[str], suite: str) -> None:
+    """Refuse a package that this machine's own lists of the same release do not know; mmdebstrap would say so much later."""
+    if not packages or suite != _own_suite() or not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
+        return
+    known = {line[:-1].partition(":")[0] for line in await _words("apt-cache", "policy", *packages) if line.endswith(":")}
+    for name in packages:
+        if name not in known:
+            raise _unknown(name, suite)
+
+
+def _unknown(name: str, suite: str) -> Invalid:
+    return Invalid(
+        f"build.apt: {suite} has no package {name!r}", field="build.apt", mend="check its name; if it is new, run apt-get update"
+    )
 
 
 async def mirrors(suite: str, architecture: str) -> list[str]:
