@@ -50,20 +50,19 @@ def file_of(directory: Path, number: int) -> Path:
 
 
 class LogWriter:
-    """Appends whole lines, and begins a new file when one is full."""
+    """Appends whole lines, and begins a new file when one is full. Nothing is made before there is something to keep."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.lost_bytes = 0
         """What could not be written since the last success: the disk was full."""
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         known = numbers(directory)
         self._number = known[-1] if known else 1
         self._file = -1
         self._size = 0
-        self._open()
 
     def _open(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._file = os.open(file_of(self.directory, self._number), flags, 0o600)
         self._size = os.fstat(self._file).st_size
