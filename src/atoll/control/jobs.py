@@ -163,7 +163,7 @@ class _Step:
     def _finish(self, phase: JobPhase, message: str) -> None:
         for seen in self.active.values():
             if seen.instance.desired is Desired.RUN:
-                retire(self.decision, seen, f"the job has {phase}", drain_s=None, ingresses=frozenset())
+                retire(self.decision, seen, f"the job is over: {phase}", drain_s=None, ingresses=frozenset())
         self._write(phase, message, 0)
         code = {JobPhase.SUCCEEDED: "job-succeeded", JobPhase.FAILED: "job-failed"}.get(phase, "job-cancelled")
         severity = Severity.ERROR if phase is JobPhase.FAILED else Severity.INFO
@@ -175,7 +175,7 @@ class _Step:
         """The job is over: stop what runs still, and remove it all when its time is up."""
         for seen in self.active.values():
             if seen.instance.desired is Desired.RUN:
-                retire(self.decision, seen, f"the job has {self.last.phase}", drain_s=None, ingresses=frozenset())
+                retire(self.decision, seen, f"the job is over: {self.last.phase}", drain_s=None, ingresses=frozenset())
             else:
                 leave_running(self.decision, seen)
         if len(self.active) != self.last.active:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
+from collections.abc import AsyncIterator
 
 import structlog
 
@@ -27,7 +28,7 @@ from atoll.model.errors import Compacted, OutcomeUnknown, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Revision, Store
 from atoll.model.records import Instance, OwnerKind, new_suffix
-from atoll.store.cache import State
+from atoll.store.cache import Deltas, State
 
 OWNERS_PER_WAKE_MAX = 500
 """Owners decided about before what was decided is written and the event loop gets its turn."""
@@ -72,14 +73,20 @@ class Loop:
 
     async def run(self) -> None:
         """Raises Fenced when another leads. What the store cannot do for a while is tried again."""
+        # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
+        changes = self._begin()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow(), name="control: follow")
+            tasks.create_task(self._follow(changes), name="control: follow")
             tasks.create_task(self._work(), name="control: work")
 
-    async def _follow(self) -> None:
+    def _begin(self) -> AsyncIterator[Deltas]:
+        """Take everything as it is now, and return what changes from here on."""
+        changes = self._world.state.changes()
+        self._rebuild()
+        return changes
+
+    async def _follow(self, changes: AsyncIterator[Deltas]) -> None:
         while True:
-            changes = self._world.state.changes()
-            self._rebuild()
             try:
                 # Without a deadline: a quiet cell has no changes.
                 async for deltas in changes:
@@ -88,6 +95,7 @@ class Loop:
                     self._changed.set()
             except Compacted:
                 log.info("control fell behind the cache and starts afresh")
+                changes = self._begin()
 
     def _rebuild(self) -> None:
         self._world.rebuild()
