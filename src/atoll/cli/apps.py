@@ -28,7 +28,7 @@ async def apps(session: Session) -> None:
         session.output.json(views)
         return
     session.output.table(
-        ("APP", "STATE", "READY>", "RELEASE>", "AGE>", "URL", "NOTE"),
+        ("APP", "STATE", "READY>", "RELEASE>?", "AGE>?", "URL", "NOTE?"),
         [_app_row(view) for view in views],
         empty=f"no apps in project '{session.project}'; deploy one: atoll deploy examples/hello",
     )

@@ -26,7 +26,7 @@ async def ps(session: Session, owner: str | None) -> None:
     session.output.table(COLUMNS, [row(view) for view in views], empty="no instances")
 
 
-COLUMNS = ("INSTANCE", "OWNER", "RELEASE>", "STATE", "RESTARTS>", "NODE", "RUNTIME", "ADDRESS", "AGE>", "NOTE")
+COLUMNS = ("INSTANCE", "OWNER?", "RELEASE>?", "STATE", "RESTARTS>?", "NODE", "ADDRESS?", "RUNTIME?", "AGE>?", "NOTE")
 
 
 def row(view: InstanceView) -> tuple[Any, ...]:
@@ -42,8 +42,8 @@ def row(view: InstanceView) -> tuple[Any, ...]:
         state(phase_word(view)),
         status.restarts if status else 0,
         instance.node or "–",
-        instance.runtime or "–",
         (status.address if status else None) or "–",
+        instance.runtime or "–",
         age(instance.created_at),
         dim(note(view)),
     )

@@ -148,7 +148,7 @@ async def list_jobs(session: Session) -> None:
     session.output.table(COLUMNS, [_row(view) for view in views], empty=f"no jobs in project '{session.project}'")
 
 
-COLUMNS = ("JOB", "STATE", "DONE>", "ACTIVE>", "FAILED TRIES>", "AGE>", "TOOK>", "NOTE")
+COLUMNS = ("JOB", "STATE", "DONE>", "ACTIVE>?", "FAILED TRIES>?", "AGE>?", "TOOK>?", "NOTE")
 
 
 def _row(view: JobView) -> tuple[Any, ...]:

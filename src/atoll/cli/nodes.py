@@ -25,7 +25,7 @@ async def list_nodes(session: Session) -> None:
     if session.json:
         session.output.json(views)
         return
-    columns = ("NODE", "STATE", "SITE", "REGION", "INSTANCES>", "CPU", "MEMORY", "RUNTIMES", "VERSION")
+    columns = ("NODE", "STATE", "INSTANCES>", "CPU", "MEMORY", "SITE?", "REGION?", "VERSION?", "RUNTIMES")
     session.output.table(columns, [_row(view) for view in views], empty="no nodes; start one: atoll agent, or all: atoll up")
 
 
@@ -44,8 +44,6 @@ def _row(view: NodeView) -> tuple[Any, ...]:
     return (
         node.name,
         state(word(view), f"for {age(view.since)}" if view.health != "ready" and view.since else ""),
-        node.site,
-        node.region,
         view.instances,
         bar(
             view.allocated_cpu_milli,
@@ -57,8 +55,10 @@ def _row(view: NodeView) -> tuple[Any, ...]:
             node.capacity.memory_bytes,
             f"{format_bytes(view.allocated_memory_bytes)}/{format_bytes(node.capacity.memory_bytes)}",
         ),
-        " ".join(node.runtimes) or "–",
+        node.site,
+        node.region,
         node.version,
+        " ".join(node.runtimes) or "–",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -21,6 +21,8 @@ PIPE_COLUMNS = 1_000
 """Into a pipe nothing is cut: each row is one line of up to so many characters."""
 
 BAR_CELLS = 8
+LAST_COLUMN_MIN = 24
+"""Characters that the last column keeps before others are left out."""
 
 COLOURS = {
     "running": "green",
@@ -96,12 +98,17 @@ class Output:
         self.err.print(message, soft_wrap=True, highlight=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, empty: str = "") -> None:
-        """Print rows under headings; without rows, say so on stderr. A column whose name ends in `>` is set to the right."""
+        """Print rows under headings; without rows, say so on stderr. See `table` for headings."""
         if not rows:
             if empty:
                 self.say(f"[dim]{empty}[/]")
             return
-        self.print(table(columns, rows, whole=not self.out.is_terminal))
+        self.print(table(columns, rows, width=self.width))
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None where it is none."""
+        return self.out.width if self.out.is_terminal else None
 
 
 def _console(stream: Any) -> Console:
@@ -111,23 +118,35 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, width=None if terminal else PIPE_COLUMNS, highlight=False, emoji=False, legacy_windows=False)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, whole: bool = False) -> Table:
-    """Return rows under headings. The last column wraps; others are kept whole."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int | None = None) -> Table:
+    """Return rows under headings. A heading may end in `>` (set to the right) and `?` (left out where `width` is too little,
+    the last such column first). The last column wraps; without a `width` nothing is cut."""
     from rich.table import Table
 
+    cells = [[_cell(value) for value in row] for row in rows]
+    shown = _fitting(columns, cells, width)
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", collapse_padding=True)
-    for index, column in enumerate(columns):
-        right = column.endswith(">")
-        last = index == len(columns) - 1
-        made.add_column(
-            column.rstrip(">"),
-            justify="right" if right else "left",
-            no_wrap=whole or not last,
-            overflow="ellipsis" if not last else "fold",
-        )
-    for row in rows:
-        made.add_row(*(_cell(value) for value in row))
+    for index in shown:
+        heading = columns[index]
+        last = index == shown[-1] and width is not None
+        justify: Literal["left", "right"] = "right" if ">" in heading else "left"
+        made.add_column(heading.rstrip("?>"), justify=justify, no_wrap=not last, overflow="fold" if last else "ellipsis")
+    for row in cells:
+        made.add_row(*(row[index] for index in shown))
     return made
+
+
+def _fitting(columns: Sequence[str], cells: Sequence[Sequence[Text]], width: int | None) -> list[int]:
+    """Return which columns are shown."""
+    shown = list(range(len(columns)))
+    widths = [max(len(columns[i].rstrip("?>")), *(row[i].cell_len for row in cells)) if cells else 0 for i in shown]
+    widths[-1] = min(widths[-1], LAST_COLUMN_MIN)
+    while width is not None and sum(widths[i] + 2 for i in shown) > width + 2:
+        droppable = [i for i in shown if "?" in columns[i]]
+        if not droppable:
+            break
+        shown.remove(droppable[-1])
+    return shown
 
 
 def _cell(value: Any) -> Text:

@@ -157,7 +157,7 @@ class Progress:
         seen, first = self._failures.get(instance.id, (0, now))
         times = max(seen, status.restarts)
         if status.phase is Phase.FAILED or (times >= FAILURES_MAX and now - first >= FAILING_S):
-            return self._failure(f"{instance.id} {_ended(status, times)}", instance.id)
+            return self._failure(f"{instance.id}: {_ended(status, times)}", instance.id)
         return None
 
     def _failure(self, message: str, instance: str | None = None) -> RolloutFailed:
@@ -183,4 +183,4 @@ def _ended(status: Status, times: int) -> str:
     tries = f"; tried {times} times" if times > 1 else ""
     if status.exit is not None:
         return exit_words(status.exit.code, status.exit.signal, oom=status.exit.oom) + tries
-    return f"cannot run: {status.message.partition('; next start')[0]}{tries}" if status.message else f"failed{tries}"
+    return (status.message.partition("; next start")[0] or "failed") + tries

@@ -132,7 +132,7 @@ class _View:
             return
         for view in self._progress.wanted:
             word, note = lines.phase_word(view), lines.note(view).partition("; next start")[0]
-            if word in ("starting", "ready"):
+            if word in ("preparing", "starting", "ready") and not note.startswith("image:"):
                 note = ""  # what the try before died of
             gist = view.instance.id + word + "".join(c for c in note if not c.isdigit() and c != ".")  # counted bytes are no news
             if gist not in self._told:
@@ -154,7 +154,12 @@ class _View:
         ]
         rest = [(f"  … {len(rows) - ROWS_MAX} more", "", "", "")] if len(rows) > ROWS_MAX else []
         spinner = Spinner("dots", f"{title} [dim]{self._elapsed()}[/]", style="cyan")
-        return Group(spinner, table(("  INSTANCE", "STATE", "NODE", "NOTE"), [*rows[:ROWS_MAX], *rest]) if rows else "")
+        return Group(
+            spinner,
+            table(("  INSTANCE", "STATE", "NODE?", "NOTE"), [*rows[:ROWS_MAX], *rest], width=self._output.err.width)
+            if rows
+            else "",
+        )
 
     def _elapsed(self) -> str:
         return format_seconds(time.monotonic() - self._began)

@@ -29,7 +29,7 @@ async def top(session: Session, interval: float, once: bool) -> None:
             session.output.json(_plain(*await _look(client, session.project)))
             return
         if once or not session.output.out.is_terminal:
-            for part in _tables(*await _look(client, session.project), whole=not session.output.out.is_terminal):
+            for part in _tables(*await _look(client, session.project), width=session.output.width):
                 session.output.print(part)
             return
         await _live(session, client, interval)
@@ -56,7 +56,7 @@ async def _live(session: Session, client: Client, interval_s: float) -> None:
     with Live(console=session.output.out, auto_refresh=False, screen=True) as live:
         while True:
             try:
-                shown: RenderableType = Group(*_tables(*await _look(client, session.project), whole=False))
+                shown: RenderableType = Group(*_tables(*await _look(client, session.project), width=session.output.width))
             except AtollError as error:
                 shown = Text(f"{error} – still trying", style="yellow")
             live.update(shown, refresh=True)
@@ -64,7 +64,12 @@ async def _live(session: Session, client: Client, interval_s: float) -> None:
 
 
 def _tables(
-    nodes: list[NodeView], instances: list[InstanceView], usage: dict[str, Usage], limits: dict[str, Resources], *, whole: bool
+    nodes: list[NodeView],
+    instances: list[InstanceView],
+    usage: dict[str, Usage],
+    limits: dict[str, Resources],
+    *,
+    width: int | None,
 ) -> list[RenderableType]:
     from atoll.cli import nodes as node_lines
     from atoll.cli.instances import phase_word
@@ -87,9 +92,9 @@ def _tables(
         used = usage.get(each.instance.id)
         most = limits.get(f"{each.instance.owner_kind}/{each.instance.owner}")
         rows.append((each.instance.id, state(phase_word(each)), *_cells(used, most), each.instance.node or "–"))
-    parts: list[RenderableType] = [table(("NODE", "STATE", "CPU", "MEMORY", "INSTANCES>"), node_rows, whole=whole)]
+    parts: list[RenderableType] = [table(("NODE", "STATE", "CPU", "MEMORY", "INSTANCES>"), node_rows, width=width)]
     if rows:
-        parts += ["", table(("INSTANCE", "STATE", "CPU", "MEMORY", "PROCESSES>", "DISK>", "NODE"), rows, whole=whole)]
+        parts += ["", table(("INSTANCE", "STATE", "CPU", "MEMORY", "PROCESSES>?", "DISK>?", "NODE?"), rows, width=width)]
     return parts
 
 
