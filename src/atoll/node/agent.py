@@ -142,6 +142,7 @@ class Agent:
         finally:
             for runner in self.runners.values():
                 runner.let_go()
+            self._reporter.let_go()
             await self._let_go(record)
 
     async def stop_instances(self, deadline_s: float = STOP_ALL_S) -> None:

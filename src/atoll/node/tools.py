@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,9 @@ from atoll.model.streams import LogLine, LogOptions
 from atoll.node.directories import Directories
 from atoll.node.record import LocalRecord
 from atoll.node.report import Reporter
+
+LAUNCHES_MAX = 16
+"""Processes that a node starts at a time; more would only make each other slow."""
 
 
 class Logs(Protocol):
@@ -93,3 +97,4 @@ class Tools:
     prober: Prober
     directories: Directories
     reporter: Reporter
+    launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES_MAX))

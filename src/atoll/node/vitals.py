@@ -98,3 +98,5 @@ class Vitals:
                     log.info("images collected", freed_bytes=freed_bytes)
             except (AtollError, OSError) as error:
                 log.warning("images not collected", error=str(error))
+            except Exception:  # the outer edge, as above
+                log.exception("images not collected")
