@@ -21,7 +21,7 @@ from runtime_world import BUSYBOX, LIMITS, World, make_layer
 
 from atoll.model.errors import Exhausted, ImageError, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Limits, Mount
-from atoll.runtimes.mounts import mounts_below
+from atoll.runtimes.mounts import mounts_below, unmount
 from atoll.runtimes.oci import CAPABILITIES
 from atoll.runtimes.runc import RuncRuntime, probe_runc
 
@@ -143,11 +143,10 @@ def netns() -> Iterator[Path]:
 async def test_a_given_network_namespace_is_used_and_its_low_ports_are_free(world: World, netns: Path) -> None:
     _, out, _ = await sh(world, "ls /sys/class/net; cat /proc/net/dev | grep -c inner", netns=netns)
     assert out == "inner\nlo\nouter\n1\n"
-    await world.launch("web", "nc", "-l", "-p", "80", netns=netns, user="app")
+    await world.launch("web", "sh", "-c", "sleep 1000 | nc -l -p 80", netns=netns, user="app")
     await world.launch("client", "run", netns=netns)
-    assert (await world.shell("client", "sleep 0.1; echo hello | nc -w 1 127.0.0.1 80"))[0] == 0
-    assert (await asyncio.wait_for(world.runtime.wait("web"), 10)).code == 0
-    assert world.output("web") == "hello\n"
+    assert (await world.shell("client", "sleep 0.2; echo hello | nc -w 1 127.0.0.1 80"))[0] == 0
+    await world.output_until("web", "hello")
     assert (await world.shell("client", "echo 1 > /proc/sys/net/ipv4/ip_forward"))[0] != 0
 
 
@@ -467,6 +466,68 @@ async def test_a_cancelled_call_leaves_nothing_half_made(world: World) -> None:
             await task
         await world.runtime.delete(id)
         assert _traces(world, id) == []
+
+
+async def test_after_a_restart_of_the_machine_what_ran_has_ended(world: World) -> None:
+    await world.launch("ran", "run")
+    await world.runtime.create(world.box("made", "run"))
+    await world.runtime.kill("ran")
+    await world.runtime.wait("ran")
+    await world.runtime.close()
+    for id in ("ran", "made"):
+        (world.directory / f"instances/{id}/exit").unlink(missing_ok=True)
+        record = world.directory / f"runtime/boxes/{id}.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"boot_id": "another"}))
+    for point in [*Path("/run/atoll").glob("*/ran"), *Path("/run/atoll").glob("*/made")]:
+        if str(world.directory) in _mount_options(point):
+            unmount(point)
+    for point in mounts_below(world.directory):
+        unmount(point)
+    await world.reopen()
+    found = {entry.id: entry for entry in await world.runtime.recover()}
+    assert found["ran"].exit is not None
+    assert found["ran"].exit.code == 137
+    assert (found["made"].pid, found["made"].exit) == (None, None)
+    for id in found:
+        await world.runtime.delete(id)
+        assert _traces(world, id) == []
+
+
+async def test_without_user_namespaces_all_else_holds(world: World, netns: Path) -> None:
+    await world.runtime.close()
+    world.make = lambda: RuncRuntime(world.directory / "runtime", cgroup="/atoll-test", userns=False)
+    await world.reopen()
+    pid = await world.launch("a", "run", netns=netns)
+    assert Path(f"/proc/{pid}").stat().st_uid == 0
+    text = Path(f"/proc/{pid}/status").read_text()
+    assert f"CapEff:\t{DOCKER_CAPABILITIES:016x}" in text
+    assert "Seccomp:\t2" in text
+    assert (await world.shell("a", "stat -c %u /srv/owned; ls /sys/class/net"))[1] == "1234\ninner\nlo\nouter\n"
+    code, _, err = await world.run("b", "dd", "if=/dev/zero", "of=/tmp/big", "bs=1M", "count=100")
+    assert code != 0
+    assert "No space left" in err
+
+
+async def test_too_little_memory_to_start_is_said(world: World) -> None:
+    await world.runtime.create(world.box("a", "run", limits=limits(memory_bytes=1 << 20)))
+    with pytest.raises(RuntimeFailed) as raised:
+        await world.runtime.start("a")
+    assert "memory" in (raised.value.mend or ""), str(raised.value)
+
+
+async def test_a_machine_that_cannot_run_it_is_told_why(world: World) -> None:
+    with pytest.raises(Unsupported, match="runc-of-another-name") as raised:
+        await RuncRuntime(world.directory / "r2", binary="runc-of-another-name").probe()
+    assert raised.value.mend
+    old = world.directory / "old-runc"
+    old.write_text("#!/bin/sh\necho runc version 1.0.0~rc93\n")
+    old.chmod(0o755)
+    with pytest.raises(Unsupported, match="too old"):
+        await RuncRuntime(world.directory / "r2", binary=str(old)).probe()
+    script = "from atoll.runtimes.runc import probe_runc; import os; os.setuid(65534)"
+    script += "\ntry: probe_runc()\nexcept Exception as e: print(e, e.mend)"
+    told = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
+    assert "root" in (await told.communicate())[0].decode()
 
 
 async def test_a_damaged_record_is_removed_with_what_it_spoke_of(world: World) -> None:

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,22 @@ class Group:
                 self._set(self._v2 / "cgroup.kill", "1")
             else:
                 self.thaw()  # v1: a frozen process takes no signal, not even this one
-                for pid in left:
-                    _kill(pid)
+                self._kill_each(left)
             if time.monotonic() > deadline:
                 raise RuntimeFailed(f"{len(left)} processes of the instance do not end", mend="they may wait for a disk that hangs")
             time.sleep(_WAIT_S)
+
+    def _kill_each(self, pids: set[int]) -> None:
+        """Kill by descriptor, and only what is still in the group: a pid may have gone to a stranger since it was read."""
+        with ExitStack() as stack:
+            held = {}
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    held[pid] = os.pidfd_open(pid)
+                    stack.callback(os.close, held[pid])
+            for pid in held.keys() & self.processes():
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(held[pid], signal.SIGKILL)
 
     def remove(self) -> None:
         """Remove the group, which must have no process, from every hierarchy. Safe to repeat. Raises RuntimeFailed."""
@@ -231,13 +243,6 @@ def _number(path: Path) -> int:
 def _flat(path: Path) -> dict[str, int]:
     pairs = (line.split() for line in _read(path).splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def _remove_tree(directory: Path) -> None:

@@ -114,7 +114,7 @@ def failure(log_path: Path, command: str) -> RuntimeFailed:
     mend = None
     if any(sign in words for sign in _NOT_FOUND):
         mend = f"is {command!r} in the image, and its interpreter too?"
-    elif "OOM" in words or "memory limit too low" in words:
+    elif "OOM" in words or "memory limit" in words:
         mend = "raise the memory limit"
     return RuntimeFailed(f"cannot run {command!r}: {words}", mend=mend)
 

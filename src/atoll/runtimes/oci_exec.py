@@ -261,9 +261,13 @@ async def start_execution(
         console = ConsoleSocket(directory, console_name.name)
         files.callback(console.close)
         command += ["--console-socket", console.path]
-        launch = Launch([*shim, *command, id], stdio=None, output=output)
+        launch = Launch([*shim, *command, id], stdio=None, output=output, close_at_end=True)
         pid = await _started(launch, log_path, argv[0])
-        terminal = Stream(await console.terminal())
+        try:
+            terminal = Stream(await console.terminal())
+        except BaseException:
+            launch.close()
+            raise
         set_size(terminal.fd, *size)
         return OciExecution(launch, pid, stdin=terminal, outputs={1: terminal}, tty=True)
 
@@ -279,7 +283,7 @@ async def _start_on_pipes(arguments: list[str], output: Path, owner: tuple[int, 
             theirs.callback(os.close, ends[-1])
             os.fchown(ends[-1], *owner)  # so that /dev/stdout can be opened by name
         try:
-            launch = Launch(arguments, stdio=(ends[0], ends[1], ends[2]), output=output)
+            launch = Launch(arguments, stdio=(ends[0], ends[1], ends[2]), output=output, close_at_end=True)
             theirs.close()
             pid = await _started(launch, log_path, name)
         except BaseException:
@@ -296,7 +300,7 @@ async def _started(launch: Launch, log_path: Path, name: str) -> int:
         if news is None or news[0] != "pid":
             raise failure(log_path, name)
     except BaseException:
-        launch.abandon()
+        launch.close()  # should it start after all, its shim kills it
         raise
     return news[1]
 

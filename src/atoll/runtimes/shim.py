@@ -71,9 +71,10 @@ class ShimFiles(Struct, frozen=True):
 class Ending:
     """Waits for the end of a process, ours or adopted, without a thread and without polling."""
 
-    def __init__(self, pid: int) -> None:
-        """Raises ProcessLookupError when it is gone already."""
+    def __init__(self, pid: int, *, close_at_end: bool = False) -> None:
+        """Raises ProcessLookupError when it is gone already. `close_at_end` is for those that nobody will `close`."""
         self.pid = pid
+        self._close_at_end = close_at_end
         self.fd = os.pidfd_open(pid)
         self.event = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -84,6 +85,8 @@ class Ending:
         with contextlib.suppress(ChildProcessError):  # adopted ones are another's children
             os.waitpid(self.pid, os.WNOHANG)
         self.event.set()
+        if self._close_at_end:
+            self.close()
 
     def signal(self, number: int) -> None:
         """Send a signal; a process that has ended is no error."""
@@ -104,7 +107,9 @@ class Ending:
 class Launch:
     """A shim that was just started; `news` gives its words, in their order, each once."""
 
-    def __init__(self, arguments: Sequence[str], *, stdio: tuple[int, int, int] | None, output: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], *, stdio: tuple[int, int, int] | None, output: Path, close_at_end: bool = False
+    ) -> None:
         """`stdio` goes to the tool; without it, stdin is empty and what the tool itself says goes to the file `output`."""
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writer, True)
@@ -125,7 +130,7 @@ class Launch:
             raise RuntimeFailed(f"cannot start the shim: {error}") from None
         finally:
             os.close(writer)
-        self.ending = Ending(self.pid)
+        self.ending = Ending(self.pid, close_at_end=close_at_end)
         self._buffer = b""
 
     async def news(self, deadline_s: float | None) -> tuple[str, int] | None:
@@ -151,7 +156,7 @@ class Launch:
                 await ready(self._reader)
 
     def close(self) -> None:
-        """Hang up: an `exec` shim then kills its command."""
+        """Hang up: an `exec` shim then kills its command, as soon as that has started."""
         if self._reader >= 0:
             os.close(self._reader)
             self._reader = -1
