@@ -244,9 +244,14 @@ def _own(rootfs: Path, bundle: dict[str, Any]) -> None:
 
 
 def _call(command: list[str]) -> None:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode()[-500:]}")
+    # Into a file: what the command leaves running holds its stderr open, and a pipe would never end.
+    with tempfile.TemporaryFile() as errors:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, check=False, timeout=SAMPLE_S
+        )
+        if done.returncode != 0:
+            errors.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: {errors.read().decode()[-500:]}")
 
 
 def _read_stamp(path: Path) -> int:
