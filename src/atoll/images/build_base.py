@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atoll.images.command import Finished, run_tool
+from atoll.images.entries import kept_xattrs
 from atoll.images.layer import LayerWriter
 from atoll.images.steps import StepCache, StepResult
 from atoll.images.threads import in_thread
 from atoll.images.tree import EPOCH
-from atoll.images.unpack import kept_xattrs
 from atoll.model.errors import AtollError, ImageError, Invalid, Unavailable, Unsupported
 
 BASE_DEADLINE_S = 1800.0

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import zstandard
 from msgspec import Struct
 
+from atoll.images.entries import XATTR_PREFIX
 from atoll.images.manifest import OCI_LAYER_ZSTD, Descriptor
-from atoll.images.unpack import XATTR_PREFIX
 
 COMPRESSION_LEVEL = 3
 COPY_BYTES = 1 << 20

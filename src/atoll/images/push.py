@@ -10,12 +10,13 @@ from pathlib import Path
 
 import httpx
 
+from atoll.images.answers import Retriable, network_errors, refused
 from atoll.images.layout import Layout, LayoutImage
 from atoll.images.manifest import Descriptor
 from atoll.images.reference import Reference, parse
 from atoll.images.registry import Registries
 from atoll.images.threads import in_thread
-from atoll.images.transport import Retriable, Transport, network_errors, refused
+from atoll.images.transport import Transport
 from atoll.model.errors import DeadlineExceeded, ImageError, Unavailable
 from atoll.model.ports.images import PullProgress
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 
+from atoll.images.answers import Retriable, network_errors, read_bounded
 from atoll.images.manifest import (
     ACCEPT,
     INDEX_DEPTH_MAX,
@@ -23,7 +24,7 @@ from atoll.images.manifest import (
 from atoll.images.reference import Reference, parse
 from atoll.images.source import CHUNK_BYTES, BlobSink, Resolved
 from atoll.images.threads import in_thread
-from atoll.images.transport import Access, Patience, Retriable, Transport, network_errors, read_bounded
+from atoll.images.transport import Access, Patience, Transport
 from atoll.model.errors import ImageError, Unavailable
 
 

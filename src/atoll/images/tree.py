@@ -8,8 +8,8 @@ import stat
 import tarfile
 from pathlib import Path
 
+from atoll.images.entries import XATTRS_KEPT
 from atoll.images.layer import LayerWriter
-from atoll.images.unpack import XATTRS_KEPT
 
 EPOCH = 1_700_000_000
 """The time that everything made during a build carries (2023-11-14T22:13:20Z)."""
