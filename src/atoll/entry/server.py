@@ -10,6 +10,8 @@ import structlog
 
 from atoll.api.http.app import create_app
 from atoll.api.http.serve import listen, serving
+from atoll.api.registry.handlers import registry_handler
+from atoll.api.registry.registry import Registry
 from atoll.api.service import SYSTEM, Service
 from atoll.api.service.context import KINDS
 from atoll.control.controllers import run_control
@@ -38,7 +40,9 @@ async def main(config: Config, stop: Stop) -> None:
             service = Service(store, state, clock, random, key, config.domain, store_name="sqlite")
             await service.start()
             await write_tokens(config, service)
-            async with serving(create_app(service), service, listener):
+            registry = Registry(config.server_data / "registry", service)
+            app = create_app(service, mounts=[registry_handler(registry, service)])
+            async with serving(app, service, listener):
                 log.info("serving", api=f"http://{config.api}", store="sqlite")
                 await run_until(
                     stop,
