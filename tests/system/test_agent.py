@@ -222,7 +222,7 @@ async def test_after_kill_9_everything_is_adopted_and_nothing_leaks(place: Place
     for assignment in everything:
         second.tell(do="remove", id=assignment.instance.id)
     async with asyncio.timeout(20):
-        while list((place.data / "instances").iterdir()):  # noqa: ASYNC110 - another process does it
+        while [*(place.data / "instances").iterdir(), *(place.data / "logs").iterdir()]:  # noqa: ASYNC110 - another process does it
             await asyncio.sleep(0.02)
     await second.kill()
     await place.sweep()
