@@ -13,7 +13,7 @@ from msgspec import structs
 from atoll.control.controllers import run_control
 from atoll.control.leader import LEASE_S
 from atoll.model import codec, keys
-from atoll.model.errors import OutcomeUnknown, Unavailable
+from atoll.model.errors import OutcomeUnknown, TooLarge, Unavailable
 from atoll.model.ports.store import Put
 from atoll.model.records import (
     App,
@@ -584,6 +584,29 @@ def test_many_instances_are_made_and_placed_in_few_transactions() -> None:
             await cell.until(lambda: len(cell.instances()) == 5000)
             assert {sum(i.node == f"n{n}" for i in cell.instances()) for n in range(20)} == {250}
             assert await cell.store.revision() - before < 8
+
+    run_virtual(main())
+
+
+def test_one_record_that_the_store_refuses_does_not_stop_the_others() -> None:
+    class Refusing(MemoryStore):
+        async def txn(self, *rest: Any, **named: Any) -> Any:
+            if any(op.key.startswith("instances/default/bad-") for op in rest[1]):
+                raise TooLarge("injected")
+            return await super().txn(*rest, **named)
+
+    async def main() -> None:
+        cell = Cell()
+        cell.store = Refusing(cell.clock)
+        cell.state = State(cell.store, cell.kinds)
+        async with cell:
+            for name in ("n1", "n2"):
+                await cell.add_node(name)
+            await cell.deploy(AppSpec(name="bad", image="x"), replicas=1)
+            await cell.deploy(WEB, replicas=2)
+            await start(cell)
+            await cell.until(lambda: cell.ready() == 2)
+            assert {i.owner for i in cell.instances()} == {"web"}
 
     run_virtual(main())
 

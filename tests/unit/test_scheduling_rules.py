@@ -174,6 +174,11 @@ def test_a_node_that_has_shrunk_gets_nothing_and_breaks_nothing() -> None:
     assert rejection(nodes, demand(memory_bytes=5 * MIB)).code == "no-memory"
 
 
+def test_absurd_capacities_break_nothing() -> None:
+    nodes = snapshot(node("a", cpu=-5, memory=1 << 80), node("b", cpu=10**30))
+    assert [p.node for p in place(nodes, demand(), 2).placed] == ["b", "b"]
+
+
 def test_an_explanation_has_every_candidate_with_its_scores() -> None:
     nodes = snapshot(node("a"), node("b", memory=512 * MIB), node("c", memory=MIB))
     nodes.allocate("x", "a", "g", demand())

@@ -146,6 +146,9 @@ class Loop:
             return
         outcome = await self._writer.commit(units)
         await self._reach(outcome.revision)
+        for source in outcome.refused:
+            if isinstance(source, tuple):
+                self._put_off(source, self._clock.now() + ERROR_PAUSE_MAX_S)
         if outcome.conflicts:
             for source in outcome.conflicts:
                 if isinstance(source, tuple):
@@ -186,7 +189,7 @@ class Loop:
             del self._world.dirty[owner]
             if self._too_soon(owner, now):
                 continue
-            decision = self._decide_owner(owner, now)
+            decision = self._decide_safely(owner, now)
             if decision.actions:
                 decided.append((owner, decision))
         placed_units = self._place(decided, now)
@@ -220,11 +223,24 @@ class Loop:
         at = self._decided_at.get(owner, 0.0) + count * PAUSE_S_PER_INSTANCE
         if now < at <= now + 2 * count * PAUSE_S_PER_INSTANCE:
             if at < self._due.get(owner, at + 1):
-                self._due[owner] = at
-                heapq.heappush(self._timers, (at, owner))
+                self._put_off(owner, at)
             return True
         self._decided_at[owner] = now
         return False
+
+    def _decide_safely(self, owner: Owner, now: float) -> Decision:
+        """Decide about one owner; where that fails, nothing is done about it for a while, and the others go on."""
+        try:
+            return self._decide_owner(owner, now)
+        except Exception:
+            log.exception("deciding about one owner failed", kind=owner[0], owner=owner[1])
+            self._put_off(owner, now + ERROR_PAUSE_MAX_S)
+            return Decision(now, self._suffix)
+
+    def _put_off(self, owner: Owner, at: float) -> None:
+        """Decide about the owner at `at` if nothing happens to it before."""
+        self._due[owner] = at
+        heapq.heappush(self._timers, (at, owner))
 
     def _decide_owner(self, owner: Owner, now: float) -> Decision:
         decision = Decision(now, self._suffix, self._world.ids)
@@ -244,8 +260,7 @@ class Loop:
                     decide_orphans(self._world.instances(owner), decision)
         self._due.pop(owner, None)
         if decision.wake_at is not None:
-            self._due[owner] = decision.wake_at
-            heapq.heappush(self._timers, (decision.wake_at, owner))
+            self._put_off(owner, decision.wake_at)
         return decision
 
     def _place(self, decided: list[tuple[Owner, Decision]], now: float) -> list[Unit]:

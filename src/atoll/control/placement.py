@@ -152,6 +152,10 @@ class Placement:
                 self._rejected[key] = now
             else:
                 self._reject(key, waiting[key][0], rejection, now, result)
+        for item in pending:
+            if item.id in waiting and item.id not in result and item.id not in answer.rejected:
+                # More waited than are planned at once.
+                self._new[item.id] = None
         return [result.get(key, instance) for key, instance in fresh.items()], [
             (result[key], revision) for key, (_, revision) in waiting.items() if key in result
         ]

@@ -23,6 +23,7 @@ from atoll.control.actions import (
 )
 from atoll.control.leader import Term, check
 from atoll.model import codec, keys
+from atoll.model.errors import Invalid, TooLarge
 from atoll.model.ports.store import TXN_OPS_MAX, Compare, Delete, Op, Put, Revision, Store, absent, unchanged
 from atoll.model.records import RouteClaim
 from atoll.store.cache import State
@@ -46,6 +47,8 @@ class Outcome(Struct, frozen=True):
     """Of the last transaction that was written."""
     conflicts: tuple[object, ...]
     """Sources of units of which something had changed since it was read; they were not written."""
+    refused: tuple[object, ...] = ()
+    """Sources of units that the store can never take."""
 
 
 def units_of(source: object, actions: Sequence[Action], state: State) -> list[Unit]:
@@ -125,23 +128,38 @@ class Writer:
         Raises Fenced: this server does not lead any more, and what was not written yet never will be. Raises Unavailable or
         OutcomeUnknown as the store does; decide again from what is there.
         """
-        revision, conflicts = Revision(0), []
+        revision = Revision(0)
+        self._conflicts: list[object] = []
+        self._refused: list[object] = []
         todo = list(reversed(list(_batches(units))))
         while todo:
             batch = todo.pop()
-            compare = [self._term.fence, *(c for unit in batch for c in unit.compare)]
-            result = await self._store.txn(compare, [op for unit in batch for op in unit.ops])
-            if result.succeeded:
-                revision = result.revision
-                continue
-            await check(self._store, self._term)
-            if len(batch) == 1:
-                log.info("a decision came too late and is made again", source=str(batch[0].source))
-                conflicts.append(batch[0].source)
-            else:
+            written = await self._try(batch)
+            if written is not None:
+                revision = written
+            elif len(batch) > 1:
                 half = len(batch) // 2
                 todo.extend((batch[half:], batch[:half]))
-        return Outcome(revision, tuple(conflicts))
+        return Outcome(revision, tuple(self._conflicts), tuple(self._refused))
+
+    async def _try(self, batch: list[Unit]) -> Revision | None:
+        """Write all of `batch`; None if nothing was written because one of it does not hold, or is no valid write."""
+        compare = [self._term.fence, *(c for unit in batch for c in unit.compare)]
+        try:
+            result = await self._store.txn(compare, [op for unit in batch for op in unit.ops])
+        except (Invalid, TooLarge) as error:
+            # One record that the store refuses must not stop everyone else's.
+            if len(batch) == 1:
+                log.error("the store refuses a decision", source=str(batch[0].source), cause=error.message)
+                self._refused.append(batch[0].source)
+            return None
+        if result.succeeded:
+            return result.revision
+        await check(self._store, self._term)
+        if len(batch) == 1:
+            log.info("a decision came too late and is made again", source=str(batch[0].source))
+            self._conflicts.append(batch[0].source)
+        return None
 
 
 def _batches(units: Iterable[Unit]) -> Iterable[list[Unit]]:

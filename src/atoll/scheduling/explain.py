@@ -87,7 +87,9 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
     ranking = Ranking(view, group, demand, room)
     counts, zero = view.counts(group), np.zeros(len(rows), dtype=np.int64)
     columns = {
-        score.name: np.rint(score.score(view, demand, counts, rows, zero) * STEPS) * score.weight / STEPS for score in SCORES
+        score.name: np.rint(score.score(view, demand, counts, rows, zero) * STEPS) * score.weight / STEPS
+        for score in SCORES
+        if score.wants(demand)
     }
     label = DOMAIN_SCORE.label(demand)
     if label is not None:

@@ -35,10 +35,10 @@ class View:
 
     def place(self, group: str, demand: Demand, rows: Iterable[int], times: Iterable[int]) -> None:
         """Take `times` instances' worth of each of `rows` (each named once)."""
+        added = self._added.setdefault(group, {})
         at = np.fromiter(rows, dtype=np.int64)
         by = np.fromiter(times, dtype=np.int64)
         self.free[:, at] -= np.outer(np.asarray(amounts_of(demand), dtype=np.int64), by)
-        added = self._added.setdefault(group, {})
         for row, count in zip(at.tolist(), by.tolist(), strict=True):
             added[row] = added.get(row, 0) + count
 
@@ -97,6 +97,10 @@ class Score(Protocol):
 
     name: str
     weight: int
+
+    def wants(self, demand: Demand) -> bool:
+        """Return whether the score can differ between nodes for this demand; if not it is skipped."""
+        ...
 
     def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:
         """Return how good one more instance on each of `rows` is, greater is better, exact to 1e-6 (it is rounded).

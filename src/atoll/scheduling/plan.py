@@ -26,7 +26,7 @@ PENDING_MAX = 100_000
 
 
 class Plan(Struct, frozen=True):
-    """Every instance that was planned is in exactly one of the two."""
+    """Every instance is in one of the two at most; in neither are those beyond `PENDING_MAX`."""
 
     placed: tuple[Placed, ...]
     rejected: dict[str, Rejection]

@@ -63,6 +63,7 @@ class Ranking:
         self._view = view
         self._demand = demand
         self._room = room
+        self._scores = [score for score in SCORES if score.wants(demand)]
         self._counts = view.counts(group)
         self._ranks = view.nodes.ranks()
         self._placed: dict[int, int] = {}
@@ -71,7 +72,7 @@ class Ranking:
     def totals(self, rows: Ints, extra: Ints) -> Ints:
         """Return the weighted sum of all scores of one more instance on each row, in millionths."""
         total = np.zeros(len(rows), dtype=np.int64)
-        for score in SCORES:
+        for score in self._scores:
             values = score.score(self._view, self._demand, self._counts, rows, extra)
             total += np.rint(values * STEPS).astype(np.int64) * score.weight
         return total
@@ -80,6 +81,10 @@ class Ranking:
         """Return a heap of the `count` best of `rows`: no other can be chosen before one of these has been."""
         scores = self.totals(rows, np.zeros(len(rows), dtype=np.int64))
         ranks = self._ranks[rows]
+        if count == 1:
+            equal = np.flatnonzero(scores == scores.max())
+            first = equal[ranks[equal].argmin()]
+            return [(-int(scores[first]), int(ranks[first]), int(rows[first]))]
         if count < len(rows):
             edge = np.partition(scores, len(rows) - count)[len(rows) - count]
             better = np.flatnonzero(scores > edge)
@@ -90,8 +95,7 @@ class Ranking:
             keep = np.concatenate((better, equal))
             rows, scores, ranks = rows[keep], scores[keep], ranks[keep]
         order = np.lexsort((ranks, -scores))
-        if count > 1:
-            self._look_ahead(rows, count)
+        self._look_ahead(rows, count)
         # Sorted, it is a heap.
         return list(zip((-scores[order]).tolist(), ranks[order].tolist(), rows[order].tolist(), strict=True))
 

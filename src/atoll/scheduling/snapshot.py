@@ -23,6 +23,8 @@ CPU, MEMORY, DISK, GPU = range(4)
 """Rows of the resource columns."""
 ABSENT = -1
 """The value id of a label that a node does not have."""
+AMOUNT_MAX = 1 << 60
+"""More than this of anything counts as this much, so that sums stay within 64 bits."""
 MASKS_MAX = 256
 """Masks of static filters kept between plans; each has one byte per node."""
 _ROWS_AT_FIRST = 16
@@ -102,7 +104,8 @@ class Snapshot:
         self.present[row] = True
         self.standing[row] = standing
         capacity = node.capacity
-        self.total[:, row] = (capacity.cpu_milli, capacity.memory_bytes, capacity.disk_bytes, len(capacity.gpus))
+        amounts = (capacity.cpu_milli, capacity.memory_bytes, capacity.disk_bytes, len(capacity.gpus))
+        self.total[:, row] = [min(max(amount, 0), AMOUNT_MAX) for amount in amounts]
         self.runtimes[row] = sum(_RUNTIME_BIT[name] for name in set(node.runtimes))
         self._set_labels(row, node)
         for column in self.taints.values():

@@ -15,6 +15,9 @@ class Packing:
     name = "packing"
     weight = 1
 
+    def wants(self, demand: Demand) -> bool:
+        return True
+
     def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:
         amounts = amounts_of(demand)
         share = np.zeros(len(rows), dtype=np.float64)

@@ -19,10 +19,11 @@ class RegionOrder:
     name = "region"
     weight = 10**10
 
+    def wants(self, demand: Demand) -> bool:
+        return len(demand.placement.regions) > 1
+
     def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:
         listed = demand.placement.regions
-        if len(listed) < 2:
-            return np.zeros(len(rows), dtype=np.float64)
         ids = view.nodes.values("region")
         fallback = listed.index(ANY) if ANY in listed else len(listed)
         places = np.full(len(ids), fallback, dtype=np.int64)

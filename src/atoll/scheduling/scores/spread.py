@@ -14,6 +14,9 @@ class SpreadOverNodes:
     name = "spread"
     weight = 10
 
+    def wants(self, demand: Demand) -> bool:
+        return True
+
     def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:
         return -(counts[rows] + extra).astype("float64")
 
