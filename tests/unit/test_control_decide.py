@@ -25,6 +25,7 @@ from atoll.control.actions import (
 from atoll.control.apps import AppFacts, decide_app
 from atoll.control.jobs import JobFacts, decide_job, decide_orphans
 from atoll.control.nodes import LOST_S, UNREACHABLE_S, NodeFacts, decide_node
+from atoll.control.timers import Timers
 from atoll.model.records import (
     App,
     AppPhase,
@@ -372,3 +373,21 @@ def test_the_health_of_a_node(
     assert [w.liveness.health for w in of(WriteLiveness, made.actions)] == ([after] if after else [])
     assert made.wake_at == (None if next_in is None else NOW + next_in)
     assert len(of(Tell, made.actions)) == (after is not None)
+
+
+def test_timers_hold_one_time_for_each_owner_and_no_more_memory_than_that() -> None:
+    timers = Timers()
+    a, b = (OwnerKind.APP, "p/a"), (OwnerKind.APP, "p/b")
+    for number in range(100_000):
+        timers.set(a, 1000.0 - number / 1000)
+    timers.set(b, 5.0)
+    timers.set_sooner(b, 7.0)
+    assert timers.next() == 5.0
+    assert timers.take(5.0) == [b]
+    assert timers.take(900.0) == []
+    timers.set_sooner(a, 50.0)
+    assert timers.take(60.0) == [a]
+    assert timers.next() is None
+    timers.set(a, 3.0)
+    timers.set(a, None)
+    assert timers.take(10_000.0) == []

@@ -8,7 +8,6 @@ wake waits until the cache shows what this one wrote; nothing is counted twice, 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import random
 from collections.abc import AsyncIterator
 
@@ -21,6 +20,7 @@ from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
 from atoll.control.placement import Placement
+from atoll.control.timers import Timers
 from atoll.control.watching import NodeWatch
 from atoll.control.world import Owner, World
 from atoll.control.writer import Unit, Writer, units_of
@@ -63,8 +63,7 @@ class Loop:
         self._placement = Placement(self._world)
         self._nodes = NodeWatch(self._world, clock, last_seen)
         self._changed = asyncio.Event()
-        self._timers: list[tuple[float, Owner]] = []
-        self._due: dict[Owner, float] = {}
+        self._timers = Timers()
         self._round: list[Owner] = []
         self._share = 0
         self._decided_at: dict[Owner, float] = {}
@@ -128,15 +127,8 @@ class Loop:
 
     def _next(self) -> float:
         """Return when to wake though nothing happens."""
-        while self._timers and self._due.get(self._timers[0][1]) != self._timers[0][0]:
-            heapq.heappop(self._timers)
-        times = [self._tick_at]
-        if self._timers:
-            times.append(self._timers[0][0])
-        plan_at = self._placement.due(self._clock.now())
-        if plan_at is not None:
-            times.append(plan_at)
-        return min(times)
+        others = (self._timers.next(), self._placement.due(self._clock.now()))
+        return min([self._tick_at, *(at for at in others if at is not None)])
 
     async def _wake(self) -> None:
         units = self._decide()
@@ -148,7 +140,7 @@ class Loop:
         await self._reach(outcome.revision)
         for source in outcome.refused:
             if isinstance(source, tuple):
-                self._put_off(source, self._clock.now() + ERROR_PAUSE_MAX_S)
+                self._timers.set(source, self._clock.now() + ERROR_PAUSE_MAX_S)
         if outcome.conflicts:
             for source in outcome.conflicts:
                 if isinstance(source, tuple):
@@ -208,11 +200,8 @@ class Loop:
             for owner in self._round[: self._share]:
                 self._world.dirty[owner] = None
             del self._round[: self._share]
-        while self._timers and self._timers[0][0] <= now:
-            at, owner = heapq.heappop(self._timers)
-            if self._due.get(owner) == at:
-                del self._due[owner]
-                self._world.dirty[owner] = None
+        for owner in self._timers.take(now):
+            self._world.dirty[owner] = None
 
     def _too_soon(self, owner: Owner, now: float) -> bool:
         """Put off a large owner that has just been decided about, so that it is not gone through for each of its instances."""
@@ -222,8 +211,7 @@ class Loop:
             return False
         at = self._decided_at.get(owner, 0.0) + count * PAUSE_S_PER_INSTANCE
         if now < at <= now + 2 * count * PAUSE_S_PER_INSTANCE:
-            if at < self._due.get(owner, at + 1):
-                self._put_off(owner, at)
+            self._timers.set_sooner(owner, at)
             return True
         self._decided_at[owner] = now
         return False
@@ -234,13 +222,8 @@ class Loop:
             return self._decide_owner(owner, now)
         except Exception:
             log.exception("deciding about one owner failed", kind=owner[0], owner=owner[1])
-            self._put_off(owner, now + ERROR_PAUSE_MAX_S)
+            self._timers.set(owner, now + ERROR_PAUSE_MAX_S)
             return Decision(now, self._suffix)
-
-    def _put_off(self, owner: Owner, at: float) -> None:
-        """Decide about the owner at `at` if nothing happens to it before."""
-        self._due[owner] = at
-        heapq.heappush(self._timers, (at, owner))
 
     def _decide_owner(self, owner: Owner, now: float) -> Decision:
         decision = Decision(now, self._suffix, self._world.ids)
@@ -258,9 +241,7 @@ class Loop:
                     decide_job(job, decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)
-        self._due.pop(owner, None)
-        if decision.wake_at is not None:
-            self._put_off(owner, decision.wake_at)
+        self._timers.set(owner, decision.wake_at)
         return decision
 
     def _place(self, decided: list[tuple[Owner, Decision]], now: float) -> list[Unit]:

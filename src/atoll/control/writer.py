@@ -121,6 +121,8 @@ class Writer:
     def __init__(self, store: Store, term: Term) -> None:
         self._store = store
         self._term = term
+        self._conflicts: list[object] = []
+        self._refused: list[object] = []
 
     async def commit(self, units: Sequence[Unit]) -> Outcome:
         """Write as many of `units` as still hold, in order, in few transactions.
@@ -129,8 +131,8 @@ class Writer:
         OutcomeUnknown as the store does; decide again from what is there.
         """
         revision = Revision(0)
-        self._conflicts: list[object] = []
-        self._refused: list[object] = []
+        self._conflicts.clear()
+        self._refused.clear()
         todo = list(reversed(list(_batches(units))))
         while todo:
             batch = todo.pop()
