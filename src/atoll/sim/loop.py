@@ -17,9 +17,9 @@ from typing import Any, TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-STEPS_MAX = 2_000_000
+STEPS_MAX = 500_000
 """Passes of the loop after which a run counts as livelocked."""
-STILL_STEPS_MAX = 100_000
+STILL_STEPS_MAX = 50_000
 """Passes without the clock moving after which a run counts as livelocked."""
 
 
@@ -87,6 +87,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._at += span_s
         self._still = 0
 
+    def begin_anew(self) -> None:
+        """Count steps from 0 again, so that what went on too long can be ended."""
+        self.steps = self._still = 0
+
     def next_number(self) -> int:
         self._number += 1
         return self._number
@@ -138,6 +142,7 @@ def run_virtual(main: Callable[[], Coroutine[Any, Any, T]], choose: random.Rando
         return loop.run_until_complete(main())
     finally:
         try:
+            loop.begin_anew()
             _cancel_all(loop)
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:

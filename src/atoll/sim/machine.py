@@ -18,7 +18,8 @@ from atoll.node.agent import Agent
 from atoll.node.fake import FakeMachine, MemoryLogs
 from atoll.node.record import Entry, MemoryRecord
 from atoll.node.transitions import State
-from atoll.runtimes.fake import Behaviour, FakeHost, FakeRuntime, behaviour_of
+from atoll.runtimes.fake import FakeRuntime
+from atoll.runtimes.fake_host import Behaviour, FakeHost, behaviour_of
 from atoll.sim.clock import VirtualClock
 from atoll.sim.faults import Faults, Life
 from atoll.sim.line import Line

@@ -20,6 +20,9 @@ from atoll.sim.world import Parts, World
 
 _SHM = Path("/dev/shm")  # noqa: S108 - only a place that is fast; the directory is made by mkdtemp
 
+AFTERMATH_S = 1.0
+"""How long a run goes on after a promise was broken, for its story's sake."""
+
 
 class Outcome(Struct, frozen=True):
     """`broken` is empty when every promise held. Runs of one seed have one `fingerprint`."""
@@ -34,6 +37,20 @@ class Outcome(Struct, frozen=True):
     steps: int
 
 
+async def _until_broken(world: World, story: Story) -> None:
+    """Run `world` to its end, or until shortly after a promise was broken."""
+    living = asyncio.create_task(world.run(), name="world")
+    failing = asyncio.create_task(story.failed.wait(), name="failing")
+    await asyncio.wait({living, failing}, return_when=asyncio.FIRST_COMPLETED)
+    if not living.done():
+        await asyncio.sleep(AFTERMATH_S)
+    for task in (living, failing):
+        task.cancel()
+    results = await asyncio.gather(living, failing, return_exceptions=True)
+    if isinstance(results[0], Exception):
+        raise results[0]
+
+
 def run_seed(seed: int, parts: Parts | None = None) -> Outcome:
     """Run one seed to its end. Deterministic within one process as well as across processes with one PYTHONHASHSEED."""
     choose = random.Random(seed)
@@ -46,7 +63,7 @@ def run_seed(seed: int, parts: Parts | None = None) -> Outcome:
         loop = asyncio.get_running_loop()
         story.clock(loop.time)
         try:
-            await World(profile, choose, data, story, parts or Parts()).run()
+            await _until_broken(World(profile, choose, data, story, parts or Parts()), story)
         finally:
             facts["virtual_s"] = loop.time()
             facts["steps"] = getattr(loop, "steps", 0)

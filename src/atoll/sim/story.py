@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +30,7 @@ class Story:
         self.marks: Counter[str] = Counter()
         """Situations that were met, by name."""
         self.broken: list[str] = []
+        self.failed = asyncio.Event()
 
     def clock(self, now: Callable[[], float]) -> None:
         """Tell the time by `now` from here on."""
@@ -44,7 +47,8 @@ class Story:
         self._digest.update(repr((round(self._now(), 6), *parts)).encode())
 
     def breaks(self, promise: str) -> None:
-        """Note a broken promise; the run goes on to its next check, and fails."""
+        """Note a broken promise; the run ends soon, and has failed."""
+        self.failed.set()
         if len(self.broken) < 20:
             self.broken.append(f"{self._now():.3f} s: {promise}")
         self.tell(f"BROKEN: {promise}")
@@ -76,6 +80,4 @@ def listen(story: Story) -> None:
 
 
 def _exception() -> str:
-    import traceback
-
     return traceback.format_exc(limit=-6)
