@@ -10,7 +10,7 @@ from atoll.runtimes.signals import signal_number
 OUTPUT_CHUNKS_MAX = 64
 CHUNK_BYTES_MAX = 64 << 10
 
-_IGNORED_BY_DEFAULT = frozenset({"SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH"})
+IGNORED_BY_DEFAULT = frozenset({"SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH"})
 
 
 class FakeExecution:
@@ -71,7 +71,7 @@ class FakeExecution:
 
     async def signal(self, name: str) -> None:
         number = signal_number(name)
-        if name not in _IGNORED_BY_DEFAULT:
+        if name not in IGNORED_BY_DEFAULT:
             self.end(128 + number)
 
     async def wait(self) -> int:

@@ -6,6 +6,7 @@ alone by systemd and by subuid tools.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import threading
@@ -19,7 +20,9 @@ from atoll.runtimes.native import shim_path
 IDS_PER_INSTANCE = 65_536
 BASE_ID = 0x70000000
 SLOTS_MAX = 4_093
-CACHED_NAMESPACES_MAX = 64
+IDLE_NAMESPACES_MAX = 64
+READY_NAMESPACES = 4
+"""How many are made ahead, of the slots that come next."""
 
 
 class IdMaps:
@@ -64,17 +67,33 @@ class IdMaps:
     def namespace(self, slot: int) -> int:
         """Return a descriptor of the slot's user namespace. It belongs to this object: do not close it."""
         with self._lock:
-            fd = self._namespaces.get(slot)
-            if fd is None:
-                if len(self._namespaces) >= CACHED_NAMESPACES_MAX:
-                    self._forget_one()
-                fd = self._namespaces[slot] = make_user_namespace(self.base(slot))
-            return fd
+            if slot in self._namespaces:
+                return self._namespaces[slot]
+        made = make_user_namespace(self.base(slot))
+        with self._lock:
+            if slot in self._namespaces:
+                os.close(made)
+            else:
+                self._forget_surplus()
+                self._namespaces[slot] = made
+            return self._namespaces[slot]
 
-    def _forget_one(self) -> None:
-        idle = next((slot for slot in self._namespaces if slot not in self._used), None)
-        # One in use is needed while its root is made only; the slot's holder asks again if it must.
-        os.close(self._namespaces.pop(next(iter(self._namespaces)) if idle is None else idle))
+    def prepare(self) -> bool:
+        """Make the namespace of one of the slots that are taken next; return whether there was one to make."""
+        with self._lock:
+            fresh = (slot for slot in range(self._next, SLOTS_MAX) if slot not in self._used)
+            coming = [*reversed(self._free[-READY_NAMESPACES:]), *itertools.islice(fresh, READY_NAMESPACES)][:READY_NAMESPACES]
+            missing = next((slot for slot in coming if slot not in self._namespaces), None)
+        if missing is None:
+            return False
+        self.namespace(missing)
+        return True
+
+    def _forget_surplus(self) -> None:
+        """Close namespaces that nobody uses, oldest first. Those in use stay: their holder may be about to mount with one."""
+        idle = [slot for slot in self._namespaces if slot not in self._used]
+        for slot in idle[: max(0, len(idle) - IDLE_NAMESPACES_MAX)]:
+            os.close(self._namespaces.pop(slot))
 
     def close(self) -> None:
         with self._lock:

@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from atoll.model.errors import Conflict, Exhausted, Invalid, RuntimeFailed
 from atoll.model.ports.runtime import Box
+from atoll.model.spec import Resources
 from atoll.runtimes.box_record import BoxRecord, BoxRecords, boot_id
 from atoll.runtimes.cgroup import Cgroups, Group
 from atoll.runtimes.idmap import IdMaps, idmaps_work
@@ -38,6 +39,7 @@ START_PIDS_MIN = 32
 
 STDOUT, STDERR, NETNS = "io.atoll.stdout", "io.atoll.stderr", "io.atoll.netns"
 """Annotations by which the next agent knows what an instance's tools are started with."""
+SPARE_DISK_BYTES = int(Resources().disk)
 RUNTIME_DIRECTORY = Path("/run/atoll")
 """Where roots are mounted; it must be open to all, as /run is."""
 
@@ -139,6 +141,8 @@ class OciBoxes:
         if self._unneeded:
             drop_mounts([self._unneeded.popleft() for _ in range(len(self._unneeded))])
             return True
+        if self.userns and self.idmaps.prepare():
+            return True
         return self.scratch.refill()
 
     def clean(self, record: BoxRecord) -> None:
@@ -165,6 +169,7 @@ class OciBoxes:
         self.idmaps.adopt(record.slot for record in records if record.slot is not None)
         self.remove_strays({record.id for record in records})
         self.scratch.recover(record.disk for record in records)
+        self.scratch.want(SPARE_DISK_BYTES)
 
     def remove_strays(self, known: set[str]) -> None:
         """Remove what no record speaks of, which is what a damaged record leaves behind.

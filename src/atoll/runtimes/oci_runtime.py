@@ -232,6 +232,7 @@ class OciRuntime:
             if record is not None:
                 found.append(await self._adopt(boxes, record))
         await self._in_thread(boxes.recover, [container.record for container in self._containers.values()])
+        self._tidy_soon(boxes)
         return found
 
     async def _adopt(self, boxes: OciBoxes, record: BoxRecord) -> Found:

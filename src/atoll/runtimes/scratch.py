@@ -49,6 +49,11 @@ class ScratchPool:
         name = self._new_name()
         return name, self._disks.make(name, size_bytes)
 
+    def want(self, size_bytes: int) -> None:
+        """Have `refill` make as many spares of this size as are kept."""
+        with self._lock:
+            self._wanted = [size_bytes] * (SPARES_MAX - len(self._spares))
+
     def refill(self) -> bool:
         """Make one spare of a size that was asked for lately; return whether there is more to do."""
         with self._lock:
