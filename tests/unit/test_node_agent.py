@@ -24,6 +24,7 @@ from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
 from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
 from atoll.node.record import LocalRecord, MemoryRecord, SqliteRecord
+from atoll.node.transitions import State
 from atoll.runtimes.fake import Behaviour, FakeHost, FakeRuntime, failing
 
 
@@ -415,3 +416,35 @@ async def test_after_its_end_an_agent_sets_nothing_going(world: World) -> None:
     await asyncio.sleep(0.1)
     assert world.host.calls.count(("start", id)) == starts
     assert surprises == []
+
+
+class Faulty(MemoryRecord):
+    """A record on a disk that is full while `full`."""
+
+    full = True
+
+    def put_assignment(self, assignment: Assignment) -> None:
+        self._check()
+        super().put_assignment(assignment)
+
+    def put_state(self, id: str, state: State) -> None:
+        self._check()
+        super().put_state(id, state)
+
+    def _check(self) -> None:
+        if self.full:
+            raise Unavailable("cannot write the agent's record: the disk is full", mend="free some disk space")
+
+
+async def test_a_record_that_cannot_be_written_stops_nothing_and_is_written_when_it_can(world: World) -> None:
+    record = Faulty()
+    world.record = lambda: record
+    async with world.agent() as agent:
+        id = world.app("web-1")
+        await world.phase(id, Phase.RUNNING)
+        assert record.entries == {}
+        record.full = False
+        world.control.want(id, Desired.DRAIN)
+        await until(lambda: id in record.entries and record.entries[id].state.desired is Desired.DRAIN)
+        assert record.entries[id].state.phase is Phase.RUNNING
+        assert agent.runners[id].state.phase is Phase.RUNNING

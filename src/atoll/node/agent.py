@@ -133,7 +133,7 @@ class Agent:
             entries = record.load()
             async with asyncio.TaskGroup() as self._group:
                 for entry, event in await recover(entries, self._tools, self._random):
-                    self._begin(entry).handle(event)
+                    self._begin(entry, recorded=True).handle(event)
                 self._spawn(self._reporter.run())
                 self._spawn(self._follow(self._follow_assignments, "assignments"))
                 self._spawn(self._follow(self._follow_streams, "tunnel"))
@@ -187,10 +187,10 @@ class Agent:
             raise AssertionError("nothing is spawned before run")
         return self._group.create_task(work)
 
-    def _begin(self, entry: Entry) -> Runner:
+    def _begin(self, entry: Entry, *, recorded: bool) -> Runner:
         if self._tools is None:
             raise AssertionError("no instance begins before run")
-        runner = Runner(entry, self._tools, self._spawn)
+        runner = Runner(entry, self._tools, self._spawn, recorded=recorded)
         self.runners[runner.id] = runner
         self._spawn(self._run_instance(runner))
         return runner
@@ -247,14 +247,7 @@ class Agent:
         if runner is not None:
             runner.update(assignment)
             return
-        if self._tools is None:
-            raise AssertionError("no batch comes before run")
-        try:
-            self._tools.record.put_assignment(assignment)
-        except AtollError as error:
-            # It runs all the same; were the agent killed now, the next would remove it and start it anew.
-            log.error("assignment not recorded", instance=assignment.instance.id, error=str(error), mend=error.mend)
-        self._begin(new_entry(assignment)).handle(Wanted(assignment.instance.desired))
+        self._begin(new_entry(assignment), recorded=False).handle(Wanted(assignment.instance.desired))
 
     async def _follow_streams(self) -> None:
         async for request in self._control.stream_requests(self._node):

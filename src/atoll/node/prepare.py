@@ -128,7 +128,10 @@ class Preparation:
             return known
         if fetched != known:
             self.secrets = fetched
-            self._tools.record.put_secrets(instance.id, fetched)
+            try:
+                self._tools.record.put_secrets(instance.id, fetched)
+            except AtollError as error:
+                log.error("secrets not recorded", instance=instance.id, error=str(error), mend=error.mend)
         return fetched
 
 

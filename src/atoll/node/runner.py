@@ -50,6 +50,9 @@ LAUNCH_S = 60.0
 """Deadline of starting a process."""
 SIGNAL_S = 30.0
 """Deadline of delivering a signal."""
+RECORD_RETRY_S = 5.0
+"""Wait before another try at writing the local record."""
+
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 log = structlog.get_logger()
 _Step = Prepare | Launch | Signal | Kill | Clean | Erase
@@ -58,7 +61,8 @@ _Step = Prepare | Launch | Signal | Kill | Clean | Erase
 class Runner:
     """One instance on this node, from its assignment until every trace of it is gone."""
 
-    def __init__(self, entry: Entry, tools: Tools, spawn: Spawn) -> None:
+    def __init__(self, entry: Entry, tools: Tools, spawn: Spawn, *, recorded: bool) -> None:
+        """`recorded` says whether the local record holds the entry's assignment already."""
         self.assignment: Assignment = entry.assignment
         self.state: State = entry.state
         self._secrets = entry.secrets
@@ -66,6 +70,9 @@ class Runner:
         self._spawn = spawn
         self._rules = rules_of(entry.assignment.workload)
         self._recorded: State | None = None
+        self._reported: State | None = None
+        self._assignment_recorded = recorded
+        self._recording: asyncio.TimerHandle | None = None
         self._steps: deque[_Step] = deque()
         self._wake = asyncio.Event()
         self._idle = False
@@ -101,7 +108,8 @@ class Runner:
         """Take in what the control plane wants now."""
         if assignment.instance.desired is not self.assignment.instance.desired:
             self.assignment = assignment
-            self._save(lambda: self._tools.record.put_assignment(assignment))
+            self._assignment_recorded = False
+            self._keep()
         self.handle(Wanted(assignment.instance.desired))
 
     def handle(self, event: Happening) -> None:
@@ -123,9 +131,10 @@ class Runner:
 
     def let_go(self) -> None:
         """Set nothing going any more: the agent ends, and the next one takes over."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for timer in (self._timer, self._recording):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._recording = None
 
     def report(self) -> None:
         """Tell the control plane the present state."""
@@ -150,19 +159,32 @@ class Runner:
             self._idle = False
 
     def _keep(self) -> None:
-        durable = self.state.durable
-        if durable == self._recorded or self.state.erased:
+        """Record and report what has changed. What could not be recorded is tried again: a full disk costs the adoption of
+        a change, never the instance."""
+        if self._recording is not None:
+            self._recording.cancel()
+            self._recording = None
+        if self.state.erased:
             return
-        self._recorded = durable
-        self._save(lambda: self._tools.record.put_state(self.id, durable))
-        self.report()
+        durable = self.state.durable
+        if not self._assignment_recorded:
+            self._assignment_recorded = self._save(lambda: self._tools.record.put_assignment(self.assignment))
+        if durable != self._recorded and self._assignment_recorded:
+            saved = self._save(lambda: self._tools.record.put_state(self.id, durable))
+            self._recorded = durable if saved else None
+        if durable != self._recorded:
+            self._recording = asyncio.get_running_loop().call_later(RECORD_RETRY_S, self._keep)
+        if durable != self._reported:
+            self._reported = durable
+            self.report()
 
-    def _save(self, write: Callable[[], None]) -> None:
+    def _save(self, write: Callable[[], None]) -> bool:
         try:
             write()
         except AtollError as error:
-            # What runs must go on: a full disk costs the adoption of this change, not the instance.
             self._log.error("not recorded", error=str(error), mend=error.mend)
+            return False
+        return True
 
     def _set_timer(self, monotonic: float) -> None:
         if self._timer is not None:
@@ -277,8 +299,7 @@ class Runner:
         await remove(self._tools, self.runtime, self.id, all=all)
 
     def _erase(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        self.let_go()
         self._tools.logs.remove(self.project, self.id)
         self._save(lambda: self._tools.record.remove(self.id))
         self._tools.reporter.forget(self.id)
