@@ -97,7 +97,7 @@ async def registries(session: Session) -> AsyncIterator[Registries]:
     """Yield the way to the cell's registry, which is part of the API."""
     from atoll.images.reference import CELL_HOST
     from atoll.images.registry import Registries
-    from atoll.images.transport import Access
+    from atoll.images.auth import Access
 
     address = session.context.address
     if not address.startswith(("http://", "https://")):

@@ -1,0 +1,261 @@
+"""The calls of the API in memory: each answers as the real one does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec.structs import replace
+
+from atoll.model import codec
+from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
+from atoll.model.records import (
+    App,
+    Event,
+    Heartbeat,
+    Ingress,
+    Job,
+    JobPhase,
+    Node,
+    NodePolicy,
+    Project,
+    Release,
+    Role,
+    Secret,
+    Usage,
+)
+from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
+from atoll.model.views import (
+    AppView,
+    Info,
+    InstanceView,
+    JobView,
+    NodeView,
+    Page,
+    RollbackRequest,
+    ScaleRequest,
+    SecretRequest,
+    SecretView,
+    TokenRequest,
+    TokenView,
+)
+from atoll.sdk.fake_world import FakeWorld
+
+INGRESS_PORT = 8080
+
+
+class FakeCalls(FakeWorld):
+    """Method and path to answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.usage: list[Usage] = []
+        self._tokens: dict[str, TokenView] = {}
+
+    def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
+        match (method, segments):
+            case "GET", ["info"]:
+                ingress = Ingress(name="local", http_port=INGRESS_PORT)
+                return Info(version="fake", cell="main", revision=self.revision, store="memory", ingresses=(ingress,))
+            case "GET", ["schema", "app" | "job" as kind]:
+                return codec.json_schema(AppSpec if kind == "app" else JobSpec)
+            case "GET", ["projects"]:
+                return self._page([record for record, _ in self.under("projects")])
+            case "PUT", ["projects", name]:
+                record = Project(name=name, created_at=self.now)
+                self.put("projects", name, record)
+                return record
+            case _, ["projects", project, "apps", *rest]:
+                return self._apps(method, project, rest, headers, body)
+            case _, ["projects", project, "jobs", *rest]:
+                return self._jobs(method, project, rest, body)
+            case "GET", ["projects", project, "instances"]:
+                return self._page(self._instances(project, query))
+            case _, ["projects", project, "instances", id, *rest]:
+                if rest == ["stop"]:
+                    self.event(f"instance/{id}", "stop", "told to stop by the user", project=project)
+                return self._instance_view(project, id)
+            case _, ["projects", project, "secrets", *rest]:
+                return self._secrets(method, project, rest, body)
+            case "GET", ["projects", project, "events"]:
+                return self._events(project, query)
+            case _, ["nodes", *rest]:
+                return self._nodes(method, rest)
+            case "GET", ["usage"]:
+                return self.usage
+            case _, ["tokens", *rest]:
+                return self._token_calls(method, rest, body)
+            case _:
+                raise NotFound(f"{method} /v1/{'/'.join(segments)}: no such call")
+
+    def _page(self, items: list[Any]) -> Page[Any]:
+        return Page(items=tuple(items), revision=self.revision)
+
+    def _apps(self, method: str, project: str, rest: list[str], headers: Mapping[str, str], body: bytes) -> object:
+        match (method, rest):
+            case "GET", []:
+                return self._page([self._app_view(project, record.name) for record, _ in self.under("apps", f"{project}/")])
+            case "GET", [name]:
+                return self._app_view(project, name)
+            case "PUT", [name]:
+                spec = codec.decode(body, AppSpec)
+                check_app(spec)
+                return self._put_app(project, name, spec, headers)
+            case "DELETE", [name]:
+                self.get("apps", f"{project}/{name}")
+                for kind in ("apps", "app-statuses"):
+                    self.remove(kind, f"{project}/{name}")
+                self.stop_all(project, name)
+                return {}
+            case "POST", [name, "scale"]:
+                app, _ = self.get("apps", f"{project}/{name}")
+                self.put("apps", f"{project}/{name}", replace(app, replicas=codec.decode(body, ScaleRequest).replicas))
+            case "POST", [name, "restart"]:
+                app, _ = self.get("apps", f"{project}/{name}")
+                self.put("apps", f"{project}/{name}", replace(app, generation=app.generation + 1))
+            case "POST", [name, "rollback"]:
+                app, _ = self.get("apps", f"{project}/{name}")
+                wanted = codec.decode(body, RollbackRequest).release or app.release - 1
+                release, _ = self.get("releases", f"{project}/{name}/{wanted:08d}")
+                self.put("apps", f"{project}/{name}", replace(app, spec=release.spec, release=wanted, updated_at=self.now))
+            case "GET", [name, "releases"]:
+                self.get("apps", f"{project}/{name}")
+                return self._page([record for record, _ in reversed(self.under("releases", f"{project}/{name}/"))])
+            case _:
+                raise NotFound("no such call")
+        self.settle(project, name)
+        return self._app_view(project, name)
+
+    def _put_app(self, project: str, name: str, spec: AppSpec, headers: Mapping[str, str]) -> AppView:
+        key = f"{project}/{name}"
+        old, revision = self.records.get(("apps", key), (None, 0))
+        if "If-Match" in headers and headers["If-Match"].strip('"') != str(revision):
+            raise StaleRevision(f"app '{name}' has changed since it was read", mend="read it again")
+        if old is None or old.spec != spec:
+            number = 1 if old is None else old.release + 1
+            replicas = spec.scale.replicas if spec.scale else (old.replicas if old else 1)
+            created = old.created_at if old else self.now
+            app = App(
+                project=project, name=name, spec=spec, release=number, replicas=replicas, created_at=created, updated_at=self.now
+            )
+            self.put("apps", key, app)
+            release = Release(project=project, app=name, number=number, spec=spec, created_at=self.now, author="admin")
+            self.put("releases", f"{key}/{number:08d}", release)
+            self.settle(project, name)
+        return self._app_view(project, name)
+
+    def _app_view(self, project: str, name: str) -> AppView:
+        app, revision = self.get("apps", f"{project}/{name}")
+        status, _ = self.records.get(("app-statuses", f"{project}/{name}"), (None, 0))
+        urls = (f"http://{name}.localhost:{INGRESS_PORT}",) if app.spec.port_named(None) else ()
+        return AppView(app=app, status=status, revision=revision, urls=urls)
+
+    def _instances(self, project: str, query: dict[str, str]) -> list[InstanceView]:
+        wanted = query.get("app") or query.get("job")
+        found = [instance for instance, _ in self.under("instances", f"{project}/") if wanted in (None, instance.owner)]
+        return [self._instance_view(project, instance.id) for instance in found]
+
+    def _instance_view(self, project: str, id: str) -> InstanceView:
+        instance, revision = self.get("instances", f"{project}/{id}")
+        status, _ = self.records.get(("statuses", f"{project}/{id}"), (None, 0))
+        return InstanceView(instance=instance, status=status, revision=revision)
+
+    def _jobs(self, method: str, project: str, rest: list[str], body: bytes) -> object:
+        match (method, rest):
+            case "GET", []:
+                return self._page([self._job_view(project, record.name) for record, _ in self.under("jobs", f"{project}/")])
+            case "POST", []:
+                spec = codec.decode(body, JobSpec)
+                check_job(spec)
+                if ("jobs", f"{project}/{spec.name}") in self.records:
+                    raise Conflict(f"job '{spec.name}' exists already", mend="give it another name, or delete it first")
+                self.put("jobs", f"{project}/{spec.name}", Job(project=project, name=spec.name, spec=spec, created_at=self.now))
+                self.finish(project, spec, JobPhase.FAILED if spec.name in self.failing else JobPhase.SUCCEEDED)
+                return self._job_view(project, spec.name)
+            case "GET", [name]:
+                return self._job_view(project, name)
+            case "POST", [name, "cancel"]:
+                job, _ = self.get("jobs", f"{project}/{name}")
+                self.put("jobs", f"{project}/{name}", replace(job, cancelled=True))
+                self.finish(project, job.spec, JobPhase.CANCELLED)
+                return self._job_view(project, name)
+            case "DELETE", [name]:
+                self.get("jobs", f"{project}/{name}")
+                self.remove("jobs", f"{project}/{name}")
+                return {}
+            case _:
+                raise NotFound("no such call")
+
+    def _job_view(self, project: str, name: str) -> JobView:
+        job, revision = self.get("jobs", f"{project}/{name}")
+        status, _ = self.records.get(("job-statuses", f"{project}/{name}"), (None, 0))
+        return JobView(job=job, status=status, revision=revision)
+
+    def _secrets(self, method: str, project: str, rest: list[str], body: bytes) -> object:
+        def view(secret: Secret) -> SecretView:
+            return SecretView(project=project, name=secret.name, version=secret.version, updated_at=secret.updated_at)
+
+        match (method, rest):
+            case "GET", []:
+                return self._page([view(secret) for secret, _ in self.under("secrets", f"{project}/")])
+            case "PUT", [name]:
+                old, _ = self.records.get(("secrets", f"{project}/{name}"), (None, 0))
+                sealed = codec.decode(body, SecretRequest).value.encode()
+                version = old.version + 1 if old else 1
+                secret = Secret(project=project, name=name, sealed=sealed, version=version, updated_at=self.now)
+                self.put("secrets", f"{project}/{name}", secret)
+                return view(secret)
+            case "DELETE", [name]:
+                self.get("secrets", f"{project}/{name}")
+                self.remove("secrets", f"{project}/{name}")
+                return {}
+            case _:
+                raise NotFound("no such call")
+
+    def _events(self, project: str, query: dict[str, str]) -> Page[Event]:
+        subject, limit, after = query.get("subject"), int(query.get("limit", "100")), query.get("after")
+        found = [event for event, _ in reversed(self.under("events", f"{project}/")) if subject in (None, event.subject)]
+        found = [event for event in found if after is None or event.id < after]
+        rest = found[limit:]
+        return Page(items=tuple(found[:limit]), revision=self.revision, next=found[limit - 1].id if rest else None)
+
+    def _nodes(self, method: str, rest: list[str]) -> object:
+        match (method, rest):
+            case "GET", []:
+                return self._page([self._node_view(node.name) for node, _ in self.under("nodes")])
+            case "GET", [name]:
+                return self._node_view(name)
+            case "POST", [name, "cordon" | "uncordon" as verb]:
+                self.get("nodes", name)
+                self.put("node-policies", name, NodePolicy(name=name, cordoned=verb == "cordon"))
+                return self._node_view(name)
+            case _:
+                raise NotFound("no such call")
+
+    def _node_view(self, name: str) -> NodeView:
+        node, revision = self.get("nodes", name)
+        assert isinstance(node, Node)  # noqa: S101 - a test put it there
+        policy, _ = self.records.get(("node-policies", name), (None, 0))
+        beat = Heartbeat(node=name, at=self.now, cpu_milli=250, memory_bytes=1 << 30)
+        return NodeView(
+            node=node, policy=policy, heartbeat=beat, allocated_cpu_milli=500, allocated_memory_bytes=1 << 28, revision=revision
+        )
+
+    def _token_calls(self, method: str, rest: list[str], body: bytes) -> object:
+        match (method, rest):
+            case "GET", []:
+                return self._page(list(self._tokens.values()))
+            case "POST", []:
+                request = codec.decode(body, TokenRequest)
+                if request.role in (Role.AGENT, Role.INGRESS) and not request.subject:
+                    raise Invalid("subject: missing", field="subject")
+                id = f"tok{len(self._tokens) + 1}"
+                view = TokenView(id=id, name=request.name, role=request.role, project=request.project, created_at=self.now)
+                self._tokens[id] = view
+                return replace(view, token=f"atoll_{id}_value")
+            case "DELETE", [id]:
+                if self._tokens.pop(id, None) is None:
+                    raise NotFound(f"no token {id!r}")
+                return {}
+            case _:
+                raise NotFound("no such call")
