@@ -19,7 +19,7 @@ import httpx
 import pytest
 import zstandard
 
-from atoll.images.archive import export_archive, import_archive
+from atoll.images.archive import as_layout, export_archive, import_archive
 from atoll.images.layer import LayerBlob, LayerWriter
 from atoll.images.layout import NAME_ANNOTATION, Layout, LayoutImage
 from atoll.images.manifest import OCI_INDEX, OCI_LAYER_TAR, machine_architecture
@@ -27,6 +27,7 @@ from atoll.images.push import push
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
 from atoll.images.transport import Access, Patience
+from atoll.images.unpack import unpack
 from atoll.model.errors import Exhausted, ImageError, Unavailable
 from atoll.model.ports.images import ImageConfig, PullProgress
 
@@ -273,6 +274,33 @@ async def test_concurrent_callers_share_one_pull(registries: Registries, tmp_pat
     images = await asyncio.gather(*(store.ensure("raw/zstd:1") for _ in range(20)))
     assert len({image.digest for image in images}) == 1
     assert len(list((tmp_path / "images/records").iterdir())) == 1
+
+
+async def test_a_docker_archive_becomes_a_layout_that_can_be_pushed(
+    layout: Layout, registries: Registries, registry: str, tmp_path: Path
+) -> None:
+    skopeo("copy", f"oci:{layout.directory}:plain", f"docker-archive:{tmp_path}/archive:reg.example/app:1")
+    unpack(tmp_path / "archive", tmp_path / "content")
+    made, digest = await as_layout(tmp_path / "content", tmp_path / "made")
+    pinned = await push(registries, made, digest, f"{registry}/pushed/docker:1")
+    image = await ImageStore(tmp_path / "images", registries).ensure(pinned)
+    assert image.digest == digest
+    assert await as_layout(layout.directory, tmp_path / "unused", name="it") == (
+        layout.directory,
+        next(item.digest for item in layout.index().manifests if item.annotations[NAME_ANNOTATION] == "it"),
+    )
+
+
+async def test_a_name_follows_the_image_that_was_added_last(layout: Layout, registries: Registries, tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "images", registries)
+    first = await store.add("reg.example/app:1", LayoutImage(layout, name="it"))
+    second = await store.add("reg.example/app:1", LayoutImage(layout, name="plain"))
+    assert first.digest != second.digest
+    for again in (store, ImageStore(tmp_path / "images", registries)):
+        assert await again.find("reg.example/app:1") == second
+        kept = await again.find(f"reg.example/app@{first.digest}")
+        assert kept is not None
+        assert kept.layers == second.layers
 
 
 @pytest.mark.parametrize("form", ["oci directory", "oci tar", "docker save", "docker save, gzip"])

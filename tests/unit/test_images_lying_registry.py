@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from atoll.images.manifest import OCI_CONFIG, OCI_MANIFEST, machine_architecture
+from atoll.images.reference import CELL_HOST
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
 from atoll.images.transport import Access, Patience
@@ -368,6 +369,33 @@ async def test_tokens_are_fetched_as_the_registry_asks(tmp_path: Path, registry:
             await store.ensure(f"{registry.host}/app:1")
     assert caught.value.mend
     assert "wrong" not in str(caught.value)
+
+
+async def test_the_cells_own_registry_is_reached_at_its_address_with_the_nodes_token(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    access = {CELL_HOST: Access(url=f"http://{registry.host}/", token="node-token")}
+    registries = Registries(access, patience=PATIENCE)
+    store = ImageStore(tmp_path / "images", registries)
+    assert (await store.ensure(f"{CELL_HOST}/app:1")).reference == "cell.internal/app:1"
+    assert {request.headers.get("authorization") for request in registry.requests} == {"Bearer node-token"}
+    assert "node-token" not in repr(access)
+    await registries.aclose()
+
+
+async def test_nothing_is_collected_that_a_pull_relies_on(tmp_path: Path, registry: FakeRegistry) -> None:
+    now = 100.0
+    async with storing(tmp_path, registry, hold_s=30, monotonic=lambda: now) as store:
+        task = asyncio.create_task(store.ensure(f"{registry.host}/app:1"))
+        while not task.done():
+            await store.collect([])
+            await asyncio.sleep(0)
+        image = await task
+        assert await store.collect([]) == 0
+        assert all(layer.is_dir() for layer in image.layers)
+        now += 31
+        assert await store.collect([]) > 0
+        assert not any(layer.exists() for layer in image.layers)
 
 
 async def test_credentials_do_not_follow_a_redirect_to_another_host(tmp_path: Path, registry: FakeRegistry) -> None:

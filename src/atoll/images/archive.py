@@ -63,6 +63,23 @@ async def import_archive(
         return await store.add(reference, _source(work, name), progress=progress)
 
 
+async def as_layout(directory: Path, scratch: Path, *, name: str | None = None) -> tuple[Path, str]:
+    """Return the layout and the digest of the image in `directory`, ready to be pushed.
+
+    `directory` is an OCI layout, or the content of a `docker save` tar, which is rewritten as one below `scratch`.
+    """
+    source = _source(directory, name)
+    resolved = await source.resolve()
+    if isinstance(source, LayoutImage):
+        return directory, resolved.digest
+    layout = Layout(scratch)
+    await in_thread(layout.create)
+    for part in (resolved.manifest.config, *resolved.manifest.layers):
+        await source.fetch(part, layout.blob(part.digest), lambda _: None)
+    layout.put(resolved.data)
+    return scratch, resolved.digest
+
+
 async def export_archive(layout: Path, digest: str, target: Path, *, name: str = "latest") -> None:
     """Write the image `digest` of `layout` as the tar of an OCI layout, which appears at `target` when it is whole."""
     source = Layout(layout)

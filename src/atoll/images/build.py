@@ -21,7 +21,7 @@ from atoll.images.steps import StepCache, StepResult, step_key
 from atoll.images.threads import in_thread
 from atoll.images.tree import CREATED
 from atoll.images.unpack import from_os_error
-from atoll.model.errors import ImageError, Unsupported
+from atoll.model.errors import ImageError, Invalid, Unsupported
 from atoll.model.ports.images import ImageConfig
 from atoll.model.spec import Build
 
@@ -62,6 +62,8 @@ async def build(directory: Path, spec: Build, *, cache: Path, progress: Progress
     """
     if os.geteuid() != 0:
         raise Unsupported("building an image needs root: Debian's packages are installed as root", mend="run it with sudo")
+    if ".." in Path(spec.workdir).parts:
+        raise Invalid(f"build.workdir: {spec.workdir} has '..'", field="build.workdir", mend="write the path itself")
     steps = StepCache(cache)
     work = _Build(steps, spec, progress or (lambda _: None), refresh)
     started = time.monotonic()
