@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,13 @@ from atoll.model.spec import AppSpec, Health, HealthKind, JobSpec, Port, Resourc
 from atoll.model.states import Desired, Phase
 from atoll.model.streams import Kind, LogLine, pack, unpack
 from atoll.model.units import Bytes, Seconds
+from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.network.links import LinkNetwork
 from atoll.network.slots import tag_of
 from atoll.node.agent import Agent
 from atoll.node.fake import FakeControlPlane
 from atoll.runtimes.cgroup import Cgroups
+from atoll.runtimes.fake import FakeHost, FakeRuntime
 from atoll.runtimes.runc import RuncRuntime, probe_runc
 
 BUSYBOX = Path("/bin/busybox")
@@ -117,7 +119,7 @@ async def place(tmp_path: Path, layer: Path) -> AsyncIterator[Place]:
 
 
 def app(id: str, *command: str, **spec: Any) -> Assignment:
-    spec.setdefault("restart", Restart(delay=Seconds(0.05)))
+    spec.setdefault("restart", Restart(delay=Seconds(0.05), delay_max=Seconds(0.1)))
     spec.setdefault("stop", Stop(grace=Seconds(0.5)))
     spec.setdefault("resources", Resources(memory=Bytes(64 << 20), disk=Bytes(16 << 20)))
     workload = AppSpec(name="web", image="box", command=command, **spec)
@@ -435,6 +437,55 @@ async def test_usage_is_measured(control: FakeControlPlane) -> None:
     assert usage.memory_bytes > 0
     assert usage.pids >= 1
     assert control.heartbeats[-1].memory_bytes > 0
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+async def test_a_full_disk_stops_nothing_that_runs_and_is_got_over(small_disk: Path) -> None:
+    control, host, links = FakeControlPlane(), FakeHost(), FakeNetworkState()
+
+    def agent() -> Agent:
+        return Agent(
+            node="n1",
+            control=control,
+            runtimes=(FakeRuntime(host),),
+            images=FakeImages(),
+            network=FakeNetwork(links),
+            clock=SystemClock(),
+            random=random.Random(),
+            data=small_disk / "agent",
+        )
+
+    running = asyncio.create_task(agent().run())
+    control.assign(app("web-1", "run"))
+    await _phase(control, "web-1", Phase.RUNNING)
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    (small_disk / "agent/instances/web-1/stdout").write_bytes(b"lost\n" * 20_000)
+    for restarts in range(1, 40):
+        host.crash("web-1")
+        await control.until(lambda c, n=restarts: c.statuses["web-1"].restarts == n)  # type: ignore[misc]
+        control.assign(app("web-1", "run"))
+    filler.unlink()
+    control.assign(app("web-2", "run"))
+    await _phase(control, "web-2", Phase.RUNNING)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    pid = control.statuses["web-2"].pid
+    running = asyncio.create_task(agent().run())
+    await control.until(lambda c: "adopted" in c.codes("web-2"))
+    assert control.statuses["web-2"].pid == pid
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 def test_the_tools_that_this_needs_are_there() -> None:
