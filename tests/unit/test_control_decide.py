@@ -155,6 +155,12 @@ def test_an_app_made_new_gets_all_its_instances_and_a_status() -> None:
     assert [t.event.code for t in of(Tell, made.actions)] == ["instances-created", "app-deployed"]
 
 
+def test_ids_are_never_given_twice_though_chance_repeats_itself() -> None:
+    chance = itertools.cycle("aab")
+    made = Decision(NOW, lambda: next(chance), taken={"web-x"}, given=set())
+    assert [made.new_id("web"), made.new_id("web"), made.new_id("other")] == ["web-a", "web-b", "other-a"]
+
+
 def test_an_app_that_is_as_it_should_be_is_left_alone() -> None:
     status = app_status(ready=1, updated=1, total=1)
     made = decide(app_facts(seen("a"), status=status))

@@ -131,24 +131,29 @@ class Seen(Struct, frozen=True, kw_only=True):
 class Decision:
     """Actions in the order in which they were decided, and when to decide again if nothing happens before.
 
-    `now` is in seconds since the epoch; `new_suffix` gives random characters for ids, of which `taken` are in use.
+    `now` is in seconds since the epoch; `new_suffix` gives random characters for ids, of which `taken` are in use and
+    `given` (which grows) have been given out by decisions that are not written yet.
     """
 
-    def __init__(self, now: float, new_suffix: Callable[[], str], taken: Container[str] = ()) -> None:
+    def __init__(
+        self, now: float, new_suffix: Callable[[], str], taken: Container[str] = (), given: set[str] | None = None
+    ) -> None:
         self.now = now
         self.new_suffix = new_suffix
         self.actions: list[Action] = []
         self.wake_at: float | None = None
         self._told = 0
         self._taken = taken
+        self._given = set() if given is None else given
 
     def do(self, action: Action) -> None:
         self.actions.append(action)
 
     def new_id(self, owner: str) -> str:
         """Return an id for an instance that no other in the cell has, whatever its project."""
-        while (id := f"{owner}-{self.new_suffix()}") in self._taken:
+        while (id := f"{owner}-{self.new_suffix()}") in self._taken or id in self._given:
             pass
+        self._given.add(id)
         return id
 
     def wake(self, at: float) -> None:

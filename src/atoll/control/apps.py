@@ -23,6 +23,8 @@ from atoll.model.units import format_seconds
 RETRY_MIN_S = 1.0
 RETRY_MAX_S = 60.0
 """Before an instance that has failed for good is replaced; doubled with each failure of its line."""
+MADE_AT_ONCE_MAX = 5_000
+"""Instances made in one decision; the rest follows in the next."""
 RETRY_RESET_S = 60.0
 """An instance that was ready for so long starts its line anew."""
 
@@ -163,6 +165,9 @@ class _Step:
         return max(0, min(self.wanted - len(self.ready_new), self.wanted + self.rules.max_surge - 1))
 
     def _create(self, release: int, generation: int, count: int, due: list[Seen]) -> None:
+        if self.created + count > MADE_AT_ONCE_MAX:
+            count = MADE_AT_ONCE_MAX - self.created
+            self.decision.wake(self.decision.now)
         for number in range(count):
             before = due[number] if number < len(due) else None
             self.decision.do(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from msgspec import Struct, structs
 
 from atoll.control.actions import Create, Decision, Remove, RemoveJob, Seen, WriteJobStatus
+from atoll.control.apps import MADE_AT_ONCE_MAX
 from atoll.control.appstatus import exit_in_words
 from atoll.control.leaving import leave, retire
 from atoll.model.records import Instance, Job, JobPhase, JobStatus, OwnerKind, Severity
@@ -106,9 +107,8 @@ class _Step:
             return JobPhase.CANCELLED, "cancelled"
         if len(self.succeeded) >= self.spec.completions:
             return JobPhase.SUCCEEDED, ""
-        worst = [
-            index for index, count in sorted(self.failures.items()) if count > self.spec.retries and index not in self.succeeded
-        ]
+        over = {index for index, count in self.failures.items() if count > self.spec.retries}
+        worst = sorted(over - self.succeeded)
         if worst:
             tries = self.failures[worst[0]]
             why = self.why or f"index {worst[0]}"
@@ -127,6 +127,9 @@ class _Step:
         made = 0
         for index in range(self.spec.completions):
             if made >= room:
+                break
+            if made >= MADE_AT_ONCE_MAX:
+                self.decision.wake(self.decision.now)
                 break
             if index in self.succeeded or index in self.active:
                 continue

@@ -40,7 +40,7 @@ TICKS_PER_ROUND = 60
 """Ticks in which every owner has been looked at once."""
 LARGE_OWNER = 200
 """Instances from which on an owner is not decided about at every change."""
-PAUSE_S_PER_INSTANCE = 40e-6
+PAUSE_S_PER_INSTANCE = 10e-6
 """Its pause between two decisions, for each of its instances."""
 CONFLICT_PAUSE_S = 0.02
 ERROR_PAUSE_MIN_S = 0.1
@@ -66,6 +66,8 @@ class Loop:
         self._timers = Timers()
         self._round: list[Owner] = []
         self._share = 0
+        self._given: set[str] = set()
+        """Ids given out in this wake."""
         self._decided_at: dict[Owner, float] = {}
         self._tick_at = 0.0
         self._gc_at = clock.now() + GC_S
@@ -174,6 +176,7 @@ class Loop:
 
     def _decide(self) -> list[Unit]:
         now = self._clock.now()
+        self._given.clear()
         self._wake_due(now)
         units: list[Unit] = []
         decided: list[tuple[Owner, Decision]] = []
@@ -226,7 +229,7 @@ class Loop:
             return Decision(now, self._suffix)
 
     def _decide_owner(self, owner: Owner, now: float) -> Decision:
-        decision = Decision(now, self._suffix, self._world.ids)
+        decision = Decision(now, self._suffix, self._world.ids, self._given)
         kind, key = owner
         match kind:
             case OwnerKind.APP:
