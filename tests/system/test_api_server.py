@@ -489,6 +489,8 @@ async def test_a_chunked_upload_resumes_where_it_was_cut_even_after_a_restart(ce
     seen = await registry.http.get(where)
     assert (seen.status_code, seen.headers["range"]) == (204, "0-99999")
     await registry.http.patch(where, content=data[100_000:200_000], headers={"content-range": "100000-199999"})
+    gap = await registry.http.put(f"{where}?digest={sha256(data)}", content=b"x", headers={"content-range": "250000-250000"})
+    assert (gap.status_code, gap.headers["range"]) == (416, "0-199999")
     done = await registry.http.put(f"{where}?digest={sha256(data)}", content=data[200_000:])
     assert done.status_code == 201
     got = await registry.http.get(done.headers["location"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from atoll.api.http.answers import Lines
 from atoll.api.service import KINDS, SYSTEM, Caller, RequestKey, Service
 from atoll.api.service.watching import Watch
 from atoll.model import codec, keys
@@ -527,3 +529,45 @@ async def test_a_jump_over_phases_is_legal_but_not_back_from_an_end(service: Ser
     assert await report(Phase.RUNNING) is Phase.STOPPING
     assert await report(Phase.STOPPED) is Phase.STOPPED
     assert await report(Phase.RUNNING) is Phase.STOPPED
+
+
+async def test_a_job_waits_until_an_earlier_one_of_its_name_has_left_nothing(service: Service) -> None:
+    old = Instance(id="crunch-1", project="default", owner_kind=OwnerKind.JOB, owner="crunch", node="n1", created_at=1)
+    await put_record(service, keys.instance("default", "crunch-1"), old)
+    status = JobStatus(project="default", name="crunch", phase=JobPhase.SUCCEEDED, succeeded=(0,))
+    await put_record(service, keys.job_status("default", "crunch"), status)
+    spec = JobSpec(name="crunch", image="registry.test/x:1")
+    with pytest.raises(Conflict, match="still being removed"):
+        await service.jobs.create(SYSTEM, spec)
+    await service.context.reach(await service.context.store.delete(keys.instance("default", "crunch-1")))
+    await service.jobs.create(SYSTEM, spec)
+    assert service.jobs.get("default", "crunch").status is None
+
+
+async def test_request_keys_go_on_when_their_lease_has_ended_early(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    first = RequestKey(caller="t", key="k1", fingerprint="f1")
+    await service.apps.restart("default", "web", request=first)
+    item = await service.context.store.get(keys.request("t", "k1"))
+    assert item is not None
+    await service.context.store.lease_revoke(item.lease)
+    view = await service.apps.restart("default", "web", request=replace(first, key="k2"))
+    assert view.app.generation == 3
+
+
+async def test_a_reader_that_takes_nothing_is_cut_off(service: Service) -> None:
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body" and sent:
+            await asyncio.Event().wait()
+        sent.append(message.get("body", b""))
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    stream = await service.watching.stream(Watch(kinds=frozenset({"apps"})))
+    answer = Lines(stream, patience_s=0.02)
+    scope: Any = {"type": "http"}
+    await asyncio.wait_for(answer(scope, receive, send), 5)
+    assert sent == [b""], "only the head of the answer was taken"

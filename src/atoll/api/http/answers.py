@@ -45,10 +45,11 @@ class Answer:
 class Lines:
     """A stream of lines of JSON that goes on until either side ends it. What goes wrong later is its last line, as an error."""
 
-    __slots__ = ("source",)
+    __slots__ = ("patience_s", "source")
 
-    def __init__(self, source: AsyncIterator[bytes]) -> None:
+    def __init__(self, source: AsyncIterator[bytes], *, patience_s: float = SLOW_READER_S) -> None:
         self.source = source
+        self.patience_s = patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [LINES, NO_STORE]})
@@ -67,17 +68,19 @@ class Lines:
     async def _send(self, send: Send) -> None:
         try:
             # A silent stream must show that it is there before its first line.
-            await send({"type": "http.response.body", "body": b"", "more_body": True})
-            async for piece in self.source:
-                async with asyncio.timeout(SLOW_READER_S):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-        except AtollError as error:
-            line = codec.encode(error_body(error)) + b"\n"
-            await send({"type": "http.response.body", "body": line, "more_body": True})
+            await self._piece(send, b"")
+            try:
+                async for piece in self.source:
+                    await self._piece(send, piece)
+            except AtollError as error:
+                await self._piece(send, codec.encode(error_body(error)) + b"\n")
+            await self._piece(send, b"", more=False)
         except TimeoutError:
-            log.info("a slow reader of a stream was cut off", after_s=SLOW_READER_S)
-            return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            log.info("a slow reader of a stream was cut off", after_s=self.patience_s)
+
+    async def _piece(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        async with asyncio.timeout(self.patience_s):
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 async def _left(receive: Receive) -> None:

@@ -89,17 +89,16 @@ class Handlers:
     async def receive(self, asked: Asked) -> ASGIApp:
         """Take the next part. Raises RegistryError 416 for one that does not follow what is here."""
         upload = await self._registry.blobs.find(asked.rest[0], asked.repository)
-        content_range = asked.header(b"content-range")
-        if content_range:
-            match = _CONTENT_RANGE.fullmatch(content_range)
-            if match is None or int(match[1]) != upload.size_bytes:
-                return Answer(b"", 416, ((b"range", _range(upload)), (b"location", _location(asked.repository, upload))))
+        if not _follows(asked, upload):
+            return _elsewhere(asked, upload)
         await self._registry.blobs.receive(upload, asked.chunks())
         return _accepted(asked.repository, upload)
 
     async def finish(self, asked: Asked) -> ASGIApp:
         upload = await self._registry.blobs.find(asked.rest[0], asked.repository)
         digest = check_digest(asked.query.get("digest", ""))
+        if not _follows(asked, upload):
+            return _elsewhere(asked, upload)
         await self._registry.blobs.receive(upload, asked.chunks())
         return await self._finish(asked.repository, upload, digest)
 
@@ -240,6 +239,18 @@ def _password(scope: Any) -> str:
 
 def _reference(text: str) -> str:
     return check_digest(text) if is_digest(text) else check_tag(text)
+
+
+def _follows(asked: Asked, upload: Upload) -> bool:
+    """Whether the part that comes begins where the upload ends; a part that does not say is taken to."""
+    stated = asked.header(b"content-range")
+    match = _CONTENT_RANGE.fullmatch(stated)
+    return not stated or (match is not None and int(match[1]) == upload.size_bytes)
+
+
+def _elsewhere(asked: Asked, upload: Upload) -> Answer:
+    """Say where to go on."""
+    return Answer(b"", 416, (_VERSION, (b"range", _range(upload)), (b"location", _location(asked.repository, upload))))
 
 
 def _accepted(repository: str, upload: Upload, status: int = 202) -> Answer:

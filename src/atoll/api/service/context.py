@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
-from atoll.model.errors import Conflict, Invalid, StaleRevision
+from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Compare, LeaseId, Op, Put, Revision, Store, absent
 from atoll.model.records import (
@@ -67,7 +67,7 @@ REACH_S = 5.0
 """The longest wait until this server's cache shows a write that was made; the write stands all the same."""
 REQUEST_KEEP_S = 3_600.0
 """How long at least the answer to a request key is kept."""
-REQUEST_LEASE_S = 300.0
+REQUEST_LEASE_S = 60.0
 """The keys of so long a time share one lease of the store, which removes them."""
 
 log = structlog.get_logger()
@@ -140,7 +140,14 @@ class Context:
                 ops.append(await self._keep(request, draft))
             if not ops:
                 return draft.answer(Revision(0))
-            result = await self.store.txn(compare, ops)
+            try:
+                result = await self.store.txn(compare, ops)
+            except NotFound:
+                if request is None or self._lease is None:
+                    raise
+                # The lease under which request keys are kept has ended early, as after a long standstill.
+                self._lease = None
+                continue
             await self.reach(result.revision)
             if result.succeeded:
                 return draft.answer(result.revision)

@@ -12,7 +12,7 @@ from atoll.api.service.workloads import check_secrets, pin, require_image
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, NotFound
 from atoll.model.ports.store import Delete, Put, absent, unchanged
-from atoll.model.records import Job, JobStatus
+from atoll.model.records import Instance, Job, JobStatus, OwnerKind
 from atoll.model.spec import JobSpec, check_job
 from atoll.model.views import JobView, Page
 from atoll.store.cache import Held
@@ -45,11 +45,15 @@ class Jobs:
             if self._state.get(Job, f"{spec.project}/{spec.name}") is not None:
                 mend = "delete it, or give the new one another name"
                 raise Conflict(f"a job '{spec.name}' is there already", field="name", mend=mend)
+            if any(_of_job(held.record, spec) for held in self._state.records(Instance).values()):
+                # They would be taken for the new job's.
+                mend = "try again in a moment, or use another name"
+                raise Conflict(f"instances of an earlier job '{spec.name}' are still being removed", field="name", mend=mend)
             check_secrets(self._context, spec)
             pinned = replace(spec, image=pin(self._context, caller, spec))
             job = Job(project=spec.project, name=spec.name, spec=pinned, created_at=self._context.clock.now())
             key = keys.job(job.project, job.name)
-            # What an earlier job of this name left behind must be gone: its status would be taken for the new one's.
+            # The status of an earlier job of this name would be taken for the new one's.
             status = keys.job_status(job.project, job.name)
             return Draft(
                 compare=[absent(key)],
@@ -106,3 +110,7 @@ class Jobs:
 
     def _view(self, held: Held[Job]) -> JobView:
         return JobView(job=held.record, status=self._status(held.record), revision=held.revision)
+
+
+def _of_job(instance: Instance, spec: JobSpec) -> bool:
+    return instance.owner_kind is OwnerKind.JOB and (instance.project, instance.owner) == (spec.project, spec.name)
