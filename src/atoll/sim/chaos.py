@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DOWN_S = 8.0
 """The longest that a killed process usually stays away."""
-DOWN_LONG_S = 80.0
+GIVEN_UP_S = 65.0
 """Sometimes a machine is away for longer than it takes to be given up."""
 
 
@@ -64,7 +64,7 @@ class Chaos:
                 machine.start_agent()
             case "machine-restart":
                 await machine.restart()
-                await self._wait(self._choose.choice((DOWN_S, DOWN_LONG_S)))
+                await self._wait_long()
                 machine.start_agent()
             case "server-crash":
                 await world.server.crash()
@@ -73,7 +73,7 @@ class Chaos:
             case "partition":
                 self._story.tell("a line is cut", node=machine.name)
                 machine.line.cut()
-                await self._wait(self._choose.choice((DOWN_S, DOWN_LONG_S)))
+                await self._wait_long()
                 machine.line.mend()
             case "ingress-cut":
                 world.ingress.line.cut()
@@ -101,6 +101,11 @@ class Chaos:
 
     async def _wait(self, most_s: float) -> None:
         await asyncio.sleep(self._choose.random() * most_s)
+
+    async def _wait_long(self) -> None:
+        await self._wait(DOWN_S)
+        if self._choose.random() < 0.5:
+            await asyncio.sleep(GIVEN_UP_S)
 
     def _hurt(self, machine: SimMachine, kind: str) -> None:
         running = machine.host.running()

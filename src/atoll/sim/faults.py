@@ -64,7 +64,7 @@ def profile_of(choose: random.Random) -> Profile:
         nodes=choose.randint(2, 4),
         apps=choose.randint(1, 3),
         jobs=choose.randint(0, 2),
-        span_s=choose.uniform(30, 70),
+        span_s=choose.uniform(30, 60) if calm or choose.random() < 0.8 else choose.uniform(110, 160),
         shuffle=choose.choice((0.0, 0.2, 1.0)),
         latency_s=choose.choice((0.0, 0.003, 0.03)) if calm else choose.choice((0.001, 0.01, 0.2)),
         lost=rate(0.05),
