@@ -103,6 +103,13 @@ async def run_until(stop: Stop, work: Coroutine[Any, Any, None], last: Callable[
         await working
 
 
+async def together(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all of `work` at once; when one raises, the others are cancelled."""
+    async with asyncio.TaskGroup() as group:
+        for part in work:
+            group.create_task(part)
+
+
 async def read_token(path: Path, stop: Stop) -> str | None:
     """Return the token in a file, waiting until it is there; None when told to stop first."""
     for _ in range(int(TOKEN_WAIT_S / 0.05)):

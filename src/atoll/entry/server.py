@@ -16,7 +16,7 @@ from atoll.api.service import SYSTEM, Service
 from atoll.api.service.context import KINDS
 from atoll.control.controllers import run_control
 from atoll.entry.config import Config, split_address, write_private
-from atoll.entry.process import Stop, run, run_until
+from atoll.entry.process import Stop, run, run_until, together
 from atoll.model.errors import Unauthenticated
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.model.records import Role
@@ -44,10 +44,8 @@ async def main(config: Config, stop: Stop) -> None:
             app = create_app(service, mounts=[registry_handler(registry, service)])
             async with serving(app, service, listener):
                 log.info("serving", api=f"http://{config.api}", store="sqlite")
-                await run_until(
-                    stop,
-                    run_control(store, state, clock, random, service.heartbeats.last_seen(), identity=config.node_name),
-                )
+                control = run_control(store, state, clock, random, service.heartbeats.last_seen(), identity=config.node_name)
+                await run_until(stop, together(control, registry.run()))
     finally:
         await store.close()
 
