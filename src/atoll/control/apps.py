@@ -23,7 +23,7 @@ from atoll.model.units import format_seconds
 RETRY_MIN_S = 1.0
 RETRY_MAX_S = 60.0
 """Before an instance that has failed for good is replaced; doubled with each failure of its line."""
-MADE_AT_ONCE_MAX = 5_000
+MADE_AT_ONCE_MAX = 10_000
 """Instances made in one decision; the rest follows in the next."""
 RETRY_RESET_S = 60.0
 """An instance that was ready for so long starts its line anew."""

@@ -167,18 +167,21 @@ class World:
             return None
         return liveness.record.since
 
-    def seen(self, key: str) -> Seen | None:
+    def seen(self, key: str, lost: dict[str | None, float | None]) -> Seen | None:
+        """Return the join about one instance. `lost` keeps what `lost_at` says, for as long as nothing is awaited."""
         held = self.state.get(Instance, key)
         if held is None:
             return None
         status = self.state.get(Status, key)
         instance = held.record
+        if instance.node not in lost:
+            lost[instance.node] = self.lost_at(instance.node)
         return Seen(
             instance=instance,
             revision=held.revision,
             created=held.created,
             status=status.record if status else None,
-            lost_at=self.lost_at(instance.node),
+            lost_at=lost[instance.node],
             drained=frozenset(self._drained.get(instance.id, ())),
         )
 
@@ -190,7 +193,8 @@ class World:
         return list(found)
 
     def instances(self, owner: Owner) -> tuple[Seen, ...]:
-        found = (self.seen(key) for key in sorted(self.owned.get(owner, ())))
+        lost: dict[str | None, float | None] = {}
+        found = (self.seen(key, lost) for key in sorted(self.owned.get(owner, ())))
         return tuple(seen for seen in found if seen is not None)
 
     def app_facts(self, key: str) -> AppFacts | None:
