@@ -30,7 +30,7 @@ from atoll.store.window import Window
 
 T = TypeVar("T")
 
-DELTAS_MAX = 16_384
+DELTAS_MAX = 4_096
 """Revisions of deltas that are kept for consumers that are behind."""
 DELTA_BYTES = 1_024
 """What one delta is counted as towards the window's bytes."""

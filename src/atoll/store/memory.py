@@ -11,7 +11,12 @@ from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.store import KeyValue, LeaseId, Revision, TxnResult
 from atoll.store.base import BaseStore, Changes
 from atoll.store.transaction import Transaction, apply, check_key, remove_all, size_bytes
-from atoll.store.window import WINDOW_BYTES_MAX, WINDOW_ENTRIES_MAX, Window
+from atoll.store.window import Window
+
+HISTORY_REVISIONS_MAX = 16_384
+"""Revisions that a watch can resume from; up to a quarter more before the oldest go."""
+HISTORY_BYTES_MAX = 64 << 20
+"""What their changes take, in bytes."""
 
 
 class _MemoryTable:
@@ -68,8 +73,8 @@ class MemoryStore(BaseStore):
         self,
         clock: Clock | None = None,
         *,
-        history_revisions_max: int = WINDOW_ENTRIES_MAX,
-        history_bytes_max: int = WINDOW_BYTES_MAX,
+        history_revisions_max: int = HISTORY_REVISIONS_MAX,
+        history_bytes_max: int = HISTORY_BYTES_MAX,
     ) -> None:
         window: Window[Changes] = Window(
             Revision(0), floor=Revision(0), entries_max=history_revisions_max, bytes_max=history_bytes_max

@@ -15,9 +15,9 @@ from atoll.model.ports.store import Revision
 
 T = TypeVar("T")
 
-WINDOW_ENTRIES_MAX = 16_384
+WINDOW_ENTRIES_MAX = 4_096
 """Revisions that a window keeps at least, once it has so many; up to a quarter more before it is trimmed."""
-WINDOW_BYTES_MAX = 32 << 20
+WINDOW_BYTES_MAX = 16 << 20
 """Payload bytes that a window keeps at most, beside its newest entry."""
 
 
