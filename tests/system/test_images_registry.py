@@ -7,10 +7,12 @@ import contextlib
 import gzip
 import json
 import os
+import random
 import re
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -375,3 +377,47 @@ async def test_a_layer_that_only_implies_a_directory_does_not_change_it(
     alone = layout.put_image([upper], ImageConfig(), created="2001-09-09T01:46:40Z", comment=("b",))
     other = await store.add("reg.example/app:3", LayoutImage(layout, digest=alone.digest))
     assert stat.S_IMODE((other.layers[0] / "tmp").stat().st_mode) == 0o755
+
+
+PULL = """
+import asyncio, sys
+from pathlib import Path
+from atoll.images.registry import Registries
+from atoll.images.store import ImageStore
+store = ImageStore(Path(sys.argv[1]), Registries())
+print("ready", flush=True)
+print(asyncio.run(store.ensure(sys.argv[2])).digest, flush=True)
+"""
+
+
+def test_kill_9_at_any_moment_of_a_pull_loses_nothing_and_leaves_nothing(registry: str, layout: Layout, tmp_path: Path) -> None:
+    files = {f"d{n % 20}/f{n}": os.urandom(20_000) for n in range(300)}
+    parts = [make_layer(layout, f"many{n}", dict(list(files.items())[n::3])) for n in range(3)]
+    image = layout.put_image(parts, ImageConfig(), created="2001-09-09T01:46:40Z", comment=("a", "b", "c"))
+    reference = f"{registry}/killed/app@{image.digest}"
+
+    async def fill() -> None:
+        registries = Registries(patience=PATIENCE)
+        await push(registries, layout.directory, image.digest, f"{registry}/killed/app:1")
+        await registries.aclose()
+
+    asyncio.run(fill())
+    rng = random.Random(7)
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", PULL, str(tmp_path / "images"), reference], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0.05, 0.4))
+        process.kill()
+        process.communicate()
+        assert process.returncode in (-9, 0)
+    done = subprocess.run([sys.executable, "-c", PULL, str(tmp_path / "images"), reference], capture_output=True, timeout=60)
+    assert image.digest.encode() in done.stdout, done.stderr.decode()
+    store = ImageStore(tmp_path / "images", Registries())
+    found = asyncio.run(store.find(reference))
+    assert found is not None
+    unpacked = {str(path.relative_to(layer)): path.read_bytes() for layer in found.layers for path in layer.rglob("f*")}
+    assert unpacked == files
+    left = [path for part in ("making", "trash", "blobs", "partial") for path in (tmp_path / "images" / part).iterdir()]
+    assert left == []
+    assert len(list((tmp_path / "images/layers").iterdir())) == 3
