@@ -130,6 +130,7 @@ def test_the_same_deploy_again_makes_no_new_release(atoll: Atoll) -> None:
         ('kind = "job"\nname = "web"\nimage = "x"', "this is a job", "atoll jobs run -f"),
         ('image = "x"', "name: missing", "--name"),
         ("- a\n- b", "atoll.toml: not valid TOML", ""),
+        ('name = "web"\nimage = "Bad Image!"', "atoll.toml: image: ", ""),
     ],
 )
 def test_a_wrong_spec_names_file_field_and_mend(atoll: Atoll, text: str, said: str, mend: str) -> None:

@@ -95,9 +95,9 @@ async def push_image(session: Session, layout: Path, digest: str, project: str, 
 @contextlib.asynccontextmanager
 async def registries(session: Session) -> AsyncIterator[Registries]:
     """Yield the way to the cell's registry, which is part of the API."""
+    from atoll.images.auth import Access
     from atoll.images.reference import CELL_HOST
     from atoll.images.registry import Registries
-    from atoll.images.auth import Access
 
     address = session.context.address
     if not address.startswith(("http://", "https://")):

@@ -61,38 +61,37 @@ def image() -> None:
     """Import and list images of the cell's own registry."""
 
 
-@command(name="import", example="skopeo copy docker://debian:bookworm oci:debian\natoll image import debian --name debian")
+@command(name="import", example="docker save web:1 | gzip > web.tar.gz\natoll image import web.tar.gz --name web --tag 1")
 @click.argument("source", type=click.Path(path_type=Path), metavar="DIR|TAR")
 @click.option("--name", metavar="NAME", required=True, help="What it is called in the project.")
 @click.option("--tag", metavar="TAG", default="latest", show_default=True)
 @click.option("--image", "inner", metavar="NAME", help="Which image, where SOURCE holds several.")
 async def import_image(session: Session, source: Path, name: str, tag: str, inner: str | None) -> None:
-    """Push an OCI image layout (a directory, or a tar of one, as `docker save` writes since version 25) to the registry."""
+    """Push an OCI image layout (a directory or its tar) or what `docker save` wrote to the cell's registry."""
     from atoll.cli.building import push_image
-    from atoll.images.layout import Layout, LayoutImage
+    from atoll.images.archive import as_layout
 
     if not source.exists():
         raise NotFound(f"{source}: no such file or directory")
     with tempfile.TemporaryDirectory(prefix="atoll-import-") as scratch:
-        layout = source if source.is_dir() else _unpacked(source, Path(scratch))
-        resolved = await LayoutImage(Layout(layout), name=inner).resolve()
-        pushed = await push_image(session, layout, resolved.digest, session.project, name, tag=tag)
+        unpacked = source if source.is_dir() else _unpacked(source, Path(scratch) / "archive")
+        layout, digest = await as_layout(unpacked, Path(scratch) / "layout", name=inner)
+        pushed = await push_image(session, layout, digest, session.project, name, tag=tag)
     if session.json:
-        session.output.json({"image": pushed, "digest": resolved.digest})
+        session.output.json({"image": pushed, "digest": digest})
     else:
         click.echo(pushed)
 
 
 def _unpacked(source: Path, target: Path) -> Path:
+    target.mkdir()
     try:
         with tarfile.open(source) as archive:
             unpack(archive, target)
     except (tarfile.TarError, OSError) as error:
-        raise ImageError(f"{source} is not a tar file: {error}", mend="give an OCI layout, or what `docker save` wrote") from None
-    if not (target / "index.json").exists():
         raise ImageError(
-            f"{source} holds no OCI layout", mend=f"convert it: skopeo copy docker-archive:{source} oci:DIR, then import DIR"
-        )
+            f"{source} is not a tar file: {str(error).partition(':')[0]}", mend="give an OCI layout, or what `docker save` wrote"
+        ) from None
     return target
 
 

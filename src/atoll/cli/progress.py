@@ -94,7 +94,8 @@ class Progress:
             return
         status, before = codec.convert(line.record, Status), self._statuses.get(id)
         self._statuses[id] = status
-        if status.phase is Phase.BACKOFF and (before is None or before.phase is not Phase.BACKOFF):
+        # The agent reports the newest word only, so that what was tried in between may go unseen: the time tells.
+        if status.phase is Phase.BACKOFF and (before is None or (before.phase, before.phase_at) != (status.phase, status.phase_at)):
             times, first = self._failures.get(id, (0, now))
             self._failures[id] = (times + 1, first)
 

@@ -51,9 +51,21 @@ def parse(data: dict[str, Any], kind: type[W], path: Path | None) -> W:
             check_app(spec)
         else:
             check_job(spec)
+        _check_image(spec)
         return spec
     except Invalid as error:
         raise Invalid(f"{where}{error}", field=error.field, mend=error.mend or _mend(error, data, kind)) from None
+
+
+def _check_image(spec: Workload) -> None:
+    """Raise Invalid for an image that no registry can have; whether it is there, only the node will know."""
+    from atoll.images.reference import parse as parse_reference
+    from atoll.model.errors import ImageError
+
+    try:
+        parse_reference(spec.image or "x", default_registry="registry.invalid")
+    except ImageError as error:
+        raise Invalid(f"image: {error}", field="image", mend=error.mend) from None
 
 
 def _mend(error: Invalid, data: dict[str, Any], kind: type[Workload]) -> str:

@@ -32,7 +32,7 @@ _TOKEN_MEND = "give a token: ATOLL_TOKEN=…, or run this where `atoll up` runs,
 def from_body(body: ErrorBody) -> errors.AtollError:
     """Return the error that an answer or a stream carries; an unknown code becomes the general class."""
     cls = errors.BY_CODE.get(body.code, errors.AtollError)
-    mend = body.mend or (_TOKEN_MEND if cls is errors.Unauthenticated else None)
+    mend = _TOKEN_MEND if cls is errors.Unauthenticated else body.mend
     return cls(body.message, mend=mend, field=body.field)
 
 
