@@ -93,11 +93,11 @@ class Machine:
 
     def step(self) -> None:
         options: list[str] = ["pass", "crash-agent"]
-        options += ["prepared", "prepare-failed", "progressed"] if self.preparing else []
-        options += ["launched", "launch-failed"] if self.launching else []
+        options += ["prepared", "prepared", "prepared", "prepare-failed", "progressed"] if self.preparing else []
+        options += ["launched", "launched", "launched", "launch-failed"] if self.launching else []
         options += ["ended"] if self.alive and self.watched else []
-        options += ["probed"] if self.probing is not None else []
-        options += ["due"] if self.state.due is not None else []
+        options += ["probed", "probed", "probed"] if self.probing is not None else []
+        options += ["due", "due", "due"] if self.state.due is not None else []
         self.do(self.draw(st.sampled_from(options)))
 
     def do(self, what: str) -> None:
@@ -134,6 +134,8 @@ class Machine:
 
     def crash(self) -> None:
         """A new agent has the record only; what was started may have started or not, and ended or not."""
+        if self.erased:
+            return  # nothing is recorded any more
         self.state = self.state.durable
         launched = self.alive or (self.launching and self.draw(st.booleans()))
         ended = launched and self.draw(st.booleans())
@@ -170,13 +172,13 @@ jobs = st.just(JobSpec(name="sum", image="sum"))
 workloads: st.SearchStrategy[Workload] = st.one_of(apps, jobs)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.data(), workloads, st.integers(0, 40), st.sampled_from(["stop", "remove", "drain-stop"]))
 def test_only_legal_transitions_and_it_always_ends_when_told_to_stop(
     data: st.DataObject, workload: Workload, steps: int, end: str
 ) -> None:
     machine = Machine(rules_of(workload), data.draw)
-    machine.feed(Wanted(Desired.RUN))
+    machine.feed(Wanted(data.draw(st.sampled_from([Desired.RUN, Desired.RUN, Desired.RUN, Desired.DRAIN, Desired.STOP]))))
     for _ in range(steps):
         machine.step()
     if end == "drain-stop":
@@ -184,6 +186,8 @@ def test_only_legal_transitions_and_it_always_ends_when_told_to_stop(
         for _ in range(data.draw(st.integers(0, 5))):
             machine.step()
     machine.feed(Removed() if end == "remove" else Wanted(Desired.STOP))
+    for _ in range(data.draw(st.integers(0, 8))):
+        machine.step()
     for _ in range(20):
         if machine.state.phase.final:
             break
@@ -292,3 +296,61 @@ def test_failures_within_the_start_period_do_not_count() -> None:
     state, actions = decide(rules, state, Ended(Exit(code=0, at=37)), Now(37, 37))
     assert state.phase is Phase.BACKOFF
     assert "failed its health check 2 times: refused" in state.message
+
+
+def _after(rules: Rules, *events: Happening, state: State | None = None) -> tuple[State, tuple[Action, ...]]:
+    actions: tuple[Action, ...] = ()
+    state = state or State()
+    for event in events:
+        state, actions = decide(rules, state, event, Now(100, 100))
+    return state, actions
+
+
+def test_told_to_stop_while_it_is_ended_for_its_health_it_gets_no_second_signal_and_no_new_start() -> None:
+    check = Health(kind=HealthKind.HTTP, start=Seconds(0), retries=1)
+    rules = rules_of(AppSpec(name="web", image="web", ports=(Port(port=80),), health=check))
+    begin = (Wanted(Desired.RUN), Prepared(image_digest="", address="10.0.0.1"), Launched(1, 0))
+    state, actions = _after(rules, *begin, Probed(1, "refused"))
+    assert actions[0] == Signal("SIGTERM")
+    due = state.kill_due
+    state, actions = _after(rules, Wanted(Desired.STOP), state=state)
+    assert (state.phase, state.kill_due, actions) == (Phase.STOPPING, due, ())
+    state, _ = _after(rules, Ended(Exit(code=143, at=1, signal="SIGTERM")), state=state)
+    assert state.phase is Phase.STOPPED
+
+
+def test_a_wish_that_is_newer_than_the_state_is_kept_by_a_new_agent() -> None:
+    rules = rules_of(AppSpec(name="web", image="web"))
+    for phase in (Phase.PENDING, Phase.PREPARING, Phase.BACKOFF):
+        state, actions = _after(rules, Recovered(False), state=State(phase=phase, desired=Desired.STOP))
+        assert (state.phase, actions) == (Phase.STOPPED, (Clean(all=True),))
+    live = State(phase=Phase.STARTING, desired=Desired.STOP)
+    state, actions = _after(rules, Recovered(True, pid=7), state=live)
+    assert state.phase is Phase.STOPPING
+    assert actions == (Watch(), Signal("SIGTERM"))
+
+
+def test_a_start_that_fails_while_draining_is_not_tried_again() -> None:
+    rules = rules_of(AppSpec(name="web", image="web"))
+    begin = (Wanted(Desired.RUN), Prepared(image_digest="", address=None), Wanted(Desired.DRAIN))
+    state, actions = _after(rules, *begin, LaunchFailed("no such command"))
+    assert state.phase is Phase.STOPPED
+    assert actions[0] == Clean(all=True)
+
+
+def test_what_comes_too_late_changes_nothing() -> None:
+    rules = rules_of(AppSpec(name="web", image="web"))
+    stopped = State(phase=Phase.STOPPED, desired=Desired.STOP)
+    late = (
+        Prepared(image_digest="", address=None),
+        PrepareFailed("late"),
+        Progressed("late"),
+        Launched(1, 0),
+        LaunchFailed("late"),
+        Ended(None),
+        Probed(0),
+        Due(),
+        Wanted(Desired.RUN),
+    )
+    for event in late:
+        assert _after(rules, event, state=stopped) == (stopped, ())
