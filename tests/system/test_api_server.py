@@ -10,6 +10,7 @@ import io
 import json
 import random
 import shutil
+import socket
 import tarfile
 import time
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ import httpx
 import pytest
 
 from atoll.api.http.app import create_app
-from atoll.api.http.serve import HEADER_BYTES_MAX, ApiServer, listen, serving
+from atoll.api.http.serve import HEADER_BYTES_MAX, ApiServer, BoundedProtocol, listen, serving
 from atoll.api.registry.collect import collect
 from atoll.api.registry.handlers import registry_handler
 from atoll.api.registry.registry import Registry
@@ -358,6 +359,42 @@ async def test_a_hostile_request_is_cut_off_and_the_server_lives(cell: Cell, dat
     assert answer == b"" or answer.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")), answer[:100]
     async with httpx.AsyncClient() as client:
         assert (await client.get(cell.address + "/healthz")).status_code == 200
+
+
+class Hasty(BoundedProtocol):
+    header_s = 0.2
+    patience_s = 0.2
+
+
+async def ends(server: ApiServer) -> None:
+    """Return when the server has no connection any more."""
+    for _ in range(500):
+        if not server.server_state.connections:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("a connection stays")
+
+
+async def test_who_sends_no_headers_or_takes_no_answer_is_cut_off(cell: Cell) -> None:
+    for number in range(40):
+        spec = AppSpec(name=f"a{number}", image="x:1", env={f"A{n}": "x" * 30_000 for n in range(10)})
+        await cell.service.apps.put(SYSTEM, spec)
+    listener = listen("127.0.0.1", 0)
+    token = await cell.token(Role.READ)
+    async with serving(create_app(cell.service), cell.service, listener, Hasty) as server:
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET /healthz HT")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        await ends(server)
+        stuck = socket.socket()
+        stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stuck.connect(listener.getsockname())
+        stuck.sendall(f"GET /v1/watch HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        await asyncio.sleep(0.1)
+        assert server.server_state.connections
+        await ends(server)
+        stuck.close()
 
 
 async def test_an_endless_chunked_body_is_refused_at_its_bound(cell: Cell) -> None:

@@ -12,7 +12,9 @@ import structlog
 import uvicorn
 from litestar import Litestar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from atoll.api.http.answers import SLOW_READER_S
 from atoll.api.service import Service
 from atoll.model.errors import Unavailable
 from atoll.model.streams import MESSAGE_BYTES_MAX
@@ -21,6 +23,8 @@ HEADER_BYTES_MAX = 65_536
 """Of one request, with its path."""
 HEADER_S = 15.0
 """How long a new connection has to send its first request's headers."""
+PAUSED_S = 600.0
+"""How long a WebSocket's reader may take nothing."""
 KEEP_ALIVE_S = 75
 PING_S = 20.0
 GRACE_S = 5
@@ -32,15 +36,53 @@ CONNECTIONS_MAX = 8_192
 log = structlog.get_logger()
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class _Impatient:
+    """Part of a protocol: a peer that takes nothing of what waits for it is hung up on, whatever is still unsent."""
+
+    patience_s = SLOW_READER_S
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    _stuck: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()  # type: ignore[misc]
+        self._stuck = self.loop.call_later(self.patience_s, self._hang_up)
+
+    def resume_writing(self) -> None:
+        self._moves()
+        super().resume_writing()  # type: ignore[misc]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._moves()
+        super().connection_lost(exc)  # type: ignore[misc]
+
+    def _moves(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+    def _hang_up(self) -> None:
+        self._stuck = None
+        log.info("a peer that takes nothing was cut off", after_s=self.patience_s)
+        self.transport.abort()
+
+
+class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
+    """uvicorn's WebSockets; someone who pauses the output of a command is given longer."""
+
+    patience_s = PAUSED_S
+
+
+class BoundedProtocol(_Impatient, HttpToolsProtocol):
     """uvicorn's protocol with a bound on headers and on the time until they are there."""
 
+    header_s = HEADER_S
     _header_bytes = 0
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._deadline = self.loop.call_later(HEADER_S, self._late)
+        self._deadline = self.loop.call_later(self.header_s, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
@@ -79,11 +121,11 @@ class BoundedProtocol(HttpToolsProtocol):
 class ApiServer(uvicorn.Server):
     """A uvicorn server that waits for an event instead of ticking, leaves signals alone, and ends its streams when it stops."""
 
-    def __init__(self, app: Litestar, service: Service) -> None:
+    def __init__(self, app: Litestar, service: Service, protocol: type[BoundedProtocol] = BoundedProtocol) -> None:
         config = uvicorn.Config(
             cast(Any, app),
-            http=BoundedProtocol,
-            ws="websockets-sansio",
+            http=protocol,
+            ws=StreamProtocol,
             ws_max_size=MESSAGE_BYTES_MAX,
             ws_ping_interval=PING_S,
             ws_ping_timeout=PING_S,
@@ -139,9 +181,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Litestar, service: Service, listener: socket.socket) -> AsyncIterator[ApiServer]:
+async def serving(
+    app: Litestar, service: Service, listener: socket.socket, protocol: type[BoundedProtocol] = BoundedProtocol
+) -> AsyncIterator[ApiServer]:
     """Serve `app` on `listener` until the context ends, then end gracefully; that closes `service`, too."""
-    server = ApiServer(app, service)
+    server = ApiServer(app, service, protocol)
     task = asyncio.create_task(server.serve([listener]), name="api server")
     try:
         yield server
