@@ -30,6 +30,7 @@ _DPKG_OPTIONS = (
     "path-include=/usr/share/doc/*/copyright",
     "force-unsafe-io",
 )
+_APT_OPTIONS = ('Acquire::Retries "3";', 'Acquire::http::Timeout "30";')
 _MACHINE_SPECIFIC = re.compile(
     rb"(?:dev|proc|sys|run|tmp|var/log|var/tmp|var/cache/(?:apt|ldconfig|debconf)|var/lib/apt/lists|var/backups)/."
     rb"|etc/(?:resolv\.conf|hostname|machine-id|mtab|\.pwd\.lock|[a-z]+-|apt/sources\.list(?:\.d/.*)?)$"
@@ -58,6 +59,9 @@ async def make_base(
         work.chmod(0o755)
         sources = work / "sources.list"
         sources.write_text("".join(f"{line}\n" for line in await mirrors(suite, architecture)))
+        settings = work / "apt.conf"  # a file, since a proxy's address may hold a password
+        settings.touch(mode=0o600)
+        settings.write_text("".join(f"{line}\n" for line in [*await _proxies(), *_APT_OPTIONS]))
         tar, scratch = work / "base.tar", work / "tmp"
         scratch.mkdir(mode=0o755)
         argv = [
@@ -68,9 +72,7 @@ async def make_base(
             "--format=tar",
             f"--architectures={architecture}",
             *(f"--dpkgopt={option}" for option in _DPKG_OPTIONS),
-            *(f"--aptopt={option}" for option in await _proxies()),
-            "--aptopt=Acquire::Retries 3",
-            "--aptopt=Acquire::http::Timeout 30",
+            f"--aptopt={settings}",
             *([f"--include={','.join(packages)}"] if packages else []),
             suite,
             str(tar),
@@ -145,7 +147,7 @@ def _own_suite() -> str:
 async def _proxies() -> list[str]:
     """Return the proxy settings of this machine's apt, which mmdebstrap does not read by itself."""
     wanted = re.compile(r"Acquire::https?::(?:Proxy\b|Proxy::|Verify|CAInfo)", re.IGNORECASE)
-    return [line.rstrip(";") for line in await _words("apt-config", "dump") if wanted.match(line) and not line.endswith('"";')]
+    return [line for line in await _words("apt-config", "dump") if wanted.match(line) and not line.endswith('"";')]
 
 
 async def _words(*argv: str) -> list[str]:

@@ -1,0 +1,188 @@
+"""What every implementation of the Images port keeps: the node's store on a registry in memory, and the fake."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import pytest
+
+from atoll.images.fake import FakeImages
+from atoll.images.manifest import OCI_CONFIG, OCI_LAYER_TAR, OCI_MANIFEST, machine_architecture
+from atoll.images.registry import Registries
+from atoll.images.store import ImageStore
+from atoll.images.transport import Patience
+from atoll.model.errors import ImageError
+from atoll.model.ports.images import Images, PullProgress
+
+REFERENCE = "reg.example/app:1"
+
+
+class World(Protocol):
+    """An implementation, and the registry behind it, which has `REFERENCE` and `reg.example/other:1`."""
+
+    images: Images
+
+    def pulls(self) -> int:
+        """How often `REFERENCE` was asked of the registry."""
+        ...
+
+    def break_next(self) -> None:
+        """Let the next pull fail."""
+        ...
+
+
+class FakeWorld:
+    def __init__(self) -> None:
+        self.images = fake = FakeImages(anything=False, delay_s=0.01)
+        self._fake = fake
+        fake.add(REFERENCE)
+        fake.add("reg.example/other:1")
+
+    def pulls(self) -> int:
+        return self._fake.pulls.count(REFERENCE)
+
+    def break_next(self) -> None:
+        self._fake.fail(REFERENCE, ImageError("broken"))
+
+
+class StoreWorld:
+    """The real store; the registry is httpx's own fake transport."""
+
+    def __init__(self, directory: Path) -> None:
+        self._blobs: dict[str, bytes] = {}
+        self._manifests = {"app": self._image(b"app"), "other": self._image(b"other")}
+        self._asked: list[str] = []
+        self._broken = False
+        self.http = httpx.AsyncClient(transport=httpx.MockTransport(self._answer))
+        self.images = ImageStore(directory, Registries(http=self.http, patience=Patience(tries=1)), hold_s=0)
+
+    def pulls(self) -> int:
+        return self._asked.count("/v2/app/manifests/1")
+
+    def break_next(self) -> None:
+        self._broken = True
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        self._asked.append(request.url.path)
+        _, _, name, kind, version = request.url.path.split("/")
+        if kind == "blobs":
+            data = self._blobs[version]
+            if self._broken:
+                self._broken, data = False, b"x" * len(data)
+            return httpx.Response(200, content=streamed(data))
+        if name not in self._manifests or version != "1":
+            return httpx.Response(404)
+        return httpx.Response(200, content=streamed(self._manifests[name]))
+
+    def _put(self, data: bytes, media_type: str) -> dict[str, object]:
+        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        self._blobs[digest] = data
+        return {"mediaType": media_type, "digest": digest, "size": len(data)}
+
+    def _image(self, content: bytes) -> bytes:
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            info = tarfile.TarInfo("file")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        layer = self._put(out.getvalue(), OCI_LAYER_TAR)
+        config = {
+            "architecture": machine_architecture(),
+            "os": "linux",
+            "rootfs": {"diff_ids": [layer["digest"]], "type": "layers"},
+        }
+        parts = {"config": self._put(json.dumps(config).encode(), OCI_CONFIG), "layers": [layer]}
+        return json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, **parts}).encode()
+
+
+async def streamed(data: bytes) -> AsyncIterator[bytes]:
+    """A body that arrives as from a socket: httpx lets only such a one be read raw."""
+    yield data
+
+
+@pytest.fixture(params=["fake", "store"])
+async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    if request.param == "fake":
+        yield FakeWorld()
+        return
+    if os.geteuid() != 0:
+        pytest.skip("unpacking layers needs root")
+    world = StoreWorld(tmp_path / "images")
+    yield world
+    await world.http.aclose()
+
+
+async def test_an_image_is_not_found_before_it_was_ensured(world: World) -> None:
+    assert await world.images.find(REFERENCE) is None
+    image = await world.images.ensure(REFERENCE)
+    assert await world.images.find(REFERENCE) == image
+    assert image.reference == REFERENCE
+    assert image.digest.startswith("sha256:")
+
+
+async def test_what_is_ready_is_not_pulled_again(world: World) -> None:
+    first = await world.images.ensure(REFERENCE)
+    assert await world.images.ensure(REFERENCE) == first
+    assert world.pulls() == 1
+
+
+async def test_calls_for_one_image_at_once_share_one_pull(world: World) -> None:
+    images = await asyncio.gather(*(world.images.ensure(REFERENCE) for _ in range(10)))
+    assert len({image.digest for image in images}) == 1
+    assert world.pulls() == 1
+
+
+async def test_a_caller_that_leaves_does_not_end_the_pull_of_another(world: World) -> None:
+    leaves = asyncio.create_task(world.images.ensure(REFERENCE))
+    stays = asyncio.create_task(world.images.ensure(REFERENCE))
+    await asyncio.sleep(0)
+    leaves.cancel()
+    assert (await stays).reference == REFERENCE
+
+
+async def test_a_pull_that_all_have_left_can_be_made_again(world: World) -> None:
+    leaves = asyncio.create_task(world.images.ensure(REFERENCE))
+    await asyncio.sleep(0.001)
+    leaves.cancel()
+    assert (await world.images.ensure(REFERENCE)).reference == REFERENCE
+
+
+async def test_an_absent_image_is_an_image_error(world: World) -> None:
+    with pytest.raises(ImageError) as caught:
+        await world.images.ensure("reg.example/nothing:1")
+    assert caught.value.mend
+
+
+async def test_a_failed_pull_leaves_no_image_and_may_be_repeated(world: World) -> None:
+    world.break_next()
+    with pytest.raises(ImageError):
+        await world.images.ensure(REFERENCE)
+    assert await world.images.find(REFERENCE) is None
+    assert await world.images.ensure(REFERENCE)
+
+
+async def test_progress_never_passes_its_total(world: World) -> None:
+    seen: list[PullProgress] = []
+    await world.images.ensure(REFERENCE, progress=seen.append)
+    assert seen
+    assert all(0 <= step.done_bytes <= step.total_bytes for step in seen)
+    assert {step.phase for step in seen} <= {"resolve", "download", "unpack"}
+
+
+async def test_collect_keeps_what_it_is_told_to_and_frees_the_rest(world: World) -> None:
+    kept = await world.images.ensure(REFERENCE)
+    await world.images.ensure("reg.example/other:1")
+    assert await world.images.collect([kept.digest]) > 0
+    assert await world.images.find(REFERENCE) == kept
+    assert await world.images.find("reg.example/other:1") is None
+    assert await world.images.collect([kept.digest]) == 0
+    assert await world.images.ensure("reg.example/other:1")
