@@ -26,7 +26,7 @@ from atoll.model.ports.control_plane import Channel, StreamKind, StreamRequest
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
 from atoll.model.spec import AppSpec, Health, HealthKind, JobSpec, Port, Resources, Restart, RuntimeName, Stop, Volume
 from atoll.model.states import Desired, Phase
-from atoll.model.streams import Kind, LogLine, pack, unpack
+from atoll.model.streams import Kind, LogLine, Resize, pack, unpack
 from atoll.model.units import Bytes, Seconds
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.network.links import LinkNetwork
@@ -59,7 +59,7 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("bin", "etc", "proc", "sys", "dev", "tmp", "data", "www"):
         (root / name).mkdir()
     shutil.copy(BUSYBOX, root / "bin/busybox")
-    for name in ("sh", "sleep", "cat", "echo", "id", "httpd", "ls", "stat", "true", "false", "env", "test"):
+    for name in ("sh", "sleep", "cat", "echo", "id", "httpd", "ls", "stat", "true", "false", "env", "test", "stty"):
         (root / "bin" / name).symlink_to("busybox")
     (root / "etc/passwd").write_text("root:x:0:0:root:/:/bin/sh\napp:x:1000:1000::/:/bin/sh\n")
     (root / "etc/group").write_text("root:x:0:\napp:x:1000:\n")
@@ -339,6 +339,23 @@ async def test_exec_runs_in_the_instance_with_its_environment(control: FakeContr
     assert await _messages(channel) == [(Kind.STDOUT, b"to and fro"), (Kind.EXIT, b"0")]
     channel = control.request(StreamRequest("none", StreamKind.EXEC, "web-1", {"argv": ["/no/such"]}))
     assert (await _messages(channel))[-1][0] is Kind.ERROR
+
+
+async def test_a_terminal_has_the_size_that_it_is_given_and_takes_signals(control: FakeControlPlane) -> None:
+    control.assign(app("web-1", "sleep", "1000"))
+    await _phase(control, "web-1", Phase.RUNNING)
+    options = {"argv": ["sh", "-c", "stty size; read x; stty size; sleep 100"], "tty": True, "rows": 40, "columns": 100}
+    channel = control.request(StreamRequest("s", StreamKind.EXEC, "web-1", options))
+    seen = b""
+    async with asyncio.timeout(10):
+        while b"40 100" not in seen:
+            seen += unpack(await channel.receive() or b"")[1]
+        await channel.send(pack(Kind.RESIZE, codec.encode(Resize(50, 120))))
+        await channel.send(pack(Kind.STDIN, b"\n"))
+        while b"50 120" not in seen:
+            seen += unpack(await channel.receive() or b"")[1]
+        await channel.send(pack(Kind.SIGNAL, b"SIGKILL"))
+    assert (await _messages(channel))[-1] == (Kind.EXIT, b"137")
 
 
 async def test_a_command_whose_client_leaves_is_ended(control: FakeControlPlane) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -244,17 +245,22 @@ async def _get_files(channel: Channel, runner: Runner, path: str) -> None:
     sink = _ChannelSink(channel, bridge)
     await _copy(runner, lambda root, ids: pack_files(root, path, ids, sink), bridge)
     await channel.send(pack(Kind.END))
-    async with asyncio.timeout(FILES_IDLE_S):
-        await channel.receive()  # the receiver's END: closing before it could cut what is under way
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FILES_IDLE_S):
+            await channel.receive()  # the receiver's END: closing before it could cut what is under way
 
 
 async def _put_files(channel: Channel, runner: Runner, path: str) -> None:
     bridge = _Bridge()
     source = _ChannelSource(channel, bridge)
     await _copy(runner, lambda root, ids: unpack_files(root, path, ids, source), bridge)
-    while not source.ended:
-        message = await channel.receive()
-        if message is None:
-            return
-        source.ended = unpack(message)[0] is Kind.END  # tar's own padding behind its end
+    try:
+        async with asyncio.timeout(FILES_IDLE_S):
+            while not source.ended:
+                message = await channel.receive()
+                if message is None:
+                    return
+                source.ended = unpack(message)[0] is Kind.END  # tar's own padding behind its end
+    except TimeoutError:
+        raise DeadlineExceeded(f"the end of the files did not come within {FILES_IDLE_S:.0f} s; all that came is there") from None
     await channel.send(pack(Kind.END))
