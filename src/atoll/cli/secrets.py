@@ -76,7 +76,7 @@ async def list_secrets(session: Session) -> None:
 @click.argument("name")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 async def delete(session: Session, name: str, yes: bool) -> None:
-    """Delete a secret. Instances that name it can no longer start."""
+    """Delete a secret; refused while an app or job names it."""
     from atoll.cli.apps import confirm
 
     if not yes:
