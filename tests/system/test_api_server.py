@@ -540,6 +540,26 @@ async def test_a_chunked_upload_resumes_where_it_was_cut_even_after_a_restart(ce
     assert (head.status_code, head.headers["content-length"], head.content) == (200, "300000", b"")
 
 
+async def test_what_arrived_of_a_cut_upload_is_kept(registry: Client, cell: Cell) -> None:
+    begun = await registry.http.post("/v2/default/web/blobs/uploads/")
+    where = begun.headers["location"]
+    _reader, writer = await asyncio.open_connection("127.0.0.1", cell.port)
+    credentials = registry.http.headers["authorization"]
+    head = f"PATCH {where} HTTP/1.1\r\nHost: a\r\nAuthorization: {credentials}\r\nContent-Length: 1000000\r\n\r\n"
+    writer.write(head.encode() + b"x" * 50_000)
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.close()
+    for _ in range(200):
+        seen = await registry.http.get(where)
+        if seen.headers.get("range") == "0-49999":
+            break
+        await asyncio.sleep(0.01)
+    assert seen.headers["range"] == "0-49999"
+    done = await registry.http.put(f"{where}?digest={sha256(b'x' * 50_001)}", content=b"x")
+    assert done.status_code == 201
+
+
 async def test_content_that_is_not_what_its_digest_says_is_refused_and_gone(cell: Cell, registry: Client) -> None:
     response = await registry.http.post(f"/v2/default/web/blobs/uploads/?digest={sha256(b'a')}", content=b"b")
     assert response.status_code == 400

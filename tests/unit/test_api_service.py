@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,10 +20,12 @@ from atoll.model.errors import (
     ImageError,
     Invalid,
     NotFound,
+    OutcomeUnknown,
     StaleRevision,
     Unauthenticated,
     Unavailable,
 )
+from atoll.model.ports.store import Compare, Op, TxnResult
 from atoll.model.records import (
     Capacity,
     Event,
@@ -571,3 +573,52 @@ async def test_a_reader_that_takes_nothing_is_cut_off(service: Service) -> None:
     scope: Any = {"type": "http"}
     await asyncio.wait_for(answer(scope, receive, send), 5)
     assert sent == [b""], "only the head of the answer was taken"
+
+
+class Forgetful(MemoryStore):
+    """A store that does what it is asked and then does not say so, every other time."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(clock)
+        self.calls = 0
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()) -> TxnResult:
+        result = await super().txn(compare, then, otherwise)
+        self.calls += 1
+        if self.calls % 2:
+            raise OutcomeUnknown("the answer was lost")
+        return result
+
+
+async def test_a_write_whose_outcome_is_unknown_happens_once_when_it_is_repeated_under_its_key(clock: FakeClock) -> None:
+    store = Forgetful(clock)
+    async with State(store, KINDS) as state, Service(store, state, clock, random.Random(1), KEY) as service:
+
+        async def until_answered(number: int) -> AppView:
+            request = RequestKey(caller="t", key=f"k{number}", fingerprint=f"f{number}")
+            for _ in range(10):
+                try:
+                    if number == 0:
+                        return await service.apps.put(SYSTEM, app_spec(), request=request)
+                    return await service.apps.restart("default", "web", request=request)
+                except OutcomeUnknown:
+                    await service.context.reach(await store.revision())
+            raise AssertionError("never answered")
+
+        for number in range(6):
+            view = await until_answered(number)
+            assert view.app.generation == number + 1
+    await store.close()
+
+
+async def test_the_default_project_is_there_from_the_beginning(service: Service) -> None:
+    assert [project.name for project in service.projects.all(SYSTEM, limit=10).items] == ["default"]
+    await service.projects.put("alpha")
+    await service.projects.put("zulu")
+    first = service.projects.all(SYSTEM, limit=2)
+    assert [project.name for project in first.items] == ["alpha", "default"]
+    rest = service.projects.all(SYSTEM, limit=2, after=first.next or "")
+    assert [project.name for project in rest.items] == ["zulu"]
+    assert rest.next is None
+    mine = Caller(id="t", role=Role.READ, project="alpha")
+    assert [project.name for project in service.projects.all(mine, limit=10).items] == ["alpha"]

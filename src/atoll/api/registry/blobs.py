@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.api.registry.names import RegistryError
-from atoll.model.errors import TooLarge
+from atoll.model.errors import TooLarge, Unavailable
 
 BLOB_BYTES_MAX = 64 << 30
 UPLOADS_MAX = 256
@@ -121,13 +121,17 @@ class Blobs:
         upload.busy = True
         try:
             waiting = bytearray()
-            async for chunk in chunks:
-                waiting += chunk
-                if upload.size_bytes + len(waiting) > BLOB_BYTES_MAX:
-                    raise TooLarge(f"a blob has at most {BLOB_BYTES_MAX} bytes")
-                if len(waiting) >= WRITE_BYTES:
-                    data, waiting = bytes(waiting), bytearray()
-                    await _disk(upload.append, data)
+            try:
+                async for chunk in chunks:
+                    waiting += chunk
+                    if upload.size_bytes + len(waiting) > BLOB_BYTES_MAX:
+                        raise TooLarge(f"a blob has at most {BLOB_BYTES_MAX} bytes")
+                    if len(waiting) >= WRITE_BYTES:
+                        data, waiting = bytes(waiting), bytearray()
+                        await _disk(upload.append, data)
+            except Unavailable:
+                await _disk(upload.append, bytes(waiting))
+                raise
             if waiting:
                 await _disk(upload.append, bytes(waiting))
         finally:

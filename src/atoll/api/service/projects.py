@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atoll.api.service.access import EVERY_PROJECT, Caller, check_name
+from atoll.api.service.access import Caller, check_name
 from atoll.api.service.claims import DEFAULT_PROJECT
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.pages import page
@@ -26,10 +26,14 @@ class Projects:
     def all(self, caller: Caller, *, limit: int, after: str = "") -> Page[Project]:
         """Return the projects that `caller` reaches into."""
         state = self._context.state
-        everything = caller.project == EVERY_PROJECT
-        return page(
-            state, Project, "", lambda held: held.record, limit=limit, after=after, keep=lambda p: everything or caller.sees(p.name)
-        )
+        seen = page(state, Project, "", lambda held: held.record, limit=limit, after=after, keep=lambda p: caller.sees(p.name))
+        if not caller.sees(DEFAULT_PROJECT) or after >= DEFAULT_PROJECT or state.get(Project, DEFAULT_PROJECT) is not None:
+            return seen
+        # It is there without a record, too.
+        items = sorted((*seen.items, Project(name=DEFAULT_PROJECT, created_at=0.0)), key=lambda project: project.name)
+        more = seen.next is not None or len(items) > limit
+        items = items[:limit]
+        return Page(items=tuple(items), revision=seen.revision, next=items[-1].name if more else None)
 
     async def put(self, name: str, *, request: RequestKey | None = None) -> Project:
         """Make a project; one that is there already is returned as it is. Safe to repeat."""
