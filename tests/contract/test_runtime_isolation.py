@@ -312,6 +312,13 @@ async def test_exec_has_a_terminal_that_resizes(world: World) -> None:
     await execution.close()
 
 
+async def test_a_terminal_belongs_to_whoever_runs_in_it(world: World) -> None:
+    await world.launch("a", "run")
+    execution = await world.runtime.exec("a", ["sh", "-c", "echo to the terminal > /dev/tty; id -u"], tty=True, user="app")
+    assert await _until(execution, b"1234") == 1
+    await execution.close()
+
+
 async def _until(execution: object, text: bytes) -> int:
     seen = b""
     while text not in seen:
@@ -365,6 +372,15 @@ async def test_delete_leaves_no_trace(world: World) -> None:
     await world.runtime.close()
     assert _loops(world) == loops_before
     assert list(mounts_below(world.directory)) == []
+
+
+async def test_closing_at_any_moment_leaves_no_spare_disk(world: World) -> None:
+    for step in range(12):
+        await world.reopen()
+        await world.runtime.recover()
+        await asyncio.sleep(0.05 + 0.001 * step)
+    await world.runtime.close()
+    assert _loops(world) == []
 
 
 def _loops(world: World) -> list[str]:
@@ -454,6 +470,33 @@ async def test_a_killed_shim_is_survived(world: World) -> None:
     assert (await asyncio.wait_for(world.runtime.wait("a"), 10)).code == 255
     await world.runtime.delete("a")
     assert _traces(world, "a") == []
+
+
+async def test_a_shim_killed_while_no_agent_was_there_is_told_as_an_unknown_end(world: World) -> None:
+    pid = await world.launch("a", "graceful")
+    shim = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    await world.runtime.close()
+    os.kill(shim, signal.SIGKILL)
+    await asyncio.sleep(0.1)
+    await world.reopen()
+    (found,) = await world.runtime.recover()
+    assert found.pid is None
+    assert found.exit is not None
+    assert found.exit.code == 255
+    assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+async def test_a_cancelled_exec_leaves_no_command(world: World) -> None:
+    await world.launch("a", "run")
+    for step in range(8):
+        task = asyncio.create_task(world.runtime.exec("a", ["sleep", "54321"]))
+        await asyncio.sleep(0.006 * step)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await task).close()
+    await asyncio.sleep(0.5)
+    assert "54321" not in (await world.shell("a", "ps"))[1]
+    assert list((world.directory / "instances/a/exec").iterdir()) == []
 
 
 async def test_a_cancelled_call_leaves_nothing_half_made(world: World) -> None:

@@ -214,6 +214,8 @@ async def _started(launch: Launch, log_path: Path, name: str) -> int:
             raise failure(log_path, name)
     except BaseException:
         launch.close()  # should it start after all, its shim kills it
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(launch.ending.event.wait(), CLOSE_S_MAX)
         raise
     return news[1]
 

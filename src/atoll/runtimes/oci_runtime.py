@@ -212,10 +212,10 @@ class OciRuntime:
             await self.kill(id)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(container.ended(), END_S_MAX)
+        if container is not None and container.started and container.exit is None:
+            container.exit = await self._in_thread(container.read_exit)  # for those who wait: its files go now
         await self._in_thread(boxes.remove, record)
         if container is not None:
-            if container.exit is None and container.started:
-                container.exit = Exit(code=137, at=time.time(), signal="SIGKILL")
             container.close()
             self._containers.pop(id, None)
 
@@ -255,9 +255,9 @@ class OciRuntime:
             if container.running:
                 return Found(id=record.id, pid=pid, exit=None)
             await container.ended()
-        if container.exit is None and files.read_exit() is not None:
-            container.exit = await self._in_thread(container.read_exit)
-        if container.exit is None:
+        if container.exit is None and (files.read_exit() is not None or pid is not None):
+            container.exit = await self._in_thread(container.read_exit)  # without its shim nobody knows how it ended
+        if files.read_exit() is None:
             await self._in_thread(boxes.clean, record)
         return Found(id=record.id, pid=None, exit=container.exit)
 
@@ -270,10 +270,11 @@ class OciRuntime:
         for container in self._containers.values():
             container.close()
         self._containers.clear()
+        # What a thread is still making must be there before it can be taken away.
+        await asyncio.to_thread(self._threads.shutdown)
         made, self._made = self._made, None
         if made is not None:
-            await self._in_thread(made.close)
-        self._threads.shutdown(wait=True)
+            await asyncio.to_thread(made.close)
 
     async def _running(self, id: str) -> Container:
         _, container = await self._find(id)
