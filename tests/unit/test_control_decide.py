@@ -358,7 +358,7 @@ def test_orphans_are_stopped_and_then_removed() -> None:
         (None, LOST_S, 100.0, NodeHealth.LOST, None),
         (NodeHealth.UNREACHABLE, 0.0, 100.0, NodeHealth.READY, UNREACHABLE_S),
         (NodeHealth.UNREACHABLE, 20.0, 100.0, None, LOST_S - 20),
-        (NodeHealth.LOST, 1.0, 100.0, NodeHealth.READY, UNREACHABLE_S - 1),
+        (NodeHealth.LOST, 1.0, 100.0, NodeHealth.UNREACHABLE, UNREACHABLE_S - 1),
         (NodeHealth.LOST, 20.0, 100.0, None, LOST_S - 20),
         (NodeHealth.LOST, None, 5.0, None, UNREACHABLE_S - 5),
         (NodeHealth.READY, None, 5.0, None, UNREACHABLE_S - 5),
@@ -379,6 +379,18 @@ def test_the_health_of_a_node(
     assert [w.liveness.health for w in of(WriteLiveness, made.actions)] == ([after] if after else [])
     assert made.wake_at == (None if next_in is None else NOW + next_in)
     assert len(of(Tell, made.actions)) == (after is not None)
+
+
+@pytest.mark.parametrize(("since_ago", "after"), [(0.0, None), (14.0, None), (15.0, NodeHealth.READY), (-5.0, NodeHealth.READY)])
+def test_a_node_that_was_lost_gets_nothing_new_until_what_was_replaced_has_stopped(
+    since_ago: float, after: NodeHealth | None
+) -> None:
+    node = Node(name="n", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1))
+    liveness = NodeLiveness(name="n", health=NodeHealth.UNREACHABLE, since=NOW - since_ago)
+    made = decision()
+    decide_node(NodeFacts(node=node, liveness=liveness, heard=50.0, watched_since=0.0), 50.0, made)
+    assert [w.liveness.health for w in of(WriteLiveness, made.actions)] == ([after] if after else [])
+    assert made.wake_at == NOW + (15.0 - since_ago if after is None else 15.0)
 
 
 def test_timers_hold_one_time_for_each_owner_and_no_more_memory_than_that() -> None:

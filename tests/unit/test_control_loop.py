@@ -240,7 +240,12 @@ def test_instances_of_a_lost_node_are_replaced_elsewhere() -> None:
             await cell.until(lambda: running(cell) and {i.node for i in cell.instances()} == {"n2"})
             cell.silent.clear()
             await cell.until(lambda: health(cell, "n1") is NodeHealth.READY)
-            assert [c for c in cell.codes() if c.startswith("node-")] == ["node-unreachable", "node-lost", "node-ready"]
+            assert [c for c in cell.codes() if c.startswith("node-")] == [
+                "node-unreachable",
+                "node-lost",
+                "node-unreachable",
+                "node-ready",
+            ]
 
     run_virtual(main())
 

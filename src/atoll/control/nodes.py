@@ -1,4 +1,4 @@
-"""Whether nodes answer, from when each was last heard of: ready → unreachable → lost, and back at its first word."""
+"""Whether nodes answer, from when each was last heard of: ready → unreachable → lost, and back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ UNREACHABLE_S = 15.0
 """Silence after which a node gets no new instance."""
 LOST_S = 60.0
 """Silence after which its instances are replaced elsewhere."""
+RETURN_S = 15.0
+"""How long a node that was lost and answers again gets nothing new; above the usual grace of a stop."""
 CELL_PROJECT = "default"
 """Where events about nodes are kept."""
 
@@ -35,7 +37,7 @@ def decide_node(facts: NodeFacts, monotonic: float, decision: Decision) -> None:
     heard_now = facts.heard is not None and facts.heard >= facts.watched_since
     if silent < UNREACHABLE_S:
         # A node that nobody here has heard of yet stays what it was: a new leader knows no better.
-        health = NodeHealth.READY if heard_now or facts.liveness is None else last
+        health = _back(facts.liveness, decision) if heard_now and facts.liveness is not None else last
     elif silent < LOST_S:
         health = last if last is NodeHealth.LOST else NodeHealth.UNREACHABLE
     else:
@@ -48,12 +50,29 @@ def decide_node(facts: NodeFacts, monotonic: float, decision: Decision) -> None:
     decision.do(WriteLiveness(NodeLiveness(name=facts.node.name, health=health, since=decision.now)))
     words = {
         NodeHealth.READY: "answers again",
-        NodeHealth.UNREACHABLE: f"has not been heard of for {format_seconds(silent)}; it gets nothing new",
+        NodeHealth.UNREACHABLE: f"has not been heard of for {format_seconds(silent)}; it gets nothing new"
+        if last is NodeHealth.READY
+        else "answers again; it gets nothing new until what was replaced elsewhere has stopped there",
         NodeHealth.LOST: f"has not been heard of for {format_seconds(silent)}; its instances are replaced elsewhere",
     }
     severity = Severity.INFO if health is NodeHealth.READY else Severity.WARNING
     name = facts.node.name
     decision.tell(CELL_PROJECT, f"node/{name}", f"node-{health}", f"node {name} {words[health]}", severity, node=name)
+
+
+def _back(liveness: NodeLiveness, decision: Decision) -> NodeHealth:
+    """Return the health of a node that answers: one that was lost gets nothing new for a while.
+
+    What ran there has been replaced, and its records are gone, but its processes end only now. To place something new
+    beside them would be more than the node has.
+    """
+    if liveness.health is NodeHealth.LOST:
+        decision.wake(decision.now + RETURN_S)
+        return NodeHealth.UNREACHABLE
+    if liveness.health is NodeHealth.UNREACHABLE and 0 <= decision.now - liveness.since < RETURN_S:
+        decision.wake(liveness.since + RETURN_S)
+        return NodeHealth.UNREACHABLE
+    return NodeHealth.READY
 
 
 LastSeen = Mapping[str, float]
