@@ -30,7 +30,8 @@ def ruleset(
 ) -> str:
     """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link.
 
-    Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our business.
+    Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our business. What is
+    refused is answered, so that nobody waits for it: with a reset where that is possible, as the kernel limits ICMP.
     """
     links = f'"{prefix}*"'
     named = ", ".join(resolvers)
@@ -42,6 +43,10 @@ table inet {table} {{
   set inbound {{ type ipv4_addr . inet_proto . inet_service; }}
   set resolvers {{ type ipv4_addr; {f"elements = {{ {named} }}" if named else ""} }}
   set closed {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {", ".join((*CLOSED, subnet))} }} }}
+  chain refused {{
+    meta l4proto tcp reject with tcp reset
+    reject
+  }}
   chain origin {{
     type filter hook prerouting priority raw; policy accept;
     iifname {links} iifname . ip saddr != @sources drop
@@ -52,24 +57,24 @@ table inet {table} {{
     iifname != {links} accept
     ct state established,related accept
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-    reject
+    jump refused
   }}
   chain between {{
     type filter hook forward priority filter; policy accept;
-    iifname {links} oifname {links} reject
+    iifname {links} oifname {links} jump refused
     oifname {links} ct state established,related accept
     oifname {links} drop
     iifname != {links} accept
     ct state established,related accept
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-    ip daddr @closed reject
+    ip daddr @closed jump refused
   }}
   chain from_node {{
     type filter hook output priority filter; policy accept;
     oifname != {links} accept
     ct state established,related accept
     ip daddr . meta l4proto . th dport @inbound accept
-    reject
+    jump refused
   }}
   chain outward {{
     type nat hook postrouting priority srcnat; policy accept;

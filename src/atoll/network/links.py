@@ -90,7 +90,7 @@ class LinkNetwork:
 
     async def detach(self, id: str) -> None:
         opened = await self._open()
-        held = self._held.pop(id, None)
+        held = self._held.get(id)
         if held is not None:
             self._shut(opened, held)
             await opened.pool.remove(held.slot.number)
@@ -98,7 +98,7 @@ class LinkNetwork:
     async def recover(self, keep: Sequence[str]) -> Sequence[Link]:
         opened = await self._open()
         wanted = dict.fromkeys(keep)
-        others = [self._held.pop(id) for id in list(self._held) if id not in wanted]
+        others = [held for id, held in self._held.items() if id not in wanted]
         for held in others:
             self._shut(opened, held)
         await asyncio.gather(*(opened.pool.remove(held.slot.number) for held in others))
@@ -151,6 +151,7 @@ class LinkNetwork:
             firewall.delete(self._table, "inbound", firewall.inbound(held.slot.address, held.entry.ports)),
             firewall.delete(self._table, "sources", [_source(held.slot)]),
         )
+        del self._held[held.entry.id]  # only now: what could not be shut can be tried again
 
     async def _open(self) -> _Open:
         """Find out what an earlier agent left, and set up what all links need; once."""

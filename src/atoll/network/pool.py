@@ -63,8 +63,13 @@ class SlotPool:
         future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         self._wake_maker.set()
-        # No deadline: the maker answers every waiter with a slot or with its error.
-        return await future
+        try:
+            # No deadline: the maker answers every waiter with a slot or with its error.
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._hand_out(future.result())  # it came in the same moment; the next one has it
+            raise
 
     async def remove(self, number: int) -> None:
         """Remove the slot and free its address. Raises RuntimeFailed; it is then tried again until it is gone."""
