@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,7 +78,7 @@ class EnvoyProcess:
         self._listener = listener
         self._bootstrap = json.dumps(bootstrap(listener, name=name), indent=1).encode()
         self._running: Running | None = None
-        self._child: asyncio.subprocess.Process | None = None
+        self._child: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -100,10 +101,12 @@ class EnvoyProcess:
         check_port(self._listener.address, self._listener.port)
         (self._directory / "bootstrap.json").write_bytes(self._bootstrap)
         with (self._directory / ERRORS).open("wb") as errors:
-            self._child = await asyncio.create_subprocess_exec(
-                *arguments,
+            # Not asyncio's: that one kills its child when the loop goes, and Envoy shall outlive a crash of this process.
+            self._child = await asyncio.to_thread(
+                subprocess.Popen,
+                arguments,
                 cwd=self._directory,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
                 start_new_session=True,
@@ -195,11 +198,9 @@ class EnvoyProcess:
 
     async def _ended(self) -> int | None:
         """Return when the process has ended, with its exit status if it was our child."""
-        if self._child is not None:
-            return await self._child.wait()
         if self._running is not None:
             await ended(self._running)
-        return None
+        return self._child.poll() if self._child is not None else None
 
     async def _end(self, running: Running) -> None:
         for number, wait_s in ((signal.SIGTERM, KILL_GRACE_S), (signal.SIGKILL, KILL_GRACE_S)):
@@ -208,9 +209,9 @@ class EnvoyProcess:
             try:
                 async with asyncio.timeout(wait_s):
                     await ended(running)
-                    if self._child is not None and self._child.pid == running.pid:
-                        await self._child.wait()
-                self._child = None
+                if self._child is not None:
+                    self._child.poll()
+                    self._child = None
                 self._remove_pid_file()
                 return
             except TimeoutError:

@@ -30,11 +30,11 @@ async def keep_bounded(
     """Move each file that is too large aside, over the one before it, and have Envoy begin a new one. Never returns."""
     while True:
         await asyncio.sleep(period_s)
-        full = too_large(paths, bytes_max)
-        for path in full:
-            path.replace(path.with_suffix(path.suffix + ".1"))
-        if full:
-            try:
+        try:
+            full = too_large(paths, bytes_max)
+            for path in full:
+                path.replace(path.with_suffix(path.suffix + ".1"))
+            if full:
                 await admin.post("/reopen_logs")
-            except Unavailable as error:
-                log.warning("ingress.reopen-failed", message=str(error))
+        except (OSError, Unavailable) as error:
+            log.warning("ingress.logs-not-rotated", message=str(error))

@@ -83,25 +83,28 @@ class Ingress:
     async def run(self) -> None:
         """Serve until cancelled; then Envoy ends too, with `stop_grace_s` for the requests that are active.
 
-        Raises Conflict when the port is taken, Unsupported without Envoy; then nothing runs.
+        Raises Conflict when the port is taken, Unsupported without Envoy; then nothing runs. Should anything else go wrong
+        here, Envoy serves on, and the next ingress on this directory adopts it.
         """
         with short(self._directory / ADS_SOCKET) as socket:
             await self.ads.start(socket)
         try:
             await self.envoy.start()
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.envoy.supervise(), name="ingress-envoy")
-                tasks.create_task(self._follow(), name="ingress-routing")
-                tasks.create_task(self._become_ready(), name="ingress-ready")
-                tasks.create_task(self._drainer.run(), name="ingress-drain")
-                logs = [self._directory / ACCESS_LOG, self._directory / LOG]
-                tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
+            await self._serve()
+        except (asyncio.CancelledError, AtollError):
+            await asyncio.shield(self.envoy.stop(self._stop_grace_s))
+            raise
         finally:
-            await asyncio.shield(self._stop())
+            await asyncio.shield(self.ads.stop())
 
-    async def _stop(self) -> None:
-        await self.envoy.stop(self._stop_grace_s)
-        await self.ads.stop()
+    async def _serve(self) -> None:
+        logs = [self._directory / ACCESS_LOG, self._directory / LOG]
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.envoy.supervise(), name="ingress-envoy")
+            tasks.create_task(self._follow(), name="ingress-routing")
+            tasks.create_task(self._become_ready(), name="ingress-ready")
+            tasks.create_task(self._drainer.run(), name="ingress-drain")
+            tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
 
     async def _follow(self) -> None:
         """Take over every change of the routing, for ever; a control plane that is away changes nothing."""
