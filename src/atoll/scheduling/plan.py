@@ -106,9 +106,7 @@ def _place_over(ranking: Ranking, rows: Ints, count: int, label: str) -> list[in
     Within a place the place's own score is the same for all, so that its best node is the best whatever that score is.
     """
     domains = ranking.domains(label)
-    heaps = {}
-    for domain in np.unique(domains.of[rows]).tolist():
-        heaps[domain] = ranking.best(rows[domains.of[rows] == domain], count)
+    heaps = ranking.best_by(domains.of, rows, count)
 
     def entry(domain: int) -> tuple[int, int, int]:
         score, rank, _ = heaps[domain][0]
