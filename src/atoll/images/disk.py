@@ -12,9 +12,11 @@ making/  trash/    what is being made, what is being removed; both emptied on st
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
+import struct
 import tempfile
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
@@ -30,6 +32,7 @@ from atoll.model.ports.images import Image, ImageConfig
 log = structlog.get_logger()
 
 RECORD_BYTES_MAX = 16 << 20
+_GET_FLAGS, _SET_FLAGS, _TOP_DIRECTORY = 0x80086601, 0x40086602, 0x00020000  # FS_IOC_GETFLAGS, …SETFLAGS, FS_TOPDIR_FL
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -58,6 +61,7 @@ class Disk:
         self._trash = directory / "trash"
         for part in (self._records, self._blobs, self._partial, self._layers, self._making, self._trash):
             part.mkdir(mode=0o700, exist_ok=True)
+        spread_below(self._making)
 
     def recover(self) -> list[Record]:
         """Remove what was half-made and return the images that are whole."""
@@ -159,6 +163,21 @@ class Disk:
             path.unlink()
             return None
         return record
+
+
+def spread_below(directory: Path) -> None:
+    """Let ext4 put each new directory in `directory` into a part of the disk of its own (`chattr +T`); elsewhere do nothing.
+
+    Where thousands of files were deleted in the last minutes, ext4 takes a millisecond to find a free inode, since it
+    passes over every one that was just freed; a new part of the disk has none.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            (flags,) = struct.unpack("l", fcntl.ioctl(fd, _GET_FLAGS, bytes(struct.calcsize("l"))))
+            fcntl.ioctl(fd, _SET_FLAGS, struct.pack("l", flags | _TOP_DIRECTORY))
+    finally:
+        os.close(fd)
 
 
 def hex_of(digest: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from atoll.images.disk import spread_below
 from atoll.images.layer import LayerBlob
 from atoll.images.layout import Layout
 from atoll.model.errors import DeadlineExceeded
@@ -66,6 +67,7 @@ class StepCache:
     def _prepare(self) -> None:
         for directory in (self._steps, self._work):
             directory.mkdir(mode=0o700, exist_ok=True)
+        spread_below(self._work)
         for left in self._work.iterdir():  # by a build that was killed; its mounts ended with its mount namespace
             shutil.rmtree(left, ignore_errors=True)
         self.layout.create()
