@@ -119,3 +119,26 @@ def test_the_machine_s_capacity_is_less_than_the_machine(tmp_path: Path) -> None
     assert machine.sample()[1] > 0
     assert 0 < machine.disk_used() <= 1
     assert architecture() != "x86_64"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": "1073741824\n", "cpu.max": "50000 100000\n"},
+        {"memory/memory.limit_in_bytes": "1073741824\n", "cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+    ],
+)
+def test_a_limit_on_the_agent_s_own_control_group_counts(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    capacity = LinuxMachine(tmp_path, cgroup=tmp_path).capacity()
+    assert capacity.cpu_milli == 400
+    assert capacity.memory_bytes == (1024 - 256) << 20
+
+
+def test_no_limit_leaves_the_whole_machine(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    limited = LinuxMachine(tmp_path, cgroup=tmp_path).capacity()
+    assert limited == LinuxMachine(tmp_path, cgroup=tmp_path / "none").capacity()

@@ -14,22 +14,24 @@ CPU_RESERVE_MILLI = 100
 MEMORY_RESERVE = 0.05
 MEMORY_RESERVE_BYTES_MIN = 256 << 20
 DISK_RESERVE = 0.10
+UNLIMITED = 1 << 62
 
 
 class LinuxMachine:
     """Implements `tools.Machine` from /proc, for the machine or the cgroup namespace that the agent sees."""
 
-    def __init__(self, data: Path, proc: Path = Path("/proc")) -> None:
+    def __init__(self, data: Path, proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> None:
         self._data = data
         self._proc = proc
+        self._cgroup = cgroup
         self._busy: tuple[float, float] | None = None
 
     def capacity(self) -> Capacity:
-        cores = len(os.sched_getaffinity(0))
-        total = self._memory()["MemTotal"]
+        cpu_milli = min(len(os.sched_getaffinity(0)) * 1000, self._cpu_limit_milli())
+        total = min(self._memory()["MemTotal"], self._memory_limit_bytes())
         reserve = max(MEMORY_RESERVE_BYTES_MIN, int(total * MEMORY_RESERVE))
         return Capacity(
-            cpu_milli=max(0, cores * 1000 - CPU_RESERVE_MILLI),
+            cpu_milli=max(0, cpu_milli - CPU_RESERVE_MILLI),
             memory_bytes=max(0, total - reserve),
             disk_bytes=int(self._disk().total * (1 - DISK_RESERVE)),
         )
@@ -46,6 +48,23 @@ class LinuxMachine:
     def disk_used(self) -> float:
         disk = self._disk()
         return 1 - disk.free / disk.total if disk.total else 0.0
+
+    def _memory_limit_bytes(self) -> int:
+        """The limit of the control group that is the root of what the agent sees (v2, v1), as in a container or a slice."""
+        for name in ("memory.max", "memory/memory.limit_in_bytes"):
+            limit = _words(self._cgroup / name)[:1]
+            if limit and limit[0].isdecimal():
+                return int(limit[0])
+        return UNLIMITED
+
+    def _cpu_limit_milli(self) -> int:
+        quota = _words(self._cgroup / "cpu.max") or [
+            *_words(self._cgroup / "cpu/cpu.cfs_quota_us"),
+            *_words(self._cgroup / "cpu/cpu.cfs_period_us"),
+        ]
+        if len(quota) == 2 and quota[0].isdecimal() and int(quota[1]) > 0:
+            return int(quota[0]) * 1000 // int(quota[1])
+        return UNLIMITED
 
     def _disk(self) -> shutil._ntuple_diskusage:
         place = self._data
@@ -69,6 +88,13 @@ class LinuxMachine:
                 if name in ("MemTotal", "MemAvailable"):
                     memory[name] = int(rest.split()[0]) << 10
         return memory
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").split()
+    except OSError:
+        return []
 
 
 def architecture() -> str:
