@@ -76,7 +76,7 @@ class OciBoxes:
 
     def root(self, id: str) -> Path:
         """Return where the root of `id` is mounted."""
-        return self._roots / id
+        return self._roots / id / "root"
 
     def group(self, id: str) -> Group:
         return self._cgroups.group(f"{self._cgroup}/{id}")
@@ -106,6 +106,9 @@ class OciBoxes:
         base_id = None if record.slot is None else self.idmaps.base(record.slot)
         userns = None if record.slot is None else self.idmaps.namespace(record.slot)
         root = self.root(box.id)
+        # Only the instance may pass: to others on the node its files are none of their business.
+        root.parent.mkdir(mode=0o710)
+        os.chown(root.parent, 0, base_id or 0)
         self._unneeded.extend(make_root(root, directory, box.image.layers, disk, base_id=base_id or 0, userns=userns))
         user = user_in(root, box.user)
         sysfs = None
@@ -156,7 +159,7 @@ class OciBoxes:
     def remove(self, record: BoxRecord) -> None:
         """Kill what runs and remove every trace; safe to repeat. Raises RuntimeFailed; then call it again."""
         self.clean(record)
-        remove_root(self.root(record.id))
+        remove_root(self._roots / record.id)
         remove_root(record.directory)
         if record.disk:
             self.scratch.release(record.disk)
@@ -181,7 +184,7 @@ class OciBoxes:
             group = self.group(id)
             group.kill()
             group.remove()
-            remove_root(self.root(id))
+            remove_root(self._roots / id)
             shutil.rmtree(self.state / id, ignore_errors=True)
 
     def close(self) -> None:

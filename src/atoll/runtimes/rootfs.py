@@ -11,7 +11,7 @@ from pathlib import Path
 
 from atoll.model.errors import ImageError, RuntimeFailed
 from atoll.model.ports.runtime import Mount
-from atoll.runtimes.mounts import MNT_DETACH, bind, mount, mounts_below, unmount
+from atoll.runtimes.mounts import MNT_DETACH, MS_NODEV, MS_NOSUID, bind, mount, mounts_below, unmount
 
 OPTIONS_BYTES_MAX = 4_095
 """mount(2) takes one page."""
@@ -40,7 +40,7 @@ def make_root(root: Path, directory: Path, layers: Sequence[Path], disk: Path, *
         if len(options) > OPTIONS_BYTES_MAX:
             raise ImageError(f"an image of {len(layers)} layers is too deep for overlayfs", mend="squash some of its layers")
         try:
-            mount("overlay", root, "overlay", 0, options)
+            mount("overlay", root, "overlay", MS_NOSUID | MS_NODEV, options)
         except OSError as error:
             raise RuntimeFailed(f"cannot mount the root: {error}", mend="is the overlay file system available?") from None
     return points
