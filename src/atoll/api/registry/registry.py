@@ -104,8 +104,9 @@ class Registry:
         """Remove what nothing needs; return the bytes freed."""
         try:
             return await asyncio.to_thread(collect, self.blobs, self.repositories, self._pinned())
-        except OSError as error:
-            log.warning("the registry could not tidy up", cause=str(error), retry_s=COLLECT_S)
+        except Exception:
+            # The outer edge: one damaged file must not end the upkeep, nor the server.
+            log.exception("the registry could not tidy up", retry_s=COLLECT_S)
             return 0
 
     def _pinned(self) -> set[str]:

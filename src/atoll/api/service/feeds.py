@@ -23,6 +23,8 @@ from atoll.store.cache import Delta, Deltas, Held
 ROUTINGS_AT_ONCE = 500
 """Apps whose routing is computed before others get their turn."""
 
+RETRY_S = 1.0
+
 log = structlog.get_logger()
 
 
@@ -194,12 +196,16 @@ class Feeds:
             try:
                 async for deltas in changes:
                     self._apply(deltas)
-            except Compacted:
-                log.warning("the feeds fell behind the cache and tell everything anew")
-                changes = self._state.changes()
-                self._rebuild()
             except Unavailable:
                 return
+            except Compacted:
+                log.warning("the feeds fell behind the cache and tell everything anew")
+            except Exception:
+                # The outer edge: agents and ingresses must go on hearing, whatever one record did.
+                log.exception("the feeds tripped and tell everything anew", retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+            changes = self._state.changes()
+            self._rebuild()
 
     def _rebuild(self) -> None:
         self._by_node.clear()

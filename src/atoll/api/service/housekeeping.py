@@ -39,6 +39,9 @@ class Housekeeping:
                 await self.sweep()
             except AtollError as error:
                 log.warning("housekeeping failed; trying again", cause=error.message, retry_s=INTERVAL_S)
+            except Exception:
+                # The outer edge: tidying must go on tomorrow, whatever one record did today.
+                log.exception("housekeeping failed; trying again", retry_s=INTERVAL_S)
 
     async def sweep(self) -> None:
         store = self._context.store
