@@ -449,6 +449,8 @@ async def test_a_command_that_does_not_exist_names_itself(control: FakeControlPl
 async def test_usage_is_measured(control: FakeControlPlane) -> None:
     control.assign(app("web-1", "sleep", "1000"))
     await _phase(control, "web-1", Phase.RUNNING)
+    control.cut()
+    control.heal()  # it registers again, and a heartbeat follows at once
     await control.until(lambda c: any(beat.usage for beat in c.heartbeats), timeout_s=20)
     usage = control.heartbeats[-1].usage[0]
     assert usage.memory_bytes > 0
