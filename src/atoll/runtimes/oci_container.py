@@ -45,10 +45,13 @@ class Container:
     def running(self) -> bool:
         return self.shim is not None and self.exit is None and not self.shim.over()
 
-    def adopt(self, shim: int | None, first: int | None) -> None:
-        """Watch processes that an earlier agent started, or that `start` has just started."""
-        self.shim = ending_of(shim)
-        self.first = ending_of(first)
+    def watch(self, shim: Ending | None, first: int) -> None:
+        """Watch the processes that `start` has just started, or an earlier agent."""
+        self.shim, self.first = shim, ending_of(first)
+        if self.first is not None and self.files.read_exit() is not None:
+            # The shim records an end before the pid is free: without a record it was still the instance's when we opened it.
+            self.first.close()
+            self.first = None
 
     async def ended(self) -> None:
         """Return when the process has ended and its exit is recorded, however long that takes."""

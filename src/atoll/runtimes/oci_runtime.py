@@ -114,7 +114,7 @@ class OciRuntime:
             raise
         finally:
             launch.close()
-        container.shim, container.first = launch.ending, ending_of(news[1])
+        container.watch(launch.ending, news[1])
         return Started(pid=news[1], at=time.time())
 
     async def _abandon(self, boxes: OciBoxes, record: BoxRecord, launch: Launch) -> None:
@@ -251,7 +251,7 @@ class OciRuntime:
         if record.boot_id != boxes.boot_id:
             container.exit = Exit(code=137, at=time.time(), signal="SIGKILL") if pid else None
         elif shim is not None and pid is not None and files.read_exit() is None:
-            container.adopt(shim, pid)
+            container.watch(ending_of(shim), pid)
             if container.running:
                 return Found(id=record.id, pid=pid, exit=None)
             await container.ended()

@@ -110,16 +110,27 @@ static int finish(pid_t tool) {
     return status;
 }
 
-/* Reap everything until `first` ends; with `peer` >= 0, kill it when that descriptor's other end closes. */
+/*
+ * Reap everything until `first` ends, and return its status without reaping it: its pid can go to no stranger before its
+ * end is recorded. With `peer` >= 0, kill it when that descriptor's other end closes.
+ */
 static int reap(pid_t first, int peer) {
     sigset_t none;
     sigemptyset(&none);
     for (;;) {
-        int status;
-        pid_t ended = waitpid(-1, &status, peer >= 0 ? WNOHANG : 0);
-        if (ended == first) return status;
-        if (ended > 0 || (ended < 0 && errno == EINTR)) continue;
-        if (ended < 0) return FAILED << 8;
+        siginfo_t ended = {.si_pid = 0};
+        if (waitid(P_ALL, 0, &ended, WEXITED | WNOWAIT | (peer >= 0 ? WNOHANG : 0)) < 0) {
+            if (errno == EINTR) continue;
+            return FAILED << 8;
+        }
+        if (ended.si_pid == first) {
+            if (ended.si_code == CLD_EXITED) return ended.si_status << 8;
+            return ended.si_status | (ended.si_code == CLD_DUMPED ? 0x80 : 0);
+        }
+        if (ended.si_pid > 0) {
+            waitpid(ended.si_pid, NULL, 0);
+            continue;
+        }
         struct pollfd other = {.fd = peer, .events = 0};
         if (ppoll(&other, 1, NULL, &none) > 0) {
             kill(first, SIGKILL);
@@ -161,6 +172,7 @@ static int run(char **argv) {
     close(NEWS);
     status = reap(first, -1);
     record(argv[4], status);
+    waitpid(first, NULL, 0);
     return 0;
 }
 
@@ -179,6 +191,7 @@ static int execute(char **argv) {
     dup2(null, 1);
     dup2(null, 2); /* or its pipes would outlive the command */
     say("exit", reap(first, NEWS));
+    waitpid(first, NULL, 0);
     return 0;
 }
 
