@@ -132,6 +132,20 @@ def test_white_outs_become_overlayfs_own(work: Path) -> None:
     assert os.getxattr(out / "d/dir", "trusted.overlay.opaque") == b"y"
 
 
+def test_an_empty_layer_is_a_layer(work: Path) -> None:
+    """Docker makes such a one for a step that changes no file."""
+    assert list(unpack_bytes(work, gzip.compress(bytes(1024))).iterdir()) == []
+
+
+def test_the_umask_does_not_matter(work: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        out = unpack_bytes(work, tar_of(entry("implied/file", data=b"x")))
+    finally:
+        os.umask(old)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (out, out / "implied", out / "implied/file")] == [0o755, 0o755, 0o644]
+
+
 def test_a_later_entry_replaces_an_earlier_one(work: Path) -> None:
     out = unpack_bytes(
         work,
