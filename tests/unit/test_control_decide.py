@@ -215,6 +215,18 @@ def test_what_failed_for_good_is_replaced_after_a_delay_that_grows_unless_it_had
     assert [c.instance.attempt for c in of(Create, later.actions)] == [1 if ran_s > 100 else attempt + 1]
 
 
+@pytest.mark.parametrize("ahead_s", [5.0, 3600.0])
+def test_a_node_whose_clock_is_ahead_holds_nothing_up(ahead_s: float) -> None:
+    later = {"phase_at": NOW + ahead_s, "ready_at": NOW + ahead_s, "started_at": NOW + ahead_s}
+    made = decide(app_facts(seen("a", Phase.FAILED, status=later | {"ready": False}), status=app_status()))
+    assert len(of(Create, made.actions)) == 1
+    old, new = seen("a"), seen("b", release=2, status=later)
+    made = decide(app_facts(old, new, release=2, status=app_status(AppPhase.DEPLOYING, release=2)))
+    assert [u.instance.id for u in of(Update, made.actions)] == ["a"]
+    tried = try_("a", Phase.FAILED, status=later)
+    assert job_status(run_job(job_facts(tried, retries=2))).retry_at == {0: NOW + 1}
+
+
 def test_lost_instances_are_kept_until_others_serve_in_their_place() -> None:
     made = decide(app_facts(seen("a", lost_at=NOW - 1), status=app_status()))
     assert len(of(Create, made.actions)) == 1

@@ -81,7 +81,7 @@ class _Step:
         last = self.facts.status
         if not self.old and last is not None and last.served_release == self.app.release:
             return True
-        at = settled(seen, self.app.spec, replacing=bool(self.old), crashed=self.crashed)
+        at = settled(seen, self.app.spec, self.decision.now, replacing=bool(self.old), crashed=self.crashed)
         if at <= self.decision.now:
             return True
         self.decision.wake(at)
@@ -132,7 +132,7 @@ class _Step:
         self.waiting: list[Seen] = []
         for seen in self.failed:
             keep = self._current(seen) or (rollout.failed and seen.instance.release == rollout.served)
-            at = retry_at(seen)
+            at = retry_at(seen, self.decision.now)
             if keep and at > self.decision.now and self.wanted:
                 self.waiting.append(seen)
                 self.decision.wake(at)
@@ -309,7 +309,10 @@ def next_attempt(seen: Seen) -> int:
     return seen.instance.attempt + 1
 
 
-def retry_at(seen: Seen) -> float:
+def retry_at(seen: Seen, now: float) -> float:
     """Return when an instance that has ended for good is replaced."""
-    ended_at = seen.status.phase_at if seen.status and seen.status.phase_at else seen.instance.created_at
+    ended_at = seen.status.phase_at if seen.status else 0.0
+    if not 0.0 < ended_at <= now:
+        # The node's clock is ahead of ours, or says nothing: ours knows when the instance was made.
+        ended_at = seen.instance.created_at
     return ended_at + min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(next_attempt(seen) - 1, 30))

@@ -92,6 +92,7 @@ class _Step:
         index, failures = seen.instance.index, seen.instance.attempt + 1
         self.failures[index] = failures
         ended_at = seen.lost_at or (seen.status.phase_at if seen.status else 0.0) or self.decision.now
+        ended_at = min(ended_at, self.decision.now)  # the node's clock may be ahead of ours
         self.retry_at[index] = ended_at + min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(failures - 1, 30))
         self.why = f"index {index}: {_how(seen)}"
         instance = seen.instance
