@@ -62,7 +62,7 @@ def version_of(*command: str) -> str | None:
     return said.splitlines()[0].strip() if said else ""
 
 
-def works_in_child(attempt: Callable[[], None]) -> str | None:
+def works_in_child(attempt: Callable[[], None], *, deadline_s: float = PROBE_S) -> str | None:
     """Run `attempt` in a process of its own, which cannot leave anything behind; return its error, None when it worked."""
     read, write = os.pipe()
     child = os.fork()
@@ -71,14 +71,15 @@ def works_in_child(attempt: Callable[[], None]) -> str | None:
         _try(attempt, write)
     os.close(write)
     try:
-        deadline = time.monotonic() + PROBE_S
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+        deadline = time.monotonic() + deadline_s
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                return f"no answer within {PROBE_S:.0f} s"
+                return f"no answer within {deadline_s:g} s"
             time.sleep(POLL_S)
-        return os.read(read, 4096).decode(errors="replace") or None
+        said = os.read(read, 4096).decode(errors="replace")
+        return said or (f"the probe ended with {ended[1]}" if ended[1] else None)
     finally:
         os.close(read)
 

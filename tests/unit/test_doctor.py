@@ -1,0 +1,91 @@
+"""`atoll doctor`: it finds what is there, survives what hangs, and says what keeps this machine from running anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from atoll.cli.main import cli
+from atoll.entry import doctor, findings
+from atoll.entry.config import Config
+from atoll.entry.findings import Level, Part, version_of, works_in_child
+from atoll.entry.scratch import free_port
+
+
+def config(directory: Path) -> Config:
+    return Config(data=directory, api=f"127.0.0.1:{free_port()}", ingress=f"127.0.0.1:{free_port()}", subnet="10.250.0.0/16")
+
+
+def test_a_probe_that_works_has_nothing_to_say() -> None:
+    assert works_in_child(lambda: None) is None
+
+
+def test_a_probe_that_fails_says_why_and_leaves_no_child() -> None:
+    def fails() -> None:
+        raise OSError(1, "x")
+
+    assert works_in_child(fails) == "Operation not permitted"
+    assert works_in_child(lambda: os._exit(3)) is not None
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_probe_that_hangs_is_given_up() -> None:
+    began = time.monotonic()
+    assert works_in_child(lambda: time.sleep(60), deadline_s=0.1) == "no answer within 0.1 s"
+    assert time.monotonic() - began < 5
+
+
+def test_a_tool_that_is_not_there_has_no_version() -> None:
+    assert version_of("no-such-tool-here", "--version") is None
+    assert version_of("true") == ""
+
+
+def test_every_part_says_why_it_matters_and_what_is_amiss_how_to_mend_it(tmp_path: Path) -> None:
+    found = doctor.examine(config(tmp_path))
+    names = {finding.name for finding in found}
+    assert {"root", "cgroups", "overlayfs", "user namespaces", "idmapped mounts", "nftables", "namespaces and veth"} <= names
+    assert {"runc", "KVM", "Envoy", "shim", "gcc", "mmdebstrap", "disk", "capabilities", "API address"} <= names
+    for finding in found:
+        assert finding.found, finding
+        assert finding.why or finding.level is Level.OK, finding
+        assert (finding.mend == "") == (finding.level is Level.OK), finding
+
+
+def test_a_device_that_is_there_is_not_called_usable(tmp_path: Path) -> None:
+    kvm = next(finding for finding in doctor.runtimes() if finding.name == "KVM")
+    assert kvm.level is not Level.OK
+
+
+def test_only_a_missing_core_part_keeps_it_from_running() -> None:
+    core, other = Part("a", "core", "why", core=True), Part("a", "other", "why")
+    assert doctor.can_run([core(Level.OK, "x"), other(Level.MISSING, "x", "y"), core(Level.DEGRADED, "x", "y")])
+    assert not doctor.can_run([core(Level.MISSING, "x", "y")])
+
+
+def test_a_taken_port_is_found_and_exits_1(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = CliRunner().invoke(cli, ["doctor", "--json", "--data", str(tmp_path), "--ingress", address])
+    assert result.exit_code == 1, result.stderr
+    told = json.loads(result.stdout)
+    finding = next(each for each in told["findings"] if each["name"] == "ingress address")
+    assert finding["level"] == "missing"
+    assert "in use" in finding["found"]
+    assert not told["can_run"]
+
+
+def test_the_table_ends_with_a_verdict(tmp_path: Path) -> None:
+    given = config(tmp_path)
+    arguments = ["doctor", "--data", str(tmp_path), "--ingress", given.ingress, "--api", given.api, "--subnet", given.subnet]
+    result = CliRunner().invoke(cli, arguments)
+    assert ("can run containers" in result.stdout) == (result.exit_code == 0)
+    assert findings.PROBE_S > 0
