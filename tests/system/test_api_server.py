@@ -242,6 +242,9 @@ async def test_a_stream_that_cannot_be_says_why(cell: Cell) -> None:
     client = HttpTransport(cell.address, await cell.token(Role.DEPLOY, "default"))
     options = "?options=" + codec.encode(ExecOptions(argv=("true",))).decode()
     assert isinstance(await refused(client, f"{INSTANCES}/gone-1/exec{options}"), NotFound)
+    long = "?options=" + codec.encode(ExecOptions(argv=("sh", "-c", "x" * 20_000))).decode()
+    assert isinstance(await refused(client, f"{INSTANCES}/gone-1/exec{long}"), NotFound)
+    assert "65536 bytes" in (await refused(client, f"{INSTANCES}/gone-1/exec{long * 4}")).message
     await cell.instance("web-0", node=None)
     assert isinstance(await refused(client, f"{INSTANCES}/web-0/exec{options}"), Conflict)
     await cell.instance("web-1", phase=Phase.RUNNING)

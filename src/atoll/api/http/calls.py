@@ -25,7 +25,8 @@ Connection = ASGIConnection[Any, Any, Any, Any]
 
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _NAMES = frozenset({"project", "app", "job", "secret"})
-QUERY_BYTES_MAX = 16_384
+QUERY_BYTES_MAX = 60_000
+"""A command to run in an instance comes in the query."""
 
 
 class Query(Struct, frozen=True):

@@ -13,6 +13,7 @@ import uvicorn
 from litestar import Litestar
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets import http11
 
 from atoll.api.http.answers import SLOW_READER_S
 from atoll.api.service import Service
@@ -32,6 +33,9 @@ GRACE_S = 5
 BACKLOG = 1_024
 CONNECTIONS_MAX = 8_192
 """Beyond it, a call is answered with 503."""
+
+# Its own default is 8 KiB, over which a handshake would hang: a command to run in an instance may be longer.
+http11.MAX_LINE_LENGTH = HEADER_BYTES_MAX
 
 log = structlog.get_logger()
 
@@ -72,12 +76,19 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
 
     patience_s = PAUSED_S
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            # A refusal is an end of the handshake, too; uvicorn would log it as a fault of the application.
+            self.handshake_complete = True
+
 
 class BoundedProtocol(_Impatient, HttpToolsProtocol):
     """uvicorn's protocol with a bound on headers and on the time until they are there."""
 
     header_s = HEADER_S
     _header_bytes = 0
+    _too_long = False
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -105,7 +116,11 @@ class BoundedProtocol(_Impatient, HttpToolsProtocol):
         self._header_bytes += size
         if self._header_bytes > HEADER_BYTES_MAX:
             # httptools reports what a callback raises as a parse error, which is answered with 400 and ends the connection.
+            self._too_long = True
             raise ValueError(f"headers over {HEADER_BYTES_MAX} bytes")
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(f"the path and headers are over {HEADER_BYTES_MAX} bytes" if self._too_long else msg)
 
     def _in_time(self) -> None:
         if self._deadline is not None:

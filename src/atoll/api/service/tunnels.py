@@ -16,8 +16,8 @@ from atoll.model.ports.control_plane import StreamRequest
 
 PIPE_MESSAGES_MAX = 16
 """Messages that wait in one direction of a stream; with `MESSAGE_BYTES_MAX` each, at most 2 MiB."""
-ANSWER_S = 10.0
-"""How long an agent has to dial in."""
+ANSWER_S = 4.0
+"""How long an agent has to dial in; clients wait 5 s for a stream to open, and should hear why it does not."""
 REQUESTS_MAX = 256
 """Streams of one node that wait for its agent."""
 STREAMS_MAX = 4_096
