@@ -1,6 +1,6 @@
 """What may pass to and from instances: one nftables table, whose sets grow with the instances while its rules do not.
 
-Changes go through libnftables in this process (0.1 ms), not through the `nft` command (5 ms).
+The rules are written by libnftables in this process; what comes and goes with instances, by `elements`.
 """
 
 from __future__ import annotations
@@ -91,10 +91,6 @@ def inbound(address: str, ports: Sequence[Port]) -> list[str]:
 
 def add(table: str, name: str, elements: Sequence[str]) -> str:
     return f"add element inet {table} {name} {{ {', '.join(elements)} }}" if elements else ""
-
-
-def delete(table: str, name: str, elements: Sequence[str]) -> str:
-    return f"delete element inet {table} {name} {{ {', '.join(elements)} }}" if elements else ""
 
 
 class Nftables:

@@ -12,8 +12,9 @@ from msgspec import Struct, structs
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.network import Link
 from atoll.model.spec import Port
-from atoll.network import firewall, resolvers
+from atoll.network import elements, firewall, resolvers
 from atoll.network.addresses import AddressPool
+from atoll.network.elements import ElementSocket
 from atoll.network.ledger import Entry, Ledger
 from atoll.network.pool import SlotPool
 from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
@@ -35,8 +36,8 @@ class _Held(Struct, frozen=True):
 class _Open:
     """What exists while the network is in use."""
 
-    def __init__(self, maker: SlotMaker, nftables: firewall.Nftables, pool: SlotPool) -> None:
-        self.maker, self.nftables, self.pool = maker, nftables, pool
+    def __init__(self, maker: SlotMaker, nftables: firewall.Nftables, sets: ElementSocket, pool: SlotPool) -> None:
+        self.maker, self.nftables, self.sets, self.pool = maker, nftables, sets, pool
 
 
 class LinkNetwork:
@@ -78,7 +79,7 @@ class LinkNetwork:
         try:
             # The ledger first: a slot that nobody is known to have is removed by the next agent.
             self._ledger.write(entry)
-            opened.nftables.run(firewall.add(self._table, "inbound", firewall.inbound(slot.address, ports)))
+            opened.sets.change(add=[elements.inbound(slot.address, ports)])
         except (AtollError, OSError) as error:
             self._ledger.remove(slot.number)
             await opened.pool.remove(slot.number)
@@ -113,13 +114,14 @@ class LinkNetwork:
             return
         idle = await opened.pool.close()
         if self._held:
-            opened.nftables.run(firewall.delete(self._table, "sources", [_source(slot) for slot in idle]))
+            opened.sets.change(delete=[elements.source(slot.interface, slot.address) for slot in idle])
         else:
             opened.nftables.run(f"table inet {self._table}", f"delete table inet {self._table}")
             opened.maker.delete_node_address()
         self._ledger.close()
         opened.maker.close()
         opened.nftables.close()
+        opened.sets.close()
 
     def _link(self, held: _Held) -> Link:
         slot = held.slot
@@ -137,9 +139,10 @@ class LinkNetwork:
             return held
         entry = structs.replace(held.entry, ports=ports)
         self._ledger.write(entry)
-        old, new = (set(firewall.inbound(held.slot.address, each)) for each in (held.entry.ports, ports))
-        opened.nftables.run(
-            firewall.delete(self._table, "inbound", sorted(old - new)), firewall.add(self._table, "inbound", sorted(new - old))
+        name, old = elements.inbound(held.slot.address, held.entry.ports)
+        _, new = elements.inbound(held.slot.address, ports)
+        opened.sets.change(
+            add=[(name, [key for key in new if key not in old])], delete=[(name, [key for key in old if key not in new])]
         )
         changed = self._held[entry.id] = _Held(held.slot, entry)
         return changed
@@ -147,10 +150,8 @@ class LinkNetwork:
     def _shut(self, opened: _Open, held: _Held) -> None:
         """Let nothing through any more, and forget whose the slot was. From here on a crash cannot give it to anybody."""
         self._ledger.remove(held.slot.number)
-        opened.nftables.run(
-            firewall.delete(self._table, "inbound", firewall.inbound(held.slot.address, held.entry.ports)),
-            firewall.delete(self._table, "sources", [_source(held.slot)]),
-        )
+        slot = held.slot
+        opened.sets.change(delete=[elements.inbound(slot.address, held.entry.ports), elements.source(slot.interface, slot.address)])
         del self._held[held.entry.id]  # only now: what could not be shut can be tried again
 
     async def _open(self) -> _Open:
@@ -172,12 +173,14 @@ class LinkNetwork:
                     nftables.close()
                     raise
 
+                sets = ElementSocket(self._table)
+
                 def admit(slot: Slot) -> None:
-                    nftables.run(firewall.add(self._table, "sources", [_source(slot)]))
+                    sets.change(add=[elements.source(slot.interface, slot.address)])
 
                 pool = SlotPool(maker, self._addresses, prepared=self._prepared, admit=admit)
                 pool.start()
-                self._state = _Open(maker, nftables, pool)
+                self._state = _Open(maker, nftables, sets, pool)
             return self._state
 
     def _take_over(self, maker: SlotMaker, nftables: firewall.Nftables) -> None:

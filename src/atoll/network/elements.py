@@ -1,0 +1,106 @@
+"""Elements of nftables sets, added and deleted in one netlink transaction of 0.1 ms, however much else is in the kernel.
+
+libnftables would first read every table, chain and set of the machine, whoever made them: 0.3 ms on an empty machine, and
+2.5 ms beside seven other tables. Layouts are those of <linux/netfilter/nf_tables.h> and <linux/netfilter/nfnetlink.h>.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+
+from atoll.model.errors import RuntimeFailed
+from atoll.model.spec import Port, PortProtocol
+from atoll.network.netlink import REPLY_TIMEOUT_S, attribute
+
+_NETLINK_NETFILTER = 12
+_HEADER = struct.Struct("=IHHII")
+_FAMILY = struct.Struct("!BBH")
+_SUBSYSTEM = 10
+_BEGIN, _END = 0x10, 0x11
+_NEW, _DELETE = _SUBSYSTEM << 8 | 12, _SUBSYSTEM << 8 | 14
+_REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
+_INET = 1
+_NESTED = 0x8000
+_ERROR = 2
+
+Elements = tuple[str, Sequence[bytes]]
+"""A set's name, and keys in it."""
+
+
+def inbound(address: str, ports: Sequence[Port]) -> Elements:
+    """Return the keys of a set of `ipv4_addr . inet_proto . inet_service`; every field takes whole words of four bytes."""
+    packed = socket.inet_aton(address)
+    numbers = {(socket.IPPROTO_UDP if port.protocol is PortProtocol.UDP else socket.IPPROTO_TCP, port.port) for port in ports}
+    return "inbound", [packed + struct.pack("!BxxxHxx", protocol, port) for protocol, port in sorted(numbers)]
+
+
+def source(interface: str, address: str) -> Elements:
+    """Return the key of a set of `ifname . ipv4_addr`."""
+    return "sources", [interface.encode().ljust(16, b"\0") + socket.inet_aton(address)]
+
+
+class ElementSocket:
+    """Changes the sets of one table. Calls from any thread are made one at a time."""
+
+    def __init__(self, table: str) -> None:
+        self._table = attribute(1, table.encode() + b"\0")
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._socket.settimeout(REPLY_TIMEOUT_S)
+        self._socket.bind((0, 0))
+        self._sequence = 0
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def change(self, *, add: Sequence[Elements] = (), delete: Sequence[Elements] = ()) -> None:
+        """Make all changes, or none. What is there already, or is gone already, is no error.
+
+        Raises RuntimeFailed; nothing was changed.
+        """
+        changes = [(_NEW, each) for each in add if each[1]] + [(_DELETE, each) for each in delete if each[1]]
+        if not changes:
+            return
+        with self._lock:
+            first = self._sequence + 1
+            self._sequence += len(changes) + 2
+            parts = [self._part(_BEGIN, 0, first, _FAMILY.pack(0, 0, _SUBSYSTEM))]
+            for sequence, (kind, elements) in enumerate(changes, first + 1):
+                flags = _ACK | (_CREATE if kind == _NEW else 0)
+                parts.append(self._part(kind, flags, sequence, _FAMILY.pack(_INET, 0, 0) + self._body(elements)))
+            parts.append(self._part(_END, 0, self._sequence, _FAMILY.pack(0, 0, _SUBSYSTEM)))
+            self._socket.send(b"".join(parts))
+            number = self._result(first, len(changes))
+        if number == errno.ENOENT and not add:
+            return
+        if number:
+            mend = "run as root with CAP_NET_ADMIN" if number == errno.EPERM else None
+            raise RuntimeFailed(f"cannot change the firewall's sets: {os.strerror(number)}", mend=mend)
+
+    def _part(self, kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+        return _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, sequence, 0) + body
+
+    def _body(self, elements: Elements) -> bytes:
+        name, keys = elements
+        listed = b"".join(attribute(1 | _NESTED, attribute(1 | _NESTED, attribute(1, key))) for key in keys)
+        return self._table + attribute(2, name.encode() + b"\0") + attribute(3 | _NESTED, listed)
+
+    def _result(self, first: int, expected: int) -> int:
+        """Return 0, or the number of the first error; one may also be about the transaction as a whole."""
+        answered = 0
+        while answered < expected:
+            answer = self._socket.recv(1 << 16)
+            while len(answer) >= _HEADER.size:
+                length, kind, _, sequence, _ = _HEADER.unpack_from(answer)
+                if kind == _ERROR and sequence >= first:
+                    number = -int(struct.unpack_from("=i", answer, _HEADER.size)[0])
+                    if number:
+                        return number
+                    answered += 1
+                answer = answer[(length + 3) & ~3 :]
+        return 0
