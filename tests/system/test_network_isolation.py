@@ -336,6 +336,25 @@ async def test_a_full_subnet_says_so_and_leaves_nothing(tmp_path: Path, subnet: 
     assert await asyncio.to_thread(traces, network, directory) == []
 
 
+async def test_rules_that_somebody_removed_are_back_within_seconds(tmp_path: Path, subnet: str) -> None:
+    """As `systemctl restart nftables` does on Debian; here only our own table goes."""
+    directory = tmp_path / "network"
+    network = LinkNetwork(subnet, directory, prepared=1, rules_check_s=0.1)
+    try:
+        one = await network.attach("a", project="p", ports=(WEB,))
+        other = await network.attach("b", project="p", ports=(WEB,))
+        remove = ["nft", "delete", "table", "inet", f"atoll_{slots.tag_of(directory)}"]
+        await asyncio.to_thread(subprocess.run, remove, check=True, timeout=20)
+        await asyncio.sleep(1)
+        with listening(one, 8000), listening(one, 8001):
+            assert from_node(one.address, 8000)
+            assert not from_node(one.address, 8001)
+            assert not connects(socket_in(other), one.address, 8000)
+    finally:
+        await network.recover(())
+        await network.close()
+
+
 async def test_two_agents_cannot_own_one_directory(network: LinkNetwork, tmp_path: Path, subnet: str) -> None:
     await network.attach("a", project="p", ports=())
     with pytest.raises(Conflict):

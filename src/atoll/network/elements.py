@@ -77,10 +77,21 @@ class ElementSocket:
             self._socket.send(b"".join(parts))
             number = self._result(first, len(changes))
         if number == errno.ENOENT and not add:
+            if len(delete) > 1:
+                for each in delete:
+                    self.change(delete=[each])
             return
         if number:
             mend = "run as root with CAP_NET_ADMIN" if number == errno.EPERM else None
             raise RuntimeFailed(f"cannot change the firewall's sets: {os.strerror(number)}", mend=mend)
+
+    def intact(self, known: Elements) -> bool:
+        """Return whether the table still has the set of `known`, which is added to it if it has."""
+        try:
+            self.change(add=[known])
+        except RuntimeFailed:
+            return False
+        return True
 
     def _part(self, kind: int, flags: int, sequence: int, body: bytes) -> bytes:
         return _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, sequence, 0) + body

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import structlog
@@ -21,6 +21,8 @@ from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysc
 
 PREPARED_DEFAULT = 8
 """Slots made ahead. One costs about 2 ms to make, and some kernel memory."""
+RULES_CHECK_S = 2.0
+"""Seconds within which rules that somebody removed are back."""
 FORWARDING = "ipv4/ip_forward"
 
 log = structlog.get_logger()
@@ -54,6 +56,7 @@ class LinkNetwork:
         *,
         prepared: int = PREPARED_DEFAULT,
         resolver_sources: Sequence[Path] = resolvers.SOURCES,
+        rules_check_s: float = RULES_CHECK_S,
     ) -> None:
         """Raises Invalid for a subnet that is none."""
         self._addresses = AddressPool(subnet)
@@ -68,6 +71,9 @@ class LinkNetwork:
         self._opening = asyncio.Lock()
         self._closed = False
         self._resolves = False
+        self._servers: tuple[str, ...] = ()
+        self._keeper: asyncio.Task[None] | None = None
+        self._rules_check_s = rules_check_s
 
     async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
         opened = await self._open()
@@ -112,6 +118,9 @@ class LinkNetwork:
             opened, self._state = self._state, None
         if opened is None:
             return
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
         idle = await opened.pool.close()
         if self._held:
             opened.sets.change(delete=[elements.source(slot.interface, slot.address) for slot in idle])
@@ -122,6 +131,37 @@ class LinkNetwork:
         opened.maker.close()
         opened.nftables.close()
         opened.sets.close()
+
+    def _write_rules(self, maker: SlotMaker, nftables: firewall.Nftables, held: Iterable[_Held], slots: Iterable[Slot]) -> None:
+        """Replace the whole table: `slots` may send, and the ports of `held` are open."""
+        ports = [element for each in held for element in firewall.inbound(each.slot.address, each.entry.ports)]
+        nftables.run(
+            firewall.ruleset(
+                table=self._table,
+                prefix=maker.prefix,
+                subnet=str(self._addresses.network),
+                node_address=self._addresses.node_address,
+                resolvers=self._servers,
+                elements=[
+                    firewall.add(self._table, "sources", [f'"{slot.interface}" . {slot.address}' for slot in slots]),
+                    firewall.add(self._table, "inbound", ports),
+                ],
+            )
+        )
+
+    async def _keep_rules(self, opened: _Open) -> None:
+        """Write the rules again when somebody has removed them, as a restart of Debian's nftables service does. Never returns."""
+        known = elements.source("lo", self._addresses.node_address)
+        while True:
+            await asyncio.sleep(self._rules_check_s)
+            if opened.sets.intact(known):
+                continue
+            slots = [*(each.slot for each in self._held.values()), *opened.pool.ready]
+            try:
+                self._write_rules(opened.maker, opened.nftables, list(self._held.values()), slots)
+                log.error("network.rules-restored", message="somebody removed the firewall's rules; they have been written again")
+            except AtollError as error:
+                log.error("network.rules-missing", message=str(error))
 
     def _link(self, held: _Held) -> Link:
         slot = held.slot
@@ -181,6 +221,7 @@ class LinkNetwork:
                 pool = SlotPool(maker, self._addresses, prepared=self._prepared, admit=admit)
                 pool.start()
                 self._state = _Open(maker, nftables, sets, pool)
+                self._keeper = asyncio.create_task(self._keep_rules(self._state), name="network-rules")
             return self._state
 
     def _take_over(self, maker: SlotMaker, nftables: firewall.Nftables) -> None:
@@ -199,26 +240,10 @@ class LinkNetwork:
             log.warning("network.no-resolver", message="no name server of this node can be reached from an instance")
         self._resolv_conf.write_text(named.text)
         held = [_Held(slot, entries[number]) for number, slot in whole.items() if number in entries]
-        ports = [element for each in held for element in firewall.inbound(each.slot.address, each.entry.ports)]
-        nftables.run(
-            firewall.ruleset(
-                table=self._table,
-                prefix=maker.prefix,
-                subnet=str(self._addresses.network),
-                node_address=self._addresses.node_address,
-                resolvers=named.servers,
-                elements=[
-                    firewall.add(self._table, "sources", [_source(each.slot) for each in held]),
-                    firewall.add(self._table, "inbound", ports),
-                ],
-            )
-        )
+        self._servers = named.servers
+        self._write_rules(maker, nftables, held, [each.slot for each in held])
         maker.add_node_address()
         for each in held:
             maker.connect(each.slot)
         self._held = {each.entry.id: each for each in held}
         self._addresses.claim(each.slot.number for each in held)
-
-
-def _source(slot: Slot) -> str:
-    return f'"{slot.interface}" . {slot.address}'

@@ -44,6 +44,10 @@ class SlotPool:
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def ready(self) -> tuple[Slot, ...]:
+        return tuple(self._ready)
+
     def start(self) -> None:
         """Begin to make slots ahead. Call it once, in the running loop."""
         self._wake_maker.set()
