@@ -189,11 +189,14 @@ class Rules:
         instance = next((i for i in self.records[Instance].values() if i.id == box.id), None)
         if instance is not None and instance.node != machine.name:
             self._story.breaks(f"{box.id} starts on {machine.name}, but its node is {instance.node}")
+        # What is no longer wanted at all does not count: a node that was given up runs it on until it hears of that.
+        known = {i.id for i in self.records[Instance].values()}
         running = Counter[str]()
         for id in (*machine.host.running(), box.id):
-            limits = box.limits if id == box.id else machine.host.processes[id].box.limits
-            running["cpu"] += limits.cpu_milli
-            running["memory"] += limits.memory_bytes
+            if id in known:
+                limits = box.limits if id == box.id else machine.host.processes[id].box.limits
+                running["cpu"] += limits.cpu_milli
+                running["memory"] += limits.memory_bytes
         if running["cpu"] > machine.capacity[0] or running["memory"] > machine.capacity[1]:
             self._story.breaks(f"{machine.name} runs more than it has: {dict(running)}")
 

@@ -35,6 +35,8 @@ RANGE_AT_REVISIONS_MAX = 16_384
 """How far behind the newest revision a listing `at` a revision may be: a page costs as much as what has changed since."""
 LEASE_TTL_MIN_S = 1.0
 LEASE_TTL_MAX_S = 86_400.0
+LEASE_SLACK_S = 0.001
+"""The shortest wait for a lease's end: a remainder that is lost in rounding must not be waited for again and again."""
 LEASE_RETRY_S = 1.0
 """After a failed attempt to remove what an expired lease held."""
 
@@ -232,10 +234,12 @@ class BaseStore(abc.ABC):
         """Sleep until the next lease could end. A renewed lease only wakes this task once too early."""
         while True:
             self._lease_change.clear()
-            wait_s = min(self._ends.values(), default=LEASE_TTL_MAX_S) - self._clock.monotonic()
+            next_end = min(self._ends.values(), default=None)
+            wait_s = None if next_end is None else next_end - self._clock.monotonic()
             try:
-                if wait_s > 0:
-                    await asyncio.wait_for(self._lease_change.wait(), wait_s)
+                if wait_s is None or wait_s > 0:
+                    # Without a lease there is no deadline: the next one to be granted wakes this task.
+                    await asyncio.wait_for(self._lease_change.wait(), wait_s and max(wait_s, LEASE_SLACK_S))
                 else:
                     await self.expire_leases()
             except TimeoutError:

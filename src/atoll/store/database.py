@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 APPLICATION_ID = 0x41544F4C
 """`ATOL` in the file's header, so that no other program's database is taken for ours."""
 BUSY_TIMEOUT_MS = 2_000
+LOG_BYTES_MAX = 64 << 20
+"""Size to which the write-ahead log is cut back after a burst."""
 READ_BYTES_MAX = 4 << 20
 """History that is read at a time, in bytes, beside the first revision of it."""
 FREE_BYTES_MIN = 256 << 10
@@ -87,6 +89,7 @@ def connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     connection.execute("PRAGMA synchronous = FULL")
+    connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES_MAX}")
     return connection
 
 
