@@ -23,8 +23,6 @@ from atoll.store.memory import MemoryStore
 APPS = ("a", "b", "c")
 PLACES = [("x.test", "/"), ("x.test", "/api"), ("y.test", "/"), ("a.localhost", "/b")]
 ROUTES = st.lists(st.sampled_from(PLACES), max_size=3, unique=True)
-    st.sampled_from([("x.test", "/"), ("x.test", "/api"), ("y.test", "/"), ("a.localhost", "/b")]), max_size=3, unique=True
-)
 PUT = st.tuples(st.just("put"), st.sampled_from(APPS), ROUTES)
 BACK = st.tuples(st.just("back"), st.sampled_from(APPS), st.just([]))
 GONE = st.tuples(st.just("gone"), st.sampled_from(APPS), st.just([]))
