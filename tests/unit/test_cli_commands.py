@@ -425,6 +425,15 @@ def test_completion_is_printed_for_each_shell(atoll: Atoll, shell: str) -> None:
     assert "_ATOLL_COMPLETE" in atoll.run("completion", shell).stdout
 
 
+def test_names_are_completed_by_the_shell(atoll: Atoll) -> None:
+    atoll.deploy()
+    for words, expected in (("atoll status ", "web"), ("atoll logs web-11", "web-110abc"), ("atoll depl", "deploy")):
+        count = len(words.split(" ")) - 1
+        environment = {**atoll.environment, "_ATOLL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(count)}
+        result = CliRunner().invoke(cli, [], prog_name="atoll", obj=Session(dial=lambda _: atoll.api), env=environment)
+        assert f"plain,{expected}" in result.stdout.splitlines(), (words, result.stdout, result.stderr)
+
+
 def test_version_speaks_of_both_sides(atoll: Atoll) -> None:
     assert "server  fake (cell main, store memory)" in atoll.run("version").stdout
     atoll.api.down = Unavailable("away")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atoll.cli import names
 from atoll.cli.session import Session, command
 from atoll.model.errors import Invalid
 
@@ -57,7 +58,7 @@ def word(view: AppView) -> str:
 
 
 @command(example="atoll status hello")
-@click.argument("app")
+@names.argument("app", "apps")
 async def status(session: Session, app: str) -> None:
     """Show one app: its state, its instances and its last events."""
     project = session.project
@@ -112,7 +113,7 @@ def _show_app(session: Session, view: AppView) -> None:
 
 
 @command(example="atoll scale hello 5")
-@click.argument("app")
+@names.argument("app", "apps")
 @click.argument("replicas", type=click.IntRange(min=0))
 @detach
 async def scale(session: Session, app: str, replicas: int, detach: bool) -> None:
@@ -123,7 +124,7 @@ async def scale(session: Session, app: str, replicas: int, detach: bool) -> None
 
 
 @command(example="atoll restart hello")
-@click.argument("app")
+@names.argument("app", "apps")
 @detach
 async def restart(session: Session, app: str, detach: bool) -> None:
     """Replace every instance of an app, new ones first, so that it keeps serving."""
@@ -133,7 +134,7 @@ async def restart(session: Session, app: str, detach: bool) -> None:
 
 
 @command(example="atoll releases hello")
-@click.argument("app")
+@names.argument("app", "apps")
 async def releases(session: Session, app: str) -> None:
     """List what was deployed, newest first; `atoll rollback` goes back to one."""
     from atoll.cli.output import age, dim
@@ -165,7 +166,7 @@ def _image(reference: str | None) -> str:
 
 
 @command(example="atoll rollback hello\natoll rollback hello --to 3")
-@click.argument("app")
+@names.argument("app", "apps")
 @click.option(
     "--to", "release", type=click.IntRange(min=1), metavar="RELEASE", help="The release; else the one before the current."
 )
@@ -178,7 +179,7 @@ async def rollback(session: Session, app: str, release: int | None, detach: bool
 
 
 @command(example="atoll delete hello\natoll delete hello --yes   # ask nothing")
-@click.argument("app")
+@names.argument("app", "apps")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @detach
 async def delete(session: Session, app: str, yes: bool, detach: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from atoll.cli import names
 from atoll.cli.session import Session, command
 from atoll.model.errors import AtollError, Invalid, Unavailable
 from atoll.model.streams import ExecOptions, Kind
@@ -33,7 +34,7 @@ SHELL = ("/bin/sh",)
 @click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable for the command (not for secrets).")
 @click.option("--workdir", "-w", metavar="DIR", help="Where the command starts.")
 @click.option("--user", "-u", metavar="USER[:GROUP]", help="Who the command runs as.")
-@click.argument("name", metavar="APP|INSTANCE")
+@names.argument("name", "running", metavar="APP|INSTANCE")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND…")
 async def execute(
     session: Session,

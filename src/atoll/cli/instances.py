@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from atoll.cli import names
 from atoll.cli.session import Session, command
 from atoll.model.errors import NotFound
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @command(example="atoll ps\natoll ps hello --json | jq -r '.[].instance.id'")
-@click.argument("owner", required=False, metavar="[APP|JOB]")
+@names.argument("owner", "running", required=False, metavar="[APP|JOB]")
 async def ps(session: Session, owner: str | None) -> None:
     """List the instances of the project, or of one app or job."""
     async with session.client() as client:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atoll.cli import names
 from atoll.cli.apps import confirm
 from atoll.cli.session import Session, command, group
 from atoll.model.errors import AtollError, Invalid
@@ -172,7 +173,7 @@ def _row(view: JobView) -> tuple[Any, ...]:
 
 
 @command(example="atoll jobs show sum")
-@click.argument("name", metavar="JOB")
+@names.argument("name", "jobs", metavar="JOB")
 async def show(session: Session, name: str) -> None:
     """Show one job, its instances and its events."""
     async with session.client() as client:
@@ -195,7 +196,7 @@ async def show(session: Session, name: str) -> None:
 
 
 @command(name="logs", example="atoll jobs logs sum\natoll jobs logs -f sum")
-@click.argument("name", metavar="JOB")
+@names.argument("name", "jobs", metavar="JOB")
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
 @click.option("--tail", "-n", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 async def logs(session: Session, name: str, follow: bool, tail: int | None) -> None:
@@ -208,7 +209,7 @@ async def logs(session: Session, name: str, follow: bool, tail: int | None) -> N
 
 
 @command(example="atoll jobs cancel sum")
-@click.argument("name", metavar="JOB")
+@names.argument("name", "jobs", metavar="JOB")
 async def cancel(session: Session, name: str) -> None:
     """Stop what runs of a job; it ends as cancelled."""
     async with session.client() as client:
@@ -220,7 +221,7 @@ async def cancel(session: Session, name: str) -> None:
 
 
 @command(example="atoll jobs delete sum --yes")
-@click.argument("name", metavar="JOB")
+@names.argument("name", "jobs", metavar="JOB")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 async def delete(session: Session, name: str, yes: bool) -> None:
     """Delete a job with its instances and their logs."""

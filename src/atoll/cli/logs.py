@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atoll.cli import names
 from atoll.cli.session import Session, command
 from atoll.model.errors import AtollError, NotFound
 
@@ -24,7 +25,7 @@ READ_TOGETHER = 16
 
 
 @command(example="atoll logs hello --tail 20\natoll logs -f hello")
-@click.argument("name", metavar="APP|JOB|INSTANCE")
+@names.argument("name", "running", metavar="APP|JOB|INSTANCE")
 @click.option("--follow", "-f", is_flag=True, help="Go on and print what is written, until Ctrl-C.")
 @click.option("--tail", "-n", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @click.option("--since", metavar="SPAN", help="Only lines of the last SPAN, such as 10m or 1h30m.")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from atoll.cli import names
 from atoll.cli.session import Session, command, group
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def _row(view: NodeView) -> tuple[Any, ...]:
 
 
 @command(example="atoll nodes show node-3")
-@click.argument("name", metavar="NODE")
+@names.argument("name", "nodes", metavar="NODE")
 async def show(session: Session, name: str) -> None:
     """Show one node."""
     async with session.client() as client:
@@ -111,7 +110,7 @@ async def show(session: Session, name: str) -> None:
 
 
 @command(example="atoll nodes cordon node-3")
-@click.argument("name", metavar="NODE")
+@names.argument("name", "nodes", metavar="NODE")
 async def cordon(session: Session, name: str) -> None:
     """Put nothing new on a node; what runs there stays."""
     async with session.client() as client:
@@ -120,7 +119,7 @@ async def cordon(session: Session, name: str) -> None:
 
 
 @command(example="atoll nodes uncordon node-3")
-@click.argument("name", metavar="NODE")
+@names.argument("name", "nodes", metavar="NODE")
 async def uncordon(session: Session, name: str) -> None:
     """Let a node be used again."""
     async with session.client() as client:

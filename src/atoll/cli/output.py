@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import msgspec
 
@@ -84,14 +84,13 @@ class Output:
         sys.stdout.flush()
 
     def print(self, *what: RenderableType) -> None:
+        """Print results on stdout."""
         for each in what:
-            if self.out.is_terminal:
-                self.out.print(each, soft_wrap=isinstance(each, str), highlight=False)
-                continue
-            with self.out.capture() as captured:
-                self.out.print(each, soft_wrap=isinstance(each, str), highlight=False)
-            sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines() or [""]))
-            sys.stdout.flush()
+            _emit(self.out, sys.stdout, each)
+
+    def show(self, what: RenderableType) -> None:
+        """Print what is for people beside the results, on stderr."""
+        _emit(self.err, sys.stderr, what)
 
     def say(self, message: str) -> None:
         """Tell people something on stderr; `message` may hold rich's markup."""
@@ -109,6 +108,17 @@ class Output:
     def width(self) -> int | None:
         """Columns of the terminal; None where it is none."""
         return self.out.width if self.out.is_terminal else None
+
+
+def _emit(console: Console, stream: TextIO, what: RenderableType) -> None:
+    """Print; without the blanks that fill a terminal's lines where there is none."""
+    if console.is_terminal:
+        console.print(what, soft_wrap=isinstance(what, str), highlight=False)
+        return
+    with console.capture() as captured:
+        console.print(what, soft_wrap=isinstance(what, str), highlight=False)
+    stream.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines() or [""]))
+    stream.flush()
 
 
 def _console(stream: Any) -> Console:

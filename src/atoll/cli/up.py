@@ -64,12 +64,12 @@ def up(session: Session, detach: bool, **given: Any) -> None:
     if detach:
         _detached(session, config)
         return
-    from atoll.entry.up import check, foreground, holder
+    from atoll.entry.up import check, foreground, lock
 
-    if holder(config) is None:  # else `foreground` says who holds it
+    with lock(config):
         check(config)
-        if os.fork() == 0:
-            _announce(session, config)
+    if os.fork() == 0:
+        _announce(session, config)
     sys.exit(foreground(config))
 
 
@@ -135,7 +135,7 @@ def _show(session: Session, config: Config) -> None:
     )
     grid.add_row("token", escape(f"in {places['token_file']}, and for this user in {places['config']}"))
     grid.add_row("next", "atoll deploy examples/hello")
-    session.output.err.print(grid)
+    session.output.show(grid)
 
 
 def _save(config: Config) -> None:
