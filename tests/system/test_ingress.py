@@ -26,6 +26,7 @@ from envoy.config.route.v3.route_components_pb2 import VirtualHost
 from atoll.ingress import envoy, resources
 from atoll.ingress.fake import FakeRouting
 from atoll.ingress.resources import Kind
+from atoll.ingress.running import started_at
 from atoll.ingress.service import Ingress
 from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict
@@ -546,7 +547,7 @@ async def test_envoy_serves_on_when_the_ingress_is_killed_and_the_next_one_adopt
             await load.stop()
         assert load.failures == []
         assert load.answers > 20
-        assert envoy.started_at(pid) is None
+        assert started_at(pid) is None
 
 
 async def test_without_the_control_plane_it_serves_what_it_knew_and_catches_up_later(site: Site) -> None:
@@ -620,8 +621,8 @@ async def test_stopping_ends_envoy(tmp_path: Path) -> None:
     async with site_at(tmp_path / "ingress") as site:
         pid = site.ingress.envoy.pid
         assert pid is not None
-        assert envoy.started_at(pid) is not None
-    assert envoy.started_at(pid) is None
+        assert started_at(pid) is not None
+    assert started_at(pid) is None
 
 
 async def test_the_admin_interface_is_on_no_network(site: Site) -> None:
