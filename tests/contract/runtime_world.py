@@ -6,12 +6,18 @@ import asyncio
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from atoll.model.errors import Unsupported
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits, Runtime
+from atoll.runtimes.cgroup import Cgroups
+from atoll.runtimes.runc import RuncRuntime, probe_runc
 
 BUSYBOX = Path("/bin/busybox")
 LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=64 << 20, pids=64)
@@ -48,12 +54,16 @@ def make_layer(directory: Path) -> Path:
 
 
 class World:
-    """One node: `make` gives a runtime on it, any number of times, as agents come and go."""
+    """One node: `make` gives a runtime on it, any number of times, as agents come and go.
 
-    def __init__(self, directory: Path, make: Callable[[], Runtime], layers: tuple[Path, ...], *, real: bool) -> None:
+    Where real containers run, `cgroup` is this world's own, so that test runs side by side do not meet.
+    """
+
+    def __init__(self, directory: Path, make: Callable[[], Runtime], layers: tuple[Path, ...] = (), *, cgroup: str = "") -> None:
         self.directory = directory
         self.make = make
-        self.real = real
+        self.cgroup = cgroup
+        self.real = bool(cgroup)
         self.runtime = make()
         self._image = Image(reference="test", digest="sha256:0", config=ImageConfig(), layers=layers)
         self._readers: dict[Path, int] = {}
@@ -136,3 +146,17 @@ class World:
         await self.runtime.close()
         for fd in self._readers.values():
             os.close(fd)
+        if self.cgroup:
+            assert [path for path in Cgroups.detect().group(self.cgroup).directories if path.exists()] == []
+
+
+def runc_world(directory: Path, layer: Path, cgroup: str = "") -> World:
+    """Return a world of real containers, on `cgroup` where another process has it already. Skips where there can be none."""
+    if not BUSYBOX.exists():
+        pytest.skip("needs busybox-static")
+    try:
+        probe_runc()
+    except Unsupported as error:
+        pytest.skip(f"{error}; {error.mend}")
+    cgroup = cgroup or f"/atoll-test-{uuid.uuid4().hex[:8]}"
+    return World(directory, lambda: RuncRuntime(directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)

@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from runtime_world import BUSYBOX, World, make_layer
+from runtime_world import World, make_layer, runc_world
 
-from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, RuntimeFailed, Unsupported
+from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, RuntimeFailed
 from atoll.runtimes.fake import FakeHost, FakeRuntime
-from atoll.runtimes.runc import RuncRuntime, probe_runc
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +23,9 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     if request.param == "fake":
         host = FakeHost()
-        world = World(tmp_path, lambda: FakeRuntime(host), (), real=False)
+        world = World(tmp_path, lambda: FakeRuntime(host))
     else:
-        if not BUSYBOX.exists():
-            pytest.skip("needs busybox-static")
-        try:
-            probe_runc()
-        except Unsupported as error:
-            pytest.skip(f"{error}; {error.mend}")
-        layers = (request.getfixturevalue("layer"),)
-        world = World(tmp_path, lambda: RuncRuntime(tmp_path / "runtime"), layers, real=True)
+        world = runc_world(tmp_path, request.getfixturevalue("layer"))
     yield world
     await world.close()
 

@@ -17,13 +17,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from runtime_world import BUSYBOX, LIMITS, World, make_layer
+from runtime_world import LIMITS, World, make_layer, runc_world
 
 from atoll.model.errors import Exhausted, ImageError, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Limits, Mount
 from atoll.runtimes.mounts import mounts_below, unmount
 from atoll.runtimes.oci import CAPABILITIES
-from atoll.runtimes.runc import RuncRuntime, probe_runc
+from atoll.runtimes.runc import RuncRuntime
 
 pytestmark = pytest.mark.system
 
@@ -37,18 +37,9 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def world(layer: Path, tmp_path: Path) -> AsyncIterator[World]:
-    if not BUSYBOX.exists():
-        pytest.skip("needs busybox-static")
-    try:
-        probe_runc()
-    except Unsupported as error:
-        pytest.skip(f"{error}; {error.mend}")
-    world = World(tmp_path, lambda: RuncRuntime(tmp_path / "runtime", cgroup="/atoll-test"), (layer,), real=True)
+    world = runc_world(tmp_path, layer)
     yield world
     await world.close()
-    for path in [*Path("/sys/fs/cgroup").glob("*/atoll-test"), Path("/sys/fs/cgroup/atoll-test")]:
-        with contextlib.suppress(OSError):  # another run may be using it
-            path.rmdir()
 
 
 def limits(**changes: int) -> Limits:
@@ -389,8 +380,8 @@ def _loops(world: World) -> list[str]:
 
 
 def _traces(world: World, id: str) -> list[str]:
-    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/atoll-test/{id}")]
-    found += [str(path) for path in Path("/sys/fs/cgroup/atoll-test").glob(id)]
+    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{world.cgroup[1:]}/{id}")]
+    found += [str(path) for path in Path(f"/sys/fs/cgroup{world.cgroup}").glob(id)]
     found += [str(path) for path in Path("/run/atoll").glob(f"*/{id}/root") if str(world.directory) in _mount_options(path)]
     found += [str(path) for path in world.directory.glob(f"runtime/*/{id}*")]
     found += [str(path) for path in (world.directory / "instances").glob(id)]
@@ -406,13 +397,11 @@ _AGENT = """
     import asyncio, sys, os
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from runtime_world import World
-    from atoll.runtimes.runc import RuncRuntime
+    from runtime_world import runc_world
 
     async def main():
         directory = Path({directory!r})
-        make = lambda: RuncRuntime(directory / "runtime", cgroup="/atoll-test")
-        world = World(directory, make, (Path({layer!r}),), real=True)
+        world = runc_world(directory, Path({layer!r}), {cgroup!r})
         await world.launch("stays", "graceful")
         await world.launch("ends", "exit", "42", "0.5")
         await world.launch("talks", "sh", "-c", "while :; do echo tick; sleep 0.05; done")
@@ -428,7 +417,8 @@ _AGENT = """
 
 
 async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world: World, layer: Path) -> None:
-    script = textwrap.dedent(_AGENT).format(tests=str(Path(__file__).parent), directory=str(world.directory), layer=str(layer))
+    names = {"tests": str(Path(__file__).parent), "directory": str(world.directory), "layer": str(layer), "cgroup": world.cgroup}
+    script = textwrap.dedent(_AGENT).format(**names)
     agent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
     assert agent.stdout is not None
     assert await agent.stdout.readline() == b"ready\n"
@@ -538,7 +528,7 @@ async def test_after_a_restart_of_the_machine_what_ran_has_ended(world: World) -
 
 async def test_without_user_namespaces_all_else_holds(world: World, netns: Path) -> None:
     await world.runtime.close()
-    world.make = lambda: RuncRuntime(world.directory / "runtime", cgroup="/atoll-test", userns=False)
+    world.make = lambda: RuncRuntime(world.directory / "runtime", cgroup=world.cgroup, userns=False)
     await world.reopen()
     pid = await world.launch("a", "run", netns=netns)
     assert Path(f"/proc/{pid}").stat().st_uid == 0

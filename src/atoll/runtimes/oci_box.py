@@ -190,8 +190,9 @@ class OciBoxes:
     def close(self) -> None:
         self.scratch.close()
         self.idmaps.close()
-        with contextlib.suppress(OSError):  # roots are mounted there: they stay
-            self._roots.rmdir()
+        for path in (self._roots, *self._cgroups.group(self._cgroup).directories):
+            with contextlib.suppress(OSError):  # not empty: instances live on
+                path.rmdir()
 
 
 class SavedConfig(Struct, frozen=True):
