@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from atoll.entry.up import OWNER_VARIABLE
+
 COMMAND_S = 300.0
 """The longest wait for one `atoll` command."""
 
@@ -35,7 +37,12 @@ class ScratchAtoll:
         self.ingress = f"127.0.0.1:{free_port()}"
         # Away from the default subnet, and from other scratch instances on this machine.
         self.subnet = f"10.{100 + int(self.api.rsplit(':', 1)[1]) % 100}.0.0/16"
-        self.environment = {**os.environ, "XDG_CONFIG_HOME": str(self.data / "config"), "NO_COLOR": "1"}
+        self.environment = {
+            **os.environ,
+            "XDG_CONFIG_HOME": str(self.data / "config"),
+            "NO_COLOR": "1",
+            OWNER_VARIABLE: str(os.getpid()),
+        }
 
     def __enter__(self) -> ScratchAtoll:
         try:

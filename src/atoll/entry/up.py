@@ -33,6 +33,8 @@ STABLE_S = 30.0
 STOP_S = 25.0
 """The longest wait for a child's own end, before SIGKILL."""
 PR_SET_CHILD_SUBREAPER = 36
+OWNER_VARIABLE = "ATOLL_OWNER_PID"
+"""An Atoll that is for one process only (a test, a benchmark) ends when that process does, however it ends."""
 
 
 @dataclass
@@ -66,13 +68,16 @@ class Supervisor:
             wake.setblocking(False)
             woken.setblocking(False)
             signal.set_wakeup_fd(wake.fileno())
+            owner = _watch_owner()
+            watched = [woken] if owner is None else [woken, owner]
             while not self._stopping:
                 now = time.monotonic()
                 for child in self._children.values():
                     if child.process is None and now >= child.retry_at:
                         self._start(child, now)
                 waits = [child.retry_at - now for child in self._children.values() if child.process is None]
-                select.select([woken], [], [], max(0.0, min(waits)) if waits else None)
+                ready, _, _ = select.select(watched, [], [], max(0.0, min(waits)) if waits else None)
+                self._stopping |= owner in ready
                 with contextlib.suppress(BlockingIOError):
                     woken.recv(4096)
                 self._reap()
@@ -125,6 +130,17 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _watch_owner() -> int | None:
+    """Return a descriptor that becomes readable when the process ends that this Atoll is for, if it is for one."""
+    pid = os.environ.get(OWNER_VARIABLE, "")
+    if not pid.isdigit():
+        return None
+    try:
+        return os.pidfd_open(int(pid))
+    except ProcessLookupError:
+        sys.exit("the process that wanted this Atoll has ended")
 
 
 def _next_ended() -> int | None:
