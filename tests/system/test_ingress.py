@@ -25,6 +25,7 @@ from envoy.config.route.v3.route_components_pb2 import VirtualHost
 
 from atoll.ingress import envoy, resources
 from atoll.ingress.fake import FakeRouting
+from atoll.ingress.logs import keep_bounded
 from atoll.ingress.resources import Kind
 from atoll.ingress.running import started_at
 from atoll.ingress.service import Ingress
@@ -643,6 +644,35 @@ async def test_the_access_log_says_what_happened_without_queries(site: Site) -> 
     assert "secret" not in text
     line = next(json.loads(line) for line in text.splitlines() if "/path" in line)
     assert (line["app"], line["status"], line["path"]) == ("default/web", 200, "/path")
+
+
+async def test_the_access_log_is_kept_to_a_size(site: Site) -> None:
+    path = site.directory / "access.log"
+    keeper = asyncio.create_task(keep_bounded([path], site.ingress.envoy.admin, bytes_max=4_000, period_s=0.05))
+    older = path.with_suffix(".log.1")
+
+    async def rotated_twice() -> bool:
+        await asyncio.gather(*(get(site.port, "nowhere.example", f"/{n}") for n in range(20)))
+        return older.exists() and path.exists() and path.stat().st_ino != first
+
+    first = path.stat().st_ino
+    try:
+        await eventually(rotated_twice, timeout_s=20)
+        await get(site.port, "nowhere.example", "/last")
+        await eventually(lambda: any("/last" in each.read_text() for each in (path, older) if each.exists()))
+    finally:
+        keeper.cancel()
+    assert sorted(each.name for each in site.directory.glob("access.log*")) == ["access.log", "access.log.1"]
+
+
+async def test_a_client_that_sends_its_headers_too_large_is_refused_alone(site: Site) -> None:
+    (backend,) = await site.backends(1)
+    site.control.put(routing("web", backend))
+    await eventually(lambda: serves(site, "web.localhost"))
+    answer = await get(site.port, "web.localhost", "/", *(f"X-{n}: {'x' * 900}" for n in range(90)))
+    assert answer.status == 431
+    assert backend.requests > 0
+    assert await serves(site, "web.localhost")
 
 
 async def test_the_python_side_stays_small(tmp_path: Path) -> None:
