@@ -166,6 +166,33 @@ def test_bulk_placement_is_what_placing_one_by_one_gives(world: tuple[list[Machi
     assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
 
 
+@given(st.integers(0, 2**32), st.sampled_from(SpreadBy))
+@settings(max_examples=150, deadline=None)
+def test_bulk_equals_one_by_one_also_with_many_open_nodes(seed: int, spread: SpreadBy) -> None:
+    chance = random.Random(seed)
+    machines = []
+    for number in range(chance.randint(10, 40)):
+        sizes = (chance.choice((1000, 2000, 8000)), chance.choice((1000, 4000)))
+        capacity = Capacity(cpu_milli=sizes[0], memory_bytes=sizes[1], disk_bytes=100)
+        site = chance.randrange(6)
+        node = Node(name=f"n{number}", site=f"s{site}", region=f"r{site % 2}", capacity=capacity, runtimes=RUNTIMES)
+        machines.append(Machine(node, Standing.OPEN))
+    snapshot = snapshot_of(machines)
+    for number in range(chance.randint(0, 40)):
+        machine = chance.choice(machines)
+        held = Demand(cpu_milli=chance.randint(1, 300), memory_bytes=chance.randint(1, 300))
+        snapshot.allocate(f"h{number}", machine.node.name, f"g{number % 3}", held)
+        machine.held.append((f"g{number % 3}", held))
+    pending = []
+    for group in range(chance.randint(1, 3)):
+        wish = Placement(spread=spread, regions=chance.choice(((), ("r1", "any"))))
+        asked = Demand(cpu_milli=chance.randint(50, 900), memory_bytes=chance.randint(50, 900), placement=wish)
+        pending += [Pending(id=f"g{group}-{n:03d}", group=f"g{group}", demand=asked) for n in range(chance.randint(1, 60))]
+    got = plan(snapshot, pending)
+    expected = one_by_one(machines, pending)
+    assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
+
+
 @given(worlds())
 @settings(max_examples=150, deadline=None)
 def test_no_plan_over_commits_a_node_or_breaks_a_hard_rule(world: tuple[list[Machine], list[Pending]]) -> None:

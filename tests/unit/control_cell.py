@@ -122,8 +122,8 @@ class Cell:
         for task in self._leading:
             task.cancel()
 
-    def lead(self, identity: str = "server", seed: int = 1) -> asyncio.Task[Any]:
-        control = run_control(self.store, self.state, self.clock, random.Random(seed), self.last_seen, identity=identity)
+    def lead(self, identity: str = "server", chance: random.Random | None = None) -> asyncio.Task[Any]:
+        control = run_control(self.store, self.state, self.clock, chance or random.Random(1), self.last_seen, identity=identity)
         task = asyncio.ensure_future(control)
         self._tasks.append(task)
         self._leading.append(task)

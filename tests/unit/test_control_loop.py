@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from itertools import pairwise
 from typing import Any
 
@@ -612,6 +613,69 @@ def test_one_record_that_the_store_refuses_does_not_stop_the_others() -> None:
             await start(cell)
             await cell.until(lambda: cell.ready() == 2)
             assert {i.owner for i in cell.instances()} == {"web"}
+
+    run_virtual(main())
+
+
+def test_a_change_that_comes_in_between_is_seen_and_decided_about_again() -> None:
+    class Racing(MemoryStore):
+        """Before the leader changes an instance, somebody else does."""
+
+        raced: set[str] = set()
+
+        async def txn(self, *rest: Any, **named: Any) -> Any:
+            for op in rest[1] if any(compare.key == keys.LEADER for compare in rest[0]) else ():
+                if isinstance(op, Put) and op.key.startswith(keys.INSTANCES) and op.key not in self.raced:
+                    self.raced.add(op.key)
+                    held = await self.get(op.key)
+                    if held is not None:
+                        other = structs.replace(codec.decode(held.value, Instance), reason="changed meanwhile")
+                        await super().txn([], [Put(op.key, codec.encode(other))])
+            return await super().txn(*rest, **named)
+
+    async def main() -> None:
+        cell = Cell()
+        cell.store = store = Racing(cell.clock)
+        cell.state = State(store, cell.kinds)
+        async with cell:
+            await cell.add_ingress()
+            cell.lead()
+            await cell.deploy(WEB, replicas=3)
+            await cell.until(cell.instances)
+            store.raced.clear()
+            cell.agents()
+            await cell.add_node("n1")
+            await cell.until(lambda: running(cell))
+            store.raced.clear()
+            await cell.deploy(WEB, release=2, replicas=3)
+            await cell.until(lambda: running(cell) and {i.release for i in cell.instances()} == {2})
+            assert len(store.raced) >= 3
+
+    run_virtual(main())
+
+
+def test_a_fault_in_deciding_about_one_app_does_not_stop_the_others() -> None:
+    class Faulty(random.Random):
+        """Fails at its first use, in place of something that nobody foresaw."""
+
+        used = False
+
+        def choice(self, options: Any) -> Any:
+            if not self.used:
+                self.used = True
+                raise RuntimeError("injected")
+            return super().choice(options)
+
+    async def main() -> None:
+        async with Cell() as cell:
+            await cell.add_node("n1")
+            await cell.deploy(WEB, replicas=1)
+            await cell.deploy(AppSpec(name="other", image="x"), replicas=1)
+            cell.agents()
+            cell.lead(chance=Faulty(1))
+            await asyncio.sleep(1)
+            assert len(cell.instances()) == 1
+            await cell.until(lambda: cell.ready() == 2, 10)
 
     run_virtual(main())
 

@@ -190,6 +190,8 @@ def test_an_explanation_has_every_candidate_with_its_scores() -> None:
     assert (said.feasible, said.nodes, said.rejection) == (2, 3, None)
     assert said.candidates[0].node == place(nodes, demand()).placed[0].node
     assert explain(nodes, "g", demand(memory_bytes=1 << 40)).rejection is not None
+    by_site = explain(nodes, "g", demand(placement=Placement(spread=SpreadBy.SITE)))
+    assert by_site.candidates[0].scores["spread-places"] == -100_000
 
 
 @pytest.mark.parametrize(

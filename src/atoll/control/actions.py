@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from atoll.model.records import AppStatus, Event, Instance, JobStatus, NodeLiveness, Release, Severity, Status
+from atoll.model.records import AppStatus, Event, Instance, JobStatus, NodeLiveness, Severity, Status
 from atoll.model.states import Desired, Phase
 
 EVENTS_PER_DECISION_MAX = 100
@@ -61,10 +61,6 @@ class RemoveJob(Struct, frozen=True):
     revision: int
 
 
-class RemoveRelease(Struct, frozen=True):
-    release: Release
-
-
 class Forget(Struct, frozen=True):
     """Delete a key if it is still at `revision`, and if `unless` is absent."""
 
@@ -77,19 +73,7 @@ class Tell(Struct, frozen=True):
     event: Event
 
 
-Action = (
-    Create
-    | Update
-    | Remove
-    | WriteAppStatus
-    | WriteJobStatus
-    | WriteLiveness
-    | RemoveApp
-    | RemoveJob
-    | RemoveRelease
-    | Forget
-    | Tell
-)
+Action = Create | Update | Remove | WriteAppStatus | WriteJobStatus | WriteLiveness | RemoveApp | RemoveJob | Forget | Tell
 
 
 class Seen(Struct, frozen=True, kw_only=True):

@@ -45,7 +45,7 @@ async def lead(store: Store, clock: Clock, identity: str, work: Callable[[Term],
             pause_s = await _try(store, clock, identity, work)
         except* AtollError as group:
             log.warning("leading was interrupted", server=identity, causes=[str(error) for error in group.exceptions])
-        except* Exception:
+        except* Exception:  # the outer edge: a server that waits to lead must not end for one loop's fault
             log.exception("the leader's loops failed and start again", server=identity)
         await asyncio.sleep(pause_s)
 

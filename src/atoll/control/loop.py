@@ -223,7 +223,7 @@ class Loop:
         """Decide about one owner; where that fails, nothing is done about it for a while, and the others go on."""
         try:
             return self._decide_owner(owner, now)
-        except Exception:
+        except Exception:  # the edge of one owner's part of the loop: see above
             log.exception("deciding about one owner failed", kind=owner[0], owner=owner[1])
             self._timers.set(owner, now + ERROR_PAUSE_MAX_S)
             return Decision(now, self._suffix)

@@ -14,7 +14,6 @@ from atoll.control.actions import (
     Remove,
     RemoveApp,
     RemoveJob,
-    RemoveRelease,
     Tell,
     Update,
     WriteAppStatus,
@@ -90,8 +89,6 @@ def _translate(action: Action, state: State) -> tuple[list[Compare], list[Op]]:
         case RemoveJob(project, name, revision):
             key = keys.job(project, name)
             return [unchanged(key, revision)], [Delete(key), Delete(keys.job_status(project, name))]
-        case RemoveRelease(release):
-            return [], [Delete(keys.release(release.project, release.app, release.number))]
         case Forget(key, revision, unless):
             compare = [unchanged(key, revision)]
             return (compare if unless is None else [*compare, absent(unless)]), [Delete(key)]
