@@ -95,7 +95,7 @@ class Demo:
             found.append(f"{len(lines)} lines")
         with self.step("kill one replica's process; it is replaced, no request fails") as found:
             found.append(self.kill_one())
-        with self.step("deploy a new release under load, no request fails") as found:
+        with self.step("replace both with `atoll restart` under load; no request fails") as found:
             found.append(self.replace())
         with self.step("delete the app") as found:
             self.atoll("delete", "hello", "--yes")

@@ -69,7 +69,7 @@ class Supervisor:
             woken.setblocking(False)
             signal.set_wakeup_fd(wake.fileno())
             owner = _watch_owner()
-            watched = [woken] if owner is None else [woken, owner]
+            watched: list[socket.socket | int] = [woken] if owner is None else [woken, owner]
             while not self._stopping:
                 now = time.monotonic()
                 for child in self._children.values():
