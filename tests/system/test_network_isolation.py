@@ -159,6 +159,14 @@ def question(link: Link, resolver: str, source: str, server: socket.socket) -> b
         return False
 
 
+async def test_an_address_without_an_instance_fails_at_once(network: LinkNetwork) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    await network.detach("a")
+    started = time.monotonic()
+    assert not from_node(link.address, 8000)
+    assert time.monotonic() - started < TIMEOUT_S / 2
+
+
 async def test_names_can_be_asked_for_but_only_with_ones_own_address(network: LinkNetwork, subnet: str) -> None:
     one = await network.attach("a", project="p", ports=())
     other = await network.attach("b", project="p", ports=())

@@ -126,7 +126,7 @@ class LinkNetwork:
             opened.sets.change(delete=[elements.source(slot.interface, slot.address) for slot in idle])
         else:
             opened.nftables.run(f"table inet {self._table}", f"delete table inet {self._table}")
-            opened.maker.delete_node_address()
+            opened.maker.close_subnet()
         self._ledger.close()
         opened.maker.close()
         opened.nftables.close()
@@ -242,7 +242,7 @@ class LinkNetwork:
         held = [_Held(slot, entries[number]) for number, slot in whole.items() if number in entries]
         self._servers = named.servers
         self._write_rules(maker, nftables, held, [each.slot for each in held])
-        maker.add_node_address()
+        maker.open_subnet()
         for each in held:
             maker.connect(each.slot)
         self._held = {each.entry.id: each for each in held}

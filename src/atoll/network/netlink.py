@@ -28,10 +28,11 @@ _NEIGHBOUR = struct.Struct("=BxxxiHBB")
 _ACK_REQUEST = 0x1 | 0x4
 _CREATE, _EXCLUSIVE, _REPLACE = 0x400, 0x200, 0x100
 _ERROR = 2
-_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _DELADDR, _NEWROUTE, _NEWNEIGH = 16, 17, 19, 20, 21, 24, 28
+_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWNEIGH = 16, 17, 19, 20, 21, 24, 25, 28
 _IFF_UP = 1
 _SCOPE_LINK, _SCOPE_UNIVERSE = 253, 0
-_TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST = 254, 4, 1
+_TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST, _UNREACHABLE = 254, 4, 1, 7
+_METRIC_LAST = 1 << 30
 _PERMANENT = 0x80
 _NESTED = 0x8000
 
@@ -115,6 +116,20 @@ def add_route(index: int, destination: str | None, *, gateway: str | None = None
             body += attribute(kind, socket.inet_aton(address))
     body += _number(4, index)
     return Request(_NEWROUTE, body, f"set the route to {destination or 'everywhere'}", flags=_CREATE | _REPLACE)
+
+
+def add_dead_end(network: str, prefix_length: int) -> Request:
+    """Answer at once that what has no better route in `network` cannot be reached, instead of asking the world for it."""
+    return Request(_NEWROUTE, _dead_end(network, prefix_length), f"close {network}", flags=_CREATE | _REPLACE)
+
+
+def delete_dead_end(network: str, prefix_length: int) -> Request:
+    return Request(_DELROUTE, _dead_end(network, prefix_length), f"open {network}", ignore=(errno.ESRCH,))
+
+
+def _dead_end(network: str, prefix_length: int) -> bytes:
+    body = _ROUTE.pack(socket.AF_INET, prefix_length, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_UNIVERSE, _UNREACHABLE, 0)
+    return body + attribute(1, socket.inet_aton(network)) + _number(6, _METRIC_LAST)
 
 
 class RouteSocket:

@@ -136,11 +136,20 @@ class SlotMaker:
             self._routes.send(*(netlink.set_group(index, self._group) for index in indices))
             self._routes.send(netlink.delete_group(self._group))
 
-    def add_node_address(self) -> None:
-        self._routes.send(netlink.add_address(_LOOPBACK_INDEX, self._pool.node_address, link_scope=True))
+    def open_subnet(self) -> None:
+        """Give the node its address in the subnet, and the subnet's unused addresses to nobody. Safe to repeat."""
+        network = self._pool.network
+        self._routes.send(
+            netlink.add_address(_LOOPBACK_INDEX, self._pool.node_address, link_scope=True),
+            netlink.add_dead_end(str(network.network_address), network.prefixlen),
+        )
 
-    def delete_node_address(self) -> None:
-        self._routes.send(netlink.delete_address(_LOOPBACK_INDEX, self._pool.node_address))
+    def close_subnet(self) -> None:
+        network = self._pool.network
+        self._routes.send(
+            netlink.delete_address(_LOOPBACK_INDEX, self._pool.node_address),
+            netlink.delete_dead_end(str(network.network_address), network.prefixlen),
+        )
 
     def check_overlap(self) -> None:
         """Raise Conflict where part of the subnet is in use on this machine for something else.
@@ -182,10 +191,12 @@ def read_sysctl(name: str) -> str:
 
 
 def routes() -> list[tuple[str, ipaddress.IPv4Network]]:
-    """Return the node's IPv4 routes as (interface, destination), the default route included."""
+    """Return the node's IPv4 routes that lead somewhere as (interface, destination), the default route included."""
     found = []
     for line in Path("/proc/thread-self/net/route").read_text().splitlines()[1:]:
         fields = line.split()
+        if fields[0] == "*":  # a dead end, such as our own
+            continue
         destination, mask = (int.from_bytes(bytes.fromhex(fields[i]), "little") for i in (1, 7))
         found.append((fields[0], ipaddress.IPv4Network((destination, mask.bit_count()))))
     return found
