@@ -308,3 +308,53 @@ async def test_durable_writes_are_fast_enough_one_by_one(tmp_path: Path) -> None
     spent_s = time.perf_counter() - began
     await store.close()
     assert spent_s < 2
+
+
+FILE_LIMIT = """
+import asyncio, resource, signal, sys
+from pathlib import Path
+from atoll.model.errors import AtollError
+from atoll.store.sqlite import SqliteStore
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+async def main():
+    store = await SqliteStore.open(Path(sys.argv[1]))
+    await store.put("first", b"1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    refused = acknowledged = 0
+    for n in range(40):
+        try:
+            await store.put(f"k/{n:02}", bytes(20_000))
+            acknowledged += 1
+        except AtollError as error:
+            refused += 1
+            code = error.code
+    newest = await store.revision()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    after = await store.put("after", b"2")
+    there = len((await store.range("k/")).items)
+    print(acknowledged, refused, there, code, after - newest)
+    await store.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_commit_that_the_disk_breaks_off_says_that_its_outcome_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    done = run_limited(path)
+    assert done.returncode == 0, done.stderr
+    acknowledged, refused, there, code, step = done.stdout.splitlines()[-1].split()
+    assert int(refused) > 0
+    assert (int(acknowledged), code, step) == (int(there), "outcome-unknown", "1")
+    store = await SqliteStore.open(path)
+    items = (await store.range("")).items
+    assert len(items) == int(acknowledged) + 2
+    assert [b.revision async for b in limited(store, Revision(1), len(items))] == list(range(1, len(items) + 1))
+    await store.close()
+
+
+def run_limited(path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", FILE_LIMIT, str(path)], capture_output=True, text=True, timeout=DEADLINE_S)

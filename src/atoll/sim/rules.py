@@ -10,7 +10,7 @@ from typing import Any
 from atoll.model import codec, keys
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.ports.runtime import Box
-from atoll.model.ports.store import Change, Store, WatchBatch
+from atoll.model.ports.store import Change, Revision, Store, WatchBatch
 from atoll.model.records import App, Event, Instance, Job, Node, OwnerKind, Release, Status
 from atoll.model.spec import Workload
 from atoll.model.states import TRANSITIONS, Desired, Phase, advance
@@ -42,7 +42,7 @@ class Rules:
 
     async def watch(self, disk: Store) -> None:
         """Follow every revision for ever."""
-        async for batch in disk.watch("", start=type(await disk.revision())(1)):
+        async for batch in disk.watch("", start=Revision(1)):
             self._take(batch)
 
     def _take(self, batch: WatchBatch) -> None:
