@@ -28,7 +28,8 @@ from atoll.model.ports.store import (
 from atoll.network.fake import FakeNetwork
 from atoll.node.fake import FakeMachine
 from atoll.sim.__main__ import report
-from atoll.sim.machine import SimMachine, SimNetwork
+from atoll.sim.lives import SimNetwork
+from atoll.sim.machine import SimMachine
 from atoll.sim.run import run_seed
 from atoll.sim.world import Parts
 

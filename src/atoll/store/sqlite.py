@@ -23,6 +23,7 @@ from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.store import KeyValue, LeaseId, Revision, TxnResult
 from atoll.store.base import BaseStore, Changes
 from atoll.store.database import SqliteTable, connect, open_file, translate
+from atoll.store.history import HISTORY_BYTES_MAX, HISTORY_REVISIONS_MAX, History
 from atoll.store.lock import FileLock
 from atoll.store.transaction import Transaction, apply, check_key, remove_all, size_bytes
 from atoll.store.window import Window
@@ -31,13 +32,6 @@ WAITING_MAX = 10_000
 """Writes that wait for a commit; one more is refused with Unavailable."""
 GROUP_OPS_MAX = 512
 """Operations in one commit, beside those of its first write: what the event loop is held for at a time."""
-HISTORY_REVISIONS_MAX = 100_000
-"""Revisions that a watch can resume from."""
-HISTORY_BYTES_MAX = 256 << 20
-"""Size of the history on disk, whatever its revisions."""
-TRIM_REVISIONS = 1_000
-"""The history is trimmed each time so many revisions have been added, and by at most four times as many."""
-
 log = structlog.get_logger()
 
 Work = Callable[[SqliteTable, Revision], tuple[Any, Changes]]
@@ -66,11 +60,8 @@ class SqliteStore(BaseStore):
         self._writer = connect(path)
         self._table = SqliteTable(self._writer)
         self._seen = SqliteTable(self._reader)
-        self._history_revisions_max = history_revisions_max
-        self._history_bytes_max = history_bytes_max
-        self._history_bytes = self._table.history_bytes()
-        self._trimmed_at = self._table.floor()
-        self._held_from = self._trimmed_at
+        self._history = History(self._table, history_revisions_max, history_bytes_max)
+        self._held_from = self._history.floor
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._closing = False
@@ -148,7 +139,7 @@ class SqliteStore(BaseStore):
 
     def _since(self, start: Revision) -> list[tuple[Revision, Changes]]:
         found: list[tuple[Revision, Changes]] = []
-        while part := self._seen.history(start, self._history_revisions_max):
+        while part := self._seen.history(start, HISTORY_REVISIONS_MAX):
             found.extend(part)
             start = Revision(part[-1][0] + 1)
         return found
@@ -193,12 +184,10 @@ class SqliteStore(BaseStore):
 
     async def _compact(self, revision: Revision) -> None:
         def work(table: SqliteTable, newest: Revision) -> tuple[None, Changes]:
-            table.forget_before(revision)
-            self._history_bytes = table.history_bytes()
+            self._history.forget_before(revision)
             return None, ()
 
         await self._submit(work)
-        self._held_from = max(self._held_from, revision)
 
     async def _submit(self, work: Work, cost_ops: int = 1) -> Any:
         """Do `work` in the next commit and return its result once that is durable.
@@ -239,20 +228,20 @@ class SqliteStore(BaseStore):
 
     async def _commit_group(self, group: list[_Waiting]) -> None:
         """Make all of `group` durable, or none of it; then publish in order, before any caller goes on."""
-        history_bytes, trimmed_at = self._history_bytes, self._trimmed_at
+        before = self._history.mark()
         committing = False
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             finished, newest = self._execute(group)
-            floor = self._trim(newest)
+            self._history.trim(newest)
             committing = True
             await asyncio.get_running_loop().run_in_executor(self._thread, self._writer.execute, "COMMIT")
         except BaseException as error:
-            self._history_bytes, self._trimmed_at = history_bytes, trimmed_at
+            self._history.restore(before)
             if isinstance(error, sqlite3.Error):
                 raise translate(self._path, error, committing=committing) from None
             raise
-        self._held_from = max(self._held_from, floor)
+        self._held_from = self._history.floor
         for write in finished:
             if write.changes:
                 self._window.append(write.revision, write.changes, size_bytes(write.changes))
@@ -272,28 +261,11 @@ class SqliteStore(BaseStore):
                 continue
             if changes:
                 newest = Revision(newest + 1)
-                self._history_bytes += self._table.remember(newest, changes)
+                self._history.remember(newest, changes)
             finished.append(_Done(write.done, result, changes, newest))
         if newest != before:
             self._table.set_revision(newest)
         return finished, newest
-
-    def _trim(self, newest: Revision) -> Revision:
-        """Forget the oldest history where it is over a bound, and return the oldest revision that is left."""
-        over_bytes = self._history_bytes - self._history_bytes_max
-        if over_bytes <= 0 and newest - self._trimmed_at < self._history_revisions_max + TRIM_REVISIONS:
-            return self._trimmed_at
-        floor = self._trimmed_at
-        for revision, size in self._table.history_sizes(4 * TRIM_REVISIONS):
-            if revision == newest or (over_bytes <= 0 and revision > newest - self._history_revisions_max):
-                break
-            floor = Revision(revision + 1)
-            over_bytes -= size
-            self._history_bytes -= size
-        if floor > self._trimmed_at:
-            self._table.forget_before(floor)
-            self._trimmed_at = floor
-        return floor
 
     def _roll_back(self) -> None:
         try:
