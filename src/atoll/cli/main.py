@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import atoll
-from atoll.cli.session import COMMON, EXIT_FAILED, EXIT_INTERRUPTED, Session, debugging, exit_code, first_error, report
+from atoll.cli.session import EXIT_FAILED, EXIT_INTERRUPTED, Session, common_options, debugging, exit_code, first_error, report
 
 SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Start": {
@@ -106,6 +106,8 @@ class Root(click.Group):
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
         except Exception as error:
+            if isinstance(error, BaseExceptionGroup) and error.subgroup(BrokenPipeError):
+                ctx.exit(EXIT_FAILED)  # whoever read the output has left
             ours = first_error(error)
             if debugging():
                 raise
@@ -136,8 +138,7 @@ def cli(as_json: bool, project: str | None, api: str | None) -> None:
     session.api_given = api or session.api_given
 
 
-for _option in reversed(COMMON):
-    cli = _option(cli)
+cli.params.extend(common_options())
 
 
 def main() -> None:

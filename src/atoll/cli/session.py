@@ -130,20 +130,22 @@ def command(*, example: str, name: str | None = None, **options: Any) -> Callabl
 
                 asyncio.run(result)
 
-        wrapped: Callable[..., Any] = update_wrapper(run, function)
-        for decorator in reversed(COMMON):
-            wrapped = decorator(wrapped)
         epilog = "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.splitlines())
-        return click.command(name=name or function.__name__, epilog=epilog, cls=click.Command, **options)(wrapped)
+        wrapped: Callable[..., Any] = update_wrapper(run, function)
+        made = click.command(name=name or function.__name__, epilog=epilog, cls=click.Command, **options)(wrapped)
+        made.params.extend(common_options())
+        return made
 
     return decorate
 
 
-COMMON: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
-    click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, for programs."),
-    click.option("--project", "-p", metavar="NAME", help="The project; else ATOLL_PROJECT, else 'default'."),
-    click.option("--api", metavar="URL", help="Where the API answers; else ATOLL_API, else what `atoll up` wrote."),
-)
+def common_options() -> list[click.Option]:
+    """Return the options of `atoll` itself and of every command; they stand last in the help."""
+    return [
+        click.Option(["--json", "as_json"], is_flag=True, help="Print JSON on stdout, for programs."),
+        click.Option(["--project", "-p"], metavar="NAME", help="The project; else ATOLL_PROJECT, else 'default'."),
+        click.Option(["--api"], metavar="URL", help="Where the API answers; else ATOLL_API, else what `atoll up` wrote."),
+    ]
 
 
 class Group(click.Group):
