@@ -59,11 +59,12 @@ def machine() -> Iterator[Finding]:
     lacking = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
     capabilities = Part("machine", "capabilities", "what root may do here", core=True)
     if lacking:
-        yield capabilities(MISSING, f"without {', '.join(lacking)}", "run outside of a restricted container")
+        mend = "run outside of a restricted container" if os.geteuid() == 0 else "run it with sudo"
+        yield capabilities(MISSING, f"without {', '.join(lacking)}", mend)
     else:
         yield capabilities(OK, "all that is needed")
     lesser = [name for name, bit in (("SYS_RESOURCE", SYS_RESOURCE), ("MKNOD", MKNOD)) if not held >> bit & 1]
-    if lesser:
+    if lesser and os.geteuid() == 0:
         limits = Part("machine", "further capabilities", "SYS_RESOURCE raises hard limits, MKNOD unpacks device files")
         yield limits(DEGRADED, f"without {', '.join(lesser)}", "run outside of a restricted container")
     memory = Part("machine", "memory", "instances' limits are reserved from it")
@@ -89,7 +90,7 @@ def cgroups() -> Iterator[Finding]:
         return
     words = {"v2": "v2", "hybrid": "hybrid: v1 controllers beside an empty v2", "v1": "v1"}[found.version]
     yield groups(OK, words)
-    if not os.access(found.v2 if found.pure and found.v2 else found.v1.get("memory", Path("/")), os.W_OK):
+    if os.geteuid() == 0 and not os.access(found.v2 if found.pure and found.v2 else found.v1.get("memory", Path("/")), os.W_OK):
         yield Part("machine", "cgroups writable", "a group is made for each instance", core=True)(
             MISSING, "mounted read-only", "remount /sys/fs/cgroup for writing, or run outside of a restricted container"
         )
