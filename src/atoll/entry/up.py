@@ -109,6 +109,7 @@ class Supervisor:
                 )
                 child.failures += 1
                 child.retry_at = now + delay
+                child.process = None
         ours = {child.process.pid for child in self._children.values() if child.process is not None}
         while (info := _next_ended()) is not None and info not in ours:
             with contextlib.suppress(ChildProcessError):
