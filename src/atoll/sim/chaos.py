@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DOWN_S = 8.0
 """The longest that a killed process usually stays away."""
+RIVAL_S = 25.0
 GIVEN_UP_S = 65.0
 """Sometimes a machine is away for longer than it takes to be given up."""
 
@@ -44,6 +45,7 @@ class Chaos:
         world = self._world
         world.faults.heal()
         world.server.start()
+        world.server.kill_rivals()
         if world.server.store is not None:
             world.server.store.stalled_until = 0.0
         world.ingress.line.mend()
@@ -91,6 +93,9 @@ class Chaos:
             case "stall":
                 self._story.tell("the server's disk hangs")
                 world.server.stall()
+            case "rival":
+                self._story.tell("a second server stands for leader")
+                await world.server.rival(RIVAL_S)
             case "cordon":
                 self._cordoned.add(machine.name)
                 await self._cordon(machine.name, True)

@@ -49,6 +49,7 @@ KINDS_OF_CHAOS = (
     "stall",
     "cordon",
     "stop-instance",
+    "rival",
 )
 
 

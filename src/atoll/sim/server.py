@@ -155,6 +155,7 @@ class Server:
         self.life.end()
         self.service: Service | None = None
         """None while it does not serve."""
+        self._rivals: list[Life] = []
         self.store: ServerStore | None = None
 
     def start(self) -> None:
@@ -176,10 +177,36 @@ class Server:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def kill_rivals(self) -> None:
+        """Kill them; what they still try has no effect."""
+        for life in self._rivals:
+            life.end()
+
     def stall(self) -> None:
         """Let its disk hang for a while, longer than a leader's lease."""
         if self.store is not None:
             self.store.stalled_until = asyncio.get_running_loop().time() + STALL_S
+
+    async def rival(self, span_s: float) -> None:
+        """Let a second server stand for leader for a while, then kill it: only one of the two may ever write as leader."""
+        if self.service is None:
+            return
+        heard = self.service.heartbeats.last_seen()
+        life = Life("the rival")
+        self._rivals.append(life)
+        store = self._through(ServerStore(self._disk, life, self._faults, self._story))
+
+        async def work(term: Term) -> None:
+            self._story.mark("leader: rival's term")
+            await Loop(store, state, self._clock, self._choose, heard, term).run()
+
+        try:
+            async with asyncio.timeout(span_s), State(store, KINDS) as state:
+                await lead(store, self._clock, "rival", work)
+        except (AtollError, TimeoutError):
+            self._story.tell("the rival is gone")
+        finally:
+            life.end()
 
     async def _run(self, life: Life) -> None:
         while True:
