@@ -24,6 +24,8 @@ REPORT_S = 15.0
 LAZY_S = 0.05
 """How long what nobody acts on (preparing, starting, events) waits for company: a start costs the server one write, not three."""
 RETRY_FIRST_S = 0.05
+RETRY_GROWTH = 1.5
+"""Slow enough that a server which is back after a second is found within half of one."""
 RETRY_MAX_S = 5.0
 
 log = structlog.get_logger()
@@ -31,7 +33,7 @@ log = structlog.get_logger()
 
 def retry_delay(failures: int, choose: random.Random) -> float:
     """Return the wait before the next try, with jitter so that nodes do not come back in step."""
-    return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(failures, 16)) * choose.uniform(0.5, 1.0)
+    return min(RETRY_MAX_S, RETRY_FIRST_S * RETRY_GROWTH ** min(failures, 64)) * choose.uniform(0.5, 1.0)
 
 
 class Reporter:
