@@ -13,7 +13,7 @@ from atoll.sdk import answers
 from atoll.sdk.transport import Transport, path
 
 RETRY_S = 0.2
-RETRY_MAX_S = 5.0
+RETRY_MAX_S = 1.0
 GIVE_UP_S = 60.0
 """How long a watch tries to come back before it raises what keeps it away."""
 
