@@ -93,6 +93,12 @@ class ServerStore:
         return revision
 
     async def txn(self, compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()) -> TxnResult:
+        # On its way to the disk a write goes on when its writer has given up, as any request on a wire does.
+        write = asyncio.ensure_future(self._txn(compare, then, otherwise))
+        write.add_done_callback(_let_go)
+        return await asyncio.shield(write)
+
+    async def _txn(self, compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op]) -> TxnResult:
         await self._before()
         result = await self._disk.txn(compare, then, otherwise)
         await self._after()
@@ -128,6 +134,12 @@ class ServerStore:
         await self._disk.compact(revision)
 
     async def close(self) -> None: ...
+
+
+def _let_go(write: asyncio.Future[TxnResult]) -> None:
+    """Look at the outcome, which may interest nobody any more."""
+    if not write.cancelled():
+        write.exception()
 
 
 class Server:
