@@ -59,6 +59,7 @@ class Loop:
         self._clock = clock
         self._chance = chance
         self._writer = Writer(store, term)
+        self._begins_at = Revision(int(term.fence.expected))
         self._world = World(state)
         self._placement = Placement(self._world)
         self._nodes = NodeWatch(self._world, clock, last_seen)
@@ -74,6 +75,9 @@ class Loop:
 
     async def run(self) -> None:
         """Raises Fenced when another leads. What the store cannot do for a while is tried again."""
+        # The leader before this one wrote until this term began; decided without its last writes, a node is given away twice.
+        # Without a deadline: the term ends when its lease does.
+        await self._world.state.reach(self._begins_at)
         # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
         changes = self._begin()
         async with asyncio.TaskGroup() as tasks:
