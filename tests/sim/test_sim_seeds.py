@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from atoll.model import keys
 from atoll.model.ports.store import (
@@ -28,6 +29,7 @@ from atoll.model.ports.store import (
 from atoll.network.fake import FakeNetwork
 from atoll.node.fake import FakeMachine
 from atoll.sim.__main__ import report
+from atoll.sim.faults import Profile
 from atoll.sim.lives import SimNetwork
 from atoll.sim.machine import SimMachine
 from atoll.sim.run import run_seed
@@ -52,6 +54,7 @@ MARKS = (
     "event: rejected",
     "event: rollout-failed",
     "event: unhealthy",
+    "leader: rival's term",
     "line: reply lost",
     "store: outcome unknown",
     "user: acknowledged after retries",
@@ -156,6 +159,20 @@ def _hurry(op: Op) -> Op:
     return op
 
 
+class Unfenced(Through):
+    """Writes for a leader whether it still leads or not."""
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()) -> TxnResult:
+        if not any(op.key == keys.LEADER for op in then):
+            compare = [one for one in compare if one.key != keys.LEADER]
+        return await self.store.txn(compare, then, otherwise)
+
+
+def rivalry(profile: Profile) -> Profile:
+    """Make a run of nothing but hanging disks and servers that stand for leader."""
+    return replace(profile, calm=False, span_s=60.0, chaos=("stall", "rival"), chaos_every_s=2.5, latency_s=0.01, apps=3, nodes=2)
+
+
 class Wavering(Through):
     """Tells some instances to run again when they were to stop."""
 
@@ -224,6 +241,15 @@ class WithMachine(Parts):
 def test_a_planted_bug_is_caught(parts: Parts, promise: str) -> None:
     for seed in range(SEEDS_FOR_A_BUG):
         if any(promise in broken for broken in run_seed(seed, parts).broken):
+            return
+    pytest.fail(f"{SEEDS_FOR_A_BUG} seeds did not notice")
+
+
+def test_two_leaders_at_once_do_no_harm_but_without_the_fence_they_would() -> None:
+    for seed in range(5):
+        assert run_seed(seed, shape=rivalry).broken == ()
+    for seed in range(SEEDS_FOR_A_BUG):
+        if any("over-committed" in broken for broken in run_seed(seed, WithStore(Unfenced), rivalry).broken):
             return
     pytest.fail(f"{SEEDS_FOR_A_BUG} seeds did not notice")
 

@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -51,10 +52,13 @@ async def _until_broken(world: World, story: Story) -> None:
         raise results[0]
 
 
-def run_seed(seed: int, parts: Parts | None = None) -> Outcome:
-    """Run one seed to its end. Deterministic within one process as well as across processes with one PYTHONHASHSEED."""
+def run_seed(seed: int, parts: Parts | None = None, shape: Callable[[Profile], Profile] = lambda profile: profile) -> Outcome:
+    """Run one seed to its end. Deterministic within one process as well as across processes with one PYTHONHASHSEED.
+
+    `shape` may change what the seed's run is made of, to look for something in particular.
+    """
     choose = random.Random(seed)
-    profile = profile_of(choose)
+    profile = shape(profile_of(choose))
     data = Path(tempfile.mkdtemp(prefix="atoll-sim-", dir=_SHM if _SHM.is_dir() else None))
     story = Story(lambda: 0.0)
     facts = {"virtual_s": 0.0, "steps": 0.0}
