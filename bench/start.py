@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> Report:
 
 def _measure(scratch: ScratchAtoll, work: Path, samples: int) -> Report:
     archive = docker_archive(work, IMAGE)
-    image = scratch.atoll_json("image", "import", str(archive), "--name", "stamp:1")["image"]
+    image = scratch.atoll_json("image", "import", str(archive), "--name", "stamp", "--tag", "1")["image"]
     ours = Ours(scratch, image)
     runc = BareRunc(work, ours.bundle(work))
     podman: Podman | None = None

@@ -32,7 +32,7 @@ class Stage(ScratchAtoll):
 
     def start(self) -> None:
         super().start()
-        self.image = self.atoll_json("image", "import", str(busybox_archive(self.data)), "--name", "busybox:1")["image"]
+        self.image = self.atoll_json("image", "import", str(busybox_archive(self.data)), "--name", "busybox", "--tag", "1")["image"]
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,6 @@ def test_a_missing_image_fails_the_deploy_with_its_name(atoll: Stage, tmp_path: 
     with pytest.raises(CommandFailed) as failed:
         atoll.atoll("deploy", "-f", str(tmp_path / "atoll.toml"))
     assert "default/absent" in failed.value.stderr + failed.value.stdout
-    atoll.atoll("delete", "absent", "--yes")
 
 
 def test_more_than_the_node_has_is_refused_with_what_would_fit(atoll: Stage, tmp_path: Path) -> None:

@@ -99,21 +99,25 @@ class Supervisor:
         """Collect every child that ended, adopted orphans too, and plan the restart of our own."""
         now = time.monotonic()
         for child in self._children.values():
-            if child.process is not None and child.process.poll() is not None:
-                if now - child.started_at > STABLE_S:
-                    child.failures = 0
-                delay = min(RESTART_DELAY_S * 2**child.failures, RESTART_DELAY_MAX_S) if child.failures else 0.0
-                print(
-                    f"atoll: {child.role} ended with status {child.process.returncode}; starts again in {delay:.1f} s",
-                    file=sys.stderr,
-                )
-                child.failures += 1
-                child.retry_at = now + delay
+            if child.process is not None and (status := child.process.poll()) is not None:
                 child.process = None
+                self._plan_restart(child, status, now)
         ours = {child.process.pid for child in self._children.values() if child.process is not None}
         while (info := _next_ended()) is not None and info not in ours:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(info, os.WNOHANG)
+
+    def _plan_restart(self, child: _Child, status: int, now: float) -> None:
+        if status == EXIT_HOPELESS:
+            print(f"atoll: {child.role} cannot run, so everything ends; instances go on", file=sys.stderr)
+            self._stopping, self._keep_running, self._status = True, True, 1
+            return
+        if now - child.started_at > STABLE_S:
+            child.failures = 0
+        delay = min(RESTART_DELAY_S * 2 ** (child.failures - 1), RESTART_DELAY_MAX_S) if child.failures else 0.0
+        print(f"atoll: {child.role} ended with status {status}; starts again in {delay:.1f} s", file=sys.stderr)
+        child.failures += 1
+        child.retry_at = now + delay
 
     def _stop_all(self) -> None:
         # The agent's SIGINT means: stop the instances first. Ingress goes before them, so that no request is cut by us.
