@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from atoll.entry.up import OWNER_VARIABLE
+from atoll.entry.config import Config
+from atoll.entry.up import OWNER_VARIABLE, holder
 
 COMMAND_S = 300.0
 """The longest wait for one `atoll` command."""
@@ -65,7 +66,8 @@ class ScratchAtoll:
 
     def stop(self) -> None:
         """Stop the instances and every process. Safe to repeat."""
-        self.atoll("down", "--data", str(self.data))
+        if holder(Config(data=self.data)) is not None:
+            self.atoll("down", "--data", str(self.data))
 
     def remove(self) -> None:
         """Remove the data. Safe to repeat."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from atoll.entry.config import Config, split_address
+from atoll.entry.config import EXIT_HOPELESS, Config, split_address
 from atoll.model.errors import AtollError, Conflict, Unsupported
 
 ROLES = ("server", "agent", "ingress")
