@@ -170,12 +170,18 @@ class Loop:
         self._changed.set()
 
     async def _catch_up(self) -> None:
-        """After a failure: see all that may have been written, then look at everything."""
-        try:
-            async with asyncio.timeout(REACH_S):
-                await self._world.state.reach(await self._store.revision())
-        except (Unavailable, TimeoutError):
-            log.warning("the store does not answer")
+        """After a failure: see all that may have been written, then look at everything.
+
+        It is tried until it succeeds or the term ends: decided without what may have been written, a node is given away twice.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(REACH_S):
+                    await self._world.state.reach(await self._store.revision())
+                break
+            except (Unavailable, TimeoutError):
+                log.warning("the store does not answer", retry_s=ERROR_PAUSE_MIN_S)
+                await asyncio.sleep(ERROR_PAUSE_MIN_S)
         self._rebuild()
 
     def _decide(self) -> list[Unit]:
