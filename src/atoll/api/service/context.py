@@ -172,6 +172,8 @@ class Context:
             raise Conflict("this Idempotency-Key was used for a different request", mend="use a new key for each request")
         # Straight into its type: by way of plain data a map with whole numbers for keys would not come back.
         answer = codec.decode(self.sealer.open(record.body, keys.request(request.caller, request.key)), kind)
+        # The first try may have ended before the cache had seen it: who has this answer may build on it here.
+        await self.reach(item.mod_revision)
         if isinstance(answer, Struct) and getattr(answer, "revision", None) == 0:
             answer = structs.replace(answer, revision=item.mod_revision)
         return answer
