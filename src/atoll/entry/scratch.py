@@ -14,7 +14,10 @@ from typing import Any
 
 from atoll.entry.config import Config
 from atoll.entry.up import OWNER_VARIABLE, holder
+from atoll.model.errors import Exhausted
 
+SUBNETS = 128
+"""From 10.100.0.0/16 on."""
 COMMAND_S = 300.0
 """The longest wait for one `atoll` command."""
 
@@ -36,8 +39,7 @@ class ScratchAtoll:
         self.data = Path(tempfile.mkdtemp(prefix=prefix))
         self.api = f"127.0.0.1:{free_port()}"
         self.ingress = f"127.0.0.1:{free_port()}"
-        # Away from the default subnet, and from other scratch instances on this machine.
-        self.subnet = f"10.{100 + int(self.api.rsplit(':', 1)[1]) % 100}.0.0/16"
+        self.subnet = free_subnet(int(self.api.rsplit(":", 1)[1]))
         self.environment = {
             **os.environ,
             "XDG_CONFIG_HOME": str(self.data / "config"),
@@ -104,6 +106,21 @@ class ScratchAtoll:
         """What all its processes logged so far."""
         path = self.data / "atoll.log"
         return path.read_text(errors="replace") if path.exists() else ""
+
+
+def free_subnet(start: int) -> str:
+    """Return a /16 away from the default one into which no route of this machine leads; `start` says where to look first.
+
+    Two that look at the same moment should start differently. Raises Exhausted.
+    """
+    lines = Path("/proc/net/route").read_text().splitlines()[1:]
+    # Addresses there are little-endian hexadecimal: the first two octets are the last two pairs of digits.
+    taken = {(int(line.split()[1][6:8], 16), int(line.split()[1][4:6], 16)) for line in lines}
+    for step in range(SUBNETS):
+        second = 100 + (start + step) % SUBNETS
+        if (10, second) not in taken:
+            return f"10.{second}.0.0/16"
+    raise Exhausted("every subnet from 10.100.0.0/16 to 10.227.0.0/16 is in use on this machine")
 
 
 def free_port() -> int:
