@@ -415,6 +415,103 @@ async def test_a_crashed_replica_costs_no_new_request(site: Site) -> None:
     assert {answer.body for answer in answers} == {b"b3"}
 
 
+WEB = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        time.sleep(0.005)
+        self.answer(self.address_string().encode())
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        print("POST", flush=True)
+        time.sleep(30)
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *_): pass
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+server = Server((sys.argv[1], int(sys.argv[2])), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+@asynccontextmanager
+async def web_process(address: str, port: int = 0) -> AsyncIterator[tuple[asyncio.subprocess.Process, Backend]]:
+    """An instance that can be killed as the kernel kills: its sockets close with requests under way."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", WEB, address, str(port), stdout=asyncio.subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        backend = Backend(address, address)
+        backend.port = int(await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S))
+        yield process, backend
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def test_a_killed_replica_costs_no_get_that_was_under_way(site: Site) -> None:
+    async with web_process("127.0.0.2") as (_, stays):
+        for n in range(5):
+            async with web_process(f"127.0.0.{n + 3}", stays.port) as (victim, dies):
+                site.control.put(routing(f"web{n}", stays, dies))
+                await eventually(lambda n=n: serves(site, f"web{n}.localhost"))
+                load = Load(site.port, f"web{n}.localhost", clients=16)
+                await asyncio.sleep(0.2)
+                victim.kill()
+                await asyncio.sleep(0.3)
+                await load.stop()
+                assert load.failures == []
+                assert load.answers > 50
+
+
+async def test_a_post_that_was_under_way_is_never_sent_twice(site: Site) -> None:
+    async with web_process("127.0.0.2") as (one, first), web_process("127.0.0.3", first.port) as (two, second):
+        site.control.put(routing("web", first, second))
+        await eventually(lambda: serves(site, "web.localhost"))
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(b"POST / HTTP/1.1\r\nHost: web.localhost\r\nContent-Length: 2\r\nx-envoy-retry-on: reset\r\n\r\nhi")
+        assert one.stdout is not None
+        assert two.stdout is not None
+        arrived = {asyncio.create_task(each.stdout.readline()): each for each in (one, two) if each.stdout is not None}
+        (first_word,), waiting = await asyncio.wait(arrived, timeout=TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        arrived[first_word].kill()
+        answer = await asyncio.wait_for(read_answer(reader), TIMEOUT_S)
+        assert answer.status == 503
+        assert "broke the connection" in answer.error["message"]
+        _, waiting = await asyncio.wait(waiting, timeout=0.3)
+        assert len(waiting) == 1
+        for task in waiting:
+            task.cancel()
+        writer.close()
+
+
+async def test_an_answer_that_has_begun_is_never_begun_again(site: Site) -> None:
+    asked = 0
+
+    async def half(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        asked += 1
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 400_000)
+        await writer.drain()
+        writer.transport.abort()
+
+    async with await asyncio.start_server(half, "127.0.0.2", 0) as server:
+        backend = Backend("half", "127.0.0.2")
+        backend.port = server.sockets[0].getsockname()[1]
+        site.control.put(routing("web", backend))
+        await applied(site, "web.localhost")
+        with pytest.raises(asyncio.IncompleteReadError):
+            await get(site.port, "web.localhost")
+    assert asked == 1
+
+
 async def test_websockets_pass_through(site: Site) -> None:
     async def echo(connection: websockets.asyncio.server.ServerConnection) -> None:
         async for message in connection:

@@ -25,6 +25,11 @@ RECONNECT_BASE_MS = 50
 RECONNECT_MAX_MS = 500
 """After this process was restarted, Envoy is back within so long; its own default is up to 30 s."""
 
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+"""Methods that promise to change nothing (RFC 9110, 9.2.1): what an instance had begun of them, another may do again."""
+RETRY_SAFE_ON = "reset"
+"""On top of every route's own conditions, for safe methods: the connection broke before the first byte of an answer."""
+
 _TYPE = "@type"
 _GOOGLE = "type.googleapis.com/envoy"
 
@@ -116,7 +121,10 @@ def _connection_manager() -> dict[str, Any]:
         "stat_prefix": "ingress",
         "codec_type": "AUTO",
         "rds": {"route_config_name": ROUTE_CONFIG, "config_source": _from_us()},
-        "http_filters": [{"name": "envoy.filters.http.router", "typed_config": router}],
+        "http_filters": [
+            {"name": "retry-safe", "typed_config": _retry_safe()},
+            {"name": "envoy.filters.http.router", "typed_config": router},
+        ],
         "upgrade_configs": [{"upgrade_type": "websocket"}],
         "use_remote_address": True,
         "server_header_transformation": "PASS_THROUGH",
@@ -133,6 +141,34 @@ def _connection_manager() -> dict[str, Any]:
         },
         "access_log": [{"name": "envoy.access_loggers.file", "typed_config": _access_log()}],
         "local_reply_config": _local_replies(),
+    }
+
+
+def _retry_safe() -> dict[str, Any]:
+    """Return the filter that adds to what requests of a safe method are retried on.
+
+    It is one for all: a second route for each path would double what 10,000 apps cost. The router takes the header away
+    again, and what a client sends under its name has gone before.
+    """
+    value = {"key": "x-envoy-retry-on", "value": RETRY_SAFE_ON}
+    mutation = {"append": {"header": value, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}}
+    method = {
+        "name": "method",
+        "typed_config": {_TYPE: "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": ":method"},
+    }
+    safe = [{"single_predicate": {"input": method, "value_match": {"exact": name}}} for name in SAFE_METHODS]
+    skip = {"name": "skip", "typed_config": {_TYPE: f"{_GOOGLE}.extensions.filters.common.matcher.action.v3.SkipFilter"}}
+    unsafe = {"not_matcher": {"or_matcher": {"predicate": safe}}}
+    return {
+        _TYPE: f"{_GOOGLE}.extensions.common.matching.v3.ExtensionWithMatcher",
+        "extension_config": {
+            "name": "envoy.filters.http.header_mutation",
+            "typed_config": {
+                _TYPE: f"{_GOOGLE}.extensions.filters.http.header_mutation.v3.HeaderMutation",
+                "mutations": {"request_mutations": [mutation]},
+            },
+        },
+        "xds_matcher": {"matcher_list": {"matchers": [{"predicate": unsafe, "on_match": {"action": skip}}]}},
     }
 
 
