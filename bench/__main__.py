@@ -8,6 +8,7 @@ import sys
 
 BENCHES = {
     "start": ("create request → process running → first byte, beside bare runc and podman", "1 min"),
+    "schedule": ("placements/s planned, committed and observed; plan latency at 100,000 nodes", "4 min"),
     "api": ("API reads/s and durable writes/s, idle memory and processor use", "1 min"),
 }
 

@@ -660,11 +660,11 @@ def test_a_fault_in_deciding_about_one_app_does_not_stop_the_others() -> None:
 
         used = False
 
-        def choice(self, options: Any) -> Any:
+        def getrandbits(self, bits: int) -> int:
             if not self.used:
                 self.used = True
                 raise RuntimeError("injected")
-            return super().choice(options)
+            return super().getrandbits(bits)
 
     async def main() -> None:
         async with Cell() as cell:

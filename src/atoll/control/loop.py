@@ -27,7 +27,7 @@ from atoll.control.writer import Unit, Writer, units_of
 from atoll.model.errors import Compacted, OutcomeUnknown, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Revision, Store
-from atoll.model.records import Instance, OwnerKind, new_suffix
+from atoll.model.records import Instance, OwnerKind, suffix_of
 from atoll.store.cache import Deltas, State
 
 OWNERS_PER_WAKE_MAX = 500
@@ -42,6 +42,8 @@ LARGE_OWNER = 200
 """Instances from which on an owner is not decided about at every change."""
 PAUSE_S_PER_INSTANCE = 10e-6
 """Its pause between two decisions, for each of its instances."""
+SUFFIX_BITS = 30
+"""Random bits in an id that is given out."""
 CONFLICT_PAUSE_S = 0.02
 ERROR_PAUSE_MIN_S = 0.1
 ERROR_PAUSE_MAX_S = 5.0
@@ -298,7 +300,7 @@ class Loop:
         return []
 
     def _suffix(self) -> str:
-        return new_suffix(self._chance.choice)
+        return suffix_of(self._chance.getrandbits(SUFFIX_BITS))
 
 
 def _created(action: Action) -> Instance:

@@ -394,6 +394,11 @@ def new_suffix(choose: Any = secrets.choice, length: int = 6) -> str:
     return "".join(choose(_ALPHABET) for _ in range(length))
 
 
+def suffix_of(bits: int, length: int = 6) -> str:
+    """Return the id suffix that `5 * length` random bits make; one draw where many ids are made at once."""
+    return "".join(_ALPHABET[bits >> shift & 31] for shift in range(0, 5 * length, 5))
+
+
 def workload_of(assignment: Assignment) -> Workload:
     """Return the assignment's spec as what apps and jobs have in common."""
     return assignment.workload
