@@ -105,11 +105,15 @@ class ServerStore:
         return result
 
     async def watch(self, prefix: str, *, start: Revision) -> AsyncIterator[WatchBatch]:
+        here = Revision(0)
         async for batch in self._disk.watch(prefix, start=start):
-            await self._faults.pause()
-            if self._faults.hit(self._faults.profile.slow_watch):
-                self._story.mark("watch: late")
-                await self._faults.dawdle(WATCH_LATE_S)
+            if batch.revision > here:
+                await self._faults.pause()
+                if self._faults.hit(self._faults.profile.slow_watch):
+                    self._story.mark("watch: late")
+                    await self._faults.dawdle(WATCH_LATE_S)
+                # What was written meanwhile comes along at once.
+                here = await self._disk.revision()
             self._life.check()
             if self._faults.hit(self._faults.profile.store_fails):
                 self._story.mark("watch: cut")
