@@ -1,0 +1,258 @@
+"""Write docs/spec.md from the JSON Schema of the specs: `python scripts/spec_reference.py`.
+
+Type, bounds and default come from the schema, which is made from the code; meaning and example stand here, one for every key,
+so that a key without a word of explanation, or a word about a key that is gone, fails the test that compares the page.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from atoll.model.codec import json_schema
+from atoll.model.spec import AppSpec, JobSpec
+
+PAGE = Path(__file__).parents[1] / "docs" / "spec.md"
+HINTS = {
+    "bytes, or e.g. '256MiB'": "size",
+    "seconds, or e.g. '1m30s'": "duration",
+    "cores": "cores",
+    "lower-case letters, digits and '-', at most 40": "name",
+}
+MEANING: dict[str, tuple[str, str]] = {
+    "Workload.name": ("What it is called in its project; part of its hostname and of its instances' ids.", 'name = "web"'),
+    "Workload.project": ("The tenant it belongs to. `--project` on the command line goes before it.", 'project = "shop"'),
+    "Workload.image": (
+        "What to run; see [images.md](images.md). This or `[build]` is needed.",
+        'image = "registry.example/web:1.4"',
+    ),
+    "Workload.build": ("How to make the image from this directory; the table below.", "[build]"),
+    "Workload.command": (
+        "Replaces the image's entry point and arguments; empty keeps them.",
+        'command = ["./web", "--port", "80"]',
+    ),
+    "Workload.env": ("Environment variables. Not for secrets: specs are stored and shown.", 'env = { LOG = "info" }'),
+    "Workload.secrets": ("Variable → name of a secret of the project (`atoll secrets set`).", 'secrets = { DB_PASSWORD = "db" }'),
+    "Workload.workdir": ("Directory that the command starts in; else the image's.", 'workdir = "/srv"'),
+    "Workload.user": ("`USER`, `UID`, `USER:GROUP` or `UID:GID`, looked up in the image; else the image's.", 'user = "1000:1000"'),
+    "Workload.resources": ("What each instance may use; the table below.", "[resources]"),
+    "Workload.isolation": (
+        "How much stands between it and its neighbours. Only `container` runs in this version.",
+        'isolation = "container"',
+    ),
+    "Workload.runtime": ("Pins one runtime of that isolation. Only `runc` is offered in this version.", 'runtime = "runc"'),
+    "Workload.placement": ("Where it may and should run; the table below.", "[placement]"),
+    "Workload.stop": ("How it is told to end; the table below.", "[stop]"),
+    "Workload.volumes": ("Directories that outlive instances; the table below.", "[[volumes]]"),
+    "Workload.read_only_root": ("The root is read-only; volumes, /dev/shm and /dev stay writable.", "read_only_root = true"),
+    "Workload.labels": ("Your own words on it; kept, and used by nothing yet.", 'labels = { team = "web" }'),
+    "AppSpec.kind": ("Says that this is an app's spec; may be left out.", 'kind = "app"'),
+    "AppSpec.ports": ("What it listens on. Nothing else of it can be reached. The first one is in `$PORT`.", "[[ports]]"),
+    "AppSpec.routes": ("Hostnames beside the default one; the table below.", "[[routes]]"),
+    "AppSpec.health": ("When it counts as ready; without it, once its first port accepts a connection.", "[health]"),
+    "AppSpec.scale": ("How many instances; left out, a deploy keeps the number that runs (1 at first).", "[scale]"),
+    "AppSpec.restart": ("What its node does when the process ends; the table below.", "[restart]"),
+    "AppSpec.rollout": ("How a new release replaces the old one; the table below.", "[rollout]"),
+    "JobSpec.kind": ("Says that this is a job's spec; may be left out.", 'kind = "job"'),
+    "JobSpec.completions": ("Indices that must each succeed once; the process sees its own as `ATOLL_INDEX`.", "completions = 100"),
+    "JobSpec.parallelism": ("Instances that run at a time.", "parallelism = 8"),
+    "JobSpec.retries": ("New tries of each index after a failure; the delay doubles from 1 s to 60 s.", "retries = 3"),
+    "JobSpec.deadline": ("From the job's creation; what still runs then is stopped, and the job has failed.", 'deadline = "1h"'),
+    "JobSpec.keep": ("How long a finished job, its instances' records and their logs are kept.", 'keep = "1d"'),
+    "Build.base": ("Debian release that the image begins with.", 'base = "debian:bookworm"'),
+    "Build.apt": (
+        "Debian packages. A Python app needs `python3` (`python3-minimal` lacks most of the library).",
+        'apt = ["python3"]',
+    ),
+    "Build.pip": ("Python packages, as pip takes them; python3 is added.", 'pip = ["flask==3.0.3"]'),
+    "Build.files": ("Paths below the app's directory that go into `workdir`.", 'files = ["app.py", "static"]'),
+    "Build.ignore": ("Patterns that are left out, by name or by path.", 'ignore = ["*.log", "tests"]'),
+    "Build.workdir": ("Where the files go, and the directory that the command starts in.", 'workdir = "/app"'),
+    "Build.command": ("The image's command.", 'command = ["python3", "/app/app.py"]'),
+    "Build.user": ("The image's user; root where absent.", 'user = "65534:65534"'),
+    "Build.env": ("The image's environment, beside PATH and LANG.", 'env = { TZ = "UTC" }'),
+    "Resources.cpu": ("Limit, and what placement reserves. To a thousandth of a core.", "cpu = 0.5"),
+    "Resources.memory": (
+        "Limit, and what placement reserves; beyond it the kernel ends it (`oom`). At least 4MiB.",
+        'memory = "256MiB"',
+    ),
+    "Resources.disk": ("Writable space of the root; a hard bound (ENOSPC), not reserved: disks are sparse.", 'disk = "2GiB"'),
+    "Resources.pids": ("Processes and threads at most. Below 32 the limit is set only after the start.", "pids = 256"),
+    "Resources.gpu": ("A graphics card. No node offers one in this version, and so it is rejected.", "[resources.gpu]"),
+    "Gpu.model": ("Model, as the node names it.", 'model = "h200"'),
+    "Gpu.count": ("Cards; below 1 a part of one.", "count = 1"),
+    "Gpu.memory": ("Memory that it must have.", 'memory = "40GiB"'),
+    "Gpu.profile": ("A partition's profile.", 'profile = "1g.10gb"'),
+    "Port.name": ("What routes and health checks call it.", 'name = "http"'),
+    "Port.port": ("The number it listens on. Below 1024 needs no root inside.", "port = 8000"),
+    "Port.protocol": (
+        "`http` is served by the ingress; `tcp` and `udp` are open to the node only in this version.",
+        'protocol = "http"',
+    ),
+    "Port.http2": ("The instance speaks HTTP/2 without TLS (gRPC).", "http2 = true"),
+    "Route.host": ("A hostname, or `*.` and one. One owner in the cell.", 'host = "www.example.com"'),
+    "Route.path": ("Path prefix; the longest that matches wins. `/api` does not match `/apis`.", 'path = "/api"'),
+    "Route.port": ("The name of an `http` port; the first where absent.", 'port = "http"'),
+    "Health.kind": ("`http`: 200-399 to a GET; `tcp`: it accepts; `exec`: exit status 0.", 'kind = "http"'),
+    "Health.port": ("The name of the port; the first where absent.", 'port = "http"'),
+    "Health.path": ("What is asked for by `http`.", 'path = "/healthz"'),
+    "Health.command": ("What is run inside by `exec`.", 'command = ["pg_isready"]'),
+    "Health.start": ("How long until the first success failures do not count.", 'start = "2m"'),
+    "Health.interval": ("Between two checks. Until the first success they come faster.", 'interval = "5s"'),
+    "Health.timeout": ("Of one check.", 'timeout = "2s"'),
+    "Health.retries": ("Failures in a row after which it is ended and started again.", "retries = 3"),
+    "Scale.replicas": ("Instances; 0 stops the app and keeps it.", "replicas = 3"),
+    "Placement.regions": ("Regions it may run in, preferred first; empty is all.", 'regions = ["eu", "us"]'),
+    "Placement.constraints": ("Hard rules on nodes' labels; the table below.", "[[placement.constraints]]"),
+    "Placement.affinity": ("Beside the instances of an app or job of the project; the table below.", "[[placement.affinity]]"),
+    "Placement.anti_affinity": ("Away from them; the same table.", "[[placement.anti_affinity]]"),
+    "Placement.max_skew": ("Makes `spread` a rule: nowhere more above the place with fewest than this.", "max_skew = 1"),
+    "Placement.cost": ("How much a cheap node is wished for, by the nodes' label `price`; 0 for not at all.", "cost = 20"),
+    "Placement.spread": ("What instances are spread over.", 'spread = "site"'),
+    "Placement.tolerations": ("Taints of nodes that it accepts.", 'tolerations = ["spot"]'),
+    "Placement.priority": ("Who is placed first when room is short. Nothing running is moved for it.", "priority = 80"),
+    "Constraint.label": ("A node's label; `node`, `site`, `region` and `arch` are always there.", 'label = "disk"'),
+    "Constraint.operator": ("How label and value are compared.", 'operator = "in"'),
+    "Constraint.value": (
+        "One value, or for `in` and `not in` a list; see [scheduling.md](scheduling.md).",
+        'value = ["ssd", "nvme"]',
+    ),
+    "Affinity.app": ("Whose instances; its own name means its own.", 'app = "db"'),
+    "Affinity.by": ("The label whose equal value makes two nodes one place.", 'by = "site"'),
+    "Affinity.weight": ("How strong the wish is; left out, it is a rule that must hold.", "weight = 50"),
+    "Stop.signal": (
+        "What it is told by; an image's own stop signal counts where this is left at its default.",
+        'signal = "SIGINT"',
+    ),
+    "Stop.grace": ("From the signal to SIGKILL. A PID 1 without a handler ignores SIGTERM and waits it out.", 'grace = "30s"'),
+    "Volume.name": ("Its name within the app or job.", 'name = "data"'),
+    "Volume.path": ("Where it is seen inside; not `/`, nor below /proc, /sys, /dev.", 'path = "/var/lib/db"'),
+    "Volume.read_only": ("It cannot be written to.", "read_only = true"),
+    "Restart.policy": ("`always`, `on-failure` (exit status other than 0), `never`. See [node.md](node.md).", 'policy = "always"'),
+    "Restart.delay": ("Before the first new start.", 'delay = "200ms"'),
+    "Restart.factor": ("What the delay grows by with each end in a row.", "factor = 2.0"),
+    "Restart.delay_max": ("What it grows to at most.", 'delay_max = "1m"'),
+    "Restart.reset": ("After so long a run the delay is the first one again.", 'reset = "1m"'),
+    "Rollout.max_surge": ("Instances above `replicas` at a time.", "max_surge = 1"),
+    "Rollout.max_unavailable": (
+        "Ready instances below `replicas` at a time. Not 0 together with `max_surge` 0.",
+        "max_unavailable = 0",
+    ),
+    "Rollout.drain": ("The longest wait for active requests before an instance is told to stop.", 'drain = "30s"'),
+    "Rollout.deadline": (
+        "Without progress for so long the rollout has failed, and the old release keeps serving.",
+        'deadline = "5m"',
+    ),
+}
+SHARED = {key.partition(".")[2] for key in MEANING if key.startswith("Workload.")}
+SECTIONS = (
+    ("AppSpec", "An app: `atoll.toml`", "Keys that apps and jobs share, and the app's own.", "AppSpec"),
+    ("JobSpec", "A job: `atoll jobs run -f job.toml`", "All shared keys above, and these.", "JobSpec"),
+    ("Build", "`[build]`", "", "AppSpec"),
+    ("Resources", "`[resources]`", "All are limits of each instance.", "AppSpec"),
+    ("Gpu", "`[resources.gpu]`", "", "AppSpec"),
+    ("Port", "`[[ports]]` (apps, at most 32)", "", "AppSpec"),
+    (
+        "Route",
+        "`[[routes]]` (apps, at most 256)",
+        "An app with an `http` port also has `APP.DOMAIN`, or `APP.PROJECT.DOMAIN`.",
+        "AppSpec",
+    ),
+    ("Health", "`[health]` (apps)", "", "AppSpec"),
+    ("Scale", "`[scale]` (apps)", "", "AppSpec"),
+    ("Restart", "`[restart]` (apps)", "After the n-th end in a row: `delay * factor**n`, at most `delay_max`.", "AppSpec"),
+    ("Rollout", "`[rollout]` (apps)", "", "AppSpec"),
+    ("Stop", "`[stop]`", "", "AppSpec"),
+    ("Placement", "`[placement]`", "", "AppSpec"),
+    ("Constraint", "`[[placement.constraints]]`", "", "AppSpec"),
+    ("Affinity", "`[[placement.affinity]]`, `[[placement.anti_affinity]]`", "", "AppSpec"),
+    ("Volume", "`[[volumes]]` (at most 32)", "A directory of the node, shared by the app's instances there.", "AppSpec"),
+)
+INTRO = """# The spec: every key
+
+<!-- Made by scripts/spec_reference.py from the JSON Schema; tests/unit/test_spec_reference.py holds it current. -->
+
+A spec is TOML (`atoll.toml`), JSON or YAML, with the same keys, at most 1 MiB. `atoll schema app` and `atoll schema job` print the
+JSON Schema; `GET /v1/schema/app` serves it. An unknown key is refused by name. A release keeps the whole spec with every default
+filled in, so that it keeps its meaning when a later Atoll has other defaults.
+
+A *name* has lower-case letters, digits and `-`, begins with a letter, and has at most 40 characters. A *size* is a number of bytes
+or text such as `"256MiB"`, `"1.5GB"`, up to 1 PiB. A *duration* is seconds or text such as `"500ms"`, `"1m30s"`, `"2h"`, up to 366
+days. *Cores* go from 0.01 to 4096.
+"""
+
+
+def page() -> str:
+    """Return the page. Raises SystemExit when a key lacks its meaning, or a meaning its key."""
+    schemas = {"AppSpec": json_schema(AppSpec)["$defs"], "JobSpec": json_schema(JobSpec)["$defs"]}
+    parts = [INTRO]
+    used: set[str] = set()
+    for record, title, text, source in SECTIONS:
+        definitions = schemas[source]
+        required = set(definitions[record].get("required", ()))
+        rows = []
+        for key, value in definitions[record]["properties"].items():
+            if record == "JobSpec" and key in SHARED:
+                continue
+            owner = "Workload" if record == "AppSpec" and key in SHARED else record
+            used.add(f"{owner}.{key}")
+            if f"{owner}.{key}" not in MEANING:
+                raise SystemExit(f"scripts/spec_reference.py says nothing of {owner}.{key}")
+            meaning, example = MEANING[f"{owner}.{key}"]
+            rows.append(
+                f"| `{key}` | {kind_of(value, definitions)} | {default_of(key, value, required)} | {meaning} | `{example}` |"
+            )
+        head = "| key | type | default | meaning | example |\n|---|---|---|---|---|"
+        parts.append("\n".join(filter(None, (f"## {title}\n", f"{text}\n" if text else "", head, *rows))) + "\n")
+    if surplus := sorted(MEANING.keys() - used):
+        raise SystemExit(f"scripts/spec_reference.py speaks of what is not there: {', '.join(surplus)}")
+    return "\n".join(parts)
+
+
+def kind_of(value: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """Return a key's type and bounds in words."""
+    if (hint := HINTS.get(value.get("description", ""))) is not None:
+        return hint
+    if "$ref" in value:
+        name = value["$ref"].rpartition("/")[2]
+        choices = definitions[name].get("enum")
+        return ", ".join(f"`{choice}`" for choice in choices) if choices else "table"
+    if "enum" in value:
+        return ", ".join(f"`{choice}`" for choice in value["enum"])
+    if "anyOf" in value:
+        return " or ".join(kind_of(part, definitions) for part in value["anyOf"] if part != {"type": "null"})
+    kind = value.get("type")
+    if kind == "array":
+        most = f", at most {value['maxItems']}" if "maxItems" in value else ""
+        inner = kind_of(value.get("items", {}), definitions)
+        return ("list of tables" if inner == "table" else "list of text") + most
+    if kind == "object":
+        return "table of text"
+    words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}[str(kind)]
+    low = value.get("minimum", value.get("exclusiveMinimum"))
+    above = "above " if "exclusiveMinimum" in value else ""
+    if low is not None and "maximum" in value:
+        words += f", {above}{low} to {value['maximum']}"
+    return words + (f", at most {value['maxLength']} characters" if "maxLength" in value else "")
+
+
+def default_of(key: str, value: dict[str, Any], required: set[str]) -> str:
+    """Return a key's default as people write it."""
+    if key in required:
+        return "needed"
+    default = value.get("default")
+    if default is None or isinstance(default, dict):
+        return "–" if not default else "as below"
+    hint = HINTS.get(value.get("description", ""))
+    if hint == "size":
+        return f"{default >> 20} MiB"
+    if hint == "duration":
+        return f"{default:g} s"
+    return f"`{json.dumps(default, ensure_ascii=False)}`".replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.name}", file=sys.stderr)

@@ -1,0 +1,68 @@
+"""docs/spec.md is made from the code; nobody has to remember it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atoll.model import codec
+from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def made() -> str:
+    code = "import sys; sys.path.insert(0, 'scripts'); from spec_reference import page; sys.stdout.write(page())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_page_on_the_spec_is_current(made: str) -> None:
+    assert (ROOT / "docs" / "spec.md").read_text(encoding="utf-8") == made, "run: python scripts/spec_reference.py"
+
+
+def test_every_example_of_the_page_is_a_spec_that_is_taken(made: str) -> None:
+    seen = 0
+    for section in made.split("\n## ")[1:]:
+        title = section.partition("\n")[0]
+        place, kind, base = _PLACES[title]
+        for row in section.splitlines():
+            example = row.rpartition("| `")[2].removesuffix("` |") if row.startswith("| `") else "["
+            if not example.startswith("["):
+                spec = _spec(place, {**base, **codec.parse_text(example.encode(), ".toml")}, kind)
+                (check_app if isinstance(spec, AppSpec) else check_job)(spec)
+                seen += 1
+    assert seen > 60
+
+
+def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | type[JobSpec]) -> Any:
+    for name in reversed(place):
+        value = {name.strip("[]"): [value] if name.startswith("[") else value}
+    ports = [{"port": 80}] if kind is AppSpec else None
+    return codec.convert({"name": "a", "image": "host.example/a:1", **({"ports": ports} if ports else {}), **value}, kind)
+
+
+_PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
+    "An app: `atoll.toml`": ((), AppSpec, {}),
+    "A job: `atoll jobs run -f job.toml`": ((), JobSpec, {}),
+    "`[build]`": (("build",), AppSpec, {}),
+    "`[resources]`": (("resources",), AppSpec, {}),
+    "`[resources.gpu]`": (("resources", "gpu"), AppSpec, {}),
+    "`[[ports]]` (apps, at most 32)": (("[ports]",), AppSpec, {"port": 80}),
+    "`[[routes]]` (apps, at most 256)": (("[routes]",), AppSpec, {"host": "a.example"}),
+    "`[health]` (apps)": (("health",), AppSpec, {"command": ["true"]}),
+    "`[scale]` (apps)": (("scale",), AppSpec, {}),
+    "`[restart]` (apps)": (("restart",), AppSpec, {}),
+    "`[rollout]` (apps)": (("rollout",), AppSpec, {}),
+    "`[stop]`": (("stop",), AppSpec, {}),
+    "`[placement]`": (("placement",), AppSpec, {}),
+    "`[[placement.constraints]]`": (("placement", "[constraints]"), AppSpec, {"label": "disk", "operator": "in", "value": ["ssd"]}),
+    "`[[placement.affinity]]`, `[[placement.anti_affinity]]`": (("placement", "[anti_affinity]"), AppSpec, {"app": "db"}),
+    "`[[volumes]]` (at most 32)": (("[volumes]",), AppSpec, {"name": "data", "path": "/data"}),
+}
