@@ -30,7 +30,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Forbidden, NotFound, Unavailable
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import StreamKind
-from atoll.model.records import Ingress, Instance, OwnerKind, Role, Status
+from atoll.model.records import Ingress, Instance, NodeHealth, NodeLiveness, OwnerKind, Role, Status
 from atoll.model.spec import AppSpec, Port
 from atoll.model.states import Desired, Phase
 from atoll.model.streams import ExecOptions, Kind, pack, unpack
@@ -248,6 +248,8 @@ async def test_a_stream_that_cannot_be_says_why(cell: Cell) -> None:
     await cell.instance("web-0", node=None)
     assert isinstance(await refused(client, f"{INSTANCES}/web-0/exec{options}"), Conflict)
     await cell.instance("web-1", phase=Phase.RUNNING)
+    lost = NodeLiveness(name="n1", health=NodeHealth.LOST, since=0.0)
+    await cell.service.context.reach(await cell.service.context.store.put(keys.node_liveness("n1"), codec.encode(lost)))
     error = await refused(client, f"{INSTANCES}/web-1/exec{options}")
     assert isinstance(error, Unavailable)
     assert "node 'n1' has no connection" in error.message
@@ -274,6 +276,41 @@ async def test_an_agent_that_never_answers_ends_in_a_clear_error(cell: Cell) -> 
     request = await task
     with pytest.raises(NotFound):
         cell.service.tunnels.accept("n1", request.id)
+
+
+async def test_a_stream_waits_for_the_tunnel_of_an_agent_that_comes_back(cell: Cell) -> None:
+    agent = await cell.agent()
+    await cell.instance("web-1", phase=Phase.RUNNING)
+    client = HttpTransport(cell.address, await cell.token(Role.DEPLOY, "default"))
+    options = codec.encode(ExecOptions(argv=("cat",))).decode()
+    opening = asyncio.create_task(client.channel(f"{INSTANCES}/web-1/exec?options={options}"))
+    await asyncio.sleep(0.1)
+    task = asyncio.create_task(agent_echoes(agent, "n1", []))
+    channel = await asyncio.wait_for(opening, 3)
+    await channel.send(pack(Kind.STDIN_END))
+    assert unpack(await channel.receive() or b"") == (Kind.EXIT, b"7")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await client.close()
+    await agent.close()
+
+
+async def test_a_stream_that_an_agent_took_into_its_death_is_asked_of_the_next(cell: Cell) -> None:
+    first = cell.service.tunnels.requests("n1")
+    taking = asyncio.ensure_future(anext(first))
+    await connected(cell)
+    opening = asyncio.create_task(cell.service.tunnels.open("n1", StreamKind.LOGS, "web-1", {}))
+    request = await taking
+    await first.aclose()  # type: ignore[attr-defined]
+    assert not cell.service.tunnels.connected("n1")
+    assert await anext(cell.service.tunnels.requests("n1")) == request
+    cell.service.tunnels.accept("n1", request.id)
+    await (await opening).close()
+
+
+async def test_nobody_waits_for_ever_for_a_tunnel(cell: Cell) -> None:
+    with pytest.raises(Unavailable, match="no connection"):
+        await cell.service.tunnels.open("n1", StreamKind.LOGS, "web-1", {}, answer_s=0.05)
 
 
 async def test_a_stream_is_only_for_the_node_that_was_asked(cell: Cell) -> None:

@@ -103,6 +103,8 @@ class Agent:
         self._reporter = Reporter(node, control, clock, random)
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
+        self._reached = asyncio.Event()
+        """Pulsed when the control plane is found again: whoever waits to dial it need wait no longer."""
         self._closing = False
         self._group: asyncio.TaskGroup | None = None
         self._tools: Tools | None = None
@@ -213,7 +215,11 @@ class Agent:
                 log.warning("connection lost", what=what, node=self._node, error=str(error) or "silence", failures=failures)
             except Exception:
                 log.exception("connection failed", what=what, node=self._node)
-            await asyncio.sleep(retry_delay(failures, self._random))
+            try:
+                async with asyncio.timeout(retry_delay(failures, self._random)):
+                    await self._reached.wait()
+            except TimeoutError:
+                pass
             failures += 1
 
     async def _follow_assignments(self) -> None:
@@ -237,6 +243,8 @@ class Agent:
             if runner is not None:
                 runner.handle(Removed())
         if batch.complete:
+            self._reached.set()
+            self._reached.clear()
             # What was said while the connection was away may have been lost, or overruled by "lost".
             for runner in self.runners.values():
                 if not runner.state.removed:

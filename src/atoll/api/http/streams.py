@@ -17,7 +17,7 @@ from atoll.api.service import Caller, Need, Service
 from atoll.model import codec
 from atoll.model.errors import AtollError, Invalid
 from atoll.model.ports.control_plane import Channel, StreamKind
-from atoll.model.records import Instance
+from atoll.model.records import Instance, NodeHealth, NodeLiveness
 from atoll.model.streams import ExecOptions, FilesOptions, LogOptions
 
 T = TypeVar("T")
@@ -154,7 +154,9 @@ class _Requests:
 
 async def _tunnel(service: Service, instance: Instance, kind: str, options: object) -> Channel:
     assert instance.node is not None  # noqa: S101 (what `placed` promises)
-    return await service.tunnels.open(instance.node, kind, instance.id, codec.to_plain(options))
+    liveness = service.context.state.get(NodeLiveness, instance.node)
+    lost = liveness is not None and liveness.record.health is NodeHealth.LOST
+    return await service.tunnels.open(instance.node, kind, instance.id, codec.to_plain(options), lost=lost)
 
 
 def _options(query: dict[str, str], kind: type[T]) -> T:

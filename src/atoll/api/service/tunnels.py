@@ -11,13 +11,16 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from msgspec import Struct
+
 from atoll.model.errors import DeadlineExceeded, Exhausted, NotFound, Unavailable
 from atoll.model.ports.control_plane import StreamRequest
 
 PIPE_MESSAGES_MAX = 16
 """Messages that wait in one direction of a stream; with `MESSAGE_BYTES_MAX` each, at most 2 MiB."""
 ANSWER_S = 4.0
-"""How long an agent has to dial in; clients wait 5 s for a stream to open, and should hear why it does not."""
+"""How long an agent has to dial in, which includes the time until its tunnel is back after its own or the server's crash;
+clients wait 5 s for a stream to open, and should hear why it does not."""
 REQUESTS_MAX = 256
 """Streams of one node that wait for its agent."""
 STREAMS_MAX = 4_096
@@ -82,20 +85,31 @@ def pipe() -> tuple[Pipe, Pipe]:
     return Pipe(back, there, closed), Pipe(there, back, closed)
 
 
+class _Waiting(Struct, frozen=True):
+    """A stream whose client waits for the agent."""
+
+    node: str
+    request: StreamRequest
+    answer: asyncio.Future[Pipe]
+
+
 class Tunnels:
     """Where clients' streams wait for their agents. It lives in memory: a server's restart ends its streams."""
 
     def __init__(self, new_id: Callable[[], str] = lambda: secrets.token_hex(16)) -> None:
         self._new_id = new_id
         self._nodes: dict[str, asyncio.Queue[StreamRequest]] = {}
-        self._waiting: dict[str, tuple[str, asyncio.Future[Pipe]]] = {}
+        self._waiting: dict[str, _Waiting] = {}
 
     def connected(self, node: str) -> bool:
         return node in self._nodes
 
     async def requests(self, node: str) -> AsyncIterator[StreamRequest]:
-        """Yield the streams that are wanted of `node`. A newer tunnel of the same node takes over from an older."""
+        """Yield the streams that are wanted of `node`, those first that waited before it came, or that an agent which died
+        may have taken with it. A newer tunnel of the same node takes over from an older."""
         queue: asyncio.Queue[StreamRequest] = asyncio.Queue(REQUESTS_MAX)
+        for one in self._of(node)[:REQUESTS_MAX]:
+            queue.put_nowait(one.request)
         self._nodes[node] = queue
         try:
             while self._nodes.get(node) is queue:
@@ -104,25 +118,30 @@ class Tunnels:
             if self._nodes.get(node) is queue:
                 del self._nodes[node]
 
-    async def open(self, node: str, kind: str, instance: str, options: dict[str, Any], *, answer_s: float = ANSWER_S) -> Pipe:
-        """Return the client's end of a new stream, once the agent has dialled in.
+    async def open(
+        self, node: str, kind: str, instance: str, options: dict[str, Any], *, lost: bool = False, answer_s: float = ANSWER_S
+    ) -> Pipe:
+        """Return the client's end of a new stream, once the agent has dialled in. For the tunnel of a node that is `lost`
+        nobody waits.
 
         Raises Unavailable: the agent has no tunnel here; DeadlineExceeded: it did not answer; Exhausted: too many wait.
         """
         queue = self._nodes.get(node)
-        if queue is None:
-            raise Unavailable(
-                f"node '{node}' has no connection to this server", mend="look at its agent's log; 'atoll nodes' shows it"
-            )
-        if queue.full() or len(self._waiting) >= STREAMS_MAX:
-            raise Exhausted(f"{queue.qsize()} streams wait for node '{node}' already")
-        id = self._new_id()
+        if queue is None and lost:
+            raise _unconnected(node)
+        waiting = len(self._of(node))
+        if waiting >= REQUESTS_MAX or len(self._waiting) >= STREAMS_MAX or (queue is not None and queue.full()):
+            raise Exhausted(f"{waiting} streams wait for node '{node}' already")
+        request = StreamRequest(self._new_id(), kind, instance, options)
         answer: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
-        self._waiting[id] = (node, answer)
-        queue.put_nowait(StreamRequest(id, kind, instance, options))
+        self._waiting[request.id] = _Waiting(node, request, answer)
+        if queue is not None:
+            queue.put_nowait(request)
         try:
             return await asyncio.wait_for(answer, answer_s)
         except TimeoutError:
+            if not self.connected(node):
+                raise _unconnected(node) from None
             raise DeadlineExceeded(
                 f"node '{node}' did not open the stream within {answer_s:g} s", mend="look at its agent's log, then try again"
             ) from None
@@ -131,13 +150,20 @@ class Tunnels:
                 await answer.result().close()
             raise
         finally:
-            self._waiting.pop(id, None)
+            self._waiting.pop(request.id, None)
 
     def accept(self, node: str, id: str) -> Pipe:
         """Return the agent's end of stream `id`. Raises NotFound: nobody waits for it (any more), or it is another node's."""
-        expected, answer = self._waiting.get(id, ("", None))
-        if answer is None or expected != node or answer.done():
+        waiting = self._waiting.get(id)
+        if waiting is None or waiting.node != node or waiting.answer.done():
             raise NotFound("nobody waits for this stream")
         ours, theirs = pipe()
-        answer.set_result(ours)
+        waiting.answer.set_result(ours)
         return theirs
+
+    def _of(self, node: str) -> list[_Waiting]:
+        return [one for one in self._waiting.values() if one.node == node and not one.answer.done()]
+
+
+def _unconnected(node: str) -> Unavailable:
+    return Unavailable(f"node '{node}' has no connection to this server", mend="look at its agent's log; 'atoll nodes' shows it")
