@@ -299,15 +299,14 @@ async def test_a_store_that_cannot_be_made_leaves_nothing(small_disk: Path) -> N
     await store.close()
 
 
-async def test_durable_writes_are_fast_enough_one_by_one(tmp_path: Path) -> None:
-    """The goal is 500 a second; a tenth is asked here, so that a busy disk does not fail the suite (`bench api` measures)."""
+async def test_writes_that_come_together_share_their_commits(tmp_path: Path) -> None:
+    """One by one they are as fast as the disk flushes; together far faster. (`bench api` measures; here is room for a busy disk.)"""
     store = await SqliteStore.open(tmp_path / "state.db")
     began = time.perf_counter()
-    for n in range(100):
-        await store.put(f"k/{n}", bytes(800))
+    await asyncio.gather(*(store.put(f"k/{n}", bytes(800)) for n in range(2_000)))
     spent_s = time.perf_counter() - began
     await store.close()
-    assert spent_s < 2
+    assert spent_s < 4
 
 
 FILE_LIMIT = """
