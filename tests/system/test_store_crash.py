@@ -300,7 +300,7 @@ async def test_a_store_that_cannot_be_made_leaves_nothing(small_disk: Path) -> N
 
 
 async def test_writes_that_come_together_share_their_commits(tmp_path: Path) -> None:
-    """One by one they are as fast as the disk flushes; together far faster. (`bench api` measures; here is room for a busy disk.)"""
+    """One by one they are as fast as the disk flushes; together far faster. (`bench api` measures; here a busy disk has room.)"""
     store = await SqliteStore.open(tmp_path / "state.db")
     began = time.perf_counter()
     await asyncio.gather(*(store.put(f"k/{n}", bytes(800)) for n in range(2_000)))
