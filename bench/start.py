@@ -24,6 +24,7 @@ from bench.report import Report, Result, median, percentile
 
 SAMPLES = 40
 WARM_UP = 3
+SETTLE_S = 0.3
 SAMPLE_S = 20.0
 IMAGE = "localhost/stamp:1"
 PODMAN = ("podman", "--cgroup-manager=cgroupfs", "--runtime", "runc")
@@ -62,17 +63,22 @@ def _measure(scratch: ScratchAtoll, work: Path, samples: int) -> Report:
     first_byte: list[float] = []
     bare: list[float] = []
     peer: list[float] = []
-    for index in range(samples + WARM_UP):
-        _progress(index, samples + WARM_UP)
-        started, answered = ours.sample(index)
-        alone = runc.sample(index)
-        beside = podman.sample(index) if podman else None
-        if index >= WARM_UP:
-            running.append(started)
-            first_byte.append(answered)
-            bare.append(alone)
-            if beside is not None:
-                peer.append(beside)
+    for index in range(-WARM_UP, samples):
+        _progress(index + WARM_UP, samples + WARM_UP)
+        turns = ["ours", "runc", *(["podman"] if podman else [])]
+        # In turn first, second and third, and each only when what the one before leaves to be tidied up is done.
+        for turn in turns[index % len(turns) :] + turns[: index % len(turns)]:
+            time.sleep(SETTLE_S)
+            if turn == "ours":
+                started, answered = ours.sample(index + WARM_UP)
+                running.append(started)
+                first_byte.append(answered)
+            elif turn == "runc":
+                bare.append(runc.sample(index + WARM_UP))
+            elif podman:
+                peer.append(podman.sample(index + WARM_UP))
+    for figures in (running, first_byte, bare, peer):
+        del figures[:WARM_UP]
     if podman:
         podman.close()
     return _report(running, first_byte, bare, peer, why, samples)
