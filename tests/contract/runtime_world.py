@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import functools
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -17,7 +20,9 @@ from atoll.model.errors import Unsupported
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits, Runtime
 from atoll.runtimes.cgroup import Cgroups
-from atoll.runtimes.runc import RuncRuntime, probe_runc
+from atoll.runtimes.crun import CrunRuntime
+from atoll.runtimes.oci_runtime import OciRuntime
+from atoll.runtimes.runc import RuncRuntime
 
 BUSYBOX = Path("/bin/busybox")
 LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=64 << 20, pids=64)
@@ -150,13 +155,27 @@ class World:
             assert [path for path in Cgroups.detect().group(self.cgroup).directories if path.exists()] == []
 
 
-def runc_world(directory: Path, layer: Path, cgroup: str = "") -> World:
-    """Return a world of real containers, on `cgroup` where another process has it already. Skips where there can be none."""
+REAL: dict[str, type[OciRuntime]] = {"runc": RuncRuntime, "crun": CrunRuntime}
+
+
+@functools.cache
+def why_not(name: str) -> str:
+    """Return why this machine cannot run the runtime, or nothing. It is probed once in a test run."""
     if not BUSYBOX.exists():
-        pytest.skip("needs busybox-static")
-    try:
-        probe_runc()
-    except Unsupported as error:
-        pytest.skip(f"{error}; {error.mend}")
+        return "needs busybox-static"
+    with tempfile.TemporaryDirectory() as directory:
+        runtime = REAL[name](Path(directory), cgroup=f"/atoll-test-{uuid.uuid4().hex[:8]}")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a loop of its own: this one may be running
+            try:
+                pool.submit(asyncio.run, runtime.probe()).result()
+            except Unsupported as error:
+                return f"{name}: {error}; {error.mend}"
+    return ""
+
+
+def real_world(name: str, directory: Path, layer: Path, cgroup: str = "") -> World:
+    """Return a world of real instances, on `cgroup` where another process has it already. Skips where there can be none."""
+    if why := why_not(name):
+        pytest.skip(why)
     cgroup = cgroup or f"/atoll-test-{uuid.uuid4().hex[:8]}"
-    return World(directory, lambda: RuncRuntime(directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)
+    return World(directory, lambda: REAL[name](directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)

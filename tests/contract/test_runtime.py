@@ -1,4 +1,4 @@
-"""What every runtime promises to the agent, held by the fake and by runc alike."""
+"""What every runtime promises to the agent, held by the fake and by every real one alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from runtime_world import World, make_layer, runc_world
+from runtime_world import REAL, World, make_layer, real_world
 
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, RuntimeFailed
 from atoll.runtimes.fake import FakeHost, FakeRuntime
@@ -19,13 +19,13 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_layer(tmp_path_factory.mktemp("image"))
 
 
-@pytest.fixture(params=["fake", pytest.param("runc", marks=pytest.mark.system)])
+@pytest.fixture(params=["fake", *(pytest.param(name, marks=pytest.mark.system) for name in REAL)])
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     if request.param == "fake":
         host = FakeHost()
         world = World(tmp_path, lambda: FakeRuntime(host))
     else:
-        world = runc_world(tmp_path, request.getfixturevalue("layer"))
+        world = real_world(request.param, tmp_path, request.getfixturevalue("layer"))
     yield world
     await world.close()
 

@@ -34,6 +34,18 @@ class Cgroups:
     @classmethod
     def detect(cls, mountinfo: Path = Path("/proc/self/mountinfo")) -> Cgroups:
         """Read what is mounted. Raises Unsupported where that is too little."""
+        found = cls.mounted(mountinfo)
+        missing = found.missing()
+        if missing:
+            raise Unsupported(
+                f"no cgroup controller {', '.join(missing)}",
+                mend="mount cgroup2 at /sys/fs/cgroup, or add it to the kernel's command line",
+            )
+        return found
+
+    @classmethod
+    def mounted(cls, mountinfo: Path = Path("/proc/self/mountinfo")) -> Cgroups:
+        """Read what is mounted, be it enough or not."""
         v1: dict[str, Path] = {}
         v2: Path | None = None
         for line in mountinfo.read_text(errors="surrogateescape").splitlines():
@@ -46,14 +58,7 @@ class Cgroups:
                 for option in options.split(","):
                     if option not in {"rw", "ro", "xattr", "clone_children"} and not option.startswith("release_agent="):
                         v1.setdefault(option.removeprefix("name="), point)
-        found = cls(v1=v1, v2=v2)
-        missing = found.missing()
-        if missing:
-            raise Unsupported(
-                f"no cgroup controller {', '.join(missing)}",
-                mend="mount cgroup2 at /sys/fs/cgroup, or add it to the kernel's command line",
-            )
-        return found
+        return cls(v1=v1, v2=v2)
 
     def missing(self) -> list[str]:
         """Return the controllers that limits need and that this machine lacks."""
@@ -89,11 +94,16 @@ class Cgroups:
             "memory": memory,
             "cpu": {
                 "shares": min(262_144, max(2, limits.cpu_milli * 1024 // 1000)),
-                "quota": max(CPU_QUOTA_US_MIN, limits.cpu_milli * CPU_PERIOD_US // 1000),
+                "quota": cpu_quota_us(limits),
                 "period": CPU_PERIOD_US,
             },
             "pids": {"limit": limits.pids},
         }
+
+
+def cpu_quota_us(limits: Limits) -> int:
+    """Return the processor time that an instance may use in each `CPU_PERIOD_US`."""
+    return max(CPU_QUOTA_US_MIN, limits.cpu_milli * CPU_PERIOD_US // 1000)
 
 
 class Group:
@@ -128,8 +138,14 @@ class Group:
     def pids(self) -> int:
         return _number(self._file("pids.current"))
 
-    def set_pids_limit(self, limit: int) -> None:
-        self._file("pids.max").write_text(str(limit))
+    def settle(self, limits: Limits) -> None:
+        """Put the limits in force that were loosened for the start. Safe to repeat."""
+        self._file("pids.max").write_text(str(limits.pids))
+        quota_us = cpu_quota_us(limits)
+        if self._pure:
+            self._file("cpu.max").write_text(f"{quota_us} {CPU_PERIOD_US}")
+        else:
+            (self._v1["cpu"] / "cpu.cfs_quota_us").write_text(str(quota_us))
 
     def oom_kills(self) -> int:
         """Return how many of its processes the kernel killed because of its memory limit."""

@@ -28,11 +28,12 @@ READY_NAMESPACES = 4
 class IdMaps:
     """Hands out slots; a slot's ids are `base(slot)` and the 65,535 after it. Blocking, safe in threads."""
 
-    def __init__(self, *, first_slot: int = 0) -> None:
+    def __init__(self, slots: range = range(SLOTS_MAX)) -> None:
         self._lock = threading.Lock()
         self._used: set[int] = set()
         self._free: list[int] = []
-        self._next = first_slot
+        self._slots = slots
+        self._next = slots.start
         self._namespaces: dict[int, int] = {}
 
     @staticmethod
@@ -49,8 +50,8 @@ class IdMaps:
                     return slot
             while self._next in self._used:
                 self._next += 1
-            if self._next >= SLOTS_MAX:
-                raise Exhausted(f"all {SLOTS_MAX} ranges of user ids are taken", mend="run fewer instances on this node")
+            if self._next >= self._slots.stop:
+                raise Exhausted(f"all {len(self._slots)} ranges of user ids are taken", mend="run fewer instances on this node")
             self._used.add(self._next)
             return self._next
 
@@ -81,7 +82,7 @@ class IdMaps:
     def prepare(self) -> bool:
         """Make the namespace of one of the slots that are taken next; return whether there was one to make."""
         with self._lock:
-            fresh = (slot for slot in range(self._next, SLOTS_MAX) if slot not in self._used)
+            fresh = (slot for slot in range(self._next, self._slots.stop) if slot not in self._used)
             coming = [*reversed(self._free[-READY_NAMESPACES:]), *itertools.islice(fresh, READY_NAMESPACES)][:READY_NAMESPACES]
             missing = next((slot for slot in coming if slot not in self._namespaces), None)
         if missing is None:

@@ -22,8 +22,8 @@ from atoll.model.errors import Conflict, Exhausted, Invalid, RuntimeFailed
 from atoll.model.ports.runtime import Box
 from atoll.model.spec import Resources
 from atoll.runtimes.box_record import BoxRecord, BoxRecords, boot_id
-from atoll.runtimes.cgroup import Cgroups, Group
-from atoll.runtimes.idmap import IdMaps, idmaps_work
+from atoll.runtimes.cgroup import CPU_PERIOD_US, Cgroups, Group
+from atoll.runtimes.idmap import SLOTS_MAX, IdMaps, idmaps_work
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.oci import Bundle, configuration, launch_netns
 from atoll.runtimes.rootfs import drop_mounts, make_root, remove_root, show_mounts
@@ -35,6 +35,8 @@ from atoll.runtimes.users import User, resolve_user
 _HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
 START_PIDS_MIN = 32
 """The runtime's tool needs some threads inside the group before the command runs; the limit is lowered after that."""
+START_CPU_QUOTA_US_MIN = CPU_PERIOD_US
+"""The tool's own work inside the group is not charged to a small instance, which would wait several periods to start."""
 
 
 STDOUT, STDERR, NETNS = "io.atoll.stdout", "io.atoll.stderr", "io.atoll.netns"
@@ -54,13 +56,14 @@ class OciBoxes:
         cgroup: str,
         cgroups: Cgroups,
         userns: bool | None = None,
+        slots: range = range(SLOTS_MAX),
         runtime_directory: Path = RUNTIME_DIRECTORY,
     ) -> None:
         self.directory = directory
         self.state = directory / "state"
         self.records = BoxRecords(directory / "boxes")
         self.scratch = ScratchPool(directory / "scratch")
-        self.idmaps = IdMaps()
+        self.idmaps = IdMaps(slots)
         self.boot_id = boot_id()
         self._cgroup = cgroup.rstrip("/")
         self._cgroups = cgroups
@@ -124,6 +127,7 @@ class OciBoxes:
             os.chown(fifo, (base_id or 0) + user.uid, (base_id or 0) + user.gid)
         resources = self._cgroups.resources(box.limits)
         resources["pids"]["limit"] = max(START_PIDS_MIN, box.limits.pids)
+        resources["cpu"]["quota"] = max(START_CPU_QUOTA_US_MIN, resources["cpu"]["quota"])
         bundle = Bundle(
             root=root,
             user=user,

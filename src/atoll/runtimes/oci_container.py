@@ -115,7 +115,7 @@ def failure(log_path: Path, command: str) -> RuntimeFailed:
     """Return what the runtime's tool logged last as an error that names the command."""
     words = _last_error(log_path) or "the runtime's tool failed without a word"
     mend = None
-    if any(sign in words for sign in _NOT_FOUND):
+    if any(sign in words.lower() for sign in _NOT_FOUND):
         mend = f"is {command!r} in the image, and its interpreter too?"
     elif "OOM" in words or "memory limit" in words:
         mend = "raise the memory limit"

@@ -21,7 +21,7 @@ from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
-from atoll.runtimes.oci_box import NETNS, START_PIDS_MIN, STDERR, STDOUT, OciBoxes, load_config
+from atoll.runtimes.oci_box import NETNS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
 from atoll.runtimes.oci_exec import OciExecution, start_execution
 from atoll.runtimes.shim import Launch
@@ -45,11 +45,13 @@ log = structlog.get_logger()
 class OciRuntime:
     """`directory` is this runtime's own on the node; one agent at a time may use it.
 
-    A subclass gives `name`, `tool` and `probe`. With `userns=None`, user namespaces are used where the kernel and the file
-    system of `directory` can shift ids.
+    A subclass gives `name`, `slots` and `probe`, and `tool` where its command differs.
+    With `userns=None`, user namespaces are used where the kernel and the file system of `directory` can shift ids.
     """
 
     name: RuntimeName
+    slots: range
+    """Its ranges of user ids: no two runtimes of a node share one."""
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES})
 
     def __init__(self, directory: Path, *, binary: str, cgroup: str = "/atoll", userns: bool | None = None) -> None:
@@ -68,10 +70,14 @@ class OciRuntime:
 
     def tool(self, boxes: OciBoxes, log_path: Path) -> list[str]:
         """Return the runtime's command with its global options; it logs JSON to `log_path`."""
+        return self.command(boxes.state, log_path)
+
+    def command(self, state: Path, log_path: Path) -> list[str]:
+        """As `tool`, for any state directory."""
         self._path = self._path or shutil.which(self._binary)
         if self._path is None:
             raise Unsupported(f"{self._binary} is not installed", mend=f"apt-get install {self._binary}")
-        return [self._path, "--root", str(boxes.state), "--log", str(log_path), "--log-format", "json"]
+        return [self._path, "--root", str(state), "--log", str(log_path), "--log-format", "json"]
 
     async def create(self, box: Box) -> None:
         boxes = await self._boxes()
@@ -105,8 +111,7 @@ class OciRuntime:
             news = await launch.news(START_S_MAX)
             if news is None or news[0] != "pid":
                 raise failure(log_path, config.process["args"][0])
-            if record.limits.pids < START_PIDS_MIN:
-                container.group.set_pids_limit(record.limits.pids)
+            container.group.settle(record.limits)
         except (AtollError, OSError, asyncio.CancelledError) as error:
             await asyncio.shield(self._abandon(boxes, record, launch))
             if isinstance(error, OSError):
@@ -253,6 +258,7 @@ class OciRuntime:
         elif shim is not None and pid is not None and files.read_exit() is None:
             container.watch(ending_of(shim), pid)
             if container.running:
+                container.group.settle(record.limits)  # the agent may have died between the start and this
                 return Found(id=record.id, pid=pid, exit=None)
             await container.ended()
         if container.exit is None and (files.read_exit() is not None or pid is not None):
@@ -297,7 +303,7 @@ class OciRuntime:
         return self._made
 
     def _make_boxes(self) -> OciBoxes:
-        return OciBoxes(self._directory, cgroup=self._cgroup, cgroups=Cgroups.detect(), userns=self._userns)
+        return OciBoxes(self._directory, cgroup=self._cgroup, cgroups=Cgroups.detect(), userns=self._userns, slots=self.slots)
 
     def _tidy_soon(self, boxes: OciBoxes) -> None:
         if self._tidying is None or self._tidying.done():

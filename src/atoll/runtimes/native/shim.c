@@ -11,6 +11,8 @@
  *       ("exit STATUS\n"), and when descriptor 3's other end closes, the command is killed.
  *   NETNS is the network namespace that TOOL starts in, or "-" for the caller's: a runtime that first enters an instance's
  *   user namespace may not enter a network namespace of the node any more.
+ *   atoll-shim private [-PATH | +PATH]... -- TOOL ARG...
+ *       Becomes TOOL in mounts of its own, in which the mount at each -PATH is gone and an empty directory covers each +PATH.
  *   atoll-shim userns
  *       Makes a user namespace, writes one byte to stdout, and ends with its stdin: the caller writes the id maps.
  *
@@ -25,6 +27,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -165,6 +168,8 @@ static int run(char **argv) {
     int status = finish(tool);
     pid_t first = status == 0 ? read_pid(argv[3]) : -1;
     if (first <= 0) {
+        while (waitpid(-1, NULL, WNOHANG) > 0) {
+        } /* the tool's own children: PID 1 may be slow to reap them, and the instance's end would wait for it */
         say("failed", status ? status : FAILED << 8);
         return 1;
     }
@@ -182,6 +187,8 @@ static int execute(char **argv) {
     pid_t first = status == 0 ? read_pid(argv[1]) : -1;
     unlink(argv[1]);
     if (first <= 0) {
+        while (waitpid(-1, NULL, WNOHANG) > 0) {
+        } /* the tool's own children: PID 1 may be slow to reap them, and the instance's end would wait for it */
         say("failed", status ? status : FAILED << 8);
         return 1;
     }
@@ -195,6 +202,25 @@ static int execute(char **argv) {
     return 0;
 }
 
+/* What fails here is said on stderr only: descriptor 3 is not this program's. */
+static int private(char **argv) {
+    if (unshare(CLONE_NEWNS) < 0 || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0) {
+        perror("atoll-shim: private mounts");
+        return FAILED;
+    }
+    for (; *argv && strcmp(*argv, "--") != 0; argv++) {
+        const char *path = *argv + 1;
+        if ((**argv == '-' ? umount2(path, MNT_DETACH) : mount("none", path, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL)) < 0) {
+            perror(path);
+            return FAILED;
+        }
+    }
+    if (*argv == NULL || argv[1] == NULL) return 2;
+    execv(argv[1], argv + 1);
+    perror(argv[1]);
+    return 127;
+}
+
 static int userns(void) {
     char byte = '.';
     if (unshare(CLONE_NEWUSER) < 0) return errno;
@@ -204,6 +230,7 @@ static int userns(void) {
 
 int main(int argc, char **argv) {
     if (argc == 2 && strcmp(argv[1], "userns") == 0) return userns();
+    if (argc > 3 && strcmp(argv[1], "private") == 0) return private(argv + 2);
     if (argc > 9 && strcmp(argv[1], "run") == 0 && strcmp(argv[8], "--") == 0) {
         prepare();
         return run(argv + 2);
