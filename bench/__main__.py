@@ -9,6 +9,7 @@ import sys
 BENCHES = {
     "start": ("create request → process running → first byte, beside bare runc and podman", "1 min"),
     "schedule": ("placements/s planned, committed and observed; plan latency at 100,000 nodes", "4 min"),
+    "packing": ("GPUs allocated by each packing policy on openb lists, both tie-breaks, against FGD", "3 min"),
     "api": ("API reads/s and durable writes/s, idle memory and processor use", "1 min"),
 }
 
