@@ -489,6 +489,54 @@ async def test_an_ingress_is_told_only_of_what_changes_its_routing(service: Serv
     await feed.aclose()  # type: ignore[attr-defined]
 
 
+async def test_what_cannot_be_read_is_kept_where_it_runs(service: Service) -> None:
+    """A missing release, a damaged one, a damaged instance: none of them may look like the end of an instance."""
+    await service.apps.put(SYSTEM, app_spec())
+    await service.apps.put(SYSTEM, app_spec(env={"A": "2"}))
+    for number in (1, 2, 3):
+        await put_instance(service, f"web-{number}", 2 if number == 3 else 1)
+    feed = service.feeds.assignments("n1")
+    assert {one.instance.id for one in (await anext(feed)).put} == {"web-1", "web-2", "web-3"}
+    store = service.context.store
+    whole = await store.get(keys.release("default", "web", 1))
+    assert whole is not None
+    await store.put(keys.release("default", "web", 1), b"damaged")
+    await store.put(keys.instance("default", "web-3"), b"damaged")
+    await put_instance(service, "web-1", 1, desired=Desired.STOP)
+    told: dict[str, Desired] = {}
+    while told.keys() != {"web-1", "web-3"}:
+        batch = await asyncio.wait_for(anext(feed), 5)
+        assert batch.removed == ()
+        told |= batch.kept
+    assert told == {"web-1": Desired.STOP, "web-3": Desired.RUN}
+    anew = service.feeds.assignments("n1")
+    batch = await anext(anew)
+    assert (batch.complete, batch.put) == (True, ())
+    assert batch.kept == {"web-1": Desired.STOP, "web-2": Desired.RUN, "web-3": Desired.RUN}
+    await store.put(keys.release("default", "web", 1), whole.value)
+    await put_instance(service, "web-3", 2)
+    put: set[str] = set()
+    while len(put) < 2:  # what has become readable is told as it always was
+        put |= {one.instance.id for one in (await asyncio.wait_for(anext(anew), 5)).put}
+    await feed.aclose()  # type: ignore[attr-defined]
+    await anew.aclose()  # type: ignore[attr-defined]
+
+
+async def test_an_app_that_cannot_be_read_keeps_its_routing(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await service.apps.put(SYSTEM, app_spec("api"))
+    feed = service.feeds.routing()
+    assert len((await anext(feed)).put) == 2
+    await service.context.store.put(keys.app("default", "web"), b"damaged")
+    await service.context.store.delete(keys.app("default", "api"))
+    assert (await asyncio.wait_for(anext(feed), 5)).removed == ("default/api",)
+    anew = service.feeds.routing()
+    batch = await anext(anew)
+    assert (batch.complete, batch.put, batch.kept) == (True, (), ("default/web",))
+    await feed.aclose()  # type: ignore[attr-defined]
+    await anew.aclose()  # type: ignore[attr-defined]
+
+
 async def test_many_changes_while_an_agent_is_busy_reach_it_as_one_batch(service: Service) -> None:
     await service.apps.put(SYSTEM, app_spec())
     feed = service.feeds.assignments("n1")

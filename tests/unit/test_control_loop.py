@@ -536,6 +536,27 @@ def test_instances_of_a_job_that_is_gone_are_stopped_and_removed() -> None:
     run_virtual(main())
 
 
+def test_a_damaged_app_or_node_ends_nothing_that_runs() -> None:
+    async def main() -> None:
+        async with Cell() as cell:
+            await start(cell)
+            await cell.deploy(WEB, replicas=2)
+            await cell.until(lambda: running(cell))
+            before = cell.instances()
+            whole = await cell.store.get(keys.app("default", "web"))
+            assert whole is not None
+            await cell.store.put(keys.app("default", "web"), b"damaged")
+            await cell.store.put(keys.node("n1"), b"damaged")
+            await cell.report(before[0], restarts=1)
+            await asyncio.sleep(400)
+            assert cell.instances() == before
+            await cell.store.put(keys.app("default", "web"), whole.value)
+            await asyncio.sleep(30)
+            assert cell.instances() == before
+
+    run_virtual(main())
+
+
 def test_orphans_and_old_events_are_collected() -> None:
     async def main() -> None:
         async with Cell() as cell:

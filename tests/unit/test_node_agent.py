@@ -144,6 +144,21 @@ async def test_the_process_gets_the_image_s_the_cell_s_and_the_spec_s_environmen
     assert (box.user, box.workdir, box.hostname) == ("app", "/srv", "web-1")
 
 
+async def test_an_instance_of_which_no_more_can_be_told_goes_on_until_it_is_told_to_stop(world: World) -> None:
+    async with world.agent() as agent:
+        id = world.app("web-1")
+        await world.phase(id, Phase.RUNNING)
+        world.control.keep(id, Desired.RUN)
+        world.control.cut()
+        world.control.heal()
+        world.app("web-2")
+        await world.phase("web-2", Phase.RUNNING)
+        assert agent.runners[id].state.phase is Phase.RUNNING
+        world.control.keep(id, Desired.STOP)
+        await until(lambda: agent.runners[id].state.phase is Phase.STOPPED)
+        assert id in agent.runners
+
+
 async def test_stop_ends_it_within_the_grace_and_removal_leaves_nothing(world: World) -> None:
     async with world.agent() as agent:
         id = world.app("web-1", "stubborn", stop=Stop(grace=Seconds(0.05)), volumes=(Volume(name="data", path="/data"),))

@@ -188,6 +188,20 @@ async def test_a_record_that_does_not_decode_counts_as_absent() -> None:
         assert set(state.records(Project)) == set()
 
 
+async def test_a_record_that_does_not_decode_is_told_from_one_that_is_gone() -> None:
+    store = MemoryStore()
+    await store.put(keys.project("bad"), b"{not json")
+    async with State(store, KINDS) as state:
+        assert set(state.broken(Project)) == {"bad"}
+        await store.put(keys.project("worse"), b"[]")
+        await store.txn([], [project("bad")])
+        await state.reach(await store.revision())
+        assert set(state.broken(Project)) == {"worse"}
+        await store.delete(keys.project("worse"))
+        await state.reach(await store.revision())
+        assert set(state.broken(Project)) == set()
+
+
 async def test_closing_frees_everyone_who_waits() -> None:
     state = State(MemoryStore(), KINDS)
     await state.start()

@@ -243,6 +243,8 @@ class Loop:
     def _decide_owner(self, owner: Owner, now: float) -> Decision:
         decision = Decision(now, self._suffix, self._world.ids, self._given)
         kind, key = owner
+        if self._world.damaged(owner):
+            return decision
         match kind:
             case OwnerKind.APP:
                 app = self._world.app_facts(key)

@@ -158,7 +158,7 @@ class World:
 
     def lost_at(self, node: str | None) -> float | None:
         """Return since when a node is lost; one that nobody knows counts as lost for ever."""
-        if node is None:
+        if node is None or node in self.state.broken(Node):
             return None
         if self.state.get(Node, node) is None:
             return 0.0
@@ -191,6 +191,11 @@ class World:
         found.update(dict.fromkeys((OwnerKind.JOB, key) for key in self.state.records(Job)))
         found.update(dict.fromkeys(self.owned))
         return list(found)
+
+    def damaged(self, owner: Owner) -> bool:
+        """Whether what is wanted cannot be read: then nothing is decided, above all not that it is not wanted."""
+        kind, key = owner
+        return key in self.state.broken(App if kind is OwnerKind.APP else Job)
 
     def instances(self, owner: Owner) -> tuple[Seen, ...]:
         lost: dict[str | None, float | None] = {}

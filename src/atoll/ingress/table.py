@@ -44,7 +44,7 @@ class RoutingTable:
     def apply(self, batch: RoutingBatch) -> tuple[Problem, ...]:
         """Take over what changed, and return the problems that are new. A complete batch replaces everything."""
         put = {key_of(routing): routing for routing in batch.put}
-        gone = set(self._routings) - set(put) if batch.complete else set(batch.removed) - set(put)
+        gone = set(self._routings) - set(put) - set(batch.kept) if batch.complete else set(batch.removed) - set(put)
         before = set(self.problems)
         hosts: set[str] = set()
         for key in sorted(gone):

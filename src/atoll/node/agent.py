@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
+from msgspec.structs import replace
 
 from atoll import __version__
 from atoll.model.errors import AtollError, Unavailable
@@ -19,7 +20,7 @@ from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Capacity, Node
 from atoll.model.spec import RuntimeName
-from atoll.model.states import Desired
+from atoll.model.states import Desired, advance
 from atoll.node.directories import Directories
 from atoll.node.health import NetworkProber
 from atoll.node.logs import FileLogs
@@ -234,9 +235,13 @@ class Agent:
             return
         for assignment in batch.put:
             self._assign(assignment)
+        for id, desired in batch.kept.items():
+            if (runner := self.runners.get(id)) is not None:
+                instance = replace(runner.assignment.instance, desired=advance(runner.assignment.instance.desired, desired))
+                runner.update(replace(runner.assignment, instance=instance))
         gone = list(batch.removed)
         if batch.complete:
-            wanted = {assignment.instance.id for assignment in batch.put}
+            wanted = {assignment.instance.id for assignment in batch.put} | batch.kept.keys()
             gone += [id for id in self.runners if id not in wanted]
         for id in gone:
             runner = self.runners.get(id)

@@ -68,6 +68,7 @@ class FakeControlPlane:
         self.history: deque[Status] = deque(maxlen=HISTORY_MAX)
         self.events: deque[Event] = deque(maxlen=HISTORY_MAX)
         self.heartbeats: deque[Heartbeat] = deque(maxlen=HISTORY_MAX)
+        self.kept: dict[str, Desired] = {}
         self._revision = 0
         self._away = False
         self._watchers: set[asyncio.Queue[AssignmentBatch | None]] = set()
@@ -86,8 +87,16 @@ class FakeControlPlane:
         assignment = self.assigned[id]
         self.assign(replace(assignment, instance=replace(assignment.instance, desired=desired)))
 
+    def keep(self, id: str, desired: Desired) -> None:
+        """Know no more of an instance than that it is there, and what is wanted of it."""
+        self._revision += 1
+        self.assigned.pop(id, None)
+        self.kept[id] = desired
+        self._publish(AssignmentBatch(self._revision, False, kept={id: desired}))
+
     def remove(self, id: str) -> None:
         self._revision += 1
+        self.kept.pop(id, None)
         self.assigned.pop(id, None)
         self.statuses.pop(id, None)
         self._publish(AssignmentBatch(self._revision, False, (), (id,)))
@@ -140,7 +149,7 @@ class FakeControlPlane:
         queue: asyncio.Queue[AssignmentBatch | None] = asyncio.Queue()
         self._watchers.add(queue)
         try:
-            yield AssignmentBatch(self._revision, True, tuple(self.assigned.values()))
+            yield AssignmentBatch(self._revision, True, tuple(self.assigned.values()), kept=dict(self.kept))
             while (batch := await queue.get()) is not None:
                 yield batch
         finally:

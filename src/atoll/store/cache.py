@@ -16,7 +16,7 @@ Compacted from `changes` and starts again from `records`; nothing is ever skippe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Set
 from types import MappingProxyType, TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -68,7 +68,8 @@ class Deltas(Struct, frozen=True):
 class State:
     """A current, typed copy of part of the store. `kinds` maps prefix → record type; no type and no prefix twice.
 
-    A record that does not decode is logged and counts as absent: one bad record never stops a control loop.
+    A record that does not decode is logged and counts as absent, so that it never stops a control loop; `broken` tells it from
+    one that is gone, which nobody may take it for who would end something.
     """
 
     def __init__(self, store: Store, kinds: Mapping[str, type[Any]]) -> None:
@@ -79,6 +80,7 @@ class State:
         if len(self._prefixes) != len(kinds) or any(prefix != first for first, (prefix, _) in self._prefixes.items()):
             raise Invalid("a kind's prefix is one word and a slash")
         self._records: dict[type[Any], dict[str, Held[Any]]] = {kind: {} for kind in kinds.values()}
+        self._broken: dict[type[Any], set[str]] = {kind: set() for kind in kinds.values()}
         self._views: dict[type[Any], Mapping[str, Held[Any]]] = {k: MappingProxyType(v) for k, v in self._records.items()}
         self._window: Window[tuple[Revision, tuple[Delta, ...]]] = Window(Revision(-1), floor=Revision(0), entries_max=DELTAS_MAX)
         self._task: asyncio.Task[None] | None = None
@@ -114,6 +116,10 @@ class State:
 
     def get(self, kind: type[T], key: str) -> Held[T] | None:
         return self._records[kind].get(key)
+
+    def broken(self, kind: type[Any]) -> Set[str]:
+        """Return the keys under which something stands that is no `kind` that this version understands; a live view."""
+        return self._broken[kind]
 
     async def reach(self, revision: Revision) -> Revision:
         """Return once the cache has seen `revision`, with the revision that it has. The caller sets the deadline.
@@ -179,6 +185,7 @@ class State:
     async def _list(self) -> None:
         """Load every kind as of one revision, and enter what differs from before as one change."""
         loaded: dict[type[Any], dict[str, Held[Any]]] = {}
+        broken: dict[type[Any], set[str]] = {kind: set() for kind in self._records}
         at: Revision | None = None
         for prefix, kind in self._prefixes.values():
             records = loaded[kind] = {}
@@ -190,11 +197,14 @@ class State:
                     held = _decode(item, kind)
                     if held is not None:
                         records[item.key.removeprefix(prefix)] = held
+                    else:
+                        broken[kind].add(item.key.removeprefix(prefix))
                 if not page.more:
                     break
                 after = page.items[-1].key
         revision = at if at is not None else await self._store.revision()
         first = self.revision < 0
+        self._broken = broken
         deltas = self._differences(loaded)
         for delta in deltas:
             self._set(delta.kind, delta.key, delta.new)
@@ -223,6 +233,7 @@ class State:
             kind = prefix_kind[1]
             key = change.key[place:]
             new = _decode(change.item, kind) if change.item is not None else None
+            (self._broken[kind].add if change.item is not None and new is None else self._broken[kind].discard)(key)
             old = self._records[kind].get(key)
             if old is not None or new is not None:
                 deltas.append(Delta(kind, key, old, new))

@@ -17,7 +17,8 @@ from atoll.api.service.routing import routing_of
 from atoll.api.service.specs import spec_of
 from atoll.model.errors import Compacted, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
-from atoll.model.records import App, Assignment, Instance, Node, NodeLiveness, OwnerKind, Routing, Status
+from atoll.model.records import App, Assignment, Instance, Node, NodeLiveness, OwnerKind, Release, Routing, Status
+from atoll.model.states import Desired
 from atoll.store.cache import Delta, Deltas, Held
 
 ROUTINGS_AT_ONCE = 500
@@ -108,8 +109,7 @@ class Feeds:
                 if listener.everything:
                     listener.everything = False
                     listener.dirty.clear()
-                    held = sorted(self.of_node(node), key=lambda one: one.record.id)
-                    yield AssignmentBatch(revision, True, tuple(a for one in held if (a := self._assignment(one)) is not None))
+                    yield self._all_assignments(node, revision)
                 else:
                     dirty, listener.dirty = listener.dirty, set()
                     yield self._assignment_changes(node, revision, dirty)
@@ -135,6 +135,8 @@ class Feeds:
                 put, removed = [], []
                 for count, key in enumerate(sorted(names), 1):
                     routing = self._routing(key)
+                    if key in self._state.broken(App):
+                        continue  # what was told of it holds
                     if routing is None:
                         if sent.pop(key, None) is not None:
                             removed.append(key)
@@ -146,7 +148,7 @@ class Feeds:
                 if complete:
                     sent = {f"{routing.project}/{routing.app}": routing for routing in put}
                     told_at = now()
-                    yield RoutingBatch(revision, True, tuple(put))
+                    yield RoutingBatch(revision, True, tuple(put), kept=tuple(sorted(self._state.broken(App))))
                 elif put or removed or (keepalive_s is not None and now() - told_at >= keepalive_s):
                     told_at = now()
                     yield RoutingBatch(revision, False, tuple(put), tuple(removed))
@@ -162,21 +164,40 @@ class Feeds:
         group.add(listener)
         return listener
 
+    def _all_assignments(self, node: str, revision: int) -> AssignmentBatch:
+        """What does not decode may be any node's, and is kept by whichever has it."""
+        put = []
+        kept = {key.rpartition("/")[2]: Desired.RUN for key in self._state.broken(Instance)}
+        for held in sorted(self.of_node(node), key=lambda one: one.record.id):
+            assignment = self._assignment(held)
+            if assignment is not None:
+                put.append(assignment)
+            else:
+                kept[held.record.id] = held.record.desired
+        return AssignmentBatch(revision, True, tuple(put), kept=kept)
+
     def _assignment_changes(self, node: str, revision: int, dirty: set[str]) -> AssignmentBatch:
-        put, removed = [], []
+        put, removed, kept = [], [], {}
         for key in sorted(dirty):
             held = self._state.get(Instance, key)
-            if held is None or held.record.node != node:
-                removed.append(key.rpartition("/")[2])
+            id = key.rpartition("/")[2]
+            if held is None and key in self._state.broken(Instance):
+                kept[id] = Desired.RUN
+            elif held is None or held.record.node != node:
+                removed.append(id)
             elif (assignment := self._assignment(held)) is not None:
                 put.append(assignment)
-        return AssignmentBatch(revision, False, tuple(put), tuple(removed))
+            else:
+                kept[id] = held.record.desired
+        return AssignmentBatch(revision, False, tuple(put), tuple(removed), kept)
 
     def _assignment(self, held: Held[Instance]) -> Assignment | None:
         spec = spec_of(self._state, held.record)
         if spec is None:
             log.error(
-                "an instance's spec is gone; its node is not told of it", instance=held.record.id, release=held.record.release
+                "an instance's spec is gone; its node goes on with what it knows",
+                instance=held.record.id,
+                release=held.record.release,
             )
             return None
         return Assignment(instance=held.record, workload=spec, revision=held.revision)
@@ -233,6 +254,8 @@ class Feeds:
                     apps.add(f"{held.record.project}/{held.record.owner}")
             elif delta.kind is App:
                 apps.add(delta.key)
+            elif delta.kind is Release and delta.old is None and delta.new is not None:
+                self._apply_release(delta.new.record)
             elif delta.kind is NodeLiveness or (delta.kind is Node and _moved(delta)):
                 for one in self.of_node(delta.key):
                     apps.add(f"{one.record.project}/{one.record.owner}")
@@ -240,6 +263,14 @@ class Feeds:
             self._routings.pop(app, None)
             for listener in self._ingresses:
                 listener.mark(app)
+
+    def _apply_release(self, release: Release) -> None:
+        """A release is there before its instances, but for one that was damaged and has come back."""
+        for key in self._by_app.get(f"{release.project}/{release.app}", ()):
+            held = self._state.get(Instance, key)
+            if held is not None and held.record.node is not None and held.record.release == release.number:
+                for listener in self._agents.get(held.record.node, ()):
+                    listener.mark(key)
 
     def _apply_instance(self, key: str, old: Held[Instance] | None, new: Held[Instance] | None, apps: set[str]) -> None:
         either = new or old

@@ -8,26 +8,32 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from atoll.model.records import Assignment, Event, Heartbeat, Ingress, Node, Routing, Status
+from atoll.model.states import Desired
 
 
 class AssignmentBatch(Struct, frozen=True):
-    """With `complete`, `put` is everything that is assigned to the node, and whatever else the node has must go."""
+    """With `complete`, `put` and `kept` are everything that is assigned to the node, and whatever else the node has must go."""
 
     revision: int
     complete: bool
     put: tuple[Assignment, ...] = ()
     removed: tuple[str, ...] = ()
     """Instance ids: remove every trace of them."""
+    kept: dict[str, Desired] = {}
+    """Instances of which no more can be told, because a record of theirs is missing or damaged: what the node knows of them
+    holds, and of others it need not know."""
 
 
 class RoutingBatch(Struct, frozen=True):
-    """With `complete`, `put` is every app that has a route."""
+    """With `complete`, `put` and `kept` are every app that has a route."""
 
     revision: int
     complete: bool
     put: tuple[Routing, ...] = ()
     removed: tuple[str, ...] = ()
     """`project/app`."""
+    kept: tuple[str, ...] = ()
+    """Apps of which no more can be told, because their record is damaged: what is known of them holds."""
 
 
 class StreamKind:
