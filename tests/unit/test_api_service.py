@@ -46,7 +46,7 @@ from atoll.model.records import (
     Status,
     Token,
 )
-from atoll.model.spec import AppSpec, JobSpec, Port, Route, Scale
+from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Route, Scale
 from atoll.model.states import Desired, Phase
 from atoll.model.views import AppView, TokenRequest
 from atoll.store.cache import State
@@ -487,6 +487,27 @@ async def test_an_ingress_is_told_only_of_what_changes_its_routing(service: Serv
     batch = await asyncio.wait_for(anext(feed), 5)
     assert batch.removed == ("default/web",)
     await feed.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("constraint", "words"),
+    [
+        (Constraint(label="gpu", operator=Operator.REGEXP, value="h100("), "not a regular expression"),
+        (Constraint(label="gpu", operator=Operator.REGEXP, value="(a+)+$"), "too long to match"),
+        (Constraint(label="kernel", operator=Operator.VERSION, value="newer than 5"), "not a version rule"),
+    ],
+)
+async def test_a_constraint_that_makes_no_sense_is_refused_with_its_place(
+    service: Service, constraint: Constraint, words: str
+) -> None:
+    good = Constraint(label="disk", value="ssd")
+    placement = Placement(constraints=(good, constraint))
+    job = JobSpec(name="sum", image="registry.test/sum:1", placement=placement)
+    for refused in (service.apps.put(SYSTEM, app_spec(placement=placement)), service.jobs.create(SYSTEM, job)):
+        with pytest.raises(Invalid, match=words) as caught:
+            await refused
+        assert caught.value.field == "placement.constraints[1].value"
+    assert (await service.apps.put(SYSTEM, app_spec(placement=Placement(constraints=(good,))))).app.release == 1
 
 
 async def test_what_cannot_be_read_is_kept_where_it_runs(service: Service) -> None:

@@ -12,7 +12,7 @@ from atoll.api.service.access import Caller, check_name
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
-from atoll.api.service.workloads import check_secrets, pin
+from atoll.api.service.workloads import check_constraints, check_secrets, pin
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
@@ -60,6 +60,7 @@ class Apps:
         """
         check_name(spec.project, "project")
         check_app(spec)
+        check_constraints(spec)
         if spec.image is None:
             raise Invalid(
                 "image: missing; the server does not build", field="image", mend="'atoll deploy' builds, pushes and sets it"

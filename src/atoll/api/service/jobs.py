@@ -8,7 +8,7 @@ from atoll.api.service.access import Caller, check_name
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
-from atoll.api.service.workloads import check_secrets, pin, require_image
+from atoll.api.service.workloads import check_constraints, check_secrets, pin, require_image
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, NotFound
 from atoll.model.ports.store import Delete, Put, absent, unchanged
@@ -38,6 +38,7 @@ class Jobs:
         """
         check_name(spec.project, "project")
         check_job(spec)
+        check_constraints(spec)
         require_image(spec)
 
         def build() -> Draft[JobView]:

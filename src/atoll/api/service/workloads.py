@@ -1,4 +1,4 @@
-"""What apps' and jobs' specs have in common when they come in: the image is pinned, the secrets are there."""
+"""What apps' and jobs' specs have in common when they come in: rules make sense, the image is pinned, the secrets are there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from atoll.api.service.context import Context
 from atoll.model.errors import Forbidden, ImageError, Invalid, NotFound
 from atoll.model.records import Secret
 from atoll.model.spec import Workload
+from atoll.scheduling.constraints import problem
 
 CELL_REGISTRY = "cell.internal/"
 _REFERENCE = re.compile(
@@ -23,6 +24,15 @@ def require_image(spec: Workload) -> None:
     if spec.image is None:
         mend = "'atoll deploy' builds it, pushes it and sets this"
         raise Invalid("image: missing; the server does not build", field="image", mend=mend)
+
+
+def check_constraints(spec: Workload) -> None:
+    """Raise Invalid for a constraint that no node could be held against: a bad expression, or no rule on versions."""
+    for index, constraint in enumerate(spec.placement.constraints):
+        wrong = problem(constraint)
+        if wrong is not None:
+            field = f"placement.constraints[{index}].value"
+            raise Invalid(f"{field}: {wrong.message}", field=field, mend=wrong.mend or None)
 
 
 def pin(context: Context, caller: Caller, spec: Workload) -> str | None:
