@@ -225,8 +225,9 @@ def test_a_v2_group_is_read_and_driven(tmp_path: Path) -> None:
     tree(tmp_path / "atoll/a", files)
     group = Cgroups(v1={}, v2=tmp_path).group("/atoll/a")
     assert (group.cpu_us(), group.memory_bytes(), group.pids(), group.oom_kills()) == (1234, 3000, 3, 2)
-    group.set_pids_limit(7)
+    group.settle(Limits(cpu_milli=250, memory_bytes=1 << 26, disk_bytes=1 << 20, pids=7))
     assert (tmp_path / "atoll/a/pids.max").read_text() == "7"
+    assert (tmp_path / "atoll/a/cpu.max").read_text() == "25000 100000"
     group.freeze()
     assert (tmp_path / "atoll/a/cgroup.freeze").read_text() == "1"
     group.thaw()

@@ -5,6 +5,7 @@ Kernel documentation: admin-guide/cgroup-v1, admin-guide/cgroup-v2.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -140,12 +141,13 @@ class Group:
 
     def settle(self, limits: Limits) -> None:
         """Put the limits in force that were loosened for the start. Safe to repeat."""
-        self._file("pids.max").write_text(str(limits.pids))
         quota_us = cpu_quota_us(limits)
-        if self._pure:
-            self._file("cpu.max").write_text(f"{quota_us} {CPU_PERIOD_US}")
-        else:
-            (self._v1["cpu"] / "cpu.cfs_quota_us").write_text(str(quota_us))
+        with contextlib.suppress(FileNotFoundError):  # a process that ended at once may have left nothing
+            self._file("pids.max").write_text(str(limits.pids))
+            if self._pure:
+                self._file("cpu.max").write_text(f"{quota_us} {CPU_PERIOD_US}")
+            else:
+                (self._v1["cpu"] / "cpu.cfs_quota_us").write_text(str(quota_us))
 
     def oom_kills(self) -> int:
         """Return how many of its processes the kernel killed because of its memory limit."""
