@@ -18,6 +18,9 @@ CPU_SPEC_MILLI = 128_000
 GPU_SPEC_MILLI = 8_000
 """The largest node, by which the published policies scale CPU and GPU."""
 
+SCORE_TOLERANCE = 1e-9
+"""A score this close below a whole number is that number: a gain of nothing is 50, whatever the rounding of sums."""
+
 
 class Policy(enum.IntEnum):
     """`value` is what the kernels know it by."""
@@ -92,4 +95,4 @@ def _packing(gpu_milli: Ints, gpus: int, untouched: int, pod: Ints) -> float:
 @compiled
 def rounded_gain(gain_milli: float) -> float:
     """Return FGD's published score of a gain: its logistic in GPUs, as a whole number of per cent."""
-    return float(np.floor(100 / (1 + np.exp(-gain_milli / 1000))))
+    return float(np.floor(100 / (1 + np.exp(-gain_milli / 1000)) + SCORE_TOLERANCE))
