@@ -110,6 +110,10 @@ MEANING: dict[str, tuple[str, str]] = {
     "Placement.anti_affinity": ("Away from them; the same table.", "[[placement.anti_affinity]]"),
     "Placement.max_skew": ("Makes `spread` a rule: nowhere more above the place with fewest than this.", "max_skew = 1"),
     "Placement.cost": ("How much a cheap node is wished for, by the nodes' label `price`; 0 for not at all.", "cost = 20"),
+    "Placement.follow_volumes": (
+        "It goes only where its volumes are, until each such node has one of the release.",
+        "follow_volumes = false",
+    ),
     "Placement.spread": ("What instances are spread over.", 'spread = "site"'),
     "Placement.tolerations": ("Taints of nodes that it accepts.", 'tolerations = ["spot"]'),
     "Placement.priority": ("Who is placed first when room is short. Nothing running is moved for it.", "priority = 80"),
