@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.model.records import Capacity, GpuDevice, Node
-from atoll.model.spec import Constraint, Gpu, Operator, Placement, RuntimeName, SpreadBy
+from atoll.model.spec import Affinity, Constraint, Gpu, Operator, Placement, RuntimeName, SpreadBy
 from atoll.scheduling.constraints import holds
 from atoll.scheduling.demand import Demand, Pending
 from atoll.scheduling.plan import plan
@@ -33,8 +33,8 @@ class Machine:
     def free(self, what: str) -> int:
         return getattr(self.node.capacity, what) - sum(getattr(demand, what) for _, demand in self.held)
 
-    def allowed(self, demand: Demand) -> bool:
-        """Every hard rule."""
+    def suits(self, demand: Demand) -> bool:
+        """Every hard rule about facts."""
         wish, node = demand.placement, self.node
         if self.standing is not Standing.OPEN or not set(demand.runtimes) & set(node.runtimes):
             return False
@@ -44,7 +44,12 @@ class Machine:
             return False
         if not all(holds(rule, self.label(rule.label)) for rule in wish.constraints):
             return False
-        if node.capacity.disk_bytes < demand.disk_bytes:
+        right = sum(demand.gpu.model in (None, device.model) for device in node.capacity.gpus) if demand.gpu else 0
+        return node.capacity.disk_bytes >= demand.disk_bytes and right >= demand.gpus
+
+    def allowed(self, demand: Demand) -> bool:
+        """Every hard rule but those about what is placed."""
+        if not self.suits(demand):
             return False
         return self.free("cpu_milli") >= demand.cpu_milli and self.free("memory_bytes") >= demand.memory_bytes and self.gpus(demand)
 
@@ -64,7 +69,76 @@ class Machine:
         return (cpu + memory) / 2.0
 
 
-def one_by_one(machines: list[Machine], pending: list[Pending]) -> dict[str, str | None]:
+def owner(group: str) -> str:
+    return group.split("/")[2] if "/" in group else group
+
+
+def mates(machines: list[Machine], machine: Machine, label: str) -> list[Machine]:
+    """Return the machines in the same place; none for one that has no such label."""
+    return [m for m in machines if m.label(label) == machine.label(label)] if machine.label(label) is not None else []
+
+
+def number(near: list[Machine], name: str) -> int:
+    return sum(owner(group) == name for m in near for group, _ in m.held)
+
+
+def permitted(machines: list[Machine], machine: Machine, group: str, demand: Demand, homes: tuple[str, ...] = ()) -> bool:
+    """Every hard rule about what is placed already."""
+    wish, name = demand.placement, owner(group)
+    caps = [(rule.by, 1) for rule in wish.anti_affinity if rule.weight is None and rule.app == name]
+    evens = [] if wish.max_skew is None else [(str(wish.spread), wish.max_skew, 0)]
+    clusters = [rule.by for rule in wish.affinity if rule.weight is None and rule.app == name]
+    for rule in wish.constraints:
+        if rule.operator in (Operator.UNIQUE, Operator.MAX_PER):
+            caps.append((rule.label, int(rule.value or 1)))  # type: ignore[arg-type]  # texts only here
+        elif rule.operator is Operator.GROUP_BY:
+            evens.append((rule.label, 1, int(rule.value or 0)))  # type: ignore[arg-type]
+        elif rule.operator is Operator.CLUSTER and not rule.value:
+            clusters.append(rule.label)
+    if any(number(mates(machines, machine, label), name) >= most for label, most in caps):
+        return False
+    for label in clusters:
+        somewhere = any(number([m], name) for m in machines if m.label(label) is not None)
+        if machine.label(label) is None or (somewhere and not number(mates(machines, machine, label), name)):
+            return False
+    for label, skew, least in evens:
+        usable = {m.label(label) for m in machines if m.label(label) is not None and m.suits(demand)}
+        count = {v: sum(m.count(group) for m in machines if m.label(label) == v) for v in usable}
+        low = min(count.values()) if len(count) >= max(least, 1) else 0
+        if machine.label(label) is None or sum(m.count(group) for m in mates(machines, machine, label)) + 1 - low > skew:
+            return False
+    for near in wish.affinity:
+        if near.weight is None and near.app != name and not number(mates(machines, machine, near.by), near.app):
+            return False
+    for far in wish.anti_affinity:
+        if far.weight is None and far.app != name and number(mates(machines, machine, far.by), far.app):
+            return False
+    for other in machines:
+        for theirs, held in other.held:
+            for far in held.placement.anti_affinity:
+                if far.weight is None and far.app == name and owner(theirs) != name and other in mates(machines, machine, far.by):
+                    return False
+    if demand.pinned:
+        holders = [m for m in machines if m.node.name in homes or number([m], name)]
+        waiting = [m for m in holders if not m.count(group) or m.standing not in (Standing.OPEN, Standing.CORDONED)]
+        if waiting and machine not in waiting:
+            return False
+    return True
+
+
+def liking(machines: list[Machine], machine: Machine, item: Pending) -> float:
+    """The soft rules about other apps."""
+    total = 0
+    for sign, wishes in ((1, item.demand.placement.affinity), (-1, item.demand.placement.anti_affinity)):
+        for wish in wishes:
+            if wish.weight is not None and wish.app != owner(item.group):
+                total += sign * wish.weight * bool(number(mates(machines, machine, wish.by), wish.app))
+    return 20.0 * total
+
+
+def one_by_one(
+    machines: list[Machine], pending: list[Pending], homes: dict[str, tuple[str, ...]] | None = None
+) -> dict[str, str | None]:
     """Place each instance on the best machine that is allowed, as the ones before it have left things."""
     answer: dict[str, str | None] = {}
     for item in sorted(pending, key=lambda item: item.order):
@@ -79,9 +153,12 @@ def one_by_one(machines: list[Machine], pending: list[Pending]) -> dict[str, str
                 listed = regions.index("any")
             rank = listed if len(regions) > 1 else 0
             total = -rank * 10**10 - 100_000 * sum(m.count(item.group) for m in together) - 10 * machine.count(item.group)
+            total += liking(machines, machine, item)
             return (total * 10**6 + round(machine.packing(item.demand) * 10**6),)
 
-        allowed = sorted((m for m in machines if m.allowed(item.demand)), key=lambda m: m.node.name)
+        at = (homes or {}).get(item.group, ())
+        may = (m for m in machines if m.allowed(item.demand) and permitted(machines, m, item.group, item.demand, at))
+        allowed = sorted(may, key=lambda m: m.node.name)
         best = max(allowed, key=worth, default=None)
         answer[item.id] = best.node.name if best else None
         if best:
@@ -139,8 +216,8 @@ demands = st.builds(
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[list[Machine], list[Pending]]:
     machines = []
-    for number, node in enumerate(draw(st.lists(nodes, max_size=7))):
-        named = Node(**{name: getattr(node, name) for name in node.__struct_fields__} | {"name": f"n{number}"})
+    for place, node in enumerate(draw(st.lists(nodes, max_size=7))):
+        named = Node(**{name: getattr(node, name) for name in node.__struct_fields__} | {"name": f"n{place}"})
         machines.append(Machine(named, draw(st.sampled_from([Standing.OPEN] * 5 + list(Standing)))))
     pending = []
     for group, demand in enumerate(draw(st.lists(demands, max_size=4))):
@@ -206,6 +283,77 @@ def test_no_plan_over_commits_a_node_or_breaks_a_hard_rule(world: tuple[list[Mac
         machine.held.append(("", demand))
         assert machine.free("cpu_milli") >= 0
         assert machine.free("memory_bytes") >= 0
+
+
+labels = st.sampled_from(["node", "site", "region", "disk", "gen"])
+apps = st.sampled_from(["a", "b", "c"])
+wishes = st.lists(st.builds(Affinity, app=apps, by=labels, weight=st.sampled_from([None, None, 1, 60])), max_size=2).map(tuple)
+counting = st.one_of(
+    st.builds(Constraint, label=labels, operator=st.sampled_from([Operator.UNIQUE, Operator.CLUSTER, Operator.GROUP_BY])),
+    st.builds(Constraint, label=labels, operator=st.just(Operator.MAX_PER), value=st.sampled_from(["1", "2"])),
+    st.builds(Constraint, label=labels, operator=st.just(Operator.GROUP_BY), value=st.sampled_from(["2", "4"])),
+)
+
+
+@st.composite
+def neighbours(draw: st.DrawFn) -> tuple[list[Machine], list[Pending], dict[str, tuple[str, ...]]]:
+    """Nodes with instances of three apps on them, and more to come, with rules about each other."""
+    machines, _ = draw(worlds())
+    demands_by_group: dict[str, Demand] = {}
+    pending, homes = [], {}
+    for name in ("a", "b", "c"):
+        for release in (1, 2):
+            placement = draw(
+                st.builds(
+                    Placement,
+                    constraints=st.lists(counting, max_size=1).map(tuple),
+                    affinity=wishes,
+                    anti_affinity=wishes,
+                    spread=st.sampled_from(SpreadBy),
+                    max_skew=st.sampled_from([None, None, 1, 2]),
+                )
+            )
+            demands_by_group[f"app/p/{name}/{release}/1"] = Demand(
+                cpu_milli=draw(st.integers(1, 600)),
+                memory_bytes=draw(st.integers(1, 600)),
+                runtimes=RUNTIMES,
+                placement=placement,
+                pinned=draw(st.sampled_from([False, False, False, True])),
+            )
+    for group, demand in demands_by_group.items():
+        for machine in draw(st.lists(st.sampled_from(machines), max_size=2)) if machines else []:
+            machine.held.append((group, demand))
+        if draw(st.booleans()):
+            homes[group] = tuple(draw(st.lists(st.sampled_from(["n0", "n3", "gone"]), max_size=2, unique=True)))
+            for other in demands_by_group:
+                if owner(other) == owner(group):
+                    homes[other] = homes[group]
+        for index in range(draw(st.integers(0, 6))):
+            pending.append(Pending(id=f"{group}-{index}", group=group, demand=demand, created_at=float(draw(st.integers(0, 1)))))
+    return machines, pending, homes
+
+
+def snapshot_with_held(machines: list[Machine], homes: dict[str, tuple[str, ...]]) -> Snapshot:
+    snapshot = snapshot_of(machines)
+    for machine in machines:
+        for place, (group, demand) in enumerate(machine.held):
+            snapshot.allocate(f"{machine.node.name}-{place}", machine.node.name, group, demand)
+    snapshot.homes = {group.rsplit("/", 2)[0]: names for group, names in homes.items()}
+    return snapshot
+
+
+@given(neighbours())
+@settings(max_examples=400, deadline=None)
+def test_rules_about_other_instances_hold_in_bulk_as_they_do_one_by_one(
+    world: tuple[list[Machine], list[Pending], dict[str, tuple[str, ...]]],
+) -> None:
+    machines, pending, homes = world
+    got = plan(snapshot_with_held(machines, homes), pending)
+    expected = one_by_one(machines, pending, homes)
+    assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
+    for rejection in got.rejected.values():
+        assert rejection.message
+        assert sum(rejection.failed.values()) == len(machines)
 
 
 @given(worlds(), st.randoms(use_true_random=False))

@@ -19,6 +19,7 @@ from atoll.model.records import App, AppPhase, AppStatus, Instance, OwnerKind, S
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired, Phase
 from atoll.model.units import format_seconds
+from atoll.scheduling.demand import holds_volumes
 
 RETRY_MIN_S = 1.0
 RETRY_MAX_S = 60.0
@@ -261,6 +262,7 @@ class _Step:
                 message=message,
                 progressed_at=rollout.progressed_at,
                 served_release=rollout.served,
+                homes=self._homes(),
             )
         )
         if last is None or last.release != self.app.release:
@@ -269,6 +271,16 @@ class _Step:
             self._tell("rollout-finished", f"release {self.app.release} serves", release=self.app.release)
         if rollout.failed and (last is None or last.phase is not AppPhase.FAILED):
             self._tell("rollout-failed", message, Severity.ERROR, release=self.app.release)
+
+    def _homes(self) -> tuple[str, ...]:
+        """Return the nodes that hold the app's volumes; while none is wanted, those of before."""
+        before = self.facts.status.homes if self.facts.status else ()
+        if not holds_volumes(self.app.spec):
+            return ()
+        if not self.wanted:
+            return before
+        used = [seen.instance.node for seen in (*self.old, *self.new, *self.lost, *self.failed) if seen.instance.node]
+        return tuple(dict.fromkeys((*used, *before)))[: self.wanted]
 
     def _phase(self, rollout: Rollout, unready: list[Seen], why: str) -> tuple[AppPhase, str]:
         if not self.wanted:

@@ -93,6 +93,7 @@ def status_of(
     message: str = "",
     progressed_at: float | None = None,
     served_release: int | None = None,
+    homes: tuple[str, ...] | None = None,
 ) -> AppStatus:
     """Return the app's status; what is not given stays as it was."""
     return AppStatus(
@@ -106,4 +107,5 @@ def status_of(
         message=message,
         progressed_at=progressed_at if progressed_at is not None else (last.progressed_at if last else 0.0),
         served_release=served_release if served_release is not None else (last.served_release if last else 0),
+        homes=homes if homes is not None else (last.homes if last else ()),
     )

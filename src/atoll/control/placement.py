@@ -8,7 +8,18 @@ from typing import Any
 from msgspec import structs
 
 from atoll.control.world import World, owner_of
-from atoll.model.records import Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Rejection, Release, Status
+from atoll.model.records import (
+    AppStatus,
+    Instance,
+    Node,
+    NodeHealth,
+    NodeLiveness,
+    NodePolicy,
+    OwnerKind,
+    Rejection,
+    Release,
+    Status,
+)
 from atoll.model.states import Desired
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.plan import PENDING_MAX, plan
@@ -49,6 +60,8 @@ class Placement:
             self._node(name)
         for key in self._world.state.records(Instance):
             self._instance(key)
+        for key in self._world.state.records(AppStatus):
+            self._homes(key)
 
     def apply(self, deltas: Deltas) -> None:
         """Take over one revision's changes."""
@@ -63,6 +76,8 @@ class Placement:
                 self._forget(delta.key)
             else:
                 self._instance(delta.key)
+        elif delta.kind is AppStatus:
+            self._homes(delta.key)
         elif delta.kind is Release:
             # An app may be deleted and made again under the same name.
             gone = (delta.new or delta.old).record  # type: ignore[union-attr]  # one of the two is there
@@ -82,6 +97,17 @@ class Placement:
                 standing = Standing.CORDONED
             self.snapshot.upsert_node(node.record, standing)
         self._room |= self.snapshot.facts != facts
+
+    def _homes(self, key: str) -> None:
+        status = self._world.state.get(AppStatus, key)
+        owner = f"{OwnerKind.APP}/{key}"
+        homes = status.record.homes if status is not None else ()
+        if homes != self.snapshot.homes.get(owner, ()):
+            self._room = True
+            if homes:
+                self.snapshot.homes[owner] = homes
+            else:
+                del self.snapshot.homes[owner]
 
     def _instance(self, key: str) -> None:
         state = self._world.state

@@ -81,6 +81,8 @@ class AppStatus(_Record, frozen=True, kw_only=True):
     progressed_at: float = 0.0
     served_release: int = 0
     """The last release that was fully rolled out."""
+    homes: tuple[str, ...] = ()
+    """Nodes that hold the app's host-local volumes, those in use first; as many as replicas are wanted."""
 
 
 class Job(_Record, frozen=True, kw_only=True):

@@ -161,6 +161,23 @@ class Operator(enum.StrEnum):
     NOT_EXISTS = "not exists"
     REGEXP = "regexp"
     VERSION = "version"
+    IS = "IS"
+    LIKE = "LIKE"
+    """The whole value matches the expression."""
+    UNLIKE = "UNLIKE"
+    UNIQUE = "UNIQUE"
+    """At most one instance of the app for each value of the label."""
+    MAX_PER = "MAX_PER"
+    """At most `value` of them."""
+    CLUSTER = "CLUSTER"
+    """All instances of the app where the label has one value: the given one, or without one that of the first."""
+    GROUP_BY = "GROUP_BY"
+    """Even over the values of the label: a release has nowhere over one more than where it has fewest. `value` is how many
+    values there must be at least before any gets a second one; empty for those that there are."""
+
+
+COUNTING = frozenset({Operator.UNIQUE, Operator.MAX_PER, Operator.CLUSTER, Operator.GROUP_BY})
+"""Operators that look at where the app's other instances are, beside the node's label."""
 
 
 class Constraint(_Spec, frozen=True, kw_only=True):
@@ -177,9 +194,31 @@ class SpreadBy(enum.StrEnum):
     REGION = "region"
 
 
+class Affinity(_Spec, frozen=True, kw_only=True):
+    """Beside, or away from, the instances of an app or job of the same project; its own name means its own instances."""
+
+    app: Name
+    by: Annotated[str, Meta(min_length=1, max_length=253)] = "node"
+    """The label whose equal value makes two nodes one place: `node`, `site`, `region` or any other."""
+    weight: Annotated[int, Meta(ge=1, le=100)] | None = None
+    """None for a rule that must hold; else a wish, and how strong it is."""
+
+
+RULES_MAX = 16
+"""Constraints, and affinities of either kind, in one spec."""
+
+
 class Placement(_Spec, frozen=True, kw_only=True):
     regions: tuple[str, ...] = ()
-    constraints: tuple[Constraint, ...] = ()
+    constraints: Annotated[tuple[Constraint, ...], Meta(max_length=RULES_MAX)] = ()
+    affinity: Annotated[tuple[Affinity, ...], Meta(max_length=RULES_MAX)] = ()
+    anti_affinity: Annotated[tuple[Affinity, ...], Meta(max_length=RULES_MAX)] = ()
+    max_skew: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] | None = None
+    """With it `spread` must hold: a place has at most so many instances of a release more than the place with fewest."""
+    cost: Annotated[int, Meta(ge=0, le=100)] = 0
+    """How much a cheap node is wished for, by the nodes' label `price` (a number); 0 for not at all."""
+    follow_volumes: bool = True
+    """An app's instances go only where its volumes are, as long as such a node has none of the release."""
     spread: SpreadBy = SpreadBy.NODE
     tolerations: tuple[str, ...] = ()
     priority: Annotated[int, Meta(ge=0, le=100)] = 50
@@ -321,9 +360,39 @@ def check_workload(spec: Workload) -> None:
             or any(volume.path == p or volume.path.startswith(p + "/") for p in _TARGET_RESERVED)
         ):
             raise Invalid(f"volumes[{index}].path: cannot mount at {volume.path}", field=f"volumes[{index}].path")
+    _check_placement(spec)
     both = sorted(set(spec.env) & set(spec.secrets))
     if both:
         raise Invalid(f"secrets: {both[0]} is also set in env", field=f"secrets.{both[0]}")
+
+
+def _check_placement(spec: Workload) -> None:
+    for index, rule in enumerate(spec.placement.constraints):
+        field = f"placement.constraints[{index}].value"
+        values = (rule.value,) if isinstance(rule.value, str) else rule.value
+        match rule.operator:
+            case Operator.MAX_PER:
+                if len(values) != 1 or re.fullmatch("[1-9][0-9]{0,5}", values[0]) is None:
+                    raise Invalid(
+                        f"{field}: MAX_PER takes a whole number from 1 on", field=field, mend="write for example value = '2'"
+                    )
+            case Operator.GROUP_BY:
+                if len(values) != 1 or re.fullmatch("([1-9][0-9]{0,5})?", values[0]) is None:
+                    raise Invalid(f"{field}: GROUP_BY takes a whole number, or nothing", field=field)
+            case Operator.UNIQUE:
+                if values not in ((), ("",)):
+                    raise Invalid(f"{field}: UNIQUE takes no value", field=field, mend="use MAX_PER for more than one")
+            case Operator.CLUSTER:
+                if len(values) > 1:
+                    raise Invalid(f"{field}: CLUSTER takes one value, or none", field=field)
+            case _:
+                pass
+    for name in ("affinity", "anti_affinity"):
+        for index, wish in enumerate(getattr(spec.placement, name)):
+            if wish.app == spec.name and wish.weight is not None:
+                field = f"placement.{name}[{index}].weight"
+                mend = "remove the weight" if name == "affinity" else "remove the weight, or use placement.spread"
+                raise Invalid(f"{field}: towards itself an app has a rule, not a wish", field=field, mend=mend)
 
 
 def check_app(spec: AppSpec) -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from msgspec import Struct
 
-from atoll.model.spec import Constraint, Operator
+from atoll.model.spec import COUNTING, Constraint, Operator
 
 PATTERN_CHARS_MAX = 200
 VALUE_CHARS_MAX = 128
@@ -34,7 +34,7 @@ def in_words(constraint: Constraint) -> str:
     """Return the constraint as people write it: `disk in ssd, nvme`."""
     if constraint.operator in (Operator.EXISTS, Operator.NOT_EXISTS):
         return f"{constraint.label} {constraint.operator}"
-    return f"{constraint.label} {constraint.operator} {', '.join(values_of(constraint))}"
+    return f"{constraint.label} {constraint.operator} {', '.join(values_of(constraint))}".rstrip()
 
 
 def holds(constraint: Constraint, value: str | None) -> bool:
@@ -42,7 +42,8 @@ def holds(constraint: Constraint, value: str | None) -> bool:
 
     A node without the label satisfies `!=`, `not in` and `not exists` only. `regexp` searches anywhere in the value. `version`
     takes terms such as `>= 1.2, < 2`, of which all must hold; `~> 1.2` means at least 1.2 and below 2. A constraint with
-    a problem holds nowhere.
+    a problem holds nowhere. `LIKE` and `UNLIKE` take an expression for the whole value. Operators that count instances need
+    the label to be there (and `CLUSTER` its value); what they count is `rules`' matter.
     """
     wanted = values_of(constraint)
     match constraint.operator:
@@ -50,7 +51,11 @@ def holds(constraint: Constraint, value: str | None) -> bool:
             return value is not None
         case Operator.NOT_EXISTS:
             return value is None
-        case Operator.EQUAL | Operator.IN:
+        case Operator.CLUSTER if any(wanted):
+            return value in wanted
+        case _ if constraint.operator in COUNTING:
+            return value is not None
+        case Operator.EQUAL | Operator.IN | Operator.IS:
             return value is not None and value in wanted
         case Operator.NOT_EQUAL | Operator.NOT_IN:
             return value is None or value not in wanted
@@ -58,17 +63,23 @@ def holds(constraint: Constraint, value: str | None) -> bool:
             if value is None or problem(constraint) is not None:
                 return False
             return any(_compiled(pattern).search(value[:VALUE_CHARS_MAX]) is not None for pattern in wanted)
+        case Operator.LIKE | Operator.UNLIKE:
+            if problem(constraint) is not None:
+                return False
+            like = value is not None and any(_compiled(pattern).fullmatch(value[:VALUE_CHARS_MAX]) for pattern in wanted)
+            return like is (constraint.operator is Operator.LIKE)
         case Operator.VERSION:
             if value is None or problem(constraint) is not None:
                 return False
             return any(_version_holds(terms, value) for terms in wanted)
+    raise AssertionError(f"no meaning for {constraint.operator}")
 
 
 @lru_cache(maxsize=1024)
 def problem(constraint: Constraint) -> Problem | None:
     """Return what is wrong with the constraint itself, whatever the nodes are."""
     match constraint.operator:
-        case Operator.REGEXP:
+        case Operator.REGEXP | Operator.LIKE | Operator.UNLIKE:
             return next(filter(None, map(_pattern_problem, values_of(constraint))), None)
         case Operator.VERSION:
             for terms in values_of(constraint):

@@ -6,7 +6,7 @@ import math
 
 from msgspec import Struct
 
-from atoll.model.spec import Gpu, Placement, RuntimeName, Workload
+from atoll.model.spec import AppSpec, Gpu, Placement, RuntimeName, Workload
 
 
 class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
@@ -19,6 +19,8 @@ class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
     runtimes: tuple[RuntimeName, ...] = (RuntimeName.RUNC,)
     """Any of them will do, preferred first."""
     placement: Placement = Placement()
+    pinned: bool = False
+    """It writes to host-local volumes, and so belongs where they are."""
 
     @property
     def gpus(self) -> int:
@@ -36,7 +38,13 @@ def demand_of(spec: Workload) -> Demand:
         gpu=resources.gpu,
         runtimes=spec.runtimes,
         placement=spec.placement,
+        pinned=holds_volumes(spec),
     )
+
+
+def holds_volumes(spec: Workload) -> bool:
+    """Return whether instances are bound to the nodes that hold the app's volumes. A job starts anew wherever there is room."""
+    return isinstance(spec, AppSpec) and spec.placement.follow_volumes and any(not volume.read_only for volume in spec.volumes)
 
 
 class Pending(Struct, frozen=True, kw_only=True):

@@ -9,8 +9,10 @@ from atoll.model.records import Rejection
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.filters import FILTERS, LIMITS
 from atoll.scheduling.interface import Filter, Limit, Reason, View
-from atoll.scheduling.ranking import STEPS, Ranking, feasible
-from atoll.scheduling.scores import DOMAIN_SCORE, SCORES
+from atoll.scheduling.placing import allowed
+from atoll.scheduling.ranking import STEPS, Ranking
+from atoll.scheduling.rules import RULES
+from atoll.scheduling.scores import DOMAIN_SCORE, GROUP_SCORES, SCORES
 from atoll.scheduling.snapshot import Bools, Ints, Snapshot
 
 CANDIDATES_MAX = 10
@@ -36,7 +38,7 @@ class Explanation(Struct, frozen=True, kw_only=True):
     rejection: Rejection | None = None
 
 
-def _turned_away(view: View, demand: Demand) -> dict[str, tuple[Ints, Reason]]:
+def turned_away(view: View, group: str, demand: Demand) -> dict[str, tuple[Ints, Reason]]:
     """Return filter → the rows that it turned away of those that the filters before it let pass, and why."""
     left = np.flatnonzero(view.nodes.present[: view.size])
     answer: dict[str, tuple[Ints, Reason]] = {}
@@ -53,10 +55,16 @@ def _turned_away(view: View, demand: Demand) -> dict[str, tuple[Ints, Reason]]:
     for limit in LIMITS:
         if limit.wants(demand):
             left = turn(limit, limit.room(view, demand)[left] > 0)
+    for about in RULES:
+        if about.wants(view, group, demand):
+            passes = about.passes(view, group, demand)[left]
+            failed, left = left[~passes], left[passes]
+            if len(failed):
+                answer[about.name] = (failed, about.explain(view, group, demand, failed))
     return answer
 
 
-def reject(view: View, demand: Demand) -> Rejection:
+def reject(view: View, group: str, demand: Demand) -> Rejection:
     """Return why no node takes the demand now.
 
     The code is that of the last filter that turned nodes away: those came closest, so that its mend is the shortest way.
@@ -64,7 +72,7 @@ def reject(view: View, demand: Demand) -> Rejection:
     total = int(view.nodes.present[: view.size].sum())
     if not total:
         return Rejection(code="no-nodes", message="there is no node yet", mend="start an agent: atoll up, or atoll agent")
-    turned = _turned_away(view, demand)
+    turned = turned_away(view, group, demand)
     last = next(reversed(turned), None)
     if total == 1:
         message = "the only node does not fit: " + "".join(reason.message for _, reason in turned.values())
@@ -81,9 +89,9 @@ def reject(view: View, demand: Demand) -> Rejection:
 def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDATES_MAX) -> Explanation:
     """Return what `plan` would find for one instance of `group` with this demand."""
     view = View(snapshot)
-    mask, room = feasible(view, demand)
+    mask, room, _ = allowed(view, group, demand)
     rows = np.flatnonzero(mask)
-    failed = {name: len(turned) for name, (turned, _) in _turned_away(view, demand).items()}
+    failed = {name: len(turned) for name, (turned, _) in turned_away(view, group, demand).items()}
     ranking = Ranking(view, group, demand, room)
     counts, zero = view.counts(group), np.zeros(len(rows), dtype=np.int64)
     columns = {
@@ -91,6 +99,11 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
         for score in SCORES
         if score.wants(demand)
     }
+    columns.update(
+        (wish.name, np.rint(wish.score(view, group, demand)[rows] * STEPS) * wish.weight / STEPS)
+        for wish in GROUP_SCORES
+        if wish.wants(demand)
+    )
     label = DOMAIN_SCORE.label(demand)
     if label is not None:
         domains = ranking.domains(label)
@@ -111,5 +124,5 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
         feasible=len(rows),
         nodes=len(snapshot),
         failed=failed,
-        rejection=None if len(rows) else reject(view, demand),
+        rejection=None if len(rows) else reject(view, group, demand),
     )

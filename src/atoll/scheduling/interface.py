@@ -10,7 +10,8 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from atoll.scheduling.demand import Demand
-from atoll.scheduling.snapshot import MASKS_MAX, Bools, Ints, Snapshot, amounts_of
+from atoll.scheduling.groups import owner_of_group
+from atoll.scheduling.snapshot import MASKS_MAX, Bools, Ints, Snapshot, amounts_of, avoided
 
 Floats = npt.NDArray[np.float64]
 
@@ -24,6 +25,8 @@ class View:
         self.free: Ints = nodes.total[:, : nodes.size] - nodes.used[:, : nodes.size]
         """By resource and row; below 0 where a node has shrunk under what it holds."""
         self._added: dict[str, dict[int, int]] = {}
+        self._owned: dict[str, set[str]] = {}
+        self._repelled: dict[str, dict[str, dict[str, int]]] = {}
 
     def counts(self, group: str) -> Ints:
         """Return how many instances of `group` each row has."""
@@ -33,9 +36,26 @@ class View:
                 counts[list(source)] += np.fromiter(source.values(), dtype=np.int64, count=len(source))
         return counts
 
+    def owner_counts(self, owner: str) -> Ints:
+        """Return how many instances of an app or job, of whatever release, each row has."""
+        counts = np.zeros(self.size, dtype=np.int64)
+        for group in self.nodes.groups_of(owner) | self._owned.get(owner, set()):
+            counts += self.counts(group)
+        return counts
+
+    def repelling(self, owner: str) -> dict[str, dict[str, int]] | None:
+        """As `Snapshot.repelling`, with what the plan has placed."""
+        before, added = self.nodes.repelling(owner), self._repelled.get(owner)
+        return {**added, **before} if before and added else before or added
+
     def place(self, group: str, demand: Demand, rows: Iterable[int], times: Iterable[int]) -> None:
         """Take `times` instances' worth of each of `rows` (each named once)."""
-        added = self._added.setdefault(group, {})
+        added = self._added.get(group)
+        if added is None:
+            added = self._added[group] = {}
+            self._owned.setdefault(owner_of_group(group), set()).add(group)
+            for owner, label in avoided(group, demand):
+                self._repelled.setdefault(owner, {}).setdefault(group, {})[label] = 1
         at = np.fromiter(rows, dtype=np.int64)
         by = np.fromiter(times, dtype=np.int64)
         self.free[:, at] -= np.outer(np.asarray(amounts_of(demand), dtype=np.int64), by)
@@ -109,6 +129,19 @@ class Score(Protocol):
         of its group the view shows there. It must depend on nothing else of the plan, or bulk placement would differ from
         placing one by one.
         """
+        ...
+
+
+class GroupScore(Protocol):
+    """A wish that depends on where other apps are, or on what nodes are, but not on how the class itself is placed."""
+
+    name: str
+    weight: int
+
+    def wants(self, demand: Demand) -> bool: ...
+
+    def score(self, view: View, group: str, demand: Demand) -> Floats:
+        """Return how good each row is, greater is better, exact to 1e-6. Asked once for a class."""
         ...
 
 

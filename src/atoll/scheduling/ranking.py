@@ -7,7 +7,7 @@ import numpy as np
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.filters import FILTERS, LIMITS
 from atoll.scheduling.interface import View
-from atoll.scheduling.scores import DOMAIN_SCORE, SCORES
+from atoll.scheduling.scores import DOMAIN_SCORE, GROUP_SCORES, SCORES
 from atoll.scheduling.snapshot import Bools, Ints
 
 Entry = tuple[int, int, int]
@@ -56,6 +56,16 @@ class Domains:
         return DOMAIN_SCORE.score(self.counts[domain]) * DOMAIN_SCORE.weight * STEPS
 
 
+def group_scores(view: View, group: str, demand: Demand) -> Ints | None:
+    """Return by row the weighted sum of the scores that the class does not change, in millionths; None where it has none."""
+    total: Ints | None = None
+    for score in GROUP_SCORES:
+        if score.wants(demand):
+            values = np.rint(score.score(view, group, demand) * STEPS).astype(np.int64) * score.weight
+            total = values if total is None else total + values
+    return total
+
+
 class Ranking:
     """Scores of one class over the rows; `again` is asked after each placement."""
 
@@ -64,6 +74,7 @@ class Ranking:
         self._demand = demand
         self._room = room
         self._scores = [score for score in SCORES if score.wants(demand)]
+        self._base = group_scores(view, group, demand)
         self._counts = view.counts(group)
         self._ranks = view.nodes.ranks()
         self._placed: dict[int, int] = {}
@@ -71,7 +82,7 @@ class Ranking:
 
     def totals(self, rows: Ints, extra: Ints) -> Ints:
         """Return the weighted sum of all scores of one more instance on each row, in millionths."""
-        total = np.zeros(len(rows), dtype=np.int64)
+        total = np.zeros(len(rows), dtype=np.int64) if self._base is None else self._base[rows]
         for score in self._scores:
             values = score.score(self._view, self._demand, self._counts, rows, extra)
             total += np.rint(values * STEPS).astype(np.int64) * score.weight

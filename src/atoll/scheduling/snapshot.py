@@ -15,6 +15,7 @@ from msgspec import Struct
 from atoll.model.records import Node
 from atoll.model.spec import RuntimeName
 from atoll.scheduling.demand import Demand
+from atoll.scheduling.groups import owner_of_group, owners_named
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -48,6 +49,16 @@ class Allocation(Struct, frozen=True):
     node: str
     group: str
     amounts: tuple[int, int, int, int]
+    avoids: tuple[tuple[str, str], ...] = ()
+    """Owners that must stay away from it, each with the label that says what near is."""
+
+
+def avoided(group: str, demand: Demand) -> tuple[tuple[str, str], ...]:
+    """Return what `demand` keeps away by hard anti-affinity: (owner, label)."""
+    wishes = demand.placement.anti_affinity
+    if not wishes:
+        return ()
+    return tuple((owner, wish.by) for wish in wishes if wish.weight is None for owner in owners_named(group, wish.app))
 
 
 def amounts_of(demand: Demand) -> tuple[int, int, int, int]:
@@ -85,6 +96,12 @@ class Snapshot:
         self._allocations: dict[str, Allocation] = {}
         self._on: dict[str, set[str]] = {}
         self._groups: dict[str, dict[int, int]] = {}
+        self._owned: dict[str, set[str]] = {}
+        """Owner → its groups that are placed somewhere."""
+        self._repelled: dict[str, dict[str, dict[str, int]]] = {}
+        """Owner → group that it must stay away from → label → how many instances say so."""
+        self.homes: dict[str, tuple[str, ...]] = {}
+        """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
         self._ranks: Ints | None = None
 
     def __len__(self) -> int:
@@ -133,11 +150,14 @@ class Snapshot:
 
     def allocate(self, id: str, node: str, group: str, demand: Demand) -> None:
         """Count an instance on its node. The same again changes nothing; another node or amount replaces the first."""
-        allocation = Allocation(node, group, amounts_of(demand))
+        allocation = Allocation(node, group, amounts_of(demand), avoided(group, demand))
         if self._allocations.get(id) == allocation:
             return
         self.release(id)
         self._allocations[id] = allocation
+        for owner, label in allocation.avoids:
+            labels = self._repelled.setdefault(owner, {}).setdefault(group, {})
+            labels[label] = labels.get(label, 0) + 1
         self._on.setdefault(node, set()).add(id)
         row = self._rows.get(node)
         if row is not None:
@@ -152,10 +172,23 @@ class Snapshot:
         on.discard(id)
         if not on:
             del self._on[allocation.node]
+        self._repel_no_more(allocation)
         row = self._rows.get(allocation.node)
         if row is not None:
             self._count(allocation, row, -1)
         return True
+
+    def _repel_no_more(self, allocation: Allocation) -> None:
+        for owner, label in allocation.avoids:
+            groups = self._repelled[owner]
+            labels = groups[allocation.group]
+            labels[label] -= 1
+            if not labels[label]:
+                del labels[label]
+            if not labels:
+                del groups[allocation.group]
+            if not groups:
+                del self._repelled[owner]
 
     def allocated(self, id: str) -> str | None:
         """Return the node that an instance is counted on."""
@@ -176,6 +209,14 @@ class Snapshot:
     def count_by_row(self, group: str) -> dict[int, int]:
         """Return row → instances of `group` there."""
         return self._groups.get(group, {})
+
+    def groups_of(self, owner: str) -> set[str]:
+        """Return the owner's groups that are placed somewhere."""
+        return self._owned.get(owner, set())
+
+    def repelling(self, owner: str) -> dict[str, dict[str, int]] | None:
+        """Return the groups that `owner` must stay away from by their wish, each with the labels that say what near is."""
+        return self._repelled.get(owner)
 
     def label(self, key: str) -> Ints:
         """Return for each row the id of the label's value, or ABSENT."""
@@ -202,12 +243,19 @@ class Snapshot:
 
     def _count(self, allocation: Allocation, row: int, sign: int) -> None:
         self.used[:, row] += np.asarray(allocation.amounts, dtype=np.int64) * sign
-        rows = self._groups.setdefault(allocation.group, {})
+        rows = self._groups.get(allocation.group)
+        if rows is None:
+            rows = self._groups[allocation.group] = {}
+            self._owned.setdefault(owner_of_group(allocation.group), set()).add(allocation.group)
         rows[row] = rows.get(row, 0) + sign
         if rows[row] == 0:
             del rows[row]
             if not rows:
                 del self._groups[allocation.group]
+                owner = owner_of_group(allocation.group)
+                self._owned[owner].discard(allocation.group)
+                if not self._owned[owner]:
+                    del self._owned[owner]
 
     def _new_row(self, name: str) -> int:
         if self._holes:

@@ -1,0 +1,13 @@
+"""Hard rules that look at what is placed already, one per file. A class of instances that uses none of them pays for none."""
+
+from atoll.scheduling.rules.apart import Apart
+from atoll.scheduling.rules.beside import Beside
+from atoll.scheduling.rules.caps import Caps
+from atoll.scheduling.rules.even import Even
+from atoll.scheduling.rules.interface import Bound, Rule
+from atoll.scheduling.rules.together import Together
+from atoll.scheduling.rules.volumes import Volumes
+
+RULES: tuple[Rule, ...] = (Volumes(), Together(), Beside(), Apart(), Caps(), Even())
+
+__all__ = ["RULES", "Bound", "Rule"]
