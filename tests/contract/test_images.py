@@ -39,6 +39,10 @@ class World(Protocol):
         """Let the next pull fail."""
         ...
 
+    def push_again(self) -> None:
+        """Let the tag of `REFERENCE` name another image."""
+        ...
+
 
 class FakeWorld:
     def __init__(self) -> None:
@@ -49,6 +53,9 @@ class FakeWorld:
 
     def pulls(self) -> int:
         return self._fake.pulls.count(REFERENCE)
+
+    def push_again(self) -> None:
+        self._fake.add(REFERENCE, content="new")
 
     def break_next(self) -> None:
         self._fake.fail(REFERENCE, ImageError("broken"))
@@ -67,6 +74,9 @@ class StoreWorld:
 
     def pulls(self) -> int:
         return self._asked.count("/v2/app/manifests/1")
+
+    def push_again(self) -> None:
+        self._manifests["app"] = self._image(b"new")
 
     def break_next(self) -> None:
         self._broken = True
@@ -133,6 +143,25 @@ async def test_what_is_ready_is_not_pulled_again(world: World) -> None:
     first = await world.images.ensure(REFERENCE)
     assert await world.images.ensure(REFERENCE) == first
     assert world.pulls() == 1
+
+
+async def test_a_tag_that_was_pushed_again_is_seen_when_it_is_looked_up(world: World) -> None:
+    first = await world.images.ensure(REFERENCE)
+    assert await world.images.current(REFERENCE) == first.digest
+    world.push_again()
+    assert await world.images.ensure(REFERENCE) == first
+    digest = await world.images.current(REFERENCE)
+    assert digest != first.digest
+    second = await world.images.ensure(REFERENCE, digest=digest)
+    assert second.digest == digest
+    assert await world.images.find(REFERENCE) == second
+    old = await world.images.find(f"{REFERENCE}@{first.digest}")
+    assert old is None or old.digest == first.digest
+
+
+async def test_the_digest_of_an_absent_image_is_an_image_error(world: World) -> None:
+    with pytest.raises(ImageError):
+        await world.images.current("reg.example/nothing:1")
 
 
 async def test_calls_for_one_image_at_once_share_one_pull(world: World) -> None:

@@ -65,11 +65,11 @@ class World:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def app(self, id: str, *command: str, **spec: Any) -> str:
+    def app(self, id: str, *command: str, release: int = 1, **spec: Any) -> str:
         spec.setdefault("restart", Restart(delay=Seconds(0.01)))
         self.control.assign(
             Assignment(
-                instance=_instance(id, OwnerKind.APP),
+                instance=replace(_instance(id, OwnerKind.APP), release=release),
                 workload=AppSpec(name="web", image="registry/web", command=command, **spec),
                 revision=0,
             )
@@ -157,6 +157,34 @@ async def test_an_instance_of_which_no_more_can_be_told_goes_on_until_it_is_told
         world.control.keep(id, Desired.STOP)
         await until(lambda: agent.runners[id].state.phase is Phase.STOPPED)
         assert id in agent.runners
+
+
+async def test_a_tag_is_looked_up_for_a_new_release_and_never_for_a_restart(world: World) -> None:
+    async with world.agent() as agent:
+        first = world.app("web-1")
+        old = (await world.phase(first, Phase.RUNNING)).image_digest
+        assert world.images.lookups == []
+        world.images.add("registry/web", content="new")
+        world.app("web-2")
+        await world.phase("web-2", Phase.RUNNING)
+        assert world.control.statuses["web-2"].image_digest == old, "of the same release"
+        world.app("web-3", release=2)
+        await world.phase("web-3", Phase.RUNNING)
+        assert world.images.lookups == ["registry/web"]
+        assert world.control.statuses["web-3"].image_digest != old
+        world.host.crash(first)
+        await until(lambda: agent.runners[first].state.run == 2 and agent.runners[first].state.phase is Phase.RUNNING)
+        assert agent.runners[first].state.image_digest == old
+        assert world.images.lookups == ["registry/web"]
+
+
+async def test_without_its_registry_a_tag_means_what_is_here_and_an_event_says_so(world: World) -> None:
+    here = world.images.add("registry/web", ready=True)
+    world.images.fail("registry/web", Unavailable("registry registry does not answer"))
+    async with world.agent():
+        id = world.app("web-1")
+        await world.control.until(lambda c: "image-not-looked-up" in c.codes(id) and c.statuses[id].phase is Phase.RUNNING)
+        assert world.control.statuses[id].image_digest == here.digest
 
 
 async def test_stop_ends_it_within_the_grace_and_removal_leaves_nothing(world: World) -> None:

@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from atoll.model.errors import AtollError, ImageError
 from atoll.model.ports.images import Image, ImageConfig, PullProgress
 
@@ -37,6 +39,8 @@ class FakeImages:
         self._failures: dict[str, list[AtollError]] = {}
         self.pulls: list[str] = []
         """References in the order in which a pull of them began; a shared pull counts once."""
+        self.lookups: list[str] = []
+        """References whose present digest was asked for."""
 
     def add(
         self,
@@ -46,9 +50,13 @@ class FakeImages:
         layers: tuple[Path, ...] = (),
         ready: bool = False,
         size_bytes: int = FAKE_IMAGE_BYTES,
+        content: str = "",
     ) -> Image:
-        """Make `reference` exist in the registry and return its image; with `ready` it is on this node already."""
-        digest = reference.rpartition("@")[2] if "@" in reference else fake_digest(reference)
+        """Make `reference` exist in the registry and return its image; with `ready` it is on this node already.
+
+        Other `content` under the same reference is another image, as when a tag is pushed again.
+        """
+        digest = reference.rpartition("@")[2] if "@" in reference else fake_digest(reference + content)
         config = config or ImageConfig(command=("/bin/app",))
         image = Image(reference=reference, digest=digest, config=config, layers=layers, size_bytes=size_bytes)
         self._known[reference] = image
@@ -68,9 +76,18 @@ class FakeImages:
         """Let the next `times` pulls of `reference` raise `error` after their delay."""
         self._failures.setdefault(reference, []).extend([error] * times)
 
-    async def ensure(self, reference: str, *, progress: Callable[[PullProgress], None] | None = None) -> Image:
-        ready = self._ready.get(reference)
-        if ready is not None:
+    async def current(self, reference: str) -> str:
+        self.lookups.append(reference)
+        failures = self._failures.get(reference)
+        if failures:
+            raise failures.pop(0)
+        return self._registered(reference).digest
+
+    async def ensure(
+        self, reference: str, *, digest: str | None = None, progress: Callable[[PullProgress], None] | None = None
+    ) -> Image:
+        ready = await self.find(reference)
+        if ready is not None and digest in (None, ready.digest):
             return ready
         task = self._pulling.get(reference)
         if task is None:
@@ -84,7 +101,9 @@ class FakeImages:
         return image
 
     async def find(self, reference: str) -> Image | None:
-        return self._ready.get(reference)
+        digest = reference.rpartition("@")[2]
+        by_digest = (replace(image, reference=reference) for image in self._ready.values() if image.digest == digest)
+        return self._ready.get(reference) or next(by_digest, None)
 
     async def collect(self, keep: Sequence[str]) -> int:
         gone = {reference: image for reference, image in self._ready.items() if image.digest not in set(keep)}
@@ -100,12 +119,15 @@ class FakeImages:
         failures = self._failures.get(reference)
         if failures:
             raise failures.pop(0)
+        image = self._ready[reference] = self._registered(reference)
+        return image
+
+    def _registered(self, reference: str) -> Image:
         image = self._known.get(reference)
         if image is None:
             if not self._anything:
                 raise ImageError(f"no image {reference!r} in the registry", mend="check the name and the tag")
             image = self.add(reference)
-        self._ready[reference] = image
         return image
 
     def _pulled(self, reference: str, task: asyncio.Task[Image]) -> None:

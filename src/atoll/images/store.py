@@ -87,10 +87,15 @@ class ImageStore:
         self._handed_out[image.digest] = self._monotonic()
         return image
 
-    async def ensure(self, reference: str, *, progress: Progress | None = None) -> Image:
+    async def current(self, reference: str) -> str:
+        return (await self._registries.source(reference).resolve()).digest
+
+    async def ensure(self, reference: str, *, digest: str | None = None, progress: Progress | None = None) -> Image:
         image = await self.find(reference)
-        if image is not None:
+        if image is not None and digest in (None, image.digest):
             return image
+        if digest is not None and (known := self._records.get(digest)) is not None:
+            return await self._name(known, reference)
         return await self._shared(reference, self._registries.source(reference), progress)
 
     async def add(self, reference: str, source: Source, *, progress: Progress | None = None) -> Image:

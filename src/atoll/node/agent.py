@@ -18,7 +18,7 @@ from atoll.model.ports.control_plane import AssignmentBatch, ControlPlane, Strea
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
-from atoll.model.records import Assignment, Capacity, Node
+from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired, advance
 from atoll.node.directories import Directories
@@ -131,6 +131,7 @@ class Agent:
                 prober=self._prober,
                 directories=self._directories,
                 reporter=self._reporter,
+                peer_digest=self._peer_digest,
             )
             self._vitals = Vitals(self._description, self._tools, self._machine, self.runners)
             entries = record.load()
@@ -254,6 +255,17 @@ class Agent:
             for runner in self.runners.values():
                 if not runner.state.removed:
                     runner.report()
+
+    def _peer_digest(self, instance: Instance) -> str | None:
+        if instance.owner_kind is not OwnerKind.APP:
+            return None  # a job of the same name may be another
+        release = (instance.owner_kind, instance.project, instance.owner, instance.release)
+        for runner in self.runners.values():
+            other, state = runner.assignment.instance, runner.state
+            same = (other.owner_kind, other.project, other.owner, other.release) == release
+            if same and state.image_digest is not None and not state.removed:
+                return state.image_digest
+        return None
 
     def _assign(self, assignment: Assignment) -> None:
         runner = self.runners.get(assignment.instance.id)

@@ -15,6 +15,7 @@ from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment
 from atoll.model.units import format_bytes, format_seconds
 from atoll.node.compose import compose, ports_of, stop_signal_of
+from atoll.node.image_choice import choose_image
 from atoll.node.tools import Tools
 from atoll.node.transitions import Happening, Prepared, PrepareFailed, Progressed
 
@@ -44,6 +45,7 @@ class Preparation:
         runtime: Runtime | None,
         tools: Tools,
         secrets: dict[str, str] | None,
+        digest: str | None,
         tell: Callable[[Happening], None],
     ) -> None:
         self._assignment = assignment
@@ -52,7 +54,8 @@ class Preparation:
         self._tell = tell
         self._told_at = float("-inf")
         self.secrets = secrets
-        self.digest: str | None = None
+        self.digest = digest
+        """Of the image that it had, or has now."""
 
     async def run(self) -> None:
         try:
@@ -96,13 +99,10 @@ class Preparation:
         return Prepared(image_digest=image.digest, address=link.address, stop_signal=stop_signal_of(image))
 
     async def _image(self) -> Image:
-        """An image that is here is not asked for again: a tag means what it meant when this node first used it, and a
-        start needs no registry. (The cell's own tags are pinned to a digest with the release.)"""
         reference = self._assignment.workload.image
         if reference is None:
             raise Invalid("the release has no image", field="image")
-        found = await self._tools.images.find(reference)
-        image = found or await self._tools.images.ensure(reference, progress=self._progress)
+        image = await choose_image(self._tools, self._assignment.instance, reference, self.digest, self._progress)
         self.digest = image.digest
         return image
 

@@ -244,7 +244,10 @@ class Runner:
     async def _prepare(self) -> None:
         if self.state.phase is not Phase.PREPARING:
             return  # told to stop while this step waited
-        preparation = self._preparation = Preparation(self.assignment, self.runtime, self._tools, self._secrets, self.handle)
+        digest = self.state.image_digest or (self._preparation.digest if self._preparation else None)
+        preparation = self._preparation = Preparation(
+            self.assignment, self.runtime, self._tools, self._secrets, digest, self.handle
+        )
         self._preparing = self._spawn(preparation.run())
         try:
             await asyncio.wait({self._preparing})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from atoll.model.ports.control_plane import ControlPlane
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
-from atoll.model.records import Capacity
+from atoll.model.records import Capacity, Instance
 from atoll.model.spec import Health, RuntimeName
 from atoll.model.streams import LogLine, LogOptions
 from atoll.node.directories import Directories
@@ -97,4 +97,6 @@ class Tools:
     prober: Prober
     directories: Directories
     reporter: Reporter
+    peer_digest: Callable[[Instance], str | None] = lambda instance: None
+    """The digest of the image that another instance of the same release has here."""
     launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES_MAX))

@@ -45,11 +45,22 @@ class PullProgress(Struct, frozen=True):
 
 
 class Images(Protocol):
-    async def ensure(self, reference: str, *, progress: Callable[[PullProgress], None] | None = None) -> Image:
+    async def ensure(
+        self, reference: str, *, digest: str | None = None, progress: Callable[[PullProgress], None] | None = None
+    ) -> Image:
         """Return the image, pulled if it is not here. Concurrent calls for one image share one pull. Safe to repeat.
+
+        With `digest`, as `current` gave it, an image that is here under this name counts only if it has that digest.
 
         Raises ImageError: absent, refused, damaged (a wrong digest), for another machine; DeadlineExceeded: the registry
         hangs. What had been fetched and verified is kept, so that a repeat resumes.
+        """
+        ...
+
+    async def current(self, reference: str) -> str:
+        """Return the digest that `reference` has in its registry now, for this machine. The caller sets the deadline.
+
+        Raises ImageError, Unavailable, DeadlineExceeded.
         """
         ...
 
