@@ -187,6 +187,27 @@ async def test_without_its_registry_a_tag_means_what_is_here_and_an_event_says_s
         assert world.control.statuses[id].image_digest == here.digest
 
 
+async def test_an_app_and_a_job_of_one_name_have_volumes_of_their_own(world: World) -> None:
+    volumes = (Volume(name="data", path="/data"),)
+    async with world.agent():
+        world.app("web-1", volumes=volumes)
+        world.control.assign(
+            Assignment(
+                instance=replace(_instance("job-1", OwnerKind.JOB), owner="web"),
+                workload=JobSpec(name="web", image="registry/web", volumes=volumes),
+                revision=0,
+            )
+        )
+        for id in ("web-1", "job-1"):
+            await world.phase(id, Phase.RUNNING)
+        sources = {id: world.host.processes[id].box.mounts[0].source for id in ("web-1", "job-1")}
+    assert sources == {
+        "web-1": world.data / "volumes/default/web/data",
+        "job-1": world.data / "volumes/default/@jobs/web/data",
+    }
+    assert all(source.is_dir() for source in sources.values())
+
+
 async def test_stop_ends_it_within_the_grace_and_removal_leaves_nothing(world: World) -> None:
     async with world.agent() as agent:
         id = world.app("web-1", "stubborn", stop=Stop(grace=Seconds(0.05)), volumes=(Volume(name="data", path="/data"),))

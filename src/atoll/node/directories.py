@@ -9,8 +9,9 @@ from pathlib import Path
 
 from atoll.model.errors import Exhausted
 from atoll.model.ports.runtime import Mount
-from atoll.model.records import Assignment
+from atoll.model.records import Assignment, OwnerKind
 
+JOBS = "@jobs"
 VOLUME_MODE = 0o777
 """Any user inside may write; outside, the parents' mode keeps everybody but root away. Directories belong to root,
 which is the instance's root too: the runtime maps its ids."""
@@ -36,11 +37,16 @@ class Directories:
         return self.instances / id / "box"
 
     def make_volumes(self, assignment: Assignment) -> list[Mount]:
-        """Make the directories of the workload's volumes where they are not there yet. Raises Exhausted on a full disk."""
+        """Make the directories of the workload's volumes where they are not there yet. Raises Exhausted on a full disk.
+
+        An app's are `PROJECT/APP/NAME`; a job of the same name has its own, below a name that no app can have.
+        """
         instance = assignment.instance
+        project = self.volumes / instance.project
+        owner = project / instance.owner if instance.owner_kind is OwnerKind.APP else project / JOBS / instance.owner
         mounts = []
         for volume in assignment.workload.volumes:
-            source = self.volumes / instance.project / instance.owner / volume.name
+            source = owner / volume.name
             try:
                 source.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 with contextlib.suppress(FileExistsError):
