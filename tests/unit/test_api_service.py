@@ -489,6 +489,29 @@ async def test_an_ingress_is_told_only_of_what_changes_its_routing(service: Serv
     await feed.aclose()  # type: ignore[attr-defined]
 
 
+async def test_what_a_user_does_to_an_app_is_told_with_their_token_s_name(service: Service, clock: FakeClock) -> None:
+    ann = Caller(id="t1", role=Role.DEPLOY, project="default", name="ann")
+    await service.apps.put(ann, app_spec())
+    await service.apps.put(ann, app_spec(env={"A": "2"}))
+    view = await service.apps.scale("default", "web", 3, caller=ann)
+    assert await service.apps.scale("default", "web", 3, caller=ann) == view, "nothing changes, nothing is told"
+    clock.at += 1
+    await service.apps.restart("default", "web", caller=ann)
+    clock.at += 1
+    await service.apps.rollback(ann, "default", "web")
+    clock.at += 1
+    before = await service.context.store.revision()
+    await service.apps.delete("default", "web", caller=ann)
+    assert await service.context.store.revision() == before + 1, "one transaction"
+    events = service.events.all("default", subject="app/web", limit=10).items[::-1]
+    assert [(event.code, event.message) for event in events] == [
+        ("app-scaled", "scaled from 1 to 3, by ann"),
+        ("app-restarted", "every instance is replaced, by ann"),
+        ("app-rolled-back", "rolled back from release 2 to 1, by ann"),
+        ("app-delete-asked", "is being deleted, by ann"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("constraint", "words"),
     [

@@ -55,17 +55,23 @@ async def put_app(call: Call) -> AppView:
 
 
 async def delete_app(call: Call) -> AppView:
-    return await call.service.apps.delete(call.project, call.path["app"], if_match=call.if_match, request=call.request_key)
+    return await call.service.apps.delete(
+        call.project, call.path["app"], caller=call.caller, if_match=call.if_match, request=call.request_key
+    )
 
 
 async def scale_app(call: Call) -> AppView:
     replicas = call.body(ScaleRequest).replicas
     name = call.path["app"]
-    return await call.service.apps.scale(call.project, name, replicas, if_match=call.if_match, request=call.request_key)
+    return await call.service.apps.scale(
+        call.project, name, replicas, caller=call.caller, if_match=call.if_match, request=call.request_key
+    )
 
 
 async def restart_app(call: Call) -> AppView:
-    return await call.service.apps.restart(call.project, call.path["app"], if_match=call.if_match, request=call.request_key)
+    return await call.service.apps.restart(
+        call.project, call.path["app"], caller=call.caller, if_match=call.if_match, request=call.request_key
+    )
 
 
 async def rollback_app(call: Call) -> AppView:

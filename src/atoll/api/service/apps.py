@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from msgspec import UNSET
 from msgspec.structs import replace
 
 from atoll.api.service import claims
-from atoll.api.service.access import Caller, check_name
+from atoll.api.service.access import SYSTEM, Caller, check_name
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
+from atoll.api.service.events import told_by
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_secrets, pin
@@ -78,13 +77,43 @@ class Apps:
         return await self._context.write(AppView, build, request)
 
     async def scale(
-        self, project: str, name: str, replicas: int, *, if_match: int | None = None, request: RequestKey | None = None
+        self,
+        project: str,
+        name: str,
+        replicas: int,
+        *,
+        caller: Caller = SYSTEM,
+        if_match: int | None = None,
+        request: RequestKey | None = None,
     ) -> AppView:
-        return await self._modify(project, name, lambda app: replace(app, replicas=replicas), if_match, request)
+        def build() -> Draft[AppView]:
+            held = self._changeable(project, name, if_match)
+            if held.record.replicas == replicas:
+                return Draft(answer=lambda _: self._view(held))
+            app = replace(held.record, replicas=replicas, updated_at=self._context.clock.now())
+            told = told_by(self._context, caller, app, "app-scaled", f"scaled from {held.record.replicas} to {replicas}")
+            return self._draft(app, held, [], [told])
 
-    async def restart(self, project: str, name: str, *, if_match: int | None = None, request: RequestKey | None = None) -> AppView:
+        return await self._context.write(AppView, build, request)
+
+    async def restart(
+        self,
+        project: str,
+        name: str,
+        *,
+        caller: Caller = SYSTEM,
+        if_match: int | None = None,
+        request: RequestKey | None = None,
+    ) -> AppView:
         """Have every instance replaced, as a rollout does. Without a request key, a repeat restarts once more."""
-        return await self._modify(project, name, lambda app: replace(app, generation=app.generation + 1), if_match, request)
+
+        def build() -> Draft[AppView]:
+            held = self._changeable(project, name, if_match)
+            app = replace(held.record, generation=held.record.generation + 1, updated_at=self._context.clock.now())
+            told = told_by(self._context, caller, app, "app-restarted", "every instance is replaced")
+            return self._draft(app, held, [], [told])
+
+        return await self._context.write(AppView, build, request)
 
     async def rollback(
         self,
@@ -110,11 +139,20 @@ class Apps:
             spec = specs[target]
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
             app = replace(held.record, spec=spec, release=target, updated_at=self._context.clock.now())
-            return self._draft(app, held, compare, ops)
+            words = f"rolled back from release {held.record.release} to {target}"
+            return self._draft(app, held, compare, [*ops, told_by(self._context, caller, app, "app-rolled-back", words)])
 
         return await self._context.write(AppView, build, request)
 
-    async def delete(self, project: str, name: str, *, if_match: int | None = None, request: RequestKey | None = None) -> AppView:
+    async def delete(
+        self,
+        project: str,
+        name: str,
+        *,
+        caller: Caller = SYSTEM,
+        if_match: int | None = None,
+        request: RequestKey | None = None,
+    ) -> AppView:
         """Mark the app for deletion; it is gone when its last instance is. Safe to repeat until then."""
 
         def build() -> Draft[AppView]:
@@ -123,7 +161,8 @@ class Apps:
             if held.record.deleting:
                 return Draft(answer=lambda _: self._view(held))
             app = replace(held.record, deleting=True, updated_at=self._context.clock.now())
-            return self._draft(app, held, [], [])
+            told = told_by(self._context, caller, app, "app-delete-asked", "is being deleted")
+            return self._draft(app, held, [], [told])
 
         return await self._context.write(AppView, build, request)
 
@@ -155,18 +194,6 @@ class Apps:
             found.append(held)
             number += 1
         return found
-
-    async def _modify(
-        self, project: str, name: str, change: Callable[[App], App], if_match: int | None, request: RequestKey | None
-    ) -> AppView:
-        def build() -> Draft[AppView]:
-            held = self._changeable(project, name, if_match)
-            app = change(held.record)
-            if app == held.record:
-                return Draft(answer=lambda _: self._view(held))
-            return self._draft(replace(app, updated_at=self._context.clock.now()), held, [], [])
-
-        return await self._context.write(AppView, build, request)
 
     def _create(self, caller: Caller, spec: AppSpec) -> Draft[AppView]:
         now = self._context.clock.now()

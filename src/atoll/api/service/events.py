@@ -6,11 +6,12 @@ import heapq
 
 from msgspec.structs import replace
 
+from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
 from atoll.api.service.projects import require_project
-from atoll.model import keys
-from atoll.model.ports.store import Delete
-from atoll.model.records import Event
+from atoll.model import codec, keys
+from atoll.model.ports.store import Delete, Put
+from atoll.model.records import App, Event
 from atoll.model.views import Page
 from atoll.store.cache import Held
 
@@ -65,6 +66,20 @@ class Events:
             if position >= EVENTS_MAX or counts[project] > PROJECT_EVENTS_MAX or held.record.at < horizon:
                 ops.append(Delete(keys.EVENTS + key))
         return ops
+
+
+def told_by(context: Context, caller: Caller, app: App, code: str, message: str) -> Put:
+    """Return what records that a user did something to an app, to be written together with it.
+
+    Of one app and code there is one event in a second, the last, so that who repeats it in a loop fills no store.
+    """
+    at = context.clock.now()
+    id = f"{int(at) * 1000:013d}-{app.name}-{code}"
+    who = caller.name or caller.id
+    event = Event(
+        id=id, at=at, project=app.project, subject=f"app/{app.name}", code=code, message=f"{message}, by {who}", data={"by": who}
+    )
+    return Put(keys.event(app.project, id), codec.encode(event))
 
 
 def concerns(event: Event, subject: str) -> bool:
