@@ -56,3 +56,12 @@ def test_every_link_between_the_pages_leads_somewhere() -> None:
         if "://" not in link and not (page.parent / link).exists()
     ]
     assert not broken
+
+
+def test_every_event_code_that_is_documented_is_in_the_code() -> None:
+    page = (ROOT / "docs" / "control.md").read_text(encoding="utf-8")
+    codes = re.findall(r"`([a-z]+(?:-[a-z]+)*)`", page.partition("## Event codes")[2].partition("\n## ")[0])
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "atoll").rglob("*.py"))
+    assert len(codes) > 25
+    # A node's codes are made of its health.
+    assert [code for code in codes if f'"{code.removeprefix("node-")}"' not in source] == []
