@@ -7,9 +7,13 @@ it uses one thread, as ours does. Where it does not finish, its own lower bound 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +84,26 @@ def solve(problem: Problem, limit_s: float) -> Solved:
     program.a_matrix_.value_ = np.concatenate([np.ones(2 * flows), np.tile([-problem.replica_capacity, 1.0], sites)])
     whole, real = highspy.HighsVarType.kInteger, highspy.HighsVarType.kContinuous
     program.integrality_ = [real] * flows + [whole] * sites
+    with _quiet():
+        return _solved(program, limit_s)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS writes a banner to stdout whatever its options say, and stdout is the report's."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _solved(program: Any, limit_s: float) -> Solved:
+    import highspy
+
     solver = highspy.Highs()
     for option, value in (("output_flag", False), ("threads", 1), ("time_limit", limit_s), ("mip_rel_gap", 1e-4)):
         solver.setOptionValue(option, value)

@@ -19,6 +19,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Apps": {
         "deploy": ("deploy:deploy", "Build and run an app, and follow it until it serves."),
+        "plan": ("planning:plan", "Say where an app's or job's instances would go, without deploying it."),
         "build": ("images:build", "Build an app's image without running it."),
         "apps": ("apps:apps", "List the apps."),
         "status": ("apps:status", "Show one app: its state, instances and last events."),
@@ -30,6 +31,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Instances": {
         "ps": ("instances:ps", "List the instances."),
+        "explain": ("planning:explain", "Say why an instance is where it is, or has no node."),
         "logs": ("logs:logs", "Print what an app, a job or an instance wrote."),
         "exec": ("execute:execute", "Run a command inside a running instance."),
         "cp": ("copy:copy", "Copy files into and out of an instance."),
@@ -47,6 +49,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "token": ("tokens:token", "Make and withdraw access tokens."),
     },
     "More": {
+        "sim": ("sim:sim", "Replay a trace through the scheduler, several policies side by side."),
         "schema": ("meta:schema", "Print the JSON Schema of a spec."),
         "completion": ("meta:completion", "Print a script that completes `atoll` in your shell."),
         "version": ("meta:version", "Print the versions of this command and of the server."),

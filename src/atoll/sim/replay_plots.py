@@ -1,0 +1,88 @@
+"""What a replay looked like over time, as PNG or SVG. matplotlib is wanted here only, and is an extra of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atoll.model.errors import Unsupported
+from atoll.sim.replay import Report
+
+_COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5")
+_STYLES = ("-", "--", "-.", ":", "-")
+
+
+def draw(reports: Sequence[Report], directory: Path, *, title: str, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write `utilisation`, `fragmentation`, `queueing` and `latency` into `directory`, and return the files.
+
+    Raises Unsupported where matplotlib is not installed.
+    """
+    plot = _matplotlib()
+    directory.mkdir(parents=True, exist_ok=True)
+    unit, seconds = _unit(max(report.samples[-1].at_s for report in reports))
+    gpus = any(sample.gpu > 0 for report in reports for sample in report.samples)
+    shares = [("GPU" if gpus else "cpu", "gpu" if gpus else "cpu"), ("memory", "memory") if not gpus else ("cpu", "cpu")]
+    charts: list[tuple[str, list[tuple[str, str, str, float]]]] = [
+        ("utilisation", [(f"{name} in use", "% of what is up", field, 100.0) for name, field in shares]),
+        ("fragmentation", [(f"free {shares[0][0]} that typical work cannot use", "% of what is free", "fragmentation", 100.0)]),
+        ("queueing", [("instances that wait", "instances", "waiting", 1.0), ("instances that run", "instances", "running", 1.0)]),
+        ("latency", [("the longest that anyone has waited for a node", unit, "oldest_s", 1.0 / seconds)]),
+    ]
+    written: list[Path] = []
+    for name, rows in charts:
+        figure, axes = plot.subplots(
+            len(rows), 1, figsize=(9, 1.2 + 2.6 * len(rows)), sharex=True, squeeze=False, layout="constrained"
+        )
+        for axis, (text, label, field, factor) in zip(axes[:, 0], rows, strict=True):
+            _panel(axis, reports, text, label, field, factor, seconds)
+            if factor == 100.0:
+                axis.set_ylim(0, 102)
+        axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, title="policy", alignment="left")
+        axes[-1, 0].set_xlabel(f"simulated time, {unit}")
+        figure.suptitle(f"{title}: {name}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        for suffix in formats:
+            path = directory / f"{name}.{suffix}"
+            figure.savefig(path, dpi=140)
+            written.append(path)
+        plot.close(figure)
+    return written
+
+
+def _panel(axis: Any, reports: Sequence[Report], text: str, label: str, field: str, factor: float, seconds: float) -> None:
+    for place, report in enumerate(reports):
+        axis.plot(
+            [sample.at_s / seconds for sample in report.samples],
+            [getattr(sample, field) * factor for sample in report.samples],
+            color=_COLOURS[place % len(_COLOURS)],
+            linestyle=_STYLES[place % len(_STYLES)],
+            linewidth=1.6,
+            label=report.policy,
+        )
+    axis.set_title(text, loc="left", fontsize=10)
+    axis.set_ylabel(label)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.01)
+    axis.grid(visible=True, color="#dddddd", linewidth=0.6)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _unit(span_s: float) -> tuple[str, float]:
+    for unit, seconds in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
+        if span_s >= 3 * seconds:
+            return unit, seconds
+    return "seconds", 1.0
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise Unsupported(
+            "plots need matplotlib, which is not installed", mend="pip install 'atoll[plots]', or leave --plots out"
+        ) from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
