@@ -15,6 +15,7 @@ import structlog
 
 from atoll.control.actions import Action, Create, Decision, Remove, Update
 from atoll.control.apps import decide_app
+from atoll.control.disruptions import take_away
 from atoll.control.gc import GC_S, decide_gc
 from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.leader import Term
@@ -288,6 +289,10 @@ class Loop:
             if not quiet and not (before and _same_reason(before.record, instance)):
                 _tell(decision, instance)
             units.extend(units_of(f"{instance.project}/{instance.id}", decision.actions, self._world.state))
+        for key, urgent in self._placement.victims.items():
+            decision = Decision(now, self._suffix)
+            take_away(self._world, key, f"{urgent}, which has a higher priority, needs its place", decision)
+            units.extend(units_of(key, decision.actions, self._world.state))
         return units
 
     def _node_units(self, now: float) -> list[Unit]:

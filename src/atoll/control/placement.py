@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
-from msgspec import structs
+from msgspec import Struct, structs
 
+from atoll.control.disruptions import Disruptions
 from atoll.control.world import World, owner_of
 from atoll.model.records import (
     AppStatus,
     Instance,
     Node,
-    NodeHealth,
     NodeLiveness,
     NodePolicy,
     OwnerKind,
@@ -21,19 +21,32 @@ from atoll.model.records import (
     Status,
 )
 from atoll.model.states import Desired
+from atoll.scheduling.assembly import app_owner, group_of, holds_room, standing_of
 from atoll.scheduling.demand import Demand, Pending, demand_of
-from atoll.scheduling.plan import PENDING_MAX, plan
-from atoll.scheduling.snapshot import Snapshot, Standing
+from atoll.scheduling.interface import View
+from atoll.scheduling.plan import PENDING_MAX, Plan, plan
+from atoll.scheduling.preemption import preempt
+from atoll.scheduling.snapshot import Snapshot
 from atoll.store.cache import Delta, Deltas
 
 REJECTION_REFRESH_S = 10.0
 """The words of a rejection change with every instance that comes or goes; only a new code is written sooner than this."""
 REPLAN_S = 0.2
 """What was rejected is planned again when something has changed, but not more often than this."""
+PREEMPTIONS_MAX = 20
+"""Instances for which victims are looked for in one plan; the others wait for the next."""
+CLAIM_S = 900.0
+"""The longest wait for what has to leave; after it the instance that waits is planned afresh."""
 DEMANDS_MAX = 65_536
 """Demands kept, by owner and release."""
 
-_STANDING = {NodeHealth.READY: Standing.OPEN, NodeHealth.UNREACHABLE: Standing.UNREACHABLE, NodeHealth.LOST: Standing.LOST}
+
+class Claim(Struct, frozen=True):
+    """Room on a node that is set aside for a pending instance while what is in its way leaves."""
+
+    node: str
+    waits_for: frozenset[str]
+    until: float
 
 
 class Placement:
@@ -49,12 +62,16 @@ class Placement:
         self._room = False
         """Whether something has changed that may let a rejected one fit."""
         self._planned_at = 0.0
+        self._claims: dict[str, Claim] = {}
+        self.victims: dict[str, str] = {}
+        """Instances that the last `place` found must leave → for which one."""
         self._demands: dict[tuple[Any, ...], Demand] = {}
 
     def rebuild(self) -> None:
         self.snapshot = Snapshot()
         self._new.clear()
         self._rejected.clear()
+        self._claims.clear()
         self._demands.clear()
         for name in self._world.state.records(Node):
             self._node(name)
@@ -92,15 +109,13 @@ class Placement:
         if node is None:
             self.snapshot.remove_node(name)
         else:
-            standing = _STANDING[liveness.record.health] if liveness else Standing.OPEN
-            if standing is Standing.OPEN and policy is not None and policy.record.cordoned:
-                standing = Standing.CORDONED
+            standing = standing_of(policy.record if policy else None, liveness.record if liveness else None)
             self.snapshot.upsert_node(node.record, standing)
         self._room |= self.snapshot.facts != facts
 
     def _homes(self, key: str) -> None:
         status = self._world.state.get(AppStatus, key)
-        owner = f"{OwnerKind.APP}/{key}"
+        owner = app_owner(key)
         homes = status.record.homes if status is not None else ()
         if homes != self.snapshot.homes.get(owner, ()):
             self._room = True
@@ -112,13 +127,14 @@ class Placement:
     def _instance(self, key: str) -> None:
         state = self._world.state
         held, status = state.get(Instance, key), state.get(Status, key)
-        if held is None or (status is not None and status.record.phase.final):
+        if held is None or not holds_room(status.record if status else None):
             self._forget(key)
             return
         instance = held.record
         if instance.node is not None:
             self._new.pop(key, None)
             self._rejected.pop(key, None)
+            self._claims.pop(key, None)
             demand = self.demand(instance)
             if demand is not None:
                 self.snapshot.allocate(key, instance.node, group_of(instance), demand)
@@ -130,6 +146,7 @@ class Placement:
     def _forget(self, key: str) -> None:
         self._new.pop(key, None)
         self._rejected.pop(key, None)
+        self._claims.pop(key, None)
         self._room |= self.snapshot.release(key)
 
     def demand(self, instance: Instance) -> Demand | None:
@@ -150,7 +167,7 @@ class Placement:
 
     def due(self, now: float) -> float | None:
         """Return when to plan: now, later, or None while nothing can be placed."""
-        if self._new:
+        if self._new or any(self._settled(claim, now) for claim in self._claims.values()):
             return now
         if self._rejected and self._room:
             return max(now, self._planned_at + REPLAN_S)
@@ -162,6 +179,7 @@ class Placement:
         Returns the created ones, each with its node or its rejection, and those that waited and must be written, with the
         revision that they were read at.
         """
+        self.victims = {}
         waiting = self._waiting(skip, now)
         fresh = {f"{instance.project}/{instance.id}": instance for instance in created}
         pending = [*self._pending(fresh.items()), *self._pending((key, instance) for key, (instance, _) in waiting.items())]
@@ -169,6 +187,7 @@ class Placement:
             return list(fresh.values()), []
         answer = plan(self.snapshot, pending, now)
         result: dict[str, Instance] = {}
+        self._preempt(pending, answer, fresh, skip, now)
         for placed in answer.placed:
             instance = fresh[placed.id] if placed.id in fresh else waiting[placed.id][0]
             result[placed.id] = structs.replace(instance, node=placed.node, runtime=placed.runtime, placed_at=now, rejection=None)
@@ -192,7 +211,9 @@ class Placement:
         if again:
             self._room = False
             self._planned_at = now
-        names = [*self._new, *(self._rejected if again else ())][:PENDING_MAX]
+        self._settle_claims(now)
+        names = [*self._new, *(self._rejected if again else ())]
+        names = [key for key in names if key not in self._claims][:PENDING_MAX]
         found: dict[str, tuple[Instance, int]] = {}
         for key in names:
             held = self._world.state.get(Instance, key)
@@ -202,6 +223,48 @@ class Placement:
                 found[key] = (held.record, held.revision)
                 self._new.pop(key, None)
         return found
+
+    def _preempt(self, pending: list[Pending], answer: Plan, fresh: Container[str], skip: set[str], now: float) -> None:
+        """Find what must leave for those that fit nowhere, and set its room aside until then."""
+        lowest = self.snapshot.lowest_priority()
+        urgent = [
+            item
+            for item in pending
+            if item.id in answer.rejected and lowest is not None and item.demand.placement.priority > lowest
+        ]
+        if not urgent:
+            return
+        # What is not in the store yet can wait for room only once it is.
+        self._room |= any(item.id in fresh for item in urgent)
+        view = View(self.snapshot)
+        by_id = {item.id: item for item in pending}
+        for placed in answer.placed:
+            row = self.snapshot.row_of(placed.node)
+            if row is not None:
+                view.place(by_id[placed.id].group, by_id[placed.id].demand, (row,), (1,))
+        victims = Disruptions(self._world, skip, self.victims)
+        for item in sorted((item for item in urgent if item.id not in fresh), key=lambda item: item.order)[:PREEMPTIONS_MAX]:
+            found = preempt(view, item, victims.evictable, victims.leaving, victims.budget)
+            row = self.snapshot.row_of(found.node) if found else None
+            if found is None or row is None:
+                continue
+            self.victims.update((victim, item.id.rsplit("/", 1)[-1]) for victim in found.victims)
+            ids = [id for id, _ in self.snapshot.allocations_on(found.node)]
+            self._claims[item.id] = Claim(found.node, frozenset(filter(victims.leaving, ids)), now + CLAIM_S)
+            self.snapshot.allocate(item.id, found.node, item.group, item.demand)
+            view.place(item.group, item.demand, (row,), (1,))
+
+    def _settled(self, claim: Claim, now: float) -> bool:
+        """Whether there is nothing to wait for: all is gone, or something stays after all, or it takes too long."""
+        held = [self._world.state.get(Instance, key) for key in claim.waits_for if self.snapshot.allocated(key) == claim.node]
+        return now >= claim.until or not held or any(one is not None and one.record.desired is Desired.RUN for one in held)
+
+    def _settle_claims(self, now: float) -> None:
+        for key, claim in list(self._claims.items()):
+            if self._settled(claim, now):
+                del self._claims[key]
+                self.snapshot.release(key)
+                self._new[key] = None
 
     def again(self, keys: Iterable[str]) -> None:
         """Plan these again: what was decided about them could not be written."""
@@ -224,8 +287,3 @@ class Placement:
         if last is None or last.code != rejection.code or (last != rejection and now >= written_at + REJECTION_REFRESH_S):
             result[key] = structs.replace(instance, rejection=rejection)
             self._rejected[key] = now
-
-
-def group_of(instance: Instance) -> str:
-    """Instances of one group are equal, and are spread away from each other."""
-    return f"{instance.owner_kind}/{instance.project}/{instance.owner}/{instance.release}/{instance.generation}"

@@ -17,6 +17,7 @@ from atoll.model.records import (
     Node,
     NodeHealth,
     NodePolicy,
+    Rejection,
     Role,
     Status,
 )
@@ -69,6 +70,49 @@ class NodeView(Struct, frozen=True, kw_only=True):
     allocated_memory_bytes: int = 0
     instances: int = 0
     revision: int
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A node that would take the instance, with what each score says of it (already times its weight)."""
+
+    node: str
+    total: float
+    scores: dict[str, float]
+    room: int
+    """How many of such instances it has room for."""
+
+
+class Explanation(Struct, frozen=True, kw_only=True):
+    """What the scheduler would answer now: the best candidates in order, and how many nodes each filter turns away."""
+
+    candidates: tuple[Candidate, ...]
+    feasible: int
+    nodes: int
+    failed: dict[str, int] = {}
+    rejection: Rejection | None = None
+    """Why no node is left, and what would change that."""
+
+
+class InstanceExplanation(Struct, frozen=True, kw_only=True):
+    """Why an instance is where it is, or nowhere: what the scheduler would answer for it now, were it not there."""
+
+    instance: Instance
+    explanation: Explanation
+
+
+class PlanView(Struct, frozen=True, kw_only=True):
+    """Where the instances of a spec would go if it were deployed now, beside all that runs. Nothing is written."""
+
+    project: str
+    name: str
+    instances: int
+    placed: dict[str, int]
+    """Node → how many."""
+    unplaced: int
+    rejection: Rejection | None = None
+    """Of those that found no node."""
+    explanation: Explanation
+    """For the first instance."""
 
 
 class SecretView(Struct, frozen=True, kw_only=True):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from msgspec import Struct
 
 from atoll.model.records import Rejection
+from atoll.model.views import Candidate, Explanation
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.filters import FILTERS, LIMITS
 from atoll.scheduling.interface import Filter, Limit, Reason, View
@@ -16,26 +16,6 @@ from atoll.scheduling.scores import DOMAIN_SCORE, GROUP_SCORES, SCORES
 from atoll.scheduling.snapshot import Bools, Ints, Snapshot
 
 CANDIDATES_MAX = 10
-
-
-class Candidate(Struct, frozen=True, kw_only=True):
-    """A node that would take the instance, with what each score says of it (already times its weight)."""
-
-    node: str
-    total: float
-    scores: dict[str, float]
-    room: int
-    """How many of such instances it has room for."""
-
-
-class Explanation(Struct, frozen=True, kw_only=True):
-    """What a plan would answer now: the best candidates in order, and how many nodes each filter turns away."""
-
-    candidates: tuple[Candidate, ...]
-    feasible: int
-    nodes: int
-    failed: dict[str, int] = {}
-    rejection: Rejection | None = None
 
 
 def turned_away(view: View, group: str, demand: Demand) -> dict[str, tuple[Ints, Reason]]:

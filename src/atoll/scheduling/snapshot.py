@@ -6,6 +6,8 @@ The numbers in a column are whole: cpu in thousandths of a core, memory and disk
 from __future__ import annotations
 
 import enum
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,7 @@ class Allocation(Struct, frozen=True):
     amounts: tuple[int, int, int, int]
     avoids: tuple[tuple[str, str], ...] = ()
     """Owners that must stay away from it, each with the label that says what near is."""
+    priority: int = 50
 
 
 def avoided(group: str, demand: Demand) -> tuple[tuple[str, str], ...]:
@@ -100,6 +103,7 @@ class Snapshot:
         """Owner → its groups that are placed somewhere."""
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
         """Owner → group that it must stay away from → label → how many instances say so."""
+        self._priorities: Counter[int] = Counter()
         self.homes: dict[str, tuple[str, ...]] = {}
         """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
         self._ranks: Ints | None = None
@@ -150,11 +154,12 @@ class Snapshot:
 
     def allocate(self, id: str, node: str, group: str, demand: Demand) -> None:
         """Count an instance on its node. The same again changes nothing; another node or amount replaces the first."""
-        allocation = Allocation(node, group, amounts_of(demand), avoided(group, demand))
+        allocation = Allocation(node, group, amounts_of(demand), avoided(group, demand), demand.placement.priority)
         if self._allocations.get(id) == allocation:
             return
         self.release(id)
         self._allocations[id] = allocation
+        self._priorities[allocation.priority] += 1
         for owner, label in allocation.avoids:
             labels = self._repelled.setdefault(owner, {}).setdefault(group, {})
             labels[label] = labels.get(label, 0) + 1
@@ -173,6 +178,7 @@ class Snapshot:
         if not on:
             del self._on[allocation.node]
         self._repel_no_more(allocation)
+        self._priorities[allocation.priority] -= 1
         row = self._rows.get(allocation.node)
         if row is not None:
             self._count(allocation, row, -1)
@@ -194,6 +200,19 @@ class Snapshot:
         """Return the node that an instance is counted on."""
         allocation = self._allocations.get(id)
         return allocation.node if allocation else None
+
+    def allocations_on(self, name: str) -> Iterator[tuple[str, Allocation]]:
+        """Yield what is allocated on a node, by id, in no order."""
+        for id in self._on.get(name, ()):
+            yield id, self._allocations[id]
+
+    def lowest_priority(self) -> int | None:
+        """Return the lowest priority of all that is placed."""
+        return min((priority for priority, count in self._priorities.items() if count > 0), default=None)
+
+    def holds_below(self, name: str, priority: int) -> bool:
+        """Return whether a node has something of a lower priority."""
+        return any(self._allocations[id].priority < priority for id in self._on.get(name, ()))
 
     def row_of(self, name: str) -> int | None:
         return self._rows.get(name)

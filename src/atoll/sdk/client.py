@@ -20,10 +20,12 @@ from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
     Info,
+    InstanceExplanation,
     InstanceView,
     JobView,
     NodeView,
     Page,
+    PlanView,
     RollbackRequest,
     ScaleRequest,
     SecretRequest,
@@ -153,6 +155,14 @@ class Client:
 
     async def instance(self, project: str, id: str) -> InstanceView:
         return await self._get(InstanceView, path("projects", project, "instances", id))
+
+    async def explain(self, project: str, id: str) -> InstanceExplanation:
+        """Return what the scheduler would answer for an instance now, were it not there."""
+        return await self._get(InstanceExplanation, path("projects", project, "instances", id, "explain"))
+
+    async def plan(self, spec: AppSpec | JobSpec) -> PlanView:
+        """Return where the spec's instances would go now. Nothing is written."""
+        return await self._write(PlanView, "POST", path("plan"), spec)
 
     async def stop_instance(self, project: str, id: str) -> InstanceView:
         """Drain and stop one instance; its app gets another."""

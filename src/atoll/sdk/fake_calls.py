@@ -39,6 +39,7 @@ from atoll.model.views import (
     TokenRequest,
     TokenView,
 )
+from atoll.scheduling.dry_run import explain_instance, plan_spec
 from atoll.sdk.fake_world import FakeWorld
 
 INGRESS_PORT = 8080
@@ -59,6 +60,9 @@ class FakeCalls(FakeWorld):
                 return Info(version="fake", cell="main", revision=self.revision, store="memory", ingresses=(ingress,))
             case "GET", ["schema", "app" | "job" as kind]:
                 return codec.json_schema(AppSpec if kind == "app" else JobSpec)
+            case "POST", ["plan"]:
+                job = b'"kind":"job"' in body
+                return plan_spec(self.snapshot(), codec.decode(body, JobSpec) if job else codec.decode(body, AppSpec))
             case "GET", ["projects"]:
                 return self._page([record for record, _ in self.under("projects")])
             case "PUT", ["projects", name]:
@@ -72,6 +76,10 @@ class FakeCalls(FakeWorld):
             case "GET", ["projects", project, "instances"]:
                 return self._page(self._instances(project, query))
             case _, ["projects", project, "instances", id, *rest]:
+                if rest == ["explain"]:
+                    instance, _ = self.get("instances", f"{project}/{id}")
+                    owner, _ = self.get("jobs" if instance.owner_kind == "job" else "apps", f"{project}/{instance.owner}")
+                    return explain_instance(self.snapshot(), f"{project}/{id}", instance, owner.spec)
                 if rest == ["stop"]:
                     self.event(f"instance/{id}", "stop", "told to stop by the user", project=project)
                 return self._instance_view(project, id)

@@ -22,9 +22,11 @@ from atoll.model.records import (
     Severity,
     Status,
 )
-from atoll.model.spec import JobSpec, RuntimeName
+from atoll.model.spec import AppSpec, JobSpec, RuntimeName
 from atoll.model.states import Phase
 from atoll.model.views import WatchLine
+from atoll.scheduling.assembly import Records, snapshot_from
+from atoll.scheduling.snapshot import Snapshot
 
 START_AT = 1_700_000_000.0
 
@@ -120,6 +122,28 @@ class FakeWorld:
         )
         self.put("app-statuses", key, told)
         self.event(f"app/{name}", "failed" if why else "rolled-out", why or f"release {app.release} serves", project=project)
+
+    def snapshot(self) -> Snapshot:
+        """Return what the scheduler would plan on."""
+
+        def plain(kind: str) -> dict[str, Any]:
+            return {key: record for (of, key), (record, _) in self.records.items() if of == kind}
+
+        apps, jobs = plain("apps"), plain("jobs")
+
+        def spec_of(instance: Instance) -> AppSpec | JobSpec | None:
+            owner = (jobs if instance.owner_kind is OwnerKind.JOB else apps).get(f"{instance.project}/{instance.owner}")
+            return owner.spec if owner is not None else None
+
+        records = Records(
+            nodes=plain("nodes"),
+            policies=plain("node-policies"),
+            liveness={},
+            instances=plain("instances"),
+            statuses=plain("statuses"),
+            app_statuses=plain("app-statuses"),
+        )
+        return snapshot_from(records, spec_of)
 
     def stop_all(self, project: str, owner: str) -> None:
         for instance, _ in self.under("instances", f"{project}/"):

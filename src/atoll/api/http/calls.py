@@ -66,6 +66,10 @@ class _Named(Struct):
     project: str | UnsetType = UNSET
 
 
+class _Kind(Struct):
+    kind: str = "app"
+
+
 class Call:
     """A call whose caller is known and may make it; `path` has the checked parts of its path."""
 
@@ -118,6 +122,16 @@ class Call:
         if name is not None and spec.name != name:
             raise Invalid(f"name: the body says '{spec.name}', the path '{name}'", field="name")
         return spec
+
+    def any_spec(self) -> AppSpec | JobSpec:
+        """Return the spec in the body: a job's if it says `kind = "job"`, else an app's. Raises Invalid."""
+        try:
+            kind = msgspec.json.decode(self._body or b"{}", type=_Kind).kind
+        except msgspec.ValidationError as error:
+            raise codec.invalid(error) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Invalid(f"not valid JSON: {error}") from None
+        return self.body(JobSpec) if kind == "job" else self.body(AppSpec)
 
     @property
     def if_match(self) -> int | None:

@@ -13,9 +13,11 @@ from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
+    InstanceExplanation,
     InstanceView,
     JobView,
     Page,
+    PlanView,
     RollbackRequest,
     ScaleRequest,
     SecretRequest,
@@ -93,6 +95,16 @@ async def list_instances(call: Call) -> Page[InstanceView]:
 
 async def get_instance(call: Call) -> InstanceView:
     return call.service.instances.get(call.project, call.path["instance"])
+
+
+async def explain_instance(call: Call) -> InstanceExplanation:
+    return await call.service.planning.explain(call.project, call.path["instance"])
+
+
+async def plan_spec(call: Call) -> PlanView:
+    spec = call.any_spec()
+    authorize(call.caller, Need.READ, project=spec.project)
+    return await call.service.planning.plan(spec)
 
 
 async def stop_instance(call: Call) -> InstanceView:
@@ -182,6 +194,16 @@ ROUTES: tuple[Route, ...] = (
         (Query("app", "only this app's"), Query("job", "only this job's"), *PAGED),
     ),
     _read(_INSTANCE, get_instance, "An instance", InstanceView),
+    _read(f"{_INSTANCE}/explain", explain_instance, "Why an instance is where it is, or has no node", InstanceExplanation),
+    Route(
+        method="POST",
+        path="/v1/plan",
+        need=Need.READ,
+        run=plan_spec,
+        summary="Where a spec's instances would go now; nothing is written (a job's spec says `kind`)",
+        body=AppSpec | JobSpec,
+        answer=PlanView,
+    ),
     _write("POST", f"{_INSTANCE}/stop", stop_instance, "Have an instance drained, stopped and replaced", InstanceView),
     _read(f"{_P}/{{project}}/jobs", list_jobs, "Jobs", Page[JobView], PAGED),
     _write("POST", f"{_P}/{{project}}/jobs", create_job, "Make a job", JobView, JobSpec, status=201),

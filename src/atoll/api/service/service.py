@@ -20,6 +20,7 @@ from atoll.api.service.housekeeping import Housekeeping
 from atoll.api.service.instances import Instances
 from atoll.api.service.jobs import Jobs
 from atoll.api.service.nodes import Nodes
+from atoll.api.service.planning import Planning
 from atoll.api.service.projects import Projects
 from atoll.api.service.sealing import Sealer
 from atoll.api.service.secrets import Secrets
@@ -61,6 +62,7 @@ class Service:
         self.apps = Apps(self.context)
         self.jobs = Jobs(self.context)
         self.instances = Instances(self.context)
+        self.planning = Planning(self.context)
         self.secrets = Secrets(self.context)
         self.tokens = Tokens(self.context)
         self.nodes = Nodes(self.context, self.heartbeats)

@@ -1,0 +1,97 @@
+"""Dry runs: what the scheduler would do with a spec, and what it says of an instance.
+
+A snapshot is made for each call from the cache as it is now, beside the event loop, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from atoll.api.service.access import check_name
+from atoll.api.service.context import Context
+from atoll.api.service.projects import require_project
+from atoll.api.service.specs import spec_of
+from atoll.api.service.workloads import check_constraints
+from atoll.model.errors import DeadlineExceeded, NotFound
+from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, Release, Status
+from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
+from atoll.model.views import InstanceExplanation, PlanView
+from atoll.scheduling.assembly import Records, group_of, snapshot_from
+from atoll.scheduling.dry_run import explain_instance, plan_spec
+from atoll.scheduling.snapshot import Snapshot
+
+DRY_RUN_S = 30.0
+"""The longest wait for a dry run, that for others before it included."""
+
+T = TypeVar("T")
+K = TypeVar("K")
+
+
+class Planning:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._state = context.state
+        self._one = asyncio.Lock()
+
+    async def plan(self, spec: AppSpec | JobSpec) -> PlanView:
+        """Say where the spec's instances would go; its image and secrets are not asked for. Raises Invalid, NotFound (project)."""
+        check_name(spec.project, "project")
+        if isinstance(spec, AppSpec):
+            check_app(spec)
+        else:
+            check_job(spec)
+        check_constraints(spec)
+        require_project(self._context, spec.project)
+        held = self._state.get(App, f"{spec.project}/{spec.name}")
+        replicas = held.record.replicas if held is not None else 1
+        numbers = [r.record.number for r in self._state.records(Release).values() if held and _same(r.record, held.record)]
+        release = max(numbers, default=held.record.release if held is not None else 0) + 1
+        return await self._dry(lambda snapshot: plan_spec(snapshot, spec, release=release, replicas=replicas))
+
+    async def explain(self, project: str, id: str) -> InstanceExplanation:
+        """Say what the scheduler would answer for an instance now. Raises NotFound."""
+        key = f"{project}/{id}"
+        held = self._state.get(Instance, key)
+        if held is None:
+            require_project(self._context, project)
+            raise NotFound(f"no instance '{id[:60]}' in project '{project}'", mend="'atoll ps' lists them")
+        instance = held.record
+        spec = spec_of(self._state, instance)
+        if spec is None:
+            raise NotFound(f"what instance '{id}' was made from is not kept any more")
+        return await self._dry(lambda snapshot: explain_instance(snapshot, key, instance, spec))
+
+    async def _dry(self, run: Callable[[Snapshot], T]) -> T:
+        try:
+            async with asyncio.timeout(DRY_RUN_S), self._one:
+                records, specs = self._records()
+                return await asyncio.to_thread(lambda: run(snapshot_from(records, lambda i: specs.get(group_of(i)))))
+        except TimeoutError:
+            raise DeadlineExceeded("the dry run took too long", mend="try again in a moment") from None
+
+    def _records(self) -> tuple[Records, dict[str, Workload | None]]:
+        """Return copies, all of one moment, that a thread may read."""
+
+        def plain(kind: type[K]) -> dict[str, K]:
+            return {key: held.record for key, held in self._state.records(kind).items()}
+
+        records = Records(
+            nodes=plain(Node),
+            policies=plain(NodePolicy),
+            liveness=plain(NodeLiveness),
+            instances=plain(Instance),
+            statuses=plain(Status),
+            app_statuses=plain(AppStatus),
+        )
+        specs: dict[str, Workload | None] = {}
+        for instance in records.instances.values():
+            group = group_of(instance)
+            if group not in specs:
+                specs[group] = spec_of(self._state, instance)
+        return records, specs
+
+
+def _same(release: Release, app: App) -> bool:
+    return (release.project, release.app) == (app.project, app.name)

@@ -1,0 +1,87 @@
+"""`atoll plan` and `atoll explain`: what the scheduler would do, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from atoll.cli import names
+from atoll.cli.session import EXIT_FAILED, Session, command
+
+if TYPE_CHECKING:
+    from atoll.model.records import Rejection
+    from atoll.model.views import Explanation
+
+
+@command(example="atoll plan\natoll plan -f shop.yaml --json | jq .placed")
+@click.argument("directory", type=click.Path(path_type=Path), required=False, metavar="[DIR]")
+@click.option(
+    "--file", "-f", "file", type=click.Path(path_type=Path), help="The spec: TOML, JSON or YAML.  [default: DIR/atoll.toml]"
+)
+async def plan(session: Session, directory: Path | None, file: Path | None) -> None:
+    """Say where the instances of a spec would go if it were deployed now. Nothing is written.
+
+    A spec with kind = "job" is a job's. Exits 1 when not all instances find a node.
+    """
+    from atoll.cli import spec_file
+    from atoll.model.spec import AppSpec, JobSpec
+
+    path = spec_file.find(file or directory or Path())
+    data = spec_file.read(path)
+    if session.project_given or "project" not in data:
+        data["project"] = session.project
+    spec: AppSpec | JobSpec
+    spec = spec_file.parse(data, JobSpec, path) if data.get("kind") == "job" else spec_file.parse(data, AppSpec, path)
+    async with session.client() as client:
+        view = await client.plan(spec)
+    if session.json:
+        session.output.json(view)
+    else:
+        _summary(session, view.name, view.instances, view.unplaced)
+        session.output.table(("NODE", "INSTANCES>"), list(view.placed.items()), empty="no instance finds a node")
+        _details(session, view.explanation, view.rejection)
+    if view.unplaced:
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+@command(example="atoll explain hello-k3x9")
+@names.argument("instance", "running", metavar="INSTANCE")
+async def explain(session: Session, instance: str) -> None:
+    """Say what the scheduler would answer for an instance now: the best nodes with their scores, and what the others lack."""
+    async with session.client() as client:
+        view = await client.explain(session.project, instance)
+    if session.json:
+        session.output.json(view)
+        return
+    where = f"is on {view.instance.node}" if view.instance.node else "has no node"
+    session.output.say(f"{view.instance.id} {where}; of {view.explanation.nodes} nodes {view.explanation.feasible} would take it")
+    _details(session, view.explanation, view.explanation.rejection)
+
+
+def _summary(session: Session, name: str, instances: int, unplaced: int) -> None:
+    if unplaced:
+        session.output.say(f"{instances - unplaced} of {instances} instances of {name} find a node")
+    else:
+        session.output.say(f"all {instances} instances of {name} find a node")
+
+
+def _details(session: Session, explanation: Explanation, rejection: Rejection | None) -> None:
+    from rich.markup import escape
+
+    output = session.output
+    if explanation.candidates:
+        scores = list(dict.fromkeys(name for candidate in explanation.candidates for name in candidate.scores))
+        columns = ("CANDIDATE", "TOTAL>", *(f"{name.upper()}>" for name in scores), "ROOM>")
+        rows = [
+            (one.node, f"{one.total:g}", *(f"{one.scores.get(name, 0):g}" for name in scores), one.room)
+            for one in explanation.candidates
+        ]
+        output.table(columns, rows)
+    if explanation.failed:
+        output.table(("FILTER", "NODES TURNED AWAY>"), list(explanation.failed.items()))
+    if rejection is not None:
+        output.say(escape(f"{rejection.code}: {rejection.message}"))
+        if rejection.mend:
+            output.say(escape(f"mend: {rejection.mend}"))

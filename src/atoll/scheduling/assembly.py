@@ -1,0 +1,65 @@
+"""From records to a snapshot: what counts on a node, which group an instance is of, whether a node takes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from msgspec import Struct
+
+from atoll.model.records import AppStatus, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Status
+from atoll.model.spec import Workload
+from atoll.scheduling.demand import Demand, demand_of
+from atoll.scheduling.snapshot import Snapshot, Standing
+
+_STANDING = {NodeHealth.READY: Standing.OPEN, NodeHealth.UNREACHABLE: Standing.UNREACHABLE, NodeHealth.LOST: Standing.LOST}
+
+
+class Records(Struct, frozen=True, kw_only=True):
+    """All that a snapshot is made of, by the key behind each kind's prefix."""
+
+    nodes: Mapping[str, Node]
+    policies: Mapping[str, NodePolicy]
+    liveness: Mapping[str, NodeLiveness]
+    instances: Mapping[str, Instance]
+    statuses: Mapping[str, Status]
+    app_statuses: Mapping[str, AppStatus]
+
+
+def standing_of(policy: NodePolicy | None, liveness: NodeLiveness | None) -> Standing:
+    standing = _STANDING[liveness.health] if liveness else Standing.OPEN
+    return Standing.CORDONED if standing is Standing.OPEN and policy is not None and policy.cordoned else standing
+
+
+def group_of(instance: Instance) -> str:
+    """Instances of one group are equal, and are spread away from each other."""
+    return f"{instance.owner_kind}/{instance.project}/{instance.owner}/{instance.release}/{instance.generation}"
+
+
+def app_owner(key: str) -> str:
+    """Return the owner, as groups name it, of the app `PROJECT/NAME`."""
+    return f"{OwnerKind.APP}/{key}"
+
+
+def holds_room(status: Status | None) -> bool:
+    """Return whether a placed instance counts on its node: it has not ended for good."""
+    return status is None or not status.phase.final
+
+
+def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | None]) -> Snapshot:
+    """Return the snapshot that the leader's scheduler would plan on. A demand is made once for each group."""
+    snapshot = Snapshot()
+    demands: dict[str, Demand | None] = {}
+    for name, node in records.nodes.items():
+        snapshot.upsert_node(node, standing_of(records.policies.get(name), records.liveness.get(name)))
+    for key, instance in records.instances.items():
+        if instance.node is None or not holds_room(records.statuses.get(key)):
+            continue
+        group = group_of(instance)
+        if group not in demands:
+            spec = spec_of(instance)
+            demands[group] = demand_of(spec) if spec is not None else None
+        demand = demands[group]
+        if demand is not None:
+            snapshot.allocate(key, instance.node, group, demand)
+    snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
+    return snapshot

@@ -1,0 +1,46 @@
+"""What the scheduler would do, without doing it: for a spec that is not deployed, and for an instance that is there."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from msgspec import UNSET
+
+from atoll.model.records import Instance, OwnerKind
+from atoll.model.spec import AppSpec, JobSpec, Workload
+from atoll.model.views import InstanceExplanation, PlanView
+from atoll.scheduling.assembly import group_of
+from atoll.scheduling.demand import Pending, demand_of
+from atoll.scheduling.explain import explain
+from atoll.scheduling.plan import plan
+from atoll.scheduling.snapshot import Snapshot
+
+
+def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, replicas: int = 1) -> PlanView:
+    """Return where the spec's instances would go beside all that runs.
+
+    `release` is the number that an app's next release would have, `replicas` how many it has where the spec does not say.
+    """
+    if isinstance(spec, JobSpec):
+        kind, release, generation, count = OwnerKind.JOB, 0, 0, min(spec.parallelism, spec.completions)
+    else:
+        kind, generation = OwnerKind.APP, 1
+        count = replicas if spec.scale is UNSET else spec.scale.replicas
+    group = f"{kind}/{spec.project}/{spec.name}/{release}/{generation}"
+    demand = demand_of(spec)
+    answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(count)))
+    return PlanView(
+        project=spec.project,
+        name=spec.name,
+        instances=count,
+        placed=dict(sorted(Counter(placed.node for placed in answer.placed).items())),
+        unplaced=len(answer.rejected),
+        rejection=next(iter(answer.rejected.values()), None),
+        explanation=explain(snapshot, group, demand),
+    )
+
+
+def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Workload) -> InstanceExplanation:
+    """Return what the scheduler would answer for the instance now, were it not there. It is taken off the snapshot."""
+    snapshot.release(key)
+    return InstanceExplanation(instance=instance, explanation=explain(snapshot, group_of(instance), demand_of(spec)))

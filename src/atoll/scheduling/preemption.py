@@ -1,0 +1,140 @@
+"""Which instances of lower priority must leave so that one that fits nowhere gets a node: the lowest, and the fewest.
+
+Only room is made that way: a node that a rule about facts or about other instances turns away stays turned away. Priorities are
+compared with those of the victims; equal ones never displace each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import numpy as np
+from msgspec import Struct
+
+from atoll.scheduling.demand import Pending
+from atoll.scheduling.filters import LIMITS
+from atoll.scheduling.groups import owner_of_group
+from atoll.scheduling.interface import View
+from atoll.scheduling.ranking import static_mask
+from atoll.scheduling.rules import RULES
+from atoll.scheduling.snapshot import CPU, MEMORY, Allocation, Ints, amounts_of
+
+NODES_MAX = 200
+"""Nodes on which victims are looked for, those with the most room first."""
+TOGETHER_MAX = 3
+"""Up to so many victims are chosen out of all combinations; of more, those that are not needed are let go, highest first."""
+COMBINED_MAX = 12
+"""Instances of one node among which combinations are tried."""
+
+Ask = Callable[[str], bool]
+Budget = Callable[[str], int]
+"""Owner → how many of its instances may be taken away now."""
+Victim = tuple[str, Allocation]
+Worth = tuple[int, int, int, int]
+"""Highest priority among the victims, their number, the sum of priorities, the rank of the node: the smallest is the best."""
+
+
+class Preemption(Struct, frozen=True, kw_only=True):
+    """The node on which `victims` (by id, lowest priority first) must leave for the instance `id`; none where it is enough to
+    wait for those that are on their way out."""
+
+    id: str
+    node: str
+    victims: tuple[str, ...]
+
+
+def preempt(view: View, item: Pending, evictable: Ask, leaving: Ask, budget: Budget) -> Preemption | None:
+    """Return what has to leave for `item`, None where nothing would help.
+
+    `evictable` says which instances may be asked at all, `leaving` which are on their way out and so count as gone.
+    """
+    snapshot, demand = view.nodes, item.demand
+    lowest = snapshot.lowest_priority()
+    if lowest is None or lowest >= demand.placement.priority:
+        return None
+    mask = static_mask(view, demand)
+    for rule in RULES:
+        if rule.wants(view, item.group, demand):
+            mask = mask & rule.passes(view, item.group, demand)
+    rows = np.flatnonzero(mask)
+    ranks = snapshot.ranks()
+    order = rows[np.lexsort((ranks[rows], -view.free[CPU, rows], -view.free[MEMORY, rows]))].tolist()
+    some = [row for row in order if snapshot.holds_below(snapshot.names[row], demand.placement.priority)]
+    best: tuple[Worth, Preemption] | None = None
+    for row in some[:NODES_MAX]:
+        found = _Node(view, item, row, evictable, leaving, budget).victims()
+        if found is not None:
+            priorities = [allocation.priority for _, allocation in found]
+            worth = (max(priorities, default=-1), len(found), sum(priorities), int(ranks[row]))
+            if best is None or worth < best[0]:
+                ids = tuple(id for id, _ in sorted(found, key=lambda victim: (victim[1].priority, victim[0])))
+                best = (worth, Preemption(id=item.id, node=snapshot.names[row], victims=ids))
+    return best[1] if best else None
+
+
+class _Node:
+    """The search on one node."""
+
+    def __init__(self, view: View, item: Pending, row: int, evictable: Ask, leaving: Ask, budget: Budget) -> None:
+        self._view = view
+        self._demand = item.demand
+        self._row = row
+        there = list(view.nodes.allocations_on(view.nodes.names[row]))
+        self._base = _sum([(id, allocation) for id, allocation in there if leaving(id)])
+        self._pool: list[Victim] = []
+        taken: Counter[str] = Counter()
+        for victim in sorted(there, key=lambda v: (v[1].priority, [-amount for amount in v[1].amounts], v[0])):
+            id, allocation = victim
+            owner = owner_of_group(allocation.group)
+            lower = allocation.priority < item.demand.placement.priority
+            if lower and not leaving(id) and evictable(id) and taken[owner] < budget(owner):
+                taken[owner] += 1
+                self._pool.append(victim)
+
+    def victims(self) -> tuple[Victim, ...] | None:
+        """Return the lowest and fewest; None where all that may leave would not be enough."""
+        if self._fits(()):
+            return ()
+        for top in sorted({allocation.priority for _, allocation in self._pool}):
+            pool = [victim for victim in self._pool if victim[1].priority <= top]
+            if self._fits(pool):
+                return self._fewest(pool)
+        return None
+
+    def _fewest(self, pool: list[Victim]) -> tuple[Victim, ...]:
+        if len(pool) <= COMBINED_MAX:
+            for count in range(1, min(TOGETHER_MAX, len(pool)) + 1):
+                enough = [some for some in combinations(pool, count) if self._fits(some)]
+                if enough:
+                    return min(enough, key=lambda some: (sum(a.priority for _, a in some), [id for id, _ in some]))
+        kept = pool
+        for victim in sorted(pool, key=lambda v: (-v[1].priority, v[1].amounts, v[0])):
+            fewer = [other for other in kept if other is not victim]
+            if self._fits(fewer):
+                kept = fewer
+        return tuple(kept)
+
+    def _fits(self, gone: Sequence[Victim]) -> bool:
+        """Return whether the item has room once `gone` are."""
+        freed = self._base + _sum(gone)
+        amounts = amounts_of(self._demand)
+        free = self._view.free[:, self._row]
+        if any(free[resource] + freed[resource] < amounts[resource] for resource in (CPU, MEMORY)):
+            return False
+        if self._demand.gpu is None:
+            return True
+        # Devices have rules of their own, which are asked with the room as it would be.
+        free += freed
+        try:
+            return all(rule.room(self._view, self._demand)[self._row] > 0 for rule in LIMITS if rule.wants(self._demand))
+        finally:
+            free -= freed
+
+
+def _sum(victims: Sequence[Victim]) -> Ints:
+    total = np.zeros(4, dtype=np.int64)
+    for _, allocation in victims:
+        total += allocation.amounts
+    return total

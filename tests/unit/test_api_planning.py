@@ -1,0 +1,113 @@
+"""`POST /v1/plan` and `GET …/explain` over a memory store: what they answer, and that they change nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+
+from atoll.api.service import KINDS, SYSTEM, Service
+from atoll.model import codec, keys
+from atoll.model.errors import Invalid, NotFound
+from atoll.model.records import Capacity, Instance, Node, NodePolicy, OwnerKind, Status
+from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Resources, RuntimeName, Scale
+from atoll.model.states import Phase
+from atoll.model.units import Bytes
+from atoll.store.cache import State
+from atoll.store.memory import MemoryStore
+
+GIB = 1 << 30
+
+
+class StillClock:
+    def now(self) -> float:
+        return 1_000_000.0
+
+    def monotonic(self) -> float:
+        return 1_000_000.0
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    store = MemoryStore(StillClock())
+    seeded = random.Random(1)
+    async with (
+        State(store, KINDS) as state,
+        Service(store, state, StillClock(), seeded, bytes(32), "localhost", entropy=seeded.randbytes) as made,
+    ):
+        for name in ("n1", "n2", "n3"):
+            capacity = Capacity(cpu_milli=4000, memory_bytes=4 * GIB, disk_bytes=100 * GIB)
+            await put(made, keys.node(name), Node(name=name, capacity=capacity, runtimes=(RuntimeName.RUNC,)))
+        await put(made, keys.node_policy("n3"), NodePolicy(name="n3", cordoned=True))
+        yield made
+    await store.close()
+
+
+async def put(service: Service, key: str, record: object) -> None:
+    await service.context.reach(await service.context.store.put(key, codec.encode(record)))
+
+
+def spec(memory: int = GIB, replicas: int = 3, **more: object) -> AppSpec:
+    size = Resources(memory=Bytes(memory))
+    return AppSpec(name="web", image="x/y:1", ports=(Port(port=80),), resources=size, scale=Scale(replicas=replicas), **more)  # type: ignore[arg-type]
+
+
+async def instance(service: Service, id: str, node: str | None) -> None:
+    record = Instance(
+        id=id, project="default", owner_kind=OwnerKind.APP, owner="web", release=1, generation=1, node=node, created_at=1.0
+    )
+    await put(service, keys.instance("default", id), record)
+
+
+async def test_a_plan_says_where_all_would_go_and_writes_nothing(service: Service) -> None:
+    before = await service.context.store.revision()
+    view = await service.planning.plan(spec())
+    assert view.placed == {"n1": 2, "n2": 1}
+    assert (view.instances, view.unplaced, view.rejection) == (3, 0, None)
+    assert [candidate.node for candidate in view.explanation.candidates] == ["n1", "n2"]
+    assert view.explanation.candidates[0].room == 4
+    assert set(view.explanation.candidates[0].scores) == {"spread", "packing"}
+    assert view.explanation.failed == {"standing": 1}
+    assert await service.context.store.revision() == before
+
+
+async def test_a_plan_counts_what_runs_and_says_what_would_make_it_fit(service: Service) -> None:
+    await service.apps.put(SYSTEM, spec(3 * GIB, 2))
+    await instance(service, "a", "n1")
+    view = await service.planning.plan(spec(3 * GIB, 2))
+    assert view.placed == {"n2": 1}
+    assert view.unplaced == 1
+    assert view.rejection is not None
+    assert view.rejection.failed == {"standing": 1, "memory": 2}
+    assert view.rejection.mend == "needs 2.0GiB more memory on the best node, n1"
+    ended = Status(instance="a", project="default", node="n1", phase=Phase.STOPPED)
+    await put(service, keys.status("default", "a"), ended)
+    assert (await service.planning.plan(spec(3 * GIB, 2))).unplaced == 0
+
+
+async def test_a_jobs_plan_is_for_as_many_as_run_at_a_time(service: Service) -> None:
+    view = await service.planning.plan(JobSpec(name="work", image="x/y:1", completions=100, parallelism=5))
+    assert view.instances == 5
+
+
+async def test_an_instance_is_explained_as_if_it_were_not_there(service: Service) -> None:
+    await service.apps.put(SYSTEM, spec(3 * GIB, 2))
+    await instance(service, "a", "n1")
+    await instance(service, "b", None)
+    there = (await service.planning.explain("default", "a")).explanation
+    assert [candidate.node for candidate in there.candidates] == ["n1", "n2"]
+    waiting = (await service.planning.explain("default", "b")).explanation
+    assert [candidate.node for candidate in waiting.candidates] == ["n2"]
+    assert waiting.failed == {"standing": 1, "memory": 1}
+
+
+async def test_what_is_not_there_or_makes_no_sense_is_refused(service: Service) -> None:
+    with pytest.raises(NotFound):
+        await service.planning.explain("default", "gone")
+    with pytest.raises(NotFound):
+        await service.planning.plan(AppSpec(name="web", image="x", project="nowhere"))
+    bad = Placement(constraints=(Constraint(label="a", operator=Operator.REGEXP, value="("),))
+    with pytest.raises(Invalid) as error:
+        await service.planning.plan(spec(placement=bad))
+    assert error.value.field == "placement.constraints[0].value"

@@ -1,0 +1,88 @@
+"""`atoll plan` and `atoll explain` against an API in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from atoll.cli.main import cli
+from atoll.cli.session import Session
+from atoll.model.records import Capacity, Node
+from atoll.model.spec import RuntimeName
+from atoll.sdk.fake import FakeApi
+
+GIB = 1 << 30
+APP = """
+name = "web"
+image = "registry.example/web:1"
+[resources]
+memory = "1GiB"
+[scale]
+replicas = 3
+"""
+
+
+class Atoll:
+    def __init__(self, directory: Path) -> None:
+        self.api = FakeApi()
+        self.directory = directory
+        for name, memory in (("n1", 2 * GIB), ("n2", 2 * GIB), ("small", GIB >> 1)):
+            capacity = Capacity(cpu_milli=4000, memory_bytes=memory, disk_bytes=100 * GIB)
+            self.api.put("nodes", name, Node(name=name, capacity=capacity, runtimes=(RuntimeName.RUNC,)))
+        self.environment = {"ATOLL_API": "http://fake", "ATOLL_TOKEN": "t", "XDG_CONFIG_HOME": str(directory), "NO_COLOR": "1"}
+
+    def run(self, *arguments: str, code: int = 0) -> Result:
+        session = Session(dial=lambda _: self.api)
+        result = CliRunner().invoke(cli, list(arguments), obj=session, env=self.environment, catch_exceptions=False)
+        assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
+        return result
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture
+def atoll(tmp_path: Path) -> Atoll:
+    (tmp_path / "atoll.toml").write_text(APP)
+    return Atoll(tmp_path)
+
+
+def test_a_plan_shows_the_nodes_their_scores_and_what_the_others_lack(atoll: Atoll) -> None:
+    before = atoll.api.revision
+    said = atoll.run("plan", str(atoll.directory))
+    assert "all 3 instances of web find a node" in said.stderr
+    assert "n1" in said.stdout
+    assert "PACKING" in said.stdout
+    assert "NODES TURNED AWAY" in said.stdout
+    assert "memory" in said.stdout
+    assert atoll.json("plan", str(atoll.directory))["placed"] == {"n1": 2, "n2": 1}
+    assert atoll.api.revision == before
+
+
+def test_a_plan_that_does_not_fit_says_what_would_help_and_fails(atoll: Atoll) -> None:
+    file = atoll.directory / "big.toml"
+    file.write_text(APP.replace("1GiB", "1536MiB"))
+    said = atoll.run("plan", "-f", str(file), code=1)
+    assert "2 of 3 instances of web find a node" in said.stderr
+    assert "no-memory: none of 3 nodes fits" in said.stderr
+    assert "mend: needs 1.0GiB more memory on the best node, n1" in said.stderr
+    assert atoll.json("plan", "-f", str(file), code=1)["unplaced"] == 1
+
+
+def test_an_instance_is_explained(atoll: Atoll) -> None:
+    atoll.run("deploy", str(atoll.directory))
+    id = atoll.json("ps")[0]["instance"]["id"]
+    said = atoll.run("explain", id)
+    assert f"{id} is on n1; of 3 nodes" in said.stderr
+    assert atoll.json("explain", id)["explanation"]["nodes"] == 3
+    assert "no instance" in atoll.run("explain", "nobody", code=4).stderr
+
+
+def test_a_jobs_spec_is_planned_as_a_job(atoll: Atoll) -> None:
+    file = atoll.directory / "job.toml"
+    file.write_text('kind = "job"\nname = "work"\nimage = "x/y:1"\ncompletions = 9\nparallelism = 4\n')
+    assert atoll.json("plan", "-f", str(file))["instances"] == 4
