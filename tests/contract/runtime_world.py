@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import os
 import shutil
@@ -21,6 +22,7 @@ from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits, Runtime
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.crun import CrunRuntime
+from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.runc import RuncRuntime
 
@@ -69,6 +71,8 @@ class World:
         self.make = make
         self.cgroup = cgroup
         self.real = bool(cgroup)
+        self.settle_s = 0.5 if "gvisor" in cgroup else 0.1 if cgroup else 0
+        """How long a script takes to its first lines."""
         self.runtime = make()
         self._image = Image(reference="test", digest="sha256:0", config=ImageConfig(), layers=layers)
         self._readers: dict[Path, int] = {}
@@ -151,11 +155,14 @@ class World:
         await self.runtime.close()
         for fd in self._readers.values():
             os.close(fd)
+        with contextlib.suppress(ChildProcessError):  # shims that this process started for a runtime that it closed
+            while os.waitpid(-1, os.WNOHANG)[0]:  # noqa: ASYNC222 - it does not wait
+                pass
         if self.cgroup:
             assert [path for path in Cgroups.detect().group(self.cgroup).directories if path.exists()] == []
 
 
-REAL: dict[str, type[OciRuntime]] = {"runc": RuncRuntime, "crun": CrunRuntime}
+REAL: dict[str, type[OciRuntime]] = {"runc": RuncRuntime, "crun": CrunRuntime, "gvisor": GvisorRuntime}
 
 
 @functools.cache
@@ -177,5 +184,5 @@ def real_world(name: str, directory: Path, layer: Path, cgroup: str = "") -> Wor
     """Return a world of real instances, on `cgroup` where another process has it already. Skips where there can be none."""
     if why := why_not(name):
         pytest.skip(why)
-    cgroup = cgroup or f"/atoll-test-{uuid.uuid4().hex[:8]}"
+    cgroup = cgroup or f"/atoll-test-{name}-{uuid.uuid4().hex[:8]}"
     return World(directory, lambda: REAL[name](directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)

@@ -55,14 +55,14 @@ async def test_output_comes_through_the_fifo(world: World) -> None:
 
 async def test_a_stop_signal_ends_a_process_that_heeds_it(world: World) -> None:
     await world.launch("a", "graceful")
-    await asyncio.sleep(0.1 if world.real else 0)
+    await asyncio.sleep(world.settle_s)
     await world.runtime.signal("a", "SIGTERM")
     assert (await asyncio.wait_for(world.runtime.wait("a"), 10)).code == 0
 
 
 async def test_a_process_that_ignores_the_stop_signal_is_killed(world: World) -> None:
     await world.launch("a", "stubborn")
-    await asyncio.sleep(0.1 if world.real else 0)
+    await asyncio.sleep(world.settle_s)
     await world.runtime.signal("a", "SIGTERM")
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(world.runtime.wait("a"), 0.2)
@@ -173,7 +173,7 @@ async def test_an_exec_ends_with_its_instance(world: World) -> None:
 
 async def test_a_paused_instance_stands_still_and_goes_on(world: World) -> None:
     await world.launch("a", "graceful")
-    await asyncio.sleep(0.1 if world.real else 0)
+    await asyncio.sleep(world.settle_s)
     await world.runtime.pause("a")
     await world.runtime.signal("a", "SIGTERM")
     with pytest.raises(TimeoutError):

@@ -13,8 +13,13 @@ from atoll.images.transport import Access
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.network.links import LinkNetwork
 from atoll.node.agent import Agent
+from atoll.runtimes.crun import CrunRuntime
+from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.runc import RuncRuntime
 from atoll.sdk.control_plane import HttpControlPlane
+
+RUNTIMES = (RuncRuntime, CrunRuntime, GvisorRuntime)
+"""What a node offers as far as its machine can run it."""
 
 
 async def main(config: Config, stop: Stop) -> None:
@@ -31,7 +36,7 @@ async def main(config: Config, stop: Stop) -> None:
     agent = Agent(
         node=config.node_name,
         control=HttpControlPlane(f"http://{config.api}", token, node=config.node_name),
-        runtimes=(RuncRuntime(data / "runtimes" / "runc"),),
+        runtimes=tuple(runtime(data / "runtimes" / runtime.name) for runtime in RUNTIMES),
         images=images,
         network=LinkNetwork(config.subnet, data / "network"),
         clock=SystemClock(),

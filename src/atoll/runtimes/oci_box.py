@@ -41,6 +41,8 @@ START_CPU_QUOTA_US_MIN = CPU_PERIOD_US
 
 STDOUT, STDERR, NETNS = "io.atoll.stdout", "io.atoll.stderr", "io.atoll.netns"
 """Annotations by which the next agent knows what an instance's tools are started with."""
+_STATE_FILE = "_sandbox:"
+"""What follows the id in the names of runsc's state files."""
 SPARE_DISK_BYTES = int(Resources().disk)
 RUNTIME_DIRECTORY = Path("/run/atoll")
 """Where roots are mounted; it must be open to all, as /run is."""
@@ -57,6 +59,8 @@ class OciBoxes:
         cgroups: Cgroups,
         userns: bool | None = None,
         slots: range = range(SLOTS_MAX),
+        threads_beside: int = 0,
+        own_tmp: bool = False,
         runtime_directory: Path = RUNTIME_DIRECTORY,
     ) -> None:
         self.directory = directory
@@ -67,6 +71,8 @@ class OciBoxes:
         self.boot_id = boot_id()
         self._cgroup = cgroup.rstrip("/")
         self._cgroups = cgroups
+        self._threads_beside = threads_beside
+        self._own_tmp = own_tmp
         self._unneeded: deque[Path] = deque()  # mounts of boxes that exist; `tidy` empties it soon after each `make`
         for path in (directory, self.state, directory / "scratch"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -126,7 +132,7 @@ class OciBoxes:
             # So that the process can open /dev/stdout by name, whoever it is.
             os.chown(fifo, (base_id or 0) + user.uid, (base_id or 0) + user.gid)
         resources = self._cgroups.resources(box.limits)
-        resources["pids"]["limit"] = max(START_PIDS_MIN, box.limits.pids)
+        resources["pids"]["limit"] = max(START_PIDS_MIN, box.limits.pids + self._threads_beside)
         resources["cpu"]["quota"] = max(START_CPU_QUOTA_US_MIN, resources["cpu"]["quota"])
         bundle = Bundle(
             root=root,
@@ -140,6 +146,9 @@ class OciBoxes:
             sysfs=sysfs,
         )
         config = configuration(box, bundle)
+        if self._own_tmp and (root / "tmp").is_dir() and not (root / "tmp").is_symlink():
+            keep = {"destination": "/tmp", "type": "bind", "source": str(root / "tmp"), "options": ["rbind", "nosuid", "nodev"]}  # noqa: S108
+            config["mounts"].insert(0, keep)
         config["annotations"] = {STDOUT: str(box.stdout), STDERR: str(box.stderr), NETNS: launch_netns(box, bundle)}
         write_private(directory / "config.json", msgspec.json.encode(config))
 
@@ -157,7 +166,7 @@ class OciBoxes:
         group = self.group(record.id)
         group.kill()
         group.remove()
-        shutil.rmtree(self.state / record.id, ignore_errors=True)
+        self._forget(record.id)
         ShimFiles(record.directory).clear()
 
     def remove(self, record: BoxRecord) -> None:
@@ -183,13 +192,19 @@ class OciBoxes:
 
         Only our own directories are searched: other runtimes and agents have groups beside ours.
         """
-        named = {path.name for directory in (self.state, self._roots) for path in directory.iterdir()}
+        named = {path.name.partition(_STATE_FILE)[0] for directory in (self.state, self._roots) for path in directory.iterdir()}
         for id in named - known:
             group = self.group(id)
             group.kill()
             group.remove()
             remove_root(self._roots / id)
-            shutil.rmtree(self.state / id, ignore_errors=True)
+            self._forget(id)
+
+    def _forget(self, id: str) -> None:
+        """Remove what the tool noted down of an instance: a directory, or (runsc) files."""
+        shutil.rmtree(self.state / id, ignore_errors=True)
+        for path in self.state.glob(f"{id}{_STATE_FILE}*"):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         self.scratch.close()

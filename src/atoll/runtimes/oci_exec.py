@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Protocol
 
 import msgspec
 
@@ -29,14 +30,37 @@ DRAIN_S = 1.0
 """How long output is awaited, in silence, after the command's end: its children may hold the pipes for ever."""
 CLOSE_S_MAX = 2.0
 EXEC_S_MAX = 60.0
+_KILLED = 137
+_LOST = 128
+"""What stands for a command ends with it when it loses sight of the command."""
 _EOT = b"\x04"
+
+
+class Inner(Protocol):
+    """How commands are reached that the node's kernel does not know, because another kernel runs them."""
+
+    def command(self, process: str, number: int) -> list[str]:
+        """Return what sends signal `number` to `process`."""
+        ...
+
+    async def gone(self) -> bool:
+        """Return whether the instance has ended, and its commands with it."""
+        ...
+
+    async def send(self, process: int, number: int) -> None:
+        """Send it; a process that has ended is no error."""
+        ...
 
 
 class OciExecution:
     """Made by a runtime's `exec` when the command runs; see `model.ports.runtime.Execution`."""
 
-    def __init__(self, launch: Launch, pid: int, *, stdin: Stream, outputs: dict[int, Stream], tty: bool) -> None:
+    def __init__(
+        self, launch: Launch, pid: int, *, stdin: Stream, outputs: dict[int, Stream], tty: bool, inner: Inner | None
+    ) -> None:
         self._launch = launch
+        self._inner = inner
+        self._inner_pid: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._pidfd = _open_pid(pid)
         self._stdin = stdin
         self._outputs = outputs
@@ -47,9 +71,14 @@ class OciExecution:
 
     async def _await_code(self) -> int:
         while (news := await self._launch.news(None)) is not None:  # as long as the command runs
+            if news[0] == "inner":
+                self._inner_pid.set_result(news[1])
             if news[0] == "exit":
-                return os.waitstatus_to_exitcode(news[1]) if os.WIFEXITED(news[1]) else 128 + os.WTERMSIG(news[1])
-        return 137  # its shim was killed, and the command with it
+                code = os.waitstatus_to_exitcode(news[1]) if os.WIFEXITED(news[1]) else 128 + os.WTERMSIG(news[1])
+                if self._inner is not None and code == _LOST and await self._inner.gone():
+                    return _KILLED
+                return code
+        return _KILLED  # its shim was killed, and the command with it
 
     @property
     def closed(self) -> bool:
@@ -107,10 +136,15 @@ class OciExecution:
             set_size(self._stdin.fd, rows, columns)
 
     async def signal(self, name: str) -> None:
-        self._send(signal_number(name))
+        await self._send(signal_number(name))
 
-    def _send(self, number: int) -> None:
-        if self._pidfd >= 0 and not self.ended:
+    async def _send(self, number: int) -> None:
+        if self._inner is not None and not self.ended:
+            waits: set[asyncio.Future[Any]] = {self._inner_pid, self._code}
+            await asyncio.wait(waits, timeout=CLOSE_S_MAX, return_when=asyncio.FIRST_COMPLETED)
+            if self._inner_pid.done():
+                await self._inner.send(self._inner_pid.result(), number)
+        elif self._pidfd >= 0 and not self.ended:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
 
@@ -121,7 +155,7 @@ class OciExecution:
         if self._closed:
             return
         self._closed = True
-        self._send(signal.SIGKILL)
+        await self._send(signal.SIGKILL)
         with contextlib.suppress(TimeoutError):  # in a paused instance even this signal waits; the shim then does the rest
             await asyncio.wait_for(asyncio.shield(self._code), CLOSE_S_MAX)
         self._launch.close()
@@ -152,6 +186,7 @@ async def start_execution(
     user: str | None,
     size: tuple[int, int] | None,
     base_id: int | None,
+    inner: Inner | None = None,
 ) -> OciExecution:
     """Start `argv` in the container `id`, whose box is in `directory`; with `size` (rows, columns) it gets a terminal.
 
@@ -167,10 +202,14 @@ async def start_execution(
         config = load_config(directory.parent)
         netns = config.annotations[NETNS]
         owner = _write_process(config, process, argv, env, workdir, user, size, base_id)
-        shim = ["exec", netns, str(pid_file), "--"]
-        command = [*tool(log_path), "--pid-file", str(pid_file), "--process", str(process)]
+        shim = ["exec", netns, str(pid_file)]
+        command = ["--", *tool(log_path), "--pid-file", str(pid_file), "--process", str(process)]
+        if inner is not None:
+            inner_file = str(pid_file.with_suffix(".inner"))
+            shim += [inner_file, *inner.command("@", signal.SIGKILL)]
+            command += ["--internal-pid-file", inner_file]
         if size is None:
-            return await _start_on_pipes([*shim, *command, id], output, owner, argv[0], log_path)
+            return await _start_on_pipes([*shim, *command, id], output, owner, argv[0], log_path, inner)
         console = ConsoleSocket(directory, console_name.name)
         files.callback(console.close)
         command += ["--console-socket", console.path]
@@ -182,10 +221,12 @@ async def start_execution(
             launch.close()
             raise
         set_size(terminal.fd, *size)
-        return OciExecution(launch, pid, stdin=terminal, outputs={1: terminal}, tty=True)
+        return OciExecution(launch, pid, stdin=terminal, outputs={1: terminal}, tty=True, inner=inner)
 
 
-async def _start_on_pipes(arguments: list[str], output: Path, owner: tuple[int, int], name: str, log_path: Path) -> OciExecution:
+async def _start_on_pipes(
+    arguments: list[str], output: Path, owner: tuple[int, int], name: str, log_path: Path, inner: Inner | None
+) -> OciExecution:
     ours: list[int] = []
     with ExitStack() as theirs:
         ends = []
@@ -204,7 +245,7 @@ async def _start_on_pipes(arguments: list[str], output: Path, owner: tuple[int, 
                 os.close(fd)
             raise
     stdin, stdout, stderr = (Stream(fd) for fd in ours)
-    return OciExecution(launch, pid, stdin=stdin, outputs={1: stdout, 2: stderr}, tty=False)
+    return OciExecution(launch, pid, stdin=stdin, outputs={1: stdout, 2: stderr}, tty=False, inner=inner)
 
 
 async def _started(launch: Launch, log_path: Path, name: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import structlog
+from msgspec import structs
 
 from atoll.model.errors import AtollError, Conflict, Exhausted, Invalid, NotFound, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Box, Execution, Feature, Found, Started
@@ -23,7 +24,7 @@ from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.oci_box import NETNS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
-from atoll.runtimes.oci_exec import OciExecution, start_execution
+from atoll.runtimes.oci_exec import Inner, OciExecution, start_execution
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
 
@@ -52,6 +53,10 @@ class OciRuntime:
     name: RuntimeName
     slots: range
     """Its ranges of user ids: no two runtimes of a node share one."""
+    own_tmp = False
+    """Whether the tool would cover an empty /tmp of the image with one in memory."""
+    threads_beside = 0
+    """What runs in an instance's control group beside its processes; their limit is raised by as many."""
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES})
 
     def __init__(self, directory: Path, *, binary: str, cgroup: str = "/atoll", userns: bool | None = None) -> None:
@@ -71,6 +76,10 @@ class OciRuntime:
     def tool(self, boxes: OciBoxes, log_path: Path) -> list[str]:
         """Return the runtime's command with its global options; it logs JSON to `log_path`."""
         return self.command(boxes.state, log_path)
+
+    def inner(self, boxes: OciBoxes, id: str) -> Inner | None:
+        """Return how commands in the instance get signals, where not by the node's kernel."""
+        return None
 
     def command(self, state: Path, log_path: Path) -> list[str]:
         """As `tool`, for any state directory."""
@@ -111,7 +120,7 @@ class OciRuntime:
             news = await launch.news(START_S_MAX)
             if news is None or news[0] != "pid":
                 raise failure(log_path, config.process["args"][0])
-            container.group.settle(record.limits)
+            self._settle(container)
         except (AtollError, OSError, asyncio.CancelledError) as error:
             await asyncio.shield(self._abandon(boxes, record, launch))
             if isinstance(error, OSError):
@@ -121,6 +130,10 @@ class OciRuntime:
             launch.close()
         container.watch(launch.ending, news[1])
         return Started(pid=news[1], at=time.time())
+
+    def _settle(self, container: Container) -> None:
+        limits = container.record.limits
+        container.group.settle(structs.replace(limits, pids=limits.pids + self.threads_beside))
 
     async def _abandon(self, boxes: OciBoxes, record: BoxRecord, launch: Launch) -> None:
         launch.abandon()
@@ -169,6 +182,7 @@ class OciRuntime:
                 user=user,
                 size=(rows, columns) if tty else None,
                 base_id=base_id,
+                inner=self.inner(boxes, id),
             )
         self._executions.add(execution)
         return execution
@@ -258,7 +272,7 @@ class OciRuntime:
         elif shim is not None and pid is not None and files.read_exit() is None:
             container.watch(ending_of(shim), pid)
             if container.running:
-                container.group.settle(record.limits)  # the agent may have died between the start and this
+                self._settle(container)  # the agent may have died between the start and this
                 return Found(id=record.id, pid=pid, exit=None)
             await container.ended()
         if container.exit is None and (files.read_exit() is not None or pid is not None):
@@ -303,7 +317,15 @@ class OciRuntime:
         return self._made
 
     def _make_boxes(self) -> OciBoxes:
-        return OciBoxes(self._directory, cgroup=self._cgroup, cgroups=Cgroups.detect(), userns=self._userns, slots=self.slots)
+        return OciBoxes(
+            self._directory,
+            cgroup=self._cgroup,
+            cgroups=Cgroups.detect(),
+            userns=self._userns,
+            slots=self.slots,
+            threads_beside=self.threads_beside,
+            own_tmp=self.own_tmp,
+        )
 
     def _tidy_soon(self, boxes: OciBoxes) -> None:
         if self._tidying is None or self._tidying.done():

@@ -6,9 +6,11 @@
  *       from PIDFILE, waits for it as its subreaper, and writes EXITFILE ("STATUS SECONDS.NANOSECONDS\n", STATUS as of
  *       wait(2)) by rename. Descriptor 3 carries news to the agent: "pid N\n", or "failed STATUS\n"; end of file after it.
  *       While the shim lives it holds a POSIX lock on LOCKFILE, which names its pid to whoever asks.
- *   atoll-shim exec NETNS PIDFILE -- TOOL ARG...
+ *   atoll-shim exec NETNS PIDFILE [INNERFILE KILL ARG...] -- TOOL ARG...
  *       The same for a command beside the container: its stdio is the caller's, its status goes to descriptor 3
- *       ("exit STATUS\n"), and when descriptor 3's other end closes, the command is killed.
+ *       ("exit STATUS\n"), and when descriptor 3's other end closes, the command is killed. Where that process only stands
+ *       for the command, TOOL writes the command's own id to INNERFILE ("inner N\n" on descriptor 3), and KILL ends it; an
+ *       argument "@" of KILL is that id.
  *   NETNS is the network namespace that TOOL starts in, or "-" for the caller's: a runtime that first enters an instance's
  *   user namespace may not enter a network namespace of the node any more.
  *   atoll-shim private [-PATH | +PATH]... -- TOOL ARG...
@@ -113,11 +115,18 @@ static int finish(pid_t tool) {
     return status;
 }
 
+static pid_t fork_exec(char **argv) {
+    pid_t child = fork();
+    if (child != 0) return child;
+    execv(argv[0], argv);
+    _exit(127);
+}
+
 /*
  * Reap everything until `first` ends, and return its status without reaping it: its pid can go to no stranger before its
  * end is recorded. With `peer` >= 0, kill it when that descriptor's other end closes.
  */
-static int reap(pid_t first, int peer) {
+static int reap(pid_t first, int peer, char **killer) {
     sigset_t none;
     sigemptyset(&none);
     for (;;) {
@@ -136,7 +145,7 @@ static int reap(pid_t first, int peer) {
         }
         struct pollfd other = {.fd = peer, .events = 0};
         if (ppoll(&other, 1, NULL, &none) > 0) {
-            kill(first, SIGKILL);
+            if (killer == NULL || fork_exec(killer) < 0) kill(first, SIGKILL);
             peer = -1;
         }
     }
@@ -175,29 +184,48 @@ static int run(char **argv) {
     }
     say("pid", first);
     close(NEWS);
-    status = reap(first, -1);
+    status = reap(first, -1, NULL);
     record(argv[4], status);
     waitpid(first, NULL, 0);
     return 0;
 }
 
+/* Puts the id in INNERFILE, which is argv[0], in place of every "@" of the command after it, and says it. */
+static char **killer_of(char **argv) {
+    static char id[16];
+    pid_t inner = read_pid(argv[0]);
+    unlink(argv[0]);
+    if (inner <= 0) return NULL;
+    snprintf(id, sizeof id, "%d", inner);
+    for (char **argument = argv + 1; *argument; argument++)
+        if (strcmp(*argument, "@") == 0) *argument = id;
+    say("inner", inner);
+    return argv + 1;
+}
+
 static int execute(char **argv) {
-    pid_t tool = spawn(argv + 3, argv[0], -1, -1);
+    char **separator = argv + 2, **killer = NULL;
+    while (*separator && strcmp(*separator, "--") != 0) separator++;
+    if (*separator == NULL || separator[1] == NULL) return 2;
+    *separator = NULL;
+    pid_t tool = spawn(separator + 1, argv[0], -1, -1);
     int status = finish(tool);
     pid_t first = status == 0 ? read_pid(argv[1]) : -1;
     unlink(argv[1]);
     if (first <= 0) {
+        if (separator > argv + 2) unlink(argv[2]);
         while (waitpid(-1, NULL, WNOHANG) > 0) {
         } /* the tool's own children: PID 1 may be slow to reap them, and the instance's end would wait for it */
         say("failed", status ? status : FAILED << 8);
         return 1;
     }
     say("pid", first);
+    if (separator > argv + 2) killer = killer_of(argv + 2);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     dup2(null, 0);
     dup2(null, 1);
     dup2(null, 2); /* or its pipes would outlive the command */
-    say("exit", reap(first, NEWS));
+    say("exit", reap(first, NEWS, killer));
     waitpid(first, NULL, 0);
     return 0;
 }
@@ -235,7 +263,7 @@ int main(int argc, char **argv) {
         prepare();
         return run(argv + 2);
     }
-    if (argc > 5 && strcmp(argv[1], "exec") == 0 && strcmp(argv[4], "--") == 0) {
+    if (argc > 5 && strcmp(argv[1], "exec") == 0) {
         prepare();
         return execute(argv + 2);
     }

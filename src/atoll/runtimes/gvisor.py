@@ -1,0 +1,182 @@
+"""The gVisor runtime: an instance's calls are answered by a kernel of its own, in user space, with a network stack of its own.
+
+What runs inside is unknown to the node's kernel: signals and pauses go by way of gVisor's tool. The sandbox is a process of
+nobody under gVisor's own seccomp filter; its files are served by a second process in a root of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from pathlib import Path
+from subprocess import DEVNULL, PIPE
+
+from atoll.model.errors import Conflict, DeadlineExceeded, Invalid, RuntimeFailed, Unsupported
+from atoll.model.ports.runtime import Box, Started
+from atoll.model.spec import RuntimeName
+from atoll.runtimes.native import shim_path
+from atoll.runtimes.netns_link import keep_link
+from atoll.runtimes.oci_box import OciBoxes
+from atoll.runtimes.oci_exec import Inner
+from atoll.runtimes.oci_probe import check_machine, run_once, version_of
+from atoll.runtimes.oci_runtime import OciRuntime
+from atoll.runtimes.signals import signal_number
+
+MEMORY_BYTES_MIN = 48 << 20
+"""The sandbox's own memory, some 20 to 30 MiB, counts against an instance's limit."""
+THREADS_BESIDE = 192
+"""Threads of gVisor's kernel and file server, and a process of theirs for each address space inside."""
+TOOL_S_MAX = 10.0
+_WORDS_MAX = 300
+_END_S = 1.0
+_NETNS_FILE = "netns"
+_COVERED = Path("/proc/sys/net")
+"""Since Linux 6.11 every network namespace shows files here by which runsc knows the node's own, where it will not run."""
+
+
+class GvisorRuntime(OciRuntime):
+    """Runs instances with runsc, as root, on the platform that runsc prefers.
+
+    There is no user namespace of ours: runsc makes its own, and cannot where a part of /proc is covered.
+    """
+
+    name = RuntimeName.GVISOR
+    slots = range(2560, 3072)
+    threads_beside = THREADS_BESIDE
+    own_tmp = True
+
+    def __init__(self, directory: Path, *, binary: str = "runsc", cgroup: str = "/atoll", userns: bool | None = None) -> None:
+        if userns:
+            raise Unsupported("gVisor has no user namespaces beside its own", mend="use runc, crun or lxc")
+        super().__init__(directory, binary=binary, cgroup=cgroup, userns=False)
+        self._held_back: dict[str, list[int]] = {}  # signals to what is paused, which runsc refuses
+
+    async def probe(self) -> str:
+        return await asyncio.to_thread(self._probe)
+
+    def _probe(self) -> str:
+        check_machine((self._binary, "runsc"))
+        version = version_of(self._binary, package="runsc", oldest=(0, 0))
+        why = run_once(self._started_command, self._cgroup)
+        if why:
+            raise Unsupported(f"gVisor runs nothing on this machine: {why}", mend="install a newer runsc")
+        return version
+
+    async def create(self, box: Box) -> None:
+        if box.limits.memory_bytes < MEMORY_BYTES_MIN:
+            raise Invalid(
+                f"a sandbox of gVisor needs {MEMORY_BYTES_MIN >> 20} MiB of memory, its own kernel included",
+                mend=f"give it {MEMORY_BYTES_MIN >> 20} MiB or more",
+                field="resources.memory",
+            )
+        if box.netns is not None and not box.netns.exists():
+            raise RuntimeFailed(f"there is no network namespace {box.netns}", mend="the node's network made none, or lost it")
+        await super().create(box)
+        if box.netns is not None:
+            (box.directory / _NETNS_FILE).write_text(str(box.netns))
+
+    async def start(self, id: str) -> Started:
+        _, container = await self._find(id)
+        file = container.record.directory / _NETNS_FILE
+        if not container.started and file.exists():
+            await self._in_thread(keep_link, Path(file.read_text()), self._directory / "links")
+        return await super().start(id)
+
+    def tool(self, boxes: OciBoxes, log_path: Path) -> list[str]:
+        return self._started_command(boxes.state, log_path)
+
+    def command(self, state: Path, log_path: Path) -> list[str]:
+        # Files are copied in and out from the node's side, and their space is bounded there: no cache, no layer of its own.
+        return [*super().command(state, log_path), "--file-access=shared", "--overlay2=none"]
+
+    def _started_command(self, state: Path, log_path: Path) -> list[str]:
+        covered = [f"+{_COVERED}"] if _COVERED.is_dir() else []
+        return [str(shim_path()), "private", *covered, "--", *self.command(state, log_path)]
+
+    def inner(self, boxes: OciBoxes, id: str) -> Inner | None:
+        return _Sandbox(self, boxes, id)
+
+    async def ends(self, id: str) -> bool:
+        """Return whether the instance has ended, or does so in this moment."""
+        container = self._containers.get(id)
+        if container is not None and container.running:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(container.ended(), _END_S)
+        return container is None or not container.running
+
+    async def signal(self, id: str, name: str) -> None:
+        boxes, container = await self._find(id)
+        number = signal_number(name)
+        if not container.started:
+            raise Conflict(f"instance {id} was not started")
+        if number == 9:
+            await self.kill(id)  # at once, and even where the sandbox does not answer
+        elif container.running:
+            try:
+                await self.ask(boxes, id, "kill", id, str(number))
+            except RuntimeFailed as error:
+                if "state paused" not in str(error):
+                    raise
+                self._held_back.setdefault(id, []).append(number)
+
+    async def pause(self, id: str) -> None:
+        await self._running(id)
+        await self.ask((await self._find(id))[0], id, "pause", id)
+
+    async def resume(self, id: str) -> None:
+        await self._running(id)
+        boxes, _ = await self._find(id)
+        await self.ask(boxes, id, "resume", id)
+        for number in self._held_back.pop(id, ()):
+            await self.ask(boxes, id, "kill", id, str(number))
+
+    async def delete(self, id: str) -> None:
+        self._held_back.pop(id, None)
+        await super().delete(id)
+
+    async def root(self, id: str) -> int:
+        boxes, _ = await self._find(id)
+        try:
+            return os.open(boxes.root(id), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise RuntimeFailed(f"cannot open the root of instance {id}: {error}") from None
+
+    async def ask(self, boxes: OciBoxes, id: str, *arguments: str) -> None:
+        """Have the tool do something with the running instance. One that has ended meanwhile is no error."""
+        command = [*self.command(boxes.state, Path("/dev/null")), *arguments]
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE)
+        try:
+            async with asyncio.timeout(TOOL_S_MAX):
+                _, words = await process.communicate()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the sandbox of instance {id} did not answer within {TOOL_S_MAX:.0f} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        _, container = await self._find(id)
+        if process.returncode != 0 and container.running:
+            raise RuntimeFailed(f"runsc {arguments[0]} failed: {words.decode(errors='replace').strip()[-_WORDS_MAX:]}")
+
+
+class _Sandbox:
+    """How commands in one sandbox get signals."""
+
+    def __init__(self, runtime: GvisorRuntime, boxes: OciBoxes, id: str) -> None:
+        self._runtime = runtime
+        self._boxes = boxes
+        self._id = id
+
+    def command(self, process: str, number: int) -> list[str]:
+        return [*self._runtime.command(self._boxes.state, Path("/dev/null")), "kill", "--pid", process, self._id, str(number)]
+
+    async def gone(self) -> bool:
+        return await self._runtime.ends(self._id)
+
+    async def send(self, process: int, number: int) -> None:
+        try:
+            await self._runtime.ask(self._boxes, self._id, "kill", "--pid", str(process), self._id, str(number))
+        except RuntimeFailed as error:
+            if "no such process" not in str(error).lower():
+                raise
