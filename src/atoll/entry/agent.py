@@ -13,13 +13,8 @@ from atoll.images.transport import Access
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.network.links import LinkNetwork
 from atoll.node.agent import Agent
-from atoll.runtimes.crun import CrunRuntime
-from atoll.runtimes.gvisor import GvisorRuntime
-from atoll.runtimes.runc import RuncRuntime
+from atoll.runtimes.offer import RUNTIMES
 from atoll.sdk.control_plane import HttpControlPlane
-
-RUNTIMES = (RuncRuntime, CrunRuntime, GvisorRuntime)
-"""What a node offers as far as its machine can run it."""
 
 
 async def main(config: Config, stop: Stop) -> None:

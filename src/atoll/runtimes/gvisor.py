@@ -13,7 +13,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
 from atoll.model.errors import Conflict, DeadlineExceeded, Invalid, RuntimeFailed, Unsupported
-from atoll.model.ports.runtime import Box, Started
+from atoll.model.ports.runtime import Box, Feature, Started
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.netns_link import keep_link
@@ -42,6 +42,8 @@ class GvisorRuntime(OciRuntime):
     """
 
     name = RuntimeName.GVISOR
+    features = OciRuntime.features - {Feature.RESIZE}
+    """runsc of 2022 does not tell the size of a terminal inside."""
     slots = range(2560, 3072)
     threads_beside = THREADS_BESIDE
     own_tmp = True
