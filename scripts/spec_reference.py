@@ -39,10 +39,13 @@ MEANING: dict[str, tuple[str, str]] = {
     "Workload.user": ("`USER`, `UID`, `USER:GROUP` or `UID:GID`, looked up in the image; else the image's.", 'user = "1000:1000"'),
     "Workload.resources": ("What each instance may use; the table below.", "[resources]"),
     "Workload.isolation": (
-        "How much stands between it and its neighbours. Only `container` runs in this version.",
+        "How much stands between it and its neighbours. `container` and `sandbox` run in this version.",
         'isolation = "container"',
     ),
-    "Workload.runtime": ("Pins one runtime of that isolation. Only `runc` is offered in this version.", 'runtime = "runc"'),
+    "Workload.runtime": (
+        "Pins one runtime of that isolation. Nodes offer `runc`, `crun` and `gvisor`, as far as they can.",
+        'runtime = "runc"',
+    ),
     "Workload.placement": ("Where it may and should run; the table below.", "[placement]"),
     "Workload.stop": ("How it is told to end; the table below.", "[stop]"),
     "Workload.volumes": ("Directories that outlive instances; the table below.", "[[volumes]]"),
@@ -75,7 +78,7 @@ MEANING: dict[str, tuple[str, str]] = {
     "Build.env": ("The image's environment, beside PATH and LANG.", 'env = { TZ = "UTC" }'),
     "Resources.cpu": ("Limit, and what placement reserves. To a thousandth of a core.", "cpu = 0.5"),
     "Resources.memory": (
-        "Limit, and what placement reserves; beyond it the kernel ends it (`oom`). At least 4MiB.",
+        "Limit, and what placement reserves; beyond it the kernel ends it (`oom`). At least 4MiB; `sandbox` 48MiB.",
         'memory = "256MiB"',
     ),
     "Resources.disk": ("Writable space of the root; a hard bound (ENOSPC), not reserved: disks are sparse.", 'disk = "2GiB"'),
@@ -116,7 +119,10 @@ MEANING: dict[str, tuple[str, str]] = {
     ),
     "Placement.spread": ("What instances are spread over.", 'spread = "site"'),
     "Placement.tolerations": ("Taints of nodes that it accepts.", 'tolerations = ["spot"]'),
-    "Placement.priority": ("Who is placed first when room is short. Nothing running is moved for it.", "priority = 80"),
+    "Placement.priority": (
+        "Who is placed first; what fits nowhere takes the place of apps' instances of lower priority.",
+        "priority = 80",
+    ),
     "Constraint.label": ("A node's label; `node`, `site`, `region` and `arch` are always there.", 'label = "disk"'),
     "Constraint.operator": ("How label and value are compared.", 'operator = "in"'),
     "Constraint.value": (
