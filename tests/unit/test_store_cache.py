@@ -11,7 +11,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Compacted, Unavailable
 from atoll.model.ports.store import Delete, Put, Revision, WatchBatch
 from atoll.model.records import NodePolicy, Project
-from atoll.store.cache import Deltas, State
+from atoll.store.cache import DELTAS_BYTES_MAX, RECORD_FACTOR, Deltas, State
 from atoll.store.memory import MemoryStore
 
 KINDS = {keys.PROJECTS: Project, keys.NODE_POLICIES: NodePolicy}
@@ -200,6 +200,18 @@ async def test_a_record_that_does_not_decode_is_told_from_one_that_is_gone() -> 
         await store.delete(keys.project("worse"))
         await state.reach(await store.revision())
         assert set(state.broken(Project)) == set()
+
+
+async def test_what_is_kept_for_slow_readers_is_bounded_by_what_the_records_weigh() -> None:
+    store = MemoryStore()
+    weight = 20_000
+    async with State(store, KINDS) as state:
+        changes = state.changes(Revision(1))
+        for number in range(2 * DELTAS_BYTES_MAX // (RECORD_FACTOR * weight)):
+            await store.txn([], [Put(keys.project("a"), codec.encode(Project(name="x" * weight, created_at=number)))])
+            await state.reach(await store.revision())
+        with pytest.raises(Compacted):
+            await take(changes)
 
 
 async def test_closing_frees_everyone_who_waits() -> None:

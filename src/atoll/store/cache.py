@@ -32,8 +32,12 @@ T = TypeVar("T")
 
 DELTAS_MAX = 4_096
 """Revisions of deltas that are kept for consumers that are behind."""
-DELTA_BYTES = 1_024
-"""What one delta is counted as towards the window's bytes."""
+DELTA_BYTES = 512
+"""What one delta is counted as towards the window's bytes, beside its record."""
+RECORD_FACTOR = 5
+"""What a decoded record takes in memory for each byte of its JSON: measured with apps of twenty variables."""
+DELTAS_BYTES_MAX = 16 << 20
+"""Bytes of deltas that are kept at most, so counted; beside the records, they are most of what a busy server holds."""
 RETRY_MIN_S = 0.1
 RETRY_MAX_S = 5.0
 """Between attempts to reach a store that does not answer; doubled from the one to the other."""
@@ -82,7 +86,9 @@ class State:
         self._records: dict[type[Any], dict[str, Held[Any]]] = {kind: {} for kind in kinds.values()}
         self._broken: dict[type[Any], set[str]] = {kind: set() for kind in kinds.values()}
         self._views: dict[type[Any], Mapping[str, Held[Any]]] = {k: MappingProxyType(v) for k, v in self._records.items()}
-        self._window: Window[tuple[Revision, tuple[Delta, ...]]] = Window(Revision(-1), floor=Revision(0), entries_max=DELTAS_MAX)
+        self._window: Window[tuple[Revision, tuple[Delta, ...]]] = Window(
+            Revision(-1), floor=Revision(0), entries_max=DELTAS_MAX, bytes_max=DELTAS_BYTES_MAX
+        )
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -208,7 +214,7 @@ class State:
         deltas = self._differences(loaded)
         for delta in deltas:
             self._set(delta.kind, delta.key, delta.new)
-        self._enter(revision, [] if first else deltas, listed=True)
+        self._enter(revision, [] if first else deltas, 0, listed=True)
         if first:
             self._window.forget_before(Revision(revision + 1))
 
@@ -225,6 +231,7 @@ class State:
 
     def _apply(self, changes: tuple[Change, ...], revision: Revision) -> None:
         deltas: list[Delta] = []
+        size_bytes = 0
         for change in changes:
             place = change.key.find("/") + 1
             prefix_kind = self._prefixes.get(change.key[:place])
@@ -237,8 +244,9 @@ class State:
             old = self._records[kind].get(key)
             if old is not None or new is not None:
                 deltas.append(Delta(kind, key, old, new))
+                size_bytes += RECORD_FACTOR * len(change.item.value) if change.item is not None else 0
                 self._set(kind, key, new)
-        self._enter(revision, deltas)
+        self._enter(revision, deltas, size_bytes)
 
     def _set(self, kind: type[Any], key: str, new: Held[Any] | None) -> None:
         if new is None:
@@ -246,11 +254,11 @@ class State:
         else:
             self._records[kind][key] = new
 
-    def _enter(self, revision: Revision, deltas: list[Delta], *, listed: bool = False) -> None:
+    def _enter(self, revision: Revision, deltas: list[Delta], size_bytes: int, *, listed: bool = False) -> None:
         """Tell consumers; a list stands for all revisions since the last."""
         if deltas:
             since = self.revision if listed else Revision(revision - 1)
-            self._window.append(revision, (since, tuple(deltas)), DELTA_BYTES * len(deltas))
+            self._window.append(revision, (since, tuple(deltas)), size_bytes + DELTA_BYTES * len(deltas))
         else:
             self._window.pass_by(revision)
 

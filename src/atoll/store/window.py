@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 WINDOW_ENTRIES_MAX = 4_096
 """Revisions that a window keeps at least, once it has so many; up to a quarter more before it is trimmed."""
-WINDOW_BYTES_MAX = 16 << 20
+WINDOW_BYTES_MAX = 4 << 20
 """Payload bytes that a window keeps at most, beside its newest entry."""
 
 
