@@ -14,17 +14,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from atoll.scheduling.gpu.demand import PodList, read_pods
+from atoll.scheduling.gpu.demand import PodList, read_pods, typical
 from atoll.scheduling.gpu.fleet import Fleet, read_fleet
 from atoll.scheduling.gpu.policies import Policy
 from atoll.scheduling.gpu.replay import demo_fleet, demo_pods, replay
+from atoll.scheduling.gpu.rollout import FUTURES, HORIZON, draw_futures
 from bench.report import Report, Result
 
 LOADS = (100, 130)
 FIRST_SEED = 42
 TIES = {False: "first name", True: "random"}
 OURS = Policy.ROLLOUT
-SHOWN = tuple(policy for policy in Policy if policy is not Policy.FGD_EXACT)
+SHOWN = tuple(policy for policy in Policy if policy not in (Policy.FGD_EXACT, Policy.LEFTOVER))
 
 Shares = dict[tuple[str, Policy, bool], dict[int, float]]
 
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> Report:
         for policy in policies:
             for ties in TIES:
                 began = time.perf_counter()
-                shares[name, policy, ties] = _shares(fleet, pods, policy, ties, options.seeds)
+                shares[name, policy, ties] = _shares(fleet, pods, policy, ties, options)
                 took = (time.perf_counter() - began) / options.seeds
                 print(
                     f"[{done}/{len(lists)}] {name} {policy.label}, {TIES[ties]} ties: {shares[name, policy, ties][130]:.2f} % "
@@ -62,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lists", type=Path, help="folder of *pod_list*.csv, and *node_list*.csv if it is not openb's cluster")
     parser.add_argument("--only", action="append", help="name of a list in that folder (again for more)")
     parser.add_argument("--seeds", type=int, default=10, help="replays per list and policy (10)")
+    parser.add_argument("--futures", type=int, default=FUTURES, help=f"futures of the rollout policy ({FUTURES})")
+    parser.add_argument("--horizon", type=float, default=HORIZON, help=f"how many times its own GPUs a node is offered ({HORIZON})")
     parser.add_argument(
         "--policies", nargs="+", default=[policy.label for policy in SHOWN], choices=[policy.label for policy in Policy]
     )
@@ -88,9 +91,12 @@ def _inputs(folder: Path | None, only: list[str] | None) -> tuple[Fleet, dict[st
     return fleet, lists
 
 
-def _shares(fleet: Fleet, pods: PodList, policy: Policy, random_ties: bool, seeds: int) -> dict[int, float]:
+def _shares(fleet: Fleet, pods: PodList, policy: Policy, random_ties: bool, options: argparse.Namespace) -> dict[int, float]:
     """Return the mean allocated per cent at every load."""
-    replays = [replay(fleet, pods, policy, seed=FIRST_SEED + number, random_ties=random_ties) for number in range(seeds)]
+    most = int(fleet.nodes.gpus.max())
+    futures = draw_futures(typical(pods), gpus_max=most, futures=options.futures, horizon=options.horizon)
+    seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
+    replays = [replay(fleet, pods, policy, seed=seed, random_ties=random_ties, futures=futures) for seed in seeds]
     return {load: statistics.fmean(each.allocated_percent(load) for each in replays) for load in LOADS}
 
 

@@ -19,7 +19,7 @@ from atoll.scheduling.gpu.policies import Policy
 from atoll.scheduling.gpu.rollout import Futures, draw_futures, expected_leftover
 
 MODELS = ("A10", "T4")
-BY_VALUE = (Policy.FGD, Policy.FGD_EXACT, Policy.ROLLOUT)
+BY_VALUE = (Policy.FGD, Policy.FGD_EXACT, Policy.ROLLOUT, Policy.LEFTOVER)
 
 pods_of_a_list = st.lists(
     st.tuples(
@@ -89,11 +89,12 @@ class Reference:
         return math.floor(100 / (1 + math.exp(-gain / 1000)) + 1e-9) if self.policy is Policy.FGD else gain
 
     def lost(self, node: int, cpu: int, free: list[int]) -> float:
-        if self.policy is Policy.ROLLOUT:
-            return sum(self.filled(node, cpu, sorted(free), future) for future in range(len(self.futures.pods))) / len(
-                self.futures.pods
-            )
         total = 0.0
+        if self.policy in (Policy.ROLLOUT, Policy.LEFTOVER):
+            leftovers = [self.filled(node, cpu, sorted(free), future) for future in range(len(self.futures.pods))]
+            total += sum(leftovers) / len(leftovers)
+        if self.policy is Policy.LEFTOVER:
+            return total
         for (needs_cpu, _, count, milli, models), share in zip(self.target.pods.tolist(), self.target.share.tolist(), strict=True):
             usable = [each for each in free if each >= milli]
             fits = count > 0 and needs_cpu <= cpu and models >> self.model[node] & 1 and len(usable) >= count

@@ -30,7 +30,7 @@ def fragment(cpu_milli: int, gpu_milli: list[int], expected: Target, model: int 
 def futures(*sequences: list[tuple[int, int, int, int, int]], horizon_milli: int = 1_000_000) -> Futures:
     pods = np.array(sequences, dtype=np.int64)
     demand = pods[:, :, 2] * pods[:, :, 3]
-    return Futures(pods, np.cumsum(demand, axis=1) - demand, horizon_milli)
+    return Futures(pods, np.cumsum(demand, axis=1) - demand, horizon_milli, 0)
 
 
 def leftover(cpu_milli: int, gpu_milli: list[int], drawn: Futures, model: int = 0) -> float:

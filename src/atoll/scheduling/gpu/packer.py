@@ -255,10 +255,11 @@ def _lost(cpu_milli: int, gpu_milli: Ints, gpus: int, model: int, rule: _Rule, v
     slot = np.int64(key & np.uint64(VALUES_MAX - 1))
     if values.key[slot] == key:
         return float(values.value[slot])
-    if rule.policy == 7:
-        lost = expected_leftover(cpu_milli, ordered, gpus, model, rule.futures)
-    else:
-        lost = expected_fragment(cpu_milli, ordered, gpus, model, rule.typical_pods, rule.typical_share)
+    lost = 0.0
+    if rule.policy != 8:
+        lost += expected_fragment(cpu_milli, ordered, gpus, model, rule.typical_pods, rule.typical_share)
+    if rule.policy >= 7:
+        lost += expected_leftover(cpu_milli, ordered, gpus, model, rule.futures)
     values.key[slot] = key
     values.value[slot] = lost
     return lost

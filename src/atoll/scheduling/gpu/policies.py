@@ -34,7 +34,9 @@ class Policy(enum.IntEnum):
     FGD_EXACT = 6
     """FGD without rounding to whole scores."""
     ROLLOUT = 7
-    """Ours."""
+    """Ours: what the next pod could not use (as FGD, without rounding), and what would be left over in the end."""
+    LEFTOVER = 8
+    """The second half of ours alone, to show what each half does."""
 
     @property
     def label(self) -> str:

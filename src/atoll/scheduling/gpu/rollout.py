@@ -33,6 +33,8 @@ class Futures(NamedTuple):
     """(future, step): GPU demand that the future has offered before this step."""
     horizon_milli: int
     """What is offered to a node, for every one of its GPUs."""
+    least_cpu_milli: int
+    """No pod that needs a GPU asks for less CPU: a node with less is done."""
 
 
 def draw_futures(target: Target, *, gpus_max: int, futures: int = FUTURES, horizon: float = HORIZON, seed: int = 0) -> Futures:
@@ -50,7 +52,10 @@ def draw_futures(target: Target, *, gpus_max: int, futures: int = FUTURES, horiz
     if not (offered[:, -1] >= needed).all():
         used = steps
     return Futures(
-        np.ascontiguousarray(target.pods[drawn[:, :used]]), np.ascontiguousarray(offered[:, :used]), int(horizon * GPU_MILLI)
+        pods=np.ascontiguousarray(target.pods[drawn[:, :used]]),
+        offered_milli=np.ascontiguousarray(offered[:, :used]),
+        horizon_milli=int(horizon * GPU_MILLI),
+        least_cpu_milli=int(target.pods[demand > 0, CPU].min(initial=np.iinfo(np.int64).max)),
     )
 
 
@@ -70,7 +75,7 @@ def expected_leftover(cpu_milli: int, gpu_milli: Ints, gpus: int, model: int, fu
         cpu = cpu_milli
         left = free
         for step in range(pods.shape[1]):
-            if left == 0 or futures.offered_milli[future, step] >= futures.horizon_milli * gpus:
+            if left == 0 or cpu < futures.least_cpu_milli or futures.offered_milli[future, step] >= futures.horizon_milli * gpus:
                 break
             if pods[future, step, CPU] > cpu or not (pods[future, step, MODELS] >> model) & 1:
                 continue
