@@ -11,7 +11,7 @@ from atoll.model.spec import RuntimeName
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.oci_box import OciBoxes
-from atoll.runtimes.oci_probe import check_machine, run_once, version_of
+from atoll.runtimes.oci_probe import check_machine, once_per_boot, run_once, version_of
 from atoll.runtimes.oci_runtime import OciRuntime
 
 VERSION_MIN = (1, 8)
@@ -35,6 +35,9 @@ class CrunRuntime(OciRuntime):
 
     def _probe(self) -> str:
         check_machine((self._binary, "crun"))
+        return once_per_boot(self._directory, self._binary, self._try)
+
+    def _try(self) -> str:
         version = version_of(self._binary, package="crun", oldest=VERSION_MIN)
         why = run_once(lambda state, log: [*self._prefix, *self.command(state, log)], self._cgroup)
         if why:

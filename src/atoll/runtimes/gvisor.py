@@ -19,7 +19,7 @@ from atoll.runtimes.native import shim_path
 from atoll.runtimes.netns_link import keep_link
 from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_exec import Inner
-from atoll.runtimes.oci_probe import check_machine, run_once, version_of
+from atoll.runtimes.oci_probe import check_machine, once_per_boot, run_once, version_of
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.signals import signal_number
 
@@ -59,6 +59,9 @@ class GvisorRuntime(OciRuntime):
 
     def _probe(self) -> str:
         check_machine((self._binary, "runsc"))
+        return once_per_boot(self._directory, self._binary, self._try)
+
+    def _try(self) -> str:
         version = version_of(self._binary, package="runsc", oldest=(0, 0))
         why = run_once(self._started_command, self._cgroup)
         if why:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct, structs
 
 from atoll.model.errors import AtollError, Unsupported
 from atoll.model.ports.runtime import Limits
+from atoll.runtimes.box_record import boot_id
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.seccomp import capabilities_here
@@ -68,6 +70,33 @@ def version_of(binary: str, *, package: str, oldest: tuple[int, int]) -> str:
     if (int(match[1]), int(match[2])) < oldest:
         raise Unsupported(f"{binary} {match[0]} is too old", mend=f"install {package} {oldest[0]}.{oldest[1]} or newer")
     return match[0].removeprefix("version ")
+
+
+class _Seen(Struct, frozen=True):
+    """What a successful probe was of: the machine since its start, and the tool's file."""
+
+    boot_id: str
+    path: str
+    changed_ns: int
+    version: str
+
+
+def once_per_boot(directory: Path, binary: str, probe: Callable[[], str]) -> str:
+    """Return what `probe` returns, without running it again for the same tool on the same run of the machine.
+
+    `directory` keeps the answer for the next agent, which is then ready sooner. Only success is kept.
+    """
+    path, file = shutil.which(binary) or "", directory / "probe.json"
+    seen = _Seen(boot_id(), path, Path(path).stat().st_mtime_ns if path else 0, "")
+    with suppress(OSError, msgspec.DecodeError):
+        kept = msgspec.json.decode(file.read_bytes(), type=_Seen)
+        if structs.replace(kept, version="") == seen:
+            return kept.version
+    version = probe()
+    with suppress(OSError):  # it is only slower then
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file.write_bytes(msgspec.json.encode(structs.replace(seen, version=version)))
+    return version
 
 
 def run_once(tool: Callable[[Path, Path], Sequence[str]], cgroup: str) -> str:
