@@ -16,6 +16,7 @@ from pathlib import Path
 
 from atoll.entry.config import Config, split_address
 from atoll.entry.findings import PROBE_S, Finding, Level, Part, version_of, works_in_child
+from atoll.entry.preflight import CAPABILITIES, held_capabilities
 from atoll.entry.up import holder
 from atoll.model.errors import AtollError
 from atoll.model.units import format_bytes
@@ -26,17 +27,6 @@ DISK_BYTES_GOOD = 5 << 30
 KERNEL_MIN = (5, 12)
 """The first with idmapped mounts."""
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
-CAPABILITIES = {
-    "CHOWN": 0,
-    "DAC_OVERRIDE": 1,
-    "KILL": 5,
-    "SETGID": 6,
-    "SETUID": 7,
-    "NET_ADMIN": 12,
-    "SYS_CHROOT": 18,
-    "SYS_PTRACE": 19,
-    "SYS_ADMIN": 21,
-}
 SYS_RESOURCE, MKNOD = 24, 27
 
 
@@ -55,7 +45,7 @@ def machine() -> Iterator[Finding]:
     release = platform.release()
     numbers = tuple(int(text) for text in re.findall(r"\d+", release)[:2])
     yield kernel(OK if numbers >= KERNEL_MIN else DEGRADED, f"Linux {release} {platform.machine()}", "use Linux 5.12 or newer")
-    held = _held_capabilities()
+    held = held_capabilities()
     lacking = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
     capabilities = Part("machine", "capabilities", "what root may do here", core=True)
     if lacking:
@@ -72,11 +62,6 @@ def machine() -> Iterator[Finding]:
     yield memory(
         OK if total >= 1 << 30 else DEGRADED, f"{format_bytes(total)}, {os.cpu_count()} cores", "use a machine with 1 GiB or more"
     )
-
-
-def _held_capabilities() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:")), 16)
 
 
 def cgroups() -> Iterator[Finding]:

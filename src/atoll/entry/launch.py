@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from atoll.entry.config import Config
+from atoll.entry.preflight import check_settings, data_error, make_data
 from atoll.entry.up import check, holder, log_path
-from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, NotFound, Unavailable
+from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, NotFound
 from atoll.model.records import NodeHealth
 from atoll.sdk.client import Client
 from atoll.sdk.context import load
@@ -24,12 +26,15 @@ STOP_S = 90.0
 """The longest an orderly end may take: every child's, one after the other."""
 POLL_S = 0.02
 LOG_LINES = 20
+LOG_BYTES_MAX = 4 << 20
+LOG_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d+ |\{")
+"""How an event begins in the log, for people or as JSON."""
 
 
 def launch(config: Config, *, progress: Callable[[str], None] = lambda _: None) -> int:
     """Start `atoll up` in the background, wait until it serves, and return its process id.
 
-    Raises Conflict, Unsupported before anything is started; Unavailable with the last log lines when it ended by itself;
+    Raises Conflict, Unsupported before anything is started; AtollError with the last log lines when it ended by itself;
     DeadlineExceeded after `READY_S`, and then it has been stopped.
     """
     if (pid := holder(config)) is not None:
@@ -38,9 +43,14 @@ def launch(config: Config, *, progress: Callable[[str], None] = lambda _: None) 
             mend="use that one, end it with `atoll down`, or give another --data",
         )
     check(config)
-    config.data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_settings(config)
+    make_data(config)
     command = [sys.executable, "-m", "atoll.entry.up", *config.arguments()]
-    with open(log_path(config), "ab") as log:
+    try:
+        log = open(log_path(config), "ab")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise data_error(config, error) from None
+    with log:
         begin = log.tell()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/")
     try:
@@ -57,7 +67,7 @@ async def _wait_ready(config: Config, child: subprocess.Popen[bytes], begin: int
     waiting_for = "the server"
     while time.monotonic() < deadline:
         if child.poll() is not None:
-            raise Unavailable(f"`atoll up` ended with status {child.returncode}; its last lines:\n{_tail(config, begin)}")
+            raise _ended(config, begin, child.returncode)
         progress(waiting_for)
         with contextlib.suppress(AtollError):
             lacking = await missing(config)
@@ -80,11 +90,39 @@ async def missing(config: Config) -> str | None:
         return None if node is not None and node.heartbeat is not None and node.health is NodeHealth.READY else "the agent"
 
 
+def _ended(config: Config, begin: int, status: int) -> AtollError:
+    """Return why `atoll up` ended: what a process of it said was wrong; where none did, the log's last lines."""
+    cause = error_in(_logged(config, begin))
+    if cause is None:
+        return AtollError(f"`atoll up` ended with status {status}; its last lines:\n{_tail(config, begin)}")
+    said, mend = cause
+    return AtollError(said, mend=mend or f"see {log_path(config)}")
+
+
+def error_in(lines: Sequence[str]) -> tuple[str, str] | None:
+    """Return the message and the mend of the first error that a process reported (`process.report`), among its log lines."""
+    for index, line in enumerate(lines):
+        if line.startswith("error: "):
+            said = [line.removeprefix("error: ")]
+            for after in lines[index + 1 :]:
+                if after.startswith("mend: "):
+                    return "\n".join(said), after.removeprefix("mend: ")
+                if LOG_LINE.match(after) or after.startswith("atoll: "):
+                    break
+                said.append(after)
+            return "\n".join(said), ""
+    return None
+
+
 def _tail(config: Config, begin: int) -> str:
-    """Return the last lines that were logged since `begin`, a position in bytes."""
+    return "\n".join(_logged(config, begin)[-LOG_LINES:])
+
+
+def _logged(config: Config, begin: int) -> list[str]:
+    """Return the lines that were logged since `begin`, a position in bytes."""
     with open(log_path(config), "rb") as log:
         log.seek(begin)
-        return "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_LINES:])
+        return log.read(LOG_BYTES_MAX).decode(errors="replace").splitlines()
 
 
 def terminate(config: Config, *, keep_running: bool = False) -> int:

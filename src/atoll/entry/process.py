@@ -26,6 +26,7 @@ from atoll.entry.config import (
     SUBNET_DEFAULT,
     Config,
 )
+from atoll.entry.unbreakable import guard_stderr
 from atoll.model.errors import AtollError, Retry, Unauthenticated
 
 PR_SET_PDEATHSIG = 1
@@ -71,13 +72,23 @@ def run(role: str, main: Main) -> None:
     config = parse(role)
     set_up_logs(role, as_json=config.log_json)
     die_with_parent()
+    if status := status_of(lambda: uvloop.run(_until_stopped(main, config))):
+        sys.exit(status)
+
+
+def status_of(work: Callable[[], object]) -> int:
+    """Do `work`; report the errors that it raises, alone or in groups, and return the exit status that they mean."""
+    errors: list[AtollError] = []
     try:
-        uvloop.run(_until_stopped(main, config))
+        work()
     except* AtollError as group:
         errors = _leaves(group)
-        for error in errors:
-            report(error)
-        sys.exit(EXIT_HOPELESS if any(error.retry is Retry.NEVER for error in errors) else EXIT_FAILED)
+    # Not inside of the clause above: what is raised there comes out within a group, SystemExit too.
+    for error in errors:
+        report(error)
+    if not errors:
+        return 0
+    return EXIT_HOPELESS if any(error.retry is Retry.NEVER for error in errors) else EXIT_FAILED
 
 
 async def _until_stopped(main: Main, config: Config) -> None:
@@ -136,7 +147,8 @@ def report(error: AtollError) -> None:
 
 
 def set_up_logs(role: str, *, as_json: bool) -> None:
-    """Write structured events to stderr: for people on a terminal, as JSON otherwise when asked."""
+    """Write structured events to stderr: for people on a terminal, as JSON otherwise when asked. No log line ever raises."""
+    guard_stderr()
     colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=24)

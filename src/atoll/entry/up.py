@@ -23,11 +23,15 @@ from pathlib import Path
 from types import FrameType
 
 from atoll.entry.config import EXIT_HOPELESS, Config, split_address
+from atoll.entry.unbreakable import guard_stderr
 from atoll.model.errors import AtollError, Conflict, Unsupported
 
 ROLES = ("server", "agent", "ingress")
 RESTART_DELAY_S = 0.5
 RESTART_DELAY_MAX_S = 15.0
+SERVER_FIRST_S = 10.0
+"""Agent and ingress wait so long for the server at first, and then start without it: they can work alone."""
+SERVER_POLL_S = 0.02
 STABLE_S = 30.0
 """A child that ran for so long is restarted without delay growth."""
 STOP_S = 25.0
@@ -53,6 +57,8 @@ class Supervisor:
         self.config = config
         self._keep_running = False
         self._status = 0
+        self._served = False
+        self._began = time.monotonic()
         self._children = {role: _Child(role) for role in ROLES}
         self._stopping = False
 
@@ -74,7 +80,7 @@ class Supervisor:
                 now = time.monotonic()
                 for child in self._children.values():
                     if child.process is None and now >= child.retry_at:
-                        self._start(child, now)
+                        self._start_in_order(child, now)
                 waits = [child.retry_at - now for child in self._children.values() if child.process is None]
                 ready, _, _ = select.select(watched, [], [], max(0.0, min(waits)) if waits else None)
                 self._stopping |= owner in ready
@@ -88,6 +94,20 @@ class Supervisor:
     def _on_stop(self, number: int, _frame: FrameType | None) -> None:
         self._stopping = True
         self._keep_running = number == signal.SIGHUP
+
+    def _start_in_order(self, child: _Child, now: float) -> None:
+        """Start `child`; agent and ingress only once the server has answered for the first time, if it does before long."""
+        if child.role != "server" and not self._served:
+            self._served = self._answers() or now - self._began > SERVER_FIRST_S
+            if not self._served:
+                child.retry_at = now + SERVER_POLL_S
+                return
+        self._start(child, now)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(split_address(self.config.api, field="--api"), timeout=1):
+            return True
+        return False
 
     def _start(self, child: _Child, now: float) -> None:
         environment = {**os.environ, "ATOLL_SUPERVISOR": str(os.getpid())}
@@ -196,8 +216,7 @@ def holder(config: Config) -> int | None:
 
 def check(config: Config) -> None:
     """Raise Unsupported or Conflict for what would keep `atoll up` from working, before anything is made."""
-    if os.geteuid() != 0:
-        raise Unsupported("atoll up makes namespaces, mounts and cgroups, and so needs root", mend="run it as root, e.g. with sudo")
+    check_root()
     for option, address in (("--api", config.api), ("--ingress", config.ingress)):
         host, port = split_address(address, field=option)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -213,6 +232,12 @@ def check(config: Config) -> None:
                 ) from None
 
 
+def check_root() -> None:
+    """Raises Unsupported for any other user."""
+    if os.geteuid() != 0:
+        raise Unsupported("atoll up makes namespaces, mounts and cgroups, and so needs root", mend="run it as root, e.g. with sudo")
+
+
 def log_path(config: Config) -> Path:
     """Return where a detached `atoll up` writes its log."""
     return config.data / "atoll.log"
@@ -221,6 +246,7 @@ def log_path(config: Config) -> Path:
 def foreground(config: Config) -> int:
     """Run everything until told to stop; return the exit status. Raises Conflict, Unsupported before anything is made."""
     check(config)
+    guard_stderr()
     with lock(config):
         return Supervisor(config).run()
 

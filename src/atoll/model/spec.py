@@ -11,17 +11,17 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 from atoll.model.errors import Invalid
 from atoll.model.units import Bytes, Cores, Seconds
 
-NAME_PATTERN = r"^[a-z](?:[-a-z0-9]{0,38}[a-z0-9])?$"
+NAME_PATTERN = r"^[a-z](?:[-a-z0-9]{0,38}[a-z0-9])?$(?!\n)"
 Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="lower-case letters, digits and '-', at most 40")]
-EnvName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")]
+EnvName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$(?!\n)")]
 EnvValue = Annotated[str, Meta(max_length=32_768)]
-Argument = Annotated[str, Meta(max_length=131_072, pattern=r"^[^\x00]*$")]
+Argument = Annotated[str, Meta(max_length=131_072, pattern=r"^[^\x00]*$(?!\n)")]
 PortNumber = Annotated[int, Meta(ge=1, le=65_535)]
-AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*$", max_length=4_096)]
+AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*$(?!\n)", max_length=4_096)]
 Hostname = Annotated[
     str,
     Meta(
-        pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*$",
+        pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*$(?!\n)",
         max_length=253,
     ),
 ]
@@ -73,9 +73,9 @@ def _default(value: T) -> T:
 class Build(_Spec, frozen=True, kw_only=True):
     """How to make the image from the app's directory, on a Debian base. Same inputs, same digest."""
 
-    base: Annotated[str, Meta(pattern=r"^debian:[a-z]+$")] = "debian:bookworm"
-    apt: tuple[Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.-]+$")], ...] = ()
-    pip: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9].*$", max_length=256)], ...] = ()
+    base: Annotated[str, Meta(pattern=r"^debian:[a-z]+$(?!\n)")] = "debian:bookworm"
+    apt: tuple[Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.-]+$(?!\n)")], ...] = ()
+    pip: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9].*$(?!\n)", max_length=256)], ...] = ()
     files: tuple[str, ...] = (".",)
     """Paths below the app's directory that go into the image's `workdir`."""
     ignore: tuple[str, ...] = (".git", "__pycache__", "*.pyc", ".venv")
@@ -224,6 +224,16 @@ class Placement(_Spec, frozen=True, kw_only=True):
     priority: Annotated[int, Meta(ge=0, le=100)] = 50
 
 
+class Quota(_Spec, frozen=True, kw_only=True):
+    """The most that all placed instances of a project may ask for together, of every release; None for no limit."""
+
+    cpu: Cores | None = None
+    memory: Bytes | None = None
+    gpu: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    """Whole devices."""
+    instances: Annotated[int, Meta(ge=0, le=10_000_000)] | None = None
+
+
 class RestartPolicy(enum.StrEnum):
     ALWAYS = "always"
     ON_FAILURE = "on-failure"
@@ -244,7 +254,7 @@ class Restart(_Spec, frozen=True, kw_only=True):
 
 
 class Stop(_Spec, frozen=True, kw_only=True):
-    signal: Annotated[str, Meta(pattern=r"^SIG[A-Z0-9+]{1,10}$")] = "SIGTERM"
+    signal: Annotated[str, Meta(pattern=r"^SIG[A-Z0-9+]{1,10}$(?!\n)")] = "SIGTERM"
     grace: Seconds = _default(Seconds(10))
     """From the signal to SIGKILL."""
 

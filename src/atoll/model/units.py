@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|[kKMGT]i?B?)?")
-_FACTOR = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|[kKMGTP]i?B?)?")
+_FACTOR = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4, "p": 1000**5}
+_BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 _SPAN = re.compile(r"(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m(?!s))?(?:([0-9]+(?:\.[0-9]+)?)s)?(?:([0-9]+)ms)?")
 
 BYTES_MAX = 1 << 50
@@ -31,7 +31,10 @@ class Bytes(int):
                 raise ValueError(f"{value!r} is not a size; write a whole number of bytes or e.g. '256MiB'")
             unit = (match[2] or "").lower().removesuffix("b")
             factor = _BINARY[unit[0]] if unit.endswith("i") else _FACTOR[unit]
-            value = int(float(match[1]) * factor)
+            number = float(match[1]) * factor
+            if number > BYTES_MAX:
+                raise ValueError(f"a size must lie between 0 and 1 PiB, got {value[:40]!r}")
+            value = int(number)
         if not 0 <= value <= BYTES_MAX:
             raise ValueError(f"a size must lie between 0 and 1 PiB, got {value}")
         return cls(value)
