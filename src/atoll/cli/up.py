@@ -64,8 +64,12 @@ def up(session: Session, detach: bool, **given: Any) -> None:
     if detach:
         _detached(session, config)
         return
-    from atoll.entry.up import check, foreground, lock
+    from atoll.entry.preflight import check_settings, make_data
+    from atoll.entry.up import check, check_root, foreground, lock
 
+    check_root()
+    check_settings(config)
+    make_data(config)
     with lock(config):
         check(config)
     if os.fork() == 0:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import structlog
 from msgspec.structs import replace
 
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, Conflict
 from atoll.model.ports.runtime import Found
 from atoll.model.states import advance
 from atoll.node.record import Entry
@@ -37,7 +37,7 @@ async def recover(entries: Sequence[Entry], tools: Tools, choose: random.Random)
                 log.warning("removing an instance that is not recorded", instance=each.id, runtime=runtime.name)
                 await _persist(lambda id=each.id, runtime=runtime: runtime.delete(id), f"delete {each.id}", choose)  # type: ignore[misc]
     keep = [id for id, entry in known.items() if not entry.state.phase.final]
-    await _persist(lambda: tools.network.recover(keep), "network recover", choose)
+    await _persist(lambda: tools.network.recover(keep), "network recover", choose, settled=bool(known))
     for id in tools.directories.strangers(known):
         log.warning("removing a directory that is not recorded", instance=id)
         tools.directories.remove_instance(id)
@@ -64,13 +64,16 @@ def _open_logs(entry: Entry, tools: Tools) -> None:
         log.error("no logs", instance=instance.id, error=str(error), mend=error.mend)
 
 
-async def _persist(call: Callable[[], Awaitable[T]], what: str, choose: random.Random) -> T:
+async def _persist(call: Callable[[], Awaitable[T]], what: str, choose: random.Random, *, settled: bool = True) -> T:
+    """Try until it succeeds. On a node that has run nothing yet (not `settled`), a setting at odds with the machine is raised."""
     failures = 0
     while True:
         try:
             async with asyncio.timeout(RECOVER_S):
                 return await call()
         except (AtollError, TimeoutError, OSError) as error:
+            if not settled and isinstance(error, Conflict) and error.field is not None:
+                raise
             log.error("recovery fails, trying again", what=what, error=str(error) or "timed out")
         await asyncio.sleep(retry_delay(failures, choose))
         failures += 1
