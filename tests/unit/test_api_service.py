@@ -398,17 +398,14 @@ async def test_lists_come_in_pages(service: Service) -> None:
     assert rest.next is None
 
 
-async def test_events_come_newest_first_and_are_bounded(service: Service, clock: FakeClock) -> None:
-    for number in range(2_100):
+async def test_events_come_newest_first(service: Service, clock: FakeClock) -> None:
+    for number in range(100):
         event = Event(id=f"{number:06d}", at=clock.at + number, project="default", subject="app/web", code="x", message="m")
         await service.context.store.put(keys.event("default", event.id), codec.encode(event))
     await service.context.reach(await service.context.store.revision())
     page = service.events.all("default", limit=2)
-    assert [event.id for event in page.items] == ["002099", "002098"]
-    assert [event.id for event in service.events.all("default", limit=1, after=page.next or "").items] == ["002097"]
-    await service.housekeeping.sweep()
-    await service.context.reach(await service.context.store.revision())
-    assert len(service.context.state.records(Event)) == 2_000
+    assert [event.id for event in page.items] == ["000099", "000098"]
+    assert [event.id for event in service.events.all("default", limit=1, after=page.next or "").items] == ["000097"]
 
 
 async def test_an_answer_given_for_a_key_names_the_revision_of_the_write(service: Service) -> None:

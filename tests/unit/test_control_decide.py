@@ -306,6 +306,12 @@ def test_a_failed_try_counts_once_however_often_it_is_seen() -> None:
     assert [(c.instance.index, c.instance.attempt) for c in of(Create, later.actions)] == [(0, 1)]
 
 
+def test_a_try_whose_node_was_shut_down_in_order_is_made_again_and_counts_as_no_failure() -> None:
+    made = run_job(job_facts(try_("a", Phase.STOPPED), retries=0))
+    assert job_status(made).failures == {}
+    assert [(c.instance.index, c.instance.attempt) for c in of(Create, made.actions)] == [(0, 0)]
+
+
 @pytest.mark.parametrize(
     ("facts", "phase", "words"),
     [

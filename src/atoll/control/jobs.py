@@ -85,6 +85,8 @@ class _Step:
             if seen.phase is Phase.SUCCEEDED:
                 self.succeeded.add(instance.index)
                 self.retry_at.pop(instance.index, None)
+            elif seen.phase is Phase.STOPPED and instance.desired is Desired.RUN:
+                continue  # nobody told it to: its node was shut down in order, which is no failure of the work
             elif self.failures.get(instance.index, 0) <= instance.attempt:
                 self._failed(seen)
 

@@ -10,16 +10,11 @@ from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
 from atoll.api.service.projects import require_project
 from atoll.model import codec, keys
-from atoll.model.ports.store import Delete, Put
+from atoll.model.ports.store import Put
 from atoll.model.records import App, Event
 from atoll.model.views import Page
 from atoll.store.cache import Held
 
-EVENTS_MAX = 10_000
-"""Events that the cell keeps."""
-PROJECT_EVENTS_MAX = 2_000
-"""Events that one project keeps, so that a noisy one does not push out the others'."""
-EVENT_KEEP_S = 7 * 86_400.0
 MESSAGE_CHARS_MAX = 2_000
 DATA_ITEMS_MAX = 32
 
@@ -53,19 +48,6 @@ class Events:
         newest = heapq.nlargest(limit, found, key=lambda item: item[0])
         items = tuple(held.record for _, held in newest)
         return Page(items=items, revision=self._state.revision, next=items[-1].id if len(found) > limit else None)
-
-    def surplus(self) -> list[Delete]:
-        """Return what deletes the events over the bounds."""
-        oldest_first = sorted(self._state.records(Event).items(), key=lambda item: _order(item[1]))
-        horizon = self._context.clock.now() - EVENT_KEEP_S
-        counts: dict[str, int] = {}
-        ops = []
-        for position, (key, held) in enumerate(reversed(oldest_first)):
-            project = held.record.project
-            counts[project] = counts.get(project, 0) + 1
-            if position >= EVENTS_MAX or counts[project] > PROJECT_EVENTS_MAX or held.record.at < horizon:
-                ops.append(Delete(keys.EVENTS + key))
-        return ops
 
 
 def told_by(context: Context, caller: Caller, app: App, code: str, message: str) -> Put:

@@ -1,4 +1,4 @@
-"""What the API removes by itself: surplus events, routes that no app wants, tokens long expired. Several servers may do it."""
+"""What the API removes by itself: routes that no app wants, tokens long expired. Several servers may do it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import structlog
 
 from atoll.api.service import claims
 from atoll.api.service.context import Context
-from atoll.api.service.events import Events
 from atoll.model import keys
 from atoll.model.errors import AtollError
 from atoll.model.ports.store import Delete, unchanged
@@ -26,9 +25,8 @@ log = structlog.get_logger()
 
 
 class Housekeeping:
-    def __init__(self, context: Context, events: Events) -> None:
+    def __init__(self, context: Context) -> None:
         self._context = context
-        self._events = events
         self._sweeps = 0
 
     async def run(self) -> None:
@@ -45,9 +43,6 @@ class Housekeeping:
 
     async def sweep(self) -> None:
         store = self._context.store
-        surplus = self._events.surplus()
-        for first in range(0, len(surplus), DELETES_MAX):
-            await store.txn((), surplus[first : first + DELETES_MAX])
         if self._sweeps % ORPHANS_EVERY == 0:
             for key, revision in claims.orphans(self._context)[:DELETES_MAX]:
                 # One at a time: an app may take one of them up right now, and then only that one stays.

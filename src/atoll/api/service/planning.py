@@ -15,7 +15,7 @@ from atoll.api.service.projects import require_project
 from atoll.api.service.specs import spec_of
 from atoll.api.service.workloads import check_constraints
 from atoll.model.errors import DeadlineExceeded, NotFound
-from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, Release, Status
+from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, Project, Release, Status
 from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
 from atoll.model.views import InstanceExplanation, PlanView
 from atoll.scheduling.assembly import Records, group_of, snapshot_from
@@ -84,6 +84,7 @@ class Planning:
             instances=plain(Instance),
             statuses=plain(Status),
             app_statuses=plain(AppStatus),
+            projects=plain(Project),
         )
         specs: dict[str, Workload | None] = {}
         for instance in records.instances.values():

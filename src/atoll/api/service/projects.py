@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from atoll.api.service.access import Caller, check_name
 from atoll.api.service.claims import DEFAULT_PROJECT
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.pages import page
 from atoll.model import codec, keys
 from atoll.model.errors import NotFound
-from atoll.model.ports.store import Put, absent
+from atoll.model.ports.store import Put, absent, unchanged
 from atoll.model.records import Project
+from atoll.model.spec import Quota
 from atoll.model.views import Page
 
 
@@ -47,5 +50,23 @@ class Projects:
             project = Project(name=name, created_at=self._context.clock.now())
             key = keys.project(name)
             return Draft(compare=[absent(key)], ops=[Put(key, codec.encode(project))], answer=lambda _: project)
+
+        return await self._context.write(Project, build, request)
+
+    async def set_quota(self, name: str, quota: Quota, *, request: RequestKey | None = None) -> Project:
+        """Limit what the project's instances may hold together; what runs already is left alone. Safe to repeat.
+
+        Raises NotFound. An empty quota takes every limit away.
+        """
+        check_name(name, "project")
+
+        def build() -> Draft[Project]:
+            require_project(self._context, name)
+            held = self._context.state.get(Project, name)
+            project = held.record if held is not None else Project(name=name, created_at=self._context.clock.now())
+            project = replace(project, quota=quota if quota != Quota() else None)
+            key = keys.project(name)
+            first = unchanged(key, held.revision) if held is not None else absent(key)
+            return Draft(compare=[first], ops=[Put(key, codec.encode(project))], answer=lambda _: project)
 
         return await self._context.write(Project, build, request)

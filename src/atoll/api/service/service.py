@@ -70,7 +70,7 @@ class Service:
         self.feeds = Feeds(self.context)
         self.watching = Watching(self.context)
         self.control_plane = LocalControlPlane(self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels)
-        self.housekeeping = Housekeeping(self.context, self.events)
+        self.housekeeping = Housekeeping(self.context)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
