@@ -201,7 +201,7 @@ async def test_a_withdrawn_token_is_refused_from_the_next_call_on(api: Api) -> N
         (b"{", "invalid", "JSON"),
         (b"\xff\xfe", "invalid", "JSON"),
         (b'{"name": "\xff"}', "invalid", "JSON"),
-        (b"[" * 100_000, "invalid", "array"),
+        (b"[" * 100_000, "invalid", "a list"),
         (b"null", "invalid", "null"),
         (b'{"name": "web", "image": "x", "replicas": 3}', "invalid", "unknown field"),
         (b'{"name": "web", "image": 5}', "invalid", "image"),

@@ -18,6 +18,16 @@ T = TypeVar("T")
 
 _QUANTITIES = (Bytes, Seconds, Cores)
 _PATH = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
+_WORDS = {
+    "array": "a list",
+    "object": "a table",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+}
+"""msgspec's types as people who write specs know them."""
+_TYPES = re.compile(r"`([a-z]+(?: \| [a-z]+)*)`")
 INPUT_BYTES_MAX = 1 << 20
 """The largest spec or request body that is decoded, in bytes."""
 
@@ -102,7 +112,9 @@ def parse_text(text: bytes, suffix: str) -> Any:
                 return msgspec.yaml.decode(text)
             case _:
                 raise Invalid(f"unknown file type {suffix!r}", mend="name the file .toml, .json or .yaml")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise Invalid(f"not text in UTF-8 (byte {error.start})", mend="save it as UTF-8") from None
+    except (msgspec.DecodeError, RecursionError) as error:
         raise Invalid(f"not valid {suffix.lstrip('.').upper()}: {error}") from None
 
 
@@ -141,10 +153,17 @@ def _structs(kind: Any, seen: set[type[msgspec.Struct]]) -> set[type[msgspec.Str
     return seen
 
 
+def _in_words(match: re.Match[str]) -> str:
+    names = [name for name in match[1].split(" | ") if name != "null"]
+    return " or ".join(_WORDS[name] for name in names) if names and all(name in _WORDS for name in names) else match[0]
+
+
 def invalid(error: msgspec.ValidationError) -> Invalid:
     """Return msgspec's error in our words, with the path of the field."""
     match = _PATH.fullmatch(str(error))
     what, path = (match["what"], match["path"]) if match else (str(error), None)
     field = path.removeprefix("$").lstrip(".") if path else None
+    if what.startswith("Expected "):
+        what = "e" + _TYPES.sub(_in_words, what)[1:]
     what = what.replace("Object contains unknown field", "unknown field").replace("Object missing required field", "missing")
     return Invalid(f"{field}: {what}" if field else what, field=field or None)
