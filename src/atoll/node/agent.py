@@ -26,7 +26,7 @@ from atoll.node.health import NetworkProber
 from atoll.node.logs import FileLogs
 from atoll.node.record import Entry, LocalRecord, SqliteRecord
 from atoll.node.recovery import recover
-from atoll.node.report import Reporter, retry_delay
+from atoll.node.report import RETRY_MAX_S, Reporter, retry_delay
 from atoll.node.runner import Runner, new_entry
 from atoll.node.streams import serve_stream
 from atoll.node.tools import Logs, Machine, Prober, Tools
@@ -36,6 +36,9 @@ from atoll.node.vitals import Vitals
 
 SILENCE_S = 30.0
 """Without a batch for so long (an empty one is due every 10 s) the connection counts as broken."""
+REDIAL_MAX_S = 1.0
+"""The longest wait before the first `REDIALS_QUICK` tries: who waits for a shell waits no longer than a restart takes."""
+REDIALS_QUICK = 60
 LASTED_S = 5.0
 """A connection that lasted so long was a good one: the next try comes at once."""
 STREAMS_MAX = 256
@@ -218,7 +221,8 @@ class Agent:
             except Exception:
                 log.exception("connection failed", what=what, node=self._node)
             try:
-                async with asyncio.timeout(retry_delay(failures, self._random)):
+                max_s = REDIAL_MAX_S if failures < REDIALS_QUICK else RETRY_MAX_S
+                async with asyncio.timeout(retry_delay(failures, self._random, max_s)):
                     await self._reached.wait()
             except TimeoutError:
                 pass

@@ -31,9 +31,9 @@ RETRY_MAX_S = 5.0
 log = structlog.get_logger()
 
 
-def retry_delay(failures: int, choose: random.Random) -> float:
+def retry_delay(failures: int, choose: random.Random, max_s: float = RETRY_MAX_S) -> float:
     """Return the wait before the next try, with jitter so that nodes do not come back in step."""
-    return min(RETRY_MAX_S, RETRY_FIRST_S * RETRY_GROWTH ** min(failures, 64)) * choose.uniform(0.5, 1.0)
+    return min(max_s, RETRY_FIRST_S * RETRY_GROWTH ** min(failures, 64)) * choose.uniform(0.5, 1.0)
 
 
 class Reporter:
