@@ -49,6 +49,8 @@ class Wave:
     instances: int
     observed_s: float
     committed_s: float
+    processor_s: float
+    """Of the whole process: leader, store, cache and agents."""
 
 
 class Agents:
@@ -160,10 +162,10 @@ class Cell:
             records += [(keys.release("default", spec.name, 1), release), (keys.app("default", spec.name), app)]
         count = sum(spec.scale.replicas for spec in specs)
         self._total += count
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         await self.put_all(records)
         await self.agents.until(self._total)
-        return Wave(count, time.perf_counter() - began, self.agents.committed_at - began)
+        return Wave(count, time.perf_counter() - began, self.agents.committed_at - began, time.process_time() - used)
 
     async def _beat(self, seen: dict[str, float]) -> None:
         while True:

@@ -33,6 +33,9 @@ from atoll.store.cache import Deltas, State
 
 OWNERS_PER_WAKE_MAX = 500
 """Owners decided about before what was decided is written and the event loop gets its turn."""
+ACTIONS_PER_WAKE = 8_000
+"""Actions after which a wake looks at no further owner: deciding, planning and encoding more at a time holds up the event loop
+for so long that, on a busy machine, the leader's own lease runs out."""
 REACH_S = 5.0
 """The longest wait for the cache to show what was written; after it everything is looked at afresh."""
 TICK_S = 1.0
@@ -193,6 +196,7 @@ class Loop:
         self._wake_due(now)
         units: list[Unit] = []
         decided: list[tuple[Owner, Decision]] = []
+        actions = 0
         for owner in list(self._world.dirty)[:OWNERS_PER_WAKE_MAX]:
             del self._world.dirty[owner]
             if self._too_soon(owner, now):
@@ -200,6 +204,9 @@ class Loop:
             decision = self._decide_safely(owner, now)
             if decision.actions:
                 decided.append((owner, decision))
+                actions += len(decision.actions)
+                if actions >= ACTIONS_PER_WAKE:
+                    break
         placed_units = self._place(decided, now)
         for owner, decision in decided:
             units.extend(units_of(owner, decision.actions, self._world.state))

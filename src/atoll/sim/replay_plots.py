@@ -9,7 +9,7 @@ from typing import Any
 from atoll.model.errors import Unsupported
 from atoll.sim.replay import Report
 
-_COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5")
+_COLOURS = ("#0b6e99", "#d9730d", "#ad1a72", "#5a8f29", "#6940a5")
 _STYLES = ("-", "--", "-.", ":", "-")
 
 
@@ -27,7 +27,7 @@ def draw(reports: Sequence[Report], directory: Path, *, title: str, formats: Seq
         ("utilisation", [(f"{name} in use", "% of what is up", field, 100.0) for name, field in shares]),
         ("fragmentation", [(f"free {shares[0][0]} that typical work cannot use", "% of what is free", "fragmentation", 100.0)]),
         ("queueing", [("instances that wait", "instances", "waiting", 1.0), ("instances that run", "instances", "running", 1.0)]),
-        ("latency", [("the longest that anyone has waited for a node", unit, "oldest_s", 1.0 / seconds)]),
+        ("latency", [("the longest that anyone waiting has waited for a node", unit, "oldest_s", 1.0 / seconds)]),
     ]
     written: list[Path] = []
     for name, rows in charts:
@@ -36,7 +36,7 @@ def draw(reports: Sequence[Report], directory: Path, *, title: str, formats: Seq
         )
         for axis, (text, label, field, factor) in zip(axes[:, 0], rows, strict=True):
             _panel(axis, reports, text, label, field, factor, seconds)
-            if factor == 100.0:
+            if name == "utilisation":
                 axis.set_ylim(0, 102)
         axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, title="policy", alignment="left")
         axes[-1, 0].set_xlabel(f"simulated time, {unit}")
@@ -62,6 +62,9 @@ def _panel(axis: Any, reports: Sequence[Report], text: str, label: str, field: s
     axis.set_title(text, loc="left", fontsize=10)
     axis.set_ylabel(label)
     axis.set_ylim(bottom=0)
+    if not any(getattr(sample, field) for report in reports for sample in report.samples):
+        axis.set_ylim(0, 1)
+        axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color="#888888")
     axis.margins(x=0.01)
     axis.grid(visible=True, color="#dddddd", linewidth=0.6)
     for side in ("top", "right"):
