@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 POLL_S = 2.0
 """How often a job is looked at when its watch says nothing."""
-FAILED_LINES = 20
+LAST_LINES_S = 10.0
+"""The longest wait for the rest of its log when a job has ended."""
 
 
 @group(example="atoll jobs run -f job.toml\natoll jobs run --image debian:bookworm --name hello -- echo hello\natoll jobs")
@@ -98,18 +99,19 @@ def _finish(session: Session, view: JobView, *, detach: bool) -> None:
 
 async def _follow(session: Session, client: Client, view: JobView) -> JobView:
     """Print the job's lines as they come (not with --json) and return it when it has ended."""
+    from atoll.cli.logs import print_logs
+
     name, project = view.job.name, view.job.project
     printer: asyncio.Task[None] | None = None
+    if not session.json:
+        several = view.job.spec.completions > 1
+        printer = asyncio.ensure_future(print_logs(session, client, name, follow=True, prefix=several))
     try:
         while view.status is None or not view.status.phase.final:
-            if printer is None and not session.json and await _has_started(client, project, name):
-                from atoll.cli.logs import print_logs
-
-                printer = asyncio.ensure_future(print_logs(session, client, name, follow=True))
             await _change(client, project, name)
             view = await client.job(project, name)
         if printer is not None:
-            await asyncio.wait((printer,), timeout=POLL_S)
+            await asyncio.wait((printer,), timeout=LAST_LINES_S)
     except asyncio.CancelledError:
         session.output.say(f"\n[yellow]interrupted[/]: job {name} goes on; see: atoll jobs show {name}")
         raise
@@ -118,10 +120,6 @@ async def _follow(session: Session, client: Client, view: JobView) -> JobView:
             printer.cancel()
             await asyncio.gather(printer, return_exceptions=True)
     return view
-
-
-async def _has_started(client: Client, project: str, name: str) -> bool:
-    return any(view.status is not None and view.status.started_at for view in await client.instances(project, job=name))
 
 
 async def _change(client: Client, project: str, name: str) -> None:

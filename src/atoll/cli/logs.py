@@ -13,6 +13,8 @@ from atoll.cli.session import Session, command
 from atoll.model.errors import AtollError, NotFound
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from atoll.model.streams import LogLine
     from atoll.model.views import InstanceView
     from atoll.sdk.client import Client
@@ -92,13 +94,10 @@ async def _follow(session: Session, client: Client, name: str, views: list[Insta
     """Follow the instances there are and those that come. Ends when `name` is one instance, or a job, and it has ended."""
     from msgspec.structs import replace
 
-    from atoll.model import codec
     from atoll.model.errors import Exhausted
-    from atoll.model.records import Instance, OwnerKind, Status
 
     followed: set[str] = set()
     single = bool(views) and views[0].instance.id == name
-    ends = single or (bool(views) and views[0].instance.owner_kind is OwnerKind.JOB)
 
     async def read(id: str, wanted: Any) -> None:
         try:
@@ -121,18 +120,41 @@ async def _follow(session: Session, client: Client, name: str, views: list[Insta
         for view in views:
             if view.status is not None:
                 begin(view.instance.id, options)
-        if ends:
+        if not single:
+            async for id in _begun(client, session.project, name):
+                begin(id, replace(options, tail=None))
+
+
+async def _begun(client: Client, project: str, name: str) -> AsyncIterator[str]:
+    """Yield the instances of an app or job that have a log, again and again; end when `name` is a job that has ended.
+
+    Of a job those count too that have ended already: a short one may have come and gone between two looks.
+    """
+    from atoll.model import codec
+    from atoll.model.records import Instance, JobStatus, OwnerKind, Status
+
+    owners: dict[str, OwnerKind] = {}
+    statuses: dict[str, Status] = {}
+    ended = complete = False
+    async for line in client.watch(("instances", "statuses", "job-statuses"), project=project, bookmarks=True):
+        id = (line.key or "").partition("/")[2]
+        if line.kind is None:
+            complete = True
+        elif line.kind == "job-statuses" and id == name:
+            ended = line.record is None or codec.convert(line.record, JobStatus).phase.final
+        elif line.record is None:
+            owners.pop(id, None)
+            statuses.pop(id, None)
+        elif line.kind == "instances" and (instance := codec.convert(line.record, Instance)).owner == name:
+            owners[id] = instance.owner_kind
+        elif line.kind == "statuses":
+            statuses[id] = codec.convert(line.record, Status)
+        for known in owners.keys() & statuses.keys():
+            status = statuses[known]
+            if status.phase.live or (owners[known] is OwnerKind.JOB and status.started_at is not None):
+                yield known
+        if ended and complete:
             return
-        owned = {view.instance.id for view in views}
-        async for line in client.watch(("instances", "statuses"), project=session.project):
-            if line.record is None:
-                continue
-            if line.kind == "instances":
-                instance = codec.convert(line.record, Instance)
-                if instance.owner == name:
-                    owned.add(instance.id)
-            elif (status := codec.convert(line.record, Status)).instance in owned and status.phase.live:
-                begin(status.instance, replace(options, tail=None))
 
 
 class _Printer:
