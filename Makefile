@@ -20,7 +20,7 @@ test: lint
 	.venv/bin/coverage report --format=total | sed 's/^/coverage: /; s/$$/ %/'
 
 lock:
-	.venv/bin/pip-compile -q --generate-hashes --strip-extras --allow-unsafe --extra dev \
+	.venv/bin/pip-compile -q --generate-hashes --strip-extras --allow-unsafe --extra dev --extra bench --extra plots \
 	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host -o requirements.lock pyproject.toml
 
 bench: setup
