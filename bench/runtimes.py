@@ -56,13 +56,14 @@ async def _measure(runtime: OciRuntime, report: Report, samples: int) -> None:
         report.add(Result(f"{what}, p50", None, "ms", None, "<= 1.10", str(error)))
         return
     bench = _Bench(runtime)
+    tag = uuid.uuid4().hex[:8]  # the name of a sandbox of gVisor is taken on the whole machine
     ours, bare, first = [], [], []
     try:
         await runtime.recover()
         for index in range(samples + WARM_UP):
-            started = await bench.ours(f"o{index}")
-            alone = await bench.bare(f"b{index}")
-            command = await bench.first_command(f"c{index}")
+            started = await bench.ours(f"{tag}-o{index}")
+            alone = await bench.bare(f"{tag}-b{index}")
+            command = await bench.first_command(f"{tag}-c{index}")
             if index >= WARM_UP:
                 ours.append(started)
                 bare.append(alone)
