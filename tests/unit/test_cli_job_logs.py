@@ -40,7 +40,7 @@ class Cell:
         self.api.put("statuses", f"default/{id}", status)
 
     def end(self) -> None:
-        self.api.put("job-statuses", f"default/{NAME}", replace(STATUS, phase=JobPhase.FAILED))
+        self.api.put("job-statuses", f"default/{NAME}", replace(STATUS, phase=JobPhase.FAILED, failures={0: 4}))
 
     async def follow(self) -> None:
         async with asyncio.timeout(DEADLINE_S):

@@ -82,7 +82,7 @@ def decode(data: bytes, kind: type[T]) -> T:
 def convert(value: object, kind: type[T]) -> T:
     """Return the record that plain Python data (dicts, lists, numbers) holds. Raises Invalid, naming the field."""
     try:
-        record: T = msgspec.convert(value, kind, dec_hook=_decode_quantity)
+        record: T = msgspec.convert(value, kind, dec_hook=_decode_quantity, str_keys=True)  # as in JSON, where every key is text
     except msgspec.ValidationError as error:
         raise invalid(error) from None
     except RecursionError:
