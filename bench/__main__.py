@@ -10,7 +10,7 @@ BENCHES = {
     "start": ("create request → process running → first byte, beside bare runc and podman", "1 min"),
     "schedule": ("placements/s planned, committed and observed; plan latency at 100,000 nodes", "4 min"),
     "packing": ("GPUs allocated by each packing policy on openb lists, both tie-breaks, against FGD", "3 min"),
-    "placement": ("latency of global placement beside the integer optimum by HiGHS", "6 min"),
+    "placement": ("latency of global placement beside the integer optimum by HiGHS", "1 min"),
     "runtimes": ("start by each runtime beside its own tool, and time to the first command", "1 min"),
     "api": ("API reads/s and durable writes/s, idle memory and processor use", "1 min"),
 }

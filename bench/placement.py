@@ -120,8 +120,8 @@ def run(arguments: list[str]) -> Report:
     """Measure and return the report."""
     parser = argparse.ArgumentParser(prog="python -m bench placement")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--sites", type=int, default=40, help="sites that may hold replicas")
-    parser.add_argument("--count", type=int, default=14, help="replicas")
+    parser.add_argument("--sites", type=int, default=30, help="sites that may hold replicas")
+    parser.add_argument("--count", type=int, default=10, help="replicas")
     parser.add_argument("--solver-s", type=float, default=SOLVER_S)
     parser.add_argument("--large", action="store_true", help="also all 351 places as sites, which the solver cannot finish")
     chosen = parser.parse_args(arguments)
