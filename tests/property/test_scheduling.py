@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.model.records import Capacity, GpuDevice, Node
-from atoll.model.spec import Affinity, Constraint, Gpu, Operator, Placement, RuntimeName, SpreadBy
+from atoll.model.spec import Affinity, Constraint, Gpu, Operator, Placement, Quota, RuntimeName, SpreadBy
+from atoll.model.units import Bytes, Cores
 from atoll.scheduling.constraints import holds
 from atoll.scheduling.demand import Demand, Pending
 from atoll.scheduling.plan import plan
@@ -136,8 +137,21 @@ def liking(machines: list[Machine], machine: Machine, item: Pending) -> float:
     return 20.0 * total
 
 
+def within(quota: Quota, machines: list[Machine], demand: Demand) -> bool:
+    """Whether one more may be placed; everything is of one project."""
+    all_held = [held for machine in machines for _, held in machine.held] + [demand]
+    return (
+        (quota.cpu is None or sum(held.cpu_milli for held in all_held) <= quota.cpu.milli)
+        and (quota.memory is None or sum(held.memory_bytes for held in all_held) <= quota.memory)
+        and (quota.instances is None or len(all_held) <= quota.instances)
+    )
+
+
 def one_by_one(
-    machines: list[Machine], pending: list[Pending], homes: dict[str, tuple[str, ...]] | None = None
+    machines: list[Machine],
+    pending: list[Pending],
+    homes: dict[str, tuple[str, ...]] | None = None,
+    quota: Quota = Quota(),
 ) -> dict[str, str | None]:
     """Place each instance on the best machine that is allowed, as the ones before it have left things."""
     answer: dict[str, str | None] = {}
@@ -157,7 +171,8 @@ def one_by_one(
             return (total * 10**6 + round(machine.packing(item.demand) * 10**6),)
 
         at = (homes or {}).get(item.group, ())
-        may = (m for m in machines if m.allowed(item.demand) and permitted(machines, m, item.group, item.demand, at))
+        free = machines if within(quota, machines, item.demand) else []
+        may = (m for m in free if m.allowed(item.demand) and permitted(machines, m, item.group, item.demand, at))
         allowed = sorted(may, key=lambda m: m.node.name)
         best = max(allowed, key=worth, default=None)
         answer[item.id] = best.node.name if best else None
@@ -354,6 +369,27 @@ def test_rules_about_other_instances_hold_in_bulk_as_they_do_one_by_one(
     for rejection in got.rejected.values():
         assert rejection.message
         assert sum(rejection.failed.values()) == len(machines)
+
+
+quota_limits = st.builds(
+    Quota,
+    cpu=st.none() | st.integers(1, 4000).map(lambda milli: Cores(milli / 1000)),
+    memory=st.none() | st.integers(0, 4000).map(Bytes),
+    instances=st.none() | st.integers(0, 12),
+)
+
+
+@given(neighbours(), quota_limits)
+@settings(max_examples=150, deadline=None)
+def test_no_plan_goes_over_a_projects_quota_and_bulk_stays_one_by_one(
+    world: tuple[list[Machine], list[Pending], dict[str, tuple[str, ...]]], quota: Quota
+) -> None:
+    machines, pending, homes = world
+    snapshot = snapshot_with_held(machines, homes)
+    snapshot.quotas["p"] = quota
+    got = plan(snapshot, pending)
+    expected = one_by_one(machines, pending, homes, quota)
+    assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
 
 
 @given(worlds(), st.randoms(use_true_random=False))

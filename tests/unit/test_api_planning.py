@@ -11,7 +11,7 @@ from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
 from atoll.model.errors import Invalid, NotFound
 from atoll.model.records import Capacity, Instance, Node, NodePolicy, OwnerKind, Status
-from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Resources, RuntimeName, Scale
+from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Quota, Resources, RuntimeName, Scale
 from atoll.model.states import Phase
 from atoll.model.units import Bytes
 from atoll.store.cache import State
@@ -111,3 +111,15 @@ async def test_what_is_not_there_or_makes_no_sense_is_refused(service: Service) 
     with pytest.raises(Invalid) as error:
         await service.planning.plan(spec(placement=bad))
     assert error.value.field == "placement.constraints[0].value"
+
+
+async def test_a_quota_is_set_by_name_and_taken_away_by_an_empty_one(service: Service) -> None:
+    project = await service.projects.set_quota("default", Quota(instances=1))
+    assert project.quota == Quota(instances=1)
+    view = await service.planning.plan(spec())
+    assert (view.unplaced, view.rejection.code if view.rejection else "") == (2, "over-quota")
+    assert (await service.projects.put("default")).quota == Quota(instances=1), "making it again leaves its quota"
+    assert (await service.projects.set_quota("default", Quota())).quota is None
+    assert (await service.planning.plan(spec())).unplaced == 0
+    with pytest.raises(NotFound):
+        await service.projects.set_quota("nowhere", Quota())

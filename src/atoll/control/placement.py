@@ -16,6 +16,7 @@ from atoll.model.records import (
     NodeLiveness,
     NodePolicy,
     OwnerKind,
+    Project,
     Rejection,
     Release,
     Status,
@@ -26,6 +27,7 @@ from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.interface import View
 from atoll.scheduling.plan import PENDING_MAX, Plan, plan
 from atoll.scheduling.preemption import preempt
+from atoll.scheduling.quotas import CODE as OVER_QUOTA
 from atoll.scheduling.snapshot import Snapshot
 from atoll.store.cache import Delta, Deltas
 
@@ -79,6 +81,8 @@ class Placement:
             self._instance(key)
         for key in self._world.state.records(AppStatus):
             self._homes(key)
+        for key in self._world.state.records(Project):
+            self._quota(key)
 
     def apply(self, deltas: Deltas) -> None:
         """Take over one revision's changes."""
@@ -95,6 +99,8 @@ class Placement:
                 self._instance(delta.key)
         elif delta.kind is AppStatus:
             self._homes(delta.key)
+        elif delta.kind is Project:
+            self._quota(delta.key)
         elif delta.kind is Release:
             # An app may be deleted and made again under the same name.
             gone = (delta.new or delta.old).record  # type: ignore[union-attr]  # one of the two is there
@@ -123,6 +129,16 @@ class Placement:
                 self.snapshot.homes[owner] = homes
             else:
                 del self.snapshot.homes[owner]
+
+    def _quota(self, name: str) -> None:
+        project = self._world.state.get(Project, name)
+        quota = project.record.quota if project is not None else None
+        if quota != self.snapshot.quotas.get(name):
+            self._room = True
+            if quota is not None:
+                self.snapshot.quotas[name] = quota
+            else:
+                del self.snapshot.quotas[name]
 
     def _instance(self, key: str) -> None:
         state = self._world.state
@@ -230,7 +246,7 @@ class Placement:
         urgent = [
             item
             for item in pending
-            if item.id in answer.rejected and lowest is not None and item.demand.placement.priority > lowest
+            if _lacks_room(answer.rejected.get(item.id)) and lowest is not None and item.demand.placement.priority > lowest
         ]
         if not urgent:
             return
@@ -249,8 +265,11 @@ class Placement:
             if found is None or row is None:
                 continue
             self.victims.update((victim, item.id.rsplit("/", 1)[-1]) for victim in found.victims)
-            ids = [id for id, _ in self.snapshot.allocations_on(found.node)]
-            self._claims[item.id] = Claim(found.node, frozenset(filter(victims.leaving, ids)), now + CLAIM_S)
+            leaving = frozenset(id for id, _ in self.snapshot.allocations_on(found.node) if victims.leaving(id))
+            if not leaving:
+                # Room was not what it lacked; waiting for nothing would be a loop without an end.
+                continue
+            self._claims[item.id] = Claim(found.node, leaving, now + CLAIM_S)
             self.snapshot.allocate(item.id, found.node, item.group, item.demand)
             view.place(item.group, item.demand, (row,), (1,))
 
@@ -287,3 +306,8 @@ class Placement:
         if last is None or last.code != rejection.code or (last != rejection and now >= written_at + REJECTION_REFRESH_S):
             result[key] = structs.replace(instance, rejection=rejection)
             self._rejected[key] = now
+
+
+def _lacks_room(rejection: Rejection | None) -> bool:
+    """Whether others' leaving might help: what is over its project's quota is not theirs to mend."""
+    return rejection is not None and rejection.code != OVER_QUOTA

@@ -24,6 +24,7 @@ from atoll.model.records import (
     NodeLiveness,
     NodePolicy,
     OwnerKind,
+    Project,
     Release,
     RouteClaim,
     Status,
@@ -47,6 +48,7 @@ KINDS: dict[str, type[Any]] = {
     keys.DRAINED: Drained,
     keys.INGRESSES: Ingress,
     keys.ROUTES: RouteClaim,
+    keys.PROJECTS: Project,
 }
 """What the `State` that control is given must hold."""
 

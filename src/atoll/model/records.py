@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from atoll.model.spec import AppSpec, JobSpec, RuntimeName, Workload
+from atoll.model.spec import AppSpec, JobSpec, Quota, RuntimeName, Workload
 from atoll.model.states import Desired, Phase
 
 CELL = "main"
@@ -24,6 +24,8 @@ class Project(_Record, frozen=True, kw_only=True):
 
     name: str
     created_at: float
+    quota: Quota | None = None
+    """Set by an admin."""
 
 
 class App(_Record, frozen=True, kw_only=True):

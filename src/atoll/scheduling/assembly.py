@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 
-from atoll.model.records import AppStatus, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Status
+from atoll.model.records import AppStatus, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Project, Status
 from atoll.model.spec import Workload
 from atoll.scheduling.demand import Demand, demand_of
 from atoll.scheduling.snapshot import Snapshot, Standing
@@ -23,6 +23,7 @@ class Records(Struct, frozen=True, kw_only=True):
     instances: Mapping[str, Instance]
     statuses: Mapping[str, Status]
     app_statuses: Mapping[str, AppStatus]
+    projects: Mapping[str, Project] = {}
 
 
 def standing_of(policy: NodePolicy | None, liveness: NodeLiveness | None) -> Standing:
@@ -62,4 +63,5 @@ def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | Non
         if demand is not None:
             snapshot.allocate(key, instance.node, group, demand)
     snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
+    snapshot.quotas = {name: project.quota for name, project in records.projects.items() if project.quota is not None}
     return snapshot

@@ -23,6 +23,8 @@ def owners_named(group: str, name: str) -> tuple[str, ...]:
     return tuple(f"{kind}/{parts[1]}/{name}" for kind in OwnerKind) if len(parts) == 3 else (name,)
 
 
+@lru_cache(maxsize=65_536)
 def project_of_group(group: str) -> str:
+    """Return the project that a group belongs to; empty for a name without one."""
     parts = group.split("/")
     return parts[1] if len(parts) > 2 else ""

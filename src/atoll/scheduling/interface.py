@@ -10,7 +10,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from atoll.scheduling.demand import Demand
-from atoll.scheduling.groups import owner_of_group
+from atoll.scheduling.groups import owner_of_group, project_of_group
 from atoll.scheduling.snapshot import MASKS_MAX, Bools, Ints, Snapshot, amounts_of, avoided
 
 Floats = npt.NDArray[np.float64]
@@ -26,6 +26,7 @@ class View:
         """By resource and row; below 0 where a node has shrunk under what it holds."""
         self._added: dict[str, dict[int, int]] = {}
         self._owned: dict[str, set[str]] = {}
+        self._project_use: dict[str, list[int]] = {}
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
 
     def counts(self, group: str) -> Ints:
@@ -48,6 +49,11 @@ class View:
         before, added = self.nodes.repelling(owner), self._repelled.get(owner)
         return {**added, **before} if before and added else before or added
 
+    def project_use(self, project: str) -> list[int]:
+        """As `Snapshot.project_use`, with what the plan has placed of a project that has a quota."""
+        added = self._project_use.get(project, [0] * 5)
+        return [held + more for held, more in zip(self.nodes.project_use(project), added, strict=True)]
+
     def place(self, group: str, demand: Demand, rows: Iterable[int], times: Iterable[int]) -> None:
         """Take `times` instances' worth of each of `rows` (each named once)."""
         added = self._added.get(group)
@@ -58,6 +64,11 @@ class View:
                 self._repelled.setdefault(owner, {}).setdefault(group, {})[label] = 1
         at = np.fromiter(rows, dtype=np.int64)
         by = np.fromiter(times, dtype=np.int64)
+        project = project_of_group(group)
+        if project in self.nodes.quotas:
+            use = self._project_use.setdefault(project, [0] * 5)
+            for place, amount in enumerate((*amounts_of(demand), 1)):
+                use[place] += amount * int(by.sum())
         self.free[:, at] -= np.outer(np.asarray(amounts_of(demand), dtype=np.int64), by)
         for row, count in zip(at.tolist(), by.tolist(), strict=True):
             added[row] = added.get(row, 0) + count

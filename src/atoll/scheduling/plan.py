@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from msgspec import Struct
 
 from atoll.model.records import Rejection
+from atoll.scheduling import quotas
 from atoll.scheduling.demand import Pending, Placed
 from atoll.scheduling.explain import reject
 from atoll.scheduling.interface import View
@@ -40,12 +41,14 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float = 0.0) -> Pl
     queue = sorted(pending, key=lambda item: item.order)[:PENDING_MAX]
     for members in _classes(queue):
         first = members[0]
-        rows = place_class(view, first.group, first.demand, len(members))
+        most = quotas.room(view, first.group, first.demand, len(members))
+        rows = place_class(view, first.group, first.demand, most) if most else []
         runtimes = {row: snapshot.runtime_for(row, first.demand.runtimes) for row in set(rows)}
         for member, row in zip(members, rows, strict=False):
             placed.append(Placed(id=member.id, node=snapshot.names[row], runtime=runtimes[row]))
         if len(rows) < len(members):
-            reason = reject(view, first.group, first.demand)
+            why = quotas.over if len(rows) == most else reject
+            reason = why(view, first.group, first.demand)
             rejected.update((member.id, reason) for member in members[len(rows) :])
     return Plan(tuple(placed), rejected)
 

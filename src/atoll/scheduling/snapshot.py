@@ -15,9 +15,9 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from atoll.model.records import Node
-from atoll.model.spec import RuntimeName
+from atoll.model.spec import Quota, RuntimeName
 from atoll.scheduling.demand import Demand
-from atoll.scheduling.groups import owner_of_group, owners_named
+from atoll.scheduling.groups import owner_of_group, owners_named, project_of_group
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -104,6 +104,10 @@ class Snapshot:
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
         """Owner → group that it must stay away from → label → how many instances say so."""
         self._priorities: Counter[int] = Counter()
+        self.quotas: dict[str, Quota] = {}
+        """Project → its quota, of those that have one."""
+        self._project_use: dict[str, list[int]] = {}
+        """Project → what its instances hold: the four resources, and how many they are."""
         self.homes: dict[str, tuple[str, ...]] = {}
         """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
         self._ranks: Ints | None = None
@@ -160,6 +164,7 @@ class Snapshot:
         self.release(id)
         self._allocations[id] = allocation
         self._priorities[allocation.priority] += 1
+        self._use(allocation, 1)
         for owner, label in allocation.avoids:
             labels = self._repelled.setdefault(owner, {}).setdefault(group, {})
             labels[label] = labels.get(label, 0) + 1
@@ -179,6 +184,7 @@ class Snapshot:
             del self._on[allocation.node]
         self._repel_no_more(allocation)
         self._priorities[allocation.priority] -= 1
+        self._use(allocation, -1)
         row = self._rows.get(allocation.node)
         if row is not None:
             self._count(allocation, row, -1)
@@ -195,6 +201,18 @@ class Snapshot:
                 del groups[allocation.group]
             if not groups:
                 del self._repelled[owner]
+
+    def _use(self, allocation: Allocation, sign: int) -> None:
+        project = project_of_group(allocation.group)
+        use = self._project_use.setdefault(project, [0] * 5)
+        for place, amount in enumerate((*allocation.amounts, 1)):
+            use[place] += sign * amount
+        if not use[-1]:
+            del self._project_use[project]
+
+    def project_use(self, project: str) -> list[int]:
+        """Return what a project's instances hold: cpu, memory, disk, GPUs, and how many they are."""
+        return self._project_use.get(project, [0] * 5)
 
     def allocated(self, id: str) -> str | None:
         """Return the node that an instance is counted on."""

@@ -9,7 +9,7 @@ from atoll.api.http.calls import Call, Query, Route
 from atoll.api.service import Need, authorize
 from atoll.api.service.watching import WATCHED, wanted
 from atoll.model.records import Event, Project, Release
-from atoll.model.spec import AppSpec, JobSpec
+from atoll.model.spec import AppSpec, JobSpec, Quota
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
@@ -41,6 +41,10 @@ async def list_projects(call: Call) -> Page[Project]:
 
 async def put_project(call: Call) -> Project:
     return await call.service.projects.put(call.project, request=call.request_key)
+
+
+async def put_quota(call: Call) -> Project:
+    return await call.service.projects.set_quota(call.project, call.body(Quota), request=call.request_key)
 
 
 async def list_apps(call: Call) -> Page[AppView]:
@@ -175,6 +179,16 @@ ROUTES: tuple[Route, ...] = (
         need=Need.ADMIN,
         run=put_project,
         summary="Make a project",
+        answer=Project,
+        repeatable=True,
+    ),
+    Route(
+        method="PUT",
+        path=f"{_P}/{{project}}/quota",
+        need=Need.ADMIN,
+        run=put_quota,
+        summary="Limit what a project's instances may hold together",
+        body=Quota,
         answer=Project,
         repeatable=True,
     ),
