@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from atoll.model.errors import AtollError, DeadlineExceeded, ImageError, Unavailable
+from atoll.model.errors import AtollError, DeadlineExceeded, Exhausted, ImageError, Unavailable
 
 
 class Retriable(Exception):
@@ -66,6 +66,8 @@ def is_loopback(host: str) -> bool:
 
 def raise_for_status(response: httpx.Response, host: str, method: str) -> None:
     status = response.status_code
+    if status == 507:
+        raise Exhausted(f"the disk of registry {host} is full", mend="make room there, then try again")
     if status == 429 or status >= 500:
         after = response.headers.get("Retry-After", "")
         error = Unavailable(f"registry {host} answers {status} to {method}", mend="try again later")

@@ -116,7 +116,7 @@ class Blobs:
     async def receive(self, upload: Upload, chunks: AsyncIterator[bytes]) -> None:
         """Add what comes to the upload. What has arrived when the sender goes away stays, so that it can be resumed.
 
-        Raises TooLarge, RegistryError (the disk is full).
+        Raises TooLarge, RegistryError (the disk is full); what had arrived is gone after the latter, so that there is room again.
         """
         upload.busy = True
         try:
@@ -134,6 +134,9 @@ class Blobs:
                 raise
             if waiting:
                 await _disk(upload.append, bytes(waiting))
+        except RegistryError:
+            await self.abort(upload)
+            raise
         finally:
             upload.busy = False
             upload.touched = time.monotonic()
