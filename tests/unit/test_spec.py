@@ -55,6 +55,7 @@ def test_an_unknown_key_is_refused_by_name(changes: dict[str, Any], names: str) 
         ({"scale": {"replicas": -1}}, "scale.replicas"),
         ({"scale": {"replicas": 100_001}}, "scale.replicas"),
         ({"stop": {"signal": "TERM"}}, "stop.signal"),
+        ({"stop": {"signal": "SIGFOO"}}, "stop.signal"),
         ({"stop": {"grace": "-1s"}}, "stop.grace"),
         ({"command": ["a\0b"]}, "command[0]"),
         ({"workdir": "srv"}, "workdir"),

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from atoll.model.errors import Invalid
+from atoll.model.signals import signal_number
 from atoll.model.units import Bytes, Cores, Seconds
 
 NAME_PATTERN = r"^[a-z](?:[-a-z0-9]{0,38}[a-z0-9])?$(?!\n)"
@@ -348,6 +349,10 @@ def check_workload(spec: Workload) -> None:
         raise Invalid(f"project: {spec.project!r} is not a name", field="project")
     if spec.image is None and spec.build is None:
         raise Invalid("image: missing; give an image or a build", field="image", mend="add image = '…' or a [build] table")
+    try:
+        signal_number(spec.stop.signal)
+    except Invalid as error:
+        raise Invalid(f"stop.signal: {error}", field="stop.signal", mend=error.mend) from None
     if spec.runtime and spec.runtime not in RUNTIMES_BY_ISOLATION[spec.isolation]:
         names = ", ".join(RUNTIMES_BY_ISOLATION[spec.isolation])
         raise Invalid(
