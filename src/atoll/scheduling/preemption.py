@@ -19,7 +19,7 @@ from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.interface import View
 from atoll.scheduling.ranking import static_mask
 from atoll.scheduling.rules import RULES
-from atoll.scheduling.snapshot import CPU, MEMORY, Allocation, Ints, amounts_of
+from atoll.scheduling.snapshot import CPU, MEMORY, Allocation, Ints, Snapshot, amounts_of
 
 NODES_MAX = 200
 """Nodes on which victims are looked for, those with the most room first."""
@@ -61,7 +61,7 @@ def preempt(view: View, item: Pending, evictable: Ask, leaving: Ask, budget: Bud
     rows = np.flatnonzero(mask)
     ranks = snapshot.ranks()
     order = rows[np.lexsort((ranks[rows], -view.free[CPU, rows], -view.free[MEMORY, rows]))].tolist()
-    some = [row for row in order if snapshot.holds_below(snapshot.names[row], demand.placement.priority)]
+    some = [row for row in order if _may_help(snapshot, snapshot.names[row], demand.placement.priority, leaving)]
     best: tuple[Worth, Preemption] | None = None
     for row in some[:NODES_MAX]:
         found = _Node(view, item, row, evictable, leaving, budget).victims()
@@ -72,6 +72,11 @@ def preempt(view: View, item: Pending, evictable: Ask, leaving: Ask, budget: Bud
                 ids = tuple(id for id, _ in sorted(found, key=lambda victim: (victim[1].priority, victim[0])))
                 best = (worth, Preemption(id=item.id, node=snapshot.names[row], victims=ids))
     return best[1] if best else None
+
+
+def _may_help(snapshot: Snapshot, name: str, priority: int, leaving: Ask) -> bool:
+    """Whether the node has something lower, or something on its way out, for which to wait is better than to evict elsewhere."""
+    return snapshot.holds_below(name, priority) or any(leaving(id) for id, _ in snapshot.allocations_on(name))
 
 
 class _Node:
