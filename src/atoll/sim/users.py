@@ -97,7 +97,7 @@ class AppUser(User):
             max_surge=surge,
             max_unavailable=choose.randint(0 if surge else 1, 1),
             drain=Seconds(choose.choice((3, 8) if calm else (0, 3, 8))),
-            deadline=Seconds(40),
+            deadline=Seconds(20),
         )
         self.health = choose.choice((None, Health(kind=HealthKind.TCP, interval=Seconds(2), start=Seconds(10))))
 
