@@ -202,8 +202,9 @@ def main() -> int:
             console.print(f"[red]✗[/] {error}")
     if failed:
         console.print("".join(scratch.log.splitlines(keepends=True)[-40:]), markup=False)
-    scratch.remove()
     console.print(demo.table())
+    with console.status("removing its data"):
+        scratch.remove()
     return 1 if failed else 0
 
 

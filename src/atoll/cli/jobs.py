@@ -23,7 +23,7 @@ LAST_LINES_S = 10.0
 """The longest wait for the rest of its log when a job has ended."""
 
 
-@group(example="atoll jobs run -f job.toml\natoll jobs run --image debian:bookworm --name hello -- echo hello\natoll jobs")
+@group(example="atoll jobs run -f job.toml\natoll jobs run --image HOST/tool:1 --name hello -- echo hello\natoll jobs")
 def jobs() -> None:
     """Run work that ends: once, or as an array of indices."""
 

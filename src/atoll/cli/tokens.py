@@ -67,12 +67,17 @@ async def list_tokens(session: Session) -> None:
     session.output.table(("TOKEN", "NAME", "ROLE", "PROJECT", "AGE>", "EXPIRES"), rows, empty="no tokens")
 
 
-@command(example="atoll token delete k3x9")
-@click.argument("id", metavar="TOKEN")
+@command(example="atoll token delete k3x9\natoll token delete ci")
+@click.argument("id", metavar="TOKEN|NAME")
 async def delete(session: Session, id: str) -> None:
-    """Withdraw a token; it stops working at once."""
+    """Withdraw a token, by its id or by a name that only one has; it stops working at once."""
+    from atoll.model.errors import Conflict
+
     async with session.client() as client:
-        await client.delete_token(id)
+        named = [view.id for view in await client.tokens() if id in (view.id, view.name)]
+        if len(named) > 1:
+            raise Conflict(f"{len(named)} tokens are called '{id}'", mend=f"say which by its id: {', '.join(named)}")
+        await client.delete_token(named[0] if named else id)
     if session.json:
         session.output.json({"deleted": id})
     else:

@@ -83,7 +83,6 @@ def _detached(session: Session, config: Config) -> None:
     began = time.monotonic()
     with session.output.err.status("starting") as status:
         pid = launch(config, progress=lambda waits: status.update(f"waiting for {waits}"))
-    _save(config)
     if session.json:
         session.output.json({**_places(config), "pid": pid, "ready_s": round(time.monotonic() - began, 3)})
         return
@@ -101,7 +100,6 @@ def _announce(session: Session, config: Config) -> None:
         while code and time.monotonic() < deadline and os.getppid() != 1:
             try:
                 if asyncio.run(missing(config)) is None:
-                    _save(config)
                     session.output.say("[green]✓[/] everything serves")
                     _show(session, config)
                     code = 0
@@ -113,14 +111,11 @@ def _announce(session: Session, config: Config) -> None:
 
 
 def _places(config: Config) -> dict[str, str]:
-    from atoll.sdk.context import config_path
-
     return {
         "api": f"http://{config.api}",
         "ingress": f"http://{config.ingress}",
         "domain": config.domain,
         "token_file": str(config.client_file),
-        "config": str(config_path()),
         "data": str(config.data),
     }
 
@@ -128,6 +123,8 @@ def _places(config: Config) -> dict[str, str]:
 def _show(session: Session, config: Config) -> None:
     from rich.markup import escape
     from rich.table import Table
+
+    from atoll.entry.config import DATA_DEFAULT
 
     places = _places(config)
     grid = Table.grid(padding=(0, 2))
@@ -137,18 +134,11 @@ def _show(session: Session, config: Config) -> None:
     grid.add_row(
         "ingress", escape(f"{places['ingress']}  (apps at http://APP.{config.domain}:{config.ingress.rpartition(':')[2]})")
     )
-    grid.add_row("token", escape(f"in {places['token_file']}, and for this user in {places['config']}"))
+    grid.add_row("token", escape(f"in {places['token_file']}"))
+    if config.data != DATA_DEFAULT:
+        grid.add_row("to use it", escape(f"export ATOLL_DATA={config.data}"))
     grid.add_row("next", "atoll deploy examples/hello")
     session.output.show(grid)
-
-
-def _save(config: Config) -> None:
-    """Make this Atoll the one that this user's commands mean."""
-    from atoll.sdk import context
-
-    saved = context.load(config.client_file)
-    if saved is not None:
-        context.save(context.config_path(), saved)
 
 
 @command(example="atoll down\natoll down --keep-running   # the next `atoll up` takes the instances over")

@@ -24,8 +24,9 @@ from atoll.scheduling.demand import holds_volumes
 RETRY_MIN_S = 1.0
 RETRY_MAX_S = 60.0
 """Before an instance that has failed for good is replaced; doubled with each failure of its line."""
-MADE_AT_ONCE_MAX = 10_000
-"""Instances made in one decision; the rest follows in the next."""
+UNPLACED_MAX = 2_000
+"""Instances of one app that wait for a place at the same time; the rest is made when these have theirs. So a wish that no
+fleet can fulfil costs no more than one that is just too large."""
 RETRY_RESET_S = 60.0
 """An instance that was ready for so long starts its line anew."""
 
@@ -166,9 +167,12 @@ class _Step:
         return max(0, min(self.wanted - len(self.ready_new), self.wanted + self.rules.max_surge - 1))
 
     def _create(self, release: int, generation: int, count: int, due: list[Seen]) -> None:
-        if self.created + count > MADE_AT_ONCE_MAX:
-            count = MADE_AT_ONCE_MAX - self.created
-            self.decision.wake(self.decision.now)
+        waiting = [seen.instance for seen in self.facts.instances if seen.instance.node is None and not seen.ended]
+        room = max(0, UNPLACED_MAX - len(waiting) - self.created)
+        if count > room:
+            count = room
+            if not any(instance.rejection for instance in waiting):
+                self.decision.wake(self.decision.now)  # else the next place that one of them gets is what wakes
         for number in range(count):
             before = due[number] if number < len(due) else None
             self.decision.do(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from msgspec import Struct, structs
 
 from atoll.control.actions import Create, Decision, Remove, RemoveJob, Seen, WriteJobStatus
-from atoll.control.apps import MADE_AT_ONCE_MAX
+from atoll.control.apps import UNPLACED_MAX
 from atoll.control.appstatus import exit_in_words
 from atoll.control.leaving import leave, retire
 from atoll.model.records import Instance, Job, JobPhase, JobStatus, OwnerKind, Severity
@@ -126,13 +126,11 @@ class _Step:
 
     def _create(self) -> int:
         """Start tries of indices that are due, as far as the parallelism allows; return how many."""
-        room = self.spec.parallelism - len(self.active)
+        waiting = [seen.instance for seen in self.active.values() if seen.instance.node is None]
+        room = min(self.spec.parallelism - len(self.active), UNPLACED_MAX - len(waiting))
         made = 0
         for index in range(self.spec.completions):
             if made >= room:
-                break
-            if made >= MADE_AT_ONCE_MAX:
-                self.decision.wake(self.decision.now)
                 break
             if index in self.succeeded or index in self.active:
                 continue
@@ -143,6 +141,8 @@ class _Step:
             self.retry_at.pop(index, None)
             self.decision.do(Create(self._instance(index)))
             made += 1
+        if made == room == UNPLACED_MAX:
+            self.decision.wake(self.decision.now)  # there may be room for more once these are placed
         return made
 
     def _instance(self, index: int) -> Instance:

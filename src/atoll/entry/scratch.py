@@ -40,12 +40,9 @@ class ScratchAtoll:
         self.api = f"127.0.0.1:{free_port()}"
         self.ingress = f"127.0.0.1:{free_port()}"
         self.subnet = free_subnet(int(self.api.rsplit(":", 1)[1]))
-        self.environment = {
-            **os.environ,
-            "XDG_CONFIG_HOME": str(self.data / "config"),
-            "NO_COLOR": "1",
-            OWNER_VARIABLE: str(os.getpid()),
-        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("ATOLL_")}
+        own = {"ATOLL_DATA": str(self.data), "XDG_CONFIG_HOME": str(self.data / "config"), OWNER_VARIABLE: str(os.getpid())}
+        self.environment = {**inherited, **own, "NO_COLOR": "1"}
 
     def __enter__(self) -> ScratchAtoll:
         try:
