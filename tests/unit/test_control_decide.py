@@ -22,7 +22,7 @@ from atoll.control.actions import (
     WriteJobStatus,
     WriteLiveness,
 )
-from atoll.control.apps import AppFacts, decide_app
+from atoll.control.apps import UNPLACED_MAX, AppFacts, decide_app
 from atoll.control.jobs import JobFacts, decide_job, decide_orphans
 from atoll.control.nodes import LOST_S, UNREACHABLE_S, NodeFacts, decide_node
 from atoll.control.timers import Timers
@@ -427,3 +427,14 @@ def test_timers_hold_one_time_for_each_owner_and_no_more_memory_than_that() -> N
     timers.set(a, 3.0)
     timers.set(a, None)
     assert timers.take(10_000.0) == []
+
+
+def test_a_wish_that_no_fleet_can_fulfil_makes_no_more_than_may_wait_for_a_place() -> None:
+    first = decide(app_facts(replicas=99_999))
+    assert len(of(Create, first.actions)) == UNPLACED_MAX
+    assert first.wake_at == NOW, "the rest follows at once if these fit"
+    refusal = Rejection(code="no-cpu", message="too little")
+    waiting = [seen(f"w{number}", None, node=None, rejection=refusal) for number in range(UNPLACED_MAX)]
+    later = decide(app_facts(*waiting, replicas=99_999))
+    assert not of(Create, later.actions)
+    assert later.wake_at != NOW

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.scheduling.gpu.compiled import compiled
+from atoll.scheduling.compiled import compiled
 from atoll.scheduling.gpu.demand import CPU, GPUS, MILLI, MODELS, Target
 from atoll.scheduling.gpu.fleet import Fleet, Ints
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.model.errors import Invalid
-from atoll.scheduling.gpu.compiled import compiled
+from atoll.scheduling.compiled import compiled
 from atoll.scheduling.gpu.demand import CPU, GPUS, MEMORY, MILLI, MODELS, Target
 from atoll.scheduling.gpu.fleet import GPU_MILLI, Fleet, Ints, Nodes
 from atoll.scheduling.gpu.fragmentation import Floats, expected_fragment

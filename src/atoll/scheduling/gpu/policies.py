@@ -10,7 +10,7 @@ import enum
 
 import numpy as np
 
-from atoll.scheduling.gpu.compiled import compiled
+from atoll.scheduling.compiled import compiled
 from atoll.scheduling.gpu.demand import CPU, GPUS, MILLI
 from atoll.scheduling.gpu.fleet import GPU_MILLI, Ints
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from atoll.scheduling.gpu.compiled import compiled
+from atoll.scheduling.compiled import compiled
 from atoll.scheduling.gpu.demand import CPU, GPUS, MILLI, MODELS, Target
 from atoll.scheduling.gpu.fleet import GPU_MILLI, Ints
 

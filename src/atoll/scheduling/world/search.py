@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from atoll.scheduling.world.compiled import compiled
+from atoll.scheduling.compiled import compiled
 from atoll.scheduling.world.flow import (
     EPSILON,
     Floats,

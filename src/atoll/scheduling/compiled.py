@@ -1,4 +1,4 @@
-"""The one place that knows the compiler of the kernels."""
+"""The one place that knows the compiler of the kernels; importing it costs memory, so only what needs kernels does."""
 
 from __future__ import annotations
 
