@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +205,18 @@ def test_a_taken_port_is_named_before_anything_is_made(atoll: Stage, tmp_path: P
     assert atoll.api in failed.value.stderr
     assert "mend:" in failed.value.stderr
     assert not (tmp_path / "other" / "server").exists()
+
+
+def test_a_user_who_is_not_root_is_told_so_and_nothing_is_made(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    data = tmp_path / "data"
+    atoll = str(Path(sys.executable).with_name("atoll"))
+    command = ["setpriv", "--reuid", "65534", "--clear-groups", atoll, "up", "--detach", "--data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", timeout=60)
+    assert done.returncode != 0
+    assert "root" in done.stderr
+    assert "mend:" in done.stderr
+    assert not data.exists()
 
 
 def test_a_command_that_does_not_exist_fails_the_deploy_with_its_name(atoll: Stage, tmp_path: Path) -> None:

@@ -105,8 +105,13 @@ class Supervisor:
         self._start(child, now)
 
     def _answers(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(split_address(self.config.api, field="--api"), timeout=1):
-            return True
+        """Whether the server serves: from then on the tokens that agent and ingress will read are known to it."""
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(split_address(self.config.api, field="--api"), timeout=1) as line,
+        ):
+            line.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            return line.recv(12).endswith(b" 200")
         return False
 
     def _start(self, child: _Child, now: float) -> None:

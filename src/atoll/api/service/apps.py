@@ -134,7 +134,7 @@ class Apps:
             target = number or max((n for n in numbers if n < held.record.release), default=0)
             if target not in numbers:
                 kept = ", ".join(map(str, numbers[-10:]))
-                wanted = f"release {target}" if target else f"a release before {held.record.release}"
+                wanted = f"release {target}" if target else f"release before {held.record.release}"
                 raise NotFound(f"app '{name}' has no {wanted}; it has {kept}", field="release")
             spec = specs[target]
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
