@@ -206,7 +206,7 @@ class Group:
                     signal.pidfd_send_signal(held[pid], signal.SIGKILL)
 
     def remove(self) -> None:
-        """Remove the group, which must have no process, from every hierarchy. Safe to repeat. Raises RuntimeFailed."""
+        """Remove the group from every hierarchy, once `kill` has emptied it. Safe to repeat. Raises RuntimeFailed."""
         deadline = time.monotonic() + EMPTY_S_MAX
         for directory in self.directories:
             while True:
@@ -216,6 +216,8 @@ class Group:
                 except OSError as error:
                     if error.errno != errno.EBUSY or time.monotonic() > deadline:
                         raise RuntimeFailed(f"cannot remove the control group: {error}") from None
+                    # A tool that was killed in the middle of a start may have moved its child in here after `kill` looked.
+                    self._kill_each(self.processes())
                     time.sleep(_WAIT_S)
 
     def _file(self, name: str) -> Path:
