@@ -136,9 +136,7 @@ class OciRuntime:
         container.group.settle(structs.replace(limits, pids=limits.pids + self.threads_beside))
 
     async def _abandon(self, boxes: OciBoxes, record: BoxRecord, launch: Launch) -> None:
-        launch.abandon()
-        await launch.ending.event.wait()  # SIGKILL was sent
-        launch.ending.close()
+        await launch.abandon()
         await self._in_thread(boxes.clean, record)
 
     async def wait(self, id: str) -> Exit:
