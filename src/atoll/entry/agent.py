@@ -6,6 +6,7 @@ import signal
 
 from atoll.entry.config import Config
 from atoll.entry.process import Stop, read_token, run, run_until
+from atoll.images.disk import spread_below
 from atoll.images.reference import CELL_HOST
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
@@ -13,6 +14,7 @@ from atoll.images.transport import Access
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.network.links import LinkNetwork
 from atoll.node.agent import Agent
+from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.offer import RUNTIMES
 from atoll.sdk.control_plane import HttpControlPlane
 
@@ -28,6 +30,9 @@ async def main(config: Config, stop: Stop) -> None:
         default=config.default_registry or None,
     )
     images = ImageStore(data / "images", registries)
+    for busy in (data / "instances", data / "volumes", data / "logs", data / "runtimes", data / "network", RUNTIME_DIRECTORY):
+        busy.mkdir(parents=True, exist_ok=True, mode=0o711 if busy == RUNTIME_DIRECTORY else 0o700)
+        spread_below(busy)  # a start makes a dozen files, and is not to wait for the disk's search for free ones
     agent = Agent(
         node=config.node_name,
         control=HttpControlPlane(f"http://{config.api}", token, node=config.node_name),
