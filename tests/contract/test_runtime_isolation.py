@@ -246,9 +246,9 @@ async def test_a_volume_keeps_its_files_and_their_owners(world: World) -> None:
 
 async def test_the_environment_and_directory_are_as_given(world: World) -> None:
     _, out, _ = await sh(
-        world, "pwd; echo $GREETING; echo $HOME; cat /etc/resolv.conf", workdir="/work/deep", resolv_conf=_resolver(world)
+        world, "pwd; echo $GREETING; echo $HOME; cat /etc/resolv.conf", workdir="/srv/deep", resolv_conf=_resolver(world)
     )
-    assert out == "/work/deep\nhello\n/root\nnameserver 192.0.2.1\n"
+    assert out == "/srv/deep\nhello\n/root\nnameserver 192.0.2.1\n"
 
 
 def _resolver(world: World) -> Path:
