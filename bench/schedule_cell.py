@@ -16,9 +16,10 @@ from pathlib import Path
 from atoll.control.controllers import run_control
 from atoll.control.world import KINDS
 from atoll.model import codec, keys
+from atoll.model.devices import GpuDevice
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.store import TXN_OPS_MAX, Op, Put
-from atoll.model.records import App, Capacity, GpuDevice, Instance, Node, Release
+from atoll.model.records import App, Capacity, Instance, Node, Release
 from atoll.model.spec import AppSpec, RuntimeName
 from atoll.store.cache import State
 from atoll.store.sqlite import SqliteStore

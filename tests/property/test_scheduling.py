@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.model.records import Capacity, GpuDevice, Node
+from atoll.model.devices import GpuDevice
+from atoll.model.records import Capacity, Node
 from atoll.model.spec import Affinity, Constraint, Gpu, Operator, Placement, Quota, RuntimeName, SpreadBy
 from atoll.model.units import Bytes, Cores
 from atoll.scheduling.constraints import holds

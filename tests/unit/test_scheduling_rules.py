@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from atoll.model.records import Capacity, GpuDevice, Node
+from atoll.model.devices import GpuDevice
+from atoll.model.records import Capacity, Node
 from atoll.model.spec import AppSpec, Constraint, Gpu, Isolation, Operator, Placement, Resources, RuntimeName, SpreadBy
 from atoll.model.units import Bytes, Cores
 from atoll.scheduling.constraints import holds, problem

@@ -8,6 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from atoll.model.devices import GpuDevice, GpuGrant, GpuSample
 from atoll.model.spec import AppSpec, JobSpec, Quota, RuntimeName, Workload
 from atoll.model.states import Desired, Phase
 
@@ -158,6 +159,8 @@ class Instance(_Record, frozen=True, kw_only=True):
     node: str | None = None
     runtime: RuntimeName | None = None
     """Chosen with the node."""
+    gpus: tuple[GpuGrant, ...] = ()
+    """Chosen with the node: which of its devices, and how much of each."""
     desired: Desired = Desired.RUN
     created_at: float
     placed_at: float | None = None
@@ -197,12 +200,6 @@ class Status(_Record, frozen=True, kw_only=True):
     phase_at: float = 0.0
     started_at: float | None = None
     ready_at: float | None = None
-
-
-class GpuDevice(_Record, frozen=True, kw_only=True):
-    id: str
-    model: str
-    memory_bytes: int
 
 
 class Capacity(_Record, frozen=True, kw_only=True):
@@ -258,6 +255,11 @@ class Usage(_Record, frozen=True, kw_only=True):
     memory_bytes: int = 0
     pids: int = 0
     disk_bytes: int = 0
+    gpu_milli: int = 0
+    """Thousandths of a device in use, of all that it holds; 0 where the device does not tell its tenants apart."""
+    gpu_memory_bytes: int = 0
+    metrics: dict[str, float] = {}
+    """The app's own, as its `metrics` endpoint gave them."""
 
 
 class Heartbeat(_Record, frozen=True, kw_only=True):
@@ -268,6 +270,7 @@ class Heartbeat(_Record, frozen=True, kw_only=True):
     cpu_milli: int = 0
     memory_bytes: int = 0
     usage: tuple[Usage, ...] = ()
+    gpus: tuple[GpuSample, ...] = ()
 
 
 class Role(enum.StrEnum):

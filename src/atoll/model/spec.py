@@ -8,6 +8,7 @@ from typing import Annotated, TypeVar
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from atoll.model.devices import GpuSharing, GpuVendor
 from atoll.model.errors import Invalid
 from atoll.model.signals import signal_number
 from atoll.model.units import Bytes, Cores, Seconds
@@ -86,11 +87,44 @@ class Build(_Spec, frozen=True, kw_only=True):
     env: dict[EnvName, EnvValue] = {}
 
 
+class GpuCapability(enum.StrEnum):
+    """A class of the driver's libraries that the instance gets to see."""
+
+    COMPUTE = "compute"
+    UTILITY = "utility"
+    """`nvidia-smi` and the management library."""
+    GRAPHICS = "graphics"
+    VIDEO = "video"
+
+
+class GpuTopology(enum.StrEnum):
+    """How near the devices of one instance must be to each other."""
+
+    ANY = "any"
+    NUMA = "numa"
+    """All on one NUMA node."""
+    NVLINK = "nvlink"
+    """Every two of them joined by NVLink."""
+
+
 class Gpu(_Spec, frozen=True, kw_only=True):
-    model: str | None = None
+    """What each instance gets of GPUs: whole devices (`count`), a share of one (`count` below 1), or MIG partitions (`profile`)."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    """Words of the device's name, whatever their case: `H100` is found in `NVIDIA H100 80GB HBM3`."""
+    vendor: GpuVendor | None = None
     count: Annotated[float, Meta(gt=0, le=64)] = 1
+    """Whole devices, or below 1 a share of one device's compute (and of its memory unless `memory` says otherwise)."""
     memory: Bytes | None = None
-    profile: str | None = None
+    """Of whole devices and partitions: what each must have at least. Of a share: what is set aside for it."""
+    profile: Annotated[str, Meta(pattern=r"^[1-7]g\.[1-9][0-9]{0,3}gb(\+[a-z.]{1,12})?$(?!\n)")] | None = None
+    """A MIG partition such as `1g.10gb`; `count` of them, each on a device in MIG mode."""
+    sharing: GpuSharing | None = None
+    """How a share is held to its size: `time-slice` (where absent) or `mps`."""
+    topology: GpuTopology = GpuTopology.ANY
+    driver: Annotated[str, Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){0,2}$(?!\n)")] | None = None
+    """The oldest version of the driver that will do."""
+    capabilities: tuple[GpuCapability, ...] = (GpuCapability.COMPUTE, GpuCapability.UTILITY)
 
 
 class Resources(_Spec, frozen=True, kw_only=True):
@@ -150,7 +184,26 @@ class Health(_Spec, frozen=True, kw_only=True):
 
 
 class Scale(_Spec, frozen=True, kw_only=True):
+    """How many instances there are: `replicas`, or with `max` between the two, as the metric asks for."""
+
     replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
+    max: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] | None = None
+    metric: Annotated[str, Meta(pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,127}$(?!\n)")] | None = None
+    """A metric that the app gives away (`metrics`), such as the depth of its queue."""
+    target: Annotated[float, Meta(gt=0)] | None = None
+    """As many instances are wanted as make the metric, summed up and divided by them, at most this."""
+    down: Seconds = _default(Seconds(60))
+    """An instance is taken away once it has not been needed for so long."""
+
+
+class Metrics(_Spec, frozen=True, kw_only=True):
+    """Where the node asks each ready instance for its metrics (Prometheus text), along with each heartbeat."""
+
+    port: Name | None = None
+    """The name of the port; the first `http` port where absent."""
+    path: Annotated[str, Meta(pattern=r"^/", max_length=1024)] = "/metrics"
+    names: Annotated[tuple[Annotated[str, Meta(max_length=128)], ...], Meta(max_length=16)] = ()
+    """Those that are shown and kept, beside the one that `scale` names."""
 
 
 class Operator(enum.StrEnum):
@@ -277,6 +330,8 @@ class Volume(_Spec, frozen=True, kw_only=True):
     name: Name
     path: AbsolutePath
     read_only: bool = False
+    image: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
+    """Show the files of this image (a model's weights, say), read-only: pulled once per node and shared by all that use it."""
 
 
 class Workload(_Spec, frozen=True, kw_only=True):
@@ -315,6 +370,7 @@ class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
     routes: Annotated[tuple[Route, ...], Meta(max_length=256)] = ()
     """Beside these, every app with an `http` port has `APP.DOMAIN` (in project `default`) or `APP.PROJECT.DOMAIN`."""
     health: Health | None = None
+    metrics: Metrics | None = None
     scale: Scale | UnsetType = UNSET
     restart: Restart = _default(Restart())
     rollout: Rollout = _default(Rollout())
@@ -362,9 +418,8 @@ def check_workload(spec: Workload) -> None:
         )
     if spec.resources.memory < 4 << 20:
         raise Invalid("resources.memory: below 4MiB nothing starts", field="resources.memory", mend="ask for 16MiB or more")
-    gpu = spec.resources.gpu
-    if gpu is not None and gpu.count > 1 and gpu.count != int(gpu.count):
-        raise Invalid("resources.gpu.count: a fraction must be below 1", field="resources.gpu.count")
+    if spec.resources.gpu is not None:
+        _check_gpu(spec, spec.resources.gpu)
     _check_unique([volume.name for volume in spec.volumes], "volumes", "name")
     _check_unique([volume.path for volume in spec.volumes], "volumes", "path")
     for index, volume in enumerate(spec.volumes):
@@ -379,6 +434,50 @@ def check_workload(spec: Workload) -> None:
     both = sorted(set(spec.env) & set(spec.secrets))
     if both:
         raise Invalid(f"secrets: {both[0]} is also set in env", field=f"secrets.{both[0]}")
+
+
+GPU_RUNTIMES = (
+    RuntimeName.RUNC,
+    RuntimeName.CRUN,
+    RuntimeName.GVISOR,
+    RuntimeName.LXC,
+    RuntimeName.CLOUD_HYPERVISOR,
+    RuntimeName.QEMU,
+)
+"""Runtimes that can hand a GPU on at all; whether a node's own can is found out there."""
+
+
+def _check_gpu(spec: Workload, gpu: Gpu) -> None:
+    where = "resources.gpu"
+    if gpu.count > 1 and gpu.count != int(gpu.count):
+        raise Invalid(
+            f"{where}.count: {gpu.count:g} is neither a whole number nor below 1",
+            field=f"{where}.count",
+            mend="a share is always of one device: ask for whole devices, or for less than 1",
+        )
+    if gpu.profile is not None and gpu.count < 1:
+        raise Invalid(
+            f"{where}.count: a share of a partition ({gpu.profile}) cannot be had",
+            field=f"{where}.count",
+            mend="ask for a smaller profile, or leave profile out",
+        )
+    if gpu.sharing in (GpuSharing.MIG, GpuSharing.EXCLUSIVE):
+        mend = "set profile instead" if gpu.sharing is GpuSharing.MIG else "leave it out: whole devices are never shared"
+        raise Invalid(f"{where}.sharing: '{gpu.sharing}' is no way to share by shares", field=f"{where}.sharing", mend=mend)
+    if gpu.sharing is not None and gpu.count >= 1:
+        raise Invalid(
+            f"{where}.sharing: only a share of a device (count below 1) is shared", field=f"{where}.sharing", mend="leave it out"
+        )
+    if gpu.topology is not GpuTopology.ANY and (gpu.count < 2 or gpu.profile is not None):
+        raise Invalid(
+            f"{where}.topology: '{gpu.topology}' is about two whole devices or more", field=f"{where}.topology", mend="leave it out"
+        )
+    if not any(runtime in GPU_RUNTIMES for runtime in spec.runtimes):
+        raise Invalid(
+            f"{where}: {' or '.join(spec.runtimes)} cannot hand on a GPU",
+            field=where,
+            mend=f"use one of the runtimes {', '.join(GPU_RUNTIMES)}",
+        )
 
 
 def _check_placement(spec: Workload) -> None:

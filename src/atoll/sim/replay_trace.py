@@ -21,8 +21,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from atoll.model.devices import GpuDevice
 from atoll.model.errors import Invalid, NotFound
-from atoll.model.records import Capacity, GpuDevice, Node
+from atoll.model.records import Capacity, Node
 from atoll.model.spec import Constraint, Gpu, Operator, Placement, RuntimeName
 from atoll.scheduling.demand import Demand
 

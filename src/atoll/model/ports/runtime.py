@@ -13,6 +13,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image
 from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
@@ -28,6 +29,7 @@ class Feature(enum.StrEnum):
     SNAPSHOT = "snapshot"
     FORK = "fork"
     FILES = "files"
+    GPU = "gpu"
 
 
 class Mount(Struct, frozen=True):
@@ -62,6 +64,8 @@ class Box(Struct, frozen=True, kw_only=True):
     hostname: str
     limits: Limits
     mounts: tuple[Mount, ...] = ()
+    devices: Edits = Edits()
+    """What makes its GPUs appear inside; nothing else of the node's devices does."""
     read_only_root: bool = False
     netns: Path | None = None
     resolv_conf: Path | None = None

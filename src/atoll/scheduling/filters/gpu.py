@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atoll.model.records import GpuDevice
+from atoll.model.devices import GpuDevice
 from atoll.model.spec import Gpu
 from atoll.model.units import format_bytes
 from atoll.scheduling.demand import Demand

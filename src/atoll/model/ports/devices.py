@@ -1,0 +1,183 @@
+"""Two ports about GPUs: `Hardware`, what one vendor's driver can do, and `Devices`, what the agent asks of a whole node."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from msgspec import Struct
+
+from atoll.model.devices import GpuDevice, GpuGrant, GpuPartition, GpuSample, GpuVendor
+from atoll.model.spec import Gpu, GpuCapability, RuntimeName
+
+
+class DeviceNode(Struct, frozen=True):
+    """A character device of the node that the instance sees at `path`, and may open for `permissions` (`r`, `w`, `m`)."""
+
+    path: str
+    host_path: str
+    major: int
+    minor: int
+    permissions: str = "rw"
+    mode: int = 0o666
+
+
+class FileMount(Struct, frozen=True):
+    """A file or directory of the node (a library of the driver) that the instance sees, read-only unless options say else."""
+
+    source: str
+    target: str
+    options: tuple[str, ...] = ("ro", "nosuid", "nodev", "rbind")
+
+
+class Edits(Struct, frozen=True, kw_only=True):
+    """What a runtime adds to an instance so that its devices appear inside: CDI's containerEdits, decided to the last detail."""
+
+    nodes: tuple[DeviceNode, ...] = ()
+    mounts: tuple[FileMount, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    library_directories: tuple[str, ...] = ()
+    """Directories inside that the dynamic linker must search, most wanted first: a runtime makes its cache or path so."""
+    links: tuple[tuple[str, str], ...] = ()
+    """(path inside, what it points to)."""
+    devices: tuple[str, ...] = ()
+    """The granted devices' names as CDI knows them (`nvidia.com/gpu=GPU-…`), for what wants names instead of edits."""
+    pci: tuple[str, ...] = ()
+    """PCI addresses, for a virtual machine that gets the device itself."""
+    gvisor_driver: str = ""
+    """The driver version that gVisor's proxy must know; empty where it cannot be used."""
+
+    def __bool__(self) -> bool:
+        return self != Edits()
+
+
+class Trouble(enum.StrEnum):
+    """What can befall a device."""
+
+    FAULT = "fault"
+    """An application's own mistake: the device is well."""
+    BROKEN = "broken"
+    """The device's: it gets nothing new and is drained."""
+    SUSPECT = "suspect"
+    """Works on, and wants an operator's eye."""
+    VANISHED = "vanished"
+    """The driver does not know it any more."""
+    RECOVERED = "recovered"
+    DRIVER_CHANGED = "driver-changed"
+    """The kernel driver was replaced under what runs."""
+    SILENT = "silent"
+    """The driver does not answer; nothing is known until it does."""
+
+
+class DeviceEvent(Struct, frozen=True, kw_only=True):
+    """Something that happened to a device (`device` empty: to all of the vendor's). `code` is the XID where it was one."""
+
+    trouble: Trouble
+    device: str = ""
+    code: int = 0
+    message: str
+    mend: str = ""
+    at: float = 0.0
+
+
+class Hardware(Protocol):
+    """One vendor's devices on this machine, over its driver. Every call has a deadline of its own and never hangs its caller:
+    a driver that does not answer is Unavailable (safe to retry)."""
+
+    vendor: GpuVendor
+
+    async def discover(self) -> tuple[GpuDevice, ...]:
+        """Return the devices that are there now, in order of PCI address, health as the driver's counters alone tell.
+
+        Raises Unavailable (no answer in time, or the driver and its library differ; the message says which).
+        """
+        ...
+
+    def events(self) -> AsyncIterator[DeviceEvent]:
+        """Yield what befalls the devices, as it happens, for ever; waits in the driver, does not poll it."""
+        ...
+
+    async def partitions(self, device: str) -> tuple[GpuPartition, ...]:
+        """Return all partitions of a device in MIG mode, whoever made them, in order of `start`. Half-made ones (a GPU
+        instance without a compute instance) are among them with an empty `id`."""
+        ...
+
+    async def make_partition(self, device: str, profile: str, start: int) -> GpuPartition:
+        """Make the partition; one that is there with this profile and start is returned as it is, so that a retry is safe.
+
+        Raises Invalid (no such profile or start; names those that exist), Conflict (slices are taken), NotFound (no such device),
+        Unavailable. After an error nothing half-made is left, or `partitions` shows it.
+        """
+        ...
+
+    async def remove_partition(self, device: str, start: int) -> None:
+        """Remove the partition that begins at `start`, half-made or whole; none there is no error.
+
+        Raises Conflict while a process uses it.
+        """
+        ...
+
+    async def samples(self) -> tuple[GpuSample, ...]:
+        """Return what every device does now."""
+        ...
+
+    def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
+        """Return what makes exactly these grants appear in an instance; `partitions` are the ids of those that are partitions,
+        in their order. Blocking, but bounded: it looks up files only.
+
+        Raises Unsupported where the driver's libraries or device files are not found, naming them.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Claim(Struct, frozen=True, kw_only=True):
+    """What an instance's grants came to on this node."""
+
+    edits: Edits
+    partitions: tuple[GpuPartition, ...] = ()
+
+
+class Devices(Protocol):
+    """All devices of a node, as the agent sees them."""
+
+    async def inventory(self) -> tuple[GpuDevice, ...]:
+        """Return every device with its health, those that vanished while something held them among them (quarantined)."""
+        ...
+
+    async def claim(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> Claim:
+        """Make ready what the instance was granted: admission check, partitions, sharing daemon. Safe to repeat.
+
+        Raises Unavailable (the device is sick or gone: place it elsewhere), Unsupported (this runtime cannot hand it on, with the
+        reason), Conflict. Nothing is left behind then.
+        """
+        ...
+
+    async def release(self, instance: str) -> None:
+        """Give back all that `claim` made. Safe to repeat; an unknown instance is no error."""
+        ...
+
+    async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
+        """Adopt what a former agent made for these instances and remove what it made for others, half-made partitions too."""
+        ...
+
+    def events(self) -> AsyncIterator[DeviceEvent]:
+        """Yield what befalls the devices for ever. Afterwards `inventory` shows it."""
+        ...
+
+    async def samples(self) -> tuple[GpuSample, ...]:
+        """Return what every device does now; none where that cannot be told in time."""
+        ...
+
+    def offers(self, runtime: RuntimeName) -> str:
+        """Return why `runtime` cannot hand on this node's devices; nothing where it can."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+CDI_DIRECTORY = Path("cdi")
+"""Below the agent's data: the specs that are made here, for people and other tools to read."""
