@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from atoll.control.actions import Decision, WriteLiveness
-from atoll.model.records import Node, NodeHealth, NodeLiveness, Severity
+from atoll.model.records import CELL_PROJECT, Node, NodeHealth, NodeLiveness, Severity
 from atoll.model.units import format_seconds
 
 UNREACHABLE_S = 15.0
@@ -16,8 +16,6 @@ LOST_S = 60.0
 """Silence after which its instances are replaced elsewhere."""
 RETURN_S = 15.0
 """How long a node that was lost and answers again gets nothing new; above the usual grace of a stop."""
-CELL_PROJECT = "default"
-"""Where events about nodes are kept."""
 
 
 class NodeFacts(Struct, frozen=True, kw_only=True):

@@ -131,6 +131,8 @@ class GpuDevice(_Record, frozen=True, kw_only=True):
     remap_pending: bool = False
     """Rows are to be remapped at the next reset."""
     remap_failed: bool = False
+    present: bool = True
+    """False: the driver does not know it any more, and it is listed only since something holds it; `health` is then quarantined."""
     health: GpuHealth = GpuHealth.OK
     reason: str = ""
     """Why it is not `ok`."""

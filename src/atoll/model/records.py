@@ -14,6 +14,8 @@ from atoll.model.states import Desired, Phase
 
 CELL = "main"
 """The cell's name in ids; a fleet has many cells."""
+CELL_PROJECT = "default"
+"""Where events about nodes are kept."""
 
 
 class _Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -167,6 +169,8 @@ class Instance(_Record, frozen=True, kw_only=True):
     drain_until: float | None = None
     reason: str = ""
     """Why it is drained or stopped."""
+    excused: bool = False
+    """What it holds of a device made it go: a job's try that ends so does not count as failed."""
     rejection: Rejection | None = None
 
 

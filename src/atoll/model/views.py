@@ -6,6 +6,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from msgspec import Meta, Struct
 
+from atoll.model.devices import GpuGrant
 from atoll.model.records import (
     App,
     AppStatus,
@@ -60,6 +61,24 @@ class JobView(Struct, frozen=True, kw_only=True):
     revision: int
 
 
+class GpuHolder(Struct, frozen=True, kw_only=True):
+    """What one instance holds of a device."""
+
+    instance: str
+    project: str
+    grant: GpuGrant
+
+
+class GpuHolding(Struct, frozen=True, kw_only=True):
+    """What of one device is given away; the rest is free."""
+
+    device: str
+    milli: int
+    """Thousandths of its compute; of a device in MIG mode, memory slices by `MEMORY_SLICES`."""
+    memory_bytes: int
+    holders: tuple[GpuHolder, ...]
+
+
 class NodeView(Struct, frozen=True, kw_only=True):
     node: Node
     health: NodeHealth = NodeHealth.READY
@@ -69,6 +88,8 @@ class NodeView(Struct, frozen=True, kw_only=True):
     allocated_cpu_milli: int = 0
     allocated_memory_bytes: int = 0
     instances: int = 0
+    gpus: tuple[GpuHolding, ...] = ()
+    """Of the devices that something holds, those that the node does not list any more among them."""
     revision: int
 
 
