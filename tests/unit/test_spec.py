@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 
 from atoll.model import codec
 from atoll.model.errors import Invalid
@@ -101,6 +102,19 @@ def test_a_bad_name_of_a_variable_is_refused() -> None:
         ({"health": {"kind": "http", "port": "admin"}}, "health.port"),
         ({"health": {"interval": 0}}, "health.interval"),
         ({"rollout": {"max_surge": 0}}, "rollout.max_surge"),
+        ({"metrics": {}, "ports": []}, "metrics.port"),
+        ({"metrics": {"port": "admin"}, "ports": [{"port": 80}]}, "metrics.port"),
+        ({"metrics": {"port": "raw"}, "ports": [{"name": "raw", "port": 80, "protocol": "tcp"}]}, "metrics.port"),
+        ({"metrics": {}, "ports": [{"port": 80, "http2": True}]}, "metrics.port"),
+        ({"metrics": {"names": ["ok", "tokens/s"]}, "ports": [{"port": 80}]}, "metrics.names[1]"),
+        ({"metrics": {"names": ["a", "a"]}, "ports": [{"port": 80}]}, "metrics.names"),
+        ({"scale": {"max": 4}}, "scale.metric"),
+        ({"scale": {"max": 4, "metric": "depth"}}, "scale.target"),
+        ({"scale": {"metric": "depth", "target": 8}}, "scale.max"),
+        ({"scale": {"target": 8}}, "scale.max"),
+        ({"scale": {"replicas": 5, "max": 4, "metric": "depth", "target": 8}}, "scale.max"),
+        ({"scale": {"replicas": 0, "max": 4, "metric": "depth", "target": 8}}, "scale.replicas"),
+        ({"scale": {"max": 4, "metric": "depth", "target": 8}}, "scale.metric"),
         ({"volumes": [{"name": "a", "path": "/proc/x"}]}, "volumes[0].path"),
         ({"volumes": [{"name": "a", "path": "/data/../etc"}]}, "volumes[0].path"),
         ({"volumes": [{"name": "a", "path": "/d"}, {"name": "b", "path": "/d"}]}, "volumes"),
@@ -134,3 +148,9 @@ def test_a_deeply_nested_or_huge_file_is_refused() -> None:
         codec.parse_text(b"[" * 200_000, ".json")
     with pytest.raises(Invalid, match="at most"):
         codec.parse_text(b" " * (codec.INPUT_BYTES_MAX + 1), ".toml")
+
+
+def test_an_app_that_scales_by_its_metric_is_taken_with_its_least_and_most() -> None:
+    spec = app(ports=[{"port": 80}], metrics={}, scale={"replicas": 2, "max": 2, "metric": "queue_depth", "target": 0.5})
+    assert spec.scale is not UNSET
+    assert (spec.scale.replicas, spec.scale.max, float(spec.scale.down)) == (2, 2, 60.0)

@@ -6,7 +6,7 @@ import enum
 import secrets
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSample
 from atoll.model.spec import AppSpec, JobSpec, Quota, RuntimeName, Workload
@@ -40,11 +40,25 @@ class App(_Record, frozen=True, kw_only=True):
     release: int
     """The number of the release that should run."""
     replicas: int
+    """As the user says; where the app scales by a metric, the least. 0 stops it."""
     generation: int = 1
     """Raised by `restart`: instances of an older generation are replaced."""
     created_at: float
     updated_at: float
     deleting: bool = False
+
+    @property
+    def most(self) -> int | None:
+        """The most instances that its metric may ask for; None where their number is the user's alone."""
+        scale = self.spec.scale
+        return None if scale is UNSET or scale.max is None or self.replicas == 0 else max(self.replicas, scale.max)
+
+    def wanted(self, status: AppStatus | None) -> int:
+        """Return how many instances there should be: `replicas`, or up to `most` what the metric asks for."""
+        scaled = status.scaled if status is not None else None
+        if self.most is None or scaled is None:
+            return self.replicas
+        return min(self.most, max(self.replicas, scaled))
 
 
 class Release(_Record, frozen=True, kw_only=True):

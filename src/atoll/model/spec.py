@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 import re
+from pathlib import PurePosixPath
 from typing import Annotated, TypeVar
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec.structs import force_setattr
 
 from atoll.model.devices import GpuSharing, GpuVendor
 from atoll.model.errors import Invalid
@@ -29,6 +31,7 @@ Hostname = Annotated[
 ]
 
 REPLICAS_MAX = 100_000
+METRIC_PATTERN = r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,127}$(?!\n)"
 
 
 class Isolation(enum.StrEnum):
@@ -75,7 +78,8 @@ def _default(value: T) -> T:
 class Build(_Spec, frozen=True, kw_only=True):
     """How to make the image from the app's directory, on a Debian base. Same inputs, same digest."""
 
-    base: Annotated[str, Meta(pattern=r"^debian:[a-z]+$(?!\n)")] = "debian:bookworm"
+    base: Annotated[str, Meta(pattern=r"^(debian:[a-z]+|scratch)$(?!\n)")] = "debian:bookworm"
+    """`scratch` is nothing at all: the image has the files and no more, as for a volume or a program that needs no other."""
     apt: tuple[Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9+.-]+$(?!\n)")], ...] = ()
     pip: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9].*$(?!\n)", max_length=256)], ...] = ()
     files: tuple[str, ...] = (".",)
@@ -188,7 +192,7 @@ class Scale(_Spec, frozen=True, kw_only=True):
 
     replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
     max: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] | None = None
-    metric: Annotated[str, Meta(pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,127}$(?!\n)")] | None = None
+    metric: Annotated[str, Meta(pattern=METRIC_PATTERN)] | None = None
     """A metric that the app gives away (`metrics`), such as the depth of its queue."""
     target: Annotated[float, Meta(gt=0)] | None = None
     """As many instances are wanted as make the metric, summed up and divided by them, at most this."""
@@ -329,9 +333,14 @@ class Volume(_Spec, frozen=True, kw_only=True):
 
     name: Name
     path: AbsolutePath
-    read_only: bool = False
+    read_only: bool | None = None
+    """Where it is left out: false, or with `image` true, and so it is stored."""
     image: Annotated[str, Meta(min_length=1, max_length=512)] | None = None
     """Show the files of this image (a model's weights, say), read-only: pulled once per node and shared by all that use it."""
+
+    def __post_init__(self) -> None:
+        if self.read_only is None:
+            force_setattr(self, "read_only", self.image is not None)
 
 
 class Workload(_Spec, frozen=True, kw_only=True):
@@ -430,10 +439,30 @@ def check_workload(spec: Workload) -> None:
             or any(volume.path == p or volume.path.startswith(p + "/") for p in _TARGET_RESERVED)
         ):
             raise Invalid(f"volumes[{index}].path: cannot mount at {volume.path}", field=f"volumes[{index}].path")
+    _check_image_volumes(spec)
     _check_placement(spec)
     both = sorted(set(spec.env) & set(spec.secrets))
     if both:
         raise Invalid(f"secrets: {both[0]} is also set in env", field=f"secrets.{both[0]}")
+
+
+def _check_image_volumes(spec: Workload) -> None:
+    """An image's files cannot be written to, and so nothing can be shown below them either."""
+    paths = [PurePosixPath(volume.path) for volume in spec.volumes]
+    for index, volume in enumerate(spec.volumes):
+        if volume.image is None:
+            continue
+        if not volume.read_only:
+            field = f"volumes[{index}].read_only"
+            raise Invalid(f"{field}: the files of an image are always read-only", field=field, mend="leave read_only out")
+        for other, path in enumerate(paths):
+            if other != index and (path == paths[index] or paths[index] in path.parents):
+                field = f"volumes[{other}].path"
+                raise Invalid(
+                    f"{field}: {volume.path} has the files of the image of volume '{volume.name}', and nothing else can be there",
+                    field=field,
+                    mend="choose another path",
+                )
 
 
 GPU_RUNTIMES = (
@@ -534,6 +563,66 @@ def check_app(spec: AppSpec) -> None:
             raise Invalid("health.interval: must be above 0", field="health.interval")
     if spec.rollout.max_surge == 0 and spec.rollout.max_unavailable == 0:
         raise Invalid("rollout.max_surge: 0 together with max_unavailable 0 could never progress", field="rollout.max_surge")
+    if spec.metrics is not None:
+        _check_metrics(spec, spec.metrics)
+    if spec.scale is not UNSET:
+        _check_scale(spec, spec.scale)
+
+
+def _check_metrics(spec: AppSpec, metrics: Metrics) -> None:
+    port = spec.port_named(metrics.port)
+    if port is None or port.protocol is not PortProtocol.HTTP:
+        raise Invalid(
+            f"metrics.port: no http port {metrics.port or ''}".rstrip(),
+            field="metrics.port",
+            mend="add it to ports with protocol = 'http'",
+        )
+    if port.http2:
+        raise Invalid(
+            f"metrics.port: '{port.name}' speaks HTTP/2 only, and metrics are asked for in HTTP/1.1",
+            field="metrics.port",
+            mend="give the metrics away on an http port of their own, without http2",
+        )
+    for index, name in enumerate(metrics.names):
+        if re.fullmatch(METRIC_PATTERN, name) is None:
+            raise Invalid(
+                f"metrics.names[{index}]: {name[:60]!r} is no metric's name",
+                field=f"metrics.names[{index}]",
+                mend="write it as the app gives it away, without labels: letters, digits, '_' and ':'",
+            )
+    _check_unique(list(metrics.names), "metrics.names", "name")
+
+
+def _check_scale(spec: AppSpec, scale: Scale) -> None:
+    given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
+    missing = [field for field, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        there = ", ".join(field for field in given if field not in missing)
+        raise Invalid(
+            f"{missing[0]}: missing; max, metric and target go together",
+            field=missing[0],
+            mend=f"add it, or leave {there} out for a fixed number of instances",
+        )
+    if scale.max is not None and scale.max < scale.replicas:
+        raise Invalid(
+            f"scale.max: {scale.max} is below scale.replicas, {scale.replicas}",
+            field="scale.max",
+            mend="replicas is the least and max the most that there are",
+        )
+    if scale.replicas == 0:
+        raise Invalid(
+            "scale.replicas: 0 leaves nothing that could be asked for its metric",
+            field="scale.replicas",
+            mend="set 1 or more; 'atoll scale APP 0' stops an app",
+        )
+    if spec.metrics is None:
+        raise Invalid(
+            f"scale.metric: nothing says where '{scale.metric}' comes from",
+            field="scale.metric",
+            mend="add a [metrics] table with the port and path that the app gives its metrics away on",
+        )
 
 
 def check_job(spec: JobSpec) -> None:
