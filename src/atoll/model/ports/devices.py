@@ -42,6 +42,8 @@ class Edits(Struct, frozen=True, kw_only=True):
     """Directories inside that the dynamic linker must search, most wanted first: a runtime makes its cache or path so."""
     links: tuple[tuple[str, str], ...] = ()
     """(path inside, what it points to)."""
+    masked: tuple[str, ...] = ()
+    """Paths below /proc inside that speak of others' devices: the instance finds them empty."""
     devices: tuple[str, ...] = ()
     """The granted devices' names as CDI knows them (`nvidia.com/gpu=GPU-…`), for what wants names instead of edits."""
     pci: tuple[str, ...] = ()
