@@ -12,9 +12,11 @@ import structlog
 from msgspec.structs import replace
 
 from atoll import __version__
+from atoll.model.devices import GpuGrant
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import AssignmentBatch, ControlPlane, StreamRequest
+from atoll.model.ports.devices import Devices
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
@@ -22,6 +24,7 @@ from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired, advance
 from atoll.node.directories import Directories
+from atoll.node.gpus import Gpus
 from atoll.node.health import NetworkProber
 from atoll.node.logs import FileLogs
 from atoll.node.record import Entry, LocalRecord, SqliteRecord
@@ -79,6 +82,7 @@ class Agent:
         logs: Logs | None = None,
         prober: Prober | None = None,
         machine: Machine | None = None,
+        devices: Devices | None = None,
         arch: str | None = None,
     ) -> None:
         self._node = node
@@ -105,6 +109,10 @@ class Agent:
             address=address,
         )
         self._reporter = Reporter(node, control, clock, random)
+        self._gpus: Gpus | None = None
+        if devices is not None:
+            file = self._directories.gpus
+            self._gpus = Gpus(devices, node=node, reporter=self._reporter, clock=clock, holders=self._holders, file=file)
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
         self._reached = asyncio.Event()
@@ -134,6 +142,7 @@ class Agent:
                 prober=self._prober,
                 directories=self._directories,
                 reporter=self._reporter,
+                gpus=self._gpus,
                 peer_digest=self._peer_digest,
             )
             self._vitals = Vitals(self._description, self._tools, self._machine, self.runners)
@@ -146,6 +155,10 @@ class Agent:
                 self._spawn(self._follow(self._follow_streams, "tunnel"))
                 self._spawn(self._vitals.beat())
                 self._spawn(self._vitals.collect())
+                if self._gpus is not None:
+                    self._gpus.announce = self._vitals.register
+                    for work in (self._gpus.recover_later(self._held), self._gpus.listen(), self._gpus.watch()):
+                        self._spawn(work)
         finally:
             for runner in self.runners.values():
                 runner.let_go()
@@ -179,7 +192,9 @@ class Agent:
                 self._runtimes[runtime.name] = runtime
 
     async def _let_go(self, record: LocalRecord) -> None:
-        parts: list[Runtime | Network] = [*self._runtimes.values(), self._network]
+        parts: list[Runtime | Network | Gpus] = [*self._runtimes.values(), self._network]
+        if self._gpus is not None:
+            parts.append(self._gpus)
         for part in parts:
             try:
                 async with asyncio.timeout(CLOSE_S):
@@ -270,6 +285,18 @@ class Agent:
             if same and state.image_digest is not None and not state.removed:
                 return state.image_digest
         return None
+
+    def _held(self) -> dict[str, tuple[GpuGrant, ...]]:
+        instances = [runner.assignment.instance for runner in self.runners.values()]
+        return {instance.id: instance.gpus for instance in instances if instance.gpus}
+
+    def _holders(self, device: str) -> list[Instance]:
+        found = []
+        for runner in self.runners.values():
+            held = {grant.device for grant in runner.assignment.instance.gpus}
+            if not runner.state.phase.final and (device in held or (held and not device)):
+                found.append(runner.assignment.instance)
+        return found
 
     def _assign(self, assignment: Assignment) -> None:
         runner = self.runners.get(assignment.instance.id)

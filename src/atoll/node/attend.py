@@ -60,8 +60,9 @@ async def probe_once(tools: Tools, runtime: Runtime | None, id: str, workload: W
         return f"the check could not be made: {error}"
 
 
-async def remove(tools: Tools, runtime: Runtime | None, id: str, *, all: bool) -> None:
-    """Remove root, cgroup and processes, with `all` the link and pipes too. There is no last try: a leak is never accepted."""
+async def remove(tools: Tools, runtime: Runtime | None, id: str, *, all: bool, holds: bool = False) -> None:
+    """Remove root, cgroup and processes, with `all` the link and pipes too, and where it `holds` any its devices. There is no
+    last try: a leak is never accepted."""
     failures = 0
     while True:
         try:
@@ -73,6 +74,8 @@ async def remove(tools: Tools, runtime: Runtime | None, id: str, *, all: bool) -
             if all:
                 tools.logs.close(id)
                 tools.directories.remove_instance(id)
+                if holds and tools.gpus is not None:
+                    await tools.gpus.release(id)
             return
         except (AtollError, TimeoutError, OSError) as error:
             log.warning("removal failed, trying again", instance=id, error=str(error) or "timed out", failures=failures)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll.model.errors import Invalid
+from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Box, Limits, Mount
@@ -75,6 +76,7 @@ def compose(
     link: Link | None,
     secrets: Mapping[str, str],
     mounts: Sequence[Mount],
+    devices: Edits = Edits(),
     stdout: Path,
     stderr: Path,
 ) -> Box:
@@ -97,6 +99,7 @@ def compose(
             pids=resources.pids,
         ),
         mounts=tuple(mounts),
+        devices=devices,
         read_only_root=workload.read_only_root,
         netns=link.netns if link else None,
         resolv_conf=link.resolv_conf if link else None,

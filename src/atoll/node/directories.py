@@ -28,6 +28,11 @@ class Directories:
     def record(self) -> Path:
         return self.data / "record.db"
 
+    @property
+    def gpus(self) -> Path:
+        """The devices as they were last known."""
+        return self.data / "gpus.json"
+
     def make(self) -> None:
         for path in (self.data, self.instances, self.volumes, self.logs):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -207,6 +207,8 @@ class FakeMachine:
     def __init__(self, *, cpu_milli: int = 4_000, memory_bytes: int = 8 << 30, disk_bytes: int = 100 << 30) -> None:
         self._capacity = Capacity(cpu_milli=cpu_milli, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
         self.disk_used_fraction = 0.1
+        self.processes: dict[int, str] = {}
+        """Process → its control group."""
 
     def capacity(self) -> Capacity:
         return self._capacity
@@ -216,6 +218,9 @@ class FakeMachine:
 
     def disk_used(self) -> float:
         return self.disk_used_fraction
+
+    def groups(self, pid: int) -> Sequence[str]:
+        return (self.processes[pid],) if pid in self.processes else ()
 
 
 class FakeProber:

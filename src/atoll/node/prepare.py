@@ -1,4 +1,4 @@
-"""Everything that must be there before a process can start: image, link, pipes, volumes, secrets side by side; then the root."""
+"""Everything that must be there before a process can start: image, link, secrets, GPUs side by side; then the root."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 
 from atoll.model.errors import AtollError, Invalid, Retry, Unavailable, Unsupported
+from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image, PullProgress
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Runtime
@@ -78,11 +79,13 @@ class Preparation:
         if runtime is None:
             wanted = instance.runtime or " or ".join(workload.runtimes)
             raise Unsupported(f"this node cannot run {wanted}", mend="run `atoll doctor` on it")
+        self._check_devices()
         stdout, stderr = self._tools.logs.open(instance.project, instance.id)
-        image, link, secrets = await _together(
+        image, link, secrets, devices = await _together(
             self._image(),
             self._tools.network.attach(instance.id, project=instance.project, ports=ports_of(workload)),
             self._fetch_secrets(),
+            self._claim(runtime),
         )
         box = compose(
             self._assignment,
@@ -92,11 +95,31 @@ class Preparation:
             link=link,
             secrets=secrets,
             mounts=self._tools.directories.make_volumes(self._assignment),
+            devices=devices,
             stdout=stdout,
             stderr=stderr,
         )
         await runtime.create(box)
         return Prepared(image_digest=image.digest, address=link.address, stop_signal=stop_signal_of(image))
+
+    def _check_devices(self) -> None:
+        """Refuse what cannot have its devices, before an image is fetched for it."""
+        instance, gpu = self._assignment.instance, self._assignment.workload.resources.gpu
+        if gpu is not None and not instance.gpus:
+            raise Invalid(
+                "resources.gpu: the instance came to this node without a device of it, and is not started without one",
+                field="resources.gpu",
+                mend="use a server of the agent's version",
+            )
+        if instance.gpus and self._tools.gpus is None:
+            names = ", ".join(grant.device for grant in instance.gpus)
+            raise Unsupported(f"this node has no GPU any more; the instance was given {names}", mend="run `atoll doctor` on it")
+
+    async def _claim(self, runtime: Runtime) -> Edits:
+        instance, gpu = self._assignment.instance, self._assignment.workload.resources.gpu
+        if not instance.gpus or gpu is None or self._tools.gpus is None:
+            return Edits()
+        return await self._tools.gpus.claim(instance, gpu, runtime.name)
 
     async def _image(self) -> Image:
         reference = self._assignment.workload.image
@@ -136,15 +159,18 @@ class Preparation:
 
 
 async def _together(
-    image: Coroutine[Any, Any, Image], link: Coroutine[Any, Any, Link], secrets: Coroutine[Any, Any, dict[str, str]]
-) -> tuple[Image, Link, dict[str, str]]:
-    """Await all three at once; the first failure cancels the others and is raised as it is."""
+    image: Coroutine[Any, Any, Image],
+    link: Coroutine[Any, Any, Link],
+    secrets: Coroutine[Any, Any, dict[str, str]],
+    devices: Coroutine[Any, Any, Edits],
+) -> tuple[Image, Link, dict[str, str], Edits]:
+    """Await all at once; the first failure cancels the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = group.create_task(image), group.create_task(link), group.create_task(secrets)
+            tasks = group.create_task(image), group.create_task(link), group.create_task(secrets), group.create_task(devices)
     except BaseExceptionGroup as errors:
         failure: BaseException = errors
         while isinstance(failure, BaseExceptionGroup):
             failure = failure.exceptions[0]
         raise failure from None
-    return tasks[0].result(), tasks[1].result(), tasks[2].result()
+    return tasks[0].result(), tasks[1].result(), tasks[2].result(), tasks[3].result()

@@ -36,6 +36,11 @@ async def recover(entries: Sequence[Entry], tools: Tools, choose: random.Random)
             else:
                 log.warning("removing an instance that is not recorded", instance=each.id, runtime=runtime.name)
                 await _persist(lambda id=each.id, runtime=runtime: runtime.delete(id), f"delete {each.id}", choose)  # type: ignore[misc]
+    if tools.gpus is not None:
+        # After the runtimes: what was not recorded has ended now, and lets go of its devices.
+        await tools.gpus.recover(
+            {id: entry.assignment.instance.gpus for id, entry in known.items() if entry.assignment.instance.gpus}
+        )
     keep = [id for id, entry in known.items() if not entry.state.phase.final]
     await _persist(lambda: tools.network.recover(keep), "network recover", choose, settled=bool(known))
     for id in tools.directories.strangers(known):

@@ -287,6 +287,9 @@ class Runner:
     async def _watch(self) -> None:
         exit = await await_exit(self.runtime, self.id)
         self._tools.logs.drain(self.id)
+        by_itself = self.state.phase is not Phase.STOPPING and (exit is None or exit.code != 0)
+        if self.assignment.instance.gpus and self._tools.gpus is not None and by_itself:
+            await self._tools.gpus.examine_for(self.id)
         self.handle(Ended(exit))
 
     async def _probe(self, run: int) -> None:
@@ -299,7 +302,7 @@ class Runner:
                 task.cancel()
         if all:
             self._tools.logs.drain(self.id)
-        await remove(self._tools, self.runtime, self.id, all=all)
+        await remove(self._tools, self.runtime, self.id, all=all, holds=bool(self.assignment.instance.gpus))
 
     def _erase(self) -> None:
         self.let_go()

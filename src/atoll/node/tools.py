@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from atoll.model.records import Capacity, Instance
 from atoll.model.spec import Health, RuntimeName
 from atoll.model.streams import LogLine, LogOptions
 from atoll.node.directories import Directories
+from atoll.node.gpus import Gpus
 from atoll.node.record import LocalRecord
 from atoll.node.report import Reporter
 
@@ -82,6 +83,10 @@ class Machine(Protocol):
         """Return how full the disk with the agent's data is, 0 to 1."""
         ...
 
+    def groups(self, pid: int) -> Sequence[str]:
+        """Return the names of the control groups that a process is in, outermost first; none for one that is gone."""
+        ...
+
 
 @dataclass(frozen=True)
 class Tools:
@@ -97,6 +102,8 @@ class Tools:
     prober: Prober
     directories: Directories
     reporter: Reporter
+    gpus: Gpus | None = None
+    """None on a node without any."""
     peer_digest: Callable[[Instance], str | None] = lambda instance: None
     """The digest of the image that another instance of the same release has here."""
     launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES_MAX))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from atoll.model.records import Capacity
@@ -48,6 +49,15 @@ class LinuxMachine:
     def disk_used(self) -> float:
         disk = self._disk()
         return 1 - disk.free / disk.total if disk.total else 0.0
+
+    def groups(self, pid: int) -> Sequence[str]:
+        try:
+            lines = (self._proc / str(pid) / "cgroup").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError):
+            return ()
+        # Each line is `number:controllers:/path` (cgroups(7)); of v1 there is one per hierarchy.
+        paths = [line.split(":", 2)[-1] for line in lines]
+        return tuple(dict.fromkeys(name for path in paths for name in path.split("/") if name))
 
     def _memory_limit_bytes(self) -> int:
         """The limit of the control group that is the root of what the agent sees (v2, v1), as in a container or a slice."""

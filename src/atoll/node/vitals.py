@@ -9,8 +9,10 @@ from collections.abc import Mapping
 import structlog
 from msgspec.structs import replace
 
+from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
 from atoll.model.records import Heartbeat, Node, Usage
+from atoll.node.gpu_usage import owners_of, usage_of
 from atoll.node.runner import Runner
 from atoll.node.tools import Machine, Tools
 
@@ -40,14 +42,19 @@ class Vitals:
     async def register(self) -> None:
         """Tell the control plane what this node is. Safe to repeat."""
         tools = self._tools
+        devices: tuple[GpuDevice, ...] = ()
+        if tools.gpus is not None:
+            devices = tools.gpus.known if tools.gpus.announced is not None else await tools.gpus.look()
         node = replace(
             self._node,
-            capacity=self._machine.capacity(),
+            capacity=replace(self._machine.capacity(), gpus=devices),
             runtimes=tuple(tools.runtimes),
             registered_at=tools.clock.now(),
         )
         async with asyncio.timeout(CALL_S):
             await tools.control.register_node(node)
+        if tools.gpus is not None:
+            tools.gpus.announced = devices
         tools.reporter.unknown_node.clear()
         self._registered.set()  # a heartbeat follows at once, so that a node is known to be alive
 
@@ -69,22 +76,29 @@ class Vitals:
 
     async def _beat_once(self) -> None:
         cpu_milli, memory_bytes = self._machine.sample()
-        usage = await self._usage()
+        gpus = await self._tools.gpus.samples() if self._tools.gpus is not None else ()
+        usage = await self._usage(gpus)
         at = self._tools.clock.now()
-        heartbeat = Heartbeat(node=self._node.name, at=at, cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage)
+        heartbeat = Heartbeat(node=self._node.name, at=at, cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage, gpus=gpus)
         async with asyncio.timeout(CALL_S):
             await self._tools.control.heartbeat(heartbeat)
 
-    async def _usage(self) -> tuple[Usage, ...]:
+    async def _usage(self, samples: tuple[GpuSample, ...]) -> tuple[Usage, ...]:
         found = []
+        owners = owners_of(samples, self._runners, self._machine.groups)
         for runner in list(self._runners.values()):
             if runner.runtime is None or runner.state.pid is None:
                 continue
             try:
                 async with asyncio.timeout(USAGE_S):
-                    found.append(await runner.runtime.usage(runner.id))
+                    used = await runner.runtime.usage(runner.id)
             except (AtollError, TimeoutError) as error:
                 log.debug("no usage", instance=runner.id, error=str(error))
+                continue
+            if grants := runner.assignment.instance.gpus:
+                milli, memory_bytes = usage_of(runner.id, grants, samples, owners)
+                used = replace(used, gpu_milli=milli, gpu_memory_bytes=memory_bytes)
+            found.append(used)
         return tuple(found)
 
     async def collect(self) -> None:
