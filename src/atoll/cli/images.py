@@ -5,12 +5,16 @@ from __future__ import annotations
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from atoll.cli.session import Session, command, group
 from atoll.cli.untar import unpack
 from atoll.model.errors import ImageError, NotFound
+
+if TYPE_CHECKING:
+    from atoll.model.spec import Workload
 
 
 @command(example="atoll build examples/hello\natoll build --refresh   # with the packages of today")
@@ -19,12 +23,16 @@ from atoll.model.errors import ImageError, NotFound
     "--file", "-f", "file", type=click.Path(path_type=Path), help="The spec: TOML, JSON or YAML.  [default: DIR/atoll.toml]"
 )
 @click.option("--name", metavar="NAME", help="The app's name; else the spec's.")
+@click.option("--tag", metavar="TAG", help="Its tag in the registry.  [default: the beginning of its digest]")
 @click.option("--refresh", is_flag=True, help="Fetch packages anew, even if nothing has changed here.")
 @click.option("--no-push", is_flag=True, help="Only build; needs no server.")
 async def build(
-    session: Session, directory: Path | None, file: Path | None, name: str | None, refresh: bool, no_push: bool
+    session: Session, directory: Path | None, file: Path | None, name: str | None, tag: str | None, refresh: bool, no_push: bool
 ) -> None:
-    """Build an app's image and push it to the cell's registry; print its reference, for `atoll deploy --image`."""
+    """Build an app's image and push it to the cell's registry; print its reference, for `atoll deploy --image`.
+
+    An image of nothing but files (base = "scratch"), such as a model's weights, is shown by an app as a volume.
+    """
     from atoll.cli import spec_file
     from atoll.cli.building import build_image, push_image
     from atoll.cli.deploy import spec_of
@@ -40,7 +48,7 @@ async def build(
         async with session.client() as client:
             await client.info()
     built = await build_image(session, spec, directory or path.parent, refresh=refresh)
-    image = None if no_push else await push_image(session, built.layout, built.digest, spec.project, spec.name)
+    image = None if no_push else await push_image(session, built.layout, built.digest, spec.project, spec.name, tag=tag)
     if session.json:
         session.output.json(
             {
@@ -102,10 +110,13 @@ async def list_images(session: Session) -> None:
         apps = await client.apps(session.project)
         jobs = await client.jobs(session.project)
     used: dict[str, list[str]] = {}
-    for view in apps:
-        used.setdefault(view.app.spec.image or "–", []).append(view.app.name)
-    for job in jobs:
-        used.setdefault(job.job.spec.image or "–", []).append(f"job {job.job.name}")
+    specs: list[tuple[str, Workload]] = [(view.app.name, view.app.spec) for view in apps]
+    specs += [(f"job {view.job.name}", view.job.spec) for view in jobs]
+    for name, spec in specs:
+        used.setdefault(spec.image or "–", []).append(name)
+        for volume in spec.volumes:
+            if volume.image is not None:
+                used.setdefault(volume.image, []).append(f"{name} (volume {volume.name})")
     if session.json:
         session.output.json([{"image": image, "used_by": by} for image, by in sorted(used.items())])
         return

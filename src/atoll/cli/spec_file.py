@@ -62,10 +62,12 @@ def _check_image(spec: Workload) -> None:
     from atoll.images.reference import parse as parse_reference
     from atoll.model.errors import ImageError
 
-    try:
-        parse_reference(spec.image or "x", default_registry="registry.invalid")
-    except ImageError as error:
-        raise Invalid(f"image: {error}", field="image", mend=error.mend) from None
+    images = {"image": spec.image} | {f"volumes[{index}].image": volume.image for index, volume in enumerate(spec.volumes)}
+    for field, image in images.items():
+        try:
+            parse_reference(image or "x", default_registry="registry.invalid")
+        except ImageError as error:
+            raise Invalid(f"{field}: {error}", field=field, mend=error.mend) from None
 
 
 def _mend(error: Invalid, data: dict[str, Any], kind: type[Workload]) -> str:

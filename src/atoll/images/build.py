@@ -1,4 +1,4 @@
-"""Building an image without Docker: a Debian base with apt's packages, a layer of pip's, a layer of the app's files.
+"""Building an image without Docker: a Debian base with apt's packages (or none), a layer of pip's, a layer of the app's files.
 
 Each layer is made anew only when what goes into it has changed, and the same input gives the same digest.
 """
@@ -27,6 +27,8 @@ from atoll.model.spec import Build
 
 BUILDER = 1
 """Raised when the same input gives another layer than before."""
+SCRATCH = "scratch"
+"""The base that is no base."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -64,16 +66,25 @@ async def build(directory: Path, spec: Build, *, cache: Path, progress: Progress
         raise Unsupported("building an image needs root: Debian's packages are installed as root", mend="run it with sudo")
     if ".." in Path(spec.workdir).parts:
         raise Invalid(f"build.workdir: {spec.workdir} has '..'", field="build.workdir", mend="write the path itself")
+    for name, packages in (("apt", spec.apt), ("pip", spec.pip)):
+        if spec.base == SCRATCH and packages:
+            raise Invalid(
+                f"build.{name}: packages need a system below them, and base is '{SCRATCH}'",
+                field=f"build.{name}",
+                mend="leave base out, or the packages",
+            )
     steps = StepCache(cache)
     work = _Build(steps, spec, progress or (lambda _: None), refresh)
     started = time.monotonic()
     try:
         files = await in_thread(lambda: list_files(directory, spec))
         async with steps.locked():
-            base = await work.base()
-            layers = [base.layer]
-            if spec.pip:
-                layers.append((await work.pip(base)).layer)
+            layers = []
+            if spec.base != SCRATCH:
+                base = await work.base()
+                layers.append(base.layer)
+                if spec.pip:
+                    layers.append((await work.pip(base)).layer)
             layers.append((await work.files(files)).layer)
             resolved = steps.layout.put_image(layers, _config(spec), created=CREATED, comment=tuple(work.comments))
             steps.prune()
@@ -161,7 +172,7 @@ class _Build:
 
 
 def _config(spec: Build) -> ImageConfig:
-    env = {"PATH": PATH, "LANG": "C.UTF-8", **spec.env}
+    env = {**({"PATH": PATH, "LANG": "C.UTF-8"} if spec.base != SCRATCH else {}), **spec.env}
     return ImageConfig(
         command=spec.command,
         env=tuple(f"{name}={value}" for name, value in env.items()),

@@ -5,6 +5,7 @@ records/HEX.json   one per image that is ready, by its manifest's digest
 blobs/HEX          layers that have been fetched and verified but belong to no record yet
 partial/HEX        beginnings of blobs, which a repeated pull continues
 layers/HEX         unpacked layers by diff id; `c-HEX` by chain id where a layer depends on those below it
+trees/HEX          layers of an image that is a volume as one directory, by its manifest's digest: hard links, no copies
 making/  trash/    what is being made, what is being removed; both emptied on start
 ```
 """
@@ -27,6 +28,7 @@ import structlog
 from msgspec import Struct
 
 from atoll.images.beneath import open_beneath, sync_filesystem
+from atoll.images.merged import merge
 from atoll.model.ports.images import Image, ImageConfig
 
 log = structlog.get_logger()
@@ -59,7 +61,8 @@ class Disk:
         self._layers = directory / "layers"
         self._making = directory / "making"
         self._trash = directory / "trash"
-        for part in (self._records, self._blobs, self._partial, self._layers, self._making, self._trash):
+        self._trees = directory / "trees"
+        for part in (self._records, self._blobs, self._partial, self._layers, self._trees, self._making, self._trash):
             part.mkdir(mode=0o700, exist_ok=True)
         spread_below(self._making)
 
@@ -69,6 +72,7 @@ class Disk:
             _remove(path)
         records = [record for path in sorted(self._records.iterdir()) if (record := self._read(path))]
         self.move_unused({name for record in records for name in record.layers}, None)
+        self.move_trees(record.digest for record in records)
         self.empty_trash()
         return records
 
@@ -85,6 +89,9 @@ class Disk:
 
     def layer(self, name: str) -> Path:
         return self._layers / name
+
+    def tree(self, digest: str) -> Path:
+        return self._trees / hex_of(digest)
 
     def blob(self, digest: str) -> Path:
         return self._blobs / hex_of(digest)
@@ -105,6 +112,15 @@ class Disk:
         if self.layer(name).exists():
             return
         made.rename(self.layer(name))
+
+    def make_tree(self, layers: Sequence[Path], digest: str) -> None:
+        """Make the layers one directory at `tree(digest)`. Blocks for long: call it in a thread. Raises OSError."""
+        made = self.new_path()
+        try:
+            merge(layers, made)
+            made.rename(self.tree(digest))
+        finally:
+            self.release_path(made)
 
     def drop_blobs(self, digests: Iterable[str]) -> None:
         for digest in digests:
@@ -137,6 +153,10 @@ class Disk:
             names = {hex_of(digest) for digest in blobs}
             _move_others(self._blobs, names, self._trash)
             _move_others(self._partial, names, self._trash)
+
+    def move_trees(self, keep: Iterable[str]) -> None:
+        """Move the trees of all images but those with the digests `keep` to the trash."""
+        _move_others(self._trees, {hex_of(digest) for digest in keep}, self._trash)
 
     def empty_trash(self) -> int:
         """Remove what lies in the trash and return the bytes that this freed. Blocks for long: call it in a thread."""

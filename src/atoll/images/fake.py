@@ -13,6 +13,8 @@ from atoll.model.errors import AtollError, ImageError
 from atoll.model.ports.images import Image, ImageConfig, PullProgress
 
 FAKE_IMAGE_BYTES = 40 << 20
+TREES = Path("/fake/trees")
+"""Where the files of fake images are said to be. Nothing is there."""
 
 
 class FakeImages:
@@ -104,6 +106,9 @@ class FakeImages:
         digest = reference.rpartition("@")[2]
         by_digest = (replace(image, reference=reference) for image in self._ready.values() if image.digest == digest)
         return self._ready.get(reference) or next(by_digest, None)
+
+    async def tree(self, image: Image) -> Path:
+        return image.layers[0] if len(image.layers) == 1 else TREES / image.digest.removeprefix("sha256:")
 
     async def collect(self, keep: Sequence[str]) -> int:
         gone = {reference: image for reference, image in self._ready.items() if image.digest not in set(keep)}

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -66,6 +67,7 @@ class ImageStore:
         self._layers = Layers(self._disk, unpacked_bytes_max=unpacked_bytes_max)
         self._handed_out: dict[str, float] = {}
         self._pulls: dict[str, _Pull] = {}
+        self._trees: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         for record in self._disk.recover():
             self._admit(record)
 
@@ -112,6 +114,19 @@ class ImageStore:
         finally:
             self._disk.release_path(path)
 
+    async def tree(self, image: Image) -> Path:
+        if len(image.layers) == 1:
+            return image.layers[0]
+        path = self._disk.tree(image.digest)
+        async with self._trees.setdefault(image.digest, asyncio.Lock()):
+            if not path.exists():
+                with self._layers.relied_on([image.digest, *(layer.name for layer in image.layers)]):
+                    try:
+                        await in_thread(lambda: self._disk.make_tree(image.layers, image.digest))
+                    except OSError as error:
+                        raise from_os_error(error, f"cannot show the files of image {image.reference}") from None
+        return path
+
     async def collect(self, keep: Sequence[str]) -> int:
         now = self._monotonic()
         kept = {*keep, *self._layers.busy, *(digest for digest, at in self._handed_out.items() if now - at < self._hold_s)}
@@ -126,6 +141,7 @@ class ImageStore:
         self._layers.forget_others(layers)
         # what is renamed here, without waiting, no pull can have begun to rely on
         self._disk.move_unused(layers | self._layers.busy, self._layers.busy)
+        self._disk.move_trees(self._records)
         return await in_thread(self._disk.empty_trash)
 
     async def _shared(self, reference: str, source: Source, progress: Progress | None) -> Image:

@@ -43,7 +43,10 @@ def demand_of(spec: Workload) -> Demand:
 
 
 def holds_volumes(spec: Workload) -> bool:
-    """Return whether instances are bound to the nodes that hold the app's volumes. A job starts anew wherever there is room."""
+    """Return whether instances are bound to the nodes that hold the app's volumes. A job starts anew wherever there is room.
+
+    Volumes that show an image are read-only: every node can have them.
+    """
     return isinstance(spec, AppSpec) and spec.placement.follow_volumes and any(not volume.read_only for volume in spec.volumes)
 
 

@@ -14,9 +14,10 @@ from atoll.api.registry.names import RegistryError, blob_unknown, check_reposito
 from atoll.api.registry.repositories import Repositories, parse_manifest
 from atoll.api.service import Caller, Need, Service, authorize
 from atoll.api.service.projects import require_project
-from atoll.api.service.workloads import CELL_REGISTRY
+from atoll.api.service.workloads import pinned_digests
 from atoll.model.errors import Forbidden, NotFound
 from atoll.model.records import App, Job, Release
+from atoll.model.spec import Workload
 
 COLLECT_S = 3_600.0
 
@@ -112,7 +113,7 @@ class Registry:
     def _pinned(self) -> set[str]:
         """Return the digests of the cell's own images that releases, apps and jobs name."""
         state = self._service.context.state
-        images = [held.record.spec.image or "" for held in state.records(Release).values()]
-        images += [held.record.spec.image or "" for held in state.records(App).values()]
-        images += [held.record.spec.image or "" for held in state.records(Job).values()]
-        return {image.rpartition("@")[2] for image in images if image.startswith(CELL_REGISTRY) and "@" in image}
+        specs: list[Workload] = [held.record.spec for held in state.records(Release).values()]
+        specs += [held.record.spec for held in state.records(App).values()]
+        specs += [held.record.spec for held in state.records(Job).values()]
+        return set().union(*(pinned_digests(spec) for spec in specs))

@@ -71,7 +71,7 @@ class Apps:
             check_match(held, if_match, f"app '{spec.name}'")
             claims.check_hosts(self._context, spec)
             check_secrets(self._context, spec)
-            pinned = replace(spec, image=pin(self._context, caller, spec))
+            pinned = pin(self._context, caller, spec)
             return self._create(caller, pinned) if held is None else self._change(caller, held, pinned)
 
         return await self._context.write(AppView, build, request)

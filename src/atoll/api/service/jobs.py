@@ -51,7 +51,7 @@ class Jobs:
                 mend = "try again in a moment, or use another name"
                 raise Conflict(f"instances of an earlier job '{spec.name}' are still being removed", field="name", mend=mend)
             check_secrets(self._context, spec)
-            pinned = replace(spec, image=pin(self._context, caller, spec))
+            pinned = pin(self._context, caller, spec)
             job = Job(project=spec.project, name=spec.name, spec=pinned, created_at=self._context.clock.now())
             key = keys.job(job.project, job.name)
             # The status of an earlier job of this name would be taken for the new one's.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import TypeVar
+
+from msgspec.structs import replace
 
 from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
@@ -11,6 +14,7 @@ from atoll.model.records import Secret
 from atoll.model.spec import Workload
 from atoll.scheduling.constraints import problem
 
+W = TypeVar("W", bound=Workload)
 CELL_REGISTRY = "cell.internal/"
 _REFERENCE = re.compile(
     r"(?P<repository>[a-z0-9][a-z0-9._/-]{0,200})"
@@ -35,28 +39,42 @@ def check_constraints(spec: Workload) -> None:
             raise Invalid(f"{field}: {wrong.message}", field=field, mend=wrong.mend or None)
 
 
-def pin(context: Context, caller: Caller, spec: Workload) -> str | None:
-    """Return the image's reference; one to the cell's own registry names its digest, so that a release never changes.
+def pin(context: Context, caller: Caller, spec: W) -> W:
+    """Return the spec with its images, those of its volumes too, named by digest where they are in the cell's own registry, so
+    that a release never changes.
 
-    Raises ImageError when it is not there, Forbidden for another project's image that `caller` may not see.
+    Raises ImageError when one is not there, Forbidden for another project's image that `caller` may not see.
     """
-    reference = spec.image
+    volumes = tuple(
+        replace(volume, image=_pinned(context, caller, spec, volume.image, f"volumes[{index}].image"))
+        for index, volume in enumerate(spec.volumes)
+    )
+    return replace(spec, image=_pinned(context, caller, spec, spec.image, "image"), volumes=volumes)
+
+
+def _pinned(context: Context, caller: Caller, spec: Workload, reference: str | None, field: str) -> str | None:
     if reference is None or not reference.startswith(CELL_REGISTRY):
         return reference
     match = _REFERENCE.fullmatch(reference.removeprefix(CELL_REGISTRY))
     if match is None or "/" not in match["repository"]:
-        raise Invalid(f"image: {reference!r} is not {CELL_REGISTRY}PROJECT/NAME[:TAG][@DIGEST]", field="image")
+        raise Invalid(f"{field}: {reference!r} is not {CELL_REGISTRY}PROJECT/NAME[:TAG][@DIGEST]", field=field)
     project = match["repository"].split("/", 1)[0]
     if project != spec.project and not caller.sees(project):
-        raise Forbidden(f"image: {reference} is another project's", field="image")
+        raise Forbidden(f"{field}: {reference} is another project's", field=field)
     if match["digest"]:
         return reference
     tag = match["tag"] or "latest"
     digest = context.images.digest_of(match["repository"], tag) if context.images else None
     if digest is None:
-        mend = "push it first, e.g. with 'atoll deploy'"
-        raise ImageError(f"image: {reference} is not in the cell's registry", field="image", mend=mend)
+        mend = "push it first, e.g. with 'atoll deploy'" if field == "image" else "push it first, with 'atoll build --tag TAG'"
+        raise ImageError(f"{field}: {reference} is not in the cell's registry", field=field, mend=mend)
     return f"{CELL_REGISTRY}{match['repository']}:{tag}@{digest}"
+
+
+def pinned_digests(spec: Workload) -> set[str]:
+    """Return the digests of the cell's own images that the spec names."""
+    images = [spec.image or "", *(volume.image or "" for volume in spec.volumes)]
+    return {image.rpartition("@")[2] for image in images if image.startswith(CELL_REGISTRY) and "@" in image}
 
 
 def check_secrets(context: Context, spec: Workload) -> None:

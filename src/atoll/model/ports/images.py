@@ -68,6 +68,14 @@ class Images(Protocol):
         """Return the image if it is ready here, without any network."""
         ...
 
+    async def tree(self, image: Image) -> Path:
+        """Return a directory that holds all files of `image`, for showing them (read-only!) in any number of places.
+
+        It is the same one for all who ask, and is there as long as the image is kept. Its files share disk and page cache
+        with the image's layers. Safe to repeat. Raises ImageError, Exhausted.
+        """
+        ...
+
     async def collect(self, keep: Sequence[str]) -> int:
         """Remove images whose digest is not in `keep` and that no one holds; return the bytes freed."""
         ...
