@@ -96,7 +96,8 @@ class DeviceState(Struct, frozen=True, kw_only=True):
 
     def device(self) -> GpuDevice:
         """Return the device as it is to be offered, with its health."""
-        return replace(self.seen, health=self.health, reason=self.reason)
+        present, answers = self.ill(Cause.GONE) is None, self.ill(Cause.SILENT) is None
+        return replace(self.seen, health=self.health, reason=self.reason, present=present, answers=answers)
 
     @property
     def due(self) -> float | None:

@@ -133,6 +133,8 @@ class GpuDevice(_Record, frozen=True, kw_only=True):
     remap_failed: bool = False
     present: bool = True
     """False: the driver does not know it any more, and it is listed only since something holds it; `health` is then quarantined."""
+    answers: bool = True
+    """False: its driver is silent, and until it answers nothing is known. It is quarantined, but what runs on it is left alone."""
     health: GpuHealth = GpuHealth.OK
     reason: str = ""
     """Why it is not `ok`."""

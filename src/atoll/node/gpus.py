@@ -37,7 +37,7 @@ RECOVER_PAUSE_S = 5.0
 SAMPLES_S = 2.0
 ENDED_LOOK_S = 3.0
 """How long the word on an end waits for a look at the devices."""
-REPEAT_S = 60.0
+REPEAT_S = 10.0
 """The same trouble of the same device is told at most so often."""
 TOLD_MAX = 1_000
 
