@@ -102,6 +102,8 @@ class AppStatus(_Record, frozen=True, kw_only=True):
     """The last release that was fully rolled out."""
     homes: tuple[str, ...] = ()
     """Nodes that hold the app's host-local volumes, those in use first; as many as replicas are wanted."""
+    scaled: int | None = None
+    """How many instances the app's metric asks for; None where it does not scale by one."""
 
 
 class Job(_Record, frozen=True, kw_only=True):

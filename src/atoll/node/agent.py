@@ -27,12 +27,13 @@ from atoll.node.directories import Directories
 from atoll.node.gpus import Gpus
 from atoll.node.health import NetworkProber
 from atoll.node.logs import FileLogs
+from atoll.node.metrics import NetworkScraper
 from atoll.node.record import Entry, LocalRecord, SqliteRecord
 from atoll.node.recovery import recover
 from atoll.node.report import RETRY_MAX_S, Reporter, retry_delay
 from atoll.node.runner import Runner, new_entry
 from atoll.node.streams import serve_stream
-from atoll.node.tools import Logs, Machine, Prober, Tools
+from atoll.node.tools import Logs, Machine, Prober, Scraper, Tools
 from atoll.node.transitions import Removed, Wanted
 from atoll.node.usage import LinuxMachine, architecture
 from atoll.node.vitals import Vitals
@@ -81,6 +82,7 @@ class Agent:
         record: LocalRecord | None = None,
         logs: Logs | None = None,
         prober: Prober | None = None,
+        scraper: Scraper | None = None,
         machine: Machine | None = None,
         devices: Devices | None = None,
         arch: str | None = None,
@@ -96,6 +98,7 @@ class Agent:
         self._record = record
         self._logs = logs or FileLogs(self._directories, clock)
         self._prober = prober or NetworkProber()
+        self._scraper = scraper or NetworkScraper()
         self._machine = machine or LinuxMachine(data)
         self._description = Node(
             name=node,
@@ -140,6 +143,7 @@ class Agent:
                 record=record,
                 logs=self._logs,
                 prober=self._prober,
+                scraper=self._scraper,
                 directories=self._directories,
                 reporter=self._reporter,
                 gpus=self._gpus,
@@ -275,15 +279,16 @@ class Agent:
                 if not runner.state.removed:
                     runner.report()
 
-    def _peer_digest(self, instance: Instance) -> str | None:
+    def _peer_digest(self, instance: Instance, volume: str | None) -> str | None:
         if instance.owner_kind is not OwnerKind.APP:
             return None  # a job of the same name may be another
         release = (instance.owner_kind, instance.project, instance.owner, instance.release)
         for runner in self.runners.values():
             other, state = runner.assignment.instance, runner.state
             same = (other.owner_kind, other.project, other.owner, other.release) == release
-            if same and state.image_digest is not None and not state.removed:
-                return state.image_digest
+            digest = state.image_digest if volume is None else state.volume_digests.get(volume)
+            if same and digest is not None and not state.removed:
+                return digest
         return None
 
     def _held(self) -> dict[str, tuple[GpuGrant, ...]]:

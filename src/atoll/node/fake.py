@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from atoll.model.errors import NotFound, Unavailable
+from atoll.model.errors import AtollError, NotFound, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Capacity, Event, Heartbeat, Ingress, Node, Status
@@ -221,6 +221,25 @@ class FakeMachine:
 
     def groups(self, pid: int) -> Sequence[str]:
         return (self.processes[pid],) if pid in self.processes else ()
+
+
+class FakeScraper:
+    """Implements `tools.Scraper`: answers with the text in `answers`, by address (else by `""`), or raises what stands there."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, str | AtollError] = {"": Unavailable("connection refused")}
+        self.hanging: set[str] = set()
+        """Addresses that never answer."""
+        self.asked: list[tuple[str, int, str]] = []
+
+    async def scrape(self, address: str, port: int, path: str) -> bytes:
+        self.asked.append((address, port, path))
+        if address in self.hanging:
+            await asyncio.Event().wait()  # without a deadline: the caller's counts
+        answer = self.answers.get(address, self.answers[""])
+        if isinstance(answer, AtollError):
+            raise answer
+        return answer.encode()
 
 
 class FakeProber:

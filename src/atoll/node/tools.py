@@ -70,6 +70,15 @@ class Prober(Protocol):
         ...
 
 
+class Scraper(Protocol):
+    async def scrape(self, address: str, port: int, path: str) -> bytes:
+        """Return what an instance's metrics endpoint answers with.
+
+        Raises Unavailable (nothing answers, or not with 200), TooLarge. Bounded by the caller's deadline; a retry is safe.
+        """
+        ...
+
+
 class Machine(Protocol):
     def capacity(self) -> Capacity:
         """What instances may use: the machine less what the system and Atoll itself need."""
@@ -100,10 +109,11 @@ class Tools:
     record: LocalRecord
     logs: Logs
     prober: Prober
+    scraper: Scraper
     directories: Directories
     reporter: Reporter
     gpus: Gpus | None = None
     """None on a node without any."""
-    peer_digest: Callable[[Instance], str | None] = lambda instance: None
-    """The digest of the image that another instance of the same release has here."""
+    peer_digest: Callable[[Instance, str | None], str | None] = lambda instance, volume: None
+    """The digest of the image that another instance of the same release has here; of a volume, where one is named."""
     launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES_MAX))

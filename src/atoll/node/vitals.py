@@ -13,6 +13,7 @@ from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
 from atoll.model.records import Heartbeat, Node, Usage
 from atoll.node.gpu_usage import owners_of, usage_of
+from atoll.node.metrics import Scrapes, with_metrics
 from atoll.node.runner import Runner
 from atoll.node.tools import Machine, Tools
 
@@ -37,6 +38,7 @@ class Vitals:
         self._tools = tools
         self._machine = machine
         self._runners = runners
+        self._scrapes = Scrapes(tools.scraper, tools.reporter)
         self._registered = asyncio.Event()
 
     async def register(self) -> None:
@@ -77,7 +79,8 @@ class Vitals:
     async def _beat_once(self) -> None:
         cpu_milli, memory_bytes = self._machine.sample()
         gpus = await self._tools.gpus.samples() if self._tools.gpus is not None else ()
-        usage = await self._usage(gpus)
+        readings = await self._scrapes.ask(self._runners.values())
+        usage = with_metrics(await self._usage(gpus), readings)
         at = self._tools.clock.now()
         heartbeat = Heartbeat(node=self._node.name, at=at, cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage, gpus=gpus)
         async with asyncio.timeout(CALL_S):
