@@ -153,6 +153,7 @@ def _prepared(state: State, event: Prepared, now: Now) -> Outcome:
         Phase.STARTING,
         now,
         image_digest=event.image_digest,
+        volume_digests=event.volume_digests,
         message="",
         address=event.address,
         stop_signal=event.stop_signal,

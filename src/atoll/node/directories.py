@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from atoll.model.errors import Exhausted
@@ -41,16 +41,20 @@ class Directories:
         """The runtime's own directory of an instance."""
         return self.instances / id / "box"
 
-    def make_volumes(self, assignment: Assignment) -> list[Mount]:
+    def make_volumes(self, assignment: Assignment, shown: Mapping[str, Path]) -> list[Mount]:
         """Make the directories of the workload's volumes where they are not there yet. Raises Exhausted on a full disk.
 
-        An app's are `PROJECT/APP/NAME`; a job of the same name has its own, below a name that no app can have.
+        An app's are `PROJECT/APP/NAME`; a job of the same name has its own, below a name that no app can have. Those in `shown`
+        (volume → directory) show an image's files instead.
         """
         instance = assignment.instance
         project = self.volumes / instance.project
         owner = project / instance.owner if instance.owner_kind is OwnerKind.APP else project / JOBS / instance.owner
         mounts = []
         for volume in assignment.workload.volumes:
+            if volume.image is not None:
+                mounts.append(Mount(shown[volume.name], volume.path, read_only=True))
+                continue
             source = owner / volume.name
             try:
                 source.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -59,7 +63,7 @@ class Directories:
                     source.chmod(VOLUME_MODE)
             except OSError as error:
                 raise Exhausted(f"cannot make volume {volume.name}: {error.strerror}", mend="free some disk space") from None
-            mounts.append(Mount(source, volume.path, volume.read_only))
+            mounts.append(Mount(source, volume.path, bool(volume.read_only)))
         return mounts
 
     def remove_instance(self, id: str) -> None:

@@ -19,15 +19,23 @@ log = structlog.get_logger()
 
 
 async def choose_image(
-    tools: Tools, instance: Instance, reference: str, digest: str | None, progress: Callable[[PullProgress], None]
+    tools: Tools,
+    instance: Instance,
+    reference: str,
+    digest: str | None,
+    progress: Callable[[PullProgress], None],
+    *,
+    volume: str | None = None,
 ) -> Image:
-    """Return the image for `instance`, which had `digest` before if it ran here before. Raises as `Images.ensure`.
+    """Return the image for `instance`, or for a volume of it, that had `digest` before if it ran here before.
+
+    Raises as `Images.ensure`.
 
     A restart keeps its image, as do further instances of a release that runs here; so does what names a digest, and none of
     these asks a registry. Only a tag that is new with this instance's release is looked up again.
     """
     images = tools.images
-    if "@" not in reference and (digest := digest or tools.peer_digest(instance)):
+    if "@" not in reference and (digest := digest or tools.peer_digest(instance, volume)):
         reference = f"{reference}@{digest}"
     found = await images.find(reference)
     if found is None or "@" in reference:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -19,6 +20,7 @@ from atoll.node.compose import compose, ports_of, stop_signal_of
 from atoll.node.image_choice import choose_image
 from atoll.node.tools import Tools
 from atoll.node.transitions import Happening, Prepared, PrepareFailed, Progressed
+from atoll.node.volumes import show_images
 
 PREPARE_S = 1_800.0
 """Deadline of it all; most of it is for a large image over a slow line."""
@@ -48,6 +50,8 @@ class Preparation:
         secrets: dict[str, str] | None,
         digest: str | None,
         tell: Callable[[Happening], None],
+        *,
+        volume_digests: dict[str, str] | None = None,
     ) -> None:
         self._assignment = assignment
         self._runtime = runtime
@@ -57,6 +61,9 @@ class Preparation:
         self.secrets = secrets
         self.digest = digest
         """Of the image that it had, or has now."""
+        self.volume_digests = dict(volume_digests or {})
+        """The same of its volumes that show one."""
+        self._shown: Mapping[str, Path] = {}
 
     async def run(self) -> None:
         try:
@@ -94,13 +101,18 @@ class Preparation:
             image=image,
             link=link,
             secrets=secrets,
-            mounts=self._tools.directories.make_volumes(self._assignment),
+            mounts=self._tools.directories.make_volumes(self._assignment, self._shown),
             devices=devices,
             stdout=stdout,
             stderr=stderr,
         )
         await runtime.create(box)
-        return Prepared(image_digest=image.digest, address=link.address, stop_signal=stop_signal_of(image))
+        return Prepared(
+            image_digest=image.digest,
+            address=link.address,
+            stop_signal=stop_signal_of(image),
+            volume_digests=dict(self.volume_digests),
+        )
 
     def _check_devices(self) -> None:
         """Refuse what cannot have its devices, before an image is fetched for it."""
@@ -125,8 +137,11 @@ class Preparation:
         reference = self._assignment.workload.image
         if reference is None:
             raise Invalid("the release has no image", field="image")
-        image = await choose_image(self._tools, self._assignment.instance, reference, self.digest, self._progress)
-        self.digest = image.digest
+        async with asyncio.TaskGroup() as group:
+            shown = group.create_task(show_images(self._tools, self._assignment, self.volume_digests, self._progress))
+            image = await choose_image(self._tools, self._assignment.instance, reference, self.digest, self._progress)
+            self.digest = image.digest
+        self._shown = shown.result()
         return image
 
     def _progress(self, progress: PullProgress) -> None:

@@ -96,8 +96,8 @@ class Runner:
     @property
     def digests(self) -> set[str]:
         """The images that must stay on the node for this instance."""
-        preparing = self._preparation.digest if self._preparation else None
-        return {digest for digest in (self.state.image_digest, preparing) if digest}
+        preparing = (self._preparation.digest, *self._preparation.volume_digests.values()) if self._preparation else ()
+        return {digest for digest in (self.state.image_digest, *self.state.volume_digests.values(), *preparing) if digest}
 
     @property
     def settled(self) -> bool:
@@ -245,8 +245,9 @@ class Runner:
         if self.state.phase is not Phase.PREPARING:
             return  # told to stop while this step waited
         digest = self.state.image_digest or (self._preparation.digest if self._preparation else None)
+        volumes = (self._preparation.volume_digests if self._preparation else {}) | self.state.volume_digests
         preparation = self._preparation = Preparation(
-            self.assignment, self.runtime, self._tools, self._secrets, digest, self.handle
+            self.assignment, self.runtime, self._tools, self._secrets, digest, self.handle, volume_digests=volumes
         )
         self._preparing = self._spawn(preparation.run())
         try:

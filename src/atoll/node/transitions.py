@@ -44,6 +44,8 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     exit: Exit | None = None
     message: str = ""
     image_digest: str | None = None
+    volume_digests: dict[str, str] = {}
+    """Volume → the image that it shows."""
     address: str | None = None
     stop_signal: str | None = None
     """The image's own, used where the spec keeps the default."""
@@ -132,6 +134,7 @@ class Prepared(Struct, frozen=True, kw_only=True):
     image_digest: str
     address: str | None
     stop_signal: str | None = None
+    volume_digests: dict[str, str] = {}
 
 
 class PrepareFailed(Struct, frozen=True):
