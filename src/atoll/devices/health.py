@@ -199,7 +199,7 @@ def _seen(state: DeviceState, device: GpuDevice, now: float) -> tuple[DeviceStat
         else:
             told.append(_event(state, Trouble.DRIVER_CHANGED, words, now))
     state, rows = _fold(state, Cause.ROWS, _rows_of(device), now)
-    says = "" if device.health is GpuHealth.OK or rows else device.reason or "the driver calls it unwell"
+    says = "" if device.health is GpuHealth.OK or state.ill(Cause.ROWS) else device.reason or "the driver calls it unwell"
     state, said = _fold(state, Cause.DRIVER_SAYS, says, now, degrading=device.health is GpuHealth.DEGRADED)
     return state, (*told, *rows, *said)
 
