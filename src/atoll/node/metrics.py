@@ -18,12 +18,12 @@ from msgspec import UNSET, Struct
 from msgspec.structs import replace
 
 from atoll.model.errors import AtollError, Invalid, TooLarge, Unavailable
-from atoll.model.records import Severity, Usage
+from atoll.model.records import Assignment, Severity, Usage
 from atoll.model.spec import AppSpec
 from atoll.model.states import Phase
 from atoll.node.report import Reporter
-from atoll.node.runner import Runner
 from atoll.node.tools import Scraper
+from atoll.node.transitions import State
 
 ROUND_S = 2.0
 """Deadline of asking all instances of the node; who has not answered by then has no reading this time."""
@@ -58,9 +58,9 @@ class Target(Struct, frozen=True, kw_only=True):
     """The one that its number of instances depends on."""
 
 
-def target_of(runner: Runner) -> Target | None:
-    """Return what to ask of an instance; None for one that is not ready, or whose spec has no `metrics`."""
-    workload, state = runner.assignment.workload, runner.state
+def target_of(assignment: Assignment, state: State) -> Target | None:
+    """Return what to ask of an instance; None for one that is not ready, or whose spec names no metric."""
+    workload = assignment.workload
     if not isinstance(workload, AppSpec) or workload.metrics is None:
         return None
     port = workload.port_named(workload.metrics.port)
@@ -68,9 +68,11 @@ def target_of(runner: Runner) -> Target | None:
         return None
     needed = None if workload.scale is UNSET else workload.scale.metric
     names = dict.fromkeys((*((needed,) if needed else ()), *workload.metrics.names))
+    if not names:
+        return None
     return Target(
-        instance=runner.id,
-        project=runner.project,
+        instance=assignment.instance.id,
+        project=assignment.instance.project,
         address=state.address,
         port=port.port,
         path=workload.metrics.path,
@@ -176,14 +178,13 @@ class Scrapes:
         self._reporter = reporter
         self._failing: set[str] = set()
 
-    async def ask(self, runners: Iterable[Runner]) -> dict[str, dict[str, float]]:
+    async def ask(self, targets: Iterable[Target]) -> dict[str, dict[str, float]]:
         """Return instance → its metrics, of those that answered within `ROUND_S`. Never raises for what an instance does."""
-        targets = [target for runner in runners if (target := target_of(runner)) is not None and target.names]
+        # Who failed last time comes last, so that those who hang keep nobody else waiting for a turn.
+        targets = sorted(targets, key=lambda target: target.instance in self._failing)
         self._failing &= {target.instance for target in targets}
         if not targets:
             return {}
-        # Who failed last time comes last, so that those who hang keep nobody else waiting for a turn.
-        targets.sort(key=lambda target: target.instance in self._failing)
         turns = asyncio.Semaphore(SCRAPES_MAX)
         readings: dict[str, dict[str, float]] = {}
         asked: set[str] = set()

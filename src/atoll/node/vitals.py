@@ -13,7 +13,7 @@ from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
 from atoll.model.records import Heartbeat, Node, Usage
 from atoll.node.gpu_usage import owners_of, usage_of
-from atoll.node.metrics import Scrapes, with_metrics
+from atoll.node.metrics import Scrapes, target_of, with_metrics
 from atoll.node.runner import Runner
 from atoll.node.tools import Machine, Tools
 
@@ -79,7 +79,8 @@ class Vitals:
     async def _beat_once(self) -> None:
         cpu_milli, memory_bytes = self._machine.sample()
         gpus = await self._tools.gpus.samples() if self._tools.gpus is not None else ()
-        readings = await self._scrapes.ask(self._runners.values())
+        targets = (target_of(runner.assignment, runner.state) for runner in self._runners.values())
+        readings = await self._scrapes.ask([target for target in targets if target is not None])
         usage = with_metrics(await self._usage(gpus), readings)
         at = self._tools.clock.now()
         heartbeat = Heartbeat(node=self._node.name, at=at, cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage, gpus=gpus)
