@@ -76,6 +76,15 @@ class Tell(Struct, frozen=True):
 Action = Create | Update | Remove | WriteAppStatus | WriteJobStatus | WriteLiveness | RemoveApp | RemoveJob | Forget | Tell
 
 
+class Ailment(Struct, frozen=True, kw_only=True):
+    """What is wrong with a device that an instance holds; the worst of all that it holds."""
+
+    device: str
+    why: str
+    gone: bool = False
+    silent: bool = False
+
+
 class Seen(Struct, frozen=True, kw_only=True):
     """An instance as the control plane wants it and as its node sees it."""
 
@@ -88,6 +97,8 @@ class Seen(Struct, frozen=True, kw_only=True):
     """Since when its node is lost (or was never known)."""
     drained: frozenset[str] = frozenset()
     """Ingresses that have no request to it any more."""
+    ailment: Ailment | None = None
+    """What is wrong with the devices that it holds."""
 
     @property
     def lost(self) -> bool:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
+from atoll.control import gpus
 from atoll.control.actions import Create, Decision, Remove, RemoveApp, Seen, WriteAppStatus
 from atoll.control.appstatus import Rollout, has_crashed, settled, status_of, why_not_ready
+from atoll.control.autoscale import Choice, why
 from atoll.control.leaving import leave, retire
 from atoll.model.records import App, AppPhase, AppStatus, Instance, OwnerKind, Severity
 from atoll.model.spec import AppSpec
@@ -41,6 +43,8 @@ class AppFacts(Struct, frozen=True, kw_only=True):
     specs: Mapping[int, AppSpec] = {}
     """Release → spec, of those that are still held."""
     ingresses: frozenset[str] = frozenset()
+    choice: Choice | None = None
+    """What the app's metric asks for, where it scales by one."""
 
     def drain_s(self, seen: Seen) -> float | None:
         spec = self.specs.get(seen.instance.release, self.app.spec)
@@ -62,17 +66,23 @@ class _Step:
         self.facts = facts
         self.app = facts.app
         self.decision = decision
-        self.wanted = 0 if self.app.deleting else self.app.replicas
+        self.wanted = 0 if self.app.deleting else facts.choice.wanted if facts.choice else self.app.wanted(facts.status)
         self.rules = self.app.spec.rollout
         order = sorted(facts.instances, key=lambda seen: (seen.instance.created_at, seen.instance.id))
         run = [seen for seen in order if seen.instance.desired is Desired.RUN]
+        self.gone = gpus.due(facts.instances, decision)
+        """Told to go now, because of their devices."""
+        self.sick = [seen for seen in run if gpus.urgency_of(seen) is gpus.Urgency.SERVING]
+        """They serve until others do in their place."""
+        leaving = {seen.instance.id for seen in (*self.gone, *self.sick)}
+        run = [seen for seen in run if seen.instance.id not in leaving]
         self.new = [seen for seen in run if self._current(seen) and not seen.ended]
         self.old = [seen for seen in run if not self._current(seen) and not seen.ended]
         self.failed = [seen for seen in run if seen.ended and seen.phase is not Phase.LOST]
         self.lost = [seen for seen in run if seen.phase is Phase.LOST]
         self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
         self.ready_new = [seen for seen in self.new if seen.ready and self._settled(seen)]
-        self.ready = [seen for seen in (*self.old, *self.new) if seen.ready]
+        self.ready = [seen for seen in (*self.old, *self.new, *self.sick) if seen.ready]
         self.created = 0
 
     def _current(self, seen: Seen) -> bool:
@@ -94,6 +104,8 @@ class _Step:
             self._delete()
             return
         rollout = self._rollout()
+        for seen in self.gone:
+            self._replace(seen, drain_s=None)
         self._replace_failed(rollout)
         missing = self._missing()
         if rollout.failed and rollout.served in self.facts.specs:
@@ -102,6 +114,7 @@ class _Step:
             missing = min(self._missing(), 1 - len(self.new) - sum(self._current(seen) for seen in self.waiting))
         self._create(self.app.release, self.app.generation, missing, self._due(current=True))
         self._retire_surplus()
+        self._retire_sick()
         self._retire_old(rollout)
         self._drop_lost()
         self._report(rollout)
@@ -149,13 +162,13 @@ class _Step:
     def _missing(self) -> int:
         """Return how many instances of the wanted release may be made: up to the number wanted, and within the surge."""
         waiting_new = sum(self._current(seen) for seen in self.waiting)
-        total = len(self.new) + len(self.old) + len(self.waiting) + self.created
+        total = len(self.new) + len(self.old) + len(self.sick) + len(self.waiting) + self.created
         return min(self.wanted - len(self.new) - waiting_new, self.wanted + self.rules.max_surge - total)
 
     def _missing_served(self) -> int:
         """Return how many instances of what served before must be made while the wanted release has failed."""
         waiting_old = sum(not self._current(seen) for seen in self.waiting)
-        total = len(self.new) + len(self.old) + len(self.waiting) + self.created
+        total = len(self.new) + len(self.old) + len(self.sick) + len(self.waiting) + self.created
         most = self.wanted + self.rules.max_surge
         return min(self._served_wanted() - len(self.old) - waiting_old, most - total)
 
@@ -211,9 +224,26 @@ class _Step:
         self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
         self.ready_new = [seen for seen in self.ready_new if seen.instance.id not in gone]
 
+    def _serving(self) -> int:
+        return len(self.ready_new) + sum(seen.ready for seen in (*self.old, *self.sick))
+
+    def _retire_sick(self) -> None:
+        """Take away as many of those on sick devices as others serve in their place."""
+        least = max(0, self.wanted - self.rules.max_unavailable)
+        while self.sick and self._serving() > least:
+            seen = self.sick.pop(0)
+            self.ready = [other for other in self.ready if other is not seen]
+            self._replace(seen, drain_s=self.facts.drain_s(seen))
+
+    def _replace(self, seen: Seen, *, drain_s: float | None) -> None:
+        """Let an instance go because of its device."""
+        gpus.tell(self.decision, seen)
+        why = seen.ailment.why if seen.ailment else ""
+        retire(self.decision, seen, why, drain_s=drain_s, ingresses=self.facts.ingresses, excused=True)
+
     def _retire_old(self, rollout: Rollout) -> None:
         """Take away as many of the old as the ready ones allow, those that do not serve first."""
-        serving = len(self.ready_new) + sum(seen.ready for seen in self.old)
+        serving = self._serving()
         least = max(0, self.wanted - self.rules.max_unavailable)
         spare = len(self.old) + len(self.ready_new) - least
         if rollout.failed and rollout.served in self.facts.specs:
@@ -241,7 +271,7 @@ class _Step:
         retire(self.decision, seen, reason, drain_s=self.facts.drain_s(seen), ingresses=self.facts.ingresses)
 
     def _delete(self) -> None:
-        for seen in (*self.old, *self.new, *self.failed, *self.lost):
+        for seen in (*self.old, *self.new, *self.failed, *self.lost, *self.sick, *self.gone):
             self._retire(seen, "the app is being deleted")
         if not self.facts.instances:
             self.decision.do(RemoveApp(self.app.project, self.app.name, self.facts.revision))
@@ -252,7 +282,11 @@ class _Step:
     def _report(self, rollout: Rollout) -> None:
         last = self.facts.status
         proved = {seen.instance.id for seen in self.ready_new}
-        unready = [seen for seen in (*self.new, *self.failed, *self.lost) if self._current(seen) and seen.instance.id not in proved]
+        unready = [
+            seen
+            for seen in (*self.new, *self.failed, *self.lost, *self.sick)
+            if self._current(seen) and seen.instance.id not in proved
+        ]
         why = why_not_ready(unready)
         phase, message = self._phase(rollout, unready, why)
         self._write(
@@ -262,19 +296,31 @@ class _Step:
                 phase=phase,
                 ready=len(self.ready),
                 updated=len(self.ready_new),
-                total=len(self.new) + len(self.old) + self.created,
+                total=len(self.new) + len(self.old) + len(self.sick) + self.created,
                 message=message,
                 progressed_at=rollout.progressed_at,
                 served_release=rollout.served,
                 homes=self._homes(),
+                scaled=self.wanted if self.app.most is not None else None,
             )
         )
+        self._tell_scaled()
         if last is None or last.release != self.app.release:
             self._tell("app-deployed", f"release {self.app.release} is being rolled out", release=self.app.release)
         if rollout.complete and self.wanted and (last is None or last.served_release != self.app.release):
             self._tell("rollout-finished", f"release {self.app.release} serves", release=self.app.release)
         if rollout.failed and (last is None or last.phase is not AppPhase.FAILED):
             self._tell("rollout-failed", message, Severity.ERROR, release=self.app.release)
+
+    def _tell_scaled(self) -> None:
+        choice, scale = self.facts.choice, self.app.spec.scale
+        if choice is None or choice.wanted == choice.before or scale is UNSET:
+            return
+        up = choice.wanted > choice.before
+        reason = why(choice, scale.metric or "", scale.target or 0.0)
+        text = f"scaled {'up' if up else 'down'} from {choice.before} to {choice.wanted}: {reason}"
+        data = {"from": choice.before, "to": choice.wanted, "metric": scale.metric, "value": choice.value, "target": scale.target}
+        self._tell("scaled-up" if up else "scaled-down", text, **data)
 
     def _homes(self) -> tuple[str, ...]:
         """Return the nodes that hold the app's volumes; while none is wanted, those of before."""
@@ -283,7 +329,7 @@ class _Step:
             return ()
         if not self.wanted:
             return before
-        used = [seen.instance.node for seen in (*self.old, *self.new, *self.lost, *self.failed) if seen.instance.node]
+        used = [seen.instance.node for seen in (*self.old, *self.new, *self.sick, *self.lost, *self.failed) if seen.instance.node]
         return tuple(dict.fromkeys((*used, *before)))[: self.wanted]
 
     def _phase(self, rollout: Rollout, unready: list[Seen], why: str) -> tuple[AppPhase, str]:

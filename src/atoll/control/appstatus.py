@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from atoll.control.actions import Seen
+from atoll.control.gpus import urgency_of
 from atoll.model.records import App, AppPhase, AppStatus, Exit
 from atoll.model.spec import AppSpec
 from atoll.model.states import Phase
@@ -70,6 +71,8 @@ def _reason(seen: Seen) -> tuple[int, str]:
         return 3, f"{instance.id} has no node: {instance.rejection.message}"
     if status is None:
         return 0, ""
+    if seen.ailment is not None and urgency_of(seen) is not None:
+        return 5, f"{instance.id} on {instance.node}: {seen.ailment.why}"
     where = f"{instance.id} on {status.node}"
     again = f" ({status.restarts} restarts)" if status.restarts else ""
     told = status.message or (exit_in_words(status.exit) if status.exit else "")
@@ -94,8 +97,9 @@ def status_of(
     progressed_at: float | None = None,
     served_release: int | None = None,
     homes: tuple[str, ...] | None = None,
+    scaled: int | None = None,
 ) -> AppStatus:
-    """Return the app's status; what is not given stays as it was."""
+    """Return the app's status; what is not given stays as it was, but for `scaled`."""
     return AppStatus(
         project=app.project,
         name=app.name,
@@ -108,4 +112,5 @@ def status_of(
         progressed_at=progressed_at if progressed_at is not None else (last.progressed_at if last else 0.0),
         served_release=served_release if served_release is not None else (last.served_release if last else 0),
         homes=homes if homes is not None else (last.homes if last else ()),
+        scaled=scaled,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from msgspec import Struct, structs
 
+from atoll.control import gpus
 from atoll.control.actions import Create, Decision, Remove, RemoveJob, Seen, WriteJobStatus
 from atoll.control.apps import UNPLACED_MAX
 from atoll.control.appstatus import exit_in_words
@@ -69,6 +70,7 @@ class _Step:
         if phase.final:
             self._finish(phase, message)
             return
+        self._replace()
         made = self._create()
         self._trim()
         started = any(seen.status and seen.status.started_at for seen in self.facts.instances)
@@ -82,13 +84,31 @@ class _Step:
                 if instance.desired is not Desired.RUN:
                     leave_running(self.decision, seen)
                 continue
+            if instance.excused:
+                continue
             if seen.phase is Phase.SUCCEEDED:
                 self.succeeded.add(instance.index)
                 self.retry_at.pop(instance.index, None)
             elif seen.phase is Phase.STOPPED and instance.desired is Desired.RUN:
                 continue  # nobody told it to: its node was shut down in order, which is no failure of the work
             elif self.failures.get(instance.index, 0) <= instance.attempt:
-                self._failed(seen)
+                if seen.phase is Phase.FAILED and gpus.excuses_left(seen, self.facts.instances):
+                    self._excuse(seen)
+                else:
+                    self._failed(seen)
+
+    def _excuse(self, seen: Seen) -> None:
+        """Lay a failure to the device: the index is tried again, and nothing is counted, now or later."""
+        gpus.tell(self.decision, seen)
+        self.decision.update(seen, excused=True)
+
+    def _replace(self) -> None:
+        """End tries whose devices are sick or gone; each is made again when it has ended."""
+        for seen in gpus.due(self.facts.instances, self.decision, serving=True):
+            gpus.tell(self.decision, seen)
+            excused = gpus.excuses_left(seen, self.facts.instances)
+            why = seen.ailment.why if seen.ailment else ""
+            retire(self.decision, seen, why, drain_s=None, ingresses=frozenset(), excused=excused)
 
     def _failed(self, seen: Seen) -> None:
         index, failures = seen.instance.index, seen.instance.attempt + 1
@@ -163,7 +183,7 @@ class _Step:
             if seen.ended:
                 by_index.setdefault(seen.instance.index, []).append(seen)
         for tries in by_index.values():
-            for seen in sorted(tries, key=lambda s: s.instance.attempt)[:-TRIES_KEPT]:
+            for seen in sorted(tries, key=lambda s: (s.instance.attempt, s.instance.created_at))[:-TRIES_KEPT]:
                 self.decision.do(Remove(seen.instance, seen.revision))
 
     def _finish(self, phase: JobPhase, message: str) -> None:

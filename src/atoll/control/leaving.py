@@ -6,10 +6,12 @@ from atoll.control.actions import Decision, Remove, Seen
 from atoll.model.states import Desired, Phase
 
 
-def retire(decision: Decision, seen: Seen, reason: str, *, drain_s: float | None, ingresses: frozenset[str]) -> None:
+def retire(
+    decision: Decision, seen: Seen, reason: str, *, drain_s: float | None, ingresses: frozenset[str], excused: bool = False
+) -> None:
     """Begin to take away an instance that is meant to run; one that cannot run any more goes at once.
 
-    `drain_s` is the longest wait for active requests, None for what receives none.
+    `drain_s` is the longest wait for active requests, None for what receives none; `excused` says that its device is to blame.
     """
     instance = seen.instance
     if instance.node is None or seen.ended:
@@ -18,11 +20,11 @@ def retire(decision: Decision, seen: Seen, reason: str, *, drain_s: float | None
     subject = f"instance/{instance.id}"
     if drain_s is not None and drain_s > 0 and ingresses and seen.phase is Phase.RUNNING:
         until = decision.now + drain_s
-        decision.update(seen, desired=Desired.DRAIN, drain_until=until, reason=reason)
+        decision.update(seen, desired=Desired.DRAIN, drain_until=until, reason=reason, excused=excused)
         decision.tell(instance.project, subject, "draining", f"takes no new request: {reason}", node=instance.node)
         decision.wake(until)
     else:
-        decision.update(seen, desired=Desired.STOP, reason=reason)
+        decision.update(seen, desired=Desired.STOP, reason=reason, excused=excused)
         decision.tell(instance.project, subject, "stopping", f"told to stop: {reason}", node=instance.node)
 
 

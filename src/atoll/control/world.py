@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from atoll.control.actions import Seen
+from atoll.control.actions import Ailment, Seen
 from atoll.control.apps import AppFacts
+from atoll.control.gpus import ailment_of
 from atoll.control.jobs import JobFacts
 from atoll.model import keys
+from atoll.model.devices import GpuDevice
 from atoll.model.ports.store import Revision
 from atoll.model.records import (
     App,
@@ -56,6 +58,10 @@ Owner = tuple[OwnerKind, str]
 """Kind, and `project/name`."""
 
 
+def _gpus(held: Held[Node] | None) -> tuple[GpuDevice, ...] | None:
+    return held.record.capacity.gpus if held is not None else None
+
+
 def owner_of(instance: Instance) -> Owner:
     return (instance.owner_kind, f"{instance.project}/{instance.owner}")
 
@@ -74,6 +80,8 @@ class World:
         self.draining: set[str] = set()
         self.ids: set[str] = set()
         """Of all instances, in every project."""
+        self.scaling: set[str] = set()
+        """Apps (`project/name`) that scale by a metric."""
         self._drained: dict[str, set[str]] = defaultdict(set)
 
     def rebuild(self) -> None:
@@ -82,6 +90,7 @@ class World:
             index.clear()
         self.draining.clear()
         self.ids.clear()
+        self.scaling = {key for key, held in self.state.records(App).items() if held.record.most is not None}
         for key, held in self.state.records(Instance).items():
             self._enter(key, held.record)
         for drained in self.state.records(Drained).values():
@@ -98,7 +107,11 @@ class World:
     def _apply(self, delta: Delta) -> None:
         record = (delta.new or delta.old).record  # type: ignore[union-attr]  # one of the two is there
         match record:
-            case App() | AppStatus():
+            case App():
+                scales = delta.new is not None and record.most is not None
+                (self.scaling.add if scales else self.scaling.discard)(delta.key)
+                self.dirty[(OwnerKind.APP, delta.key)] = None
+            case AppStatus():
                 self.dirty[(OwnerKind.APP, delta.key)] = None
             case Job() | JobStatus():
                 self.dirty[(OwnerKind.JOB, delta.key)] = None
@@ -114,8 +127,9 @@ class World:
                 for key in self.draining:
                     self._touch(key)
             case Node() | NodeLiveness():
-                # A node's own words (its labels, say) change nothing for owners; that it is there, or is lost, does.
-                if not isinstance(record, Node) or delta.old is None or delta.new is None:
+                # A node's own words (its labels, say) change nothing for owners; that it is there, or is lost, or what becomes
+                # of its GPUs, does.
+                if not isinstance(record, Node) or _gpus(delta.old) != _gpus(delta.new):
                     for key in self.on_node.get(record.name, ()):
                         self._touch(key)
             case _:
@@ -184,8 +198,13 @@ class World:
             created=held.created,
             status=status.record if status else None,
             lost_at=lost[instance.node],
+            ailment=self._ailment(instance) if instance.gpus and lost[instance.node] is None else None,
             drained=frozenset(self._drained.get(instance.id, ())),
         )
+
+    def _ailment(self, instance: Instance) -> Ailment | None:
+        node = self.state.get(Node, instance.node or "")
+        return ailment_of(instance, node.record.capacity.gpus) if node is not None else None
 
     def owners(self) -> list[Owner]:
         """Return everything that there is to decide about."""
