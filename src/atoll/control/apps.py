@@ -319,7 +319,13 @@ class _Step:
         up = choice.wanted > choice.before
         reason = why(choice, scale.metric or "", scale.target or 0.0)
         text = f"scaled {'up' if up else 'down'} from {choice.before} to {choice.wanted}: {reason}"
-        data = {"from": choice.before, "to": choice.wanted, "metric": scale.metric, "value": choice.value, "target": scale.target}
+        data: dict[str, Any] = {
+            "from": choice.before,
+            "to": choice.wanted,
+            "metric": scale.metric,
+            "value": choice.value,
+            "target": scale.target,
+        }
         self._tell("scaled-up" if up else "scaled-down", text, **data)
 
     def _homes(self) -> tuple[str, ...]:

@@ -7,21 +7,30 @@ import random
 from atoll.control.leader import Term, lead
 from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen
+from atoll.control.readings import Heartbeats
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Store
 from atoll.store.cache import State
 
 
 async def run_control(
-    store: Store, state: State, clock: Clock, chance: random.Random, last_seen: LastSeen, *, identity: str = "server"
+    store: Store,
+    state: State,
+    clock: Clock,
+    chance: random.Random,
+    last_seen: LastSeen,
+    *,
+    heartbeats: Heartbeats | None = None,
+    identity: str = "server",
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
 
-    `state` must hold all of `world.KINDS`. `last_seen` is read live: node → any number that changes with each sign of life.
+    `state` must hold all of `world.KINDS`. `last_seen` is read live: node → any number that changes with each sign of life;
+    so are `heartbeats`: node → the latest, by whose readings apps are scaled.
     `identity` names this server across its restarts; no two servers may share one.
     """
 
     async def work(term: Term) -> None:
-        await Loop(store, state, clock, chance, last_seen, term).run()
+        await Loop(store, state, clock, chance, last_seen, term, heartbeats).run()
 
     await lead(store, clock, identity, work)

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from atoll.control.actions import Decision
 from atoll.control.leaving import retire
 from atoll.control.world import World
-from atoll.model.records import App, Ingress, Instance, OwnerKind
+from atoll.model.records import App, AppStatus, Ingress, Instance, OwnerKind
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired
 
@@ -49,7 +49,9 @@ class Disruptions:
         if app is None:
             return 0
         ready = sum(seen.ready for seen in self._world.instances((OwnerKind.APP, key)))
-        return max(1, app.record.spec.rollout.max_unavailable) - max(0, app.record.replicas - ready)
+        status = self._world.state.get(AppStatus, key)
+        wanted = app.record.wanted(status.record if status is not None else None)
+        return max(1, app.record.spec.rollout.max_unavailable) - max(0, wanted - ready)
 
     def _owner_of(self, id: str) -> str | None:
         held = self._world.state.get(Instance, id)

@@ -21,6 +21,7 @@ from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
 from atoll.control.placement import Placement
+from atoll.control.readings import Heartbeats, Readings
 from atoll.control.timers import Timers
 from atoll.control.watching import NodeWatch
 from atoll.control.world import Owner, World
@@ -60,7 +61,16 @@ log = structlog.get_logger()
 class Loop:
     """One term of leading. `run` never returns by itself."""
 
-    def __init__(self, store: Store, state: State, clock: Clock, chance: random.Random, last_seen: LastSeen, term: Term) -> None:
+    def __init__(
+        self,
+        store: Store,
+        state: State,
+        clock: Clock,
+        chance: random.Random,
+        last_seen: LastSeen,
+        term: Term,
+        heartbeats: Heartbeats | None = None,
+    ) -> None:
         self._store = store
         self._clock = clock
         self._chance = chance
@@ -69,6 +79,7 @@ class Loop:
         self._world = World(state)
         self._placement = Placement(self._world)
         self._nodes = NodeWatch(self._world, clock, last_seen)
+        self._readings = Readings(self._world, clock, heartbeats if heartbeats is not None else {})
         self._changed = asyncio.Event()
         self._timers = Timers()
         self._round: list[Owner] = []
@@ -217,6 +228,7 @@ class Loop:
             # The second case: the clock was set back.
             self._tick_at = now + TICK_S
             self._nodes.tick_due = True
+            self._readings.look()
             if not self._round:
                 self._round = self._world.owners()
                 self._share = -(-len(self._round) // TICKS_PER_ROUND)
@@ -257,7 +269,7 @@ class Loop:
             case OwnerKind.APP:
                 app = self._world.app_facts(key)
                 if app is not None:
-                    decide_app(app, decision)
+                    decide_app(self._readings.join(app), decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)
             case OwnerKind.JOB:

@@ -44,7 +44,16 @@ async def main(config: Config, stop: Stop) -> None:
             app = create_app(service, mounts=[registry_handler(registry, service)])
             async with serving(app, service, listener):
                 log.info("serving", api=f"http://{config.api}", store="sqlite")
-                control = run_control(store, state, clock, random, service.heartbeats.last_seen(), identity=config.node_name)
+                heartbeats = service.heartbeats
+                control = run_control(
+                    store,
+                    state,
+                    clock,
+                    random,
+                    heartbeats.last_seen(),
+                    heartbeats=heartbeats.all(),
+                    identity=config.node_name,
+                )
                 await run_until(stop, together(control, registry.run()))
     finally:
         await store.close()
