@@ -20,6 +20,7 @@ from atoll.model.records import (
     Drained,
     Event,
     Exit,
+    Heartbeat,
     Ingress,
     Instance,
     Job,
@@ -27,6 +28,7 @@ from atoll.model.records import (
     Node,
     Release,
     Status,
+    Usage,
 )
 from atoll.model.spec import AppSpec, JobSpec, RuntimeName
 from atoll.model.states import Desired, Phase
@@ -91,6 +93,9 @@ class Cell:
         self.store = MemoryStore(self.clock)
         self.state = State(self.store, KINDS)
         self.last_seen: dict[str, float] = {}
+        self.heartbeats: dict[str, Heartbeat] = {}
+        self.metrics: Callable[[Instance], dict[str, float]] = lambda instance: {}
+        """What instances that are ready say of themselves with each heartbeat."""
         self.silent: set[str] = set()
         self.script: Callable[[Instance], list[tuple[float, dict[str, Any]]]] = healthy
         self.watchers: list[Callable[[], None]] = []
@@ -123,7 +128,15 @@ class Cell:
             task.cancel()
 
     def lead(self, identity: str = "server", chance: random.Random | None = None) -> asyncio.Task[Any]:
-        control = run_control(self.store, self.state, self.clock, chance or random.Random(1), self.last_seen, identity=identity)
+        control = run_control(
+            self.store,
+            self.state,
+            self.clock,
+            chance or random.Random(1),
+            self.last_seen,
+            heartbeats=self.heartbeats,
+            identity=identity,
+        )
         task = asyncio.ensure_future(control)
         self._tasks.append(task)
         self._leading.append(task)
@@ -266,7 +279,12 @@ class Cell:
             for name in self.state.records(Node):
                 if name not in self.silent:
                     self.last_seen[name] = self.clock.monotonic()
+                    self.heartbeats[name] = Heartbeat(node=name, at=self.clock.now(), usage=self._usage(name))
             await asyncio.sleep(2.0)
+
+    def _usage(self, node: str) -> tuple[Usage, ...]:
+        ready = [i for i in self.instances() if i.node == node and (status := self.status(i)) is not None and status.ready]
+        return tuple(Usage(instance=instance.id, metrics=self.metrics(instance)) for instance in ready)
 
 
 def healthy(instance: Instance) -> list[tuple[float, dict[str, Any]]]:

@@ -33,6 +33,8 @@ class ScaleFacts(Struct, frozen=True, kw_only=True):
     target: float
     """Above 0."""
     down_s: float
+    ready: int
+    """Instances that serve. Those that start, or wait for a place, have nothing to say yet."""
     readings: tuple[float, ...]
     """Of the ready instances that gave one; what is below 0 counts as 0."""
 
@@ -77,14 +79,14 @@ def decide_scale(facts: ScaleFacts, memory: Memory, now: float) -> Choice:
 
 
 def _needed(facts: ScaleFacts, value: float) -> int:
-    """Return how many would do, without bounds. Who gives no reading counts as idle where more would be wanted, and as exactly
-    busy enough where fewer would, so that what nobody knows never moves the number."""
+    """Return how many would do, without bounds. A ready one without a reading counts as idle where more would be wanted, and as
+    exactly busy enough where fewer would, so that what nobody knows never moves the number."""
     if not facts.readings:
         return facts.current
     at_target = facts.target * facts.current
     if value > at_target * (1 + TOLERANCE):
         return _instances_for(value, facts)
-    missing = max(0, facts.current - len(facts.readings))
+    missing = max(0, facts.ready - len(facts.readings))
     if value + missing * facts.target < at_target * (1 - TOLERANCE):
         return _instances_for(value, facts) + missing
     return facts.current

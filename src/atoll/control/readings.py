@@ -73,6 +73,7 @@ class Readings:
                 current=current,
                 target=scale.target,
                 down_s=float(scale.down),
+                ready=sum(seen.ready for seen in facts.instances),
                 readings=tuple(self._of(facts, scale.metric, now)),
             ),
             self._memories.get(key, Memory()),
