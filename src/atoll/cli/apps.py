@@ -74,10 +74,8 @@ async def status(session: Session, app: str) -> None:
     from atoll.cli import events as event_lines
     from atoll.cli import instances as instance_lines
 
-    columns = instance_lines.COLUMNS[:1] + instance_lines.COLUMNS[2:]
-    rows = [(line := instance_lines.row(each))[:1] + line[2:] for each in instances]
     session.output.print("")
-    session.output.table(columns, rows, empty="no instances")
+    session.output.table(*instance_lines.lines(instances, leave_out={"OWNER?"}), empty="no instances")
     if events.items:
         session.output.print("")
         session.output.table(event_lines.COLUMNS, [event_lines.row(each) for each in reversed(events.items)])

@@ -9,6 +9,8 @@ from atoll.cli.session import Session, command
 from atoll.model.errors import NotFound
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
     from atoll.model.views import InstanceView
     from atoll.sdk.client import Client
 
@@ -22,14 +24,24 @@ async def ps(session: Session, owner: str | None) -> None:
     if session.json:
         session.output.json(views)
         return
-    session.output.table(COLUMNS, [row(view) for view in views], empty="no instances")
+    session.output.table(*lines(views), empty="no instances")
 
 
-COLUMNS = ("INSTANCE", "OWNER?", "RELEASE>?", "STATE", "RESTARTS>?", "NODE", "ADDRESS?", "RUNTIME?", "AGE>?", "NOTE")
+COLUMNS = ("INSTANCE", "OWNER?", "RELEASE>?", "STATE", "RESTARTS>?", "NODE", "GPU?", "ADDRESS?", "RUNTIME?", "AGE>?", "NOTE")
+
+
+def lines(views: Sequence[InstanceView], *, leave_out: Collection[str] = ()) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Return headings and lines of a table of instances; the column for GPUs is there only where one has any."""
+    if not any(view.instance.gpus for view in views):
+        leave_out = {*leave_out, "GPU?"}
+    kept = [at for at, heading in enumerate(COLUMNS) if heading not in leave_out]
+    rows = [row(view) for view in views]
+    return tuple(COLUMNS[at] for at in kept), [tuple(line[at] for at in kept) for line in rows]
 
 
 def row(view: InstanceView) -> tuple[Any, ...]:
     """Return an instance's line in a table."""
+    from atoll.cli.gpus import grants_words
     from atoll.cli.output import age, dim, state
 
     instance, status = view.instance, view.status
@@ -41,6 +53,7 @@ def row(view: InstanceView) -> tuple[Any, ...]:
         state(phase_word(view)),
         status.restarts if status else 0,
         instance.node or "–",
+        grants_words(instance.gpus) or "–",
         (status.address if status else None) or "–",
         instance.runtime or "–",
         age(instance.created_at),

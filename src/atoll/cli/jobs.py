@@ -187,7 +187,7 @@ async def show(session: Session, name: str) -> None:
 
     session.output.table(COLUMNS, [_row(view)])
     session.output.print("")
-    session.output.table(instance_lines.COLUMNS, [instance_lines.row(each) for each in instances], empty="no instances")
+    session.output.table(*instance_lines.lines(instances), empty="no instances")
     if events.items:
         session.output.print("")
         session.output.table(event_lines.COLUMNS, [event_lines.row(each) for each in reversed(events.items)])

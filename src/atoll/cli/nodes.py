@@ -24,8 +24,12 @@ async def list_nodes(session: Session) -> None:
     if session.json:
         session.output.json(views)
         return
-    columns = ("NODE", "STATE", "INSTANCES>", "CPU", "MEMORY", "SITE?", "REGION?", "VERSION?", "RUNTIMES")
-    session.output.table(columns, [_row(view) for view in views], empty="no nodes; start one: atoll agent, or all: atoll up")
+    columns: tuple[str, ...] = ("NODE", "STATE", "INSTANCES>", "CPU", "MEMORY", "GPUS", "SITE?", "REGION?", "VERSION?", "RUNTIMES")
+    rows = [_row(view) for view in views]
+    if not any(view.node.capacity.gpus for view in views):
+        at = columns.index("GPUS")
+        columns, rows = columns[:at] + columns[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
+    session.output.table(columns, rows, empty="no nodes; start one: atoll agent, or all: atoll up")
 
 
 def word(view: NodeView) -> str:
@@ -36,6 +40,7 @@ def word(view: NodeView) -> str:
 
 
 def _row(view: NodeView) -> tuple[Any, ...]:
+    from atoll.cli import gpus
     from atoll.cli.output import age, bar, state
     from atoll.model.units import format_bytes
 
@@ -54,6 +59,7 @@ def _row(view: NodeView) -> tuple[Any, ...]:
             node.capacity.memory_bytes,
             f"{format_bytes(view.allocated_memory_bytes)}/{format_bytes(node.capacity.memory_bytes)}",
         ),
+        gpus.count(view) or "–",
         node.site,
         node.region,
         node.version,
@@ -64,14 +70,16 @@ def _row(view: NodeView) -> tuple[Any, ...]:
 @command(example="atoll nodes show node-3")
 @names.argument("name", "nodes", metavar="NODE")
 async def show(session: Session, name: str) -> None:
-    """Show one node."""
+    """Show one node, and its GPUs with who holds them."""
     async with session.client() as client:
         view = await client.node(name)
     if session.json:
         session.output.json(view)
         return
     from rich.table import Table
+    from rich.text import Text
 
+    from atoll.cli import gpus
     from atoll.cli.output import age, bar, state
     from atoll.model.units import format_bytes
 
@@ -93,7 +101,7 @@ async def show(session: Session, name: str) -> None:
         ),
         ("memory", f"{format_bytes(view.allocated_memory_bytes)} of {format_bytes(node.capacity.memory_bytes)} reserved"),
         ("disk", format_bytes(node.capacity.disk_bytes)),
-        ("gpus", ", ".join(f"{gpu.model} {format_bytes(gpu.memory_bytes)}" for gpu in node.capacity.gpus) or "none"),
+        ("gpus", gpus.summary(node.capacity.gpus)),
         ("instances", str(view.instances)),
         ("runtimes", ", ".join(node.runtimes) or "none: run `atoll doctor` there"),
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted(node.labels.items())) or "none"),
@@ -107,6 +115,11 @@ async def show(session: Session, name: str) -> None:
     for label, value in lines:
         grid.add_row(label, value)
     session.output.print(grid)
+    if node.capacity.gpus or view.gpus:
+        session.output.print("")
+        session.output.table(gpus.COLUMNS, gpus.rows(view))
+        for note in gpus.notes(node.capacity.gpus):
+            session.output.print(Text(note, style="dim"))
 
 
 @command(example="atoll nodes cordon node-3")

@@ -7,7 +7,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from atoll.api.service.holdings import holdings_of
 from atoll.model import codec
+from atoll.model.devices import GpuSample
 from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.records import (
     App,
@@ -51,6 +53,8 @@ class FakeCalls(FakeWorld):
     def __init__(self) -> None:
         super().__init__()
         self.usage: list[Usage] = []
+        self.gpu_samples: dict[str, tuple[GpuSample, ...]] = {}
+        """Node → what its devices do."""
         self._tokens: dict[str, TokenView] = {}
 
     def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
@@ -244,9 +248,16 @@ class FakeCalls(FakeWorld):
         node, revision = self.get("nodes", name)
         assert isinstance(node, Node)  # noqa: S101 - a test put it there
         policy, _ = self.records.get(("node-policies", name), (None, 0))
-        beat = Heartbeat(node=name, at=self.now, cpu_milli=250, memory_bytes=1 << 30)
+        beat = Heartbeat(node=name, at=self.now, cpu_milli=250, memory_bytes=1 << 30, gpus=self.gpu_samples.get(name, ()))
+        placed = [instance for instance, _ in self.under("instances") if instance.node == name]
         return NodeView(
-            node=node, policy=policy, heartbeat=beat, allocated_cpu_milli=500, allocated_memory_bytes=1 << 28, revision=revision
+            node=node,
+            policy=policy,
+            heartbeat=beat,
+            allocated_cpu_milli=500,
+            allocated_memory_bytes=1 << 28,
+            gpus=holdings_of(placed),
+            revision=revision,
         )
 
     def _token_calls(self, method: str, rest: list[str], body: bytes) -> object:

@@ -45,11 +45,11 @@ def _schema(kind: str) -> bytes:
 
 
 async def list_nodes(call: Call) -> Page[NodeView]:
-    return call.service.nodes.all(limit=call.limit, after=call.after)
+    return call.service.nodes.all(limit=call.limit, after=call.after, caller=call.caller)
 
 
 async def get_node(call: Call) -> NodeView:
-    return call.service.nodes.get(call.path["node"])
+    return call.service.nodes.get(call.path["node"], call.caller)
 
 
 async def cordon_node(call: Call) -> NodeView:

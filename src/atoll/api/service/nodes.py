@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from atoll.api.service.access import Caller, check_id
+from atoll.api.service.access import SYSTEM, Caller, check_id
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.heartbeats import Heartbeats
+from atoll.api.service.holdings import holdings_of
 from atoll.api.service.pages import page
 from atoll.api.service.specs import spec_of
 from atoll.model import codec, keys
@@ -28,19 +29,23 @@ class Nodes:
         self._state = context.state
         self._heartbeats = heartbeats
 
-    def get(self, name: str) -> NodeView:
-        """Raises NotFound."""
+    def get(self, name: str, caller: Caller = SYSTEM) -> NodeView:
+        """Return a node; instances of projects that `caller` does not see have no names. Raises NotFound."""
         held = self._state.get(Node, name)
         if held is None:
             raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
-        return self._view(held, [i.record for i in self._state.records(Instance).values() if i.record.node == name])
+        return self._view(held, [i.record for i in self._state.records(Instance).values() if i.record.node == name], caller)
 
-    def all(self, *, limit: int, after: str = "") -> Page[NodeView]:
+    def all(self, *, limit: int, after: str = "", caller: Caller = SYSTEM) -> Page[NodeView]:
         placed: dict[str, list[Instance]] = defaultdict(list)
         for held in self._state.records(Instance).values():
             if held.record.node is not None:
                 placed[held.record.node].append(held.record)
-        return page(self._state, Node, "", lambda held: self._view(held, placed[held.record.name]), limit=limit, after=after)
+
+        def view(held: Held[Node]) -> NodeView:
+            return self._view(held, placed[held.record.name], caller)
+
+        return page(self._state, Node, "", view, limit=limit, after=after)
 
     async def cordon(self, name: str, cordoned: bool, *, request: RequestKey | None = None) -> NodeView:
         """Say whether new instances may be placed on a node; what runs there is left alone. Safe to repeat."""
@@ -97,11 +102,12 @@ class Nodes:
         found = (usage for heartbeat in self._heartbeats.all().values() for usage in heartbeat.usage if usage.instance in seen)
         return tuple(sorted(found, key=lambda usage: usage.instance))
 
-    def _view(self, held: Held[Node], placed: Iterable[Instance]) -> NodeView:
+    def _view(self, held: Held[Node], placed: Iterable[Instance], caller: Caller) -> NodeView:
         name = held.record.name
         liveness = self._state.get(NodeLiveness, name)
         policy = self._state.get(NodePolicy, name)
         cpu_milli = memory_bytes = count = 0
+        holding: list[Instance] = []
         for instance in placed:
             status = self._state.get(Status, f"{instance.project}/{instance.id}")
             spec = spec_of(self._state, instance)
@@ -110,6 +116,7 @@ class Nodes:
             cpu_milli += spec.resources.cpu.milli
             memory_bytes += spec.resources.memory
             count += 1
+            holding.append(instance)
         return NodeView(
             node=held.record,
             health=liveness.record.health if liveness is not None else NodeHealth.READY,
@@ -119,5 +126,6 @@ class Nodes:
             allocated_cpu_milli=cpu_milli,
             allocated_memory_bytes=memory_bytes,
             instances=count,
+            gpus=holdings_of(holding, caller.sees),
             revision=held.revision,
         )

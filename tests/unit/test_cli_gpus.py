@@ -1,0 +1,136 @@
+"""GPUs on the command line: `atoll nodes`, `atoll nodes show`, `atoll ps`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from msgspec.structs import replace
+
+from atoll.api.service.holdings import holdings_of
+from atoll.cli.main import cli
+from atoll.cli.session import Session
+from atoll.model.devices import GpuDevice, GpuGrant, GpuHealth, GpuPartition, GpuSample, GpuSharing, MigProfile
+from atoll.model.records import Capacity, Instance, Node, OwnerKind, Status
+from atoll.model.states import Phase
+from atoll.sdk.fake import FakeApi
+
+H100 = "GPU-1111aaaa-0000-0000-0000-000000000001"
+MIG = "GPU-2222bbbb-0000-0000-0000-000000000002"
+SICK = "GPU-3333cccc-0000-0000-0000-000000000003"
+PROFILE = MigProfile(name="1g.10gb", compute_slices=1, memory_slices=1, memory_bytes=10 << 30, starts=(0, 1, 2), most=7)
+
+
+def device(id: str, **more: Any) -> GpuDevice:
+    facts = {"model": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 << 30, "driver": "580.159.04", "cuda": "13.0"}
+    return GpuDevice(**{"id": id} | facts | more)
+
+
+DEVICES = (
+    device(H100),
+    device(MIG, mig=True, profiles=(PROFILE,), foreign=(GpuPartition(id="MIG-x", profile="1g.10gb", start=6, size=1),)),
+    device(SICK, health=GpuHealth.QUARANTINED, reason="XID 79: it has fallen off the bus", present=False),
+)
+
+
+class Atoll:
+    def __init__(self, directory: Path, *devices: GpuDevice) -> None:
+        self.api = FakeApi()
+        self.environment = {"ATOLL_API": "http://fake", "ATOLL_TOKEN": "t", "XDG_CONFIG_HOME": str(directory), "NO_COLOR": "1"}
+        capacity = Capacity(cpu_milli=2000, memory_bytes=4 << 30, disk_bytes=50 << 30, gpus=devices)
+        self.api.put("nodes", "n1", Node(name="n1", capacity=capacity, registered_at=1.0))
+
+    def run(self, *arguments: str) -> str:
+        session = Session(dial=lambda _: self.api)
+        result = CliRunner().invoke(cli, list(arguments), obj=session, env=self.environment, catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.run(*arguments, "--json"))
+
+    def hold(self, id: str, *grants: GpuGrant) -> None:
+        instance = Instance(
+            id=id, project="default", owner_kind=OwnerKind.APP, owner="web", release=1, node="n1", gpus=grants, created_at=1.0
+        )
+        self.api.put("instances", f"default/{id}", instance)
+        status = Status(instance=id, project="default", node="n1", phase=Phase.RUNNING, ready=True)
+        self.api.put("statuses", f"default/{id}", status)
+
+
+@pytest.fixture
+def atoll(tmp_path: Path) -> Atoll:
+    made = Atoll(tmp_path, *DEVICES)
+    made.hold("web-a", GpuGrant(device=H100, memory_bytes=80 << 30))
+    made.hold(
+        "web-b",
+        GpuGrant(device=MIG, sharing=GpuSharing.MIG, profile="1g.10gb", start=1, size=1, milli=142),
+        GpuGrant(device=MIG, sharing=GpuSharing.MIG, profile="1g.10gb", start=0, size=1, milli=142),
+    )
+    made.api.gpu_samples["n1"] = (GpuSample(device=H100, busy_milli=870, memory_bytes=40 << 30, temperature_c=61),)
+    return made
+
+
+def test_a_node_s_gpus_are_shown_with_who_holds_them_and_how_they_fare(atoll: Atoll) -> None:
+    shown = atoll.run("nodes", "show", "n1")
+    parts = shown.splitlines()
+    assert "3 × NVIDIA H100 80GB HBM3 with 80.0GiB" in shown
+    whole = next(line for line in parts if line.startswith(H100[:12]))
+    for words in ("ok", "whole", "40.0GiB/80.0GiB", "87 %", "61 °C", "580.159.04, CUDA 13.0", "web-a"):
+        assert words in whole
+    partitioned = next(line for line in parts if line.startswith(MIG[:12]))
+    assert "(MIG)" in partitioned
+    assert "2/8 slices" in partitioned
+    assert "web-b (1g.10gb at 0), web-b (1g.10gb at 1)" in partitioned
+    sick = next(line for line in parts if line.startswith(SICK[:12]))
+    assert "gone" in sick
+    assert "free" in sick
+    assert f"{SICK[:12]} gone: XID 79: it has fallen off the bus" in parts
+    assert f"{MIG[:12]} can be partitioned as 1g.10gb (up to 7)" in parts
+    assert f"{MIG[:12]} has partitions that Atoll did not make and leaves alone: 1g.10gb at 6" in parts
+
+
+def test_what_is_held_of_a_device_that_is_not_listed_any_more_is_shown_too(atoll: Atoll) -> None:
+    atoll.hold("web-c", GpuGrant(device="GPU-9999dddd-0"))
+    line = next(line for line in atoll.run("nodes", "show", "n1").splitlines() if line.startswith("GPU-9999dddd"))
+    assert "gone" in line
+    assert "web-c" in line
+
+
+def test_the_list_of_nodes_counts_gpus_only_where_there_are_any(atoll: Atoll, tmp_path: Path) -> None:
+    heading, line = atoll.run("nodes").splitlines()[:2]
+    assert "GPUS" in heading
+    assert "2/3 (1 out)" in line
+    assert "GPUS" not in Atoll(tmp_path).run("nodes")
+
+
+def test_programs_get_devices_grants_and_samples(atoll: Atoll) -> None:
+    view = atoll.json("nodes", "show", "n1")
+    assert [each["id"] for each in view["node"]["capacity"]["gpus"]] == [H100, MIG, SICK]
+    assert view["node"]["capacity"]["gpus"][2]["health"] == "quarantined"
+    assert view["heartbeat"]["gpus"][0]["busy_milli"] == 870
+    held = {each["device"]: each for each in view["gpus"]}
+    assert [holder["instance"] for holder in held[H100]["holders"]] == ["web-a"]
+    assert held[MIG]["milli"] == 250
+    assert [holder["grant"].get("start", 0) for holder in held[MIG]["holders"]] == [0, 1]
+
+
+def test_instances_are_listed_with_their_devices_only_where_one_has_any(atoll: Atoll, tmp_path: Path) -> None:
+    lines = atoll.run("ps").splitlines()
+    assert "GPU" in lines[0].split()
+    assert H100[:12] in next(line for line in lines if line.startswith("web-a"))
+    assert f"{MIG[:12]} 1g.10gb at 1" in next(line for line in lines if line.startswith("web-b"))
+    plain = Atoll(tmp_path)
+    plain.hold("web-a")
+    assert "GPU" not in plain.run("ps").splitlines()[0].split()
+
+
+def test_holders_of_projects_that_one_does_not_see_have_no_names() -> None:
+    grant = GpuGrant(device=H100, sharing=GpuSharing.TIME_SLICE, milli=250, memory_bytes=20 << 30)
+    mine = Instance(id="a", project="p", owner_kind=OwnerKind.APP, owner="web", node="n1", gpus=(grant,), created_at=1.0)
+    (holding,) = holdings_of([mine, replace(mine, id="b", project="q")], lambda project: project == "p")
+    assert [holder.instance for holder in holding.holders] == ["", "a"]
+    assert (holding.milli, holding.memory_bytes) == (500, 40 << 30)
