@@ -22,13 +22,17 @@ from atoll.model.errors import (
     NotFound,
     OutcomeUnknown,
     StaleRevision,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
 from atoll.model.ports.store import Compare, Op, TxnResult
 from atoll.model.records import (
+    AppPhase,
+    AppStatus,
     Capacity,
     Event,
+    Heartbeat,
     Ingress,
     Instance,
     Job,
@@ -45,8 +49,9 @@ from atoll.model.records import (
     Secret,
     Status,
     Token,
+    Usage,
 )
-from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Route, Scale
+from atoll.model.spec import AppSpec, Constraint, JobSpec, Metrics, Operator, Placement, Port, Route, Scale
 from atoll.model.states import Desired, Phase
 from atoll.model.views import AppView, TokenRequest
 from atoll.store.cache import State
@@ -128,6 +133,58 @@ async def test_only_another_scale_makes_no_release(service: Service) -> None:
     await service.apps.put(SYSTEM, app_spec())
     view = await service.apps.put(SYSTEM, app_spec(scale=Scale(replicas=5)))
     assert (view.app.release, view.app.replicas) == (1, 5)
+
+
+DEEP = Scale(replicas=1, max=4, metric="depth", target=8)
+
+
+async def test_another_most_or_target_makes_no_release_and_another_metric_does(service: Service) -> None:
+    first = app_spec(scale=DEEP, metrics=Metrics())
+    await service.apps.put(SYSTEM, first)
+    view = await service.apps.put(SYSTEM, replace(first, scale=replace(DEEP, max=9, target=2)))
+    assert view.app.release == 1
+    assert view.app.most == 9
+    assert (await service.apps.put(SYSTEM, view.app.spec)).revision == view.revision
+    view = await service.apps.put(SYSTEM, replace(first, scale=replace(DEEP, metric="width")))
+    assert view.app.release == 2
+    back = await service.apps.rollback(SYSTEM, "default", "web", 1)
+    assert back.app.spec.scale == DEEP
+
+
+async def test_a_rollback_keeps_how_the_app_is_scaled(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec(scale=DEEP, metrics=Metrics()))
+    more = replace(DEEP, max=9)
+    await service.apps.put(SYSTEM, app_spec(scale=more, metrics=Metrics(), env={"A": "1"}))
+    back = await service.apps.rollback(SYSTEM, "default", "web")
+    assert (back.app.release, back.app.spec.env, back.app.spec.scale) == (1, {}, more)
+
+
+async def test_scaling_an_app_that_scales_by_a_metric_sets_the_least(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec(scale=DEEP, metrics=Metrics()))
+    view = await service.apps.scale("default", "web", 3)
+    assert (view.app.replicas, view.app.most) == (3, 4)
+    with pytest.raises(Invalid, match=r"above the app's scale\.max, 4") as caught:
+        await service.apps.scale("default", "web", 5)
+    assert caught.value.field == "replicas"
+    told = [event.message for event in service.events.all("default", subject="app/web", limit=10).items]
+    assert "the least was 1 and is 3" in told[0]
+    stopped = await service.apps.scale("default", "web", 0)
+    assert (stopped.app.replicas, stopped.app.most) == (0, None)
+
+
+async def test_a_deploy_without_scale_keeps_the_number_that_the_metric_had_asked_for(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec(scale=DEEP, metrics=Metrics()))
+    status = AppStatus(project="default", name="web", phase=AppPhase.RUNNING, release=1, scaled=3)
+    context = service.context
+    await context.state.reach(await context.store.put(keys.app_status("default", "web"), codec.encode(status)))
+    view = await service.apps.put(SYSTEM, app_spec(metrics=Metrics()))
+    assert (view.app.replicas, view.app.most) == (3, None)
+
+
+async def test_a_heartbeat_with_more_metrics_than_a_spec_can_name_is_refused(service: Service) -> None:
+    for metrics in ({f"m{n}": 1.0 for n in range(18)}, {"m" * 129: 1.0}):
+        with pytest.raises(TooLarge, match="metrics of 'web-1'"):
+            service.heartbeats.note(Heartbeat(node="n1", at=1.0, usage=(Usage(instance="web-1", metrics=metrics),)))
 
 
 async def test_a_conditional_write_at_an_old_revision_is_refused(service: Service) -> None:

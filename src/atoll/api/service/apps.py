@@ -86,12 +86,20 @@ class Apps:
         if_match: int | None = None,
         request: RequestKey | None = None,
     ) -> AppView:
+        """Set how many instances there are; of an app that scales by a metric the least, and 0 stops either. Safe to repeat.
+
+        Raises Invalid (more than `scale.max`).
+        """
+
         def build() -> Draft[AppView]:
             held = self._changeable(project, name, if_match)
-            if held.record.replicas == replicas:
+            old = held.record
+            if old.replicas == replicas:
                 return Draft(answer=lambda _: self._view(held))
-            app = replace(held.record, replicas=replicas, updated_at=self._context.clock.now())
-            told = told_by(self._context, caller, app, "app-scaled", f"scaled from {held.record.replicas} to {replicas}")
+            _check_most(old.spec, replicas)
+            app = replace(old, replicas=replicas, updated_at=self._context.clock.now())
+            what = f"the least was {old.replicas} and is {replicas}" if app.most else f"scaled from {old.replicas} to {replicas}"
+            told = told_by(self._context, caller, app, "app-scaled", what)
             return self._draft(app, held, [], [told])
 
         return await self._context.write(AppView, build, request)
@@ -137,6 +145,9 @@ class Apps:
                 wanted = f"release {target}" if target else f"release before {held.record.release}"
                 raise NotFound(f"app '{name}' has no {wanted}; it has {kept}", field="release")
             spec = specs[target]
+            if _metric(spec) == _metric(held.record.spec):
+                # How many there are is the app's and no release's, unless the release gives another metric away.
+                spec = replace(spec, scale=held.record.spec.scale)
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
             app = replace(held.record, spec=spec, release=target, updated_at=self._context.clock.now())
             words = f"rolled back from release {held.record.release} to {target}"
@@ -213,17 +224,19 @@ class Apps:
         old = held.record
         if old.deleting:
             raise Conflict(f"app '{old.name}' is being deleted", mend="wait until it is gone, then deploy it again")
-        app = replace(old, spec=spec, replicas=_replicas(spec, old.replicas), updated_at=self._context.clock.now())
+        status = self._state.get(AppStatus, f"{old.project}/{old.name}")
+        running = old.wanted(status.record if status is not None else None)
+        app = replace(old, spec=spec, replicas=_replicas(spec, running), updated_at=self._context.clock.now())
         compare: list[Compare] = []
         ops: list[Op] = []
-        if replace(spec, scale=UNSET) != replace(old.spec, scale=UNSET):
+        if replace(spec, scale=UNSET) != replace(old.spec, scale=UNSET) or _metric(spec) != _metric(old.spec):
             releases = self._releases(old)
             app = replace(app, release=1 + max((release.record.number for release in releases), default=old.release))
             compare, ops = claims.claim(self._context, caller, old.spec, spec)
             compare.append(absent(_key(app)))
             ops.append(self._release(caller, app))
             ops.extend(self._prune(old, releases))
-        elif app.replicas == old.replicas:
+        elif app.replicas == old.replicas and spec == old.spec:
             return Draft(answer=lambda _: self._view(held))
         return self._draft(app, held, compare, ops)
 
@@ -282,6 +295,21 @@ class Apps:
 def _replicas(spec: AppSpec, otherwise: int) -> int:
     """A spec without `scale` leaves the number as it is."""
     return otherwise if spec.scale is UNSET else spec.scale.replicas
+
+
+def _metric(spec: AppSpec) -> str | None:
+    """Return what instances are asked for: of all that `scale` says the one thing that they run by, as the rest of a release."""
+    return None if spec.scale is UNSET else spec.scale.metric
+
+
+def _check_most(spec: AppSpec, replicas: int) -> None:
+    most = None if spec.scale is UNSET else spec.scale.max
+    if most is not None and replicas > most:
+        raise Invalid(
+            f"replicas: {replicas} is above the app's scale.max, {most}",
+            field="replicas",
+            mend="it scales by a metric, and this is the least; deploy it with a larger scale.max",
+        )
 
 
 def _key(app: App) -> str:

@@ -10,6 +10,9 @@ from atoll.model.records import Heartbeat
 
 USAGES_MAX = 10_000
 """Instances in one heartbeat."""
+METRICS_MAX = 17
+"""Metrics of one instance: those that a spec may name, and the one that it scales by."""
+METRIC_CHARACTERS_MAX = 128
 
 
 class Heartbeats:
@@ -24,6 +27,10 @@ class Heartbeats:
         """Raises TooLarge."""
         if len(heartbeat.usage) > USAGES_MAX:
             raise TooLarge(f"usage: {len(heartbeat.usage)} instances in one heartbeat; at most {USAGES_MAX}", field="usage")
+        for usage in heartbeat.usage:
+            if len(usage.metrics) > METRICS_MAX or any(len(name) > METRIC_CHARACTERS_MAX for name in usage.metrics):
+                most = f"at most {METRICS_MAX}, with names of {METRIC_CHARACTERS_MAX} characters"
+                raise TooLarge(f"usage: too many metrics of '{usage.instance[:60]}'; {most}", field="usage")
         self._latest[heartbeat.node] = heartbeat
         self._seen[heartbeat.node] = self._clock.monotonic()
 

@@ -45,7 +45,8 @@ class Planning:
         check_constraints(spec)
         require_project(self._context, spec.project)
         held = self._state.get(App, f"{spec.project}/{spec.name}")
-        replicas = held.record.replicas if held is not None else 1
+        status = self._state.get(AppStatus, f"{spec.project}/{spec.name}")
+        replicas = held.record.wanted(status.record if status is not None else None) if held is not None else 1
         numbers = [r.record.number for r in self._state.records(Release).values() if held and _same(r.record, held.record)]
         release = max(numbers, default=held.record.release if held is not None else 0) + 1
         return await self._dry(lambda snapshot: plan_spec(snapshot, spec, release=release, replicas=replicas))
