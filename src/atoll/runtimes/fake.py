@@ -19,7 +19,7 @@ from atoll.runtimes.fake_host import Behaviour, FakeHost, FakeProcess, behaviour
 
 __all__ = ["FAKE_FEATURES", "Behaviour", "FakeHost", "FakeProcess", "FakeRuntime", "behaviour_of", "failing"]
 
-FAKE_FEATURES = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES})
+FAKE_FEATURES = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
 
 
 class FakeRuntime:

@@ -12,11 +12,14 @@ import os
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
+from msgspec import structs
+
 from atoll.model.errors import Conflict, DeadlineExceeded, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Box, Feature, Started
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.netns_link import keep_link
+from atoll.runtimes.nvproxy import check_edits, gvisor_drivers, options, proxied
 from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_exec import Inner
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, run_once, version_of
@@ -43,15 +46,25 @@ class GvisorRuntime(OciRuntime):
 
     name = RuntimeName.GVISOR
     features = OciRuntime.features - {Feature.RESIZE}
-    """runsc of 2022 does not tell the size of a terminal inside."""
+    """runsc of 2022 does not tell the size of a terminal inside; and after a probe, one without nvproxy hands on no GPU."""
     slots = range(2560, 3072)
     threads_beside = THREADS_BESIDE
     own_tmp = True
 
-    def __init__(self, directory: Path, *, binary: str = "runsc", cgroup: str = "/atoll", userns: bool | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        binary: str = "runsc",
+        cgroup: str = "/atoll",
+        userns: bool | None = None,
+        nvproxy_driver: str = "",
+    ) -> None:
+        """`nvproxy_driver` is what an operator wants runsc to take the node's driver for, at his own risk."""
         if userns:
             raise Unsupported("gVisor has no user namespaces beside its own", mend="use runc, crun or lxc")
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=False)
+        self._nvproxy_driver = nvproxy_driver
         self._held_back: dict[str, list[int]] = {}  # signals to what is paused, which runsc refuses
 
     async def probe(self) -> str:
@@ -59,7 +72,10 @@ class GvisorRuntime(OciRuntime):
 
     def _probe(self) -> str:
         check_machine((self._binary, "runsc"))
-        return once_per_boot(self._directory, self._binary, self._try)
+        version = once_per_boot(self._directory, self._binary, self._try)
+        if not gvisor_drivers(self._binary, self._directory):
+            self.features = type(self).features - {Feature.GPU}
+        return version
 
     def _try(self) -> str:
         version = version_of(self._binary, package="runsc", oldest=(0, 0))
@@ -77,6 +93,10 @@ class GvisorRuntime(OciRuntime):
             )
         if box.netns is not None and not box.netns.exists():
             raise RuntimeFailed(f"there is no network namespace {box.netns}", mend="the node's network made none, or lost it")
+        if box.devices:
+            drivers = await self._in_thread(gvisor_drivers, self._binary, self._directory)
+            check_edits(box.devices, drivers, self._nvproxy_driver)
+            box = structs.replace(box, devices=proxied(box.devices))
         await super().create(box)
         if box.netns is not None:
             (box.directory / _NETNS_FILE).write_text(str(box.netns))
@@ -90,6 +110,9 @@ class GvisorRuntime(OciRuntime):
 
     def tool(self, boxes: OciBoxes, log_path: Path) -> list[str]:
         return self._started_command(boxes.state, log_path)
+
+    def options(self, box: Box) -> list[str]:
+        return options(box.devices, self._nvproxy_driver)
 
     def command(self, state: Path, log_path: Path) -> list[str]:
         # Files are copied in and out from the node's side, and their space is bounded there: no cache, no layer of its own.

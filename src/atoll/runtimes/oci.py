@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from atoll.model.ports.runtime import Box
 from atoll.runtimes.idmap import IDS_PER_INSTANCE
+from atoll.runtimes.oci_devices import device_entries, environment
 from atoll.runtimes.seccomp import capabilities_here, profile
 from atoll.runtimes.users import User
 
@@ -71,6 +72,8 @@ class Bundle(Struct, frozen=True, kw_only=True):
     resources: dict[str, Any]
     volumes: tuple[Path, ...] = ()
     """Where each of the box's mounts is shown, in their order."""
+    nodes: tuple[Path, ...] | None = None
+    """Where each of the box's device files is shown, in their order; None where the tool makes them."""
     hosts: Path | None = None
     hostname_file: Path | None = None
     sysfs: Path | None = None
@@ -84,16 +87,18 @@ def configuration(box: Box, bundle: Bundle) -> dict[str, Any]:
         "cgroupsPath": bundle.cgroup,
         "resources": bundle.resources,
         "seccomp": profile(frozenset(CAPABILITIES)),
-        "maskedPaths": list(MASKED_PATHS),
+        "maskedPaths": [*MASKED_PATHS, *box.devices.masked],
         "readonlyPaths": list(READ_ONLY_PATHS),
         "rootfsPropagation": "private",
     }
+    if box.devices.nodes and bundle.nodes is None:
+        linux["devices"] = device_entries(box.devices)
     if bundle.base_id is not None:
         ids = [{"containerID": 0, "hostID": bundle.base_id, "size": IDS_PER_INSTANCE}]
         linux["uidMappings"] = linux["gidMappings"] = ids
     return {
         "ociVersion": "1.0.2",
-        "process": process(box.argv, box.env, box.workdir or "/", bundle.user),
+        "process": process(box.argv, environment(box.env, box.devices), box.workdir or "/", bundle.user),
         "root": {"path": str(bundle.root), "readonly": box.read_only_root},
         "hostname": box.hostname,
         "mounts": _mounts(box, bundle),
@@ -182,6 +187,11 @@ def _mounts(box: Box, bundle: Bundle) -> list[dict[str, Any]]:
     ):
         if source is not None:
             mounts.append(_mount(path, "bind", str(source), "bind", "nosuid", "noexec", "nodev", "ro"))
+    for file in box.devices.mounts:
+        mounts.append(_mount(file.target, "bind", file.source, *file.options))
+    if bundle.nodes is not None:
+        for node, made in zip(box.devices.nodes, bundle.nodes, strict=True):
+            mounts.append(_mount(node.path, "bind", str(made), "bind", "nosuid", "noexec", "rw"))
     for entry, shown in zip(box.mounts, bundle.volumes, strict=True):
         mounts.append(_mount(entry.target, "bind", str(shown), "rbind", "nosuid", "nodev", "ro" if entry.read_only else "rw"))
     return mounts

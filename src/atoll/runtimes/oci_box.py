@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from atoll.runtimes.cgroup import CPU_PERIOD_US, Cgroups, Group
 from atoll.runtimes.idmap import SLOTS_MAX, IdMaps, idmaps_work
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.oci import Bundle, configuration, launch_netns
+from atoll.runtimes.oci_devices import check_sources, device_rules, make_links, show_nodes
 from atoll.runtimes.rootfs import drop_mounts, make_root, remove_root, show_mounts
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
@@ -39,7 +40,7 @@ START_CPU_QUOTA_US_MIN = CPU_PERIOD_US
 """The tool's own work inside the group is not charged to a small instance, which would wait several periods to start."""
 
 
-STDOUT, STDERR, NETNS = "io.atoll.stdout", "io.atoll.stderr", "io.atoll.netns"
+STDOUT, STDERR, NETNS, OPTIONS = "io.atoll.stdout", "io.atoll.stderr", "io.atoll.netns", "io.atoll.options"
 """Annotations by which the next agent knows what an instance's tools are started with."""
 _STATE_FILE = "_sandbox:"
 """What follows the id in the names of runsc's state files."""
@@ -61,6 +62,7 @@ class OciBoxes:
         slots: range = range(SLOTS_MAX),
         threads_beside: int = 0,
         own_tmp: bool = False,
+        tool_options: Callable[[Box], Sequence[str]] | None = None,
         runtime_directory: Path = RUNTIME_DIRECTORY,
     ) -> None:
         self.directory = directory
@@ -73,6 +75,7 @@ class OciBoxes:
         self._cgroups = cgroups
         self._threads_beside = threads_beside
         self._own_tmp = own_tmp
+        self._tool_options = tool_options
         self._unneeded: deque[Path] = deque()  # mounts of boxes that exist; `tidy` empties it soon after each `make`
         for path in (directory, self.state, directory / "scratch"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -120,6 +123,8 @@ class OciBoxes:
         os.chown(root.parent, 0, base_id or 0)
         self._unneeded.extend(make_root(root, directory, box.image.layers, disk, base_id=base_id or 0, userns=userns))
         user = user_in(root, box.user)
+        check_sources(box.devices)
+        make_links(root, box.devices.links, base_id=base_id or 0)
         sysfs = None
         if base_id is not None and box.netns is not None:
             sysfs = directory / "sysfs"
@@ -134,6 +139,7 @@ class OciBoxes:
         resources = self._cgroups.resources(box.limits)
         resources["pids"]["limit"] = max(START_PIDS_MIN, box.limits.pids + self._threads_beside)
         resources["cpu"]["quota"] = max(START_CPU_QUOTA_US_MIN, resources["cpu"]["quota"])
+        resources["devices"] += device_rules(box.devices)
         bundle = Bundle(
             root=root,
             user=user,
@@ -141,6 +147,7 @@ class OciBoxes:
             cgroup=f"{self._cgroup}/{box.id}",
             resources=resources,
             volumes=tuple(show_mounts(directory, box.mounts, userns=userns)),
+            nodes=None if base_id is None else show_nodes(directory, box.devices.nodes, base_id=base_id),
             hosts=hosts,
             hostname_file=hostname,
             sysfs=sysfs,
@@ -150,6 +157,8 @@ class OciBoxes:
             keep = {"destination": "/tmp", "type": "bind", "source": str(root / "tmp"), "options": ["rbind", "nosuid", "nodev"]}  # noqa: S108
             config["mounts"].insert(0, keep)
         config["annotations"] = {STDOUT: str(box.stdout), STDERR: str(box.stderr), NETNS: launch_netns(box, bundle)}
+        if self._tool_options is not None and (options := self._tool_options(box)):
+            config["annotations"][OPTIONS] = " ".join(options)
         write_private(directory / "config.json", msgspec.json.encode(config))
 
     def tidy(self) -> bool:

@@ -81,21 +81,21 @@ class _Seen(Struct, frozen=True):
     version: str
 
 
-def once_per_boot(directory: Path, binary: str, probe: Callable[[], str]) -> str:
+def once_per_boot(directory: Path, binary: str, probe: Callable[[], str], *, file: str = "probe.json") -> str:
     """Return what `probe` returns, without running it again for the same tool on the same run of the machine.
 
-    `directory` keeps the answer for the next agent, which is then ready sooner. Only success is kept.
+    `directory` keeps the answer in `file` for the next agent, which is then ready sooner. Only success is kept.
     """
-    path, file = shutil.which(binary) or "", directory / "probe.json"
+    path, answer = shutil.which(binary) or "", directory / file
     seen = _Seen(boot_id(), path, Path(path).stat().st_mtime_ns if path else 0, "")
     with suppress(OSError, msgspec.DecodeError):
-        kept = msgspec.json.decode(file.read_bytes(), type=_Seen)
+        kept = msgspec.json.decode(answer.read_bytes(), type=_Seen)
         if structs.replace(kept, version="") == seen:
             return kept.version
     version = probe()
     with suppress(OSError):  # it is only slower then
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        file.write_bytes(msgspec.json.encode(structs.replace(seen, version=version)))
+        answer.write_bytes(msgspec.json.encode(structs.replace(seen, version=version)))
     return version
 
 

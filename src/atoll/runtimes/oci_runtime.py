@@ -22,7 +22,7 @@ from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
-from atoll.runtimes.oci_box import NETNS, STDERR, STDOUT, OciBoxes, load_config
+from atoll.runtimes.oci_box import NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
 from atoll.runtimes.oci_exec import Inner, OciExecution, start_execution
 from atoll.runtimes.shim import Launch
@@ -57,7 +57,7 @@ class OciRuntime:
     """Whether the tool would cover an empty /tmp of the image with one in memory."""
     threads_beside = 0
     """What runs in an instance's control group beside its processes; their limit is raised by as many."""
-    features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES})
+    features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
 
     def __init__(self, directory: Path, *, binary: str, cgroup: str = "/atoll", userns: bool | None = None) -> None:
         self._directory = directory
@@ -76,6 +76,10 @@ class OciRuntime:
     def tool(self, boxes: OciBoxes, log_path: Path) -> list[str]:
         """Return the runtime's command with its global options; it logs JSON to `log_path`."""
         return self.command(boxes.state, log_path)
+
+    def options(self, box: Box) -> list[str]:
+        """Return the options of the tool that this box alone is started with; none of them has a space in it."""
+        return []
 
     def inner(self, boxes: OciBoxes, id: str) -> Inner | None:
         """Return how commands in the instance get signals, where not by the node's kernel."""
@@ -112,7 +116,8 @@ class OciRuntime:
         files, record = container.files, container.record
         config = load_config(files.directory)
         log_path = files.directory / "tool.log"
-        tool = [*self.tool(boxes, log_path), "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
+        command = [*self.tool(boxes, log_path), *config.annotations.get(OPTIONS, "").split()]
+        tool = [*command, "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
         given = [config.annotations[name] for name in (NETNS, STDOUT, STDERR)]
         shim = ["run", *given, str(files.pid), str(files.exit), str(files.lock)]
         launch = Launch([*shim, "--", *tool], stdio=None, output=files.directory / "shim.log")
@@ -323,6 +328,7 @@ class OciRuntime:
             slots=self.slots,
             threads_beside=self.threads_beside,
             own_tmp=self.own_tmp,
+            tool_options=self.options,
         )
 
     def _tidy_soon(self, boxes: OciBoxes) -> None:
