@@ -6,140 +6,49 @@ away for an error comes back when the driver says that it recovered or when a re
 
 from __future__ import annotations
 
-import enum
-
-from msgspec import Struct
 from msgspec.structs import replace
 
+from atoll.devices.health_state import (
+    DEGRADED_S,
+    KINDS_MAX,
+    REPEATS_S,
+    Cause,
+    DeviceState,
+    Gone,
+    Happening,
+    Held,
+    Ill,
+    Repeats,
+    Seen,
+    Silent,
+    Tick,
+    Told,
+)
 from atoll.devices.xid import XidMeaning, classify_xid
 from atoll.model.devices import GpuDevice, GpuHealth
 from atoll.model.ports.devices import DeviceEvent, Trouble
 
-__all__ = ["Cause", "DeviceState", "Gone", "Held", "Ill", "Seen", "Silent", "Tick", "Told", "XidMeaning", "classify_xid", "decide"]
-
-REPEATS_S = 60.0
-"""Within this span the same trouble of a device is told once; what came after the first is told as a count at its end."""
-KINDS_MAX = 32
-"""Different troubles of a device that are counted at a time; more of them are counted together."""
-DEGRADED_S = 3_600.0
-"""How long a trouble that left the device working is shown."""
-
-
-class Cause(enum.StrEnum):
-    """Why a device is not well, and so what ends it."""
-
-    ERROR = "error"
-    """The driver reported one that only a reset mends. Ends: the driver says recovered, or a reset shows."""
-    ROWS = "rows"
-    """Rows are to be remapped, or could not be. Ends when the driver's counters say so."""
-    DRIVER_SAYS = "driver-says"
-    """The driver calls it unwell, or has a doubt. Ends when it does not any more."""
-    GONE = "gone"
-    """Ends when it is there again."""
-    SILENT = "silent"
-    """Ends when the driver answers."""
-    DRIVER = "driver"
-    """The driver was changed under what runs. Ends when nothing of that time holds the device."""
-    SUSPECT = "suspect"
-    """Ends by itself after DEGRADED_S, or by a reset."""
-
+__all__ = [
+    "DEGRADED_S",
+    "KINDS_MAX",
+    "REPEATS_S",
+    "Cause",
+    "DeviceState",
+    "Gone",
+    "Happening",
+    "Held",
+    "Ill",
+    "Seen",
+    "Silent",
+    "Tick",
+    "Told",
+    "XidMeaning",
+    "classify_xid",
+    "count",
+    "decide",
+]
 
 _ENDED_BY_RESET = frozenset({Cause.ERROR, Cause.SUSPECT})
-
-
-class Ill(Struct, frozen=True, kw_only=True):
-    cause: Cause
-    reason: str
-    since: float
-    degrading: bool = False
-    """It leaves the device on offer."""
-
-
-class _Repeats(Struct, frozen=True, kw_only=True):
-    """What came of one kind of trouble since `first`, which was told."""
-
-    trouble: Trouble
-    code: int
-    """-1: all those that are one too many to be counted apart."""
-    first: float
-    more: int = 0
-    message: str = ""
-
-
-class DeviceState(Struct, frozen=True, kw_only=True):
-    """All that is known of one device. `seen` is what its driver said last, before its ills are counted in."""
-
-    seen: GpuDevice
-    held: bool = False
-    """An instance has something of it."""
-    ills: tuple[Ill, ...] = ()
-    """At most one of each cause."""
-    repeats: tuple[_Repeats, ...] = ()
-
-    @property
-    def id(self) -> str:
-        return self.seen.id
-
-    @property
-    def health(self) -> GpuHealth:
-        if any(not ill.degrading for ill in self.ills):
-            return GpuHealth.QUARANTINED
-        return GpuHealth.DEGRADED if self.ills else GpuHealth.OK
-
-    @property
-    def reason(self) -> str:
-        """Return the reasons of the ills, the worst first."""
-        return "; ".join(ill.reason for ill in sorted(self.ills, key=lambda ill: (ill.degrading, ill.since)))
-
-    def ill(self, cause: Cause) -> Ill | None:
-        return next((ill for ill in self.ills if ill.cause is cause), None)
-
-    def device(self) -> GpuDevice:
-        """Return the device as it is to be offered, with its health."""
-        present, answers = self.ill(Cause.GONE) is None, self.ill(Cause.SILENT) is None
-        return replace(self.seen, health=self.health, reason=self.reason, present=present, answers=answers)
-
-    @property
-    def due(self) -> float | None:
-        """Return when a Tick would change something."""
-        times = [repeats.first + REPEATS_S for repeats in self.repeats]
-        times += [ill.since + DEGRADED_S for ill in self.ills if ill.cause is Cause.SUSPECT]
-        return min(times, default=None)
-
-
-class Seen(Struct, frozen=True):
-    """The driver answered, and the device is there."""
-
-    device: GpuDevice
-
-
-class Gone(Struct, frozen=True):
-    """The driver answered, and the device is not there."""
-
-
-class Silent(Struct, frozen=True):
-    """The driver did not answer."""
-
-    reason: str
-
-
-class Told(Struct, frozen=True):
-    """The driver reported something about this device."""
-
-    event: DeviceEvent
-
-
-class Held(Struct, frozen=True):
-    """An instance holds it now, or none does any more."""
-
-    held: bool
-
-
-class Tick(Struct, frozen=True):
-    """Time went by."""
-
-
-Happening = Seen | Gone | Silent | Told | Held | Tick
 
 
 def decide(state: DeviceState, event: Happening, now: float) -> tuple[DeviceState | None, tuple[DeviceEvent, ...]]:
@@ -168,13 +77,16 @@ def decide(state: DeviceState, event: Happening, now: float) -> tuple[DeviceStat
 
 
 def _event(state: DeviceState, trouble: Trouble, words: str, now: float, *, code: int = 0, mend: str = "") -> DeviceEvent:
-    name = state.seen.model or "GPU"
-    return DeviceEvent(trouble=trouble, device=state.id, code=code, message=f"{name} {state.id} {words}", mend=mend, at=now)
+    name = f"{state.seen.model or 'GPU'} {state.id}".strip()
+    return DeviceEvent(trouble=trouble, device=state.id, code=code, message=f"{name} {words}", mend=mend, at=now)
 
 
 def _with(state: DeviceState, cause: Cause, reason: str, now: float, *, degrading: bool = False) -> DeviceState:
-    """Add an ill; one of the same cause keeps its beginning, and takes the newer reason (a suspicion begins anew)."""
+    """Add an ill. One of the same cause keeps its beginning and takes the newer reason, but the first error is what began it all,
+    and a suspicion begins anew."""
     old = state.ill(cause)
+    if old is not None and cause is Cause.ERROR:
+        return state
     since = old.since if old is not None and cause is not Cause.SUSPECT else now
     ill = Ill(cause=cause, reason=reason, since=since, degrading=degrading)
     return replace(state, ills=(*(other for other in state.ills if other.cause is not cause), ill))
@@ -272,17 +184,17 @@ def _told(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceSta
             state = _with(state, Cause.DRIVER, name, at) if state.held else state
         case Trouble.FAULT:
             pass
-    return _count(state, replace(event, device=state.id, at=at), now)
+    return count(state, replace(event, device=state.id, at=at), now)
 
 
-def _count(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceState, tuple[DeviceEvent, ...]]:
-    """Tell the first of a kind, count the others."""
+def count(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceState, tuple[DeviceEvent, ...]]:
+    """Tell the first of a kind as it is, count the others: Tick sums them up. Health stays as it is."""
     keys = {(repeats.trouble, repeats.code) for repeats in state.repeats}
     key = event.trouble, event.code
     if key not in keys and len(keys) >= KINDS_MAX:
         key = Trouble.SUSPECT, -1
     if key not in keys:
-        first = _Repeats(trouble=key[0], code=key[1], first=now, message=event.message)
+        first = Repeats(trouble=key[0], code=key[1], first=now, message=event.message)
         return replace(state, repeats=(*state.repeats, first)), (event,)
     counted = tuple(
         replace(repeats, more=repeats.more + 1) if (repeats.trouble, repeats.code) == key else repeats for repeats in state.repeats
@@ -302,7 +214,7 @@ def _tick(state: DeviceState, now: float) -> tuple[DeviceState, tuple[DeviceEven
     return state, told
 
 
-def _sum_up(state: DeviceState, repeats: _Repeats, now: float) -> DeviceEvent:
+def _sum_up(state: DeviceState, repeats: Repeats, now: float) -> DeviceEvent:
     what = "other troubles" if repeats.code < 0 else repeats.message
     words = f"had {repeats.more} more in {round(now - repeats.first)} s of: {what}"
     return _event(state, repeats.trouble, words, now, code=max(0, repeats.code))

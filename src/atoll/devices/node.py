@@ -1,0 +1,319 @@
+"""The devices of a node, whatever their vendors: what there is and how it fares, and what instances hold of it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import structlog
+from msgspec.structs import replace
+
+from atoll.devices.admission import refuse_grant, refuse_runtime, ways_to_share
+from atoll.devices.edits import merge_edits
+from atoll.devices.ledger import LedgerFile, Made, boot_id
+from atoll.devices.mps import Mps
+from atoll.devices.slices import Slices
+from atoll.devices.watch import Patience, Watch
+from atoll.model.devices import GpuDevice, GpuGrant, GpuSample, GpuSharing
+from atoll.model.errors import AtollError, Conflict, Unavailable, Unsupported
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.devices import Claim, DeviceEvent, Edits, Hardware, Trouble
+from atoll.model.spec import Gpu, RuntimeName
+
+EVENTS_MAX = 1024
+"""News that nobody read yet; beyond that the oldest is dropped, since the inventory has the truth anyway."""
+TICK_S = 30.0
+"""Between two moments at which storms are summed up, at most."""
+
+log = structlog.get_logger()
+
+
+class NodeDevices:
+    """The port `Devices` over the drivers of a node.
+
+    `directory` keeps what was made, over restarts. `mps` is None where that way of sharing is not wanted. `gvisor_drivers` are the
+    driver versions that gVisor's proxy knows (None: unknown), `refusals` reasons why a runtime cannot hand on devices, found by
+    whoever knows the runtime; an empty one is a yes for QEMU and Cloud Hypervisor. `boot` tells one start of the machine from the
+    next.
+    """
+
+    def __init__(
+        self,
+        hardware: Sequence[Hardware],
+        *,
+        directory: Path,
+        clock: Clock,
+        mps: Mps | None = None,
+        gvisor_drivers: Callable[[], frozenset[str] | None] = lambda: None,
+        refusals: Mapping[RuntimeName, str] | None = None,
+        patience: Patience | None = None,
+        boot: str | None = None,
+    ) -> None:
+        self._clock = clock
+        self._mps = mps
+        self._gvisor_drivers = gvisor_drivers
+        self._refusals = dict(refusals or {})
+        self._patience = patience or Patience()
+        self._file = LedgerFile(directory, boot_id() if boot is None else boot)
+        self._slices = Slices(self._file, self._patience)
+        self._news: collections.deque[DeviceEvent] = collections.deque(maxlen=EVENTS_MAX)
+        self._told = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._offered: dict[str, GpuDevice] = {}
+        """As `inventory` returned them last: what the scheduler chooses from."""
+        self._watches = tuple(Watch(one, clock, self._patience, tell=self._tell, changed=self._remember) for one in hardware)
+        for known in self._file.now.known:
+            watch = next((watch for watch in self._watches if watch.vendor is known.device.vendor), None)
+            if watch is not None:
+                watch.remember(known, held=self._file.now.holds(known.device.id))
+
+    # what there is
+
+    async def inventory(self) -> tuple[GpuDevice, ...]:
+        self._begin()
+        await self._look_at_all()
+        devices = tuple(self._offer(watch, state.device()) for watch in self._watches for state in watch.states.values())
+        self._offered = {device.id: device for device in devices}
+        return tuple(sorted(devices, key=lambda device: (device.pci, device.id)))
+
+    async def samples(self) -> tuple[GpuSample, ...]:
+        self._begin()
+
+        async def ask(watch: Watch) -> tuple[GpuSample, ...]:
+            try:
+                return () if watch.silent else await watch.call(watch.hardware.samples(), self._patience.samples_s)
+            except AtollError:
+                return ()
+
+        found = await asyncio.gather(*(ask(watch) for watch in self._watches))
+        return tuple(sample for samples in found for sample in samples)
+
+    async def events(self) -> AsyncIterator[DeviceEvent]:
+        """Yield news for ever. There is one reader: two of them would share the news between them."""
+        self._begin()
+        while True:
+            while self._news:
+                yield self._news.popleft()
+            self._told.clear()
+            await self._told.wait()  # for ever, as the port says
+
+    def offers(self, runtime: RuntimeName) -> str:
+        devices = [state.seen for watch in self._watches for state in watch.states.values()]
+        return refuse_runtime(runtime, devices, gvisor_drivers=self._gvisor_drivers(), refusals=self._refusals)
+
+    async def reinstate(self, device: str) -> None:
+        """Offer a device again that was taken out for an error: an operator's word for a reset that no counter shows.
+
+        What its driver still says of it stands. One that is not known is no error.
+        """
+        watch = self._watch_of(device)
+        if watch is not None:
+            words = f"{device} was reinstated by an operator"
+            watch.take(DeviceEvent(trouble=Trouble.RECOVERED, device=device, message=words, at=self._clock.now()))
+
+    # what instances hold
+
+    async def claim(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> Claim:
+        self._begin()
+        reason = self.offers(runtime) if any(watch.states for watch in self._watches) else ""
+        if reason:
+            raise Unsupported(reason)
+        grants = tuple(grants)
+        before = self._file.now.holdings.get(instance)
+        if before is not None and before != grants:
+            raise Conflict(f"{instance} holds other devices already", mend="release it first")
+        watches = self._watches_of({grant.device for grant in grants})
+        await asyncio.gather(*(watch.look() for watch in watches))
+        async with _turns(watches):
+            await self._admit(instance, grants, gpu, runtime)
+            self._file.write(replace(self._file.now, holdings={**self._file.now.holdings, instance: grants}))
+            self._hold(grants)
+            try:
+                return await self._carry_out(instance, grants, gpu, runtime)
+            except (AtollError, OSError):
+                await self._let_go(instance, watches)
+                raise
+
+    async def release(self, instance: str) -> None:
+        ledger = self._file.now
+        grants = ledger.holdings.get(instance, ())
+        made = [made for made in ledger.made if made.instance == instance]
+        if instance not in ledger.holdings and not made:
+            return
+        watches = self._watches_of({grant.device for grant in grants} | {one.device for one in made})
+        async with _turns(watches):
+            await self._let_go(instance, watches)
+
+    async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
+        self._begin()
+        await self._look_at_all()
+        for instance in {made.instance for made in self._file.now.made if made.instance} - set(held):
+            self._slices.disown(instance)
+        ledger = replace(self._file.now, holdings={instance: tuple(grants) for instance, grants in held.items()})
+        self._file.write(ledger)
+        for instance, grants in held.items():
+            self._adopt(instance, grants)
+        for watch in self._watches:
+            watch.hold([*watch.states, *self._strangers(watch)], ledger.holds)
+        await asyncio.gather(*(self._sweep(watch) for watch in self._watches), self._look_at_all())
+        if self._mps is not None:
+            wanted = {grant.device for grants in held.values() for grant in grants if grant.sharing is GpuSharing.MPS}
+            await self._mps.keep(wanted)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        await asyncio.gather(*(watch.close() for watch in self._watches))
+
+    # inside: claims
+
+    async def _admit(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> None:
+        """Raise what stands in the way of any grant."""
+        samples = {} if instance in self._file.now.holdings else {sample.device: sample for sample in await self.samples()}
+        for grant in grants:
+            watch = self._watch_of(grant.device)
+            device = self._offer(watch, watch.states[grant.device].device()) if watch is not None else None
+            error = refuse_grant(
+                grant,
+                device,
+                gpu=gpu,
+                others=self._file.now.others_on(grant.device, instance),
+                foreign=device.foreign if device is not None else (),
+                sample=samples.get(grant.device),
+            )
+            offered = self._offered.get(grant.device)
+            if error is None and device is not None and offered is not None and offered.driver != device.driver:
+                error = Unavailable(f"{device.id}: the driver was changed from {offered.driver} to {device.driver}")
+            if error is not None:
+                raise error
+        reason = self.offers(runtime)
+        if reason:
+            raise Unsupported(reason)
+
+    async def _carry_out(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> Claim:
+        edits = Edits()
+        partitions = []
+        for watch in self._watches_of({grant.device for grant in grants}):
+            mine = [grant for grant in grants if self._watch_of(grant.device) is watch]
+            made = [await self._slices.make(watch, instance, grant) for grant in mine if grant.sharing is GpuSharing.MIG]
+            partitions += made
+            edits = merge_edits(edits, watch.hardware.edits(mine, gpu.capabilities, [partition.id for partition in made]))
+            for grant in mine:
+                if grant.sharing is GpuSharing.MPS:
+                    edits = merge_edits(edits, await self._join(watch.states[grant.device].seen, grant))
+        if runtime is RuntimeName.GVISOR and not edits.gvisor_driver:
+            raise Unsupported("gVisor's proxy cannot hand on what was granted", mend="use runc or crun")
+        return Claim(edits=edits, partitions=tuple(partitions))
+
+    async def _join(self, device: GpuDevice, grant: GpuGrant) -> Edits:
+        if self._mps is None:
+            raise Unsupported("this node does not share by MPS", mend="use sharing = 'time-slice'")
+        await self._mps.start(device)
+        return self._mps.edits(device, grant)
+
+    async def _let_go(self, instance: str, watches: Sequence[Watch]) -> None:
+        """Forget what an instance holds, and remove what was made for it. What cannot be removed now is removed later."""
+        grants = self._file.now.holdings.get(instance, ())
+        self._slices.disown(instance)
+        self._file.write(replace(self._file.now, holdings={k: v for k, v in self._file.now.holdings.items() if k != instance}))
+        for watch in watches:
+            await self._slices.sweep(watch)
+        for grant in grants:
+            if grant.sharing is GpuSharing.MPS and self._mps is not None and not self._file.now.holds(grant.device):
+                await self._mps.stop(grant.device)
+        self._hold(grants)
+
+    def _adopt(self, instance: str, grants: Sequence[GpuGrant]) -> None:
+        """Take as made for an instance what is found where its grants say, should the file have been lost."""
+        for grant in grants:
+            if grant.sharing is not GpuSharing.MIG:
+                continue
+            wanted = Made(device=grant.device, profile=grant.profile, start=grant.start, instance=instance)
+            mine = any(replace(made, id="") == wanted for made in self._file.now.made)
+            if not mine:
+                self._file.write(self._file.now.with_made(wanted))
+
+    def _hold(self, grants: Sequence[GpuGrant]) -> None:
+        for watch in self._watches:
+            mine = {grant.device for grant in grants if grant.device in watch.states}
+            watch.hold(mine, self._file.now.holds)
+
+    def _strangers(self, watch: Watch) -> list[str]:
+        """Devices that instances hold and that no driver ever showed; the first driver is the one to miss them."""
+        if watch is not self._watches[0]:
+            return []
+        held = {grant.device for grants in self._file.now.holdings.values() for grant in grants}
+        return sorted(device for device in held if self._watch_of(device) is None)
+
+    def _watch_of(self, device: str) -> Watch | None:
+        return next((watch for watch in self._watches if device in watch.states), None)
+
+    def _watches_of(self, devices: Collection[str]) -> tuple[Watch, ...]:
+        return tuple(watch for watch in self._watches if any(device in watch.states for device in devices))
+
+    # inside: watching
+
+    def _begin(self) -> None:
+        """Start watching, once there is a loop to do it on."""
+        if not self._tasks:
+            for watch in self._watches:
+                self._tasks += [asyncio.ensure_future(watch.follow()), asyncio.ensure_future(self._beat(watch))]
+
+    async def _beat(self, watch: Watch) -> None:
+        """Look now and then, sum up storms, and try again what could not be removed."""
+        while True:
+            try:
+                await watch.look()
+                await self._sweep(watch)
+            except Exception:  # the outer edge of this loop: health must go on being watched
+                log.exception("looking at the devices failed", vendor=watch.vendor)
+            ends = self._clock.monotonic() + self._patience.look_s
+            while (left := ends - self._clock.monotonic()) > 0:
+                await asyncio.sleep(min(left, TICK_S))
+                watch.tick()
+
+    async def _sweep(self, watch: Watch) -> None:
+        async with watch.turn:
+            swept = () if watch.silent else await self._slices.sweep(watch)
+        for made in swept:
+            words = f"{made.device}: the slices of {made.profile} at {made.start} are free again"
+            self._tell(DeviceEvent(trouble=Trouble.RECOVERED, device=made.device, message=words, at=self._clock.now()))
+
+    async def _look_at_all(self) -> None:
+        await asyncio.gather(*(watch.look() for watch in self._watches))
+
+    def _offer(self, watch: Watch, device: GpuDevice) -> GpuDevice:
+        """Return the device with what this node can do with it, and with the partitions that are no instance's."""
+        mine = [made for made in self._file.now.made if made.device == device.id and made.instance]
+        foreign = tuple(
+            partition for partition in watch.partitions.get(device.id, ()) if not any(made.is_of(partition) for made in mine)
+        )
+        return replace(
+            device, foreign=foreign, sharing=ways_to_share(device, mps=self._mps is not None and not self._mps.missing())
+        )
+
+    def _tell(self, event: DeviceEvent) -> None:
+        log.info("device event", trouble=event.trouble, device=event.device, code=event.code, message=event.message)
+        self._news.append(event)
+        self._told.set()
+
+    def _remember(self) -> None:
+        known = tuple(known for watch in self._watches for known in watch.known())
+        try:
+            self._file.write(replace(self._file.now, known=known))
+        except OSError as error:
+            log.error("the devices' health is not on the disk", error=str(error))
+
+
+@contextlib.asynccontextmanager
+async def _turns(watches: Sequence[Watch]) -> AsyncIterator[None]:
+    """Have all these drivers to oneself; always taken in one order, so that no two wait for each other."""
+    async with contextlib.AsyncExitStack() as stack:
+        for watch in watches:
+            await stack.enter_async_context(watch.turn)
+        yield

@@ -1,0 +1,257 @@
+"""One driver under watch: every call to it is bounded, what it says is folded into its devices' health, and what is news is told.
+
+A driver that hangs costs a caller its deadline and nothing more. What was known stays known, as quarantined, until it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
+
+import structlog
+from msgspec import Struct
+from msgspec.structs import replace
+
+from atoll.devices.health import Cause, DeviceState, Gone, Happening, Held, Seen, Silent, Tick, Told, count, decide
+from atoll.devices.ledger import Known
+from atoll.model.devices import GpuDevice, GpuPartition, GpuVendor
+from atoll.model.errors import AtollError, NotFound, Unavailable
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.devices import DeviceEvent, Hardware, Trouble
+from atoll.model.units import format_seconds
+
+T = TypeVar("T")
+STUCK_MAX = 4
+"""Calls that were given up and have not ended; while there are so many, no other is begun."""
+EVENTS_AT_ONCE = 64
+"""Events after which a storm lets others run."""
+RETRY_S_MAX = 60.0
+
+log = structlog.get_logger()
+
+
+class Patience(Struct, frozen=True, kw_only=True):
+    """How long a driver is waited for, and how often it is looked at."""
+
+    look_at_s: float = 4.0
+    """Of the call that finds out what there is, and of what is asked of each device then."""
+    call_s: float = 10.0
+    """Of any other call."""
+    change_s: float = 60.0
+    """Of a call that makes or removes a partition."""
+    samples_s: float = 3.0
+    look_s: float = 30.0
+    """Between two looks at what there is, for what vanishes without a word."""
+    again_s: float = 5.0
+    """A driver that did not answer is not asked anew before so long."""
+
+
+class Watch:
+    """`tell` gets every piece of news, `changed` is called when what must not be forgotten changed."""
+
+    def __init__(
+        self,
+        hardware: Hardware,
+        clock: Clock,
+        patience: Patience,
+        *,
+        tell: Callable[[DeviceEvent], None],
+        changed: Callable[[], None],
+    ) -> None:
+        self.hardware = hardware
+        self.vendor: GpuVendor = hardware.vendor
+        self.turn = asyncio.Lock()
+        """Held while partitions change, so that one claim at a time decides about slices."""
+        self.states: dict[str, DeviceState] = {}
+        self.partitions: dict[str, tuple[GpuPartition, ...]] = {}
+        """Of devices in MIG mode, as last seen."""
+        self.silent = ""
+        """Why the driver does not answer."""
+        self._clock, self._patience, self._tell, self._changed = clock, patience, tell, changed
+        # what concerns no one device is counted here
+        self._all = DeviceState(seen=GpuDevice(id="", model=f"every {self.vendor} GPU", memory_bytes=0, vendor=self.vendor))
+        self._looked = False
+        self._silent_at = float("-inf")
+        self._looking: asyncio.Task[None] | None = None
+        self._touched: set[str] = set()
+        self._stuck: set[asyncio.Task[Any]] = set()
+
+    def remember(self, known: Known, *, held: bool) -> None:
+        """Begin with what a former agent knew."""
+        self.states[known.device.id] = DeviceState(seen=known.device, ills=known.ills, held=held)
+
+    async def call(self, coroutine: Coroutine[Any, Any, T], deadline_s: float | None = None) -> T:
+        """Await a call to the driver. Raises what it raises, and Unavailable when it has not ended in time (or others have not)."""
+        if len(self._stuck) >= STUCK_MAX:
+            coroutine.close()
+            raise Unavailable(f"the {self.vendor} driver hangs: {len(self._stuck)} calls have not come back")
+        deadline_s = self._patience.call_s if deadline_s is None else deadline_s
+        task = asyncio.ensure_future(coroutine)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=deadline_s)
+        except asyncio.CancelledError:
+            self._abandon(task)
+            raise
+        if done:
+            return task.result()
+        self._abandon(task)
+        raise Unavailable(f"the {self.vendor} driver does not answer within {format_seconds(deadline_s)}")
+
+    def _abandon(self, task: asyncio.Task[Any]) -> None:
+        """Give up a call, whether or not it lets itself be cancelled."""
+        self._stuck.add(task)
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            self._stuck.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.debug("a call that was given up failed", vendor=self.vendor, error=str(error))
+
+        task.add_done_callback(ended)
+        task.cancel()
+
+    async def look(self) -> None:
+        """Ask what there is, and fold it in. Raises nothing: a driver that does not answer makes its devices `silent`.
+
+        Looks that are asked for at the same time are one.
+        """
+        if self.silent and self._clock.monotonic() - self._silent_at < self._patience.again_s:
+            return
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self._look())
+        await asyncio.shield(self._looking)
+
+    async def _look(self) -> None:
+        self._touched.clear()
+        try:
+            found = await self.call(self.hardware.discover(), self._patience.look_at_s)
+            partitions = {device.id: await self._partitions_of(device) for device in found if device.mig}
+        except AtollError as error:
+            self._fall_silent(error)
+            return
+        self.silent = ""
+        self.partitions = partitions
+        for device in found:
+            if device.id not in self.states:
+                self.states[device.id] = DeviceState(seen=device)
+                if self._looked:
+                    words = f"{device.model} {device.id} is there"
+                    self._tell(DeviceEvent(trouble=Trouble.RECOVERED, device=device.id, message=words, at=self._clock.now()))
+            if device.id not in self._touched:  # else the answer may be older than the event
+                self.apply(device.id, Seen(device))
+        there = {device.id for device in found}
+        for id in [id for id in self.states if id not in there]:
+            self.apply(id, Gone())
+        self._looked = True
+
+    async def _partitions_of(self, device: GpuDevice) -> tuple[GpuPartition, ...]:
+        try:
+            return await self.call(self.hardware.partitions(device.id), self._patience.look_at_s)
+        except NotFound:  # it has vanished just now
+            return self.partitions.get(device.id, ())
+
+    def _fall_silent(self, error: AtollError) -> None:
+        news = error.message != self.silent
+        self._looked = True
+        self.silent, self._silent_at = error.message, self._clock.monotonic()
+        for id in list(self.states):
+            self.apply(id, Silent(error.message))
+        if news:
+            words = f"{self.vendor}: {error.message}"
+            mend = error.mend or "see the kernel's log; a driver that hangs is ended by a restart of the node only"
+            self._count(DeviceEvent(trouble=Trouble.SILENT, message=words, mend=mend, at=self._clock.now()))
+
+    def apply(self, id: str, event: Happening) -> None:
+        """Let something happen to a device, and tell what comes of it."""
+        state = self.states.get(id)
+        if state is None:
+            return
+        after, told = decide(state, event, self._clock.now())
+        if after is None:
+            del self.states[id]
+            self.partitions.pop(id, None)
+        else:
+            self.states[id] = after
+        if after != state:
+            self._changed()
+        for news in told:
+            self._tell(news)
+
+    def hold(self, ids: Iterable[str], holds: Callable[[str], bool]) -> None:
+        """Note of each device whether something holds it now; one that is held and was never seen is missed from now on."""
+        for id in ids:
+            if id not in self.states and holds(id):
+                self.states[id] = DeviceState(seen=GpuDevice(id=id, model="GPU", memory_bytes=0, vendor=self.vendor))
+            self.apply(id, Held(holds(id)))
+
+    def take(self, event: DeviceEvent) -> None:
+        """Fold in what the driver reports."""
+        if event.device in self.states:
+            self._touched.add(event.device)
+            self.apply(event.device, Told(event))
+            return
+        if not event.device:
+            for id, state in list(self.states.items()):
+                after, _ = decide(state, Told(event), self._clock.now())
+                if after is not None and after.ills != state.ills:
+                    self.states[id] = replace(after, repeats=state.repeats)
+                    self._changed()
+        self._count(event)
+
+    def _count(self, event: DeviceEvent) -> None:
+        self._all, told = count(self._all, event, self._clock.now())
+        for news in told:
+            self._tell(news)
+
+    def tick(self) -> None:
+        """Sum up what is due."""
+        now = self._clock.now()
+        for id, state in list(self.states.items()):
+            if state.due is not None and state.due <= now:
+                self.apply(id, Tick())
+        if self._all.due is not None and self._all.due <= now:
+            after, told = decide(self._all, Tick(), now)
+            self._all = after or self._all
+            for news in told:
+                self._tell(news)
+
+    def known(self) -> tuple[Known, ...]:
+        """Return what must not be forgotten."""
+        lasting = (Cause.ERROR, Cause.DRIVER)
+        return tuple(
+            Known(device=_steady(state.seen), ills=tuple(ill for ill in state.ills if ill.cause in lasting))
+            for state in self.states.values()
+            if state.held or state.ill(Cause.ERROR) is not None
+        )
+
+    async def follow(self) -> None:
+        """Take what the driver reports, for ever."""
+        delay_s = 1.0
+        while True:
+            try:
+                taken = 0
+                async for event in self.hardware.events():
+                    self.take(event)
+                    delay_s, taken = 1.0, taken + 1
+                    if taken % EVENTS_AT_ONCE == 0:
+                        await asyncio.sleep(0)
+            except AtollError as error:
+                log.warning("the driver's events cannot be waited for", vendor=self.vendor, error=str(error))
+            except Exception:  # the outer edge of this loop: health must go on being watched
+                log.exception("waiting for the driver's events failed", vendor=self.vendor)
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, RETRY_S_MAX)
+
+    async def close(self) -> None:
+        for task in (self._looking, *self._stuck):
+            if task is not None:
+                task.cancel()
+        try:
+            await self.call(self.hardware.close())
+        except AtollError as error:
+            log.warning("the driver could not be let go of", vendor=self.vendor, error=str(error))
+
+
+def _steady(device: GpuDevice) -> GpuDevice:
+    """Leave out what changes often and need not be kept."""
+    return replace(device, foreign=(), links=(), profiles=())
