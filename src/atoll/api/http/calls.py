@@ -53,6 +53,8 @@ class Route(Struct, frozen=True, kw_only=True):
     answer: Any = None
     status: int = 200
     query: tuple[Query, ...] = ()
+    media: str = "application/json"
+    """The type of the answer's content."""
     lines: bool = False
     """The answer is a stream of lines of `answer`."""
     body_bytes_max: int = codec.INPUT_BYTES_MAX

@@ -68,7 +68,7 @@ def _good(route: Route, answer: dict[str, Any] | None) -> dict[str, Any]:
     if route.lines:
         content = {"application/x-ndjson": {"schema": answer}}
         return {"200": {"description": "A stream: one such record in each line", "content": content}}
-    return {str(route.status): {"description": "Done", "content": _json(answer)}}
+    return {str(route.status): {"description": "Done", "content": {route.media: {"schema": answer}}}}
 
 
 def _parameters(route: Route) -> list[dict[str, Any]]:

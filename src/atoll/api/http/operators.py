@@ -1,4 +1,4 @@
-"""The calls that concern the cell as a whole: health, schemas, nodes, tokens, usage."""
+"""The calls that concern the cell as a whole: health, schemas, nodes, tokens, usage, metrics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from atoll.api.http.answers import Answer
+from atoll.api.http.answers import NO_STORE, Answer
 from atoll.api.http.calls import Call, Query, Route
 from atoll.api.http.users import PAGED
 from atoll.api.service import Need, authorize
+from atoll.api.service.exposition import CONTENT_TYPE
 from atoll.model import codec
 from atoll.model.errors import NotFound
 from atoll.model.records import Usage
@@ -67,6 +68,14 @@ async def usage(call: Call) -> tuple[Usage, ...]:
     return call.service.nodes.usage(call.caller, project)
 
 
+async def metrics(call: Call) -> Answer:
+    project = call.query("project")
+    if project is not None:
+        authorize(call.caller, Need.READ, project=project)
+    text = await call.service.exposition.text(call.caller, project)
+    return Answer(text, headers=((b"content-type", CONTENT_TYPE.encode()), NO_STORE))
+
+
 async def list_tokens(call: Call) -> Page[TokenView]:
     return call.service.tokens.all(call.caller, limit=call.limit, after=call.after)
 
@@ -99,6 +108,16 @@ ROUTES: tuple[Route, ...] = (
         "What every instance used last",
         tuple[Usage, ...],
         query=(Query("project", "only of this project"),),
+    ),
+    _route(
+        "GET",
+        "/metrics",
+        Need.READ,
+        metrics,
+        "Nodes, devices, apps and instances for Prometheus",
+        str,
+        query=(Query("project", "only this project's apps and instances"),),
+        media="text/plain",
     ),
     _route("GET", "/v1/tokens", Need.ADMIN_OF_PROJECT, list_tokens, "Tokens, without their secrets", Page[TokenView], query=PAGED),
     _route(

@@ -14,6 +14,7 @@ from atoll.api.service.apps import Apps
 from atoll.api.service.context import Context, ImageResolver
 from atoll.api.service.control_plane import LocalControlPlane
 from atoll.api.service.events import Events
+from atoll.api.service.exposition import Exposition
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.housekeeping import Housekeeping
@@ -67,6 +68,7 @@ class Service:
         self.tokens = Tokens(self.context)
         self.nodes = Nodes(self.context, self.heartbeats)
         self.events = Events(self.context)
+        self.exposition = Exposition(self.context, self.heartbeats)
         self.feeds = Feeds(self.context)
         self.watching = Watching(self.context)
         self.control_plane = LocalControlPlane(self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels)
