@@ -27,11 +27,11 @@ LOOK_S = 60.0
 PAUSE_S = 1.0
 """Between two looks at least: of a thousand events a second each is not looked after. Also before another try at registering."""
 INVENTORY_S = 5.0
-CLAIM_S = 60.0
+CLAIM_S = 120.0
 SETTLE_S = 10.0
 """How long a claim waits for what has ended here and is giving its device back."""
 SETTLE_POLL_S = 0.2
-RELEASE_S = 30.0
+RELEASE_S = 60.0
 RECOVER_S = 10.0
 RECOVER_PAUSE_S = 5.0
 SAMPLES_S = 2.0
