@@ -12,9 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from atoll.cli.main import cli
+from atoll.devices.fake import FakeHardware
 from atoll.entry import doctor, findings
 from atoll.entry.config import Config
+from atoll.entry.doctor_gpus import gpus
 from atoll.entry.findings import Level, Part, version_of, works_in_child
+from atoll.entry.gpus import has_gpu
 from atoll.entry.scratch import free_port
 
 
@@ -89,3 +92,43 @@ def test_the_table_ends_with_a_verdict(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, arguments)
     assert ("can run containers" in result.stdout) == (result.exit_code == 0)
     assert findings.PROBE_S > 0
+
+
+def looked(hardware: FakeHardware, root: Path) -> list[findings.Finding]:
+    return list(gpus(root, hardware=lambda: [hardware]))
+
+
+def test_a_machine_without_a_gpu_says_so_and_asks_nobody(tmp_path: Path) -> None:
+    (found,) = gpus(tmp_path)
+    assert (found.level, found.found) == (Level.OK, "none on this machine")
+    device = tmp_path / "sys/bus/pci/devices/0000:3b:00.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x1a03\n")
+    (device / "class").write_text("0x030000\n")
+    assert not has_gpu(tmp_path), "a board's own display is none"
+    (device / "vendor").write_text("0x10de\n")
+    assert has_gpu(tmp_path)
+
+
+def test_gpus_are_named_with_driver_health_and_what_can_hand_them_on(tmp_path: Path) -> None:
+    hardware = FakeHardware(count=2, mig=[1])
+    hardware.change(hardware.ids[0], remap_failed=True)
+    found = {finding.name: finding for finding in looked(hardware, tmp_path)}
+    assert found["driver"].found == "nvidia 580.159.04, CUDA 13.0"
+    sick, well = (finding for name, finding in found.items() if name.startswith("0000:"))
+    assert sick.level is Level.MISSING
+    assert "could not be remapped" in sick.found
+    assert well.level is Level.OK
+    assert "in MIG mode: 1g.10gb" in well.found
+    assert found["libraries"].level is Level.MISSING
+    assert found["with runc"].level is Level.OK
+    assert not any(finding.core for finding in found.values()), "a machine runs without them"
+
+
+def test_a_driver_that_cannot_be_asked_says_why(tmp_path: Path) -> None:
+    hardware = FakeHardware()
+    hardware.driver_mismatch()
+    (found,) = looked(hardware, tmp_path)
+    assert (found.name, found.level) == ("driver", Level.MISSING)
+    assert "driver and library differ" in found.found
+    assert found.mend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from atoll.entry.config import Config
+from atoll.entry.gpus import node_devices
 from atoll.entry.process import Stop, read_token, run, run_until
 from atoll.images.disk import spread_below
 from atoll.images.reference import CELL_HOST
@@ -33,17 +34,19 @@ async def main(config: Config, stop: Stop) -> None:
     for busy in (data / "instances", data / "volumes", data / "logs", data / "runtimes", data / "network", RUNTIME_DIRECTORY):
         busy.mkdir(parents=True, exist_ok=True, mode=0o711 if busy == RUNTIME_DIRECTORY else 0o700)
         spread_below(busy)  # a start makes a dozen files, and is not to wait for the disk's search for free ones
+    clock = SystemClock()
     agent = Agent(
         node=config.node_name,
         control=HttpControlPlane(f"http://{config.api}", token, node=config.node_name),
         runtimes=tuple(runtime(data / "runtimes" / runtime.name) for runtime in RUNTIMES),
         images=images,
         network=LinkNetwork(config.subnet, data / "network"),
-        clock=SystemClock(),
+        clock=clock,
         random=system_random(),
         data=data,
         site=config.site,
         region=config.region,
+        devices=await node_devices(data, clock),
     )
 
     async def last() -> None:

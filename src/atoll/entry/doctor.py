@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from atoll.entry.config import Config, split_address
+from atoll.entry.doctor_gpus import gpus
 from atoll.entry.findings import PROBE_S, Finding, Level, Part, version_of, works_in_child
 from atoll.entry.preflight import CAPABILITIES, held_capabilities
 from atoll.entry.up import holder
@@ -33,8 +34,9 @@ SYS_RESOURCE, MKNOD = 24, 27
 def examine(config: Config) -> list[Finding]:
     """Return everything that was looked at. Blocking; takes a second or two."""
     found: list[Finding] = []
-    for checks in (machine(), cgroups(), file_systems(config), namespaces(), network(config), runtimes(), tools(), places(config)):
+    for checks in (machine(), cgroups(), file_systems(config), namespaces(), network(config), runtimes(), gpus(), tools()):
         found.extend(checks)
+    found.extend(places(config))
     return found
 
 
