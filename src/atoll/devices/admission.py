@@ -120,8 +120,8 @@ def refuse_runtime(
 ) -> str:
     """Return why `runtime` cannot hand on `devices`; nothing where it can.
 
-    `gvisor_drivers` are the versions that gVisor's proxy knows (None or none: it could not be asked); `refusals` are reasons found elsewhere,
-    an empty one being a yes for a virtual machine.
+    `gvisor_drivers` are the versions that gVisor's proxy knows (None or none: it could not be asked); `refusals` are reasons found
+    elsewhere, an empty one being a yes for a virtual machine.
     """
     if not devices:
         return "this node has no GPU"

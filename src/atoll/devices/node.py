@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
-import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -15,16 +13,15 @@ from atoll.devices.admission import refuse_grant, refuse_runtime, ways_to_share
 from atoll.devices.edits import merge_edits
 from atoll.devices.ledger import LedgerFile, Made, boot_id
 from atoll.devices.mps import Mps
+from atoll.devices.news import News
 from atoll.devices.slices import Slices
-from atoll.devices.watch import Patience, Watch
+from atoll.devices.watch import Patience, Watch, turns
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSample, GpuSharing
 from atoll.model.errors import AtollError, Conflict, Unavailable, Unsupported
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.devices import Claim, DeviceEvent, Edits, Hardware, Trouble
 from atoll.model.spec import Gpu, RuntimeName
 
-EVENTS_MAX = 1024
-"""News that nobody read yet; beyond that the oldest is dropped, since the inventory has the truth anyway."""
 TICK_S = 30.0
 """Between two moments at which storms are summed up, at most."""
 
@@ -59,12 +56,11 @@ class NodeDevices:
         self._patience = patience or Patience()
         self._file = LedgerFile(directory, boot_id() if boot is None else boot)
         self._slices = Slices(self._file, self._patience)
-        self._news: collections.deque[DeviceEvent] = collections.deque(maxlen=EVENTS_MAX)
-        self._told = asyncio.Event()
+        self._news = News()
         self._tasks: list[asyncio.Task[None]] = []
         self._offered: dict[str, GpuDevice] = {}
         """As `inventory` returned them last: what the scheduler chooses from."""
-        self._watches = tuple(Watch(one, clock, self._patience, tell=self._tell, changed=self._remember) for one in hardware)
+        self._watches = tuple(Watch(one, clock, self._patience, tell=self._news.tell, changed=self._remember) for one in hardware)
         for known in self._file.now.known:
             watch = next((watch for watch in self._watches if watch.vendor is known.device.vendor), None)
             if watch is not None:
@@ -94,11 +90,8 @@ class NodeDevices:
     async def events(self) -> AsyncIterator[DeviceEvent]:
         """Yield news for ever. There is one reader: two of them would share the news between them."""
         self._begin()
-        while True:
-            while self._news:
-                yield self._news.popleft()
-            self._told.clear()
-            await self._told.wait()  # for ever, as the port says
+        async for event in self._news.read():
+            yield event
 
     def offers(self, runtime: RuntimeName) -> str:
         devices = [state.seen for watch in self._watches for state in watch.states.values()]
@@ -127,7 +120,7 @@ class NodeDevices:
             raise Conflict(f"{instance} holds other devices already", mend="release it first")
         watches = self._watches_of({grant.device for grant in grants})
         await asyncio.gather(*(watch.look() for watch in watches))
-        async with _turns(watches):
+        async with turns(watches):
             await self._admit(instance, grants, gpu, runtime)
             self._file.write(replace(self._file.now, holdings={**self._file.now.holdings, instance: grants}))
             self._hold(grants)
@@ -144,7 +137,7 @@ class NodeDevices:
         if instance not in ledger.holdings and not made:
             return
         watches = self._watches_of({grant.device for grant in grants} | {one.device for one in made})
-        async with _turns(watches):
+        async with turns(watches):
             await self._let_go(instance, watches)
 
     async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
@@ -282,7 +275,7 @@ class NodeDevices:
             swept = () if watch.silent else await self._slices.sweep(watch)
         for made in swept:
             words = f"{made.device}: the slices of {made.profile} at {made.start} are free again"
-            self._tell(DeviceEvent(trouble=Trouble.RECOVERED, device=made.device, message=words, at=self._clock.now()))
+            self._news.tell(DeviceEvent(trouble=Trouble.RECOVERED, device=made.device, message=words, at=self._clock.now()))
 
     async def _look_at_all(self) -> None:
         await asyncio.gather(*(watch.look() for watch in self._watches))
@@ -297,23 +290,9 @@ class NodeDevices:
             device, foreign=foreign, sharing=ways_to_share(device, mps=self._mps is not None and not self._mps.missing())
         )
 
-    def _tell(self, event: DeviceEvent) -> None:
-        log.info("device event", trouble=event.trouble, device=event.device, code=event.code, message=event.message)
-        self._news.append(event)
-        self._told.set()
-
     def _remember(self) -> None:
         known = tuple(known for watch in self._watches for known in watch.known())
         try:
             self._file.write(replace(self._file.now, known=known))
         except OSError as error:
             log.error("the devices' health is not on the disk", error=str(error))
-
-
-@contextlib.asynccontextmanager
-async def _turns(watches: Sequence[Watch]) -> AsyncIterator[None]:
-    """Have all these drivers to oneself; always taken in one order, so that no two wait for each other."""
-    async with contextlib.AsyncExitStack() as stack:
-        for watch in watches:
-            await stack.enter_async_context(watch.turn)
-        yield

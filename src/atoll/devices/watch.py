@@ -6,7 +6,8 @@ A driver that hangs costs a caller its deadline and nothing more. What was known
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import structlog
@@ -255,3 +256,12 @@ class Watch:
 def _steady(device: GpuDevice) -> GpuDevice:
     """Leave out what changes often and need not be kept."""
     return replace(device, foreign=(), links=(), profiles=())
+
+
+@contextlib.asynccontextmanager
+async def turns(watches: Sequence[Watch]) -> AsyncIterator[None]:
+    """Have all these drivers to oneself; always taken in one order, so that no two wait for each other."""
+    async with contextlib.AsyncExitStack() as stack:
+        for watch in watches:
+            await stack.enter_async_context(watch.turn)
+        yield
