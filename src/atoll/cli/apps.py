@@ -42,12 +42,23 @@ def _app_row(view: AppView) -> tuple[Any, ...]:
     return (
         app.name,
         state(word(view)),
-        f"{status.ready if status else 0}/{app.replicas}",
+        f"{status.ready if status else 0}/{app.wanted(status)}{_bounds(view)}",
         app.release,
         age(app.updated_at),
         view.urls[0] if view.urls else "–",
         dim(status.message if status else ""),
     )
+
+
+def _bounds(view: AppView) -> str:
+    """Return between what the number of instances is, where it follows a metric."""
+    app = view.app
+    return "" if app.most is None else f" of {app.replicas}–{app.most}"
+
+
+def _scaling(view: AppView) -> str:
+    scale = view.app.spec.scale
+    return f", by {scale.metric} ≤ {scale.target:g} each" if scale and scale.target and view.app.most is not None else ""
 
 
 def word(view: AppView) -> str:
@@ -97,7 +108,10 @@ def _show_app(session: Session, view: AppView) -> None:
     lines: list[tuple[str, Any]] = [
         ("app", f"{app.project}/{app.name}"),
         ("state", state(word(view), told)),
-        ("ready", f"{ready} of {app.replicas}"),
+        (
+            "ready",
+            f"{ready}/{app.wanted(view.status)}{_bounds(view)}{_scaling(view)}" if app.most else f"{ready} of {app.replicas}",
+        ),
         ("release", f"{app.release}, {age(app.updated_at)} ago"),
         ("image", spec.image or "–"),
         ("isolation", f"{spec.isolation}" + (f" ({spec.runtime})" if spec.runtime else "")),
@@ -115,7 +129,8 @@ def _show_app(session: Session, view: AppView) -> None:
 @click.argument("replicas", type=click.IntRange(min=0))
 @detach
 async def scale(session: Session, app: str, replicas: int, detach: bool) -> None:
-    """Change how many instances an app has, and follow it until they are ready."""
+    """Change how many instances an app has, and follow it until they are ready. One that scales by a metric has at least so many;
+    0 stops either."""
     async with session.client() as client:
         view = await client.scale(session.project, app, replicas)
         await follow(session, client, view, detach=detach)
@@ -185,7 +200,7 @@ async def delete(session: Session, app: str, yes: bool, detach: bool) -> None:
     async with session.client() as client:
         view = await client.app(session.project, app)
         if not yes:
-            confirm(f"Delete app '{app}' with {view.app.replicas} instances?")
+            confirm(f"Delete app '{app}' with {view.app.wanted(view.status)} instances?")
         await client.delete_app(session.project, app)
         if not detach:
             from atoll.cli.rollout import until_gone

@@ -137,7 +137,8 @@ class Progress:
                 )
             )
         wanted = self.wanted
-        if self.ready >= self.app.replicas and len(wanted) == self.app.replicas:
+        count = self.app.wanted(self.status)
+        if self.ready >= count and len(wanted) == count:
             settled = self.status is not None and self.status.phase in (AppPhase.RUNNING, AppPhase.STOPPED)
             if settled or not self.old:
                 return Verdict()

@@ -146,7 +146,9 @@ class _View:
 
         progress = self._progress
         wanted, old = progress.wanted, progress.old
-        title = f" {progress.app.name} release {progress.app.release}: {progress.ready} of {progress.app.replicas} ready"
+        title = (
+            f" {progress.app.name} release {progress.app.release}: {progress.ready} of {progress.app.wanted(progress.status)} ready"
+        )
         if old:
             title += f", {len(old)} old to leave"
         rows = [
@@ -186,7 +188,8 @@ def show_result(session: Session, view: AppView, took_s: float) -> None:
         session.output.json(view)
         return
     app = view.app
-    what = f"{app.replicas} ready" if app.replicas else "no instances wanted"
+    wanted = app.wanted(view.status)
+    what = f"{wanted} ready" if wanted else "no instances wanted"
     session.output.say(f"[green]✓[/] {app.name} release {app.release}: {what} after {format_seconds(took_s)}")
     for url in view.urls:
         session.output.print(url)
