@@ -35,7 +35,9 @@ def test_every_example_of_the_page_is_a_spec_that_is_taken(made: str) -> None:
         for row in section.splitlines():
             example = row.rpartition("| `")[2].removesuffix("` |") if row.startswith("| `") else "["
             if not example.startswith("["):
-                spec = _spec(place, {**base, **codec.parse_text(example.encode(), ".toml")}, kind)
+                value = codec.parse_text(example.encode(), ".toml")
+                beside = _BESIDE.get((place[-1:], *value), {})
+                spec = _spec(place, {**base, **beside, **value}, kind)
                 (check_app if isinstance(spec, AppSpec) else check_job)(spec)
                 seen += 1
     assert seen > 60
@@ -44,10 +46,14 @@ def test_every_example_of_the_page_is_a_spec_that_is_taken(made: str) -> None:
 def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | type[JobSpec]) -> Any:
     for name in reversed(place):
         value = {name.strip("[]"): [value] if name.startswith("[") else value}
+    if place == ("scale",):
+        value["metrics"] = {}
     ports = [{"port": 80}] if kind is AppSpec else None
     return codec.convert({"name": "a", "image": "host.example/a:1", **({"ports": ports} if ports else {}), **value}, kind)
 
 
+_BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {(("gpu",), "sharing"): {"count": 0.5}, (("gpu",), "topology"): {"count": 2}}
+"""What some examples only make sense with."""
 _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "An app: `atoll.toml`": ((), AppSpec, {}),
     "A job: `atoll jobs run -f job.toml`": ((), JobSpec, {}),
@@ -57,7 +63,8 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[[ports]]` (apps, at most 32)": (("[ports]",), AppSpec, {"port": 80}),
     "`[[routes]]` (apps, at most 256)": (("[routes]",), AppSpec, {"host": "a.example"}),
     "`[health]` (apps)": (("health",), AppSpec, {"command": ["true"]}),
-    "`[scale]` (apps)": (("scale",), AppSpec, {}),
+    "`[scale]` (apps)": (("scale",), AppSpec, {"max": 4, "metric": "depth", "target": 8}),
+    "`[metrics]` (apps)": (("metrics",), AppSpec, {}),
     "`[restart]` (apps)": (("restart",), AppSpec, {}),
     "`[rollout]` (apps)": (("rollout",), AppSpec, {}),
     "`[stop]`": (("stop",), AppSpec, {}),
