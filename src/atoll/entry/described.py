@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from atoll.devices.cdi import make_spec, write_spec
+from atoll.devices.cdi import make_spec, spec_path, write_spec
 from atoll.devices.mps import NvidiaMps
 from atoll.devices.node import NodeDevices
 from atoll.devices.nvidia.hardware import NvidiaHardware
@@ -51,7 +51,9 @@ class DescribedDevices(NodeDevices):
         for hardware in self._hardware:
             mine = [device.id for device in devices if device.vendor is hardware.vendor]
             try:
-                if mine:
+                if not mine:
+                    spec_path(self._directory, f"{hardware.vendor}.com/gpu").unlink(missing_ok=True)
+                else:
                     write_spec(self._directory, make_spec(f"{hardware.vendor}.com/gpu", {id: _edits(hardware, id) for id in mine}))
             except (AtollError, OSError) as error:
                 log.warning("no CDI spec was written", vendor=hardware.vendor.value, error=str(error))

@@ -1,0 +1,54 @@
+"""What an agent is given for GPUs: nothing on a machine without any, and with some a CDI spec that follows them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from subprocess import run
+
+from atoll.devices.cdi import read_spec
+from atoll.devices.fake import FakeHardware
+from atoll.entry.described import DescribedDevices
+from atoll.entry.gpus import node_devices
+from atoll.model.ports.clock import SystemClock
+from atoll.model.spec import RuntimeName
+
+
+async def test_a_machine_without_a_gpu_has_no_devices(tmp_path: Path) -> None:
+    assert await node_devices(tmp_path / "data", SystemClock(), tmp_path) is None
+    assert not (tmp_path / "data").exists()
+
+
+def test_such_a_machine_loads_nothing_of_what_gpus_need() -> None:
+    code = "import sys, atoll.entry.agent; print([name for name in sys.modules if name.startswith(('atoll.devices.', 'pynvml'))])"
+    assert run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def described(directory: Path, *hardware: FakeHardware, known: frozenset[str] = frozenset()) -> DescribedDevices:
+    return DescribedDevices(hardware, directory=directory, clock=SystemClock(), known_to_gvisor=known)
+
+
+async def test_a_cdi_spec_of_each_vendor_names_the_whole_devices_and_follows_them(tmp_path: Path) -> None:
+    hardware = FakeHardware(count=3, mig=[2])
+    devices = described(tmp_path, hardware)
+    await devices.inventory()
+    file = tmp_path / "cdi" / "nvidia.com-gpu.json"
+    spec = read_spec(file.read_bytes(), str(file))
+    assert sorted(spec.devices) == sorted(f"nvidia.com/gpu={id}" for id in hardware.ids[:2])
+    hardware.vanish(hardware.ids[0])
+    await devices.inventory()
+    assert read_spec(file.read_bytes(), str(file)).devices == (f"nvidia.com/gpu={hardware.ids[1]}",)
+    hardware.vanish(hardware.ids[1])
+    await devices.inventory()
+    assert not file.exists()
+    await devices.close()
+
+
+async def test_gvisor_is_offered_devices_only_where_its_proxy_knows_the_driver(tmp_path: Path) -> None:
+    hardware = FakeHardware(driver="580.159.04")
+    for known, offered in ((frozenset({"580.159.04"}), True), (frozenset({"580.126.20"}), False)):
+        devices = described(tmp_path, hardware, known=known)
+        await devices.inventory()
+        assert (devices.offers(RuntimeName.GVISOR) == "") is offered
+        assert devices.offers(RuntimeName.RUNC) == ""
+        await devices.close()
