@@ -196,12 +196,17 @@ def test_a_driver_changed_under_nothing_is_told_and_the_device_stays_on_offer() 
 def test_a_silent_driver_takes_the_device_out_until_it_answers() -> None:
     life = Life().happens(Silent("no answer"))
     assert (life.health, life.reason) == (GpuHealth.QUARANTINED, "no answer")
+    assert life.state is not None
+    assert not life.state.device().answers
     assert life.seen().health is GpuHealth.OK
     assert life.troubles == [Trouble.RECOVERED]
 
 
 def test_one_ill_that_ends_leaves_the_others() -> None:
-    life = Life().xid(79).happens(Silent("no answer")).seen()
+    life = Life().xid(79).happens(Silent("no answer"))
+    assert life.state is not None
+    assert life.state.device().answers  # it is broken for sure, and what runs on it is not to wait for the driver
+    life.seen()
     assert life.health is GpuHealth.QUARANTINED
     assert "XID 79" in life.reason
     assert "no answer" not in life.reason

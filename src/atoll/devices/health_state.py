@@ -85,8 +85,9 @@ class DeviceState(Struct, frozen=True, kw_only=True):
         return next((ill for ill in self.ills if ill.cause is cause), None)
 
     def device(self) -> GpuDevice:
-        """Return the device as it is to be offered, with its health."""
-        present, answers = self.ill(Cause.GONE) is None, self.ill(Cause.SILENT) is None
+        """Return the device as it is to be offered, with its health. What is known to be broken counts as such, silent or not."""
+        grave = {ill.cause for ill in self.ills if not ill.degrading}
+        present, answers = Cause.GONE not in grave, grave != {Cause.SILENT}
         return replace(self.seen, health=self.health, reason=self.reason, present=present, answers=answers)
 
     @property

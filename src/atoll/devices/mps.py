@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,7 @@ QUIT_S = 2
 SHM_BYTES = 1 << 30
 SOCKET_PATH_MAX = 107
 _OUTPUT_MAX = 400
+_WRITABLE = ("rw", "nosuid", "nodev", "noexec", "rbind")
 _IN_OWN_SHM = 'mount --bind "$1" /dev/shm && shift && exec "$@"'
 
 log = structlog.get_logger()
@@ -79,27 +81,32 @@ class NvidiaMps:
             return f"{BINARY} is not installed"
         return ""
 
+    def place(self, device: str) -> Path:
+        """Return the directory of a device's daemon; its name is short, since paths of sockets must be."""
+        return self._directory / hashlib.sha256(device.encode()).hexdigest()[:12]
+
     async def start(self, device: GpuDevice) -> None:
         if reason := self.missing():
             raise Unsupported(f"this node cannot share by MPS: {reason}", mend="install the driver's compute tools")
-        place = self._place(device.id)
+        place = self.place(device.id)
         if len(os.fsencode(place / "pipe" / "control_privileged")) > SOCKET_PATH_MAX:
             raise Unsupported(f"the path of the MPS daemon's pipes is too long: {place}", mend="use a shorter data directory")
-        if await self._answers(device.id):
+        if await self._answers(place):
             return
-        await self._make_place(device.id)
+        await self._make(place)
         words = ""
         # one server for clients of any user, where the driver can; else it serves one user at a time
         for options in (("-multiuser-server",), ()):
-            status, words = await self._run([*self._wrapped(device.id), str(self._binary), "-d", *options], device.id)
-            if status == 0 and await self._answers(device.id):
+            command = [*self._wrapped(place), str(self._binary), "-d", *options]
+            status, words = await _run(command, _environment(place, device.id))
+            if status == 0 and await self._answers(place):
                 log.info("mps daemon started", device=device.id, options=options)
                 return
-        await self.stop(device.id)
+        await self._end(place)
         raise Unavailable(f"the MPS daemon of {device.id} does not start: {words or 'it says nothing'}")
 
     def edits(self, device: GpuDevice, grant: GpuGrant) -> Edits:
-        place = self._place(device.id)
+        place = self.place(device.id)
         env = [
             ("CUDA_MPS_PIPE_DIRECTORY", INSIDE),
             ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(max(1, grant.milli * 100 // MILLI))),
@@ -107,101 +114,101 @@ class NvidiaMps:
         if grant.memory_bytes:
             # inside there is one device only, which is number 0 there
             env.append(("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", f"0={grant.memory_bytes >> 20}M"))
-        mounts = [FileMount(str(place / "pipe"), INSIDE, ("rw", "nosuid", "nodev", "noexec", "rbind"))]
+        mounts = [FileMount(str(place / "pipe"), INSIDE, _WRITABLE)]
         if self._own_shm:
-            mounts.append(FileMount(str(place / "shm"), "/dev/shm", ("rw", "nosuid", "nodev", "noexec", "rbind")))  # noqa: S108
+            mounts.append(FileMount(str(place / "shm"), "/dev/shm", _WRITABLE))  # noqa: S108
         return Edits(mounts=tuple(mounts), env=tuple(env))
 
     async def stop(self, device: str) -> None:
-        place = self._place(device)
-        if not place.exists():
-            return
-        if self.missing() == "" and await self._answers(device):
-            await self._say(device, f"quit -t {QUIT_S}\n")
-        self._kill(device)
-        if (place / "shm").is_mount():
-            await self._run(["umount", "--lazy", str(place / "shm")], device)
-        shutil.rmtree(place, ignore_errors=True)
+        await self._end(self.place(device))
 
     async def keep(self, devices: Collection[str]) -> None:
+        wanted = {self.place(device) for device in devices}
         try:
-            found = [entry.name for entry in self._directory.iterdir() if entry.is_dir()]
+            found = [entry for entry in self._directory.iterdir() if entry.is_dir()]
         except OSError:
             return
-        for device in found:
-            if device not in devices:
-                await self.stop(device)
+        for place in found:
+            if place not in wanted:
+                await self._end(place)
 
-    def _place(self, device: str) -> Path:
-        return self._directory / device
-
-    async def _make_place(self, device: str) -> None:
-        place = self._place(device)
+    async def _make(self, place: Path) -> None:
         for name, mode in (("pipe", 0o755), ("log", 0o700), ("shm", 0o1777)):
             (place / name).mkdir(parents=True, exist_ok=True)
             (place / name).chmod(mode)
         if self._own_shm and not (place / "shm").is_mount():
             options = f"size={SHM_BYTES},mode=1777,nosuid,nodev,noexec"
-            status, words = await self._run(["mount", "-t", "tmpfs", "-o", options, "atoll-mps", str(place / "shm")], device)
+            status, words = await _run(["mount", "-t", "tmpfs", "-o", options, "atoll-mps", str(place / "shm")], dict(os.environ))
             if status != 0:
-                raise Unavailable(f"no shared memory for the MPS daemon of {device}: {words}")
+                raise Unavailable(f"no shared memory for an MPS daemon: {words}")
 
-    def _wrapped(self, device: str) -> list[str]:
+    def _wrapped(self, place: Path) -> list[str]:
         if not self._own_shm:
             return []
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _IN_OWN_SHM, "sh", str(self._place(device) / "shm")]
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _IN_OWN_SHM, "sh", str(place / "shm")]
 
-    async def _answers(self, device: str) -> bool:
+    async def _answers(self, place: Path) -> bool:
         """Ask the daemon itself: a process number may be another's by now."""
-        if not (self._place(device) / "pipe").is_dir():
-            return False
-        status, _ = await self._say(device, "get_server_list\n")
-        return status == 0
+        return (place / "pipe").is_dir() and await self._say(place, "get_server_list\n") == 0
 
-    async def _say(self, device: str, words: str) -> tuple[int, str]:
-        return await self._run([str(self._binary)], device, words)
+    async def _say(self, place: Path, words: str) -> int:
+        status, _ = await _run([str(self._binary)], _environment(place), words)
+        return status
 
-    def _kill(self, device: str) -> None:
-        """End a daemon that does not hear."""
-        with contextlib.suppress(OSError, ValueError):
-            pid = int((self._place(device) / "pipe" / f"{BINARY}.pid").read_text())
-            if pid > 1 and BINARY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+    async def _end(self, place: Path) -> None:
+        if not place.exists():
+            return
+        if not self.missing() and await self._answers(place):
+            await self._say(place, f"quit -t {QUIT_S}\n")
+        _kill(place / "pipe" / f"{BINARY}.pid")
+        if (place / "shm").is_mount():
+            await _run(["umount", "--lazy", str(place / "shm")], dict(os.environ))
+        shutil.rmtree(place, ignore_errors=True)
 
-    async def _run(self, command: list[str], device: str, words: str = "") -> tuple[int, str]:
-        """Run a tool to its end, and return its status and what it said. One that takes too long is killed: status -1."""
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=PIPE if words else DEVNULL,
-                stdout=PIPE,
-                stderr=STDOUT,
-                env=self._environment(device),
-                start_new_session=True,
-            )
-        except OSError as error:
-            return -1, str(error)
-        try:
-            async with asyncio.timeout(COMMAND_S):
-                out = await _communicate(process, words)
-                return await process.wait(), out
-        except TimeoutError:
-            return -1, f"no answer within {COMMAND_S:g} s"
-        finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
 
-    def _environment(self, device: str) -> Mapping[str, str]:
-        place = self._place(device)
-        return {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
-            "CUDA_VISIBLE_DEVICES": device,
-            "CUDA_MPS_PIPE_DIRECTORY": str(place / "pipe"),
-            "CUDA_MPS_LOG_DIRECTORY": str(place / "log"),
-        }
+def _kill(file: Path) -> None:
+    """End a daemon that does not hear."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(file.read_text())
+        if pid > 1 and BINARY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+
+
+def _environment(place: Path, device: str = "") -> dict[str, str]:
+    visible = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+    return {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        "CUDA_MPS_PIPE_DIRECTORY": str(place / "pipe"),
+        "CUDA_MPS_LOG_DIRECTORY": str(place / "log"),
+        **visible,
+    }
+
+
+async def _run(command: Sequence[str], environment: Mapping[str, str], words: str = "") -> tuple[int, str]:
+    """Run a tool to its end, and return its status and what it said. One that takes too long is killed: status -1."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=PIPE if words else DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return -1, str(error)
+    try:
+        async with asyncio.timeout(COMMAND_S):
+            out = await _communicate(process, words)
+            return await process.wait(), out
+    except TimeoutError:
+        return -1, f"no answer within {COMMAND_S:g} s"
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
 async def _communicate(process: asyncio.subprocess.Process, words: str) -> str:
