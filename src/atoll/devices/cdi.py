@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from atoll.devices.cdi_edits import container_edits, edits_of
 from atoll.devices.cdi_schema import check, wrong
+from atoll.model.devices import GpuDevice, GpuVendor
 from atoll.model.errors import NotFound
 from atoll.model.ports.devices import Edits
 
@@ -225,3 +226,23 @@ def write_spec(directory: Path, spec: CdiSpec) -> Path:
         os.fsync(file.fileno())
     partial.rename(path)
     return path
+
+
+def write_inventory(
+    directory: Path, vendor: GpuVendor, devices: Sequence[GpuDevice], edits: Callable[[GpuDevice], Edits]
+) -> Path | None:
+    """Write the spec of a vendor's devices that are handed on whole, by their ids; return its path. Blocking.
+
+    A device in MIG mode has partitions that come and go, and is left out. Without devices there is no spec, nor the one of
+    before. Raises what `edits` raises; the spec of before stays then.
+    """
+    whole = {device.id: edits(device) for device in devices if device.vendor is vendor and not device.mig}
+    kind = f"{vendor}.com/gpu"
+    if not whole:
+        _path_of(directory, kind).unlink(missing_ok=True)
+        return None
+    return write_spec(directory, make_spec(kind, whole))
+
+
+def _path_of(directory: Path, kind: str) -> Path:
+    return directory / f"{kind.replace('/', '-')}.json"

@@ -274,9 +274,10 @@ class Vfio:
             except OSError as error:
                 errors.append(error)
 
+        left_s = max(0.0, deadline - self._clock())
         thread = threading.Thread(target=run, name=f"write {path.name}", daemon=True)
         thread.start()
-        thread.join(max(0.0, deadline - self._clock()))
+        thread.join(left_s)
         if thread.is_alive():
             self._stuck[address] = thread
             raise _held(refusal, self._let_go_s)

@@ -61,6 +61,6 @@ def cloud_hypervisor_arguments(addresses: Sequence[str], sysfs: Path = Path("/sy
 
 
 def _window_bytes(bars: Sequence[Bar]) -> int:
-    """Return a power of two that holds all windows, each at a multiple of its own size."""
+    """Return a power of two with room for all windows, even where those of each device begin at a multiple of its largest."""
     total = sum(bar.size_bytes for bar in bars if bar.kind == "memory64")
     return 1 << (2 * total - 1).bit_length() if total else 0

@@ -86,7 +86,7 @@ def check_edits(edits: Edits, drivers: Collection[str], forced: str = "") -> Non
         return
     if not edits.gvisor_driver:
         raise Unsupported(
-            "gVisor hands on whole devices of NVIDIA, and shares of them, only: no partitions (MIG), nothing of other vendors",
+            "gVisor hands on devices of NVIDIA, whole or in time-slices: no partitions (MIG), no MPS, nothing of other vendors",
             mend="use runc or crun (isolation = 'container')",
             field="runtime",
         )
