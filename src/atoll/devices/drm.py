@@ -175,12 +175,8 @@ class DrmHardware:
             gone.add(device)
             mend = "see the kernel's log; restart the node if it does not come back"
             return self._event(Trouble.VANISHED, device, "has vanished: it was removed from the bus", mend)
-        if (
-            event.subsystem == "pci"
-            and event.action == "bind"
-            and event.properties.get("DRIVER") in self.drivers
-            and device in gone
-        ):
+        bound = event.subsystem == "pci" and event.action == "bind" and event.properties.get("DRIVER") in self.drivers
+        if bound and device in gone:
             gone.discard(device)
             return self._event(Trouble.RECOVERED, device, "is there again")
         if event.subsystem == "drm" and "WEDGED" in event.properties:
@@ -190,9 +186,7 @@ class DrmHardware:
     def _wedged(self, event: Uevent, device: str) -> DeviceEvent:
         how = event.properties["WEDGED"]
         if how in _RECOVERED:
-            return self._event(
-                Trouble.SUSPECT, device, "hung, and its driver reset it", "end the programs that used it; start them anew"
-            )
+            return self._event(Trouble.SUSPECT, device, "hung, and its driver reset it", "start anew what used it")
         mends = {"rebind": "bind its driver anew", "bus-reset": "reset it on its bus", "vendor-specific": "see the vendor's guide"}
         mend = ", or ".join(mends.get(word, "restart the node") for word in how.split(","))
         return self._event(Trouble.BROKEN, device, "hangs, and its driver could not reset it", mend)
