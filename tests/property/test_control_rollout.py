@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from atoll.control.actions import Create, Decision, Remove, RemoveApp, Seen, Tell, Update, WriteAppStatus
+from atoll.control.actions import Ailment, Create, Decision, Remove, RemoveApp, Seen, Tell, Update, WriteAppStatus
 from atoll.control.apps import AppFacts, decide_app
 from atoll.model.records import App, AppPhase, AppStatus, Exit, Status
 from atoll.model.spec import AppSpec, Port, Rollout
@@ -47,6 +47,15 @@ class Model:
 
     def ready(self) -> int:
         return sum(seen.ready for seen in self.seen.values())
+
+    def ail(self, chance: random.Random) -> None:
+        """Something befalls the device of an instance that runs, or it is well again."""
+        running = self.running()
+        if running:
+            seen = chance.choice(running)
+            gone = chance.random() < 0.5
+            ailment = Ailment(device="GPU-0", why="it is sick", gone=gone) if chance.random() < 0.8 else None
+            self.seen[seen.instance.id] = structs.replace(seen, ailment=ailment)
 
     def decide(self) -> None:
         if self.gone:
@@ -137,6 +146,8 @@ class Model:
 
     def settled(self) -> bool:
         app, status = self.app, self.status
+        if any(seen.ailment for seen in self.running()):
+            return False
         if app.deleting or status is None or len(self.seen) != app.replicas:
             return self.gone
         return (status.release, status.served_release, status.updated) == (app.release, app.release, app.replicas) and (
@@ -152,7 +163,7 @@ worlds = st.builds(
     ports=st.booleans(),
     ingresses=st.sampled_from([frozenset(), frozenset({"g"}), frozenset({"g", "h"})]),
 )
-orders = st.lists(st.sampled_from(["release", "restart", "scale", "step", "step", "step"]), max_size=60)
+orders = st.lists(st.sampled_from(["release", "restart", "scale", "ail", "step", "step", "step"]), max_size=60)
 
 
 @given(worlds, orders, st.integers(0, 2**32))
@@ -167,6 +178,8 @@ def test_enough_serve_and_never_too_many_whatever_is_asked(model: Model, todo: l
                 model.app = structs.replace(model.app, generation=model.app.generation + 1, updated_at=model.now)
             case "scale":
                 model.app = structs.replace(model.app, replicas=chance.randint(0, 6), updated_at=model.now)
+            case "ail":
+                model.ail(chance)
             case _:
                 for _ in range(5):
                     model.step(chance)
@@ -179,6 +192,7 @@ def test_enough_serve_and_never_too_many_whatever_is_asked(model: Model, todo: l
     assert (model.seen, model.made, model.status) == (seen, made, status), "what is as it should be is left alone"
     assert model.status.phase is (AppPhase.RUNNING if model.app.replicas else AppPhase.STOPPED)
     assert model.ready() == model.app.replicas == len(model.running())
+    assert not any(seen.ailment for seen in model.running()), "what held a sick device has been replaced"
     assert {(s.instance.release, s.instance.generation) for s in model.running()} <= {(model.app.release, model.app.generation)}
     model.app = structs.replace(model.app, deleting=True)
     model.settle(chance, 300)

@@ -117,10 +117,10 @@ class Seen(Struct, frozen=True, kw_only=True):
 
     @property
     def ready(self) -> bool:
-        """It serves, and is meant to."""
-        return (
-            self.instance.desired is Desired.RUN and self.phase is Phase.RUNNING and self.status is not None and self.status.ready
-        )
+        """It serves, and is meant to. What has lost a device does not, whatever its checks say."""
+        if self.instance.desired is not Desired.RUN or (self.ailment is not None and self.ailment.gone):
+            return False
+        return self.phase is Phase.RUNNING and self.status is not None and self.status.ready
 
 
 class Decision:
