@@ -17,7 +17,7 @@ from atoll.entry import doctor, findings
 from atoll.entry.config import Config
 from atoll.entry.doctor_gpus import gpus
 from atoll.entry.findings import Level, Part, version_of, works_in_child
-from atoll.entry.gpus import has_gpu
+from atoll.entry.gpus import NVIDIA, vendors
 from atoll.entry.scratch import free_port
 
 
@@ -105,9 +105,9 @@ def test_a_machine_without_a_gpu_says_so_and_asks_nobody(tmp_path: Path) -> None
     device.mkdir(parents=True)
     (device / "vendor").write_text("0x1a03\n")
     (device / "class").write_text("0x030000\n")
-    assert not has_gpu(tmp_path), "a board's own display is none"
+    assert vendors(tmp_path) == frozenset(), "a board's own display is none"
     (device / "vendor").write_text("0x10de\n")
-    assert has_gpu(tmp_path)
+    assert vendors(tmp_path) == {NVIDIA}
 
 
 def test_gpus_are_named_with_driver_health_and_what_can_hand_them_on(tmp_path: Path) -> None:

@@ -209,15 +209,10 @@ def make_spec(kind: str, devices: Mapping[str, Edits], source: str = "made here"
     return checked(body, source)
 
 
-def spec_path(directory: Path, kind: str) -> Path:
-    """Return where the spec of `kind` is written."""
-    return directory / f"{kind.replace('/', '-')}.json"
-
-
 def write_spec(directory: Path, spec: CdiSpec) -> Path:
     """Write the spec as JSON, whole or not at all; return its path. A repeat replaces it. Blocking."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = spec_path(directory, spec.kind)
+    path = _path_of(directory, spec.kind)
     partial = path.with_name(f".{path.name}.next")
     with partial.open("w") as file:
         json.dump(spec.body, file, indent=2)

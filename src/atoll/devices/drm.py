@@ -73,7 +73,7 @@ def cards(root: Path, pci_vendor: str) -> Iterator[Card]:
 class DrmHardware:
     """What AMD and Intel have in common. `root` is below which /sys and /dev are read."""
 
-    vendor: ClassVar[GpuVendor]
+    vendor: GpuVendor
     pci_vendor: ClassVar[str]
     drivers: ClassVar[frozenset[str]]
     models: ClassVar[dict[int, str]]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import structlog
 
-from atoll.devices.cdi import make_spec, spec_path, write_spec
+from atoll.devices.cdi import write_inventory
 from atoll.devices.mps import NvidiaMps
 from atoll.devices.node import NodeDevices
 from atoll.devices.nvidia.hardware import NvidiaHardware
+from atoll.devices.sysfs import AmdHardware, IntelHardware
+from atoll.entry.gpus import AMD, INTEL, NVIDIA, vendors
 from atoll.model.devices import GpuDevice, GpuGrant
 from atoll.model.errors import AtollError
 from atoll.model.ports.clock import Clock
@@ -24,8 +26,16 @@ log = structlog.get_logger()
 
 
 def drivers(clock: Clock, root: Path = Path("/")) -> tuple[Hardware, ...]:
-    """Return the drivers of every vendor that is known; one whose devices are not here costs nothing."""
-    return (NvidiaHardware(root=root, clock=clock),)
+    """Return the drivers of the vendors that have a device here."""
+    here = vendors(root)
+    found: list[Hardware] = []
+    if NVIDIA in here:
+        found.append(NvidiaHardware(root=root, clock=clock))
+    if AMD in here:
+        found.append(AmdHardware(root=root, clock=clock))
+    if INTEL in here:
+        found.append(IntelHardware(root=root, clock=clock))
+    return tuple(found)
 
 
 class DescribedDevices(NodeDevices):
@@ -36,12 +46,12 @@ class DescribedDevices(NodeDevices):
         super().__init__(hardware, directory=directory, clock=clock, mps=mps, gvisor_drivers=lambda: known_to_gvisor)
         self._hardware = tuple(hardware)
         self._directory = directory / CDI_DIRECTORY
-        self._described: tuple[tuple[str, str], ...] = ()
+        self._described: tuple[tuple[str, str, bool], ...] = ()
 
     async def inventory(self) -> tuple[GpuDevice, ...]:
         found = await super().inventory()
-        whole = tuple(device for device in found if device.present and device.answers and not device.mig)
-        described = tuple((device.id, device.driver) for device in whole)
+        whole = tuple(device for device in found if device.present and device.answers)
+        described = tuple((device.id, device.driver, device.mig) for device in whole)
         if described != self._described:
             self._described = described
             await asyncio.to_thread(self._describe, whole)
@@ -49,15 +59,11 @@ class DescribedDevices(NodeDevices):
 
     def _describe(self, devices: tuple[GpuDevice, ...]) -> None:
         for hardware in self._hardware:
-            mine = [device.id for device in devices if device.vendor is hardware.vendor]
             try:
-                if not mine:
-                    spec_path(self._directory, f"{hardware.vendor}.com/gpu").unlink(missing_ok=True)
-                else:
-                    write_spec(self._directory, make_spec(f"{hardware.vendor}.com/gpu", {id: _edits(hardware, id) for id in mine}))
+                write_inventory(self._directory, hardware.vendor, devices, lambda device, by=hardware: _edits(by, device))  # type: ignore[misc]
             except (AtollError, OSError) as error:
                 log.warning("no CDI spec was written", vendor=hardware.vendor.value, error=str(error))
 
 
-def _edits(hardware: Hardware, device: str) -> Edits:
-    return hardware.edits([GpuGrant(device=device)], (GpuCapability.COMPUTE, GpuCapability.UTILITY), ())
+def _edits(hardware: Hardware, device: GpuDevice) -> Edits:
+    return hardware.edits([GpuGrant(device=device.id)], (GpuCapability.COMPUTE, GpuCapability.UTILITY), ())

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 from atoll.entry.findings import Finding, Level, Part
-from atoll.entry.gpus import has_gpu
+from atoll.entry.gpus import vendors
 from atoll.model.devices import GpuDevice, GpuHealth, GpuVendor
 from atoll.model.errors import AtollError
 from atoll.model.ports.clock import SystemClock
@@ -32,7 +32,7 @@ def gpus(root: Path = Path("/"), hardware: Callable[[], Sequence[Hardware]] | No
     """Yield what there is to say. Blocking; `hardware` gives the drivers, those of this machine where it is absent."""
     any_part = Part(AREA, "GPUs", "work that asks for one is placed here")
     if hardware is None:
-        if not has_gpu(root):
+        if not vendors(root):
             yield any_part(Level.OK, "none on this machine")
             return
         from atoll.entry.described import drivers

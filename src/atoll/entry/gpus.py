@@ -11,22 +11,22 @@ from atoll.model.ports.clock import Clock
 if TYPE_CHECKING:
     from atoll.entry.described import DescribedDevices
 
-VENDOR_IDS = frozenset({"0x10de", "0x1002", "0x8086"})
-"""NVIDIA, AMD, Intel on the PCI bus."""
-DISPLAY_CLASS = "0x03"
+NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
+"""As they are called on the PCI bus."""
+CLASSES = ("0x03", "0x12")
+"""Displays, and accelerators without one."""
 
 
-def has_gpu(root: Path = Path("/")) -> bool:
-    """Return whether a GPU may be here: a vendor's device is on the bus, or NVIDIA's driver is loaded. Reads small files only."""
-    return (root / "proc/driver/nvidia/version").exists() or any(
-        _text(device / "vendor") in VENDOR_IDS and _text(device / "class").startswith(DISPLAY_CLASS)
-        for device in (root / "sys/bus/pci/devices").glob("*")
-    )
+def vendors(root: Path = Path("/")) -> frozenset[str]:
+    """Return the vendors that may have a GPU here: one is on the bus, or NVIDIA's driver is loaded. Reads small files only."""
+    on_bus = (device for device in (root / "sys/bus/pci/devices").glob("*") if _text(device / "class").startswith(CLASSES))
+    found = {_text(device / "vendor") for device in on_bus} & {NVIDIA, AMD, INTEL}
+    return frozenset(found | {NVIDIA} if (root / "proc/driver/nvidia/version").exists() else found)
 
 
 async def node_devices(data: Path, clock: Clock, root: Path = Path("/")) -> DescribedDevices | None:
     """Return the machine's devices for an agent with this data directory; None, at no cost, where it has none."""
-    if not has_gpu(root):
+    if not vendors(root):
         return None
     from atoll.entry.described import DescribedDevices, drivers
     from atoll.runtimes.nvproxy import gvisor_drivers
