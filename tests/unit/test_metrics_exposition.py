@@ -156,6 +156,17 @@ async def test_a_project_s_token_sees_the_nodes_and_its_own(cell: Cell) -> None:
     assert "llm-1" not in one
 
 
+async def test_a_node_s_heartbeat_tells_a_project_s_token_of_its_own_instances_only(cell: Cell) -> None:
+    stranger = Caller(id="t", role=Role.READ, project="shop")
+    for view in (cell.service.nodes.get("n1", stranger), cell.service.nodes.all(limit=9, caller=stranger).items[0]):
+        assert view.heartbeat is not None
+        assert view.heartbeat.usage == ()
+    own = cell.service.nodes.get("n1", Caller(id="t", role=Role.READ, project="default")).heartbeat
+    assert own is not None
+    assert [usage.instance for usage in own.usage] == ["llm-1"]
+    assert cell.service.nodes.get("n1").heartbeat == cell.service.heartbeats.latest("n1")
+
+
 async def test_any_name_is_escaped(cell: Cell) -> None:
     evil = 'a"} 1\nb\\'
     device = GpuDevice(id="GPU-2", model=evil, memory_bytes=1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from msgspec.structs import replace
 
-from atoll.api.service.access import SYSTEM, Caller, check_id
+from atoll.api.service.access import EVERY_PROJECT, SYSTEM, Caller, check_id
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.holdings import holdings_of
@@ -16,7 +16,7 @@ from atoll.api.service.specs import spec_of
 from atoll.model import codec, keys
 from atoll.model.errors import Invalid, NotFound
 from atoll.model.ports.store import Put, absent, unchanged
-from atoll.model.records import Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Status, Usage
+from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Status, Usage
 from atoll.model.views import NodeView, Page
 from atoll.store.cache import Held
 
@@ -102,13 +102,23 @@ class Nodes:
         found = (usage for heartbeat in self._heartbeats.all().values() for usage in heartbeat.usage if usage.instance in seen)
         return tuple(sorted(found, key=lambda usage: usage.instance))
 
+    def _heartbeat(self, name: str, seen: Container[str], caller: Caller) -> Heartbeat | None:
+        """Return a node's latest word, for a project's token without what instances of others use and say of themselves."""
+        beat = self._heartbeats.latest(name)
+        if beat is None or caller.project == EVERY_PROJECT:
+            return beat
+        return replace(beat, usage=tuple(usage for usage in beat.usage if usage.instance in seen))
+
     def _view(self, held: Held[Node], placed: Iterable[Instance], caller: Caller) -> NodeView:
         name = held.record.name
         liveness = self._state.get(NodeLiveness, name)
         policy = self._state.get(NodePolicy, name)
         cpu_milli = memory_bytes = count = 0
         holding: list[Instance] = []
+        seen: set[str] = set()
         for instance in placed:
+            if caller.sees(instance.project):
+                seen.add(instance.id)
             status = self._state.get(Status, f"{instance.project}/{instance.id}")
             spec = spec_of(self._state, instance)
             if spec is None or (status is not None and status.record.phase.final):
@@ -122,7 +132,7 @@ class Nodes:
             health=liveness.record.health if liveness is not None else NodeHealth.READY,
             since=liveness.record.since if liveness is not None else held.record.registered_at,
             policy=policy.record if policy is not None else None,
-            heartbeat=self._heartbeats.latest(name),
+            heartbeat=self._heartbeat(name, seen, caller),
             allocated_cpu_milli=cpu_milli,
             allocated_memory_bytes=memory_bytes,
             instances=count,
