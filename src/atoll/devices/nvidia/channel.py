@@ -76,10 +76,10 @@ class Worker:
         """Raises OSError."""
         ours, theirs = socket.socketpair()
         try:
-            # From the loop's own thread: the worker dies with the thread that started it.
+            # From the loop's own thread: the worker dies with the thread that started it. A group of its own: Ctrl-C is not for it.
             null = subprocess.DEVNULL
             process = subprocess.Popen(  # noqa: ASYNC220 (returns as soon as the new program is there: milliseconds)
-                argv, stdin=theirs.fileno(), stdout=null, stderr=null, env=dict(environment), cwd="/"
+                argv, stdin=theirs.fileno(), stdout=null, stderr=null, env=dict(environment), cwd="/", process_group=0
             )
         except BaseException:
             ours.close()

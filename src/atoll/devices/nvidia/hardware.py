@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+import structlog
 from msgspec import Struct
 
 from atoll.devices.nvidia import presence, records
@@ -40,6 +41,7 @@ class EditsOf(Protocol):
     ) -> Edits: ...
 
 
+log = structlog.get_logger()
 _CHANGES = frozenset({Trouble.VANISHED, Trouble.RECOVERED, Trouble.DRIVER_CHANGED})
 
 
@@ -102,6 +104,8 @@ class NvidiaHardware:
         devices = records.devices_of(answer, self._root)
         if answer["lost"]:
             self._retire()
+        for words in answer["unreadable"]:
+            log.warning("a GPU does not answer its driver and is left out", error=words)
         if not devices and not answer["lost"] and (count := list(presence.pci_devices(self._root).values()).count("nvidia")):
             raise Unavailable(
                 f"NVIDIA's driver knows none of the {count} devices on the bus",
