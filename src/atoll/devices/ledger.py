@@ -1,7 +1,8 @@
 """What the node has made of its devices, kept in one small file so that `kill -9` of the agent loses none of it.
 
 A partition is written down before it is made. After a crash the file therefore names every partition that may be ours, and what it
-does not name is someone else's and is never touched. The file is replaced as a whole and is on the disk when a write returns.
+does not name is someone else's and is never touched. The file is replaced as a whole, and not forced to the disk: the kernel keeps
+what a killed process wrote, and with the kernel all partitions and all errors end too, which `boot` shows.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class LedgerFile:
         self.now = self._read(boot)
 
     def write(self, ledger: Ledger) -> None:
-        """Replace what is kept. It is on the disk when this returns; the same again costs nothing. Raises OSError."""
+        """Replace what is kept; the same again costs nothing. Raises OSError: then all is as before."""
         if ledger == self.now:
             return
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -90,14 +91,7 @@ class LedgerFile:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(msgspec.json.encode(ledger))
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(self._path)
-        directory = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
         self.now = ledger
 
     def _read(self, boot: str) -> Ledger:

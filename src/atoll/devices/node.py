@@ -71,6 +71,7 @@ class NodeDevices:
     async def inventory(self) -> tuple[GpuDevice, ...]:
         self._begin()
         await self._look_at_all()
+        self._miss()
         devices = tuple(self._offer(watch, state.device()) for watch in self._watches for state in watch.states.values())
         self._offered = {device.id: device for device in devices}
         return tuple(sorted(devices, key=lambda device: (device.pci, device.id)))
@@ -142,7 +143,7 @@ class NodeDevices:
 
     async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
         self._begin()
-        await self._look_at_all()
+        await self._look_at_all(wait_s=self._patience.silent_s)
         for instance in {made.instance for made in self._file.now.made if made.instance} - set(held):
             self._slices.disown(instance)
         ledger = replace(self._file.now, holdings={instance: tuple(grants) for instance, grants in held.items()})
@@ -150,8 +151,10 @@ class NodeDevices:
         for instance, grants in held.items():
             self._adopt(instance, grants)
         for watch in self._watches:
-            watch.hold([*watch.states, *self._strangers(watch)], ledger.holds)
-        await asyncio.gather(*(self._sweep(watch) for watch in self._watches), self._look_at_all())
+            watch.hold(list(watch.states), ledger.holds)
+        self._miss()
+        await asyncio.gather(*(self._sweep(watch) for watch in self._watches))
+        await self._look_at_all(wait_s=self._patience.silent_s)
         if self._mps is not None:
             wanted = {grant.device for grants in held.values() for grant in grants if grant.sharing is GpuSharing.MPS}
             await self._mps.keep(wanted)
@@ -236,12 +239,13 @@ class NodeDevices:
             mine = {grant.device for grant in grants if grant.device in watch.states}
             watch.hold(mine, self._file.now.holds)
 
-    def _strangers(self, watch: Watch) -> list[str]:
-        """Devices that instances hold and that no driver ever showed; the first driver is the one to miss them."""
-        if watch is not self._watches[0]:
-            return []
+    def _miss(self) -> None:
+        """Show devices that instances hold and no driver knows, once all drivers were heard."""
+        if not self._watches or any(watch.silent or not watch.looked for watch in self._watches):
+            return
         held = {grant.device for grants in self._file.now.holdings.values() for grant in grants}
-        return sorted(device for device in held if self._watch_of(device) is None)
+        for device in sorted(device for device in held if self._watch_of(device) is None):
+            self._watches[0].miss(device)
 
     def _watch_of(self, device: str) -> Watch | None:
         return next((watch for watch in self._watches if device in watch.states), None)
@@ -272,13 +276,13 @@ class NodeDevices:
 
     async def _sweep(self, watch: Watch) -> None:
         async with watch.turn:
-            swept = () if watch.silent else await self._slices.sweep(watch)
+            swept = () if watch.silent or not watch.looked else await self._slices.sweep(watch)
         for made in swept:
             words = f"{made.device}: the slices of {made.profile} at {made.start} are free again"
             self._news.tell(DeviceEvent(trouble=Trouble.RECOVERED, device=made.device, message=words, at=self._clock.now()))
 
-    async def _look_at_all(self) -> None:
-        await asyncio.gather(*(watch.look() for watch in self._watches))
+    async def _look_at_all(self, *, wait_s: float | None = None) -> None:
+        await asyncio.gather(*(watch.look(wait_s=wait_s) for watch in self._watches))
 
     def _offer(self, watch: Watch, device: GpuDevice) -> GpuDevice:
         """Return the device with what this node can do with it, and with the partitions that are no instance's."""

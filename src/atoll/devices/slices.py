@@ -71,7 +71,7 @@ class Slices:
             found = await watch.call(watch.hardware.partitions(grant.device))
         except NotFound as error:
             raise Unavailable(error.message, mend="place it elsewhere") from None
-        watch.partitions[grant.device] = found
+        watch.note_partitions(grant.device, found)
         return next((partition for partition in found if partition.start == grant.start), None)
 
     async def _is_half_made(self, watch: Watch, grant: GpuGrant) -> bool:
@@ -117,7 +117,7 @@ class Slices:
             if not any(made.is_of(partition) for partition in found):
                 return False
             await watch.call(watch.hardware.remove_partition(made.device, made.start), self._patience.change_s)
-            watch.partitions[made.device] = await watch.call(watch.hardware.partitions(made.device))
+            watch.note_partitions(made.device, tuple(partition for partition in found if not made.is_of(partition)))
         except NotFound:
             return False
         return True

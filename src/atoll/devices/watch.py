@@ -17,10 +17,9 @@ from msgspec.structs import replace
 from atoll.devices.health import Cause, DeviceState, Gone, Happening, Held, Seen, Silent, Tick, Told, count, decide
 from atoll.devices.ledger import Known
 from atoll.model.devices import GpuDevice, GpuPartition, GpuVendor
-from atoll.model.errors import AtollError, NotFound, Unavailable
+from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.devices import DeviceEvent, Hardware, Trouble
-from atoll.model.units import format_seconds
 
 T = TypeVar("T")
 STUCK_MAX = 4
@@ -35,11 +34,13 @@ log = structlog.get_logger()
 class Patience(Struct, frozen=True, kw_only=True):
     """How long a driver is waited for, and how often it is looked at."""
 
-    look_at_s: float = 4.0
-    """Of the call that finds out what there is, and of what is asked of each device then."""
-    call_s: float = 10.0
+    silent_s: float = 4.0
+    """A driver that has not said by then what there is counts as silent. The first time it is given more: it may be waking up."""
+    slow_s: float = 75.0
+    """After this long that call is given up. Above a driver's own deadlines, so that it can replace what hangs by itself."""
+    call_s: float = 45.0
     """Of any other call."""
-    change_s: float = 60.0
+    change_s: float = 100.0
     """Of a call that makes or removes a partition."""
     samples_s: float = 3.0
     look_s: float = 30.0
@@ -72,10 +73,14 @@ class Watch:
         self._clock, self._patience, self._tell, self._changed = clock, patience, tell, changed
         # what concerns no one device is counted here
         self._all = DeviceState(seen=GpuDevice(id="", model=f"every {self.vendor} GPU", memory_bytes=0, vendor=self.vendor))
-        self._looked = False
+        self.looked = False
+        """It was found out what there is, or that the driver is silent."""
         self._silent_at = float("-inf")
         self._looking: asyncio.Task[None] | None = None
+        self._looking_since = 0.0
         self._touched: set[str] = set()
+        self._noted: set[str] = set()
+        """Devices of which something newer is known than what the look under way will say: health, partitions."""
         self._stuck: set[asyncio.Task[Any]] = set()
 
     def remember(self, known: Known, *, held: bool) -> None:
@@ -97,7 +102,7 @@ class Watch:
         if done:
             return task.result()
         self._abandon(task)
-        raise Unavailable(f"the {self.vendor} driver does not answer within {format_seconds(deadline_s)}")
+        raise Unavailable(f"the {self.vendor} driver does not answer within {deadline_s:g} s")
 
     def _abandon(self, task: asyncio.Task[Any]) -> None:
         """Give up a call, whether or not it lets itself be cancelled."""
@@ -111,31 +116,40 @@ class Watch:
         task.add_done_callback(ended)
         task.cancel()
 
-    async def look(self) -> None:
+    async def look(self, *, wait_s: float | None = None) -> None:
         """Ask what there is, and fold it in. Raises nothing: a driver that does not answer makes its devices `silent`.
 
-        Looks that are asked for at the same time are one.
+        Looks that are asked for at the same time are one, which goes on when its callers have gone. Returns after `wait_s` at the
+        latest, and else when there is an answer or the driver counts as silent.
         """
-        if self.silent and self._clock.monotonic() - self._silent_at < self._patience.again_s:
+        running = self._looking is not None and not self._looking.done()
+        if self.silent and (running or self._clock.monotonic() - self._silent_at < self._patience.again_s):
             return
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.ensure_future(self._look())
-        await asyncio.shield(self._looking)
+        if self._looking is None or not running:
+            self._looking, self._looking_since = asyncio.ensure_future(self._look()), self._clock.monotonic()
+        # what is remembered of a former agent was awake then
+        hurried = self.looked or bool(self.states)
+        left = self._looking_since + self._patience.silent_s - self._clock.monotonic() if hurried else None
+        bounds = [bound for bound in (wait_s, left) if bound is not None]
+        done, _ = await asyncio.wait({self._looking}, timeout=max(0.0, min(bounds)) if bounds else None)
+        if not done and left is not None and (wait_s is None or left <= wait_s) and not self.silent:
+            self._fall_silent(Unavailable(f"the {self.vendor} driver does not answer within {self._patience.silent_s:g} s"))
 
     async def _look(self) -> None:
         self._touched.clear()
+        self._noted.clear()
         try:
-            found = await self.call(self.hardware.discover(), self._patience.look_at_s)
+            found = await self.call(self.hardware.discover(), self._patience.slow_s)
             partitions = {device.id: await self._partitions_of(device) for device in found if device.mig}
         except AtollError as error:
             self._fall_silent(error)
             return
         self.silent = ""
-        self.partitions = partitions
+        self.partitions = {id: self.partitions.get(id, ()) if id in self._noted else there for id, there in partitions.items()}
         for device in found:
             if device.id not in self.states:
                 self.states[device.id] = DeviceState(seen=device)
-                if self._looked:
+                if self.looked:
                     words = f"{device.model} {device.id} is there"
                     self._tell(DeviceEvent(trouble=Trouble.RECOVERED, device=device.id, message=words, at=self._clock.now()))
             if device.id not in self._touched:  # else the answer may be older than the event
@@ -143,17 +157,23 @@ class Watch:
         there = {device.id for device in found}
         for id in [id for id in self.states if id not in there]:
             self.apply(id, Gone())
-        self._looked = True
+        self.looked = True
 
     async def _partitions_of(self, device: GpuDevice) -> tuple[GpuPartition, ...]:
         try:
-            return await self.call(self.hardware.partitions(device.id), self._patience.look_at_s)
-        except NotFound:  # it has vanished just now
+            return await self.call(self.hardware.partitions(device.id))
+        except AtollError as error:  # one device's trouble is no other's; whoever claims of it asks again
+            log.warning("partitions not found out", device=device.id, error=str(error))
             return self.partitions.get(device.id, ())
 
+    def note_partitions(self, id: str, partitions: tuple[GpuPartition, ...]) -> None:
+        """Keep what was found out beside the looks."""
+        self.partitions[id] = partitions
+        self._noted.add(id)
+
     def _fall_silent(self, error: AtollError) -> None:
-        news = error.message != self.silent
-        self._looked = True
+        news = not self.silent
+        self.looked = True
         self.silent, self._silent_at = error.message, self._clock.monotonic()
         for id in list(self.states):
             self.apply(id, Silent(error.message))
@@ -179,11 +199,15 @@ class Watch:
             self._tell(news)
 
     def hold(self, ids: Iterable[str], holds: Callable[[str], bool]) -> None:
-        """Note of each device whether something holds it now; one that is held and was never seen is missed from now on."""
+        """Note of each device whether something holds it now."""
         for id in ids:
-            if id not in self.states and holds(id):
-                self.states[id] = DeviceState(seen=GpuDevice(id=id, model="GPU", memory_bytes=0, vendor=self.vendor))
             self.apply(id, Held(holds(id)))
+
+    def miss(self, id: str) -> None:
+        """Note that something holds a device that the driver, which answers, does not know."""
+        seen = GpuDevice(id=id, model="GPU", memory_bytes=0, vendor=self.vendor)
+        self.states[id] = DeviceState(seen=seen, held=True)
+        self.apply(id, Gone())
 
     def take(self, event: DeviceEvent) -> None:
         """Fold in what the driver reports."""
