@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from atoll.model import keys
+from atoll.devices.node import NodeDevices
+from atoll.model import codec, keys
+from atoll.model.devices import GpuDevice, GpuGrant, GpuHealth
 from atoll.model.ports.store import (
     RANGE_LIMIT_MAX,
     Compare,
@@ -26,10 +28,12 @@ from atoll.model.ports.store import (
     TxnResult,
     WatchBatch,
 )
+from atoll.model.records import Instance
 from atoll.network.fake import FakeNetwork
 from atoll.node.fake import FakeMachine
 from atoll.sim.__main__ import report
 from atoll.sim.faults import Profile
+from atoll.sim.gpus import Rack
 from atoll.sim.lives import SimNetwork
 from atoll.sim.machine import SimMachine
 from atoll.sim.run import run_seed
@@ -42,6 +46,8 @@ MARKS = (
     "agent killed while running",
     "agent killed while preparing",
     "chaos: agent-crash",
+    "chaos: gpu-silent",
+    "chaos: gpu-vanish",
     "chaos: machine-restart",
     "chaos: partition",
     "chaos: process-crash",
@@ -49,6 +55,10 @@ MARKS = (
     "chaos: stall",
     "event: adopted",
     "event: draining",
+    "event: gpu-broken",
+    "event: gpu-replaced",
+    "event: gpu-silent",
+    "event: gpu-vanished",
     "event: node-lost",
     "event: out-of-memory",
     "event: rejected",
@@ -214,6 +224,45 @@ class BoastfulMachine(SimMachine):
         self._machine = FakeMachine(cpu_milli=8 * self.capacity[0], memory_bytes=8 * self.capacity[1])
 
 
+class Denying(NodeDevices):
+    """Says of every device that it is well."""
+
+    async def inventory(self) -> tuple[GpuDevice, ...]:
+        return tuple(replace(each, health=GpuHealth.OK, present=True, reason="") for each in await super().inventory())
+
+
+class DenyingRack(Rack):
+    kind = Denying
+
+
+class DenyingMachine(SimMachine):
+    kind_of_rack = DenyingRack
+
+
+class Generous(Through):
+    """Grants every device of a node to whoever comes: the first that it ever gave."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.first: dict[str, GpuGrant] = {}
+
+    def change(self, ops: Sequence[Op]) -> Sequence[Op]:
+        return [self._give(op) if isinstance(op, Put) and op.key.startswith(keys.INSTANCES) else op for op in ops]
+
+    def _give(self, op: Put) -> Put:
+        instance = codec.decode(op.value, Instance)
+        if not instance.gpus or instance.node is None:
+            return op
+        grant = self.first.setdefault(instance.node, instance.gpus[0])
+        return Put(op.key, codec.encode(replace(instance, gpus=(grant,))), op.lease)
+
+
+def gpus_fail(profile: Profile) -> Profile:
+    """Make a run of GPUs that vanish, break and fall silent."""
+    chaos = ("gpu-vanish", "gpu-xid", "gpu-silent", "agent-crash", "machine-restart")
+    return replace(profile, calm=False, gpus=True, chaos=chaos, chaos_every_s=4.0, latency_s=0.01)
+
+
 class WithMachine(Parts):
     def __init__(self, kind: type[SimMachine]) -> None:
         self.kind = kind
@@ -260,6 +309,7 @@ SHAPES: dict[str, Callable[[Profile], Profile]] = {
     "agents that die all the time": lambda p: replace(
         p, calm=False, chaos=("agent-crash", "stop-instance"), chaos_every_s=1.0, latency_s=0.05
     ),
+    "GPUs that fail": gpus_fail,
 }
 """Runs with much of one kind of fault; each found bugs that a little of everything did not."""
 
@@ -275,6 +325,18 @@ def test_two_leaders_at_once_do_no_harm_but_without_the_fence_they_would() -> No
         assert run_seed(seed, shape=rivalry).broken == ()
     for seed in range(SEEDS_FOR_A_BUG):
         if any("over-committed" in broken for broken in run_seed(seed, WithStore(Unfenced), rivalry).broken):
+            return
+    pytest.fail(f"{SEEDS_FOR_A_BUG} seeds did not notice")
+
+
+@pytest.mark.parametrize(
+    ("parts", "promise"),
+    [(WithMachine(DenyingMachine), "have failed"), (WithStore(Generous), "is over-committed: ")],
+    ids=["a sick device that is called well", "a device that is given twice"],
+)
+def test_a_planted_bug_of_gpus_is_caught(parts: Parts, promise: str) -> None:
+    for seed in range(SEEDS_FOR_A_BUG):
+        if any(promise in broken for broken in run_seed(seed, parts, gpus_fail).broken):
             return
     pytest.fail(f"{SEEDS_FOR_A_BUG} seeds did not notice")
 

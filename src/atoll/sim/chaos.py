@@ -7,8 +7,11 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from atoll.api.service.access import SYSTEM
+from atoll.devices.xid import classify_xid
 from atoll.model.errors import AtollError, Compacted, Unavailable
+from atoll.model.ports.devices import Trouble
 from atoll.model.records import Instance
+from atoll.sim.gpus import XIDS
 from atoll.sim.machine import SimMachine
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 DOWN_S = 8.0
 """The longest that a killed process usually stays away."""
 RIVAL_S = 25.0
+SILENT_S = 40.0
+"""The longest that a GPU driver hangs."""
 GIVEN_UP_S = 65.0
 """Sometimes a machine is away for longer than it takes to be given up."""
 
@@ -52,6 +57,8 @@ class Chaos:
         for machine in world.machines.values():
             machine.line.mend()
             machine.sick.clear()
+            if machine.rack is not None:
+                machine.rack.hardware.answer()  # what has vanished stays away: its work must do without
             machine.start_agent()
         for name in sorted(self._cordoned):
             await self._cordon(name, False)
@@ -99,10 +106,36 @@ class Chaos:
             case "cordon":
                 self._cordoned.add(machine.name)
                 await self._cordon(machine.name, True)
+            case "gpu-vanish" | "gpu-xid" | "gpu-silent":
+                await self._break_gpu(kind)
             case "stop-instance":
                 await self._stop_instance()
             case _:
                 raise AssertionError(f"no chaos is called {kind}")
+
+    async def _break_gpu(self, kind: str) -> None:
+        racks = [(machine, machine.rack) for machine in self._world.machines.values() if machine.rack is not None]
+        if not racks:
+            return
+        machine, rack = self._choose.choice(racks)
+        device = self._choose.choice(rack.hardware.ids)
+        self._story.tell(f"a GPU fails: {kind}", node=machine.name, device=device)
+        match kind:
+            case "gpu-silent":
+                rack.hardware.hang(self._choose.random() * SILENT_S)
+            case "gpu-vanish":
+                rack.lost.add(device)
+                rack.hardware.vanish(device, told=self._choose.random() < 0.7)
+            case _:
+                code = self._choose.choice(XIDS)
+                if classify_xid(code).trouble in (Trouble.BROKEN, Trouble.VANISHED):
+                    rack.lost.add(device)
+                rack.hardware.xid(device, code)
+        if kind != "gpu-silent" and self._choose.random() < 0.5:
+            # A program whose device fails usually ends.
+            for id in [id for id, grants in sorted(rack.held().items()) if any(grant.device == device for grant in grants)]:
+                if id in machine.host.running():
+                    machine.host.crash(id, oom=False)
 
     async def _wait(self, most_s: float) -> None:
         await asyncio.sleep(self._choose.random() * most_s)

@@ -18,6 +18,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     nodes: int
     apps: int
     jobs: int
+    gpus: bool
+    """Some machines have GPUs, and some users ask for them."""
     span_s: float
     """How long users and chaos are at work before everything is healed."""
     shuffle: float
@@ -50,6 +52,9 @@ KINDS_OF_CHAOS = (
     "cordon",
     "stop-instance",
     "rival",
+    "gpu-vanish",
+    "gpu-xid",
+    "gpu-silent",
 )
 
 
@@ -65,6 +70,7 @@ def profile_of(choose: random.Random) -> Profile:
         nodes=choose.randint(2, 4),
         apps=choose.randint(1, 3),
         jobs=choose.randint(0, 2),
+        gpus=choose.random() < 0.35,
         span_s=choose.uniform(30, 60) if calm or choose.random() < 0.8 else choose.uniform(110, 160),
         shuffle=choose.choice((0.0, 0.2, 1.0)),
         latency_s=choose.choice((0.0, 0.003, 0.03)) if calm else choose.choice((0.001, 0.01, 0.2)),

@@ -17,6 +17,7 @@ from atoll.node.record import MemoryRecord
 from atoll.runtimes.fake_host import Behaviour, FakeHost, behaviour_of
 from atoll.sim.clock import VirtualClock
 from atoll.sim.faults import Faults, Life
+from atoll.sim.gpus import Bays, Rack, make_hardware
 from atoll.sim.line import Line
 from atoll.sim.lives import SimNetwork, SimRecord, SimRuntime
 from atoll.sim.server import Server
@@ -45,6 +46,8 @@ class SimProber:
 class SimMachine:
     """A node of the cell. `started` is called with each process that starts."""
 
+    kind_of_rack: type[Rack] = Rack
+
     def __init__(
         self,
         name: str,
@@ -58,6 +61,7 @@ class SimMachine:
         cpu_milli: int,
         memory_bytes: int,
         started: Callable[[SimMachine, Box], None],
+        bays: Bays = Bays(0),
     ) -> None:
         self.name = name
         self.capacity = (cpu_milli, memory_bytes)
@@ -73,6 +77,8 @@ class SimMachine:
         self.record = MemoryRecord()
         self.images = FakeImages(delay_s=0.2)
         self._machine = FakeMachine(cpu_milli=cpu_milli, memory_bytes=memory_bytes)
+        hardware = make_hardware(name, bays, clock)
+        self.rack = self.kind_of_rack(hardware, data / "gpus", clock) if hardware is not None else None
         self._since: dict[str, tuple[float, float]] = {}
         """Instance → when its process started, and when it listens."""
         self.sick: set[tuple[str, int | None]] = set()
@@ -106,6 +112,7 @@ class SimMachine:
             logs=MemoryLogs(self._data),
             prober=SimProber(self, self._faults),
             machine=self._machine,
+            devices=self.rack.devices(self.life, self._faults, self._story) if self.rack is not None else None,
             arch="amd64",
         )
         self._task = asyncio.create_task(self._run(self.agent, self.life), name=f"agent {self.name} {self._lives}")
@@ -143,6 +150,8 @@ class SimMachine:
         self.host.crash_all()
         self.host.processes.clear()
         self.links = FakeNetworkState()
+        if self.rack is not None:
+            self.rack.lose_power()
 
     def refuses(self, address: str) -> str:
         """Return why nobody answers at `address`, or nothing if an instance does."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
+from atoll.model.devices import GpuGrant
 from atoll.scheduling.demand import Demand, Pending
 from atoll.scheduling.plan import plan
 from atoll.scheduling.snapshot import CPU, GPU, MEMORY, Snapshot, Standing, amounts_of
@@ -185,17 +186,17 @@ class _Replay:
         if not names:
             return
         self._plans += 1
-        for name, node in self._planned(names, now):
+        for name, node, gpus in self._planned(names, now):
             self._waits.append(now - self._waiting.pop(name))
             task = self._tasks[name]
-            self._snapshot.allocate(name, node, self._group(name), task.demand)
+            self._snapshot.allocate(name, node, self._group(name), task.demand, gpus)
             self._node_of[name] = node
             self._on[node][name] = None
             self._runs[name] = self._runs.get(name, 0) + 1
             if math.isfinite(task.run_s):
                 self._push(now + task.run_s, "depart", (name, self._runs[name]))
 
-    def _planned(self, names: list[str], now: float) -> list[tuple[str, str]]:
+    def _planned(self, names: list[str], now: float) -> list[tuple[str, str, tuple[GpuGrant, ...]]]:
         pending = [
             Pending(id=name, group=self._group(name), demand=self._tasks[name].demand, created_at=self._waiting[name])
             for name in names
@@ -205,8 +206,8 @@ class _Replay:
             # Up to the first that does not fit: the plan goes by the same order, so that what came before it stands.
             since = {item.id: item.order for item in pending}
             first = min(since[name] for name in answer.rejected)
-            return [(placed.id, placed.node) for placed in answer.placed if since[placed.id] < first]
-        return [(placed.id, placed.node) for placed in answer.placed]
+            return [(placed.id, placed.node, placed.gpus) for placed in answer.placed if since[placed.id] < first]
+        return [(placed.id, placed.node, placed.gpus) for placed in answer.placed]
 
     def _group(self, name: str) -> str:
         """Instances of one group are kept apart: all of them to spread, each alone to pack."""

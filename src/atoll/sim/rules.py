@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from atoll.model import codec, keys
+from atoll.model.devices import GpuGrant
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.ports.runtime import Box
 from atoll.model.ports.store import Change, Revision, Store, WatchBatch
 from atoll.model.records import App, Event, Instance, Job, Node, OwnerKind, Release, Status
 from atoll.model.spec import Workload
 from atoll.model.states import TRANSITIONS, Desired, Phase, advance
+from atoll.sim.gpus import overcommitted
 from atoll.sim.machine import SimMachine
 from atoll.sim.server import KINDS
 from atoll.sim.story import Story
@@ -97,7 +99,7 @@ class Rules:
             return
         if advance(old.desired, new.desired) is not new.desired:
             self._story.breaks(f"instance {new.id} was to {old.desired}, then to {new.desired}")
-        if old.node is not None and (old.node, old.runtime) != (new.node, new.runtime):
+        if old.node is not None and (old.node, old.runtime, old.gpus) != (new.node, new.runtime, new.gpus):
             self._story.breaks(f"instance {new.id} was moved from {old.node} to {new.node}")
         for field in _FIXED:
             if getattr(old, field) != getattr(new, field):
@@ -122,6 +124,7 @@ class Rules:
             self._story.breaks(f"an instance was placed on {name}, which is not known")
             return
         cpu_milli = memory_bytes = 0
+        grants: list[GpuGrant] = []
         for key, instance in self.records[Instance].items():
             status: Status | None = self.records[Status].get(key)
             if instance.node != name or (status is not None and status.phase.final):
@@ -130,6 +133,11 @@ class Rules:
             if spec is not None:
                 cpu_milli += spec.resources.cpu.milli
                 memory_bytes += spec.resources.memory
+                grants += instance.gpus
+                if spec.resources.gpu is not None and not instance.gpus:
+                    self._story.breaks(f"{instance.id} asks for a GPU and was placed on {name} without one")
+        if why := overcommitted(grants):
+            self._story.breaks(f"node {name} is over-committed: {why}")
         if cpu_milli > node.capacity.cpu_milli or memory_bytes > node.capacity.memory_bytes:
             self._story.breaks(f"node {name} is over-committed: {cpu_milli} milli-cores and {memory_bytes} bytes are placed there")
 
@@ -190,13 +198,17 @@ class Rules:
         if instance is not None and instance.node != machine.name:
             self._story.breaks(f"{box.id} starts on {machine.name}, but its node is {instance.node}")
         # What is no longer wanted at all does not count: a node that was given up runs it on until it hears of that.
-        known = {i.id for i in self.records[Instance].values()}
+        known = {i.id: i for i in self.records[Instance].values()}
         running = Counter[str]()
+        grants: list[GpuGrant] = []
         for id in (*machine.host.running(), box.id):
             if id in known:
                 limits = box.limits if id == box.id else machine.host.processes[id].box.limits
                 running["cpu"] += limits.cpu_milli
                 running["memory"] += limits.memory_bytes
+                grants += known[id].gpus
+        if why := overcommitted(grants):
+            self._story.breaks(f"{machine.name} runs more than it has: {why}")
         if running["cpu"] > machine.capacity[0] or running["memory"] > machine.capacity[1]:
             self._story.breaks(f"{machine.name} runs more than it has: {dict(running)}")
 

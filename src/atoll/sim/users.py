@@ -14,7 +14,7 @@ from atoll.api.service.context import RequestKey
 from atoll.api.service.service import Service
 from atoll.model.errors import Conflict, DeadlineExceeded, NotFound, OutcomeUnknown, Unavailable
 from atoll.model.records import App, Job, JobPhase, JobStatus
-from atoll.model.spec import AppSpec, Health, HealthKind, JobSpec, Port, Resources, Restart, Rollout, Scale, Stop
+from atoll.model.spec import AppSpec, Gpu, Health, HealthKind, JobSpec, Port, Resources, Restart, Rollout, Scale, Stop
 from atoll.model.units import Bytes, Cores, Seconds
 from atoll.model.views import AppView
 from atoll.sim.line import Line
@@ -79,7 +79,7 @@ class User:
 class AppUser(User):
     """Owns one app. What is expected of it is kept here and compared with every answer."""
 
-    def __init__(self, name: str, line: Line, choose: random.Random, story: Story, *, calm: bool) -> None:
+    def __init__(self, name: str, line: Line, choose: random.Random, story: Story, *, calm: bool, gpu: Gpu | None = None) -> None:
         super().__init__(f"user of {name}", line, choose, story)
         self.app = name
         self.calm = calm
@@ -91,7 +91,9 @@ class AppUser(User):
         self.replicas = 1
         self.generation = 1
         self.releases: dict[int, AppSpec] = {}
-        self.resources = Resources(cpu=Cores(choose.choice((0.1, 0.5, 1.0))), memory=Bytes(choose.choice((64, 256, 512)) << 20))
+        self.resources = Resources(
+            cpu=Cores(choose.choice((0.1, 0.5, 1.0))), memory=Bytes(choose.choice((64, 256, 512)) << 20), gpu=gpu
+        )
         surge = choose.randint(0, 2)
         self.rollout = Rollout(
             max_surge=surge,
@@ -212,7 +214,7 @@ class AppUser(User):
 class JobUser(User):
     """Runs one job, and may cancel it."""
 
-    def __init__(self, name: str, line: Line, choose: random.Random, story: Story) -> None:
+    def __init__(self, name: str, line: Line, choose: random.Random, story: Story, *, gpu: Gpu | None = None) -> None:
         super().__init__(f"user of {name}", line, choose, story)
         self.job = name
         self.cancelled = False
@@ -224,7 +226,7 @@ class JobUser(User):
             completions=choose.randint(1, 5),
             parallelism=choose.randint(1, 3),
             retries=choose.randint(0, 3),
-            resources=Resources(cpu=Cores(0.2), memory=Bytes(64 << 20)),
+            resources=Resources(cpu=Cores(0.2), memory=Bytes(64 << 20), gpu=gpu),
             stop=Stop(grace=Seconds(2)),
         )
 

@@ -20,10 +20,12 @@ from atoll.model.records import (
     RouteClaim,
     Status,
 )
+from atoll.model.spec import Gpu
 from atoll.model.states import Desired
 from atoll.sim.chaos import Chaos
 from atoll.sim.clock import VirtualClock
 from atoll.sim.faults import Faults, Life, Profile
+from atoll.sim.gpus import SPARES, WISHES, Bays
 from atoll.sim.ingress import SimIngress
 from atoll.sim.line import Line
 from atoll.sim.machine import SimMachine
@@ -68,14 +70,24 @@ class World:
         self.rules = Rules(story, self.machines, calm=profile.calm)
         for number in range(profile.nodes):
             name = f"n{number}"
-            self._add_machine(name, choose.choice((2_000, 4_000, 8_000)), choose.choice((2, 4)) << 30)
+            bays = Bays(choose.randint(0 if number else 1, 2), choose.randint(0, 1)) if profile.gpus else Bays(0)
+            self._add_machine(name, choose.choice((2_000, 4_000, 8_000)), choose.choice((2, 4)) << 30, bays)
         self.ingress = SimIngress(self.server, choose, self.faults, story, self.rules.routed)
-        self.app_users = [AppUser(f"app{n}", self._user_line(), choose, story, calm=profile.calm) for n in range(profile.apps)]
-        self.job_users = [JobUser(f"job{n}", self._user_line(), choose, story) for n in range(profile.jobs)]
+        self.app_users = [
+            AppUser(f"app{n}", self._user_line(), choose, story, calm=profile.calm, gpu=self._gpu(first=n == 0))
+            for n in range(profile.apps)
+        ]
+        self.job_users = [JobUser(f"job{n}", self._user_line(), choose, story, gpu=self._gpu()) for n in range(profile.jobs)]
         self.requests = Requests(self.ingress, self.machines, self.rules, story, choose, strict=profile.calm)
         self.chaos = Chaos(self)
 
-    def _add_machine(self, name: str, cpu_milli: int, memory_bytes: int) -> SimMachine:
+    def _gpu(self, *, first: bool = False) -> Gpu | None:
+        """Return what a user asks for of GPUs: in a run that has any, the first of the apps does."""
+        if not self.profile.gpus or not (first or self.choose.random() < 0.3):
+            return None
+        return self.choose.choice((Gpu(), *WISHES) if first else WISHES)
+
+    def _add_machine(self, name: str, cpu_milli: int, memory_bytes: int, bays: Bays) -> SimMachine:
         skew_s = 0.0 if self.profile.calm else self.choose.uniform(-0.5, 0.5)
         self.machines[name] = machine = self._parts.machine(
             name,
@@ -88,6 +100,7 @@ class World:
             cpu_milli=cpu_milli,
             memory_bytes=memory_bytes,
             started=self.rules.started,
+            bays=bays,
         )
         return machine
 
@@ -113,7 +126,8 @@ class World:
         self.story.tell("everything is healed")
         await self.chaos.heal()
         # Room for all that was asked for: what was turned away must come round by itself.
-        self._add_machine("spare", *SPARE).start_agent()
+        for name, bays in SPARES.items() if self.profile.gpus else {"spare": Bays(0)}.items():
+            self._add_machine(name, *SPARE, bays).start_agent()
         await self._finish(wishing)
         await self._come_to_rest()
         for task in (asking, ingress, observing):
@@ -162,6 +176,24 @@ class World:
             reasons.extend(self._app_restless(user))
         reasons.extend(reason for user in self.job_users if (reason := user.unfinished(self.rules)))
         reasons.extend(self._leaks())
+        reasons.extend(self._gpus_restless())
+        return reasons
+
+    def _gpus_restless(self) -> list[str]:
+        """Nothing may run on a device that has failed, and what is held on a machine is what its instances were given."""
+        records = self.rules.records
+        reasons = []
+        for machine in self.machines.values():
+            if machine.rack is None:
+                continue
+            placed = {i.id: (key, i) for key, i in records[Instance].items() if i.node == machine.name and i.gpus}
+            live = {id: i for id, (key, i) in placed.items() if not (key in records[Status] and records[Status][key].phase.final)}
+            for id, instance in live.items():
+                if bad := sorted({grant.device for grant in instance.gpus} & machine.rack.lost):
+                    reasons.append(f"{id} is still on {machine.name}, whose {', '.join(bad)} have failed")
+            held = set(machine.rack.held())
+            if held != set(live):
+                reasons.append(f"{machine.name} holds devices for {sorted(held)}, and should for {sorted(live)}")
         return reasons
 
     def _app_restless(self, user: AppUser) -> list[str]:
