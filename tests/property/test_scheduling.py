@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.model.devices import GpuDevice
+from atoll.model.devices import MILLI, GpuDevice
 from atoll.model.records import Capacity, Node
 from atoll.model.spec import Affinity, Constraint, Gpu, Operator, Placement, Quota, RuntimeName, SpreadBy
 from atoll.model.units import Bytes, Cores
 from atoll.scheduling.constraints import holds
 from atoll.scheduling.demand import Demand, Pending
+from atoll.scheduling.gpu.usable import EXPECTED_SHARES, EXPECTED_WHOLE
 from atoll.scheduling.plan import plan
 from atoll.scheduling.snapshot import Snapshot, Standing
 
@@ -46,8 +48,9 @@ class Machine:
             return False
         if not all(holds(rule, self.label(rule.label)) for rule in wish.constraints):
             return False
-        right = sum(demand.gpu.model in (None, device.model) for device in node.capacity.gpus) if demand.gpu else 0
-        return node.capacity.disk_bytes >= demand.disk_bytes and right >= demand.gpus
+        return (
+            node.capacity.disk_bytes >= demand.disk_bytes and self.take([MILLI] * len(node.capacity.gpus), demand.gpu) is not None
+        )
 
     def allowed(self, demand: Demand) -> bool:
         """Every hard rule but those about what is placed."""
@@ -55,11 +58,49 @@ class Machine:
             return False
         return self.free("cpu_milli") >= demand.cpu_milli and self.free("memory_bytes") >= demand.memory_bytes and self.gpus(demand)
 
+    def take(self, free: list[int], gpu: Gpu | None) -> list[int] | None:
+        """Return what is free of each device (thousandths) once `gpu` has its part; None where it does not fit."""
+        if gpu is None:
+            return free
+        models = [device.model for device in self.node.capacity.gpus]
+        right = [place for place, model in enumerate(models) if gpu.model in (None, model)]
+        left = free[:]
+        if gpu.count < 1:
+            share = int(gpu.count * MILLI)
+            open_ = [place for place in right if share <= free[place]]
+            if not open_:
+                return None
+            left[min(open_, key=lambda place: (free[place], place))] -= share
+            return left
+        idle = [place for place in right if free[place] == MILLI]
+        sets = combinations(idle, int(gpu.count))
+        best = min(sets, key=lambda chosen: (len({models[place] for place in chosen}), chosen), default=None)
+        for place in best or ():
+            left[place] = 0
+        return left if best else None
+
+    def gpus_free(self) -> list[int]:
+        free = [MILLI] * len(self.node.capacity.gpus)
+        for _, demand in self.held:
+            free = self.take(free, demand.gpu) or free
+        return free
+
     def gpus(self, demand: Demand) -> bool:
+        return self.take(self.gpus_free(), demand.gpu) is not None
+
+    def gpu_scores(self, demand: Demand) -> int:
+        """Return what both scores about GPUs say, weighted, in millionths."""
+        free = self.gpus_free()
+        total = MILLI * len(free)
         if demand.gpu is None:
-            return True
-        right = sum(demand.gpu.model in (None, device.model) for device in self.node.capacity.gpus)
-        return right - sum(other.gpus for _, other in self.held) >= demand.gpus
+            return 100 * -round((1 + sum(free) / total) / 2 * 10**6) if total else 0
+        after = self.take(free, demand.gpu)
+        assert after is not None
+        left = (sum(free) - demand.gpu_milli) / max(total, 1)
+        cpu = (self.free("cpu_milli") - demand.cpu_milli) / max(self.node.capacity.cpu_milli, 1)
+        memory = (self.free("memory_bytes") - demand.memory_bytes) / max(self.node.capacity.memory_bytes, 1)
+        stranded = min(max(left - min(cpu, memory), 0.0), 1.0)
+        return 30 * round((usable_of(after) - usable_of(free) - stranded) * 10**6)
 
     def count(self, group: str) -> int:
         return sum(held == group for held, _ in self.held)
@@ -69,6 +110,12 @@ class Machine:
         cpu = 1.0 - (self.free("cpu_milli") - demand.cpu_milli) / max(capacity.cpu_milli, 1)
         memory = 1.0 - (self.free("memory_bytes") - demand.memory_bytes) / max(capacity.memory_bytes, 1)
         return (cpu + memory) / 2.0
+
+
+def usable_of(free: list[int]) -> float:
+    idle = free.count(MILLI)
+    shares = sum(often * milli / MILLI for milli in free for share, often in EXPECTED_SHARES if milli >= share)
+    return shares + sum(often * idle for count, often in EXPECTED_WHOLE if idle >= count)
 
 
 def owner(group: str) -> str:
@@ -169,7 +216,7 @@ def one_by_one(
             rank = listed if len(regions) > 1 else 0
             total = -rank * 10**10 - 100_000 * sum(m.count(item.group) for m in together) - 10 * machine.count(item.group)
             total += liking(machines, machine, item)
-            return (total * 10**6 + round(machine.packing(item.demand) * 10**6),)
+            return (total * 10**6 + round(machine.packing(item.demand) * 10**6) + machine.gpu_scores(item.demand),)
 
         at = (homes or {}).get(item.group, ())
         free = machines if within(quota, machines, item.demand) else []

@@ -102,8 +102,8 @@ def test_a_gpu_where_there_is_none_is_refused_clearly() -> None:
 
 def test_whole_gpus_are_counted_and_never_given_twice() -> None:
     devices = tuple(GpuDevice(id=str(n), model="A", memory_bytes=1 << 34) for n in range(3))
-    answer = place(snapshot(node("a", gpus=devices)), demand(gpu=Gpu(count=0.5)), 5)
-    assert len(answer.placed) == 3
+    answer = place(snapshot(node("a", gpus=devices)), demand(gpu=Gpu()), 5)
+    assert [[grant.device for grant in placed.gpus] for placed in answer.placed] == [["0"], ["1"], ["2"]]
     assert answer.rejected["i004"].code == "no-gpu-free"
     assert rejection(snapshot(node("a", gpus=devices)), demand(gpu=Gpu(model="B"))).mend == "the models there are A"
     assert rejection(snapshot(node("a", gpus=devices)), demand(gpu=Gpu(memory=Bytes(1 << 40)))).code == "no-gpu"

@@ -37,10 +37,7 @@ def sim(
     hurry: float,
     plots: Path | None,
 ) -> None:
-    """Replay a trace through the real scheduler: utilisation, fragmentation, queueing and waits under each policy.
-
-    A fraction of a GPU takes a whole one, as the scheduler's `plan` does.
-    """
+    """Replay a trace through the real scheduler: utilisation, fragmentation, queueing and waits under each policy."""
     from atoll.model.units import format_seconds
     from atoll.sim.replay import replay
     from atoll.sim.replay_plots import draw

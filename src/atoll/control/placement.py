@@ -153,7 +153,7 @@ class Placement:
             self._claims.pop(key, None)
             demand = self.demand(instance)
             if demand is not None:
-                self.snapshot.allocate(key, instance.node, group_of(instance), demand)
+                self.snapshot.allocate(key, instance.node, group_of(instance), demand, instance.gpus)
         elif instance.desired is not Desired.RUN:
             self._forget(key)
         elif key not in self._rejected:
@@ -206,7 +206,9 @@ class Placement:
         self._preempt(pending, answer, fresh, skip, now)
         for placed in answer.placed:
             instance = fresh[placed.id] if placed.id in fresh else waiting[placed.id][0]
-            result[placed.id] = structs.replace(instance, node=placed.node, runtime=placed.runtime, placed_at=now, rejection=None)
+            result[placed.id] = structs.replace(
+                instance, node=placed.node, runtime=placed.runtime, gpus=placed.gpus, placed_at=now, rejection=None
+            )
         for key, rejection in answer.rejected.items():
             if key in fresh:
                 result[key] = structs.replace(fresh[key], rejection=rejection)
@@ -258,6 +260,7 @@ class Placement:
             row = self.snapshot.row_of(placed.node)
             if row is not None:
                 view.place(by_id[placed.id].group, by_id[placed.id].demand, (row,), (1,))
+                view.devices.hold(row, placed.gpus)
         victims = Disruptions(self._world, skip, self.victims)
         for item in sorted((item for item in urgent if item.id not in fresh), key=lambda item: item.order)[:PREEMPTIONS_MAX]:
             found = preempt(view, item, victims.evictable, victims.leaving, victims.budget)
@@ -270,8 +273,9 @@ class Placement:
                 # Room was not what it lacked; waiting for nothing would be a loop without an end.
                 continue
             self._claims[item.id] = Claim(found.node, leaving, now + CLAIM_S)
-            self.snapshot.allocate(item.id, found.node, item.group, item.demand)
+            self.snapshot.allocate(item.id, found.node, item.group, item.demand, found.gpus)
             view.place(item.group, item.demand, (row,), (1,))
+            view.devices.hold(row, found.gpus)
 
     def _settled(self, claim: Claim, now: float) -> bool:
         """Whether there is nothing to wait for: all is gone, or something stays after all, or it takes too long."""

@@ -101,6 +101,8 @@ class Candidate(Struct, frozen=True, kw_only=True):
     scores: dict[str, float]
     room: int
     """How many of such instances it has room for."""
+    gpus: tuple[GpuGrant, ...] = ()
+    """The devices that it would get there."""
 
 
 class Explanation(Struct, frozen=True, kw_only=True):
@@ -112,6 +114,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
     failed: dict[str, int] = {}
     rejection: Rejection | None = None
     """Why no node is left, and what would change that."""
+    wall: str = ""
+    """Of GPUs: how they are given, and how hard the wall to others is."""
 
 
 class InstanceExplanation(Struct, frozen=True, kw_only=True):

@@ -61,7 +61,7 @@ def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | Non
             demands[group] = demand_of(spec) if spec is not None else None
         demand = demands[group]
         if demand is not None:
-            snapshot.allocate(key, instance.node, group, demand)
+            snapshot.allocate(key, instance.node, group, demand, instance.gpus)
     snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
     snapshot.quotas = {name: project.quota for name, project in records.projects.items() if project.quota is not None}
     return snapshot

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from msgspec import Struct
 
-from atoll.model.spec import AppSpec, Gpu, Placement, RuntimeName, Workload
+from atoll.model.devices import GpuGrant
+from atoll.model.spec import GPU_RUNTIMES, AppSpec, Gpu, Placement, RuntimeName, Workload
+from atoll.scheduling.gpu.asks import milli_of
 
 
 class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
@@ -23,20 +23,23 @@ class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
     """It writes to host-local volumes, and so belongs where they are."""
 
     @property
-    def gpus(self) -> int:
-        """Whole devices that are set aside. A fraction takes a whole one until devices can be shared."""
-        return math.ceil(self.gpu.count) if self.gpu else 0
+    def gpu_milli(self) -> int:
+        """Thousandths of devices that are set aside."""
+        return milli_of(self.gpu) if self.gpu else 0
 
 
 def demand_of(spec: Workload) -> Demand:
     """Return what each instance of an app or a job asks for."""
     resources = spec.resources
+    runtimes = spec.runtimes
+    if resources.gpu is not None:
+        runtimes = tuple(name for name in runtimes if name in GPU_RUNTIMES) or runtimes
     return Demand(
         cpu_milli=resources.cpu.milli,
         memory_bytes=int(resources.memory),
         disk_bytes=int(resources.disk),
         gpu=resources.gpu,
-        runtimes=spec.runtimes,
+        runtimes=runtimes,
         placement=spec.placement,
         pinned=holds_volumes(spec),
     )
@@ -71,3 +74,5 @@ class Placed(Struct, frozen=True, kw_only=True):
     id: str
     node: str
     runtime: RuntimeName
+    gpus: tuple[GpuGrant, ...] = ()
+    """Which devices it gets, and how much of each."""

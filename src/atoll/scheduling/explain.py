@@ -8,6 +8,7 @@ from atoll.model.records import Rejection
 from atoll.model.views import Candidate, Explanation
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.filters import FILTERS, LIMITS
+from atoll.scheduling.gpu.words import wall_in_words
 from atoll.scheduling.interface import Filter, Limit, Reason, View
 from atoll.scheduling.placing import allowed
 from atoll.scheduling.ranking import STEPS, Ranking
@@ -77,7 +78,7 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
     columns = {
         score.name: np.rint(score.score(view, demand, counts, rows, zero) * STEPS) * score.weight / STEPS
         for score in SCORES
-        if score.wants(demand)
+        if score.wants(view, demand)
     }
     columns.update(
         (wish.name, np.rint(wish.score(view, group, demand)[rows] * STEPS) * wish.weight / STEPS)
@@ -96,6 +97,7 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
             total=float(total[place]),
             scores={name: float(values[place]) for name, values in columns.items()},
             room=int(room[rows[place]]),
+            gpus=(view.devices.preview(int(rows[place]), demand.gpu) or ()) if demand.gpu is not None else (),
         )
         for place in order.tolist()
     )
@@ -105,4 +107,5 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
         nodes=len(snapshot),
         failed=failed,
         rejection=None if len(rows) else reject(view, group, demand),
+        wall=wall_in_words(demand.gpu) if demand.gpu is not None else "",
     )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from atoll.scheduling.demand import Demand
+from atoll.scheduling.gpu.inventory import DevicesView
 from atoll.scheduling.groups import owner_of_group, project_of_group
 from atoll.scheduling.snapshot import MASKS_MAX, Bools, Ints, Snapshot, amounts_of, avoided
 
@@ -24,10 +25,18 @@ class View:
         self.size = nodes.size
         self.free: Ints = nodes.total[:, : nodes.size] - nodes.used[:, : nodes.size]
         """By resource and row; below 0 where a node has shrunk under what it holds."""
+        self._devices: DevicesView | None = None
         self._added: dict[str, dict[int, int]] = {}
         self._owned: dict[str, set[str]] = {}
         self._project_use: dict[str, list[int]] = {}
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
+
+    @property
+    def devices(self) -> DevicesView:
+        """The GPUs of all rows, as the plan has left them."""
+        if self._devices is None:
+            self._devices = self.nodes.devices()
+        return self._devices
 
     def counts(self, group: str) -> Ints:
         """Return how many instances of `group` each row has."""
@@ -55,7 +64,7 @@ class View:
         return [held + more for held, more in zip(self.nodes.project_use(project), added, strict=True)]
 
     def place(self, group: str, demand: Demand, rows: Iterable[int], times: Iterable[int]) -> None:
-        """Take `times` instances' worth of each of `rows` (each named once)."""
+        """Take `times` instances' worth of each of `rows` (each named once); of GPUs, `devices` is told apart."""
         added = self._added.get(group)
         if added is None:
             added = self._added[group] = {}
@@ -129,7 +138,7 @@ class Score(Protocol):
     name: str
     weight: int
 
-    def wants(self, demand: Demand) -> bool:
+    def wants(self, view: View, demand: Demand) -> bool:
         """Return whether the score can differ between nodes for this demand; if not it is skipped."""
         ...
 

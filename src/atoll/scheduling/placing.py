@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from atoll.model.devices import GpuGrant
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.interface import View
 from atoll.scheduling.ranking import Domains, Entry, Ranking, feasible, static_mask
@@ -14,9 +15,11 @@ from atoll.scheduling.rules import RULES, Bound
 from atoll.scheduling.scores import DOMAIN_SCORE
 from atoll.scheduling.snapshot import Bools, Ints
 
+Grants = tuple[GpuGrant, ...]
 
-def place_class(view: View, group: str, demand: Demand, count: int) -> list[int]:
-    """Put up to `count` equal instances on `view` and return the row of each, in order; fewer where no more fit."""
+
+def place_class(view: View, group: str, demand: Demand, count: int) -> list[tuple[int, Grants]]:
+    """Put up to `count` equal instances on `view` and return the row and the devices of each, in order; fewer where no more fit."""
     mask, room, bounds = allowed(view, group, demand, count)
     rows = np.flatnonzero(mask)
     if not len(rows):
@@ -31,7 +34,10 @@ def place_class(view: View, group: str, demand: Demand, count: int) -> list[int]
     for row in chosen:
         times[row] = times.get(row, 0) + 1
     view.place(group, demand, times.keys(), times.values())
-    return chosen
+    gpu = demand.gpu
+    if gpu is None:
+        return [(row, ()) for row in chosen]
+    return [(row, view.devices.take(row, gpu)) for row in chosen]
 
 
 def allowed(view: View, group: str, demand: Demand, count: int = 1) -> tuple[Bools, Ints, Sequence[Bound]]:

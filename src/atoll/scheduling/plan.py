@@ -43,9 +43,9 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float = 0.0) -> Pl
         first = members[0]
         most = quotas.room(view, first.group, first.demand, len(members))
         rows = place_class(view, first.group, first.demand, most) if most else []
-        runtimes = {row: snapshot.runtime_for(row, first.demand.runtimes) for row in set(rows)}
-        for member, row in zip(members, rows, strict=False):
-            placed.append(Placed(id=member.id, node=snapshot.names[row], runtime=runtimes[row]))
+        runtimes = {row: snapshot.runtime_for(row, first.demand.runtimes) for row in {row for row, _ in rows}}
+        for member, (row, gpus) in zip(members, rows, strict=False):
+            placed.append(Placed(id=member.id, node=snapshot.names[row], runtime=runtimes[row], gpus=gpus))
         if len(rows) < len(members):
             why = quotas.over if len(rows) == most else reject
             reason = why(view, first.group, first.demand)

@@ -13,8 +13,8 @@ from itertools import combinations
 import numpy as np
 from msgspec import Struct
 
+from atoll.model.devices import GpuGrant
 from atoll.scheduling.demand import Pending
-from atoll.scheduling.filters import LIMITS
 from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.interface import View
 from atoll.scheduling.ranking import static_mask
@@ -43,6 +43,8 @@ class Preemption(Struct, frozen=True, kw_only=True):
     id: str
     node: str
     victims: tuple[str, ...]
+    gpus: tuple[GpuGrant, ...] = ()
+    """The devices that the instance will get."""
 
 
 def preempt(view: View, item: Pending, evictable: Ask, leaving: Ask, budget: Budget) -> Preemption | None:
@@ -64,13 +66,14 @@ def preempt(view: View, item: Pending, evictable: Ask, leaving: Ask, budget: Bud
     some = [row for row in order if _may_help(snapshot, snapshot.names[row], demand.placement.priority, leaving)]
     best: tuple[Worth, Preemption] | None = None
     for row in some[:NODES_MAX]:
-        found = _Node(view, item, row, evictable, leaving, budget).victims()
+        there = _Node(view, item, row, evictable, leaving, budget)
+        found = there.victims()
         if found is not None:
             priorities = [allocation.priority for _, allocation in found]
             worth = (max(priorities, default=-1), len(found), sum(priorities), int(ranks[row]))
             if best is None or worth < best[0]:
                 ids = tuple(id for id, _ in sorted(found, key=lambda victim: (victim[1].priority, victim[0])))
-                best = (worth, Preemption(id=item.id, node=snapshot.names[row], victims=ids))
+                best = (worth, Preemption(id=item.id, node=snapshot.names[row], victims=ids, gpus=there.grants(found) or ()))
     return best[1] if best else None
 
 
@@ -87,14 +90,16 @@ class _Node:
         self._demand = item.demand
         self._row = row
         there = list(view.nodes.allocations_on(view.nodes.names[row]))
-        self._base = _sum([(id, allocation) for id, allocation in there if leaving(id)])
+        self._leaving = frozenset(id for id, _ in there if leaving(id))
+        self._base = _sum([(id, allocation) for id, allocation in there if id in self._leaving])
+        self._grants: dict[frozenset[str], tuple[GpuGrant, ...] | None] = {}
         self._pool: list[Victim] = []
         taken: Counter[str] = Counter()
         for victim in sorted(there, key=lambda v: (v[1].priority, [-amount for amount in v[1].amounts], v[0])):
             id, allocation = victim
             owner = owner_of_group(allocation.group)
             lower = allocation.priority < item.demand.placement.priority
-            if lower and not leaving(id) and evictable(id) and taken[owner] < budget(owner):
+            if lower and id not in self._leaving and evictable(id) and taken[owner] < budget(owner):
                 taken[owner] += 1
                 self._pool.append(victim)
 
@@ -128,14 +133,18 @@ class _Node:
         free = self._view.free[:, self._row]
         if any(free[resource] + freed[resource] < amounts[resource] for resource in (CPU, MEMORY)):
             return False
-        if self._demand.gpu is None:
-            return True
-        # Devices have rules of their own, which are asked with the room as it would be.
-        free += freed
-        try:
-            return all(rule.room(self._view, self._demand)[self._row] > 0 for rule in LIMITS if rule.wants(self._demand))
-        finally:
-            free -= freed
+        return self._demand.gpu is None or self.grants(gone) is not None
+
+    def grants(self, gone: Sequence[Victim]) -> tuple[GpuGrant, ...] | None:
+        """Return the devices that the item gets once `gone` are; None where they have no room, or it asks for none."""
+        gpu = self._demand.gpu
+        if gpu is None:
+            return None
+        holders = frozenset(id for id, allocation in gone if allocation.gpu is not None or allocation.gpus)
+        if holders not in self._grants:
+            stays = self._view.nodes.holdings_on(self._view.nodes.names[self._row], self._leaving | holders)
+            self._grants[holders] = self._view.devices.grant_with(self._row, stays, gpu)
+        return self._grants[holders]
 
 
 def _sum(victims: Sequence[Victim]) -> Ints:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from atoll.model.devices import MILLI
 from atoll.model.records import Rejection
 from atoll.model.spec import Quota
 from atoll.model.units import format_bytes
@@ -43,7 +44,7 @@ def _left(view: View, group: str, demand: Demand, quota: Quota) -> Iterator[tupl
     parts = (
         ("cpu", quota.cpu.milli if quota.cpu is not None else None, used[CPU], amounts[CPU]),
         ("memory", int(quota.memory) if quota.memory is not None else None, used[MEMORY], amounts[MEMORY]),
-        ("gpu", quota.gpu, used[GPU], amounts[GPU]),
+        ("gpu", quota.gpu * MILLI if quota.gpu is not None else None, used[GPU], amounts[GPU]),
         ("instances", quota.instances, used[-1], 1),
     )
     for name, most, held, each in parts:
@@ -54,4 +55,6 @@ def _left(view: View, group: str, demand: Demand, quota: Quota) -> Iterator[tupl
 def _words(name: str, amount: int) -> str:
     if name == "memory":
         return format_bytes(amount)
+    if name == "gpu":
+        return f"{amount / MILLI:g}"
     return f"{amount / 1000:g} cores" if name == "cpu" else str(amount)

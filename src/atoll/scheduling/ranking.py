@@ -73,7 +73,7 @@ class Ranking:
         self._view = view
         self._demand = demand
         self._room = room
-        self._scores = [score for score in SCORES if score.wants(demand)]
+        self._scores = [score for score in SCORES if score.wants(view, demand)]
         self._base = group_scores(view, group, demand)
         self._counts = view.counts(group)
         self._ranks = view.nodes.ranks()

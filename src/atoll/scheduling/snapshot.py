@@ -1,22 +1,25 @@
 """All nodes as columns, kept up to date change by change. A row is a node; a removed node's row is used again.
 
-The numbers in a column are whole: cpu in thousandths of a core, memory and disk in bytes, GPUs in devices.
+The numbers in a column are whole: cpu in thousandths of a core, memory and disk in bytes, GPUs in thousandths of
+a device (which devices, and what is free of each, is `gpus`).
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from atoll.model.devices import MILLI, GpuGrant, GpuHealth
 from atoll.model.records import Node
-from atoll.model.spec import Quota, RuntimeName
+from atoll.model.spec import Gpu, Quota, RuntimeName
 from atoll.scheduling.demand import Demand
+from atoll.scheduling.gpu.inventory import DevicesView, Holding, Inventory
 from atoll.scheduling.groups import owner_of_group, owners_named, project_of_group
 
 Bools = npt.NDArray[np.bool_]
@@ -54,6 +57,8 @@ class Allocation(Struct, frozen=True):
     avoids: tuple[tuple[str, str], ...] = ()
     """Owners that must stay away from it, each with the label that says what near is."""
     priority: int = 50
+    gpu: Gpu | None = None
+    gpus: tuple[GpuGrant, ...] = ()
 
 
 def avoided(group: str, demand: Demand) -> tuple[tuple[str, str], ...]:
@@ -65,8 +70,12 @@ def avoided(group: str, demand: Demand) -> tuple[tuple[str, str], ...]:
 
 
 def amounts_of(demand: Demand) -> tuple[int, int, int, int]:
-    """Return the demand as a column: cpu, memory, disk, GPUs."""
-    return (demand.cpu_milli, demand.memory_bytes, demand.disk_bytes, demand.gpus)
+    """Return the demand as a column: cpu, memory, disk, thousandths of GPUs."""
+    return (demand.cpu_milli, demand.memory_bytes, demand.disk_bytes, demand.gpu_milli)
+
+
+def _offered(node: Node) -> int:
+    return MILLI * sum(device.health is not GpuHealth.QUARANTINED for device in node.capacity.gpus)
 
 
 class Snapshot:
@@ -107,10 +116,13 @@ class Snapshot:
         self.quotas: dict[str, Quota] = {}
         """Project → its quota, of those that have one."""
         self._project_use: dict[str, list[int]] = {}
-        """Project → what its instances hold: the four resources, and how many they are."""
+        """Project → what its instances hold: the four resources (GPUs in thousandths), and how many they are."""
         self.homes: dict[str, tuple[str, ...]] = {}
         """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
         self._ranks: Ints | None = None
+        self._gpus = Inventory()
+        self._stale: set[str] = set()
+        """Nodes of which `_gpus` does not know yet what is held."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -129,7 +141,7 @@ class Snapshot:
         self.present[row] = True
         self.standing[row] = standing
         capacity = node.capacity
-        amounts = (capacity.cpu_milli, capacity.memory_bytes, capacity.disk_bytes, len(capacity.gpus))
+        amounts = (capacity.cpu_milli, capacity.memory_bytes, capacity.disk_bytes, _offered(node))
         self.total[:, row] = [min(max(amount, 0), AMOUNT_MAX) for amount in amounts]
         self.runtimes[row] = sum(_RUNTIME_BIT[name] for name in set(node.runtimes))
         self._set_labels(row, node)
@@ -139,6 +151,9 @@ class Snapshot:
             if taint not in self.taints:
                 self.taints[taint] = np.zeros(len(self.present), dtype=np.bool_)
             self.taints[taint][row] = True
+        self._gpus.describe(row, capacity.gpus)
+        if row in self._gpus.ids:
+            self._stale.add(node.name)
         self._facts_changed()
 
     def remove_node(self, name: str) -> None:
@@ -151,14 +166,21 @@ class Snapshot:
         del self.nodes[name]
         self.present[row] = False
         self.used[:, row] = 0
+        self.total[:, row] = 0
+        self._gpus.forget(row)
         self.names[row] = ""
         self._holes.append(row)
         self._ranks = None
         self._facts_changed()
 
-    def allocate(self, id: str, node: str, group: str, demand: Demand) -> None:
-        """Count an instance on its node. The same again changes nothing; another node or amount replaces the first."""
-        allocation = Allocation(node, group, amounts_of(demand), avoided(group, demand), demand.placement.priority)
+    def allocate(self, id: str, node: str, group: str, demand: Demand, gpus: tuple[GpuGrant, ...] = ()) -> None:
+        """Count an instance, with the devices that it was granted, on its node.
+
+        The same again changes nothing; another node or amount replaces the first. Where it asks for GPUs and was granted none (an
+        older record), whole devices are counted.
+        """
+        away, priority = avoided(group, demand), demand.placement.priority
+        allocation = Allocation(node, group, amounts_of(demand), away, priority, demand.gpu, gpus)
         if self._allocations.get(id) == allocation:
             return
         self.release(id)
@@ -169,6 +191,8 @@ class Snapshot:
             labels = self._repelled.setdefault(owner, {}).setdefault(group, {})
             labels[label] = labels.get(label, 0) + 1
         self._on.setdefault(node, set()).add(id)
+        if gpus or demand.gpu is not None:
+            self._stale.add(node)
         row = self._rows.get(node)
         if row is not None:
             self._count(allocation, row, 1)
@@ -182,6 +206,8 @@ class Snapshot:
         on.discard(id)
         if not on:
             del self._on[allocation.node]
+        if allocation.gpus or allocation.gpu is not None:
+            self._stale.add(allocation.node)
         self._repel_no_more(allocation)
         self._priorities[allocation.priority] -= 1
         self._use(allocation, -1)
@@ -223,6 +249,26 @@ class Snapshot:
         """Yield what is allocated on a node, by id, in no order."""
         for id in self._on.get(name, ()):
             yield id, self._allocations[id]
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether any node has a GPU, whoever holds it."""
+        return bool(self._gpus.ids)
+
+    def devices(self) -> DevicesView:
+        """Return the devices of all nodes, with what is held of them, for a plan to change."""
+        for name in self._stale:
+            row = self._rows.get(name)
+            if row is not None:
+                self._gpus.hold(row, self.holdings_on(name))
+        self._stale.clear()
+        return self._gpus.view(self.size)
+
+    def holdings_on(self, name: str, but: Container[str] = ()) -> Iterator[Holding]:
+        """Yield what instances hold of a node's devices, those in `but` left out, in no order."""
+        for id, held in self.allocations_on(name):
+            if (held.gpus or held.gpu is not None) and id not in but:
+                yield Holding(id, held.gpus, held.gpu)
 
     def lowest_priority(self) -> int | None:
         """Return the lowest priority of all that is placed."""

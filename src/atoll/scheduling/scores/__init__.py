@@ -1,12 +1,13 @@
-"""Wishes, one per file. Their weights make an order: regions as preferred, then spread, then packing."""
+"""Wishes, one per file. Their weights make an order: regions as preferred, spread over places, GPUs, spread over nodes, packing."""
 
 from atoll.scheduling.interface import DomainScore, GroupScore, Score
 from atoll.scheduling.scores.affinity import Near
 from atoll.scheduling.scores.cost import Cheap
+from atoll.scheduling.scores.gpu import KeepsGpusWhole, SparesGpus
 from atoll.scheduling.scores.packing import Packing
 from atoll.scheduling.scores.regions import RegionOrder
 from atoll.scheduling.scores.spread import SpreadOverNodes, SpreadOverPlaces
 
-SCORES: tuple[Score, ...] = (RegionOrder(), SpreadOverNodes(), Packing())
+SCORES: tuple[Score, ...] = (RegionOrder(), SparesGpus(), KeepsGpusWhole(), SpreadOverNodes(), Packing())
 GROUP_SCORES: tuple[GroupScore, ...] = (Near(), Cheap())
 DOMAIN_SCORE: DomainScore = SpreadOverPlaces()

@@ -15,7 +15,7 @@ class Packing:
     name = "packing"
     weight = 1
 
-    def wants(self, demand: Demand) -> bool:
+    def wants(self, view: View, demand: Demand) -> bool:
         return True
 
     def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:

@@ -19,7 +19,7 @@ class RegionOrder:
     name = "region"
     weight = 10**10
 
-    def wants(self, demand: Demand) -> bool:
+    def wants(self, view: View, demand: Demand) -> bool:
         return len(demand.placement.regions) > 1
 
     def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:

@@ -14,7 +14,7 @@ class SpreadOverNodes:
     name = "spread"
     weight = 10
 
-    def wants(self, demand: Demand) -> bool:
+    def wants(self, view: View, demand: Demand) -> bool:
         return True
 
     def score(self, view: View, demand: Demand, counts: Ints, rows: Ints, extra: Ints) -> Floats:
