@@ -65,7 +65,7 @@ MEANING: dict[str, tuple[str, str]] = {
     "JobSpec.retries": ("New tries of each index after a failure; the delay doubles from 1 s to 60 s.", "retries = 3"),
     "JobSpec.deadline": ("From the job's creation; what still runs then is stopped, and the job has failed.", 'deadline = "1h"'),
     "JobSpec.keep": ("How long a finished job, its instances' records and their logs are kept.", 'keep = "1d"'),
-    "Build.base": ("Debian release that the image begins with.", 'base = "debian:bookworm"'),
+    "Build.base": ("Debian release that the image begins with; `scratch` for files alone.", 'base = "debian:bookworm"'),
     "Build.apt": (
         "Debian packages. A Python app needs `python3` (`python3-minimal` lacks most of the library).",
         'apt = ["python3"]',
@@ -155,7 +155,7 @@ MEANING: dict[str, tuple[str, str]] = {
     "Stop.grace": ("From the signal to SIGKILL. A PID 1 without a handler ignores SIGTERM and waits it out.", 'grace = "30s"'),
     "Volume.name": ("Its name within the app or job.", 'name = "data"'),
     "Volume.path": ("Where it is seen inside; not `/`, nor below /proc, /sys, /dev.", 'path = "/var/lib/db"'),
-    "Volume.read_only": ("It cannot be written to.", "read_only = true"),
+    "Volume.read_only": ("It cannot be written to. False where left out, and with `image` true.", "read_only = true"),
     "Volume.image": (
         "Shows the files of this image, read-only: a model's weights, say; one copy per node.",
         'image = "registry.example/weights:1"',

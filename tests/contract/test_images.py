@@ -24,10 +24,11 @@ from atoll.model.errors import ImageError
 from atoll.model.ports.images import Images, PullProgress
 
 REFERENCE = "reg.example/app:1"
+STACKED = "reg.example/stacked:1"
 
 
 class World(Protocol):
-    """An implementation, and the registry behind it, which has `REFERENCE` and `reg.example/other:1`."""
+    """An implementation, and the registry behind it, with `REFERENCE`, `reg.example/other:1`, and `STACKED` of two layers."""
 
     images: Images
 
@@ -50,6 +51,7 @@ class FakeWorld:
         self._fake = fake
         fake.add(REFERENCE)
         fake.add("reg.example/other:1")
+        fake.add(STACKED, layers=(Path("/layers/1"), Path("/layers/2")))
 
     def pulls(self) -> int:
         return self._fake.pulls.count(REFERENCE)
@@ -66,7 +68,7 @@ class StoreWorld:
 
     def __init__(self, directory: Path) -> None:
         self._blobs: dict[str, bytes] = {}
-        self._manifests = {"app": self._image(b"app"), "other": self._image(b"other")}
+        self._manifests = {"app": self._image(b"app"), "other": self._image(b"other"), "stacked": self._image(b"low", b"high")}
         self._asked: list[str] = []
         self._broken = False
         self.http = httpx.AsyncClient(transport=httpx.MockTransport(self._answer))
@@ -98,20 +100,25 @@ class StoreWorld:
         self._blobs[digest] = data
         return {"mediaType": media_type, "digest": digest, "size": len(data)}
 
-    def _image(self, content: bytes) -> bytes:
-        out = io.BytesIO()
-        with tarfile.open(fileobj=out, mode="w") as tar:
-            info = tarfile.TarInfo("file")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        layer = self._put(out.getvalue(), OCI_LAYER_TAR)
+    def _image(self, *contents: bytes) -> bytes:
+        """An image with a layer for each content, all of which have a `file`, and one that is called as the content."""
+        layers = [self._layer(content) for content in contents]
         config = {
             "architecture": machine_architecture(),
             "os": "linux",
-            "rootfs": {"diff_ids": [layer["digest"]], "type": "layers"},
+            "rootfs": {"diff_ids": [layer["digest"] for layer in layers], "type": "layers"},
         }
-        parts = {"config": self._put(json.dumps(config).encode(), OCI_CONFIG), "layers": [layer]}
+        parts = {"config": self._put(json.dumps(config).encode(), OCI_CONFIG), "layers": layers}
         return json.dumps({"schemaVersion": 2, "mediaType": OCI_MANIFEST, **parts}).encode()
+
+    def _layer(self, content: bytes) -> dict[str, object]:
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            for name in ("file", content.decode()):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return self._put(out.getvalue(), OCI_LAYER_TAR)
 
 
 async def streamed(data: bytes) -> AsyncIterator[bytes]:
@@ -215,3 +222,30 @@ async def test_collect_keeps_what_it_is_told_to_and_frees_the_rest(world: World)
     assert await world.images.find("reg.example/other:1") is None
     assert await world.images.collect([kept.digest]) == 0
     assert await world.images.ensure("reg.example/other:1")
+
+
+@pytest.mark.parametrize("reference", [REFERENCE, STACKED])
+async def test_the_files_of_an_image_are_one_directory_for_all_who_ask(world: World, reference: str) -> None:
+    image = await world.images.ensure(reference)
+    trees = await asyncio.gather(*(world.images.tree(image) for _ in range(5)))
+    by_digest = await world.images.find(f"{reference}@{image.digest}")
+    assert by_digest is not None
+    assert {await world.images.tree(by_digest), *trees} == {trees[0]}
+    other = await world.images.tree(await world.images.ensure("reg.example/other:1"))
+    assert other != trees[0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="unpacking layers needs root")
+async def test_a_tree_has_the_files_of_all_layers_without_copies_survives_a_restart_and_goes_with_its_image(tmp_path: Path) -> None:
+    world = StoreWorld(tmp_path / "images")
+    image = await world.images.ensure(STACKED)
+    tree = await world.images.tree(image)
+    assert {path.name: path.read_text() for path in tree.iterdir()} == {"file": "high", "high": "high", "low": "low"}
+    assert (tree / "low").samefile(image.layers[0] / "low")
+    again = ImageStore(tmp_path / "images", Registries(http=world.http), hold_s=0)
+    assert await again.tree(image) == tree
+    assert await again.collect([image.digest]) == 0
+    assert (tree / "low").read_text() == "low"
+    await again.collect([])
+    assert not tree.exists()
+    await world.http.aclose()

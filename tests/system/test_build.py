@@ -334,3 +334,22 @@ def test_only_root_can_build(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "needs root" in done.stdout, done.stderr
+
+
+def test_an_image_from_scratch_has_its_files_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/model.bin").write_bytes(bytes(1000))
+    spec = Build(base="scratch", workdir="/", files=("model.bin",))
+    built = asyncio.run(build(tmp_path / "app", spec, cache=tmp_path / "cache"))
+    (layer,) = unpacked(built, tmp_path / "images")
+    assert [path.name for path in layer.iterdir()] == ["model.bin"]
+    again = asyncio.run(build(tmp_path / "app", spec, cache=tmp_path / "cache"))
+    assert again.digest == built.digest
+
+
+@pytest.mark.parametrize("kind", ["apt", "pip"])
+def test_packages_without_a_base_are_refused(tmp_path: Path, kind: str) -> None:
+    spec = msgspec.structs.replace(Build(base="scratch"), **{kind: ("python3",)})
+    with pytest.raises(Invalid, match="need a system below them") as caught:
+        asyncio.run(build(tmp_path, spec, cache=tmp_path / "cache"))
+    assert caught.value.field == f"build.{kind}"

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from atoll.api.http.answers import Lines
 from atoll.api.service import KINDS, SYSTEM, Caller, RequestKey, Service
 from atoll.api.service.watching import Watch
+from atoll.api.service.workloads import pinned_digests
 from atoll.model import codec, keys
 from atoll.model.errors import (
     Conflict,
@@ -51,7 +52,7 @@ from atoll.model.records import (
     Token,
     Usage,
 )
-from atoll.model.spec import AppSpec, Constraint, JobSpec, Metrics, Operator, Placement, Port, Route, Scale
+from atoll.model.spec import AppSpec, Constraint, JobSpec, Metrics, Operator, Placement, Port, Route, Scale, Volume
 from atoll.model.states import Desired, Phase
 from atoll.model.views import AppView, TokenRequest
 from atoll.store.cache import State
@@ -340,6 +341,26 @@ async def test_a_tag_of_the_cells_registry_is_pinned_when_a_release_is_made(serv
     assert (await service.apps.put(SYSTEM, spec)).app.release == 1
     images.tags["default/web", "1"] = "sha256:" + "b" * 64
     assert (await service.apps.put(SYSTEM, spec)).app.release == 2
+    await service.projects.put("team")
+    stranger = Caller(id="t", role=Role.DEPLOY, project="team")
+    with pytest.raises(Forbidden, match="another project"):
+        await service.apps.put(stranger, replace(spec, project="team"))
+
+
+async def test_an_image_that_a_volume_shows_is_pinned_and_kept_like_the_app_s_own(service: Service) -> None:
+    images = FakeImages()
+    service.use_images(images)
+    weights = Volume(name="weights", path="/models", image="cell.internal/default/weights:1")
+    spec = app_spec(volumes=(Volume(name="data", path="/data"), weights))
+    with pytest.raises(ImageError, match="not in the cell's registry") as caught:
+        await service.apps.put(SYSTEM, spec)
+    assert caught.value.field == "volumes[1].image"
+    images.tags["default/weights", "1"] = digest = "sha256:" + "a" * 64
+    view = await service.apps.put(SYSTEM, spec)
+    assert [volume.image for volume in view.app.spec.volumes] == [None, f"cell.internal/default/weights:1@{digest}"]
+    assert pinned_digests(view.app.spec) == {digest}
+    images.tags["default/weights", "1"] = "sha256:" + "b" * 64
+    assert (await service.apps.put(SYSTEM, spec)).app.release == 2, "other weights are another release"
     await service.projects.put("team")
     stranger = Caller(id="t", role=Role.DEPLOY, project="team")
     with pytest.raises(Forbidden, match="another project"):

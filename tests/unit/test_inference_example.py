@@ -15,6 +15,9 @@ import httpx
 import numpy as np
 import pytest
 
+from atoll.model.codec import convert, parse_text
+from atoll.model.spec import AppSpec, check_app
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples/inference"))
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -26,6 +29,7 @@ from llama.model import Model
 from llama.sampling import Sampler, Sampling, Text
 from llama.tokenizer import words
 
+EXAMPLE = Path(__file__).parents[2] / "examples/inference"
 GREEDY = Sampling(temperature=0)
 
 
@@ -384,3 +388,31 @@ async def test_until_the_model_is_loaded_it_is_not_healthy_and_says_why() -> Non
     assert answer.status_code == 503
     assert "being loaded" in answer.json()["error"]["message"]
     assert answer.headers["retry-after"] == "1"
+
+
+def test_the_spec_for_a_gpu_is_that_for_a_cpu_but_for_what_a_gpu_needs() -> None:
+    specs = []
+    for name in ("atoll.toml", "atoll.gpu.toml"):
+        spec = convert(parse_text((EXAMPLE / name).read_bytes(), ".toml"), AppSpec)
+        check_app(spec)
+        specs.append(spec)
+    cpu, gpu = specs
+    assert cpu.build is not None
+    assert gpu.build is not None
+    assert gpu.resources.gpu is not None
+    assert set(cpu.build.pip) < set(gpu.build.pip)
+    assert [package for package in gpu.build.pip if package.startswith("cupy")]
+    assert cpu.env["DEVICE"] == "cpu"
+    assert gpu.env["DEVICE"] == "gpu"
+    differ = {"build", "env", "resources", "scale"}
+    same = [{name: getattr(spec, name) for name in spec.__struct_fields__ if name not in differ} for spec in specs]
+    assert same[0] == same[1]
+
+
+def test_the_weights_image_has_nothing_but_the_files_that_are_fetched() -> None:
+    spec = convert(parse_text((EXAMPLE / "weights/atoll.toml").read_bytes(), ".toml"), AppSpec)
+    assert spec.build is not None
+    assert spec.build.base == "scratch"
+    assert not spec.build.apt
+    fetch = (EXAMPLE / "weights/fetch.py").read_text()
+    assert all(f'"{name}"' in fetch for name in spec.build.files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +46,11 @@ def find_device(wanted: str | None = None) -> Device:
         except ImportError as error:
             why = f"cupy cannot be imported: {error}"
         else:
-            with contextlib.suppress(Exception):
+            try:
                 properties = cupy.cuda.runtime.getDeviceProperties(0)
                 return Device(cupy, properties["name"].decode())
-            why = "cupy finds none"
+            except Exception as error:  # noqa: BLE001 - of many kinds, depending on what of a driver is there
+                why = f"cupy finds none: {error}"
     if wanted == "gpu":
         raise RuntimeError(f"no GPU: {why}")
     return CPU

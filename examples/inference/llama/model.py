@@ -134,7 +134,7 @@ class Model:
             cos=self._cos[positions][:, :, None],
             sin=self._sin[positions][:, :, None],
             end=end,
-            hidden=xp.where(xp.arange(end) <= positions[:, None, :, None], np.float32(0), np.float32(-np.inf)),
+            hidden=(xp.arange(end) > positions[:, None, :, None]).astype(np.float32) * np.float32(-1e30),
         )
         x = self.embedding[xp.asarray(np.asarray(tokens))]
         for at, layer in enumerate(self.layers):
@@ -149,9 +149,10 @@ class Model:
         mixed = _times(x, layer.queries_keys_values).reshape(count, length, -1, shape.head_width)
         queries, keys, values = xp.split(mixed, [shape.heads, shape.heads + shape.kv_heads], axis=2)
         queries = _rotated(xp, queries, places)
-        cache.keys[at, places.row, :, places.positions] = _rotated(xp, keys, places)
-        cache.values[at, places.row, :, places.positions] = values
-        known = cache.keys[at, places.rows, :, : places.end]
+        all_keys, all_values = cache.keys[at], cache.values[at]
+        all_keys[places.row, :, places.positions] = _rotated(xp, keys, places)
+        all_values[places.row, :, places.positions] = values
+        known = all_keys[places.rows, :, : places.end]
         # Queries of the heads that share keys stand below one another: (sequence, kv head, head in group × position, width).
         group = shape.heads // shape.kv_heads
         queries = queries.reshape(count, length, shape.kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
@@ -160,7 +161,7 @@ class Model:
         scores = scores + places.hidden[:, :, None]
         scores = xp.exp(scores - scores.max(axis=-1, keepdims=True))
         scores = (scores / scores.sum(axis=-1, keepdims=True)).reshape(count, shape.kv_heads, group * length, -1)
-        seen = scores @ cache.values[at, places.rows, :, : places.end]
+        seen = scores @ all_values[places.rows, :, : places.end]
         seen = seen.reshape(count, shape.kv_heads, group, length, -1).transpose(0, 3, 1, 2, 4)
         return _times(seen.reshape(count, length, shape.width), layer.attention_out)
 
@@ -180,7 +181,7 @@ class _Places:
     sin: Array
     end: int
     hidden: Array
-    """0 where a token may look, minus infinity where what it would see comes later or is not there."""
+    """0 where a token may look, a number that leaves nothing where what it would see comes later or is not there."""
 
 
 def _rotated(xp: Any, x: Array, places: _Places) -> Array:

@@ -32,7 +32,8 @@ def merge(layers: Sequence[Path], target: Path) -> None:
     # Last, since each entry that is made in a directory changes its time; and only where a directory is still one, since
     # a file or link in its place belongs to a layer.
     for directory, _, _ in os.walk(target):
-        os.utime(directory, ns=times[directory])
+        if (moment := times.get(directory)) is not None:
+            os.utime(directory, ns=moment)
 
 
 def _show(entry: os.DirEntry[str], shown: str) -> tuple[str, str] | None:
