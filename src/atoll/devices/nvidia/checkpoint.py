@@ -1,0 +1,153 @@
+"""Takes a running CUDA program off its device and puts it back: its memory waits in the node's RAM, the device is free meanwhile.
+
+The driver does it (CUDA driver API, group "CUDA Checkpointing", drivers from 570 on): lock, checkpoint; then restore, unlock. The
+calls may wait for the program's kernels and copy all of its memory, so each is made by a process of its own that can be given up:
+`python -m atoll.devices.nvidia.checkpoint ACTION PID`, which prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import enum
+import json
+import sys
+from subprocess import DEVNULL, PIPE
+from typing import Any
+
+LIBRARY = "libcuda.so.1"
+LOCK_MS_MAX = 5_000
+"""How long a program may take to come to a place where it can be stopped."""
+CALL_S_MAX = 120.0
+"""Deadline of one action: some 2 GB/s were measured to the node's memory, so this is enough for a device of 140 GB."""
+_ARGUMENTS_BYTES = 64
+
+
+class CudaState(enum.StrEnum):
+    """What the driver says of a program (CUprocessState)."""
+
+    RUNNING = "running"
+    LOCKED = "locked"
+    CHECKPOINTED = "checkpointed"
+    FAILED = "failed"
+
+
+_STATES = tuple(CudaState)
+
+
+class CheckpointError(Exception):
+    """The driver would not; the message has its words. The program runs on unless `state` says otherwise."""
+
+    def __init__(self, message: str, state: CudaState | None) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+async def suspend(pid: int) -> None:
+    """Take the program off its device. Its CUDA calls wait until `resume`. One that is off already is left so; safe to repeat.
+
+    Raises CheckpointError: it has been let go again, and runs.
+    """
+    await _ask("suspend", pid)
+
+
+async def resume(pid: int) -> None:
+    """Put the program back on the device that it had. One that runs is left so; safe to repeat.
+
+    Raises CheckpointError, for a device without enough free memory too; it then stays off, and may be tried again.
+    """
+    await _ask("resume", pid)
+
+
+async def state(pid: int) -> CudaState:
+    """Return how a program stands. Raises CheckpointError where it uses no CUDA, or the driver cannot tell."""
+    return CudaState((await _ask("state", pid))["state"])
+
+
+async def _ask(action: str, pid: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", __name__, action, str(pid)]
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+    try:
+        async with asyncio.timeout(CALL_S_MAX):
+            out, _ = await process.communicate()
+    except TimeoutError:
+        raise CheckpointError(f"the driver did not {action} process {pid} within {CALL_S_MAX:.0f} s", None) from None
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()  # not waited for: it may hang in the driver
+    try:
+        answer: dict[str, Any] = json.loads(out)
+    except ValueError:
+        raise CheckpointError(f"the driver's library ended the attempt to {action} process {pid}", None) from None
+    if "error" in answer:
+        raise CheckpointError(answer["error"], CudaState(answer["state"]) if answer.get("state") else None)
+    return answer
+
+
+class _Driver:
+    def __init__(self, pid: int) -> None:
+        try:
+            self._library = ctypes.CDLL(LIBRARY)
+            self._state = self._library.cuCheckpointProcessGetState
+        except OSError:
+            raise CheckpointError(f"there is no {LIBRARY}: is the driver installed?", None) from None
+        except AttributeError:
+            raise CheckpointError("this driver cannot take a program off its device (570 or newer can)", None) from None
+        self._pid = pid
+
+    def state(self) -> CudaState:
+        value = ctypes.c_int(-1)
+        self._must(self._state(self._pid, ctypes.byref(value)), "say how it stands")
+        return _STATES[value.value] if 0 <= value.value < len(_STATES) else CudaState.FAILED
+
+    def call(self, name: str, what: str) -> None:
+        arguments = ctypes.create_string_buffer(_ARGUMENTS_BYTES)
+        if name == "Lock":
+            ctypes.memmove(arguments, ctypes.byref(ctypes.c_uint(LOCK_MS_MAX)), 4)
+        self._must(getattr(self._library, f"cuCheckpointProcess{name}")(self._pid, arguments), what)
+
+    def _must(self, result: int, what: str) -> None:
+        if result == 0:
+            return
+        words = ctypes.c_char_p()
+        self._library.cuGetErrorString(result, ctypes.byref(words))
+        said = words.value.decode() if words.value else f"error {result}"
+        raise CheckpointError(f"cannot {what} (process {self._pid}): {said}", None)
+
+
+def _act(action: str, pid: int) -> CudaState:
+    driver = _Driver(pid)
+    now = driver.state()
+    if action == "suspend" and now is CudaState.RUNNING:
+        driver.call("Lock", "stop it")
+        try:
+            driver.call("Checkpoint", "take it off its device")
+        except CheckpointError:
+            driver.call("Unlock", "let it go again")
+            raise
+    elif action == "resume":
+        if now is CudaState.CHECKPOINTED:
+            driver.call("Restore", "put it back on its device")
+        if now is not CudaState.RUNNING:
+            driver.call("Unlock", "let it go on")
+    return driver.state()
+
+
+def main() -> int:
+    """Do one action and print its outcome."""
+    action, pid = sys.argv[1], int(sys.argv[2])
+    try:
+        print(json.dumps({"state": _act(action, pid)}))
+    except CheckpointError as error:
+        left: CudaState | None = None
+        with contextlib.suppress(CheckpointError):
+            left = _Driver(pid).state()
+        print(json.dumps({"error": str(error), "state": left}))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
