@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from atoll.devices.fake import MODELS, FakeHardware
 from atoll.devices.fake_mig import MigBoard, mig_models, profiles_of
+from atoll.devices.ledger import FILE
 from atoll.devices.node import NodeDevices
 from atoll.devices.watch import Patience
 from atoll.model.devices import COMPUTE_SLICES, MEMORY_SLICES, GpuGrant, GpuHealth, GpuSharing
@@ -145,7 +147,11 @@ class Steps:
     async def stranger(self) -> None:
         device, (name, start) = self.choose.choice(self.hardware.ids), self.choose.choice(PLACES)
         ours = {(grant.device, grant.start) for grants in self.held.values() for grant in grants}
-        if (device, start) in ours:
+        # what was begun and is not known to have been made is taken for ours if it appears: see `ledger`
+        file = self.directory / FILE
+        if file.exists():
+            ours |= {(made["device"], made["start"]) for made in json.loads(file.read_bytes())["made"] if not made["id"]}
+        if (device, start) in ours or any(p.start == start for p in await self.hardware.partitions(device)):
             return
         try:
             self.hardware.partition_by_hand(device, name, start)

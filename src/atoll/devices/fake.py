@@ -34,7 +34,7 @@ __all__ = ["CALL_S", "DEVICES_MAX", "MODELS", "FakeHardware", "FakeModel"]
 
 DEVICES_MAX = 8
 CALL_S = 5.0
-"""A driver that hangs honestly is given up after this long, as the port demands."""
+"""A driver that hangs honestly is given up after this long, as the port demands; `call_s` sets another bound."""
 
 
 class _Process(Struct, kw_only=True):
@@ -59,6 +59,7 @@ class FakeHardware:
         libraries: tuple[FileMount, ...] = (),
         name: str = "fake",
         clock: Clock | None = None,
+        call_s: float = CALL_S,
     ) -> None:
         if not 1 <= count <= DEVICES_MAX:
             raise Invalid(f"count: {count} is not within 1 to {DEVICES_MAX}", field="count")
@@ -78,6 +79,7 @@ class FakeHardware:
         self._half_makes = 0
         self._hangs_until: float | None = None
         self._honest = True
+        self._call_s = call_s
         self._unhung = asyncio.Event()
         self._processes: dict[int, _Process] = {}
         self._busy: dict[str, int] = {}
@@ -138,7 +140,8 @@ class FakeHardware:
                 nodes[node.path] = node
             visible.append(partition or device.id)
             names.append(f"{self.vendor}.com/gpu={partition or device.id}")
-            pci.append(device.pci)
+            if grant.sharing is GpuSharing.EXCLUSIVE:
+                pci.append(device.pci)
         nvidia = self.vendor is GpuVendor.NVIDIA
         return Edits(
             nodes=tuple(nodes.values()),
@@ -146,7 +149,7 @@ class FakeHardware:
             env=(("NVIDIA_VISIBLE_DEVICES", ",".join(visible)), ("CUDA_VISIBLE_DEVICES", ",".join(visible))) if nvidia else (),
             devices=tuple(names),
             pci=tuple(dict.fromkeys(pci)),
-            gvisor_driver=self._driver if nvidia else "",
+            gvisor_driver=self._driver if nvidia and not partitions else "",
         )
 
     async def close(self) -> None:
@@ -181,7 +184,8 @@ class FakeHardware:
         for pid in [pid for pid, process in self._processes.items() if process.device == device]:
             del self._processes[pid]
         if told:
-            self.xid(device, 79)
+            meaning = classify_xid(79)
+            self.tell(Trouble.VANISHED, device, f"XID 79: {meaning.words}", code=79, mend=meaning.mend)
 
     def come_back(self, device: str) -> None:
         """It is there again, as after a reset."""
@@ -247,13 +251,13 @@ class FakeHardware:
     async def _enter(self) -> None:
         if self._hangs_until is not None:
             left = self._hangs_until - self._now()
-            bound = min(left, CALL_S) if self._honest else left
+            bound = min(left, self._call_s) if self._honest else left
             try:
                 async with asyncio.timeout(None if bound == float("inf") else max(0.0, bound)):
                     await self._unhung.wait()
             except TimeoutError:
                 if left > bound:
-                    raise Unavailable(f"the driver does not answer within {CALL_S:g} s") from None
+                    raise Unavailable(f"the driver does not answer within {self._call_s:g} s") from None
                 self._hangs_until = None
         else:
             await asyncio.sleep(0)

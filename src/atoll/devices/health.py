@@ -76,9 +76,19 @@ def decide(state: DeviceState, event: Happening, now: float) -> tuple[DeviceStat
     return state, told
 
 
+def _named(state: DeviceState, event: DeviceEvent) -> DeviceEvent:
+    """Return the event with a message that names its device."""
+    if state.id in event.message:
+        return event
+    return replace(event, message=f"{_name(state)}: {event.message}")
+
+
+def _name(state: DeviceState) -> str:
+    return f"{state.seen.model or 'GPU'} {state.id}".strip()
+
+
 def _event(state: DeviceState, trouble: Trouble, words: str, now: float, *, code: int = 0, mend: str = "") -> DeviceEvent:
-    name = f"{state.seen.model or 'GPU'} {state.id}".strip()
-    return DeviceEvent(trouble=trouble, device=state.id, code=code, message=f"{name} {words}", mend=mend, at=now)
+    return DeviceEvent(trouble=trouble, device=state.id, code=code, message=f"{_name(state)} {words}", mend=mend, at=now)
 
 
 def _with(state: DeviceState, cause: Cause, reason: str, now: float, *, degrading: bool = False) -> DeviceState:
@@ -184,7 +194,8 @@ def _told(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceSta
             state = _with(state, Cause.DRIVER, name, at) if state.held else state
         case Trouble.FAULT:
             pass
-    return count(state, replace(event, device=state.id, at=at), now)
+    state, told = count(state, replace(event, device=state.id, at=at), now)
+    return state, tuple(_named(state, one) for one in told)
 
 
 def count(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceState, tuple[DeviceEvent, ...]]:

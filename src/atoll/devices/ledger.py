@@ -1,8 +1,11 @@
 """What the node has made of its devices, kept in one small file so that `kill -9` of the agent loses none of it.
 
 A partition is written down before it is made. After a crash the file therefore names every partition that may be ours, and what it
-does not name is someone else's and is never touched. The file is replaced as a whole, and not forced to the disk: the kernel keeps
-what a killed process wrote, and with the kernel all partitions and all errors end too, which `boot` shows.
+does not name is someone else's and is never touched. (One that was written down and never made, and that someone else then makes at
+the very same place before this is set right, is taken for ours: there is no telling them apart.)
+
+The file is replaced as a whole, and not forced to the disk: the kernel keeps what a killed process wrote, and with the kernel all
+partitions and all errors end too, which `boot` shows.
 """
 
 from __future__ import annotations
