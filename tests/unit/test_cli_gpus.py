@@ -15,6 +15,7 @@ from atoll.cli.main import cli
 from atoll.cli.session import Session
 from atoll.model.devices import GpuDevice, GpuGrant, GpuHealth, GpuPartition, GpuSample, GpuSharing, MigProfile
 from atoll.model.records import Capacity, Instance, Node, OwnerKind, Status
+from atoll.model.spec import RuntimeName
 from atoll.model.states import Phase
 from atoll.sdk.fake import FakeApi
 
@@ -134,3 +135,29 @@ def test_holders_of_projects_that_one_does_not_see_have_no_names() -> None:
     (holding,) = holdings_of([mine, replace(mine, id="b", project="q")], lambda project: project == "p")
     assert [holder.instance for holder in holding.holders] == ["", "a"]
     assert (holding.milli, holding.memory_bytes) == (500, 40 << 30)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "devices", "words"),
+    [
+        ("{ count = 1 }", (), ("no-gpu", "without GPU (1 GPU asked for)", "add a node with GPUs")),
+        ('{ model = "B999" }', DEVICES, ("of model B999", "the models there are NVIDIA H100 80GB HBM3")),
+        ('{ profile = "3g.77gb" }', DEVICES, ("MIG partition 3g.77gb", "the profiles there are 1g.10gb")),
+        ('{ driver = "999" }', DEVICES, ("driver 999 or newer", "the drivers there are 580.159.04")),
+        ("{ count = 1 }", DEVICES[2:], ("there are 1, but quarantined", "atoll nodes show NODE")),
+        ("{ count = 1.5 }", DEVICES, ("resources.gpu.count: 1.5", "less than 1")),
+        ('{ count = 2, sharing = "mps" }', DEVICES, ("resources.gpu.sharing", "count below 1")),
+        ('{ profile = "1g.10gb", count = 0.5 }', DEVICES, ("resources.gpu.count", "share of a partition")),
+    ],
+)
+def test_a_wish_that_no_node_can_grant_is_answered_with_what_there_is(
+    tmp_path: Path, gpu: str, devices: tuple[GpuDevice, ...], words: tuple[str, ...]
+) -> None:
+    atoll = Atoll(tmp_path, *devices)
+    node, _ = atoll.api.get("nodes", "n1")
+    atoll.api.put("nodes", "n1", replace(node, runtimes=(RuntimeName.RUNC,)))
+    (tmp_path / "atoll.toml").write_text(f'name = "web"\nimage = "r/x:1"\n[resources]\ngpu = {gpu}\n')
+    session = Session(dial=lambda _: atoll.api)
+    said = CliRunner().invoke(cli, ["plan", str(tmp_path)], obj=session, env=atoll.environment)
+    for each in words:
+        assert each in said.stdout + said.stderr

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
+from control_cell import Cell, node, run_virtual, succeeds
 from msgspec.structs import replace
-from test_control_decide import NOW, app_facts, app_status, decide, decision, of, seen
+from test_control_decide import NOW, RULES, app_facts, app_status, decide, decision, of, seen
 
 from atoll.control.actions import Ailment, Create, Decision, Remove, Seen, Tell, Update, WriteAppStatus, WriteJobStatus
 from atoll.control.gpus import AGE_MIN_S, EXCUSES_MAX, LEAVING_MAX, Urgency, ailment_of, urgency_of
 from atoll.control.jobs import JobFacts, decide_job
+from atoll.model import keys
 from atoll.model.devices import GpuDevice, GpuGrant, GpuHealth
 from atoll.model.records import AppPhase, Instance, Job, JobPhase, JobStatus, OwnerKind
-from atoll.model.spec import Gpu, JobSpec, Resources, Rollout
+from atoll.model.spec import AppSpec, Gpu, JobSpec, Port, Resources, Rollout
 from atoll.model.states import Desired, Phase
 from atoll.model.units import Seconds
 
@@ -228,3 +231,74 @@ def test_the_kept_tries_of_an_index_are_the_newest_though_excused_ones_share_a_n
     tries = [a_try(f"t{n}", None, Phase.STOPPED, excused=True, created_at=NOW - n) for n in range(5)]
     made = job(*tries)
     assert sorted(each.instance.id for each in of(Remove, made.actions)) == ["t3", "t4"]
+
+
+SERVES = AppSpec(name="web", image="x", ports=(Port(port=80),), resources=Resources(gpu=Gpu()), rollout=RULES)
+
+
+async def add_gpus(cell: Cell, name: str, *devices: GpuDevice) -> None:
+    """Register the node, or register it anew with other devices."""
+    known = node(name)
+    await cell.put(keys.node(name), replace(known, capacity=replace(known.capacity, gpus=devices)))
+
+
+def devices_of(cell: Cell) -> list[str]:
+    return [grant.device for instance in cell.instances() for grant in instance.gpus]
+
+
+@pytest.mark.parametrize("well", [{**QUARANTINED}, {**QUARANTINED, "present": False}], ids=["sick", "gone"])
+def test_a_node_s_word_moves_an_app_to_another_device_and_only_what_is_gone_is_not_waited_for(well: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with Cell() as cell:
+            cell.agents()
+            cell.lead()
+            await add_gpus(cell, "n1", device("GPU-0"), device("GPU-1"))
+            await cell.deploy(SERVES)
+            await cell.until(lambda: cell.ready() == 1)
+            await asyncio.sleep(AGE_MIN_S)
+            (first,) = devices_of(cell)
+            least = [cell.ready()]
+            cell.watchers.append(lambda: least.append(cell.ready()))
+            others = [device(id) for id in ("GPU-0", "GPU-1") if id != first]
+            await add_gpus(cell, "n1", device(first, **well), *others)
+            await cell.until(lambda: cell.ready() == 1 and len(cell.instances()) == 1 and devices_of(cell) != [first])
+            assert cell.codes().count("gpu-replaced") == 1
+            assert min(least) == (1 if well.get("present", True) else 0)
+
+    run_virtual(main())
+
+
+def test_a_job_whose_device_vanishes_is_tried_again_on_another_and_loses_no_try() -> None:
+    async def main() -> None:
+        async with Cell() as cell:
+            cell.agents()
+            cell.lead()
+            await add_gpus(cell, "n1", device("GPU-0"))
+            await cell.submit(JobSpec(name="work", image="x", resources=Resources(gpu=Gpu()), retries=0))
+            await cell.until(lambda: cell.ready() == 1)
+            await asyncio.sleep(AGE_MIN_S)
+            await add_gpus(cell, "n2", device("GPU-1"))
+            cell.script = succeeds
+            await add_gpus(cell, "n1")
+            await cell.until(lambda: (status := cell.job_status()) is not None and status.phase.final)
+            status = cell.job_status()
+            assert status is not None
+            assert (status.phase, status.failures) == (JobPhase.SUCCEEDED, {})
+            assert "gpu-replaced" in cell.codes()
+
+    run_virtual(main())
+
+
+def test_the_same_devices_registered_again_disturb_nobody() -> None:
+    async def main() -> None:
+        async with Cell() as cell:
+            cell.agents()
+            cell.lead()
+            await add_gpus(cell, "n1", device("GPU-0"))
+            await cell.deploy(SERVES)
+            await cell.until(lambda: (status := cell.app_status()) is not None and status.phase is AppPhase.RUNNING)
+            await asyncio.sleep(AGE_MIN_S)
+            await add_gpus(cell, "n1", device("GPU-0", ecc_errors=1, health=GpuHealth.DEGRADED, reason="errors were corrected"))
+            assert await cell.quiet() == 0
+
+    run_virtual(main())

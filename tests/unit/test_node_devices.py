@@ -275,6 +275,19 @@ async def test_an_application_s_own_fault_is_told_and_leaves_the_device_on_offer
 
 
 @virtual
+async def test_a_driver_that_is_changed_under_running_work_is_told_to_it_and_registered(world: World) -> None:
+    assert world.hardware is not None
+    async with world.agent():
+        await world.phase(world.app("web-0", GpuGrant(device=world.ids[0])), Phase.RUNNING)
+        world.hardware.driver_change("590.10")
+        await until(lambda: "driver-changed" in world.codes("instance/web-0"), timeout_s=100)
+        await until(lambda: {device.driver for device in world.control.nodes["n1"].capacity.gpus} == {"590.10"}, timeout_s=100)
+        held, free = world.control.nodes["n1"].capacity.gpus
+    assert (held.health, free.health) == (GpuHealth.QUARANTINED, GpuHealth.OK)
+    assert "from 580.159.04 to 590.10" in held.reason
+
+
+@virtual
 async def test_the_devices_are_looked_at_before_the_end_of_what_held_one_is_told(world: World) -> None:
     assert world.hardware is not None
     async with world.agent():
