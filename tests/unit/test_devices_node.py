@@ -834,7 +834,7 @@ class MpsWorld:
         self.devices = self.begin()
 
     def begin(self) -> NodeDevices:
-        mps = NvidiaMps(self.root, binary=self.binary, own_shm=False)
+        mps = NvidiaMps(self.root, binary=self.binary)
         self.place = mps.place(self.hardware.ids[0])
         self.devices = NodeDevices([self.hardware], directory=self.directory / "kept", clock=SystemClock(), mps=mps, boot="b")
         return self.devices

@@ -1,8 +1,9 @@
 """Sharing by MPS: NVIDIA's daemon that lets several programs run on one device at the same time, one daemon for each device.
 
 The daemon outlives the agent and is adopted by the next one; it ends with the last instance that uses it. Each instance finds the
-daemon's pipes at INSIDE, and its own limits in its environment (NVIDIA MPS documentation, "Environment Variables"). Clients and
-daemon talk through shared memory too, so that those who share a device share a small /dev/shm, which is no one else's.
+daemon's pipes at INSIDE, and its own limits in its environment (NVIDIA MPS documentation, "Environment Variables"): the driver
+holds a program to what its environment says, and a tenant can change that. Clients need neither the daemon's ids nor its /dev/shm
+nor its ipc namespace (measured with driver 580), so that the pipes are all they have in common.
 """
 
 from __future__ import annotations
@@ -32,11 +33,9 @@ COMMAND_S = 10.0
 """Deadline of one call of the tool."""
 QUIT_S = 2
 """How long a daemon waits for its clients before it ends them."""
-SHM_BYTES = 1 << 30
 SOCKET_PATH_MAX = 107
 _OUTPUT_MAX = 400
 _WRITABLE = ("rw", "nosuid", "nodev", "noexec", "rbind")
-_IN_OWN_SHM = 'mount --bind "$1" /dev/shm && shift && exec "$@"'
 
 log = structlog.get_logger()
 
@@ -66,15 +65,11 @@ class Mps(Protocol):
 
 
 class NvidiaMps:
-    """The real one. `directory` holds a directory for each device; `own_shm` gives the daemon a /dev/shm of its own (needs root).
+    """The real one. `directory` holds a directory for each device; `binary` None: looked up in PATH and where drivers put it."""
 
-    `binary` None: looked up in PATH and where drivers put it.
-    """
-
-    def __init__(self, directory: Path, *, binary: Path | None = None, own_shm: bool = True) -> None:
+    def __init__(self, directory: Path, *, binary: Path | None = None) -> None:
         self._directory = directory
         self._binary = binary or _find()
-        self._own_shm = own_shm
 
     def missing(self) -> str:
         if self._binary is None or not os.access(self._binary, os.X_OK):
@@ -93,12 +88,13 @@ class NvidiaMps:
             raise Unsupported(f"the path of the MPS daemon's pipes is too long: {place}", mend="use a shorter data directory")
         if await self._answers(place):
             return
-        await self._make(place)
+        for name, mode in (("pipe", 0o755), ("log", 0o700)):
+            (place / name).mkdir(parents=True, exist_ok=True)
+            (place / name).chmod(mode)
         words = ""
         # one server for clients of any user, where the driver can; else it serves one user at a time
         for options in (("-multiuser-server",), ()):
-            command = [*self._wrapped(place), str(self._binary), "-d", *options]
-            status, words = await _run(command, _environment(place, device.id))
+            status, words = await _run([str(self._binary), "-d", *options], _environment(place, device.id))
             if status == 0 and await self._answers(place):
                 log.info("mps daemon started", device=device.id, options=options)
                 return
@@ -114,10 +110,7 @@ class NvidiaMps:
         if grant.memory_bytes:
             # inside there is one device only, which is number 0 there
             env.append(("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", f"0={grant.memory_bytes >> 20}M"))
-        mounts = [FileMount(str(place / "pipe"), INSIDE, _WRITABLE)]
-        if self._own_shm:
-            mounts.append(FileMount(str(place / "shm"), "/dev/shm", _WRITABLE))  # noqa: S108
-        return Edits(mounts=tuple(mounts), env=tuple(env))
+        return Edits(mounts=(FileMount(str(place / "pipe"), INSIDE, _WRITABLE),), env=tuple(env))
 
     async def stop(self, device: str) -> None:
         await self._end(self.place(device))
@@ -131,21 +124,6 @@ class NvidiaMps:
         for place in found:
             if place not in wanted:
                 await self._end(place)
-
-    async def _make(self, place: Path) -> None:
-        for name, mode in (("pipe", 0o755), ("log", 0o700), ("shm", 0o1777)):
-            (place / name).mkdir(parents=True, exist_ok=True)
-            (place / name).chmod(mode)
-        if self._own_shm and not (place / "shm").is_mount():
-            options = f"size={SHM_BYTES},mode=1777,nosuid,nodev,noexec"
-            status, words = await _run(["mount", "-t", "tmpfs", "-o", options, "atoll-mps", str(place / "shm")], dict(os.environ))
-            if status != 0:
-                raise Unavailable(f"no shared memory for an MPS daemon: {words}")
-
-    def _wrapped(self, place: Path) -> list[str]:
-        if not self._own_shm:
-            return []
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _IN_OWN_SHM, "sh", str(place / "shm")]
 
     async def _answers(self, place: Path) -> bool:
         """Ask the daemon itself: a process number may be another's by now."""
@@ -161,8 +139,6 @@ class NvidiaMps:
         if not self.missing() and await self._answers(place):
             await self._say(place, f"quit -t {QUIT_S}\n")
         _kill(place / "pipe" / f"{BINARY}.pid")
-        if (place / "shm").is_mount():
-            await _run(["umount", "--lazy", str(place / "shm")], dict(os.environ))
         shutil.rmtree(place, ignore_errors=True)
 
 
