@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import socket
 import struct
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -416,3 +419,49 @@ def test_the_weights_image_has_nothing_but_the_files_that_are_fetched() -> None:
     assert not spec.build.apt
     fetch = (EXAMPLE / "weights/fetch.py").read_text()
     assert all(f'"{name}"' in fetch for name in spec.build.files)
+
+
+def launch(model: Path, port: int, **env: str) -> subprocess.Popen[str]:
+    own = {"MODEL": str(model), "MODEL_NAME": "tiny", "PORT": str(port), "CONTEXT": "128", "DEVICE": "cpu", **env}
+    return subprocess.Popen(
+        [sys.executable, "-m", "llama"],
+        cwd=EXAMPLE,
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_told_to_stop_it_answers_what_it_has_begun_and_ends_with_success(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = launch(tiny.write_tiny(tmp_path / "tiny.gguf"), port)
+    try:
+        assert process.stdout is not None
+        assert "loaded on the CPU" in process.stdout.readline()
+        body = {"model": "tiny", "prompt": "x", "temperature": 1, "seed": 1, "max_tokens": 120, "stream": True}
+        with (
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,
+            client.stream("POST", "/v1/completions", json=body) as answer,
+        ):
+            lines = answer.iter_lines()
+            first = next(lines)
+            process.terminate()
+            rest = [line for line in lines if line]
+        assert first.startswith("data: {")
+        assert rest[-1] == "data: [DONE]"
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("content", "why"), [(None, "holds 0 .gguf files"), (b"PK", "is no GGUF file")])
+def test_without_a_model_it_ends_with_the_cause(tmp_path: Path, content: bytes | None, why: str) -> None:
+    if content is not None:
+        (tmp_path / "model.gguf").write_bytes(content)
+    process = launch(tmp_path, 0)
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert why in text

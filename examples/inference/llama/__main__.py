@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,8 @@ def load() -> EngineThread:
 
 
 async def serve() -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # uvicorn takes it while it serves, and raises it once more when it has ended
     served = Served(name=os.environ.get("MODEL_NAME", NAME))
     config = uvicorn.Config(
         App(served),
