@@ -23,6 +23,7 @@ from atoll.model.ports.runtime import Box, Limits, Runtime
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.crun import CrunRuntime
 from atoll.runtimes.gvisor import GvisorRuntime
+from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.runc import RuncRuntime
 
@@ -162,7 +163,7 @@ class World:
             assert [path for path in Cgroups.detect().group(self.cgroup).directories if path.exists()] == []
 
 
-REAL: dict[str, type[OciRuntime]] = {"runc": RuncRuntime, "crun": CrunRuntime, "gvisor": GvisorRuntime}
+REAL: dict[str, type[OciRuntime]] = {"runc": RuncRuntime, "crun": CrunRuntime, "lxc": LxcRuntime, "gvisor": GvisorRuntime}
 
 
 @functools.cache

@@ -52,6 +52,9 @@ RUNTIME_DIRECTORY = Path("/run/atoll")
 class OciBoxes:
     """All boxes of one OCI runtime on this node. `directory` is the runtime's own; `cgroup` the parent of their groups."""
 
+    tool_makes_nodes = True
+    """Whether the runtime's tool makes device files where no ids are shifted."""
+
     def __init__(
         self,
         directory: Path,
@@ -126,11 +129,12 @@ class OciBoxes:
         check_sources(box.devices)
         make_links(root, box.devices.links, base_id=base_id or 0)
         sysfs = None
+        shown = self._shown(box)
         if base_id is not None and box.netns is not None:
-            sysfs = directory / "sysfs"
+            sysfs = shown / "sysfs"
             sysfs.mkdir()
             mount_sysfs(box.netns, sysfs)
-        hosts, hostname = directory / "hosts", directory / "hostname"
+        hosts, hostname = shown / "hosts", shown / "hostname"
         write_private(hosts, _HOSTS.format(hostname=box.hostname).encode(), 0o644)
         write_private(hostname, f"{box.hostname}\n".encode(), 0o644)
         for fifo in (box.stdout, box.stderr):
@@ -146,8 +150,8 @@ class OciBoxes:
             base_id=base_id,
             cgroup=f"{self._cgroup}/{box.id}",
             resources=resources,
-            volumes=tuple(show_mounts(directory, box.mounts, userns=userns)),
-            nodes=None if base_id is None else show_nodes(directory, box.devices.nodes, base_id=base_id),
+            volumes=tuple(show_mounts(shown, box.mounts, userns=userns)),
+            nodes=self._show_nodes(box, base_id),
             hosts=hosts,
             hostname_file=hostname,
             sysfs=sysfs,
@@ -159,7 +163,20 @@ class OciBoxes:
         config["annotations"] = {STDOUT: str(box.stdout), STDERR: str(box.stderr), NETNS: launch_netns(box, bundle)}
         if self._tool_options is not None and (options := self._tool_options(box)):
             config["annotations"][OPTIONS] = " ".join(options)
-        write_private(directory / "config.json", msgspec.json.encode(config))
+        self._write(box, bundle, config)
+
+    def _shown(self, box: Box) -> Path:
+        """Return the directory from which the tool mounts what the instance sees beside its root."""
+        return box.directory
+
+    def _show_nodes(self, box: Box, base_id: int | None) -> tuple[Path, ...] | None:
+        if base_id is None and self.tool_makes_nodes:
+            return None
+        return show_nodes(box.directory, box.devices.nodes, base_id=base_id or 0)
+
+    def _write(self, box: Box, bundle: Bundle, config: dict[str, Any]) -> None:
+        """Write what the tool is configured by; root and mounts are made."""
+        write_private(box.directory / "config.json", msgspec.json.encode(config))
 
     def tidy(self) -> bool:
         """Do one piece of the work that `make` put off or will want done; return whether there may be more."""
@@ -244,8 +261,13 @@ def load_config(directory: Path) -> SavedConfig:
 
 def user_in(root: Path, user: str) -> User:
     """Return who `user` is in the root directory `root`. Raises ImageError."""
-    with descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+    with descriptor(open_root(root)) as fd:
         return resolve_user(fd, user)
+
+
+def open_root(root: Path) -> int:
+    """Return a descriptor of a root directory, for `open_beneath`; the caller closes it."""
+    return os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _check(box: Box) -> None:

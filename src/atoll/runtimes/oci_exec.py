@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+from msgspec import Struct
 
 from atoll.runtimes.oci import process as oci_process
 from atoll.runtimes.oci_box import NETNS, SavedConfig, load_config, user_in, write_private
@@ -50,6 +51,51 @@ class Inner(Protocol):
     async def send(self, process: int, number: int) -> None:
         """Send it; a process that has ended is no error."""
         ...
+
+
+class ExecFiles(Struct, frozen=True):
+    """Where a runtime's tool finds what it is to run beside an instance, and where it leaves its answers."""
+
+    process: Path
+    log: Path
+    """JSON, a line each."""
+    pid: Path
+    console: str | None
+    """A unix socket for the terminal that the command gets; None for a command on the tool's own stdio."""
+
+
+class ExecTool(Protocol):
+    """What starts a command beside an instance, detached: it ends once the command runs."""
+
+    def encode(self, process: dict[str, Any]) -> bytes:
+        """Return the `process` of an OCI configuration as the tool reads it."""
+        ...
+
+    def command(self, files: ExecFiles) -> list[str]: ...
+
+
+class OciExecTool:
+    """An OCI runtime's `exec --detach`; `tool` gives its command with the global options, which logs to a path."""
+
+    def __init__(self, tool: Callable[[Path], list[str]], id: str, inner: Inner | None) -> None:
+        self._tool = tool
+        self._id = id
+        self._inner = inner
+
+    def encode(self, process: dict[str, Any]) -> bytes:
+        return msgspec.json.encode(process)
+
+    def command(self, files: ExecFiles) -> list[str]:
+        command = [*self._tool(files.log), "exec", "--detach", "--pid-file", str(files.pid), "--process", str(files.process)]
+        if self._inner is not None:
+            command += ["--internal-pid-file", str(inner_file(files.pid))]
+        if files.console is not None:
+            command += ["--console-socket", files.console]
+        return [*command, self._id]
+
+
+def inner_file(pid: Path) -> Path:
+    return pid.with_suffix(".inner")
 
 
 class OciExecution:
@@ -177,8 +223,7 @@ def _open_pid(pid: int) -> int:
 
 async def start_execution(
     directory: Path,
-    tool: Callable[[Path], list[str]],
-    id: str,
+    tool: ExecTool,
     *,
     argv: Sequence[str],
     env: Sequence[tuple[str, str]],
@@ -188,9 +233,9 @@ async def start_execution(
     base_id: int | None,
     inner: Inner | None = None,
 ) -> OciExecution:
-    """Start `argv` in the container `id`, whose box is in `directory`; with `size` (rows, columns) it gets a terminal.
+    """Start `argv` with `tool` in the container whose box is in `directory`; with `size` (rows, columns) it gets a terminal.
 
-    `tool` gives the runtime's `exec --detach` command that logs to a path. Raises RuntimeFailed, ImageError (no such user).
+    Raises RuntimeFailed, ImageError (no such user).
     """
     directory = directory / "exec"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -200,20 +245,18 @@ async def start_execution(
         for path in (process, log_path, output):
             files.callback(path.unlink, missing_ok=True)
         config = load_config(directory.parent)
-        netns = config.annotations[NETNS]
-        owner = _write_process(config, process, argv, env, workdir, user, size, base_id)
-        shim = ["exec", netns, str(pid_file)]
-        command = ["--", *tool(log_path), "--pid-file", str(pid_file), "--process", str(process)]
+        body, owner = _process(config, argv, env, workdir, user, size, base_id)
+        write_private(process, tool.encode(body))
+        shim = ["exec", config.annotations[NETNS], str(pid_file)]
         if inner is not None:
-            inner_file = str(pid_file.with_suffix(".inner"))
-            shim += [inner_file, *inner.command("@", signal.SIGKILL)]
-            command += ["--internal-pid-file", inner_file]
+            shim += [str(inner_file(pid_file)), *inner.command("@", signal.SIGKILL)]
         if size is None:
-            return await _start_on_pipes([*shim, *command, id], output, owner, argv[0], log_path, inner)
+            command = [*shim, "--", *tool.command(ExecFiles(process, log_path, pid_file, None))]
+            return await _start_on_pipes(command, output, owner, argv[0], log_path, inner)
         console = ConsoleSocket(directory, console_name.name)
         files.callback(console.close)
-        command += ["--console-socket", console.path]
-        launch = Launch([*shim, *command, id], stdio=None, output=output, close_at_end=True)
+        command = [*shim, "--", *tool.command(ExecFiles(process, log_path, pid_file, console.path))]
+        launch = Launch(command, stdio=None, output=output, close_at_end=True)
         pid = await _started(launch, log_path, argv[0])
         try:
             terminal = Stream(await console.terminal())
@@ -261,17 +304,16 @@ async def _started(launch: Launch, log_path: Path, name: str) -> int:
     return news[1]
 
 
-def _write_process(
+def _process(
     config: SavedConfig,
-    path: Path,
     argv: Sequence[str],
     env: Sequence[tuple[str, str]],
     workdir: str | None,
     user: str | None,
     size: tuple[int, int] | None,
     base_id: int | None,
-) -> tuple[int, int]:
-    """Write the command's `process.json`, and return the ids on the node that it runs as."""
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Return the command's `process`, and the ids on the node that it runs as."""
     own = config.process
     who = own["user"]
     variables = [(name, value) for name, _, value in (entry.partition("=") for entry in own["env"])]
@@ -283,5 +325,4 @@ def _write_process(
     body = oci_process(argv, [*variables, *env], workdir or own["cwd"], account, tty=size is not None)
     if size is not None:
         body["consoleSize"] = {"height": size[0], "width": size[1]}
-    write_private(path, msgspec.json.encode(body))
-    return (base_id or 0) + account.uid, (base_id or 0) + account.gid
+    return body, ((base_id or 0) + account.uid, (base_id or 0) + account.gid)

@@ -24,7 +24,7 @@ from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.oci_box import NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
-from atoll.runtimes.oci_exec import Inner, OciExecution, start_execution
+from atoll.runtimes.oci_exec import ExecTool, Inner, OciExecTool, OciExecution, start_execution
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
 
@@ -39,6 +39,8 @@ END_S_MAX = 10.0
 SETTLE_S_MAX = 30.0
 SETTLE_STEP_S = 0.01
 TIDY_DELAY_S = 0.05
+TOOL_LOG = "tool.log"
+"""In the box's directory: what the tool says of a start."""
 
 log = structlog.get_logger()
 
@@ -55,6 +57,7 @@ class OciRuntime:
     """Its ranges of user ids: no two runtimes of a node share one."""
     own_tmp = False
     """Whether the tool would cover an empty /tmp of the image with one in memory."""
+    boxes_kind: type[OciBoxes] = OciBoxes
     threads_beside = 0
     """What runs in an instance's control group beside its processes; their limit is raised by as many."""
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
@@ -84,6 +87,24 @@ class OciRuntime:
     def inner(self, boxes: OciBoxes, id: str) -> Inner | None:
         """Return how commands in the instance get signals, where not by the node's kernel."""
         return None
+
+    def run_command(self, boxes: OciBoxes, container: Container, extra: Sequence[str]) -> list[str]:
+        """Return what starts the instance, detached: it ends once the process runs and its id is in `container.files.pid`.
+
+        `extra` is what the method `options` gave for its box.
+        """
+        record, files = container.record, container.files
+        tool = [*self.tool(boxes, files.directory / TOOL_LOG), *extra]
+        return [*tool, "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
+
+    def exec_tool(self, boxes: OciBoxes, container: Container) -> ExecTool:
+        """Return what starts commands beside the running instance."""
+        id = container.record.id
+        return OciExecTool(lambda log_path: self.tool(boxes, log_path), id, self.inner(boxes, id))
+
+    def failure(self, container: Container, command: str) -> RuntimeFailed:
+        """Return why the tool, which has ended, could not start the instance."""
+        return failure(container.files.directory / TOOL_LOG, command)
 
     def command(self, state: Path, log_path: Path) -> list[str]:
         """As `tool`, for any state directory."""
@@ -115,16 +136,14 @@ class OciRuntime:
     async def _start(self, boxes: OciBoxes, container: Container) -> Started:
         files, record = container.files, container.record
         config = load_config(files.directory)
-        log_path = files.directory / "tool.log"
-        command = [*self.tool(boxes, log_path), *config.annotations.get(OPTIONS, "").split()]
-        tool = [*command, "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
+        tool = self.run_command(boxes, container, config.annotations.get(OPTIONS, "").split())
         given = [config.annotations[name] for name in (NETNS, STDOUT, STDERR)]
         shim = ["run", *given, str(files.pid), str(files.exit), str(files.lock)]
         launch = Launch([*shim, "--", *tool], stdio=None, output=files.directory / "shim.log")
         try:
             news = await launch.news(START_S_MAX)
             if news is None or news[0] != "pid":
-                raise failure(log_path, config.process["args"][0])
+                raise self.failure(container, config.process["args"][0])
             self._settle(container)
         except (AtollError, OSError, asyncio.CancelledError) as error:
             await asyncio.shield(self._abandon(boxes, record, launch))
@@ -177,8 +196,7 @@ class OciRuntime:
         async with self._starts:
             execution = await start_execution(
                 container.record.directory,
-                lambda log_path: [*self.tool(boxes, log_path), "exec", "--detach"],
-                id,
+                self.exec_tool(boxes, container),
                 argv=argv,
                 env=env,
                 workdir=workdir,
@@ -320,7 +338,7 @@ class OciRuntime:
         return self._made
 
     def _make_boxes(self) -> OciBoxes:
-        return OciBoxes(
+        return self.boxes_kind(
             self._directory,
             cgroup=self._cgroup,
             cgroups=Cgroups.detect(),

@@ -7,9 +7,15 @@ from atoll.model.ports.runtime import Feature
 from atoll.model.spec import RUNTIMES_BY_ISOLATION, Isolation, RuntimeName
 from atoll.runtimes.crun import CrunRuntime
 from atoll.runtimes.gvisor import GvisorRuntime
+from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.runc import RuncRuntime
 
-RUNTIMES: tuple[type[RuncRuntime] | type[CrunRuntime] | type[GvisorRuntime], ...] = (RuncRuntime, CrunRuntime, GvisorRuntime)
+RUNTIMES: tuple[type[RuncRuntime] | type[CrunRuntime] | type[LxcRuntime] | type[GvisorRuntime], ...] = (
+    RuncRuntime,
+    CrunRuntime,
+    LxcRuntime,
+    GvisorRuntime,
+)
 """In the order in which a node probes them."""
 
 FEATURES: dict[RuntimeName, frozenset[Feature]] = {runtime.name: runtime.features for runtime in RUNTIMES}

@@ -1,4 +1,4 @@
-"""The small C program that parents containers, and where to find it."""
+"""The small C program that parents containers and brings processes into them, and where to find it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from atoll.model.errors import Unsupported
 
 SOURCE = Path(__file__).with_name("shim.c")
+SOURCES = ("shim.c", "inside.c", "shim.h")
 _BINARY = Path(__file__).with_name("atoll-shim")
 
 
@@ -16,6 +17,7 @@ def shim_path(binary: Path = _BINARY) -> Path:
     mend = f"run `make -C {SOURCE.parent}` (it needs gcc and make)"
     if not os.access(binary, os.X_OK):
         raise Unsupported("the native shim is not built", mend=mend)
-    if SOURCE.exists() and SOURCE.stat().st_mtime > binary.stat().st_mtime:
+    sources = (SOURCE.with_name(name) for name in SOURCES)
+    if any(source.exists() and source.stat().st_mtime > binary.stat().st_mtime for source in sources):
         raise Unsupported("the native shim is older than its source", mend=mend)
     return binary

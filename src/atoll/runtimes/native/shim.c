@@ -17,10 +17,14 @@
  *       Becomes TOOL in mounts of its own, in which the mount at each -PATH is gone and an empty directory covers each +PATH.
  *   atoll-shim userns
  *       Makes a user namespace, writes one byte to stdout, and ends with its stdin: the caller writes the id maps.
+ *   atoll-shim lxc | enter | inside
+ *       See inside.c.
  *
  * It allocates nothing while it waits, and links statically where the system can.
  */
 #define _GNU_SOURCE
+#include "shim.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -34,8 +38,6 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
-
-enum { NEWS = 3, FAILED = 125 };
 
 static void say(const char *word, long number) {
     char line[48];
@@ -259,6 +261,9 @@ static int userns(void) {
 int main(int argc, char **argv) {
     if (argc == 2 && strcmp(argv[1], "userns") == 0) return userns();
     if (argc > 3 && strcmp(argv[1], "private") == 0) return private(argv + 2);
+    if (argc == 2 && strcmp(argv[1], "inside") == 0) return become_first();
+    if (argc > 6 && strcmp(argv[1], "lxc") == 0) return start_lxc(argv + 2);
+    if (argc > 8 && strcmp(argv[1], "enter") == 0) return enter_instance(argv + 2);
     if (argc > 9 && strcmp(argv[1], "run") == 0 && strcmp(argv[8], "--") == 0) {
         prepare();
         return run(argv + 2);

@@ -1,0 +1,172 @@
+"""The LXC runtime: the same containers as runc's, made by LXC, which needs no daemon and no image format of its own.
+
+LXC makes the surroundings: namespaces, ids, root and mounts, control groups and devices, capabilities. Its monitor, which would
+stay as the parent of every instance, with some 5 MiB each, is ended when all is made: the shim is the parent here as everywhere,
+so that any later agent hears of an end, and with which status. Commands beside an instance are started by the shim too
+(`native/inside.c`), because lxc-attach asks the monitor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atoll.model.errors import AtollError, RuntimeFailed, Unsupported
+from atoll.model.ports.images import Image, ImageConfig
+from atoll.model.ports.runtime import Box, Limits
+from atoll.model.spec import RuntimeName
+from atoll.runtimes.inside import process_file
+from atoll.runtimes.lxc_boxes import CONFIG, PROCESS, LxcBoxes
+from atoll.runtimes.native import shim_path
+from atoll.runtimes.oci import CAPABILITIES
+from atoll.runtimes.oci_box import OciBoxes
+from atoll.runtimes.oci_container import LOG_BYTES_MAX, Container
+from atoll.runtimes.oci_exec import ExecFiles, ExecTool
+from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
+from atoll.runtimes.oci_runtime import TOOL_LOG, OciRuntime
+from atoll.runtimes.seccomp_program import filter_program
+
+VERSION_MIN = (4, 0)
+PROBE_S_MAX = 20.0
+_LXC_LOG = "lxc.log"
+_INSIDE = "/proc/self/fd/4"
+"""The shim, as LXC hands it on to the instance's first process."""
+_ERROR = re.compile(r"^\S+ \S+ \S+ ERROR\s+\S+ - \S+?:\w+:\d+ - (.*)$", re.MULTILINE)
+_KILLED = "Sync wake failure"
+"""What LXC says when its child has ended without a word."""
+_PROBE_LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=4 << 20, pids=64)
+_PROBE_CODE = 2
+"""How the shim ends when it is given nothing to do."""
+
+
+class LxcRuntime(OciRuntime):
+    """Runs instances with LXC, 4.0 or newer, as root."""
+
+    name = RuntimeName.LXC
+    slots = range(3072, 3584)
+    boxes_kind: type[OciBoxes] = LxcBoxes
+
+    def __init__(self, directory: Path, *, binary: str = "lxc-start", cgroup: str = "/atoll", userns: bool | None = None) -> None:
+        super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns)
+
+    async def probe(self) -> str:
+        await asyncio.to_thread(check_machine, (self._binary, "lxc"))
+        await asyncio.to_thread(filter_program, frozenset(CAPABILITIES))
+        return await asyncio.to_thread(once_per_boot, self._directory, self._binary, self._try)
+
+    def _try(self) -> str:
+        version = version_of(self._binary, package="lxc", oldest=VERSION_MIN)
+        with tempfile.TemporaryDirectory(prefix="atoll-probe-") as directory:
+            why = asyncio.run(self._run_once(Path(directory)))
+        if why:
+            raise Unsupported(f"LXC runs nothing on this machine: {why}", mend="use runc, or a newer LXC")
+        return version
+
+    async def _run_once(self, directory: Path) -> str:
+        """Run a program to its end in an instance, and return why that failed, or nothing."""
+        runtime = type(self)(directory / "runtime", binary=self._binary, cgroup=self._cgroup, userns=self._userns)
+        id = f"probe-{os.getpid()}-{directory.name[-8:]}"
+        layer, fifo = directory / "layer", directory / "output"
+        layer.mkdir()
+        shutil.copy(shim_path(), layer / "probe")
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        box = Box(
+            id=id,
+            directory=directory / "box",
+            image=Image(reference="probe", digest="", config=ImageConfig(), layers=(layer,)),
+            argv=("/probe",),
+            env=(),
+            workdir="/",
+            user="",
+            hostname="probe",
+            limits=_PROBE_LIMITS,
+            stdout=fifo,
+            stderr=fifo,
+        )
+        try:
+            async with asyncio.timeout(PROBE_S_MAX):
+                await runtime.create(box)
+                await runtime.start(id)
+                code = (await runtime.wait(id)).code
+            return "" if code == _PROBE_CODE else f"a program ended with {code}"
+        except TimeoutError:
+            return f"a program did not run to its end within {PROBE_S_MAX:.0f} s"
+        except AtollError as error:
+            return f"{error}; {error.mend}" if error.mend else str(error)
+        finally:
+            with contextlib.suppress(AtollError):
+                await runtime.delete(id)
+            await runtime.close()
+            os.close(reader)
+
+    def run_command(self, boxes: OciBoxes, container: Container, extra: Sequence[str]) -> list[str]:
+        files, id = container.files, container.record.id
+        directory = files.directory
+        (directory / _LXC_LOG).unlink(missing_ok=True)
+        shim = [str(shim_path()), "lxc", str(files.pid), str(directory / PROCESS), str(directory / TOOL_LOG), "--"]
+        return [*shim, *self.lxc_start(boxes, directory, id), _INSIDE, "inside"]
+
+    def lxc_start(self, boxes: OciBoxes, directory: Path, id: str) -> list[str]:
+        """Return LXC's own command for the box in `directory`, up to the program that it is to run."""
+        log = ["--quiet", "--logfile", str(directory / _LXC_LOG), "--logpriority", "ERROR"]
+        name = ["--name", id, "--lxcpath", str(boxes.root(id).parent.parent), "--rcfile", str(directory / CONFIG)]
+        return [self._binary_path(), "--foreground", *name, *log, "--"]
+
+    def _binary_path(self) -> str:
+        self._path = self._path or shutil.which(self._binary)
+        if self._path is None:
+            raise Unsupported(f"{self._binary} is not installed", mend="apt-get install lxc")
+        return self._path
+
+    def _settle(self, container: Container) -> None:
+        super()._settle(container)
+        if isinstance(self._made, LxcBoxes):
+            with contextlib.suppress(AtollError):  # `delete` tries again
+                self._made.remove_monitor(container.record.id)
+
+    def exec_tool(self, boxes: OciBoxes, container: Container) -> ExecTool:
+        return _Entering(container)
+
+    def failure(self, container: Container, command: str) -> RuntimeFailed:
+        told = super().failure(container, command)
+        words = _lxc_words(container.files.directory / _LXC_LOG)
+        if not words:
+            return told
+        # LXC takes the control group away, and with it the kernel's word on why its child was killed.
+        limit = container.record.limits.memory_bytes
+        mend = f"raise the memory limit ({limit >> 10} KiB), if that is why" if _KILLED in words else None
+        return RuntimeFailed(f"cannot run {command!r}: LXC says: {words}", mend=mend)
+
+
+class _Entering:
+    """Starts commands beside an instance by entering it, as the shim does."""
+
+    def __init__(self, container: Container) -> None:
+        self._container = container
+
+    def encode(self, process: dict[str, Any]) -> bytes:
+        return process_file(process, filter_program(frozenset(CAPABILITIES)), make_directory=False)
+
+    def command(self, files: ExecFiles) -> list[str]:
+        first = self._container.first
+        groups = [str(path) for path in self._container.group.directories if (path / "cgroup.procs").exists()]
+        given = [str(files.pid), str(files.process), str(files.log), files.console or "-"]
+        return [str(shim_path()), "enter", *given, str(first.pid if first else 0), str(self._container.files.exit), *groups]
+
+
+def _lxc_words(path: Path) -> str:
+    """Return the first error that LXC logged, which is nearest to the cause."""
+    try:
+        with path.open(errors="replace") as file:
+            found = _ERROR.search(file.read(LOG_BYTES_MAX))
+    except FileNotFoundError:
+        return ""
+    return found[1].strip() if found else ""
