@@ -127,8 +127,12 @@ class Ranking:
         return {name: entries[start:end] for name, start, end in zip(names, [0, *ends], ends, strict=False)}
 
     def _look_ahead(self, rows: Ints, count: int) -> None:
-        """Score all of `rows` at once for as many instances as each would get if all got the same."""
-        levels = min(count // len(rows) + 1, max(1, _TABLE_MAX // len(rows)))
+        """Score all of `rows` at once for as many instances as each would get if all got the same; with GPUs, which are packed
+        and not spread, for as many as they have room for."""
+        levels = count // len(rows) + 1
+        if self._demand.gpu is not None:
+            levels = max(levels, min(count, _LEVELS_AHEAD, int(self._room[rows].max())))
+        levels = min(levels, max(1, _TABLE_MAX // len(rows)))
         extra = np.arange(1, levels + 1, dtype=np.int64)
         table = self.totals(np.repeat(rows, levels), np.tile(extra, len(rows))).reshape(len(rows), levels)
         self._levels.update(zip(rows.tolist(), table.tolist(), strict=True))

@@ -152,7 +152,7 @@ class Snapshot:
                 self.taints[taint] = np.zeros(len(self.present), dtype=np.bool_)
             self.taints[taint][row] = True
         self._gpus.describe(row, capacity.gpus)
-        if row in self._gpus.ids:
+        if row in self._gpus.ids and node.name in self._on:
             self._stale.add(node.name)
         self._facts_changed()
 

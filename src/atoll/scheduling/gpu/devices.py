@@ -114,10 +114,10 @@ ShapeKey = tuple[tuple[Device, ...], tuple[tuple[int, ...], ...]]
 
 def shape_key(devices: Sequence[GpuDevice]) -> ShapeKey:
     """Return what two nodes have in common whose devices are equal but for their ids."""
-    facts = tuple(_facts(device) for device in devices)
-    place = {device.id: index for index, device in enumerate(devices)}
+    facts = _all_facts(devices)
     if not any(device.links for device in devices):
         return facts, ((0,) * len(devices),) * len(devices)
+    place = {device.id: index for index, device in enumerate(devices)}
     near = [[0] * len(devices) for _ in devices]
     for index, device in enumerate(devices):
         for link in device.links:
@@ -144,6 +144,28 @@ def partition(device: Device, index: int, profile: str, start: int) -> Taken:
     kind = device.table.by_name[profile]
     milli = MILLI * kind.compute_slices // COMPUTE_SLICES
     return Taken(index, GpuSharing.MIG, milli, kind.memory_bytes, profile, start, kind.memory_slices)
+
+
+def _all_facts(devices: Sequence[GpuDevice]) -> tuple[Device, ...]:
+    """Most devices of a node are equal: such share one record, which is made once."""
+    facts: list[Device] = []
+    last: tuple[object, ...] = ()
+    for device in devices:
+        what = (
+            device.vendor,
+            device.model,
+            device.memory_bytes,
+            device.driver,
+            device.numa,
+            device.health,
+            device.mig,
+            device.profiles,
+            device.foreign,
+            device.sharing,
+        )
+        facts.append(facts[-1] if what == last else _facts(device))
+        last = what
+    return tuple(facts)
 
 
 def _facts(device: GpuDevice) -> Device:
