@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from atoll.cli import spec_file
 from atoll.images.fake import FakeImages
 from atoll.model.errors import ImageError, Invalid
 from atoll.model.ports.clock import SystemClock
@@ -187,3 +188,10 @@ def test_an_image_s_files_are_not_written_to_nor_covered_and_the_error_names_the
 def test_what_a_volume_leaves_out_of_read_only_is_stored_as_what_it_means() -> None:
     volumes = app(IMAGE, {"name": "data", "path": "/data"}, {"name": "old", "path": "/old", "read_only": True}).volumes
     assert [volume.read_only for volume in volumes] == [True, False, True]
+
+
+def test_a_reference_that_no_registry_can_have_is_refused_before_it_is_sent() -> None:
+    data = {"name": "web", "image": "registry.example/web:1", "volumes": [{**IMAGE, "image": "Registry/Weights:1"}]}
+    with pytest.raises(Invalid, match="names are in lower case") as caught:
+        spec_file.parse(data, AppSpec, None)
+    assert caught.value.field == "volumes[0].image"

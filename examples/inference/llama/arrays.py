@@ -43,7 +43,7 @@ def find_device(wanted: str | None = None) -> Device:
     if wanted != "cpu":
         try:
             import cupy
-        except ImportError as error:
+        except (ImportError, OSError) as error:
             why = f"cupy cannot be imported: {error}"
         else:
             try:
