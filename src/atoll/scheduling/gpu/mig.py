@@ -17,6 +17,9 @@ from atoll.model.devices import COMPUTE_SLICES, MEMORY_SLICES, GpuPartition, Mig
 LAYOUTS_MAX = 65_536
 """Layouts of one table whose worth is remembered; the seven profiles of one device make 2,319."""
 
+MEDIA = "+me"
+"""At the end of a profile's name: it has the media engines, which one partition of a device alone can have."""
+
 
 class Part(NamedTuple):
     """A partition on a device, ours or another's."""
@@ -46,11 +49,14 @@ class Table:
         profile = self.by_name.get(name)
         if profile is None:
             return ()
+        media = name.endswith(MEDIA)
         taken = compute = same = 0
         for part in layout:
             taken |= _slices(part.start, part.size)
             compute += part.compute
             same += part.profile == name
+            if media and part.profile.endswith(MEDIA):
+                return ()
         if compute + profile.compute_slices > COMPUTE_SLICES or same >= profile.most:
             return ()
         size = profile.memory_slices
