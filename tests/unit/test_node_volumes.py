@@ -192,6 +192,6 @@ def test_what_a_volume_leaves_out_of_read_only_is_stored_as_what_it_means() -> N
 
 def test_a_reference_that_no_registry_can_have_is_refused_before_it_is_sent() -> None:
     data = {"name": "web", "image": "registry.example/web:1", "volumes": [{**IMAGE, "image": "Registry/Weights:1"}]}
-    with pytest.raises(Invalid, match="names are in lower case") as caught:
+    with pytest.raises(Invalid, match="is not a repository name") as caught:
         spec_file.parse(data, AppSpec, None)
-    assert caught.value.field == "volumes[0].image"
+    assert (caught.value.field, caught.value.mend) == ("volumes[0].image", "names are in lower case")
