@@ -10,6 +10,7 @@ from atoll.devices.cdi import read_spec
 from atoll.devices.fake import FakeHardware
 from atoll.entry.described import DescribedDevices
 from atoll.entry.gpus import node_devices
+from atoll.entry.process import parse
 from atoll.model.ports.clock import SystemClock
 from atoll.model.spec import RuntimeName
 
@@ -52,3 +53,9 @@ async def test_gvisor_is_offered_devices_only_where_its_proxy_knows_the_driver(t
         assert (devices.offers(RuntimeName.GVISOR) == "") is offered
         assert devices.offers(RuntimeName.RUNC) == ""
         await devices.close()
+
+
+def test_a_driver_for_gvisor_reaches_the_agent() -> None:
+    config = parse("agent", ["--nvproxy-driver", "580.126.20"])
+    assert parse("agent", config.arguments()).nvproxy_driver == "580.126.20"
+    assert "--nvproxy-driver" not in " ".join(parse("agent", []).arguments())

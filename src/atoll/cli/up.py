@@ -34,6 +34,11 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--site", metavar="NAME", help="Where this node stands.  [default: local]"),
         click.option("--region", metavar="NAME", help="The group of sites.  [default: local]"),
         click.option("--default-registry", metavar="HOST", help="Where images without a host come from."),
+        click.option(
+            "--nvproxy-driver",
+            metavar="VERSION",
+            help="NVIDIA driver that gVisor takes the node's for, where it does not know it; of the same series, at your own risk.",
+        ),
         click.option("--log-json", is_flag=True, help="Log as JSON."),
     )
     for option in reversed(options):

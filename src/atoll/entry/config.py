@@ -31,6 +31,8 @@ class Config:
     site: str = "local"
     region: str = "local"
     default_registry: str = ""
+    nvproxy_driver: str = ""
+    """The driver version that gVisor shall take the node's NVIDIA driver for; at the operator's own risk."""
     log_json: bool = False
 
     @property
@@ -67,6 +69,8 @@ class Config:
         ]
         if self.default_registry:
             options.append(f"--default-registry={self.default_registry}")
+        if self.nvproxy_driver:
+            options.append(f"--nvproxy-driver={self.nvproxy_driver}")
         if self.log_json:
             options.append("--log-json")
         return options

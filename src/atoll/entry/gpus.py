@@ -24,14 +24,20 @@ def vendors(root: Path = Path("/")) -> frozenset[str]:
     return frozenset(found | {NVIDIA} if (root / "proc/driver/nvidia/version").exists() else found)
 
 
-async def node_devices(data: Path, clock: Clock, root: Path = Path("/")) -> DescribedDevices | None:
-    """Return the machine's devices for an agent with this data directory; None, at no cost, where it has none."""
+async def node_devices(data: Path, clock: Clock, root: Path = Path("/"), *, nvproxy_driver: str = "") -> DescribedDevices | None:
+    """Return the machine's devices for an agent with this data directory; None, at no cost, where it has none.
+
+    With `nvproxy_driver`, a version that gVisor's proxy knows, the node's own driver counts as known to it.
+    """
     if not vendors(root):
         return None
+    from atoll.devices.nvidia.presence import driver_version
     from atoll.entry.described import DescribedDevices, drivers
     from atoll.runtimes.nvproxy import gvisor_drivers
 
     known = await asyncio.to_thread(gvisor_drivers, "runsc", data / "runtimes" / "gvisor")
+    if nvproxy_driver in known:
+        known |= {driver_version(root)}
     return DescribedDevices(drivers(clock, root), directory=data, clock=clock, known_to_gvisor=known)
 
 

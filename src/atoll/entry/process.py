@@ -60,6 +60,7 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--site", default="local")
     parser.add_argument("--region", default="local")
     parser.add_argument("--default-registry", default="")
+    parser.add_argument("--nvproxy-driver", default="")
     parser.add_argument("--log-json", action="store_true")
     return Config(**vars(parser.parse_args(arguments)))
 
