@@ -29,6 +29,10 @@ if [ ${#missing[@]} -gt 0 ]; then
         trap 'rm -f "$guard"' EXIT
     fi
     apt-get install -y -qq --no-install-recommends "${missing[@]}" > /dev/null
+    # Nor when the machine starts again: LXC's own services make a bridge and a name server that Atoll has no use for.
+    if [[ " ${missing[*]} " == *" lxc "* ]] && command -v systemctl > /dev/null; then
+        systemctl disable --quiet lxc.service lxc-net.service lxc-monitord.service || true
+    fi
 fi
 
 python=${PYTHON:-/usr/bin/python3}

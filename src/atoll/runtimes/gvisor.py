@@ -17,11 +17,11 @@ from msgspec import structs
 from atoll.model.errors import Conflict, DeadlineExceeded, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Box, Feature, Started
 from atoll.model.spec import RuntimeName
+from atoll.runtimes.exec_tool import Inner
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.netns_link import keep_link
 from atoll.runtimes.nvproxy import check_edits, gvisor_drivers, options, proxied
 from atoll.runtimes.oci_box import OciBoxes
-from atoll.runtimes.oci_exec import Inner
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, run_once, version_of
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.signals import signal_number

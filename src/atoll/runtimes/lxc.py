@@ -22,13 +22,13 @@ from atoll.model.errors import AtollError, RuntimeFailed, Unsupported
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits
 from atoll.model.spec import RuntimeName
+from atoll.runtimes.exec_tool import ExecFiles, ExecTool
 from atoll.runtimes.inside import process_file
 from atoll.runtimes.lxc_boxes import CONFIG, PROCESS, LxcBoxes
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.oci import CAPABILITIES
 from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_container import LOG_BYTES_MAX, Container
-from atoll.runtimes.oci_exec import ExecFiles, ExecTool
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
 from atoll.runtimes.oci_runtime import TOOL_LOG, OciRuntime
 from atoll.runtimes.seccomp_program import filter_program
@@ -114,11 +114,14 @@ class LxcRuntime(OciRuntime):
         shim = [str(shim_path()), "lxc", str(files.pid), str(directory / PROCESS), str(directory / TOOL_LOG), "--"]
         return [*shim, *self.lxc_start(boxes, directory, id), _INSIDE, "inside"]
 
-    def lxc_start(self, boxes: OciBoxes, directory: Path, id: str) -> list[str]:
-        """Return LXC's own command for the box in `directory`, up to the program that it is to run."""
+    def lxc_start(self, boxes: OciBoxes, directory: Path, id: str, *, daemon: bool = False) -> list[str]:
+        """Return LXC's own command for the box in `directory`, up to the program that it is to run.
+
+        As a `daemon` it ends once that program runs, and leaves a monitor behind.
+        """
         log = ["--quiet", "--logfile", str(directory / _LXC_LOG), "--logpriority", "ERROR"]
         name = ["--name", id, "--lxcpath", str(boxes.root(id).parent.parent), "--rcfile", str(directory / CONFIG)]
-        return [self._binary_path(), "--foreground", *name, *log, "--"]
+        return [self._binary_path(), "--daemon" if daemon else "--foreground", *name, *log, "--"]
 
     def _binary_path(self) -> str:
         self._path = self._path or shutil.which(self._binary)

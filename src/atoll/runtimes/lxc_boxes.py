@@ -21,6 +21,8 @@ from atoll.runtimes.seccomp_program import filter_program
 CONFIG, PROCESS = "lxc.conf", "process"
 """In the box's directory: LXC's configuration, and the process that the shim becomes inside."""
 DEVICES = "devices"
+PIVOT = "/lxc.pivot"
+"""The control group in which LXC's process ends where a start fails, and which it leaves."""
 LOCKS = Path("/run/lxc/lock")
 """Where LXC leaves a lock of each container that it ever started."""
 
@@ -93,6 +95,9 @@ class LxcBoxes(OciBoxes):
         self.monitor_group(record.id).kill()
         super().clean(record)
         self.remove_monitor(record.id)
+        for path in self._cgroups.group(PIVOT).directories:
+            with contextlib.suppress(OSError):  # not there, or in use
+                path.rmdir()
 
     def close(self) -> None:
         for path in (self._locks, *self._locks.parents):

@@ -22,9 +22,10 @@ from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
+from atoll.runtimes.exec_tool import ExecTool, Inner, OciExecTool
 from atoll.runtimes.oci_box import NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
-from atoll.runtimes.oci_exec import ExecTool, Inner, OciExecTool, OciExecution, start_execution
+from atoll.runtimes.oci_exec import OciExecution, start_execution
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
 
