@@ -31,8 +31,9 @@ class Holding(Struct, frozen=True):
 class Inventory:
     """Rows are the snapshot's; a row without devices is in state `NONE`."""
 
-    def __init__(self) -> None:
+    def __init__(self, states_min: int = STATES_MIN) -> None:
         self.states = States()
+        self._states_min = states_min
         self.current: Ints = np.zeros(0, dtype=np.int64)
         """Row → the state of its devices."""
         self.bare: Ints = np.zeros(0, dtype=np.int64)
@@ -80,7 +81,7 @@ class Inventory:
 
     def view(self, size: int) -> DevicesView:
         """Return what a plan over the first `size` rows starts from."""
-        if len(self.states) > max(STATES_MIN, 4 * len(self.ids)):
+        if len(self.states) > max(self._states_min, 4 * len(self.ids)):
             self._throw_away()
         return DevicesView(self, size)
 
