@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from atoll.cli.main import cli
 from atoll.cli.session import Session
+from atoll.model.devices import GpuDevice
 from atoll.model.records import Capacity, Node
 from atoll.model.spec import RuntimeName
 from atoll.sdk.fake import FakeApi
@@ -86,3 +87,17 @@ def test_a_jobs_spec_is_planned_as_a_job(atoll: Atoll) -> None:
     file = atoll.directory / "job.toml"
     file.write_text('kind = "job"\nname = "work"\nimage = "x/y:1"\ncompletions = 9\nparallelism = 4\n')
     assert atoll.json("plan", "-f", str(file))["instances"] == 4
+
+
+def test_a_plan_with_gpus_shows_the_devices_and_the_wall(atoll: Atoll) -> None:
+    devices = tuple(GpuDevice(id=f"GPU-{n}", model="NVIDIA H100", memory_bytes=80 * GIB) for n in range(2))
+    capacity = Capacity(cpu_milli=4000, memory_bytes=8 * GIB, disk_bytes=100 * GIB, gpus=devices)
+    atoll.api.put("nodes", "g1", Node(name="g1", capacity=capacity, runtimes=(RuntimeName.RUNC,)))
+    (atoll.directory / "atoll.toml").write_text(APP.replace('"1GiB"', '"1GiB"\ngpu = { count = 0.5 }'))
+    said = atoll.run("plan", str(atoll.directory))
+    assert "50 %" in said.stdout or "50%" in said.stdout
+    assert "time-slice (a convention" in said.stderr
+    view = atoll.json("plan", str(atoll.directory))
+    assert view["explanation"]["candidates"][0]["gpus"][0]["device"] == "GPU-0"
+    (atoll.directory / "atoll.toml").write_text(APP.replace('"1GiB"', '"1GiB"\ngpu = { model = "B200" }'))
+    assert "the models there are NVIDIA H100" in atoll.run("plan", str(atoll.directory), code=1).stderr

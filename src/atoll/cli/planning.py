@@ -57,6 +57,10 @@ async def explain(session: Session, instance: str) -> None:
         return
     where = f"is on {view.instance.node}" if view.instance.node else "has no node"
     session.output.say(f"{view.instance.id} {where}; of {view.explanation.nodes} nodes {view.explanation.feasible} would take it")
+    if view.instance.gpus:
+        from atoll.cli.gpus import grants_words
+
+        session.output.say(f"it holds {grants_words(view.instance.gpus)}")
     _details(session, view.explanation, view.explanation.rejection)
 
 
@@ -70,15 +74,26 @@ def _summary(session: Session, name: str, instances: int, unplaced: int) -> None
 def _details(session: Session, explanation: Explanation, rejection: Rejection | None) -> None:
     from rich.markup import escape
 
+    from atoll.cli.gpus import grants_words
+
     output = session.output
+    gpus = any(candidate.gpus for candidate in explanation.candidates)
     if explanation.candidates:
         scores = list(dict.fromkeys(name for candidate in explanation.candidates for name in candidate.scores))
-        columns = ("CANDIDATE", "TOTAL>", *(f"{name.upper()}>" for name in scores), "ROOM>")
+        columns = ("CANDIDATE", "TOTAL>", *(f"{name.upper()}>" for name in scores), "ROOM>", *(["GPUS"] if gpus else []))
         rows = [
-            (one.node, f"{one.total:g}", *(f"{one.scores.get(name, 0):g}" for name in scores), one.room)
+            (
+                one.node,
+                f"{one.total:g}",
+                *(f"{one.scores.get(name, 0):g}" for name in scores),
+                one.room,
+                *([grants_words(one.gpus)] if gpus else []),
+            )
             for one in explanation.candidates
         ]
         output.table(columns, rows)
+    if explanation.wall:
+        output.say(escape(f"GPUs: {explanation.wall}"))
     if explanation.failed:
         output.table(("FILTER", "NODES TURNED AWAY>"), list(explanation.failed.items()))
     if rejection is not None:
