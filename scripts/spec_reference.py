@@ -59,6 +59,29 @@ MEANING: dict[str, tuple[str, str]] = {
     "AppSpec.scale": ("How many instances; left out, a deploy keeps the number that runs (1 at first).", "[scale]"),
     "AppSpec.restart": ("What its node does when the process ends; the table below.", "[restart]"),
     "AppSpec.rollout": ("How a new release replaces the old one; the table below.", "[rollout]"),
+    "AppSpec.worker": ("Modules that workerd runs; the table below, and [workers.md](workers.md).", "[worker]"),
+    "Worker.main": ("The module with the handlers, an ES module below this directory.", 'main = "src/index.js"'),
+    "Worker.files": ("Paths below this directory where its modules are.", 'files = ["src"]'),
+    "Worker.ignore": ("Patterns that are left out, by name or by path.", 'ignore = ["*.test.js"]'),
+    "Worker.compatibility_date": ("workerd behaves as it did on that day.", 'compatibility_date = "2026-11-01"'),
+    "Worker.compatibility_flags": ("workerd's own switches.", 'compatibility_flags = ["nodejs_compat"]'),
+    "Worker.vars": (
+        "Bindings of any value; `env` and `secrets` of the spec are bindings too, of text.",
+        "vars = { LIMITS = [1, 2] }",
+    ),
+    "Worker.services": ("Bindings to other apps of the project.", "[[worker.services]]"),
+    "Worker.durable_objects": ("Classes whose objects keep state.", "[[worker.durable_objects]]"),
+    "Worker.kv": ("Keys and values on the node's disk.", "[[worker.kv]]"),
+    "Worker.egress": ("Where `fetch` may go: `public`, or networks; `[]` for nowhere.", 'egress = ["203.0.113.0/24"]'),
+    "ServiceBinding.binding": ("`env.BINDING.fetch(request)` calls it.", 'binding = "AUTH"'),
+    "ServiceBinding.app": ("The app; a worker or any other that serves HTTP.", 'app = "auth"'),
+    "ServiceBinding.port": ("The number of the port that it listens on.", "port = 8000"),
+    "DurableObject.binding": ("What the worker calls the namespace.", 'binding = "COUNTERS"'),
+    "DurableObject.class_name": ("The class that the main module exports.", 'class_name = "Counter"'),
+    "DurableObject.key": ("The name of the state on disk, to keep when the class is renamed; else the class's.", 'key = "Counter"'),
+    "DurableObject.sql": ("`ctx.storage.sql` is there.", "sql = false"),
+    "KvNamespace.binding": ("What the worker calls the namespace.", 'binding = "CACHE"'),
+    "KvNamespace.id": ("Which of the worker's namespaces; the binding's name where left out.", 'id = "cache"'),
     "JobSpec.kind": ("Says that this is a job's spec; may be left out.", 'kind = "job"'),
     "JobSpec.completions": ("Indices that must each succeed once; the process sees its own as `ATOLL_INDEX`.", "completions = 100"),
     "JobSpec.parallelism": ("Instances that run at a time.", "parallelism = 8"),
@@ -193,6 +216,15 @@ SECTIONS = (
     ("Health", "`[health]` (apps)", "", "AppSpec"),
     ("Scale", "`[scale]` (apps)", "", "AppSpec"),
     ("Metrics", "`[metrics]` (apps)", "", "AppSpec"),
+    (
+        "Worker",
+        "`[worker]` (apps)",
+        "Makes the app a worker: no `image`, `build` or `command`, and `isolation` is `isolate`.",
+        "AppSpec",
+    ),
+    ("ServiceBinding", "`[[worker.services]]` (at most 64)", "", "AppSpec"),
+    ("DurableObject", "`[[worker.durable_objects]]` (at most 64)", "With any of these, or of KV, a worker runs once.", "AppSpec"),
+    ("KvNamespace", "`[[worker.kv]]` (at most 64)", "", "AppSpec"),
     ("Restart", "`[restart]` (apps)", "After the n-th end in a row: `delay * factor**n`, at most `delay_max`.", "AppSpec"),
     ("Rollout", "`[rollout]` (apps)", "", "AppSpec"),
     ("Stop", "`[stop]`", "", "AppSpec"),
@@ -260,7 +292,7 @@ def kind_of(value: dict[str, Any], definitions: dict[str, Any]) -> str:
         inner = kind_of(value.get("items", {}), definitions)
         return ("list of tables" if inner == "table" else "list of text") + most
     if kind == "object":
-        return "table of text"
+        return "table of text" if "additionalProperties" in value else "table"
     words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}[str(kind)]
     low = value.get("minimum", value.get("exclusiveMinimum"))
     above = "above " if "exclusiveMinimum" in value else ""

@@ -44,6 +44,8 @@ async def build_image(session: Session, spec: Workload, directory: Path, *, refr
         raise Invalid(
             "build: missing; there is nothing to build", field="build", mend="add a [build] table, or deploy with --image"
         )
+    if (worker := getattr(spec, "worker", None)) is not None and not (directory / worker.main).is_file():
+        raise Invalid(f"worker.main: there is no {worker.main} in {directory}", field="worker.main", mend="check the path")
     with _Steps(session) as steps:
         built = await build(directory, spec.build, cache=cache_directory(), progress=steps.show, refresh=refresh)
     cached = f" [dim](unchanged: {', '.join(built.cached)})[/]" if built.cached else ""

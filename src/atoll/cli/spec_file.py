@@ -1,10 +1,11 @@
-"""Reading the file that says what to run: `atoll.toml`, or the same in JSON or YAML."""
+"""Reading the file that says what to run: `atoll.toml`, or the same in JSON or YAML, or a worker's wrangler.toml."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, TypeVar
 
+from atoll.cli import wrangler
 from atoll.model import codec
 from atoll.model.errors import Invalid, NotFound
 from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
@@ -20,7 +21,7 @@ def find(where: Path) -> Path:
         return where
     if not where.exists():
         raise NotFound(f"{where}: no such file or directory")
-    for name in NAMES:
+    for name in (*NAMES, *wrangler.NAMES):
         if (where / name).is_file():
             return where / name
     raise NotFound(
@@ -32,14 +33,28 @@ def find(where: Path) -> Path:
 def read(path: Path) -> dict[str, Any]:
     """Return the plain data of a spec file. Raises Invalid, naming the file."""
     try:
-        data = codec.parse_text(path.read_bytes(), path.suffix.lower())
+        data = _parse(path)
     except OSError as error:
         raise Invalid(f"{path}: {error.strerror}") from None
     except Invalid as error:
         raise Invalid(f"{path}: {error}", mend=error.mend) from None
     if not isinstance(data, dict):
         raise Invalid(f"{path}: a spec is a table of names and values, this is a {type(data).__name__}")
-    return data
+    if path.name not in wrangler.NAMES:
+        return data
+    try:
+        return wrangler.spec_data(data)
+    except Invalid as error:
+        raise Invalid(f"{path}: {error}", field=error.field, mend=error.mend) from None
+
+
+def _parse(path: Path) -> object:
+    text = path.read_bytes()
+    if path.suffix == ".jsonc" or path.name == "wrangler.json":
+        if len(text) > codec.INPUT_BYTES_MAX:
+            raise Invalid(f"the file has {len(text)} bytes; at most {codec.INPUT_BYTES_MAX} are read")
+        return wrangler.parse_jsonc(text.decode(errors="replace"))
+    return codec.parse_text(text, path.suffix.lower())
 
 
 def parse(data: dict[str, Any], kind: type[W], path: Path | None) -> W:

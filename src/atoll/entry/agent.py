@@ -13,10 +13,14 @@ from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
 from atoll.images.transport import Access
 from atoll.model.ports.clock import SystemClock, system_random
+from atoll.model.ports.runtime import Runtime
+from atoll.model.worker import SERVICES
 from atoll.network.links import LinkNetwork
 from atoll.node.agent import Agent
+from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
-from atoll.runtimes.offer import RUNTIMES
+from atoll.runtimes.offer import RUNTIMES, AnyRuntime
+from atoll.runtimes.workerd import WorkerdRuntime
 from atoll.sdk.control_plane import HttpControlPlane
 
 
@@ -38,7 +42,7 @@ async def main(config: Config, stop: Stop) -> None:
     agent = Agent(
         node=config.node_name,
         control=HttpControlPlane(f"http://{config.api}", token, node=config.node_name),
-        runtimes=tuple(runtime(data / "runtimes" / runtime.name) for runtime in RUNTIMES),
+        runtimes=tuple(_runtime(kind, config) for kind in RUNTIMES),
         images=images,
         network=LinkNetwork(config.subnet, data / "network"),
         clock=clock,
@@ -46,7 +50,7 @@ async def main(config: Config, stop: Stop) -> None:
         data=data,
         site=config.site,
         region=config.region,
-        devices=await node_devices(data, clock),
+        devices=await node_devices(data, clock, nvproxy_driver=config.nvproxy_driver),
     )
 
     async def last() -> None:
@@ -56,6 +60,15 @@ async def main(config: Config, stop: Stop) -> None:
     await run_until(stop, agent.run(), last)
     await images.close()
     await registries.aclose()
+
+
+def _runtime(kind: AnyRuntime, config: Config) -> Runtime:
+    directory = config.agent_data / "runtimes" / kind.name
+    if issubclass(kind, WorkerdRuntime):
+        return kind(directory, services=config.ingress_data / SERVICES)
+    if issubclass(kind, GvisorRuntime):
+        return kind(directory, nvproxy_driver=config.nvproxy_driver)
+    return kind(directory)
 
 
 if __name__ == "__main__":

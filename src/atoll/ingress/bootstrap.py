@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, ROUTE_CONFIG, STREAM_IDLE_S
+from atoll.model.worker import SERVICE_HEADER, SERVICES, SERVICES_SOCKET
 
 ADMIN_SOCKET = "admin.sock"
 ADS_SOCKET = "ads.sock"
@@ -56,14 +57,17 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
             },
             "cds_config": _from_us(),
         },
-        "static_resources": {"listeners": [_listener(listener)], "clusters": [_control()]},
+        "static_resources": {"listeners": [_listener(listener), _services()], "clusters": [_control()]},
         "cluster_manager": {"enable_deferred_cluster_creation": True},
         "deferred_stat_options": {"enable_deferred_creation_stats": True},
         # What is kept is what is read: 10,000 apps with all of Envoy's statistics cost 300 MB.
         "stats_config": {
             "stats_matcher": {
                 "inclusion_list": {
-                    "patterns": [{"prefix": prefix} for prefix in ("server.", "http.ingress.", "listener.", "control_plane.")]
+                    "patterns": [
+                        {"prefix": prefix}
+                        for prefix in ("server.", "http.ingress.", "http.services.", "listener.", "control_plane.")
+                    ]
                     + [{"safe_regex": {"regex": r"cluster\..*\.upstream_rq_(total|pending_active|retry|5xx)"}}]
                 }
             }
@@ -105,10 +109,33 @@ def _listener(listener: Listener) -> dict[str, Any]:
         "name": "http",
         "address": {"socket_address": {"address": listener.address, "port_value": listener.port}},
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
-        "filter_chains": [
-            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": _connection_manager()}]}
-        ],
+        "filter_chains": _filter_chains(_connection_manager()),
     }
+
+
+def _services() -> dict[str, Any]:
+    """Return the listener by which this node's workers reach other apps: a header names the cluster, and the host means nothing."""
+    route = {
+        "name": "service",
+        "match": {"prefix": "/"},
+        "request_headers_to_remove": [SERVICE_HEADER],
+        "route": {"cluster_header": SERVICE_HEADER, "timeout": "0s", "idle_timeout": f"{STREAM_IDLE_S}s"},
+    }
+    manager = _connection_manager()
+    del manager["rds"]
+    manager["stat_prefix"] = "services"
+    manager["route_config"] = {"name": "services", "virtual_hosts": [{"name": "services", "domains": ["*"], "routes": [route]}]}
+    return {
+        "name": "services",
+        # Whoever can see it may use it: it is shown to workers alone.
+        "address": {"pipe": {"path": f"{SERVICES}/{SERVICES_SOCKET}", "mode": 0o666}},
+        "per_connection_buffer_limit_bytes": BUFFER_BYTES,
+        "filter_chains": _filter_chains(manager),
+    }
+
+
+def _filter_chains(manager: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}]
 
 
 def _connection_manager() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from atoll.model import records
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.control_plane import RoutingBatch
+from atoll.model.worker import SERVICES
 
 RETRY_S = 0.2
 RETRY_MAX_S = 5.0
@@ -75,6 +76,8 @@ class Ingress:
         self.table = RoutingTable()
         self.ads = AdsServer(self.table.resources, self._clock, refused=self._refused)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (directory / SERVICES).mkdir(exist_ok=True)
+        (directory / SERVICES).chmod(0o755)  # shown to workers, which are nobody; what lies above keeps others away
         self.envoy = EnvoyProcess(
             directory, name=name, address=address, port=self.http_port, clock=self._clock, workers=workers, binary=binary
         )

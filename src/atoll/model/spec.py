@@ -7,20 +7,22 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, TypeVar
 
-from msgspec import UNSET, Meta, Struct, UnsetType, field
+from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import force_setattr
 
 from atoll.model.devices import GpuSharing, GpuVendor
 from atoll.model.errors import Invalid
+from atoll.model.names import NAME_PATTERN as NAME_PATTERN
+from atoll.model.names import EnvName as EnvName
+from atoll.model.names import Name as Name
+from atoll.model.names import PortNumber as PortNumber
+from atoll.model.names import SpecRecord as _Spec
 from atoll.model.signals import signal_number
 from atoll.model.units import Bytes, Cores, Seconds
+from atoll.model.worker import ALIVE, ALIVE_PORT, MODULES, PORT, STATE, STATE_VOLUME, Worker, check_worker
 
-NAME_PATTERN = r"^[a-z](?:[-a-z0-9]{0,38}[a-z0-9])?$(?!\n)"
-Name = Annotated[str, Meta(pattern=NAME_PATTERN, description="lower-case letters, digits and '-', at most 40")]
-EnvName = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$(?!\n)")]
 EnvValue = Annotated[str, Meta(max_length=32_768)]
 Argument = Annotated[str, Meta(max_length=131_072, pattern=r"^[^\x00]*$(?!\n)")]
-PortNumber = Annotated[int, Meta(ge=1, le=65_535)]
 AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*$(?!\n)", max_length=4_096)]
 Hostname = Annotated[
     str,
@@ -61,10 +63,6 @@ RUNTIMES_BY_ISOLATION: dict[Isolation, tuple[RuntimeName, ...]] = {
     Isolation.ISOLATE: (RuntimeName.WORKERD,),
 }
 """Which runtimes provide an isolation, preferred first."""
-
-
-class _Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A stored spec names every value, so that a release keeps its meaning when a default changes."""
 
 
 T = TypeVar("T")
@@ -383,6 +381,12 @@ class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
     scale: Scale | UnsetType = UNSET
     restart: Restart = _default(Restart())
     rollout: Rollout = _default(Rollout())
+    worker: Worker | None = None
+    """Modules that workerd runs (isolation `isolate`) instead of a program."""
+
+    def __post_init__(self) -> None:
+        if self.worker is not None:
+            _complete_worker(self, self.worker)
 
     def port_named(self, name: str | None) -> Port | None:
         """Return the port called `name`, or without a name the first `http` port."""
@@ -390,6 +394,30 @@ class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
             if port.name == name or (name is None and port.protocol is PortProtocol.HTTP):
                 return port
         return None
+
+
+def _complete_worker(spec: AppSpec, worker: Worker) -> None:
+    """Fill in what follows from a spec being a worker's, where it says nothing else; doing it again changes nothing."""
+    if spec.isolation is Isolation.CONTAINER and spec.runtime is None:
+        force_setattr(spec, "isolation", Isolation.ISOLATE)
+    if spec.image is None and spec.build is None:
+        build = Build(base="scratch", files=worker.files, ignore=worker.ignore, workdir=MODULES)
+        force_setattr(spec, "build", build)
+    ports = spec.ports or (Port(port=PORT),)
+    if spec.health is None:
+        # Asked by a port of its own: a worker that answers 404, or that waits for others, is alive for all that.
+        if all(port.name != ALIVE for port in ports):
+            taken = {port.port for port in ports}
+            number = next(number for number in range(ALIVE_PORT, 65_536) if number not in taken)
+            ports = (*ports, Port(name=ALIVE, port=number, protocol=PortProtocol.TCP))
+        health = Health(kind=HealthKind.HTTP, port=ALIVE, start=Seconds(20), interval=Seconds(2))
+        force_setattr(spec, "health", health)
+    force_setattr(spec, "ports", ports)
+    if worker.stateful:
+        if all(volume.path != STATE for volume in spec.volumes):
+            force_setattr(spec, "volumes", (*spec.volumes, Volume(name=STATE_VOLUME, path=STATE)))
+        if spec.rollout == Rollout():
+            force_setattr(spec, "rollout", Rollout(max_surge=0, max_unavailable=1))
 
 
 class JobSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="job"):
@@ -541,6 +569,18 @@ def _check_placement(spec: Workload) -> None:
 def check_app(spec: AppSpec) -> None:
     """Raise Invalid for an app spec that contradicts itself, naming the field."""
     check_workload(spec)
+    if spec.worker is not None:
+        if spec.isolation is not Isolation.ISOLATE:
+            raise Invalid(
+                f"isolation: a worker runs in an isolate, not in '{spec.isolation}'", field="isolation", mend="leave isolation out"
+            )
+        check_worker(spec, spec.worker)
+    elif spec.isolation is Isolation.ISOLATE:
+        raise Invalid(
+            "worker: missing; isolation 'isolate' runs JavaScript modules, not an image's program",
+            field="worker",
+            mend="add a [worker] table with main and compatibility_date, or use another isolation",
+        )
     _check_unique([port.name for port in spec.ports], "ports", "name")
     _check_unique([f"{port.port}/{'udp' if port.protocol is PortProtocol.UDP else 'tcp'}" for port in spec.ports], "ports", "port")
     _check_unique([f"{route.host}{route.path}" for route in spec.routes], "routes", "host and path")
@@ -628,6 +668,8 @@ def _check_scale(spec: AppSpec, scale: Scale) -> None:
 def check_job(spec: JobSpec) -> None:
     """Raise Invalid for a job spec that contradicts itself, naming the field."""
     check_workload(spec)
+    if spec.isolation is Isolation.ISOLATE:
+        raise Invalid("isolation: a job cannot be a worker", field="isolation", mend="use container, sandbox or vm")
     if spec.deadline is not None and spec.deadline <= 0:
         raise Invalid("deadline: must be above 0", field="deadline")
 

@@ -10,9 +10,10 @@ from atoll.model.errors import Invalid
 from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image
 from atoll.model.ports.network import Link
-from atoll.model.ports.runtime import Box, Limits, Mount
+from atoll.model.ports.runtime import Box, Limits, Mount, WorkerCode
 from atoll.model.records import Assignment, OwnerKind
 from atoll.model.spec import AppSpec, Port, Workload
+from atoll.model.worker import ALIVE
 
 PATH_DEFAULT = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -54,6 +55,23 @@ def env_of(assignment: Assignment, image: Image, secrets: Mapping[str, str], nod
     return tuple(env.items())
 
 
+def worker_of(workload: Workload, env: Sequence[tuple[str, str]]) -> WorkerCode | None:
+    """Return what makes the box a worker. It sees what the spec and Atoll say as variables, and not what an image does."""
+    if not isinstance(workload, AppSpec) or workload.worker is None:
+        return None
+    port, alive = workload.port_named(None), workload.port_named(ALIVE)
+    if port is None:
+        raise Invalid("ports: a worker listens on one port, which speaks http", field="ports", mend="leave ports out")
+    own = {name for name, _ in env if name.startswith("ATOLL_")}
+    return WorkerCode(
+        worker=workload.worker,
+        project=workload.project,
+        port=port.port,
+        alive_port=alive.port if alive else None,
+        bindings=tuple(sorted(own | workload.env.keys() | workload.secrets.keys())),
+    )
+
+
 def stop_signal_of(image: Image) -> str | None:
     """Return the image's stop signal as a name such as `SIGQUIT`; None for none, or one that this system lacks."""
     wanted = (image.config.stop_signal or "").strip().upper()
@@ -83,12 +101,14 @@ def compose(
     """Return the box. Raises Invalid, naming the field, for a spec that this image cannot fulfil."""
     workload = assignment.workload
     resources = workload.resources
+    env = env_of(assignment, image, secrets, node)
+    worker = worker_of(workload, env)
     return Box(
         id=assignment.instance.id,
         directory=directory,
         image=image,
-        argv=argv_of(workload, image),
-        env=env_of(assignment, image, secrets, node),
+        argv=() if worker else argv_of(workload, image),
+        env=env,
         workdir=workload.workdir or image.config.workdir or "/",
         user=workload.user if workload.user is not None else image.config.user,
         hostname=assignment.instance.id,
@@ -100,6 +120,7 @@ def compose(
         ),
         mounts=tuple(mounts),
         devices=devices,
+        worker=worker,
         read_only_root=workload.read_only_root,
         netns=link.netns if link else None,
         resolv_conf=link.resolv_conf if link else None,

@@ -9,13 +9,11 @@ from atoll.runtimes.crun import CrunRuntime
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.runc import RuncRuntime
+from atoll.runtimes.workerd import WorkerdRuntime
 
-RUNTIMES: tuple[type[RuncRuntime] | type[CrunRuntime] | type[LxcRuntime] | type[GvisorRuntime], ...] = (
-    RuncRuntime,
-    CrunRuntime,
-    LxcRuntime,
-    GvisorRuntime,
-)
+AnyRuntime = type[RuncRuntime] | type[CrunRuntime] | type[LxcRuntime] | type[GvisorRuntime] | type[WorkerdRuntime]
+
+RUNTIMES: tuple[AnyRuntime, ...] = (RuncRuntime, CrunRuntime, LxcRuntime, GvisorRuntime, WorkerdRuntime)
 """In the order in which a node probes them."""
 
 FEATURES: dict[RuntimeName, frozenset[Feature]] = {runtime.name: runtime.features for runtime in RUNTIMES}

@@ -310,6 +310,12 @@ def _check_most(spec: AppSpec, replicas: int) -> None:
             field="replicas",
             mend="it scales by a metric, and this is the least; deploy it with a larger scale.max",
         )
+    if replicas > 1 and spec.worker is not None and spec.worker.stateful:
+        raise Invalid(
+            f"replicas: {replicas} of a worker with durable objects or KV; it runs once, since its state is on one disk",
+            field="replicas",
+            mend="put what needs no state into a worker of its own, bound to this one",
+        )
 
 
 def _key(app: App) -> str:

@@ -17,6 +17,7 @@ from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image
 from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
+from atoll.model.worker import Worker
 
 
 class Feature(enum.StrEnum):
@@ -47,6 +48,19 @@ class Limits(Struct, frozen=True):
     pids: int
 
 
+class WorkerCode(Struct, frozen=True, kw_only=True):
+    """What makes a box a worker: its modules are the image's, below `model.worker.MODULES`."""
+
+    worker: Worker
+    project: str
+    port: int
+    """Where it listens for requests."""
+    alive_port: int | None = None
+    """Where the process answers that it is alive, without asking the worker."""
+    bindings: tuple[str, ...] = ()
+    """Variables of the box's environment that the worker sees as text; nothing else of it does."""
+
+
 class Box(Struct, frozen=True, kw_only=True):
     """Everything that a runtime needs to make one instance; nothing in it is a wish, all is decided."""
 
@@ -56,6 +70,7 @@ class Box(Struct, frozen=True, kw_only=True):
     """The runtime's own for this instance; it is gone after `delete`."""
     image: Image
     argv: tuple[str, ...]
+    """Empty for a worker."""
     env: tuple[tuple[str, str], ...]
     """Complete and in order; secrets are among them, so neither log nor print it."""
     workdir: str
@@ -66,6 +81,7 @@ class Box(Struct, frozen=True, kw_only=True):
     mounts: tuple[Mount, ...] = ()
     devices: Edits = Edits()
     """What makes its GPUs appear inside; nothing else of the node's devices does."""
+    worker: WorkerCode | None = None
     read_only_root: bool = False
     netns: Path | None = None
     resolv_conf: Path | None = None

@@ -1,0 +1,220 @@
+"""What a user asks for of a worker: JavaScript or WebAssembly modules that workerd runs, and what they are bound to."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from atoll.model.errors import Invalid
+from atoll.model.names import EnvName, Name, PortNumber, SpecRecord
+
+if TYPE_CHECKING:
+    from atoll.model.spec import AppSpec
+
+PORT = 8080
+"""Where a worker listens whose spec has no ports, and where a binding finds another app that says no port."""
+ALIVE = "alive"
+"""The port by which the node sees that the process still answers, whatever the worker itself answers."""
+ALIVE_PORT = 8081
+MODULES = "/worker"
+"""Where the image has the modules."""
+STATE = "/state"
+"""Where the volume is seen that holds durable objects and KV."""
+STATE_VOLUME = "worker-state"
+KV_KEY = "atoll-kv"
+"""The name on disk of all KV namespaces' state."""
+SERVICES = "services"
+"""The directory, in that of the node's ingress, of the socket by which workers reach other apps."""
+SERVICES_SOCKET = "http.sock"
+SERVICE_HEADER = "x-atoll-service"
+"""Says on that socket which app a request is for: `PROJECT/APP/PORT`. workerd sets it, and a worker cannot."""
+EGRESS_PUBLIC = "public"
+MEMORY_BYTES_MIN = 64 << 20
+VARS_BYTES_MAX = 128 << 10
+BINDINGS_MAX = 256
+MAIN_SUFFIXES = (".js", ".mjs")
+
+ClassName = Annotated[str, Meta(pattern=r"^[A-Za-z_$][A-Za-z0-9_$]{0,127}$(?!\n)")]
+KEY_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$(?!\n)"
+Key = Annotated[str, Meta(pattern=KEY_PATTERN)]
+"""A part of a path on disk, so neither hidden nor leading elsewhere."""
+RelativePath = Annotated[str, Meta(pattern=r"^[^/\x00-\x1f\x7f][^\x00-\x1f\x7f]*$(?!\n)", max_length=1024)]
+
+
+class ServiceBinding(SpecRecord, frozen=True, kw_only=True):
+    """`env.BINDING.fetch(…)` goes to another app of the project, wherever it runs."""
+
+    binding: EnvName
+    app: Name
+    port: PortNumber = PORT
+    """The number of the `http` port that the app listens on."""
+
+
+class DurableObject(SpecRecord, frozen=True, kw_only=True):
+    """A class of the worker, of which each object exists once and keeps its state on the node's disk."""
+
+    binding: EnvName
+    class_name: ClassName
+    key: Key | None = None
+    """The name of its state on disk: keep the old one when a class is renamed. The class's name where absent."""
+    sql: bool = True
+    """Whether `ctx.storage.sql` is there."""
+
+
+class KvNamespace(SpecRecord, frozen=True, kw_only=True):
+    """Keys and values on the node's disk."""
+
+    binding: EnvName
+    id: Key | None = None
+    """Which of the worker's namespaces; the binding's name where absent."""
+
+
+class Worker(SpecRecord, frozen=True, kw_only=True):
+    """Modules, and what they are given as `env`: these, and the spec's `env` and `secrets` as text."""
+
+    main: RelativePath
+    """The module with the handlers, below the app's directory. Modules are named by their path, and import each other by it."""
+    files: tuple[str, ...] = (".",)
+    """Paths below the app's directory where the modules are."""
+    ignore: tuple[str, ...] = (".*", "node_modules", "atoll.*", "wrangler.*", "package*.json", "*.md", "*.map", "*.ts")
+    compatibility_date: Annotated[str, Meta(pattern=r"^20[0-9]{2}-[01][0-9]-[0-3][0-9]$(?!\n)")]
+    """workerd behaves as it did on that day."""
+    compatibility_flags: Annotated[tuple[Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,64}$(?!\n)")], ...], Meta(max_length=64)] = ()
+    vars: Annotated[dict[EnvName, Any], Meta(max_length=BINDINGS_MAX)] = {}
+    """Name → any value that JSON has. Not for secrets: specs are stored and shown."""
+    services: Annotated[tuple[ServiceBinding, ...], Meta(max_length=64)] = ()
+    durable_objects: Annotated[tuple[DurableObject, ...], Meta(max_length=64)] = ()
+    kv: Annotated[tuple[KvNamespace, ...], Meta(max_length=64)] = ()
+    egress: Annotated[tuple[str, ...], Meta(max_length=64)] = (EGRESS_PUBLIC,)
+    """Where `fetch` and `connect` may go: `public`, or networks such as `203.0.113.0/24`; empty for nowhere."""
+
+    @property
+    def stateful(self) -> bool:
+        """Whether it keeps state on disk, and can then run only once."""
+        return bool(self.durable_objects or self.kv)
+
+
+def check_worker(spec: AppSpec, worker: Worker) -> None:
+    """Raise Invalid for a worker's spec that contradicts itself or asks for what workerd has not, naming the field."""
+    _check_main(worker)
+    _check_bindings(spec, worker)
+    _check_egress(worker)
+    for field, given in {"command": spec.command, "workdir": spec.workdir, "user": spec.user}.items():
+        if given:
+            raise Invalid(f"{field}: a worker has none; its modules are what runs", field=field, mend="leave it out")
+    if spec.build is not None and (spec.build.base != "scratch" or spec.build.workdir != MODULES or spec.build.command):
+        raise Invalid(
+            "build: a worker's image has its modules and nothing else", field="build", mend="leave [build] out; use worker.files"
+        )
+    for index, volume in enumerate(spec.volumes):
+        if volume.path != STATE or volume.image is not None or volume.read_only:
+            field = f"volumes[{index}].path"
+            raise Invalid(f"{field}: a worker sees no volume but that of its state, at {STATE}", field=field, mend="leave it out")
+    if spec.resources.memory < MEMORY_BYTES_MIN:
+        raise Invalid(
+            f"resources.memory: a worker needs {MEMORY_BYTES_MIN >> 20}MiB, workerd's own included",
+            field="resources.memory",
+            mend=f"ask for {MEMORY_BYTES_MIN >> 20}MiB or more",
+        )
+    if spec.health is not None and spec.health.kind.value == "exec":
+        raise Invalid("health.kind: no command runs beside a worker", field="health.kind", mend="use http or tcp")
+    _check_ports(spec)
+    if worker.stateful:
+        _check_single(spec)
+
+
+def _check_main(worker: Worker) -> None:
+    path = PurePosixPath(worker.main)
+    if ".." in path.parts or str(path) != worker.main.removeprefix("./"):
+        raise Invalid(
+            f"worker.main: {worker.main!r} leads elsewhere", field="worker.main", mend="name a file below the app's directory"
+        )
+    if path.suffix in (".ts", ".tsx", ".jsx", ".mts"):
+        raise Invalid(
+            f"worker.main: {worker.main} must be made into JavaScript first",
+            field="worker.main",
+            mend=f"bundle it, e.g. `npx esbuild {worker.main} --bundle --format=esm --outfile=dist/index.js`, and name the result",
+        )
+    if path.suffix not in MAIN_SUFFIXES:
+        raise Invalid(
+            f"worker.main: {worker.main} is no ES module",
+            field="worker.main",
+            mend=f"name a file that ends with {' or '.join(MAIN_SUFFIXES)}",
+        )
+
+
+def _check_bindings(spec: AppSpec, worker: Worker) -> None:
+    taken: dict[str, str] = {name: f"env.{name}" for name in spec.env} | {name: f"secrets.{name}" for name in spec.secrets}
+    given = [(f"worker.vars.{name}", name) for name in worker.vars]
+    for table in ("services", "durable_objects", "kv"):
+        given += [(f"worker.{table}[{index}].binding", each.binding) for index, each in enumerate(getattr(worker, table))]
+    for field, name in given:
+        if name.startswith("ATOLL_"):
+            raise Invalid(f"{field}: names that begin with ATOLL_ are Atoll's own", field=field, mend="choose another name")
+        if name in taken:
+            raise Invalid(f"{field}: {name} is also {taken[name]}", field=field, mend="give each binding a name of its own")
+        taken[name] = field
+    if len(taken) > BINDINGS_MAX:
+        raise Invalid(f"worker: {len(taken)} bindings; at most {BINDINGS_MAX}", field="worker")
+    try:
+        size = len(msgspec.json.encode(worker.vars))
+    except (TypeError, RecursionError):
+        raise Invalid("worker.vars: a value that JSON cannot hold", field="worker.vars", mend="write dates as text") from None
+    if size > VARS_BYTES_MAX:
+        raise Invalid(
+            f"worker.vars: {size} bytes of JSON; at most {VARS_BYTES_MAX}", field="worker.vars", mend="put them into a .json module"
+        )
+    for table, keys in (
+        ("durable_objects", [each.key or each.class_name for each in worker.durable_objects]),
+        ("kv", [each.id or each.binding for each in worker.kv]),
+    ):
+        for index, key in enumerate(keys):
+            if table == "durable_objects" and (re.fullmatch(KEY_PATTERN, key) is None or key == KV_KEY or key in keys[:index]):
+                field = f"worker.{table}[{index}].key"
+                raise Invalid(f"{field}: {key!r} cannot name this state, or names another", field=field, mend="set another key")
+
+
+def _check_egress(worker: Worker) -> None:
+    for index, text in enumerate(worker.egress):
+        if text == EGRESS_PUBLIC:
+            continue
+        field = f"worker.egress[{index}]"
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as error:
+            raise Invalid(
+                f"{field}: {text!r} is neither 'public' nor a network: {error}", field=field, mend="write e.g. 203.0.113.0/24"
+            ) from None
+
+
+def _check_ports(spec: AppSpec) -> None:
+    http = [(index, port) for index, port in enumerate(spec.ports) if port.name != ALIVE]
+    if len(http) != 1 or http[0][1].protocol.value != "http":
+        raise Invalid("ports: a worker listens on one port, which speaks http", field="ports", mend=f"leave out all but {PORT}")
+    index, port = http[0]
+    if port.http2:
+        field = f"ports[{index}].http2"
+        raise Invalid(f"{field}: workerd speaks HTTP/1.1", field=field, mend="leave it out; the ingress speaks HTTP/2 to clients")
+
+
+def _check_single(spec: AppSpec) -> None:
+    """Two processes would each have every object once."""
+    scale = spec.scale
+    if not isinstance(scale, msgspec.UnsetType) and (scale.replicas > 1 or scale.max is not None):
+        field = "scale.replicas" if scale.max is None else "scale.max"
+        raise Invalid(
+            f"{field}: a worker with durable objects or KV runs once, since its state is on one disk",
+            field=field,
+            mend="set replicas = 1; put what needs no state into a worker of its own, bound to this one",
+        )
+    if spec.rollout.max_surge:
+        raise Invalid(
+            "rollout.max_surge: the old process must let go of the state before the new one starts",
+            field="rollout.max_surge",
+            mend="set max_surge = 0 and max_unavailable = 1, or leave [rollout] out",
+        )
