@@ -21,10 +21,11 @@ from typing import Any
 from atoll.model.errors import AtollError, Unsupported
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits
+from atoll.model.spec import Isolation
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
-from atoll.runtimes.offer import RUNTIMES
+from atoll.runtimes.offer import RUNTIMES, isolation_of
 from bench.report import Report, Result, percentile
 
 SAMPLES = 30
@@ -50,7 +51,7 @@ def run(arguments: list[str]) -> Report:
     report = Report(
         "runtimes", notes=[f"{samples} samples each, ours and the bare tool in turn, after {WARM_UP} warm-ups", _BIAS, _FILTER]
     )
-    for kind in RUNTIMES:
+    for kind in (kind for kind in RUNTIMES if isolation_of(kind.name) in (Isolation.CONTAINER, Isolation.SANDBOX)):
         with tempfile.TemporaryDirectory(prefix="atoll-bench-") as directory:
             asyncio.run(_measure(kind(Path(directory) / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}"), report, samples))
     return report
