@@ -188,16 +188,17 @@ def network(config: Config) -> Iterator[Finding]:
 
 RUNTIMES = (
     ("crun", ("crun", "--version"), "isolation 'container', faster to start", "apt-get install crun"),
-    ("lxc", ("lxc-start", "--version"), "isolation 'container' as a whole system", "apt-get install lxc"),
+    ("lxc", ("lxc-start", "--version"), "isolation 'container', fast to start", "apt-get install lxc"),
     ("gvisor", ("runsc", "--version"), "isolation 'sandbox': a kernel in user space", "apt-get install runsc"),
     ("qemu", ("qemu-system-x86_64", "--version"), "isolation 'vm'", "apt-get install qemu-system-x86"),
     ("firecracker", ("firecracker", "--version"), "isolation 'vm', small and fast; needs KVM", "see firecracker's releases"),
     ("cloud-hypervisor", ("cloud-hypervisor", "--version"), "isolation 'vm'; needs KVM", "see cloud-hypervisor's releases"),
-    ("workerd", ("workerd", "--version"), "isolation 'isolate': JavaScript and Wasm", "npm install workerd"),
+    ("workerd", ("workerd", "--version"), "isolation 'isolate': JavaScript and Wasm", "install npm, then `make setup`"),
 )
 
 
 def runtimes() -> Iterator[Finding]:
+    from atoll.runtimes.offer import FEATURES
     from atoll.runtimes.runc import probe_runc
 
     runc = Part("runtimes", "runc", "isolation 'container': what runs apps by default", core=True)
@@ -206,7 +207,7 @@ def runtimes() -> Iterator[Finding]:
     except AtollError as error:
         yield runc(MISSING, str(error), error.mend or "apt-get install runc")
     for name, command, why, mend in RUNTIMES:
-        optional = Part("runtimes", name, f"{why}; this version does not use it yet")
+        optional = Part("runtimes", name, why if name in FEATURES else f"{why}; this version does not use it yet")
         version = version_of(*command)
         if version is None:
             yield optional(MISSING, "not installed", f"{mend}; optional")
