@@ -21,8 +21,9 @@ from runtime_world import LIMITS, REAL, World, make_layer, real_world
 
 from atoll.model.errors import Exhausted, ImageError, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Limits, Mount
-from atoll.runtimes.mounts import mounts_below, unmount
+from atoll.runtimes.mounts import MNT_DETACH, mounts_below, unmount
 from atoll.runtimes.oci import CAPABILITIES
+from atoll.runtimes.rootfs import remove_root
 from atoll.runtimes.runc import RuncRuntime
 
 pytestmark = pytest.mark.system
@@ -528,9 +529,9 @@ async def test_after_a_restart_of_the_machine_what_ran_has_ended(world: World) -
         record.write_text(json.dumps(json.loads(record.read_text()) | {"boot_id": "another"}))
     for point in [*Path("/run/atoll").glob("*/ran/root"), *Path("/run/atoll").glob("*/made/root")]:
         if str(world.directory) in _mount_options(point):
-            unmount(point)
+            unmount(point, MNT_DETACH)
     for point in mounts_below(world.directory):
-        unmount(point)
+        unmount(point, MNT_DETACH)
     await world.reopen()
     found = {entry.id: entry for entry in await world.runtime.recover()}
     assert found["ran"].exit is not None
@@ -589,6 +590,7 @@ async def test_a_damaged_record_is_removed_with_what_it_spoke_of(world: World) -
     assert list(await world.runtime.recover()) == []
     assert [trace for trace in _traces(world, "a") if "instances" not in trace] == []
     assert _loops(world) == []
+    remove_root(world.directory / "instances")  # which the agent does with what it does not know
 
 
 async def test_a_disk_that_the_node_has_not_is_refused(world: World) -> None:

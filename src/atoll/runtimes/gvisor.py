@@ -50,6 +50,7 @@ class GvisorRuntime(OciRuntime):
     slots = range(2560, 3072)
     threads_beside = THREADS_BESIDE
     own_tmp = True
+    places_mounts = False
 
     def __init__(
         self,

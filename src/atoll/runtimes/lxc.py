@@ -52,6 +52,7 @@ class LxcRuntime(OciRuntime):
     name = RuntimeName.LXC
     slots = range(3072, 3584)
     boxes_kind: type[OciBoxes] = LxcBoxes
+    places_mounts = False
 
     def __init__(self, directory: Path, *, binary: str = "lxc-start", cgroup: str = "/atoll", userns: bool | None = None) -> None:
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns)

@@ -79,11 +79,19 @@ def attach(tree: int, target: Path) -> None:
         os.close(tree)
 
 
-def bind(source: Path, target: Path, *, userns: int | None = None, read_only: bool = False, recursive: bool = False) -> None:
-    """Show `source` at `target`, with ids shifted by `userns` where given."""
+def bind(
+    source: Path,
+    target: Path,
+    *,
+    userns: int | None = None,
+    read_only: bool = False,
+    recursive: bool = False,
+    attributes: int = 0,
+) -> None:
+    """Show `source` at `target`, with ids shifted by `userns` where given, and `attributes` (MOUNT_ATTR_…) put on it."""
     tree = clone_tree(source, recursive=recursive)
     try:
-        attributes = MOUNT_ATTR_RDONLY if read_only else 0
+        attributes |= MOUNT_ATTR_RDONLY if read_only else 0
         if attributes or userns is not None:
             set_attributes(tree, attributes, userns=userns)
     except OSError:

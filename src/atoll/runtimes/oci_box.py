@@ -27,13 +27,13 @@ from atoll.runtimes.idmap import SLOTS_MAX, IdMaps, idmaps_work
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.oci import Bundle, configuration, launch_netns
 from atoll.runtimes.oci_devices import check_sources, device_rules, make_links, show_nodes
-from atoll.runtimes.rootfs import drop_mounts, make_root, remove_root, show_mounts
+from atoll.runtimes.rootfs import drop_mounts, make_root, place_mounts, remove_root, show_mounts
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
 from atoll.runtimes.sysfs import mount_sysfs
 from atoll.runtimes.users import User, resolve_user
 
-_HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
+HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
 START_PIDS_MIN = 32
 """The runtime's tool needs some threads inside the group before the command runs; the limit is lowered after that."""
 START_CPU_QUOTA_US_MIN = CPU_PERIOD_US
@@ -65,6 +65,7 @@ class OciBoxes:
         slots: range = range(SLOTS_MAX),
         threads_beside: int = 0,
         own_tmp: bool = False,
+        places_mounts: bool = True,
         tool_options: Callable[[Box], Sequence[str]] | None = None,
         runtime_directory: Path = RUNTIME_DIRECTORY,
     ) -> None:
@@ -78,6 +79,7 @@ class OciBoxes:
         self._cgroups = cgroups
         self._threads_beside = threads_beside
         self._own_tmp = own_tmp
+        self._places_mounts = places_mounts
         self._tool_options = tool_options
         self._unneeded: deque[Path] = deque()  # mounts of boxes that exist; `tidy` empties it soon after each `make`
         for path in (directory, self.state, directory / "scratch"):
@@ -98,7 +100,7 @@ class OciBoxes:
 
     def make(self, box: Box) -> BoxRecord:
         """Make all of `box`. Raises Conflict, Invalid, ImageError, RuntimeFailed or Exhausted; nothing is left then."""
-        _check(box)
+        check_box(box)
         if self.records.exists(box.id):
             raise Conflict(f"instance {box.id} exists already", mend="delete it first")
         slot = self.idmaps.take() if self.userns else None
@@ -111,7 +113,7 @@ class OciBoxes:
         except BaseException as error:
             self.remove(BoxRecord(id=box.id, path=str(box.directory), boot_id="", slot=slot, disk=disk, limits=box.limits))
             if isinstance(error, OSError):
-                raise _explain(error) from None
+                raise explain(error) from None
             raise
         return record
 
@@ -135,7 +137,7 @@ class OciBoxes:
             sysfs.mkdir()
             mount_sysfs(box.netns, sysfs)
         hosts, hostname = shown / "hosts", shown / "hostname"
-        write_private(hosts, _HOSTS.format(hostname=box.hostname).encode(), 0o644)
+        write_private(hosts, HOSTS.format(hostname=box.hostname).encode(), 0o644)
         write_private(hostname, f"{box.hostname}\n".encode(), 0o644)
         for fifo in (box.stdout, box.stderr):
             # So that the process can open /dev/stdout by name, whoever it is.
@@ -160,6 +162,8 @@ class OciBoxes:
         if self._own_tmp and (root / "tmp").is_dir() and not (root / "tmp").is_symlink():
             keep = {"destination": "/tmp", "type": "bind", "source": str(root / "tmp"), "options": ["rbind", "nosuid", "nodev"]}  # noqa: S108
             config["mounts"].insert(0, keep)
+        if self._places_mounts:
+            config["mounts"] = place_mounts(root, config["mounts"], owner=base_id or 0)
         config["annotations"] = {STDOUT: str(box.stdout), STDERR: str(box.stderr), NETNS: launch_netns(box, bundle)}
         if self._tool_options is not None and (options := self._tool_options(box)):
             config["annotations"][OPTIONS] = " ".join(options)
@@ -270,7 +274,8 @@ def open_root(root: Path) -> int:
     return os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def _check(box: Box) -> None:
+def check_box(box: Box) -> None:
+    """Raises Invalid for what no runtime can start."""
     if not box.argv or not box.argv[0]:
         raise Invalid("no command to run", mend="give a command, or an image with an entry point", field="command")
     texts = [*box.argv, box.workdir, box.hostname, *(part for pair in box.env for part in pair)]
@@ -280,7 +285,8 @@ def _check(box: Box) -> None:
         raise Invalid(f"the working directory {box.workdir!r} is not absolute", field="workdir")
 
 
-def _explain(error: OSError) -> Exhausted | RuntimeFailed:
+def explain(error: OSError) -> Exhausted | RuntimeFailed:
+    """Return what the failure to make an instance is for its user."""
     if error.errno in {28, 122}:  # ENOSPC, EDQUOT
         return Exhausted("the node's disk is full", mend="free space on the node")
     return RuntimeFailed(f"cannot make the instance: {error}")

@@ -58,7 +58,10 @@ class OciRuntime:
     """Its ranges of user ids: no two runtimes of a node share one."""
     own_tmp = False
     """Whether the tool would cover an empty /tmp of the image with one in memory."""
+    places_mounts = True
+    """Whether the tool takes along what is mounted below an instance's root before its start."""
     boxes_kind: type[OciBoxes] = OciBoxes
+    container_kind: type[Container] = Container
     threads_beside = 0
     """What runs in an instance's control group beside its processes; their limit is raised by as many."""
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
@@ -124,7 +127,7 @@ class OciRuntime:
             with contextlib.suppress(AtollError):
                 await self._in_thread(boxes.remove, await making)
             raise
-        self._containers[box.id] = Container(record, boxes.group(box.id))
+        self._containers[box.id] = self.container_kind(record, boxes.group(box.id))
         self._tidy_soon(boxes)
 
     async def start(self, id: str) -> Started:
@@ -278,7 +281,7 @@ class OciRuntime:
 
     async def _adopt(self, boxes: OciBoxes, record: BoxRecord) -> Found:
         """Take one box over. A start that the earlier agent began is waited for, because its shim goes on alone."""
-        container = self._containers.setdefault(record.id, Container(record, boxes.group(record.id)))
+        container = self._containers.setdefault(record.id, self.container_kind(record, boxes.group(record.id)))
         if container.started:
             return Found(id=record.id, pid=container.first.pid if container.first else None, exit=container.exit)
         files, deadline = container.files, time.monotonic() + SETTLE_S_MAX
@@ -347,6 +350,7 @@ class OciRuntime:
             slots=self.slots,
             threads_beside=self.threads_beside,
             own_tmp=self.own_tmp,
+            places_mounts=self.places_mounts,
             tool_options=self.options,
         )
 

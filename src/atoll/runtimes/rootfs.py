@@ -8,11 +8,37 @@ import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from atoll.model.errors import ImageError, RuntimeFailed
 from atoll.model.ports.runtime import Mount
-from atoll.runtimes.mounts import MNT_DETACH, MS_NODEV, MS_NOSUID, bind, mount, mounts_below, unmount
+from atoll.runtimes.mount_points import make_point
+from atoll.runtimes.mounts import (
+    MNT_DETACH,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    MS_NODEV,
+    MS_NOSUID,
+    bind,
+    descriptor,
+    mount,
+    mounts_below,
+    unmount,
+)
 
+_ATTRIBUTES = {
+    "ro": MOUNT_ATTR_RDONLY,
+    "rw": 0,
+    "nosuid": MOUNT_ATTR_NOSUID,
+    "nodev": MOUNT_ATTR_NODEV,
+    "noexec": MOUNT_ATTR_NOEXEC,
+    "bind": 0,
+    "rbind": 0,
+}
+_COVERED = ("/dev", "/proc", "/sys")
+"""What the tool itself mounts over, and so must fill."""
 OPTIONS_BYTES_MAX = 4_095
 """mount(2) takes one page."""
 
@@ -100,10 +126,34 @@ def show_mounts(directory: Path, mounts: Sequence[Mount], *, userns: int | None)
     return shown
 
 
+def place_mounts(root: Path, mounts: Sequence[dict[str, Any]], *, owner: int) -> list[dict[str, Any]]:
+    """Mount those of an OCI configuration's bind mounts that can be below `root` from here, and return the others.
+
+    The tool takes what is mounted below a root along with it; itself it takes 0.9 ms for each mount, this 0.1. Points that are
+    missing are made, for `owner`. Raises ImageError where the image has something else there, RuntimeFailed for a source.
+    """
+    left = []
+    with descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
+        for entry in mounts:
+            target, options = entry["destination"], entry["options"]
+            covered = any(target == path or target.startswith(path + "/") for path in _COVERED)
+            if entry["type"] != "bind" or covered or not _ATTRIBUTES.keys() >= set(options):
+                left.append(entry)
+                continue
+            source = Path(entry["source"])
+            inside = make_point(top, target, directory=source.is_dir(), owner=owner)
+            attributes = sum({_ATTRIBUTES[option] for option in options})
+            try:
+                bind(source, root / inside.lstrip("/"), recursive="rbind" in options, attributes=attributes)
+            except OSError as error:
+                raise RuntimeFailed(f"cannot mount {source} at {target}: {error.strerror}") from None
+    return left
+
+
 def remove_root(directory: Path) -> None:
     """Unmount all that lies below `directory` and remove it; safe to repeat."""
-    for point in mounts_below(directory):
-        unmount(point, MNT_DETACH)
+    while (point := next(reversed(list(mounts_below(directory))), None)) is not None:
+        unmount(point, MNT_DETACH)  # with all that is mounted below it: each call costs 2 ms
     shutil.rmtree(directory, ignore_errors=True)
     if directory.exists():
         raise RuntimeFailed(f"cannot remove {directory}", mend="is something mounted or open below it?")
