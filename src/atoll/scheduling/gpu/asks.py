@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from atoll.model.devices import COMPUTE_SLICES, MILLI, GpuSharing
 from atoll.model.spec import Gpu
-from atoll.scheduling.gpu.devices import Device, Load, Shape, State
+from atoll.scheduling.gpu.devices import Device, Load, Shape
 from atoll.scheduling.gpu.mig import compute_of
 
 
@@ -85,13 +85,6 @@ class Ask(Struct, frozen=True):
         if memory > 0:
             times = min(times, (device.memory_bytes - load.memory_bytes) // memory)
         return max(times, 0)
-
-    def open(self, state: State, matching: tuple[int, ...]) -> list[int]:
-        """Return which of the devices that will do have room for at least one (a whole device, a share, a partition)."""
-        devices, loads = state.shape.devices, state.loads
-        if self.gpu.profile is not None:
-            return [i for i in matching if partitionable(loads[i]) and devices[i].table.starts(loads[i].parts, self.gpu.profile)]
-        return [i for i in matching if self.times(devices[i], loads[i])]
 
 
 def partitionable(load: Load) -> bool:

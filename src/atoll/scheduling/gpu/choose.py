@@ -71,18 +71,20 @@ def whole_for(state: State, gpu: Gpu) -> tuple[Taken, ...]:
 def _share(state: State, ask: Ask, matching: tuple[int, ...]) -> tuple[Taken, ...] | None:
     """The fullest device that is shared already; else an idle one: the smallest, and the worst connected."""
     shape, loads = state.shape, state.loads
-    open = ask.open(state, matching)
+    open = [index for index in matching if ask.times(shape.devices[index], loads[index])]
     if not open:
         return None
+    shared = [index for index in open if not loads[index].idle]
+    if shared:
 
-    def worth(index: int) -> tuple[int, ...]:
-        load, memory = loads[index], shape.devices[index].memory_bytes
-        if load.idle:
-            return (1, memory, _near(shape, index, _idle(state)), index)
-        free = MILLI - load.milli - ask.milli
-        return (0, free, memory - load.memory_bytes, index)
+        def left(index: int) -> tuple[int, int, int]:
+            load = loads[index]
+            return (MILLI - load.milli, shape.devices[index].memory_bytes - load.memory_bytes, index)
 
-    best = min(open, key=worth)
+        best = min(shared, key=left)
+    else:
+        beside = _idle(state)
+        best = min(open, key=lambda index: (shape.devices[index].memory_bytes, _near(shape, index, beside), index))
     return (Taken(best, ask.sharing, ask.milli, ask.memory_bytes(shape.devices[best])),)
 
 

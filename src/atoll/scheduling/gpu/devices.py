@@ -90,6 +90,10 @@ class Shape:
         """Nothing is given away; what others partitioned is taken."""
         return State(self, tuple(Load(parts=device.foreign) for device in self.devices))
 
+    @cached_property
+    def has_nvlink(self) -> bool:
+        return any(near >= _NVLINK for row in self.nearness for near in row)
+
     def joined(self, one: int, other: int) -> bool:
         """Whether two devices are joined by NVLink."""
         return self.nearness[one][other] >= _NVLINK

@@ -8,6 +8,7 @@ workload. Here that workload is fixed, so that the answer depends on the state o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from atoll.model.devices import MILLI, GpuSharing
 from atoll.scheduling.gpu.devices import Shape, State
@@ -16,6 +17,9 @@ EXPECTED_SHARES = ((250, 0.15), (500, 0.15))
 """Thousandths of a device asked for, and how often that is what comes."""
 EXPECTED_WHOLE = ((1, 0.3), (2, 0.15), (4, 0.15), (8, 0.1))
 """Whole devices asked for at once, and how often."""
+
+_BY_SHARES = tuple(sum(often for share, often in EXPECTED_SHARES if free >= share) * free / MILLI for free in range(MILLI + 1))
+"""Thousandths of a device that are free → what of them expected shares can use, in devices."""
 
 
 def usable(state: State) -> float:
@@ -28,15 +32,22 @@ def usable(state: State) -> float:
         if device.mig:
             total += device.table.worth(load.parts)
             continue
-        memory = MILLI * (device.memory_bytes - load.memory_bytes) // max(device.memory_bytes, 1)
-        free = max(0, min(MILLI - load.milli, memory))
-        total += sum(often for share, often in EXPECTED_SHARES if free >= share) * free / MILLI
         if load.idle:
             idle.append(index)
+            continue
+        memory = MILLI * (device.memory_bytes - load.memory_bytes) // max(device.memory_bytes, 1)
+        free = min(MILLI - load.milli, memory)
+        if free > 0:
+            total += _BY_SHARES[free]
     if idle:
-        together = _together(state.shape, idle)
-        total += sum(often * (len(idle) if count == 1 else together) for count, often in EXPECTED_WHOLE if together >= count)
+        together = _together(state.shape, idle) if state.shape.has_nvlink else len(idle)
+        total += len(idle) * _BY_SHARES[MILLI] + _by_whole(len(idle), together)
     return total
+
+
+@lru_cache(maxsize=4096)
+def _by_whole(idle: int, together: int) -> float:
+    return sum(often * (idle if count == 1 else together) for count, often in EXPECTED_WHOLE if together >= count)
 
 
 def nearness(state: State, chosen: Sequence[int]) -> float:
