@@ -146,6 +146,10 @@ MEANING: dict[str, tuple[str, str]] = {
     "Scale.metric": ("The metric that says how much there is to do, such as a queue's depth.", 'metric = "queue_depth"'),
     "Scale.target": ("As many instances are wanted as bring the metric down to this for each of them.", "target = 8"),
     "Scale.down": ("How long fewer must have been enough before an instance is taken away.", 'down = "1m"'),
+    "Scale.standby": (
+        "So many more are started and then parked, to take the place of one that is missing; see [autoscaling.md](autoscaling.md).",
+        "standby = 1",
+    ),
     "Placement.regions": ("Regions it may run in, preferred first; empty is all.", 'regions = ["eu", "us"]'),
     "Placement.constraints": ("Hard rules on nodes' labels; the table below.", "[[placement.constraints]]"),
     "Placement.affinity": ("Beside the instances of an app or job of the project; the table below.", "[[placement.affinity]]"),

@@ -13,7 +13,7 @@ from msgspec import structs
 from atoll.control.actions import Ailment, Create, Decision, Remove, RemoveApp, Seen, Tell, Update, WriteAppStatus
 from atoll.control.apps import AppFacts, decide_app
 from atoll.model.records import App, AppPhase, AppStatus, Exit, Status
-from atoll.model.spec import AppSpec, Port, Rollout
+from atoll.model.spec import AppSpec, Port, Rollout, Scale
 from atoll.model.states import Desired, Phase
 from atoll.model.units import Seconds
 
@@ -21,9 +21,12 @@ from atoll.model.units import Seconds
 class Model:
     """One app, a node that does as the dice say, and no store: actions are applied as they are."""
 
-    def __init__(self, replicas: int, surge: int, unavailable: int, ports: bool, ingresses: frozenset[str]) -> None:
+    def __init__(
+        self, replicas: int, surge: int, unavailable: int, ports: bool, ingresses: frozenset[str], standby: int = 0
+    ) -> None:
         rollout = Rollout(max_surge=surge, max_unavailable=unavailable, deadline=Seconds(100), drain=Seconds(10))
-        self.spec = AppSpec(name="web", image="x", ports=(Port(port=80),) if ports else (), rollout=rollout)
+        scale = Scale(replicas=replicas, standby=standby)
+        self.spec = AppSpec(name="web", image="x", ports=(Port(port=80),) if ports else (), rollout=rollout, scale=scale)
         self.now = 1000.0
         self.ingresses = ingresses
         self.app = App(
@@ -43,14 +46,43 @@ class Model:
             yield f"{number:06d}"
 
     def running(self) -> list[Seen]:
+        return [seen for seen in self.alive() if not seen.instance.standby]
+
+    def standing(self) -> list[Seen]:
+        return [seen for seen in self.alive() if seen.instance.standby]
+
+    def alive(self) -> list[Seen]:
         return [seen for seen in self.seen.values() if seen.instance.desired is Desired.RUN and not seen.ended]
+
+    def rested(self) -> bool:
+        """Whether what stands by is parked or awake, and known to be."""
+        statuses = [seen.status for seen in self.standing() if seen.status is not None]
+        parked = sum(status.parked for status in statuses)
+        awake = sum(status.ready for status in statuses)
+        return self.status is not None and parked + awake == self.app.standby and self.status.parked == parked
+
+    def crash(self, chance: random.Random) -> None:
+        """One that serves ends by itself, and is started again by its node."""
+        serving = [seen for seen in self.running() if seen.ready]
+        if serving:
+            seen = chance.choice(serving)
+            assert seen.status is not None
+            status = structs.replace(seen.status, phase=Phase.BACKOFF, ready=False, phase_at=self.now)
+            self.seen[seen.instance.id] = structs.replace(seen, status=status)
+
+    def lose(self, chance: random.Random) -> None:
+        """A node is lost with one instance on it."""
+        placed = [seen for seen in self.alive() if seen.instance.node is not None]
+        if placed:
+            seen = chance.choice(placed)
+            self.seen[seen.instance.id] = structs.replace(seen, lost_at=self.now)
 
     def ready(self) -> int:
         return sum(seen.ready for seen in self.seen.values())
 
     def ail(self, chance: random.Random) -> None:
         """Something befalls the device of an instance that runs, or it is well again."""
-        running = self.running()
+        running = self.alive()
         if running:
             seen = chance.choice(running)
             gone = chance.random() < 0.5
@@ -69,8 +101,17 @@ class Model:
             ingresses=self.ingresses,
         )
         decision = Decision(self.now, lambda: next(self.ids))
-        ready, running = self.ready(), len(self.running())
+        ready, running, standing = self.ready(), len(self.running()), len(self.standing())
+        warm = [seen for seen in self.standing() if seen.status and seen.status.parked and seen.ailment is None]
+        warm = [seen for seen in warm if (seen.instance.release, seen.instance.generation) == self.wanted]
         decide_app(facts, decision)
+        made = sum(isinstance(action, Create) and not action.instance.standby for action in decision.actions)
+        promoted = sum(
+            isinstance(action, Update) and not action.instance.standby and self.stands(action) for action in decision.actions
+        )
+        if self.status is not None and not self.app.deleting and made:
+            failing = sum(seen.ended for seen in facts.instances)
+            assert promoted >= len(warm) or failing, "a cold start beside a parked instance"
         for action in decision.actions:
             match action:
                 case Create(instance):
@@ -90,6 +131,15 @@ class Model:
                 case _:
                     raise AssertionError(action)
         self.check(ready, running)
+        wanted = self.app.standby if self.app.replicas else 0
+        assert len(self.standing()) <= max(standing, wanted), "too many stand by"
+
+    @property
+    def wanted(self) -> tuple[int, int]:
+        return (self.app.release, self.app.generation)
+
+    def stands(self, action: Update) -> bool:
+        return self.seen[action.instance.id].instance.standby
 
     def check(self, ready_before: int, running_before: int) -> None:
         wanted = 0 if self.app.deleting else self.app.replicas
@@ -117,7 +167,7 @@ class Model:
             return
         status = status or Status(instance=instance.id, project="p", node="n", phase=Phase.PENDING)
         bad = instance.release in self.bad
-        if status.phase.final:
+        if status.phase.final or seen.lost:
             return
         if instance.desired is Desired.STOP:
             status = structs.replace(status, phase=Phase.STOPPED, ready=False)
@@ -133,6 +183,12 @@ class Model:
             final = chance.random() < 0.2
             phase = Phase.FAILED if final else Phase.BACKOFF
             status = structs.replace(status, phase=phase, ready=False, exit=Exit(code=1, at=self.now))
+        elif instance.standby:
+            if not status.parked and not status.ready:
+                parks = chance.random() < 0.7  # or else it could not be parked, and waits awake
+                status = structs.replace(status, parked=parks, ready=not parks, ready_at=None if parks else self.now)
+        elif status.parked:
+            status = structs.replace(status, parked=False)
         elif not status.ready:
             status = structs.replace(status, ready=True, ready_at=self.now)
         self.seen[instance.id] = structs.replace(seen, status=structs.replace(status, phase_at=self.now))
@@ -146,9 +202,9 @@ class Model:
 
     def settled(self) -> bool:
         app, status = self.app, self.status
-        if any(seen.ailment for seen in self.running()):
+        if any(seen.ailment for seen in self.alive()):
             return False
-        if app.deleting or status is None or len(self.seen) != app.replicas:
+        if app.deleting or status is None or len(self.seen) != app.replicas + app.standby or not self.rested():
             return self.gone
         return (status.release, status.served_release, status.updated) == (app.release, app.release, app.replicas) and (
             status.phase in (AppPhase.RUNNING, AppPhase.STOPPED) and self.ready() == app.replicas
@@ -162,8 +218,11 @@ worlds = st.builds(
     unavailable=st.integers(1, 2),
     ports=st.booleans(),
     ingresses=st.sampled_from([frozenset(), frozenset({"g"}), frozenset({"g", "h"})]),
+    standby=st.sampled_from([0, 0, 1, 2]),
 )
-orders = st.lists(st.sampled_from(["release", "restart", "scale", "ail", "step", "step", "step"]), max_size=60)
+orders = st.lists(
+    st.sampled_from(["release", "restart", "scale", "ail", "crash", "lose", "standby", "step", "step", "step"]), max_size=60
+)
 
 
 @given(worlds, orders, st.integers(0, 2**32))
@@ -180,6 +239,13 @@ def test_enough_serve_and_never_too_many_whatever_is_asked(model: Model, todo: l
                 model.app = structs.replace(model.app, replicas=chance.randint(0, 6), updated_at=model.now)
             case "ail":
                 model.ail(chance)
+            case "crash":
+                model.crash(chance)
+            case "lose":
+                model.lose(chance)
+            case "standby" if model.app.standby:
+                scale = Scale(replicas=1, standby=chance.randint(1, 3))
+                model.app = structs.replace(model.app, spec=structs.replace(model.app.spec, scale=scale))
             case _:
                 for _ in range(5):
                     model.step(chance)
@@ -192,8 +258,10 @@ def test_enough_serve_and_never_too_many_whatever_is_asked(model: Model, todo: l
     assert (model.seen, model.made, model.status) == (seen, made, status), "what is as it should be is left alone"
     assert model.status.phase is (AppPhase.RUNNING if model.app.replicas else AppPhase.STOPPED)
     assert model.ready() == model.app.replicas == len(model.running())
-    assert not any(seen.ailment for seen in model.running()), "what held a sick device has been replaced"
-    assert {(s.instance.release, s.instance.generation) for s in model.running()} <= {(model.app.release, model.app.generation)}
+    assert len(model.standing()) == model.app.standby
+    assert model.rested()
+    assert not any(seen.ailment for seen in model.alive()), "what held a sick device has been replaced"
+    assert {(s.instance.release, s.instance.generation) for s in model.alive()} <= {model.wanted}
     model.app = structs.replace(model.app, deleting=True)
     model.settle(chance, 300)
     assert model.gone

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from atoll.model.records import Exit
+from atoll.model.records import Exit, Severity
 from atoll.model.spec import AppSpec, Health, HealthKind, JobSpec, Port, Restart, RestartPolicy, Stop, Workload
 from atoll.model.states import Desired, Phase, legal
 from atoll.model.units import Seconds
@@ -22,7 +23,11 @@ from atoll.node.transitions import (
     Launch,
     Launched,
     LaunchFailed,
+    Note,
     Now,
+    Park,
+    Parked,
+    ParkFailed,
     Prepare,
     Prepared,
     PrepareFailed,
@@ -31,11 +36,16 @@ from atoll.node.transitions import (
     Progressed,
     Recovered,
     Removed,
+    Rest,
     Rules,
     Signal,
     State,
+    Suspending,
+    Wake,
+    WakeFailed,
     Wanted,
     Watch,
+    Woken,
     rules_of,
 )
 
@@ -45,7 +55,14 @@ class Machine:
 
     def __init__(self, rules: Rules, draw: st.DrawFn) -> None:
         self.rules, self.draw = rules, draw
-        self.state = State()
+        self.state = State(standby=draw(st.booleans()))
+        self.standby = self.state.standby
+        """What the control plane says."""
+        self.resting: int | None = None
+        """The run that is being parked or woken."""
+        self.off: tuple[int, ...] = ()
+        """Its processes that are off their devices."""
+        self.frozen = False
         self.now = 1_000.0
         self.preparing = self.launching = self.alive = self.watched = False
         self.probing: int | None = None
@@ -58,6 +75,11 @@ class Machine:
         assert legal(before.phase, self.state.phase)
         assert not before.phase.final or self.state.phase is before.phase
         assert not self.state.ready or self.state.phase is Phase.RUNNING
+        assert not self.state.ready or self.state.rest is Rest.AWAKE
+        assert self.state.rest is Rest.AWAKE or self.state.phase in (Phase.RUNNING, Phase.STOPPING)
+        assert self.state.rest is Rest.AWAKE or self.state.probe_due is None, "what is parked is not probed"
+        assert self.state.standby or self.state.rest is not Rest.PARKED, "what is wanted is woken"
+        assert set(self.off) <= set(self.state.suspended), "what is off its device is recorded"
         assert not self.erased or not actions
         for action in actions:
             self.act(action)
@@ -78,13 +100,22 @@ class Machine:
             case Watch():
                 assert self.alive
                 self.watched = True
+            case Park() | Wake():
+                assert self.watched
+                assert self.resting is None
+                assert isinstance(action, Park) is (self.state.rest is Rest.PARKING)
+                assert action.again or self.frozen is isinstance(action, Wake)
+                self.resting = action.run
             case Signal():
                 assert self.watched
+                assert not self.frozen, "what is frozen hears no signal"
             case Kill():
                 self.killed += 1
+                self.resting = None
             case Clean():
-                self.alive = self.watched = False
-                self.probing = None
+                self.alive = self.watched = self.frozen = False
+                self.probing = self.resting = None
+                self.off = ()
             case Probe():
                 self.probing = action.run
             case Erase():
@@ -97,6 +128,8 @@ class Machine:
         options += ["launched", "launched", "launched", "launch-failed"] if self.launching else []
         options += ["ended"] if self.alive and self.watched else []
         options += ["probed", "probed", "probed"] if self.probing is not None else []
+        options += ["rested", "rested", "rest-failed"] if self.resting is not None else []
+        options += ["promoted"] if self.standby else []
         options += ["due", "due", "due"] if self.state.due is not None else []
         self.do(self.draw(st.sampled_from(options)))
 
@@ -119,18 +152,51 @@ class Machine:
                 self.launching = False
                 self.feed(LaunchFailed("no such command"))
             case "ended":
-                self.alive = self.watched = False
+                self.alive = self.watched = self.frozen = False
+                self.off = ()
                 self.feed(Ended(self.draw(exits)))
             case "probed":
                 run, self.probing = self.probing, None
                 assert run is not None
                 self.feed(Probed(run, self.draw(st.sampled_from(["", "refused"]))))
+            case "rested":
+                self.rest()
+            case "rest-failed":
+                run, self.resting = self.resting, None
+                assert run is not None
+                self.frozen = False
+                if self.state.rest is Rest.PARKING and self.draw(st.booleans()):
+                    self.off = ()
+                    self.feed(ParkFailed(run, "it does not stop"))
+                    assert self.state.ready
+                else:
+                    self.feed(WakeFailed(run, "out of memory"))
+                    assert self.killed
+            case "promoted":
+                self.standby = False
+                self.feed(Wanted(self.state.desired))
+                assert not self.state.standby
+                assert self.state.rest is not Rest.PARKED
             case "due":
                 assert self.state.due is not None
                 self.now = max(self.now, self.state.due)
                 self.feed(Due())
             case "crash-agent":
                 self.crash()
+
+    def rest(self) -> None:
+        """Come a step further with parking or waking."""
+        run = self.resting
+        assert run is not None
+        if self.state.rest is Rest.WAKING:
+            self.resting, self.frozen, self.off = None, False, ()
+            self.feed(Woken(run, "woken"))
+        elif not self.off and self.draw(st.booleans()):
+            self.feed(Suspending(run, (7,)))
+            self.off = (7,)
+        else:
+            self.resting, self.frozen = None, True
+            self.feed(Parked(run, "parked"))
 
     def crash(self) -> None:
         """A new agent has the record only; what was started may have started or not, and ended or not."""
@@ -142,8 +208,15 @@ class Machine:
         known = not ended or self.draw(st.booleans())
         present = launched or self.launching or self.preparing
         self.preparing = self.launching = self.watched = False
-        self.probing = None
+        self.probing = self.resting = None
         self.alive = launched and not ended
+        if not self.alive:
+            self.frozen, self.off = False, ()
+        elif self.state.rest is Rest.PARKING and self.draw(st.booleans()):
+            self.frozen = True  # it was, just before the agent ended
+        if self.standby and self.draw(st.booleans()):
+            self.standby = False  # promoted meanwhile: the assignment is newer than the state
+            self.state = replace(self.state, standby=False)
         exit = self.draw(exits) if ended and known else None
         event = Recovered(present and known, pid=1 if self.alive else None, exit=exit)
         self.feed(event)
@@ -178,14 +251,15 @@ def test_only_legal_transitions_and_it_always_ends_when_told_to_stop(
     data: st.DataObject, workload: Workload, steps: int, end: str
 ) -> None:
     machine = Machine(rules_of(workload), data.draw)
-    machine.feed(Wanted(data.draw(st.sampled_from([Desired.RUN, Desired.RUN, Desired.RUN, Desired.DRAIN, Desired.STOP]))))
+    first = data.draw(st.sampled_from([Desired.RUN, Desired.RUN, Desired.RUN, Desired.DRAIN, Desired.STOP]))
+    machine.feed(Wanted(first, machine.standby))
     for _ in range(steps):
         machine.step()
     if end == "drain-stop":
-        machine.feed(Wanted(Desired.DRAIN))
+        machine.feed(Wanted(Desired.DRAIN, machine.standby))
         for _ in range(data.draw(st.integers(0, 5))):
             machine.step()
-    machine.feed(Removed() if end == "remove" else Wanted(Desired.STOP))
+    machine.feed(Removed() if end == "remove" else Wanted(Desired.STOP, machine.standby))
     for _ in range(data.draw(st.integers(0, 8))):
         machine.step()
     for _ in range(20):
@@ -354,3 +428,91 @@ def test_what_comes_too_late_changes_nothing() -> None:
     )
     for event in late:
         assert _after(rules, event, state=stopped) == (stopped, ())
+
+
+def _standing(*events: Happening, health: Health | None = None) -> tuple[Rules, State, tuple[Action, ...]]:
+    """Return a standby that has started, was found ready, and then saw `events`."""
+    rules = rules_of(AppSpec(name="web", image="web", ports=(Port(port=80),), health=health))
+    begin = (Wanted(Desired.RUN, True), Prepared(image_digest="", address="10.0.0.1"), Launched(1, 0), Probed(1))
+    state, actions = _after(rules, *begin, *events, state=State(standby=True))
+    return rules, state, actions
+
+
+def test_a_standby_is_parked_instead_of_ready_and_woken_when_it_is_promoted() -> None:
+    check = Health(kind=HealthKind.HTTP, start=Seconds(30), interval=Seconds(5))
+    rules, state, actions = _standing(health=check)
+    assert (state.rest, state.ready, state.probe_due, actions) == (Rest.PARKING, False, None, (Park(1),))
+    state, actions = _after(rules, Suspending(1, (7, 8)), Parked(1, "parked in 2 s"), state=state)
+    assert (state.rest, state.suspended, state.ready) == (Rest.PARKED, (7, 8), False)
+    assert actions == (Note("parked", "parked in 2 s"),)
+    assert _after(rules, Wanted(Desired.RUN, True), Due(), Probed(1, "frozen"), state=state) == (state, ())
+    state, actions = _after(rules, Wanted(Desired.RUN), state=state)
+    assert (state.rest, actions) == (Rest.WAKING, (Wake(1),))
+    state, actions = _after(rules, Woken(1, "woken in 1 s"), state=state)
+    assert (state.rest, state.ready, state.probe_due, state.suspended) == (Rest.AWAKE, False, 100, ())
+    state, _ = _after(rules, Probed(1), state=state)
+    assert state.ready
+    assert state.run == 1
+
+
+def test_one_that_is_promoted_while_it_is_parked_is_woken_after_that() -> None:
+    rules, state, actions = _standing(Wanted(Desired.RUN))
+    assert (state.rest, state.standby, actions) == (Rest.PARKING, False, ())
+    state, actions = _after(rules, Parked(1, "parked"), state=state)
+    assert state.rest is Rest.WAKING
+    assert actions[-1] == Wake(1)
+
+
+def test_what_cannot_be_parked_waits_awake_says_so_once_and_serves_at_once_when_promoted() -> None:
+    check = Health(kind=HealthKind.HTTP, interval=Seconds(5))
+    rules, state, actions = _standing(ParkFailed(1, "it does not stop"), health=check)
+    assert [action.code for action in actions if isinstance(action, Note)] == ["park-failed"]
+    assert (state.rest, state.ready, state.probe_due) == (Rest.AWAKE, True, 105)
+    state, actions = _after(rules, Probed(1), Probed(1, "slow"), Probed(1), state=state)
+    assert (state.rest, actions) == (Rest.AWAKE, ())
+    state, actions = _after(rules, Wanted(Desired.RUN), state=state)
+    assert (state.ready, actions) == (True, ())
+
+
+def test_what_cannot_be_woken_is_ended_and_started_again() -> None:
+    rules, state, _ = _standing(Suspending(1, (7,)), Parked(1, ""), Wanted(Desired.RUN))
+    state, actions = _after(rules, WakeFailed(1, "out of memory"), state=state)
+    assert actions == (Kill(), Note("wake-failed", "could not be woken: out of memory", Severity.ERROR))
+    assert (state.phase, state.ready, state.kill_due) == (Phase.RUNNING, False, 100 + KILL_REPEAT_S)
+    state, _ = _after(rules, Ended(Exit(code=137, at=1, signal="SIGKILL")), state=state)
+    assert (state.phase, state.rest, state.suspended) == (Phase.BACKOFF, Rest.AWAKE, ())
+    assert "out of memory" in state.message
+    state, actions = _after(rules, Due(), state=replace(state, retry_due=100))
+    assert actions == (Prepare(),)
+
+
+def test_a_parked_one_that_is_told_to_stop_is_killed_since_it_hears_no_signal() -> None:
+    for events in ((), (Parked(1, ""),), (Parked(1, ""), Wanted(Desired.RUN))):
+        rules, state, _ = _standing(*events)
+        state, actions = _after(rules, Wanted(Desired.STOP), state=state)
+        assert (state.phase, actions, state.kill_due) == (Phase.STOPPING, (Kill(),), 100 + KILL_REPEAT_S)
+
+
+def test_a_new_agent_goes_on_with_parking_and_waking_and_leaves_what_is_parked() -> None:
+    rules, parking, _ = _standing(Suspending(1, (7,)))
+    _, parked, _ = _standing(Suspending(1, (7,)), Parked(1, ""))
+    _, waking, _ = _standing(Suspending(1, (7,)), Parked(1, ""), Wanted(Desired.RUN))
+    found = Recovered(True, pid=1)
+    state, actions = _after(rules, found, state=parking.durable)
+    assert (state.rest, state.suspended) == (Rest.PARKING, (7,))
+    assert actions[:2] == (Watch(), Park(1, again=True))
+    state, actions = _after(rules, found, state=parked.durable)
+    assert (state.rest, state.ready, actions[0]) == (Rest.PARKED, False, Watch())
+    assert not any(isinstance(action, Park | Wake | Probe) for action in actions)
+    state, actions = _after(rules, found, state=waking.durable)
+    assert actions[:2] == (Watch(), Wake(1, again=True))
+    state, actions = _after(rules, found, state=replace(parked.durable, standby=False))
+    assert (state.rest, actions[1]) == (Rest.WAKING, Wake(1)), "promoted while no agent was there"
+
+
+def test_a_crash_while_parked_is_a_crash() -> None:
+    rules, state, _ = _standing(Parked(1, ""), Ended(Exit(code=137, at=1, signal="SIGKILL")))
+    assert (state.phase, state.rest, state.standby) == (Phase.BACKOFF, Rest.AWAKE, True)
+    again = (Prepared(image_digest="", address="10.0.0.1"), Launched(2, 0), Probed(2))
+    state, actions = _after(rules, Due(), *again, state=replace(state, retry_due=100))
+    assert (state.rest, actions) == (Rest.PARKING, (Park(2),))

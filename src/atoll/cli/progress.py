@@ -105,8 +105,9 @@ class Progress:
 
     @property
     def wanted(self) -> list[InstanceView]:
-        """The instances of the release and generation that should run."""
-        return [view for view in self._views() if self._is_wanted(view.instance) and view.instance.desired is Desired.RUN]
+        """The instances of the release and generation that should run, without those that stand by."""
+        views = (view for view in self._views() if not view.instance.standby)
+        return [view for view in views if self._is_wanted(view.instance) and view.instance.desired is Desired.RUN]
 
     @property
     def old(self) -> list[InstanceView]:

@@ -117,8 +117,8 @@ class Seen(Struct, frozen=True, kw_only=True):
 
     @property
     def ready(self) -> bool:
-        """It serves, and is meant to. What has lost a device does not, whatever its checks say."""
-        if self.instance.desired is not Desired.RUN or (self.ailment is not None and self.ailment.gone):
+        """It serves, and is meant to. What has lost a device does not, whatever its checks say; nor does what stands by."""
+        if self.instance.desired is not Desired.RUN or self.instance.standby or (self.ailment is not None and self.ailment.gone):
             return False
         return self.phase is Phase.RUNNING and self.status is not None and self.status.ready
 
@@ -140,6 +140,11 @@ class Decision:
         self._told = 0
         self._taken = taken
         self._given = set() if given is None else given
+    @property
+    def idle(self) -> bool:
+        """It stands by, or is not awake again: no request can be on its way to it."""
+        return self.instance.standby or (self.status is not None and self.status.parked)
+
 
     def do(self, action: Action) -> None:
         self.actions.append(action)

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, structs
 
 from atoll.control import gpus
 from atoll.control.actions import Create, Decision, Remove, RemoveApp, Seen, WriteAppStatus
 from atoll.control.appstatus import Rollout, has_crashed, settled, status_of, why_not_ready
 from atoll.control.autoscale import Choice, why
 from atoll.control.leaving import leave, retire
+from atoll.control.standby import Standbys, served_a_while
 from atoll.model.records import App, AppPhase, AppStatus, Instance, OwnerKind, Severity
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired, Phase
 from atoll.model.units import format_seconds
 from atoll.scheduling.demand import holds_volumes
+from atoll.scheduling.quotas import CODE as OVER_QUOTA
 
 RETRY_MIN_S = 1.0
 RETRY_MAX_S = 60.0
@@ -47,6 +49,8 @@ class AppFacts(Struct, frozen=True, kw_only=True):
     """What the app's metric asks for, where it scales by one."""
 
     def drain_s(self, seen: Seen) -> float | None:
+        if seen.idle:
+            return None
         spec = self.specs.get(seen.instance.release, self.app.spec)
         return float(spec.rollout.drain) if spec.port_named(None) is not None else None
 
@@ -69,7 +73,8 @@ class _Step:
         self.wanted = 0 if self.app.deleting else facts.choice.wanted if facts.choice else self.app.wanted(facts.status)
         self.rules = self.app.spec.rollout
         order = sorted(facts.instances, key=lambda seen: (seen.instance.created_at, seen.instance.id))
-        run = [seen for seen in order if seen.instance.desired is Desired.RUN]
+        run = [seen for seen in order if seen.instance.desired is Desired.RUN and not seen.instance.standby]
+        self.standbys = Standbys(facts.instances, decision)
         self.gone = gpus.due(facts.instances, decision)
         """Told to go now, because of their devices."""
         self.sick = [seen for seen in run if gpus.urgency_of(seen) is gpus.Urgency.SERVING]
@@ -107,6 +112,7 @@ class _Step:
         for seen in self.gone:
             self._replace(seen, drain_s=None)
         self._replace_failed(rollout)
+        self._stand_in()
         missing = self._missing()
         if rollout.failed and rollout.served in self.facts.specs:
             self._create(rollout.served, self.app.generation, self._missing_served(), self._due(current=False))
@@ -117,6 +123,7 @@ class _Step:
         self._retire_sick()
         self._retire_old(rollout)
         self._drop_lost()
+        self._keep_standbys(rollout)
         self._report(rollout)
 
     def _rollout(self) -> Rollout:
@@ -179,7 +186,52 @@ class _Step:
         """
         return max(0, min(self.wanted - len(self.ready_new), self.wanted + self.rules.max_surge - 1))
 
+    def _stand_in(self) -> None:
+        """Have standbys take the places of those that have crashed, or that find no place of their own."""
+        for seen in list(self.new):
+            starves = seen.instance.node is None and seen.instance.rejection is not None
+            if not starves and not (seen.phase is Phase.BACKOFF and served_a_while(seen)):
+                continue
+            why = f"takes the place of {seen.instance.id}, which {'has none' if starves else 'has crashed'}"
+            taken = self.standbys.take(lambda each: self._current(each) and each.instance.node is not None, 1, why)
+            if not taken:
+                return
+            self._retire(seen, f"{taken[0].instance.id} has taken its place")
+            self.new = [other for other in self.new if other is not seen] + [_promoted(each) for each in taken]
+
     def _create(self, release: int, generation: int, count: int, due: list[Seen]) -> None:
+        """Take standbys of the release for what is missing, and make the rest. What has ended right after its start is made
+        again only by and by, so no standby is used up for it."""
+
+        def of_release(seen: Seen) -> bool:
+            current = self._current(seen)
+            return current if release == self.app.release else seen.instance.release == release
+
+        brief = [seen for seen in due if not served_a_while(seen)]
+        taken = len(self.standbys.take(of_release, count - len(brief), "takes the place of one that is missing"))
+        self.created += taken
+        self._make(release, generation, count - taken, [*brief, *[seen for seen in due if served_a_while(seen)][taken:]])
+
+    def _keep_standbys(self, rollout: Rollout) -> None:
+        """Make, replace and retire standbys: last of all, when what is wanted serves."""
+        wanted = self.app.standby if self.wanted else 0
+        due: list[Seen] = []
+        waiting = 0
+        for seen in self.standbys.failed:
+            at = retry_at(seen, self.decision.now)
+            if wanted and self._current(seen) and at > self.decision.now:
+                waiting += 1
+                self.decision.wake(at)
+            else:
+                self.decision.do(Remove(seen.instance, seen.revision))
+                due += [seen] if self._current(seen) else []
+        starved = [seen for seen in self.new if (why := seen.instance.rejection) is not None and why.code == OVER_QUOTA]
+        self.standbys.make_room(len(starved), "its part of the project's quota is needed")
+        missing = self.standbys.keep(wanted, self._current if rollout.complete else lambda seen: True)
+        if rollout.complete:
+            self._make(self.app.release, self.app.generation, missing - waiting, due, standby=True)
+
+    def _make(self, release: int, generation: int, count: int, due: list[Seen], *, standby: bool = False) -> None:
         waiting = [seen.instance for seen in self.facts.instances if seen.instance.node is None and not seen.ended]
         room = max(0, UNPLACED_MAX - len(waiting) - self.created)
         if count > room:
@@ -199,13 +251,15 @@ class _Step:
                         generation=generation,
                         attempt=next_attempt(before) if before else 0,
                         created_at=self.decision.now,
+                        standby=standby,
                     )
                 )
             )
         if count > 0:
-            self.created += count
+            self.created += 0 if standby else count
             what = "1 instance" if count == 1 else f"{count} instances"
-            self._tell("instances-created", f"made {what} of release {release}", count=count, release=release)
+            text = f"made {what} of release {release}{' to stand by' if standby else ''}"
+            self._tell("instances-created", text, count=count, release=release)
 
     def _retire_surplus(self) -> None:
         """After a scale-down, or when lost instances have come back: those that serve least go first."""
@@ -271,7 +325,8 @@ class _Step:
         retire(self.decision, seen, reason, drain_s=self.facts.drain_s(seen), ingresses=self.facts.ingresses)
 
     def _delete(self) -> None:
-        for seen in (*self.old, *self.new, *self.failed, *self.lost, *self.sick, *self.gone):
+        standbys = [seen for seen in self.standbys.all if seen not in self.gone]
+        for seen in (*self.old, *self.new, *self.failed, *self.lost, *self.sick, *self.gone, *standbys):
             self._retire(seen, "the app is being deleted")
         if not self.facts.instances:
             self.decision.do(RemoveApp(self.app.project, self.app.name, self.facts.revision))
@@ -302,6 +357,7 @@ class _Step:
                 served_release=rollout.served,
                 homes=self._homes(),
                 scaled=self.wanted if self.app.most is not None else None,
+                parked=self.standbys.parked,
             )
         )
         self._tell_scaled()
@@ -358,6 +414,8 @@ class _Step:
 
     def _fresh(self, seen: Seen) -> bool:
         """Whether the instance is on its first way to being ready, as after a scale-up."""
+        if seen.idle:
+            return True  # it is being woken
         young = self.decision.now - seen.instance.created_at < self.rules.deadline
         return young and not seen.ended and seen.instance.attempt == 0 and (seen.status is None or seen.status.restarts == 0)
 
@@ -367,6 +425,10 @@ class _Step:
 
     def _tell(self, code: str, message: str, severity: Severity = Severity.INFO, **data: Any) -> None:
         self.decision.tell(self.app.project, f"app/{self.app.name}", code, message, severity, **data)
+
+
+def _promoted(seen: Seen) -> Seen:
+    return structs.replace(seen, instance=structs.replace(seen.instance, standby=False))
 
 
 def next_attempt(seen: Seen) -> int:

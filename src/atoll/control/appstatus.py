@@ -98,8 +98,9 @@ def status_of(
     served_release: int | None = None,
     homes: tuple[str, ...] | None = None,
     scaled: int | None = None,
+    parked: int = 0,
 ) -> AppStatus:
-    """Return the app's status; what is not given stays as it was, but for `scaled`."""
+    """Return the app's status; what is not given stays as it was, but for `scaled` and `parked`."""
     return AppStatus(
         project=app.project,
         name=app.name,
@@ -113,4 +114,5 @@ def status_of(
         served_release=served_release if served_release is not None else (last.served_release if last else 0),
         homes=homes if homes is not None else (last.homes if last else ()),
         scaled=scaled,
+        parked=parked,
     )

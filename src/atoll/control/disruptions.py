@@ -36,7 +36,10 @@ class Disruptions:
         return id in self._chosen or (held is not None and held.record.desired is not Desired.RUN)
 
     def budget(self, owner: str) -> int:
-        """Return how many more of an app may go: never over `rollout.max_unavailable` are missing, or one where that is 0."""
+        """Return how many more of an app may go: never over `rollout.max_unavailable` are missing, or one where that is 0.
+
+        What stands by is not among them.
+        """
         kind, _, key = owner.partition("/")
         if kind != OwnerKind.APP:
             return 0
@@ -55,7 +58,7 @@ class Disruptions:
 
     def _owner_of(self, id: str) -> str | None:
         held = self._world.state.get(Instance, id)
-        return f"{held.record.project}/{held.record.owner}" if held is not None else None
+        return f"{held.record.project}/{held.record.owner}" if held is not None and not held.record.standby else None
 
 
 def take_away(world: World, key: str, reason: str, decision: Decision) -> None:

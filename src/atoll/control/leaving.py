@@ -18,7 +18,7 @@ def retire(
         decision.do(Remove(instance, seen.revision))
         return
     subject = f"instance/{instance.id}"
-    if drain_s is not None and drain_s > 0 and ingresses and seen.phase is Phase.RUNNING:
+    if drain_s is not None and drain_s > 0 and ingresses and seen.phase is Phase.RUNNING and not seen.idle:
         until = decision.now + drain_s
         decision.update(seen, desired=Desired.DRAIN, drain_until=until, reason=reason, excused=excused)
         decision.tell(instance.project, subject, "draining", f"takes no new request: {reason}", node=instance.node)
@@ -38,7 +38,7 @@ def leave(decision: Decision, seen: Seen, *, drain_s: float | None, ingresses: f
         return
     if instance.desired is not Desired.DRAIN:
         return
-    running = seen.phase is Phase.RUNNING
+    running = seen.phase is Phase.RUNNING and not seen.idle
     until = instance.drain_until
     if until is None:
         # Told to drain by the API, which leaves the time to us.

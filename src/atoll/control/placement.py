@@ -23,7 +23,7 @@ from atoll.model.records import (
 )
 from atoll.model.states import Desired
 from atoll.scheduling.assembly import app_owner, group_of, holds_room, standing_of
-from atoll.scheduling.demand import Demand, Pending, demand_of
+from atoll.scheduling.demand import Demand, Pending, demand_of, standing_by
 from atoll.scheduling.interface import View
 from atoll.scheduling.plan import PENDING_MAX, Plan, plan
 from atoll.scheduling.preemption import preempt
@@ -104,7 +104,8 @@ class Placement:
         elif delta.kind is Release:
             # An app may be deleted and made again under the same name.
             gone = (delta.new or delta.old).record  # type: ignore[union-attr]  # one of the two is there
-            self._demands.pop((OwnerKind.APP, f"{gone.project}/{gone.app}", gone.number), None)
+            for standby in (False, True):
+                self._demands.pop((OwnerKind.APP, f"{gone.project}/{gone.app}", gone.number, standby), None)
         elif delta.kind is Status and delta.new is not None and delta.new.record.phase.final:
             self._instance(delta.key)
 
@@ -167,13 +168,13 @@ class Placement:
 
     def demand(self, instance: Instance) -> Demand | None:
         """Return what the instance asks for; None when its spec is not held any more."""
-        which = (*owner_of(instance), instance.release)
+        which = (*owner_of(instance), instance.release, instance.standby)
         demand = self._demands.get(which)
         if demand is None:
             spec = self._world.spec_of(instance)
             if spec is None:
                 return None
-            demand = demand_of(spec)
+            demand = standing_by(demand_of(spec)) if instance.standby else demand_of(spec)
             if self._world.release(instance.project, instance.owner, instance.release) is not None:
                 # A release never changes, unlike a job of the same name.
                 if len(self._demands) >= DEMANDS_MAX:

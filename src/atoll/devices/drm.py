@@ -142,6 +142,12 @@ class DrmHardware:
     async def samples(self) -> tuple[GpuSample, ...]:
         return await self._bounded(lambda: tuple(self._sample(card) for card in cards(self.root, self.pci_vendor)), DISCOVER_S)
 
+    async def suspend(self, pid: int) -> None:
+        raise Unsupported(f"{self.vendor}'s driver cannot take a program off its device")
+
+    async def resume(self, pid: int) -> None:
+        return  # nothing is ever taken off
+
     def _sample(self, card: Card) -> GpuSample:
         sensors = next(iter((card.device / "hwmon").glob("hwmon*")), card.device)
         return GpuSample(

@@ -82,6 +82,12 @@ class FakeHardware:
         self._call_s = call_s
         self._unhung = asyncio.Event()
         self._processes: dict[int, _Process] = {}
+        self._off: dict[int, _Process] = {}
+        """Processes that were taken off their devices."""
+        self.stubborn: set[int] = set()
+        """Processes that do not let themselves be taken off their device."""
+        self.suspends = self.vendor is GpuVendor.NVIDIA
+        """The driver can take processes off their devices."""
         self._busy: dict[str, int] = {}
         self._told: collections.deque[DeviceEvent] = collections.deque()
         self._news = asyncio.Event()
@@ -126,6 +132,29 @@ class FakeHardware:
     async def samples(self) -> tuple[GpuSample, ...]:
         await self._enter()
         return tuple(self._sample(id) for id in self._devices if id not in self._lost)
+
+    async def suspend(self, pid: int) -> None:
+        await self._enter()
+        if not self.suspends:
+            raise Unsupported("this driver cannot take a program off its device")
+        if pid in self._off:
+            return
+        if pid not in self._processes or pid in self.stubborn:
+            raise Unavailable(f"cannot stop it (process {pid}): it {'does not stop' if pid in self.stubborn else 'uses no device'}")
+        process = self._processes.pop(pid)
+        self._off[pid] = process
+        self._busy[process.device] = 0
+
+    async def resume(self, pid: int) -> None:
+        await self._enter()
+        process = self._off.get(pid)
+        if process is None:
+            return
+        if process.device in self._lost:
+            raise Unavailable(f"cannot put process {pid} back: {process.device} is not there")
+        if self._sample(process.device).memory_bytes + process.memory_bytes > self._devices[process.device].memory_bytes:
+            raise Unavailable(f"cannot put process {pid} back: out of memory")
+        self._processes[pid] = self._off.pop(pid)
 
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         nodes: dict[str, DeviceNode] = {}
@@ -209,6 +238,7 @@ class FakeHardware:
         """Another driver is loaded, and answers; what ran on the devices has ended."""
         self._mismatch, self._driver = "", driver
         self._processes.clear()
+        self._off.clear()
         for id in self._devices:
             self.change(id, driver=driver)
             self._boards[id].clear()
@@ -235,6 +265,7 @@ class FakeHardware:
 
     def leave(self, pid: int) -> None:
         """The process has ended."""
+        self._off.pop(pid, None)
         process = self._processes.pop(pid, None)
         if process is not None:
             self._busy[process.device] = 0

@@ -141,6 +141,25 @@ class NodeDevices:
         async with turns(watches):
             await self._let_go(instance, watches)
 
+    async def suspend(self, instance: str, pids: Sequence[int]) -> None:
+        done: list[int] = []
+        try:
+            for pid in pids:
+                for watch in self._holding(instance):
+                    await watch.call(watch.hardware.suspend(pid), self._patience.suspend_s)
+                done.append(pid)
+        except AtollError:
+            try:
+                await self.resume(instance, done)
+            except AtollError as error:
+                log.error("a process stays off its device", instance=instance, error=str(error))
+            raise
+
+    async def resume(self, instance: str, pids: Sequence[int]) -> None:
+        for pid in pids:
+            for watch in self._holding(instance):
+                await watch.call(watch.hardware.resume(pid), self._patience.suspend_s)
+
     async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
         self._begin()
         await self._look_at_all(wait_s=self._patience.silent_s)
@@ -246,6 +265,9 @@ class NodeDevices:
         held = {grant.device for grants in self._file.now.holdings.values() for grant in grants}
         for device in sorted(device for device in held if self._watch_of(device) is None):
             self._watches[0].miss(device)
+
+    def _holding(self, instance: str) -> tuple[Watch, ...]:
+        return self._watches_of({grant.device for grant in self._file.now.holdings.get(instance, ())})
 
     def _watch_of(self, device: str) -> Watch | None:
         return next((watch for watch in self._watches if device in watch.states), None)

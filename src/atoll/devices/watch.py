@@ -43,6 +43,8 @@ class Patience(Struct, frozen=True, kw_only=True):
     change_s: float = 100.0
     """Of a call that makes or removes a partition."""
     samples_s: float = 3.0
+    suspend_s: float = 130.0
+    """Of a call that takes a process off its device, or puts it back: above the driver's own deadline, as above."""
     look_s: float = 30.0
     """Between two looks at what there is, for what vanishes without a word."""
     again_s: float = 5.0

@@ -60,6 +60,11 @@ class App(_Record, frozen=True, kw_only=True):
             return self.replicas
         return min(self.most, max(self.replicas, scaled))
 
+    @property
+    def standby(self) -> int:
+        """How many more instances are kept parked beside those that are wanted."""
+        return 0 if self.spec.scale is UNSET or self.replicas == 0 or self.deleting else self.spec.scale.standby
+
 
 class Release(_Record, frozen=True, kw_only=True):
     """An immutable version of an app's spec. Writer: API."""
@@ -104,6 +109,8 @@ class AppStatus(_Record, frozen=True, kw_only=True):
     """Nodes that hold the app's host-local volumes, those in use first; as many as replicas are wanted."""
     scaled: int | None = None
     """How many instances the app's metric asks for; None where it does not scale by one."""
+    parked: int = 0
+    """Instances that stand by, parked. They are in none of the other numbers."""
 
 
 class Job(_Record, frozen=True, kw_only=True):
@@ -188,6 +195,8 @@ class Instance(_Record, frozen=True, kw_only=True):
     excused: bool = False
     """What it holds of a device made it go: a job's try that ends so does not count as failed."""
     rejection: Rejection | None = None
+    standby: bool = False
+    """Made to be parked until it takes another's place; then false for good. Until then it serves nobody and counts as none."""
 
 
 class Exit(_Record, frozen=True, kw_only=True):
@@ -220,6 +229,8 @@ class Status(_Record, frozen=True, kw_only=True):
     phase_at: float = 0.0
     started_at: float | None = None
     ready_at: float | None = None
+    parked: bool = False
+    """It is frozen, and off its devices where they can do that, or is on its way back. Never while ready."""
 
 
 class Capacity(_Record, frozen=True, kw_only=True):

@@ -33,6 +33,8 @@ Hostname = Annotated[
 ]
 
 REPLICAS_MAX = 100_000
+STANDBY_MAX = 100
+"""Instances of one app that wait, parked."""
 METRIC_PATTERN = r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,127}$(?!\n)"
 
 
@@ -196,6 +198,9 @@ class Scale(_Spec, frozen=True, kw_only=True):
     """As many instances are wanted as make the metric, summed up and divided by them, at most this."""
     down: Seconds = _default(Seconds(60))
     """An instance is taken away once it has not been needed for so long."""
+    standby: Annotated[int, Meta(ge=0, le=STANDBY_MAX)] = 0
+    """So many more are started, made ready, and parked: frozen, and off their devices. One of them takes the place of an instance
+    that is missing."""
 
 
 class Metrics(_Spec, frozen=True, kw_only=True):
@@ -636,7 +641,31 @@ def _check_metrics(spec: AppSpec, metrics: Metrics) -> None:
 def _check_scale(spec: AppSpec, scale: Scale) -> None:
     given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
     missing = [field for field, value in given.items() if value is None]
+def _check_standby(spec: AppSpec, scale: Scale) -> None:
+    if scale.standby == 0:
+        return
+    if scale.replicas == 0:
+        raise Invalid(
+            "scale.standby: an app with replicas = 0 is stopped, and nothing stands by for it",
+            field="scale.standby",
+            mend="leave it out, or set replicas to 1 or more",
+        )
+    if spec.health is None and all(port.protocol is PortProtocol.UDP for port in spec.ports):
+        raise Invalid(
+            "scale.standby: nothing says when an instance is warm enough to be parked",
+            field="scale.standby",
+            mend="add a [health] table, or a port that it listens on once it is ready",
+        )
+    if any(not volume.read_only for volume in spec.volumes):
+        raise Invalid(
+            "scale.standby: an app that writes to volumes has its instances where they are, and none can wait beside them",
+            field="scale.standby",
+            mend="make the volumes read-only, or leave it out",
+        )
+
+
     if len(missing) == len(given):
+    _check_standby(spec, scale)
         return
     if missing:
         there = ", ".join(field for field in given if field not in missing)

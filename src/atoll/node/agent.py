@@ -115,7 +115,15 @@ class Agent:
         self._gpus: Gpus | None = None
         if devices is not None:
             file = self._directories.gpus
-            self._gpus = Gpus(devices, node=node, reporter=self._reporter, clock=clock, holders=self._holders, file=file)
+            self._gpus = Gpus(
+                devices,
+                node=node,
+                reporter=self._reporter,
+                clock=clock,
+                holders=self._holders,
+                file=file,
+                groups=self._machine.groups,
+            )
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
         self._reached = asyncio.Event()
@@ -308,7 +316,7 @@ class Agent:
         if runner is not None:
             runner.update(assignment)
             return
-        self._begin(new_entry(assignment), recorded=False).handle(Wanted(assignment.instance.desired))
+        self._begin(new_entry(assignment), recorded=False).handle(Wanted(assignment.instance.desired, assignment.instance.standby))
 
     async def _follow_streams(self) -> None:
         async for request in self._control.stream_requests(self._node):

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from atoll.model.records import Exit, Severity
 from atoll.model.spec import RestartPolicy
 from atoll.model.states import Desired, Phase, advance
-from atoll.node.moves import Outcome, back_off, delay_of, describe_exit, enter, restarts, terminate
+from atoll.node.moves import AWAKE, KILL_REPEAT_S, Outcome, back_off, delay_of, describe_exit, enter, restarts, terminate
+from atoll.node.parking import adopted, end, park, promoted, rested, rests
 from atoll.node.probing import first_probe_due, probed
 from atoll.node.transitions import (
     Action,
@@ -33,6 +34,8 @@ from atoll.node.transitions import (
     LaunchFailed,
     Note,
     Now,
+    Parked,
+    ParkFailed,
     Prepare,
     Prepared,
     PrepareFailed,
@@ -41,14 +44,16 @@ from atoll.node.transitions import (
     Progressed,
     Recovered,
     Removed,
+    Rest,
     Rules,
     State,
+    Suspending,
+    WakeFailed,
     Wanted,
     Watch,
+    Woken,
 )
 
-KILL_REPEAT_S = 5.0
-"""A process that survives SIGKILL (it hangs in the kernel) is killed again so often."""
 PASSING_TRIES_MAX = 5
 """Tries at a passing failure before the start of an instance that is never restarted."""
 DUE_SLACK_S = 0.001
@@ -60,6 +65,9 @@ def decide(rules: Rules, state: State, event: Happening, now: Now) -> Outcome:
     match event:
         case Wanted():
             after, actions = _wanted(rules, state, event.desired, now)
+            if after.standby and not event.standby:
+                after, more = promoted(after, now)
+                actions = (*actions, *more)
         case Removed():
             after, actions = _wanted(rules, replace(state, removed=True), Desired.STOP, now)
         case Recovered():
@@ -78,6 +86,8 @@ def decide(rules: Rules, state: State, event: Happening, now: Now) -> Outcome:
             after, actions = _ended(rules, state, event.exit, now)
         case Probed():
             after, actions = probed(rules, state, event, now)
+        case Suspending() | Parked() | ParkFailed() | Woken() | WakeFailed():
+            after, actions = rested(rules, state, event, now)
         case Due():
             after, actions = _due(state, now)
         case _:
@@ -104,6 +114,8 @@ def _wanted(rules: Rules, state: State, desired: Desired, now: Now) -> Outcome:
         case Phase.RUNNING if desired is Desired.STOP:
             if state.ending:
                 return enter(state, Phase.STOPPING, now, kill_due=state.kill_due), ()
+            if state.rest is not Rest.AWAKE:
+                return end(state, now)
             return terminate(rules, state, Phase.STOPPING, now)
         case _:
             return state, ()
@@ -131,6 +143,9 @@ def _recovered_live(rules: Rules, state: State, found: Recovered, now: Now) -> O
         return enter(state, Phase.BACKOFF, now, retry_due=now.monotonic), (Clean(),)
     if found.pid is None:
         return _ended(rules, state, found.exit, now)
+    if state.phase is Phase.STOPPING and state.rest is not Rest.AWAKE:
+        after, actions = end(state, now, pid=found.pid)
+        return after, (Watch(), *actions)
     if state.phase is Phase.STOPPING or (state.phase is Phase.STARTING and state.desired is Desired.STOP):
         after, actions = terminate(rules, state, Phase.STOPPING, now, pid=found.pid)
         return after, (Watch(), *actions)
@@ -139,9 +154,16 @@ def _recovered_live(rules: Rules, state: State, found: Recovered, now: Now) -> O
         after, actions = _launched(rules, state, Launched(found.pid, now.wall), now)
         return after, (*actions, note)
     age_s = max(0.0, now.wall - (state.started_at or now.wall))
-    adopted = replace(state, pid=found.pid, ending=False, running_since=now.monotonic - age_s)
+    if state.ending and state.rest is not Rest.AWAKE:
+        # It could not be woken, and was about to be killed.
+        after = enter(replace(state, pid=found.pid), Phase.RUNNING, now, kill_due=now.monotonic + KILL_REPEAT_S)
+        return after, (Watch(), Kill())
+    alive = replace(state, pid=found.pid, ending=False, running_since=now.monotonic - age_s)
+    if state.rest is not Rest.AWAKE:
+        after, actions = adopted(alive, now)
+        return after, (Watch(), *actions, note)
     probing = rules.health is not None or (rules.gate_port is not None and not state.ready)
-    after = enter(adopted, Phase.RUNNING, now, probe_due=now.monotonic if probing else None)
+    after = enter(alive, Phase.RUNNING, now, probe_due=now.monotonic if probing else None)
     return after, (Watch(), note)
 
 
@@ -184,8 +206,11 @@ def _launched(rules: Rules, state: State, event: Launched, now: Now) -> Outcome:
     if state.phase is not Phase.STARTING:
         return state, ()
     note = Note("started", f"started as process {event.pid}")
-    changes |= {"message": "", "probes": 0, "misses": 0}
+    changes |= {"message": "", "probes": 0, "misses": 0} | AWAKE
     first = first_probe_due(rules, now)
+    if first is None and rests(state):
+        after, actions = park(enter(state, Phase.RUNNING, now, **changes), now)
+        return after, (Watch(), note, *actions)
     changes |= {"ready": True, "ready_at": now.wall} if first is None else {"ready": False, "probe_due": first}
     return enter(state, Phase.RUNNING, now, **changes), (Watch(), note)
 

@@ -35,6 +35,8 @@ RELEASE_S = 60.0
 RECOVER_S = 10.0
 RECOVER_PAUSE_S = 5.0
 SAMPLES_S = 2.0
+SUSPEND_S = 300.0
+"""Of taking an instance's processes off their devices, or putting them back: all of their memory is copied."""
 ENDED_LOOK_S = 3.0
 """How long the word on an end waits for a look at the devices."""
 REPEAT_S = 10.0
@@ -57,10 +59,22 @@ log = structlog.get_logger()
 
 
 class Gpus:
-    """Claims, releases and looks of one agent. `announce` (register the node anew) is set before `watch` runs."""
+    """Claims, releases and looks of one agent. `announce` (register the node anew) is set before `watch` runs; `groups` gives the
+    names of the control groups that a process is in, an instance's being its id."""
 
-    def __init__(self, devices: Devices, *, node: str, reporter: Reporter, clock: Clock, holders: Holders, file: Path) -> None:
+    def __init__(
+        self,
+        devices: Devices,
+        *,
+        node: str,
+        reporter: Reporter,
+        clock: Clock,
+        holders: Holders,
+        file: Path,
+        groups: Callable[[int], Sequence[str]] = lambda pid: (),
+    ) -> None:
         self._devices = devices
+        self._groups = groups
         self._node = node
         self._reporter = reporter
         self._clock = clock
@@ -134,6 +148,36 @@ class Gpus:
         except (AtollError, TimeoutError) as error:
             log.debug("no samples of GPUs", node=self._node, error=str(error) or "timed out")
             return ()
+
+    async def processes_of(self, id: str) -> dict[int, int]:
+        """Return the instance's processes that hold memory on any device → how many bytes of it.
+
+        Raises Unavailable where that cannot be told.
+        """
+        try:
+            async with asyncio.timeout(SAMPLES_S):
+                samples = await self._devices.samples()
+        except TimeoutError:
+            raise Unavailable("the GPU driver does not say who uses its devices") from None
+        found: dict[int, int] = {}
+        for sample in samples:
+            for pid, used in sample.processes.items():
+                if id in self._groups(pid):
+                    found[pid] = max(used, found.get(pid, 0))  # a partition's are its device's, too
+        return found
+
+    async def suspend(self, id: str, pids: Sequence[int]) -> None:
+        """Take processes of the instance off their devices. Safe to repeat.
+
+        Raises Unsupported (not this vendor, or driver), Unavailable (they run on), TimeoutError.
+        """
+        async with asyncio.timeout(SUSPEND_S):
+            await self._devices.suspend(id, pids)
+
+    async def resume(self, id: str, pids: Sequence[int]) -> None:
+        """Put back what `suspend` took; what has ended meanwhile is left out. Safe to repeat. Raises Unavailable, TimeoutError."""
+        async with asyncio.timeout(SUSPEND_S):
+            await self._devices.resume(id, [pid for pid in pids if id in self._groups(pid)])
 
     async def look(self) -> tuple[GpuDevice, ...]:
         """Return the devices as they are now, or as they were last known."""

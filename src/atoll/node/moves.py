@@ -10,11 +10,16 @@ from atoll.model.records import Exit
 from atoll.model.spec import RestartPolicy, Stop
 from atoll.model.states import Desired, Phase, legal
 from atoll.model.units import format_bytes, format_seconds
-from atoll.node.transitions import Action, Clean, Note, Now, Rules, Signal, State
+from atoll.node.transitions import Action, Clean, Note, Now, Rest, Rules, Signal, State
 
 PREPARE_DELAY_S = 1.0
 """First delay after a passing failure where the spec has no restart rule."""
 _DEFAULT_SIGNAL = Stop().signal
+
+KILL_REPEAT_S = 5.0
+"""A process that survives SIGKILL (it hangs in the kernel) is killed again so often."""
+AWAKE: dict[str, Any] = {"rest": Rest.AWAKE, "kept_awake": False, "suspended": ()}
+"""What is true of a process that has just begun, or is gone."""
 
 Outcome = tuple[State, tuple[Action, ...]]
 
@@ -26,7 +31,7 @@ def enter(state: State, phase: Phase, now: Now, **changes: Any) -> State:
     timers = {"retry_due": None, "kill_due": None, "probe_due": None}
     at = state.phase_at if phase is state.phase else now.wall
     if not phase.live:
-        changes = {"ready": False, "pid": None, "ending": False, "running_since": None} | changes
+        changes = {"ready": False, "pid": None, "ending": False, "running_since": None} | AWAKE | changes
     return replace(state, **(timers | {"phase": phase, "phase_at": at} | changes))
 
 

@@ -8,7 +8,8 @@ from atoll.model.records import Severity
 from atoll.model.spec import HealthKind
 from atoll.model.states import Desired, Phase
 from atoll.node.moves import Outcome, terminate
-from atoll.node.transitions import Note, Now, Probed, Rules, State
+from atoll.node.parking import park, rests
+from atoll.node.transitions import Note, Now, Probed, Rest, Rules, State
 
 PROBE_FIRST_S = 0.005
 PROBE_EXEC_FIRST_S = 0.1
@@ -28,7 +29,7 @@ def first_probe_due(rules: Rules, now: Now) -> float | None:
 
 def probed(rules: Rules, state: State, event: Probed, now: Now) -> Outcome:
     """Take in a probe's answer."""
-    if state.phase is not Phase.RUNNING or event.run != state.run or state.ending:
+    if state.phase is not Phase.RUNNING or event.run != state.run or state.ending or state.rest is not Rest.AWAKE:
         return state, ()
     health = rules.health
     if not event.failure:
@@ -36,6 +37,8 @@ def probed(rules: Rules, state: State, event: Probed, now: Now) -> Outcome:
         after = replace(state, misses=0, probe_due=due, message="")
         if state.ready:
             return after, ()
+        if rests(after):
+            return park(after, now)
         return replace(after, ready=True, ready_at=now.wall), (Note("ready", "ready for requests"),)
     growing = PROBE_FIRST_S * PROBE_GROWTH ** min(state.probes, 64)
     if health is None:

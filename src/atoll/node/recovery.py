@@ -55,8 +55,10 @@ async def recover(entries: Sequence[Entry], tools: Tools, choose: random.Random)
         each_found = found.get(id)
         event = Recovered(True, each_found.pid, each_found.exit) if each_found else Recovered(False)
         # The wish is recorded with the assignment first, so it may be newer than the state.
-        desired = advance(entry.state.desired, entry.assignment.instance.desired)
-        recovered.append((replace(entry, state=replace(entry.state, desired=desired)), event))
+        instance = entry.assignment.instance
+        desired = advance(entry.state.desired, instance.desired)
+        standby = entry.state.standby and instance.standby
+        recovered.append((replace(entry, state=replace(entry.state, desired=desired, standby=standby)), event))
     log.info("recovered", recorded=len(known), running=sum(event.pid is not None for _, event in recovered))
     return recovered
 

@@ -20,6 +20,7 @@ from atoll.node.attend import await_exit, probe_once, remove
 from atoll.node.decide import decide
 from atoll.node.prepare import Preparation, in_words
 from atoll.node.record import Entry
+from atoll.node.standby import park, wake
 from atoll.node.tools import Tools
 from atoll.node.transitions import (
     CancelPrepare,
@@ -34,12 +35,17 @@ from atoll.node.transitions import (
     LaunchFailed,
     Note,
     Now,
+    Park,
+    ParkFailed,
     Prepare,
     PrepareFailed,
     Probe,
     Probed,
+    Rest,
     Signal,
     State,
+    Wake,
+    WakeFailed,
     Wanted,
     Watch,
     rules_of,
@@ -55,7 +61,7 @@ RECORD_RETRY_S = 5.0
 
 Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 log = structlog.get_logger()
-_Step = Prepare | Launch | Signal | Kill | Clean | Erase
+_Step = Prepare | Launch | Park | Wake | Signal | Kill | Clean | Erase
 
 
 class Runner:
@@ -81,6 +87,7 @@ class Runner:
         self._preparing: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
+        self._resting: asyncio.Task[None] | None = None
         instance = entry.assignment.instance
         self.id = instance.id
         self.project = instance.project
@@ -106,11 +113,12 @@ class Runner:
 
     def update(self, assignment: Assignment) -> None:
         """Take in what the control plane wants now."""
-        if assignment.instance.desired is not self.assignment.instance.desired:
+        old, new = self.assignment.instance, assignment.instance
+        if (new.desired, new.standby) != (old.desired, old.standby):
             self.assignment = assignment
             self._assignment_recorded = False
             self._keep()
-        self.handle(Wanted(assignment.instance.desired))
+        self.handle(Wanted(new.desired, new.standby))
 
     def handle(self, event: Happening) -> None:
         """Decide, record, report and set going what follows. Never waits, never raises."""
@@ -212,7 +220,9 @@ class Runner:
                 self._watching = self._spawn(self._watch())
             case Probe():
                 self._probing = self._spawn(self._probe(action.run))
-            case Prepare() | Launch() | Signal() | Kill() | Clean() | Erase():
+            case Prepare() | Launch() | Park() | Wake() | Signal() | Kill() | Clean() | Erase():
+                if isinstance(action, Kill | Clean) and self._resting is not None:
+                    self._resting.cancel()  # what ends anyway need not be waited for
                 self._steps.append(action)
                 self._wake.set()
 
@@ -222,6 +232,8 @@ class Runner:
                 await self._prepare()
             case Launch():
                 await self._launch()
+            case Park() | Wake():
+                await self._rest(step)
             case Signal():
                 await self._send(step.name)
             case Kill():
@@ -240,6 +252,10 @@ class Runner:
             self.handle(PrepareFailed(message, passing=True))
         elif isinstance(step, Launch):
             self.handle(LaunchFailed(message))
+        elif isinstance(step, Park):
+            self.handle(ParkFailed(step.run, message))
+        elif isinstance(step, Wake):
+            self.handle(WakeFailed(step.run, message))
 
     async def _prepare(self) -> None:
         if self.state.phase is not Phase.PREPARING:
@@ -273,6 +289,25 @@ class Runner:
             self.handle(LaunchFailed(in_words(error)))
         else:
             self.handle(Launched(started.pid, started.at))
+
+    async def _rest(self, step: Park | Wake) -> None:
+        runtime = self.runtime
+        if runtime is None:
+            raise AssertionError("an instance without a runtime never runs")
+        if step.run != self.state.run or self.state.rest is Rest.AWAKE or self.state.phase is not Phase.RUNNING:
+            return  # it has ended, or was told to, while this step waited
+        instance, known, tools = self.assignment.instance, self.state.suspended, self._tools
+        if isinstance(step, Park):
+            work = park(step, instance, known, runtime, tools.gpus, tools.clock, self.handle)
+        else:
+            work = wake(step, instance, known, runtime, tools.gpus, tools.clock, self.handle)
+        self._resting = self._spawn(work)
+        try:
+            await asyncio.wait({self._resting})
+            if not self._resting.cancelled() and (error := self._resting.exception()) is not None:
+                raise error
+        finally:
+            self._resting = None
 
     async def _send(self, name: str | None) -> None:
         """Send a signal, or without a name kill. A failure is not answered: the kill that is due comes (again)."""
@@ -314,4 +349,5 @@ class Runner:
 
 def new_entry(assignment: Assignment) -> Entry:
     """Return the entry of an instance that this node has just been given."""
-    return Entry(assignment, replace(State(), desired=assignment.instance.desired))
+    instance = assignment.instance
+    return Entry(assignment, replace(State(), desired=instance.desired, standby=instance.standby))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -28,6 +30,15 @@ class Rules(Struct, frozen=True, kw_only=True):
     memory_bytes: int = 0
 
 
+class Rest(enum.StrEnum):
+    """Whether a process that runs may do so, or is parked: off its devices, then frozen."""
+
+    AWAKE = "awake"
+    PARKING = "parking"
+    PARKED = "parked"
+    WAKING = "waking"
+
+
 class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One instance as its node knows it. Fields named `*_at` are wall time, `*_due` and `running_since` monotonic."""
 
@@ -51,6 +62,13 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The image's own, used where the spec keeps the default."""
     ending: bool = False
     """Told to end by the node itself, to be started again."""
+    standby: bool = False
+    """To be parked once it is ready; never again once it was false."""
+    rest: Rest = Rest.AWAKE
+    kept_awake: bool = False
+    """This run could not be parked, and waits awake."""
+    suspended: tuple[int, ...] = ()
+    """Processes that were taken off their devices, or were about to be."""
     phase_at: float = 0.0
     started_at: float | None = None
     ready_at: float | None = None
@@ -100,6 +118,7 @@ def status_of(state: State, *, instance: str, project: str, node: str) -> Status
         phase_at=state.phase_at,
         started_at=state.started_at,
         ready_at=state.ready_at,
+        parked=state.rest in (Rest.PARKED, Rest.WAKING),
     )
 
 
@@ -107,6 +126,7 @@ class Wanted(Struct, frozen=True):
     """The control plane's wish, as in the assignment."""
 
     desired: Desired
+    standby: bool = False
 
 
 class Removed(Struct, frozen=True):
@@ -170,7 +190,59 @@ class Due(Struct, frozen=True):
     """`State.due` has come."""
 
 
-Happening = Wanted | Removed | Recovered | Progressed | Prepared | PrepareFailed | Launched | LaunchFailed | Ended | Probed | Due
+class Suspending(Struct, frozen=True):
+    """These processes are about to be taken off their devices: recorded first, since they cannot be found afterwards."""
+
+    run: int
+    pids: tuple[int, ...]
+
+
+class Parked(Struct, frozen=True):
+    """`message` says what was done, and how long it took."""
+
+    run: int
+    message: str
+
+
+class ParkFailed(Struct, frozen=True):
+    """It runs on as before."""
+
+    run: int
+    message: str
+
+
+class Woken(Struct, frozen=True):
+    """It runs, on its devices. `message` says how long that took."""
+
+    run: int
+    message: str
+
+
+class WakeFailed(Struct, frozen=True):
+    """It does not run, or not on its devices, and is of no use any more."""
+
+    run: int
+    message: str
+
+
+Happening = (
+    Wanted
+    | Removed
+    | Recovered
+    | Progressed
+    | Prepared
+    | PrepareFailed
+    | Launched
+    | LaunchFailed
+    | Ended
+    | Probed
+    | Due
+    | Suspending
+    | Parked
+    | ParkFailed
+    | Woken
+    | WakeFailed
+)
 
 
 class Prepare(Struct, frozen=True):
@@ -193,6 +265,21 @@ class Probe(Struct, frozen=True):
     """Check once; answer Probed with the same `run`."""
 
     run: int
+
+
+class Park(Struct, frozen=True):
+    """Take its processes off their devices (answer Suspending first), then freeze it; answer Parked, ParkFailed, or WakeFailed
+    where it could not be let go on either. `again`: an earlier agent may have come half-way. Kill and Clean end it unanswered."""
+
+    run: int
+    again: bool = False
+
+
+class Wake(Struct, frozen=True):
+    """Let it go on, then put it back on its devices; answer Woken or WakeFailed. Ended like Park."""
+
+    run: int
+    again: bool = False
 
 
 class Signal(Struct, frozen=True):
@@ -221,4 +308,4 @@ class Note(Struct, frozen=True):
     severity: Severity = Severity.INFO
 
 
-Action = Prepare | CancelPrepare | Launch | Watch | Probe | Signal | Kill | Clean | Erase | Note
+Action = Prepare | CancelPrepare | Launch | Watch | Probe | Park | Wake | Signal | Kill | Clean | Erase | Note

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from atoll.model.records import AppStatus, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Project, Status
 from atoll.model.spec import Workload
-from atoll.scheduling.demand import Demand, demand_of
+from atoll.scheduling.demand import Demand, demand_of, standing_by
 from atoll.scheduling.snapshot import Snapshot, Standing
 
 _STANDING = {NodeHealth.READY: Standing.OPEN, NodeHealth.UNREACHABLE: Standing.UNREACHABLE, NodeHealth.LOST: Standing.LOST}
@@ -49,17 +49,19 @@ def holds_room(status: Status | None) -> bool:
 def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | None]) -> Snapshot:
     """Return the snapshot that the leader's scheduler would plan on. A demand is made once for each group."""
     snapshot = Snapshot()
-    demands: dict[str, Demand | None] = {}
+    demands: dict[tuple[str, bool], Demand | None] = {}
     for name, node in records.nodes.items():
         snapshot.upsert_node(node, standing_of(records.policies.get(name), records.liveness.get(name)))
     for key, instance in records.instances.items():
         if instance.node is None or not holds_room(records.statuses.get(key)):
             continue
         group = group_of(instance)
-        if group not in demands:
+        which = (group, instance.standby)
+        if which not in demands:
             spec = spec_of(instance)
-            demands[group] = demand_of(spec) if spec is not None else None
-        demand = demands[group]
+            demand = demand_of(spec) if spec is not None else None
+            demands[which] = standing_by(demand) if demand is not None and instance.standby else demand
+        demand = demands[which]
         if demand is not None:
             snapshot.allocate(key, instance.node, group, demand, instance.gpus)
     snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}

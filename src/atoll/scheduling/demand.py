@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from atoll.model.devices import GpuGrant
 from atoll.model.spec import GPU_RUNTIMES, AppSpec, Gpu, Placement, RuntimeName, Workload
 from atoll.scheduling.gpu.asks import milli_of
+
+STANDBY_PRIORITY = -1
+"""Below all that a spec may say: whatever is wanted and finds no place gets that of an instance that stands by."""
 
 
 class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
@@ -43,6 +47,11 @@ def demand_of(spec: Workload) -> Demand:
         placement=spec.placement,
         pinned=holds_volumes(spec),
     )
+
+
+def standing_by(demand: Demand) -> Demand:
+    """Return what an instance asks for while it only stands by: the same, after everyone else."""
+    return replace(demand, placement=replace(demand.placement, priority=STANDBY_PRIORITY))
 
 
 def holds_volumes(spec: Workload) -> bool:

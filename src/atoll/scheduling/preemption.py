@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from atoll.model.devices import GpuGrant
-from atoll.scheduling.demand import Pending
+from atoll.scheduling.demand import STANDBY_PRIORITY, Pending
 from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.interface import View
 from atoll.scheduling.ranking import static_mask
@@ -99,9 +99,13 @@ class _Node:
             id, allocation = victim
             owner = owner_of_group(allocation.group)
             lower = allocation.priority < item.demand.placement.priority
-            if lower and id not in self._leaving and evictable(id) and taken[owner] < budget(owner):
+            if not lower or id in self._leaving or not evictable(id):
+                continue
+            if allocation.priority != STANDBY_PRIORITY:  # what only stands by is not missed
+                if taken[owner] >= budget(owner):
+                    continue
                 taken[owner] += 1
-                self._pool.append(victim)
+            self._pool.append(victim)
 
     def victims(self) -> tuple[Victim, ...] | None:
         """Return the lowest and fewest; None where all that may leave would not be enough."""

@@ -87,6 +87,16 @@ class SimHardware:
         self._life.check()
         return await self._hardware.samples()
 
+    async def suspend(self, pid: int) -> None:
+        await self._before("suspend")
+        await self._hardware.suspend(pid)
+        self._life.check()
+
+    async def resume(self, pid: int) -> None:
+        await self._before("resume")
+        await self._hardware.resume(pid)
+        self._life.check()
+
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         return self._hardware.edits(grants, capabilities, partitions)
 

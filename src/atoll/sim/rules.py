@@ -157,7 +157,8 @@ class Rules:
         for key, instance in self.records[Instance].items():
             status: Status | None = self.records[Status].get(key)
             if f"{instance.project}/{instance.owner}" == app and instance.owner_kind is OwnerKind.APP:
-                count += bool(instance.desired is Desired.RUN and status and status.ready)
+                serves = instance.desired is Desired.RUN and not instance.standby
+                count += bool(serves and status and status.ready)
         return count
 
     def _check_serving(self) -> None:

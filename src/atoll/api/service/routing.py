@@ -43,9 +43,11 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
 def endpoint_of(state: State, instance: Instance) -> Endpoint | None:
     """Return where an instance takes requests, None when it must not get any."""
     held = state.get(Status, f"{instance.project}/{instance.id}")
-    if held is None or instance.node is None or instance.desired is Desired.STOP:
+    if held is None or instance.node is None or instance.desired is Desired.STOP or instance.standby:
         return None
     status = held.record
+    if status.parked:
+        return None
     draining = instance.desired is Desired.DRAIN
     if status.address is None or status.phase is not Phase.RUNNING or not (status.ready or draining):
         return None

@@ -13,6 +13,7 @@ import ctypes
 import enum
 import json
 import sys
+from collections.abc import Mapping
 from subprocess import DEVNULL, PIPE
 from typing import Any
 
@@ -44,30 +45,35 @@ class CheckpointError(Exception):
         self.state = state
 
 
-async def suspend(pid: int) -> None:
+class CheckpointUnsupported(CheckpointError):
+    """There is no driver here that can, whatever the program."""
+
+
+async def suspend(pid: int, environment: Mapping[str, str] | None = None) -> None:
     """Take the program off its device. Its CUDA calls wait until `resume`. One that is off already is left so; safe to repeat.
 
-    Raises CheckpointError: it has been let go again, and runs.
+    `environment`, that of this process where absent, is where the driver's library is looked for (LD_LIBRARY_PATH).
+    Raises CheckpointUnsupported, CheckpointError: it has been let go again, and runs.
     """
-    await _ask("suspend", pid)
+    await _ask("suspend", pid, environment)
 
 
-async def resume(pid: int) -> None:
+async def resume(pid: int, environment: Mapping[str, str] | None = None) -> None:
     """Put the program back on the device that it had. One that runs is left so; safe to repeat.
 
     Raises CheckpointError, for a device without enough free memory too; it then stays off, and may be tried again.
     """
-    await _ask("resume", pid)
+    await _ask("resume", pid, environment)
 
 
-async def state(pid: int) -> CudaState:
+async def state(pid: int, environment: Mapping[str, str] | None = None) -> CudaState:
     """Return how a program stands. Raises CheckpointError where it uses no CUDA, or the driver cannot tell."""
-    return CudaState((await _ask("state", pid))["state"])
+    return CudaState((await _ask("state", pid, environment))["state"])
 
 
-async def _ask(action: str, pid: int) -> dict[str, Any]:
+async def _ask(action: str, pid: int, environment: Mapping[str, str] | None) -> dict[str, Any]:
     command = [sys.executable, "-m", __name__, action, str(pid)]
-    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=environment)
     try:
         async with asyncio.timeout(CALL_S_MAX):
             out, _ = await process.communicate()
@@ -82,7 +88,8 @@ async def _ask(action: str, pid: int) -> dict[str, Any]:
     except ValueError:
         raise CheckpointError(f"the driver's library ended the attempt to {action} process {pid}", None) from None
     if "error" in answer:
-        raise CheckpointError(answer["error"], CudaState(answer["state"]) if answer.get("state") else None)
+        kind = CheckpointUnsupported if answer["unsupported"] else CheckpointError
+        raise kind(answer["error"], CudaState(answer["state"]) if answer.get("state") else None)
     return answer
 
 
@@ -92,9 +99,9 @@ class _Driver:
             self._library = ctypes.CDLL(LIBRARY)
             self._state = self._library.cuCheckpointProcessGetState
         except OSError:
-            raise CheckpointError(f"there is no {LIBRARY}: is the driver installed?", None) from None
+            raise CheckpointUnsupported(f"there is no {LIBRARY}: is the driver installed?", None) from None
         except AttributeError:
-            raise CheckpointError("this driver cannot take a program off its device (570 or newer can)", None) from None
+            raise CheckpointUnsupported("this driver cannot take a program off its device (570 or newer can)", None) from None
         self._pid = pid
 
     def state(self) -> CudaState:
@@ -144,7 +151,7 @@ def main() -> int:
         left: CudaState | None = None
         with contextlib.suppress(CheckpointError):
             left = _Driver(pid).state()
-        print(json.dumps({"error": str(error), "state": left}))
+        print(json.dumps({"error": str(error), "state": left, "unsupported": isinstance(error, CheckpointUnsupported)}))
         return 1
     return 0
 

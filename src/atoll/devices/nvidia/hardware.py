@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +14,13 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from atoll.devices.nvidia import presence, records
+from atoll.devices.nvidia import checkpoint, presence, records
 from atoll.devices.nvidia.channel import Channel, Refused, command, environment_of
 from atoll.devices.nvidia.watch import Stream, Watch
 from atoll.devices.nvidia_files import nvidia_edits
 from atoll.devices.uevents import Uevents, kernel_uevents
 from atoll.model.devices import GpuDevice, GpuGrant, GpuPartition, GpuSample, GpuVendor
-from atoll.model.errors import Unavailable
+from atoll.model.errors import Unavailable, Unsupported
 from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.devices import DeviceEvent, Edits, Trouble
 from atoll.model.spec import GpuCapability
@@ -133,6 +133,21 @@ class NvidiaHardware:
             return ()
         answer = await self._call("samples", self._deadlines.samples_s)
         return msgspec.convert(answer, tuple[GpuSample, ...], strict=False)  # the keys of JSON's objects are text
+
+    async def suspend(self, pid: int) -> None:
+        await self._move(checkpoint.suspend, pid)
+
+    async def resume(self, pid: int) -> None:
+        await self._move(checkpoint.resume, pid)
+
+    async def _move(self, move: Callable[[int, Mapping[str, str]], Awaitable[None]], pid: int) -> None:
+        directory = presence.library_directory(self._root, os.environ) or ""
+        try:
+            await move(pid, environment_of({**os.environ, **self._added}, directory))
+        except checkpoint.CheckpointUnsupported as error:
+            raise Unsupported(str(error)) from None
+        except checkpoint.CheckpointError as error:
+            raise Unavailable(str(error)) from None
 
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         return self._edits(grants, capabilities, partitions, self._devices, instances=self._instances, root=self._root)

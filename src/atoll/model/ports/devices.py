@@ -125,6 +125,20 @@ class Hardware(Protocol):
         """Return what every device does now."""
         ...
 
+    async def suspend(self, pid: int) -> None:
+        """Take a running process off its devices: its memory waits in the node's, theirs is free meanwhile. Safe to repeat.
+
+        Raises Unsupported (this driver cannot), Unavailable (it would not; the process runs on).
+        """
+        ...
+
+    async def resume(self, pid: int) -> None:
+        """Put a process back on the devices that it had. One that was never taken off is left as it is; safe to repeat.
+
+        Raises Unavailable, for devices without enough free memory too: it stays off, and may be tried again.
+        """
+        ...
+
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         """Return what makes exactly these grants appear in an instance; `partitions` are the ids of those that are partitions,
         in their order. Blocking, but bounded: it looks up files only.
@@ -160,6 +174,17 @@ class Devices(Protocol):
 
     async def release(self, instance: str) -> None:
         """Give back all that `claim` made. Safe to repeat; an unknown instance is no error."""
+        ...
+
+    async def suspend(self, instance: str, pids: Sequence[int]) -> None:
+        """Take processes of an instance off its devices, which it goes on holding. They must not be frozen. Safe to repeat.
+
+        Raises Unsupported (this vendor, or this driver, cannot), Unavailable; then all of them run on, as far as the driver allows.
+        """
+        ...
+
+    async def resume(self, instance: str, pids: Sequence[int]) -> None:
+        """Put back what `suspend` took off. Safe to repeat. Raises Unavailable: some of them are still off."""
         ...
 
     async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:

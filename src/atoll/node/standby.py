@@ -1,0 +1,115 @@
+"""Parking an instance and waking it: its processes leave their devices and are frozen, are let go on and come back to them.
+
+What is done is told step by step to `tell`, so that the next agent knows what to undo. Each function ends with one answer, or
+cancelled with none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from atoll.model.errors import AtollError, Unsupported
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.runtime import Feature, Runtime
+from atoll.model.records import Instance
+from atoll.model.units import format_bytes, format_seconds
+from atoll.node.gpus import Gpus
+from atoll.node.prepare import in_words
+from atoll.node.transitions import Happening, Park, Parked, ParkFailed, Suspending, Wake, WakeFailed, Woken
+
+PAUSE_S = 30.0
+"""Deadline of freezing an instance, or letting it go on."""
+
+Tell = Callable[[Happening], None]
+log = structlog.get_logger()
+
+
+async def park(
+    step: Park, instance: Instance, known: Sequence[int], runtime: Runtime, gpus: Gpus | None, clock: Clock, tell: Tell
+) -> None:
+    """Park a running instance; `known` are processes that an earlier try took off their devices."""
+    began = clock.monotonic()
+    if Feature.PAUSE not in runtime.features:
+        tell(ParkFailed(step.run, f"{runtime.name} cannot freeze an instance"))
+        return
+    if step.again:
+        await _let_go_on(runtime, instance.id)
+    try:
+        pids, words = await _leave_devices(step, instance, known, gpus, tell)
+    except (AtollError, TimeoutError) as error:
+        tell(ParkFailed(step.run, _words(error)))
+        return
+    try:
+        async with asyncio.timeout(PAUSE_S):
+            await runtime.pause(instance.id)
+    except (AtollError, TimeoutError) as error:
+        await _undo(step, instance, pids, runtime, gpus, f"it could not be frozen: {_words(error)}", tell)
+        return
+    tell(Parked(step.run, f"parked in {format_seconds(clock.monotonic() - began)}: {words}"))
+
+
+async def wake(
+    step: Wake, instance: Instance, pids: Sequence[int], runtime: Runtime, gpus: Gpus | None, clock: Clock, tell: Tell
+) -> None:
+    """Wake a parked instance; `pids` are the processes that were taken off their devices."""
+    began = clock.monotonic()
+    try:
+        if step.again:
+            await _let_go_on(runtime, instance.id)
+        else:
+            async with asyncio.timeout(PAUSE_S):
+                await runtime.resume(instance.id)
+        if pids and gpus is not None:
+            await gpus.resume(instance.id, pids)
+    except (AtollError, TimeoutError) as error:
+        tell(WakeFailed(step.run, _words(error)))
+        return
+    tell(Woken(step.run, f"woken in {format_seconds(clock.monotonic() - began)}"))
+
+
+async def _leave_devices(
+    step: Park, instance: Instance, known: Sequence[int], gpus: Gpus | None, tell: Tell
+) -> tuple[tuple[int, ...], str]:
+    """Return the processes that are off their devices now, and what was done in words."""
+    if gpus is None or not instance.gpus:
+        return (), "frozen"
+    using = await gpus.processes_of(instance.id)
+    pids = tuple(sorted({*known, *using}))
+    if not pids:
+        return (), "frozen; nothing of it was on a device"
+    tell(Suspending(step.run, pids))
+    try:
+        await gpus.suspend(instance.id, pids)
+    except Unsupported as error:
+        return (), f"frozen; its memory stays on the device: {error}"
+    return pids, f"frozen, {format_bytes(sum(using.values()))} of its memory off the device"
+
+
+async def _undo(
+    step: Park, instance: Instance, pids: Sequence[int], runtime: Runtime, gpus: Gpus | None, why: str, tell: Tell
+) -> None:
+    """Let go on what could not be frozen, and put it back."""
+    await _let_go_on(runtime, instance.id)
+    try:
+        if pids and gpus is not None:
+            await gpus.resume(instance.id, pids)
+    except (AtollError, TimeoutError) as error:
+        tell(WakeFailed(step.run, f"{why}; nor could it be put back: {_words(error)}"))
+    else:
+        tell(ParkFailed(step.run, why))
+
+
+async def _let_go_on(runtime: Runtime, id: str) -> None:
+    """Let an instance go on that may not be frozen at all: some runtimes refuse that, and what is frozen shows soon enough."""
+    try:
+        async with asyncio.timeout(PAUSE_S):
+            await runtime.resume(id)
+    except (AtollError, TimeoutError) as error:
+        log.debug("not let go on", instance=id, error=str(error) or "timed out")
+
+
+def _words(error: AtollError | TimeoutError) -> str:
+    return in_words(error) if isinstance(error, AtollError) else "it took too long"
