@@ -122,6 +122,11 @@ class Seen(Struct, frozen=True, kw_only=True):
             return False
         return self.phase is Phase.RUNNING and self.status is not None and self.status.ready
 
+    @property
+    def idle(self) -> bool:
+        """It stands by, or is not awake again: no request can be on its way to it."""
+        return self.instance.standby or (self.status is not None and self.status.parked)
+
 
 class Decision:
     """Actions in the order in which they were decided, and when to decide again if nothing happens before.
@@ -140,11 +145,6 @@ class Decision:
         self._told = 0
         self._taken = taken
         self._given = set() if given is None else given
-    @property
-    def idle(self) -> bool:
-        """It stands by, or is not awake again: no request can be on its way to it."""
-        return self.instance.standby or (self.status is not None and self.status.parked)
-
 
     def do(self, action: Action) -> None:
         self.actions.append(action)

@@ -638,9 +638,6 @@ def _check_metrics(spec: AppSpec, metrics: Metrics) -> None:
     _check_unique(list(metrics.names), "metrics.names", "name")
 
 
-def _check_scale(spec: AppSpec, scale: Scale) -> None:
-    given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
-    missing = [field for field, value in given.items() if value is None]
 def _check_standby(spec: AppSpec, scale: Scale) -> None:
     if scale.standby == 0:
         return
@@ -664,8 +661,11 @@ def _check_standby(spec: AppSpec, scale: Scale) -> None:
         )
 
 
-    if len(missing) == len(given):
+def _check_scale(spec: AppSpec, scale: Scale) -> None:
     _check_standby(spec, scale)
+    given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
+    missing = [field for field, value in given.items() if value is None]
+    if len(missing) == len(given):
         return
     if missing:
         there = ", ".join(field for field in given if field not in missing)
