@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -27,15 +29,44 @@ from atoll.model.ports.store import (
     absent,
     unchanged,
 )
+from atoll.store.etcd.private import PrivateEtcd
+from atoll.store.etcd.store import EtcdStore
 from atoll.store.memory import MemoryStore
 from atoll.store.sqlite import SqliteStore
 
 DEADLINE_S = 10
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    opened: Store = MemoryStore() if request.param == "memory" else await SqliteStore.open(tmp_path / "state.db")
+@pytest.fixture(scope="module")
+def etcd_members() -> Iterator[dict[str, PrivateEtcd]]:
+    """Real etcds on loopback, made when they are first asked for: one member alone, and a cluster of three."""
+    with ExitStack() as stack:
+        yield _Made(stack)
+
+
+class _Made(dict[str, PrivateEtcd]):
+    def __init__(self, stack: ExitStack) -> None:
+        super().__init__()
+        self._stack = stack
+
+    def __missing__(self, name: str) -> PrivateEtcd:
+        self[name] = self._stack.enter_context(PrivateEtcd({"etcd": 1, "etcd-cluster": 3}[name]))
+        return self[name]
+
+
+@pytest.fixture(params=["memory", "sqlite", "etcd", "etcd-cluster"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path, etcd_members: dict[str, PrivateEtcd]) -> AsyncIterator[Store]:
+    opened: Store
+    match request.param:
+        case "memory":
+            opened = MemoryStore()
+        case "sqlite":
+            opened = await SqliteStore.open(tmp_path / "state.db")
+        case _ if shutil.which("etcd") is None:
+            pytest.skip("there is no etcd on this machine")
+        case name:
+            opened = await EtcdStore.open(etcd_members[name].address)
+            await opened.txn([], [Delete("", prefix=True)])
     yield opened
     await opened.close()
 
@@ -391,7 +422,8 @@ async def test_counting_up_from_many_tasks_loses_nothing(store: Store) -> None:
 
 
 async def test_a_closed_store_says_so(store: Store) -> None:
-    waiting = asyncio.ensure_future(anext(store.watch("", start=Revision(1))))
+    start = Revision(await store.revision() + 1)
+    waiting = asyncio.ensure_future(anext(store.watch("", start=start)))
     await asyncio.sleep(0)
     await store.close()
     await store.close()
