@@ -46,3 +46,23 @@ if [ "$(cat .venv/.lock-digest 2>/dev/null)" != "$lock" ]; then
 fi
 
 make --no-print-directory -s -C src/atoll/runtimes/native
+
+# workerd comes from npm, pinned by its lock file. Without npm, or without its registry, there are no workers; all else runs.
+workerd=$(sha256sum scripts/workerd/package-lock.json | cut -d' ' -f1)
+if [ "$(cat .venv/.workerd-digest 2>/dev/null)" != "$workerd" ] || [ ! -x .venv/bin/workerd ]; then
+    if ! command -v npm > /dev/null; then
+        say "no npm, so no workerd: isolation 'isolate' is not offered (install npm, then run this again)"
+    else
+        say "workerd into .venv"
+        place=$(mktemp -d)
+        cp scripts/workerd/package*.json "$place"
+        # No script of a package is run: the program lies in the package of this machine's kind as it is.
+        if npm ci --prefix "$place" --ignore-scripts --no-audit --no-fund --loglevel=error > /dev/null; then
+            mv "$place"/node_modules/@cloudflare/workerd-linux-*/bin/workerd .venv/bin/workerd
+            printf '%s\n' "$workerd" > .venv/.workerd-digest
+        else
+            say "npm could not install workerd: isolation 'isolate' is not offered"
+        fi
+        rm -rf "$place"
+    fi
+fi

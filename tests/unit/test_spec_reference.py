@@ -48,6 +48,8 @@ def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | t
         value = {name.strip("[]"): [value] if name.startswith("[") else value}
     if place == ("scale",):
         value["metrics"] = {}
+    if place[:1] == ("worker",):
+        value["worker"] = {"main": "index.js", "compatibility_date": "2026-11-01", **value["worker"]}
     ports = [{"port": 80}] if kind is AppSpec else None
     return codec.convert({"name": "a", "image": "host.example/a:1", **({"ports": ports} if ports else {}), **value}, kind)
 
@@ -65,6 +67,10 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[health]` (apps)": (("health",), AppSpec, {"command": ["true"]}),
     "`[scale]` (apps)": (("scale",), AppSpec, {"max": 4, "metric": "depth", "target": 8}),
     "`[metrics]` (apps)": (("metrics",), AppSpec, {}),
+    "`[worker]` (apps)": (("worker",), AppSpec, {}),
+    "`[[worker.services]]` (at most 64)": (("worker", "[services]"), AppSpec, {"binding": "A", "app": "a"}),
+    "`[[worker.durable_objects]]` (at most 64)": (("worker", "[durable_objects]"), AppSpec, {"binding": "C", "class_name": "C"}),
+    "`[[worker.kv]]` (at most 64)": (("worker", "[kv]"), AppSpec, {"binding": "KV"}),
     "`[restart]` (apps)": (("restart",), AppSpec, {}),
     "`[rollout]` (apps)": (("rollout",), AppSpec, {}),
     "`[stop]`": (("stop",), AppSpec, {}),

@@ -418,6 +418,9 @@ def _complete_worker(spec: AppSpec, worker: Worker) -> None:
         health = Health(kind=HealthKind.HTTP, port=ALIVE, start=Seconds(20), interval=Seconds(2))
         force_setattr(spec, "health", health)
     force_setattr(spec, "ports", ports)
+    if spec.stop == Stop():
+        # Requests have been let out before, and an endless loop hears no signal: what it would wait for is nothing.
+        force_setattr(spec, "stop", Stop(grace=Seconds(3)))
     if worker.stateful:
         if all(volume.path != STATE for volume in spec.volumes):
             force_setattr(spec, "volumes", (*spec.volumes, Volume(name=STATE_VOLUME, path=STATE)))

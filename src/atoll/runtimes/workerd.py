@@ -180,16 +180,12 @@ def version_of(program: Path) -> str:
 def list_modules(root: Path) -> list[Module]:
     """Return the files below `MODULES` of an instance's root, of every kind. Links are no modules, and none is followed. Blocking.
 
-    Raises ImageError for an image without modules, or with too many files.
+    Raises ImageError for an image with too many files.
     """
     found: list[Module] = []
     with descriptor(open_root(root)) as fd:
-        try:
-            top = os.open(MODULES[1:], os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-        except OSError:
-            raise ImageError(
-                f"the image has no directory {MODULES}", mend="deploy the worker's directory with `atoll deploy`"
-            ) from None
+        # It is there, and a directory: the layer of workerd has it too, above whatever the image has under that name.
+        top = os.open(MODULES[1:], os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
         with descriptor(top):
             for where, _, names, place in os.fwalk(".", dir_fd=top, follow_symlinks=False):
                 for name in names:
