@@ -149,6 +149,26 @@ class Group:
             else:
                 (self._v1["cpu"] / "cpu.cfs_quota_us").write_text(str(quota_us))
 
+    def make(self, limits: Limits) -> None:
+        """Make the group with `limits` in force, for what no OCI tool starts. Safe to repeat. Raises OSError."""
+        quota = f"{cpu_quota_us(limits)}"
+        if self._pure:
+            assert self._v2 is not None  # noqa: S101 - `pure` says so
+            self._v2.mkdir(parents=True, exist_ok=True)
+            for path in _from_root(self._v2.parent):
+                (path / "cgroup.subtree_control").write_text("+cpu +memory +pids")
+            settings: dict[str, int | str] = {"memory.max": limits.memory_bytes, "memory.swap.max": 0, "pids.max": limits.pids}
+            settings |= {"cpu.max": f"{quota} {CPU_PERIOD_US}", "cpu.weight": min(10_000, max(1, limits.cpu_milli // 10))}
+        else:
+            for name in ("cpu", "cpuacct", "memory", "pids", "freezer"):
+                self._v1[name].mkdir(parents=True, exist_ok=True)
+            settings = {"memory.limit_in_bytes": limits.memory_bytes, "memory.memsw.limit_in_bytes": limits.memory_bytes}
+            settings |= {"pids.max": limits.pids, "cpu.shares": min(262_144, max(2, limits.cpu_milli * 1024 // 1000))}
+            settings |= {"cpu.cfs_period_us": CPU_PERIOD_US, "cpu.cfs_quota_us": quota}
+        for name, value in settings.items():
+            if (path := self._file(name)).exists():  # not every kernel counts swap
+                path.write_text(str(value))
+
     def oom_kills(self) -> int:
         """Return how many of its processes the kernel killed because of its memory limit."""
         if self._pure:
@@ -244,6 +264,14 @@ class Group:
                 return False
             time.sleep(_WAIT_S)
         return True
+
+
+def _from_root(directory: Path) -> list[Path]:
+    """Return the groups from the hierarchy's root down to `directory`."""
+    found = [directory]
+    while (found[0].parent / "cgroup.procs").exists():
+        found.insert(0, found[0].parent)
+    return found
 
 
 def _read(path: Path) -> str:

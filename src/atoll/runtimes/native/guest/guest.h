@@ -42,7 +42,7 @@ enum {
 enum kind {
     /* from the node */
     NOTHING = 0,
-    EXEC = 1,     /* rows (2), columns (2), both 0 without a terminal; then a PROCESS as inside.c has it */
+    EXEC = 1,     /* rows (2), columns (2), both 0 without a terminal; then a PROCESS, see box.c */
     INPUT = 2,    /* nothing: its end */
     RESIZE = 3,   /* rows (2), columns (2) */
     SIGNAL = 4,   /* number (4) */

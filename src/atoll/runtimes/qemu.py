@@ -1,0 +1,231 @@
+"""The QEMU runtime: an instance in a virtual machine of its own, of QEMU's smallest kind (`microvm`).
+
+KVM is used where it boots our guest, found out by booting it: a /dev/kvm that cannot run an unmodified kernel exists. Elsewhere
+QEMU emulates the processor (TCG), which is slower by an order of magnitude and isolates as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from atoll.model.errors import AtollError, Unsupported
+from atoll.model.ports.devices import DeviceNode
+from atoll.model.ports.images import Image, ImageConfig
+from atoll.model.ports.runtime import Box, Limits
+from atoll.model.spec import RuntimeName
+from atoll.runtimes.cgroup import Group
+from atoll.runtimes.native import jail_path, shim_path
+from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
+from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
+from atoll.runtimes.vm.boxes import VmPlan
+from atoll.runtimes.vm.jail import INSIDE, STDERR_FD, STDOUT_FD, TAP_FD, Jail, make_tools, top_level
+from atoll.runtimes.vm.kernel import PLACES, GuestKernel
+from atoll.runtimes.vm.qmp import command as qmp
+from atoll.runtimes.vm.runtime import VmRuntime
+from atoll.runtimes.vm.sockets import open_socket
+from atoll.runtimes.vm.tap import TAP
+
+VERSION_MIN = (7, 0)
+KVM_S_MAX = 10.0
+"""Within it KVM has run a program in a guest to its end, or is not used."""
+TCG_S_MAX = 60.0
+OVERHEAD_KVM_BYTES, OVERHEAD_TCG_BYTES = 64 << 20, 192 << 20
+"""QEMU's own memory: of TCG, translated code and what translating takes among it."""
+TCG_CODE_MIB = 32
+KVM_NODE = DeviceNode(path="/dev/kvm", host_path="/dev/kvm", major=10, minor=232)
+AGENT, MONITOR = "agent.sock", "qmp.sock"
+_DATA = Path("/usr/share/qemu")
+_FILES = ("bios-microvm.bin", "qboot.rom", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin", "bios-256k.bin")
+_MODULES = Path("/usr/lib/x86_64-linux-gnu/qemu")
+_PROBE_LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=4 << 20, pids=32)
+_PROBE_CODE = 2
+"""How the shim ends when it is given nothing to do."""
+_KERNEL_HZ = 250
+
+
+class QemuRuntime(VmRuntime):
+    """Runs instances with QEMU for x86-64, 7.0 or newer, as root."""
+
+    name = RuntimeName.QEMU
+    slots = range(3584, 3840)
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        binary: str = "qemu-system-x86_64",
+        cgroup: str = "/atoll",
+        userns: bool | None = None,
+        kernels: Sequence[Path] = PLACES,
+        cache: Path | None = None,
+        accelerator: str = "",
+    ) -> None:
+        """`accelerator` is `kvm` or `tcg`; empty to find out."""
+        super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns, kernels=kernels, cache=cache)
+        self._accelerator = accelerator
+
+    async def probe(self) -> str:
+        return await asyncio.to_thread(self._probe)
+
+    def _probe(self) -> str:
+        check_machine((self._binary, "qemu-system-x86"))
+        jail_path()
+        self.kernel()
+        version = once_per_boot(RUNTIME_DIRECTORY, self._binary, self._try, file="qemu-probe.json")
+        self._accelerator = version.rpartition(" ")[2]
+        return version
+
+    def _try(self) -> str:
+        version = version_of(self._binary, package="qemu-system-x86", oldest=VERSION_MIN)
+        whys = []
+        for accelerator, deadline_s in (("kvm", KVM_S_MAX), ("tcg", TCG_S_MAX)):
+            if accelerator == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+                continue
+            with tempfile.TemporaryDirectory(prefix="atoll-probe-") as directory:
+                why = asyncio.run(self._run_once(Path(directory), accelerator, deadline_s))
+            if not why:
+                return f"{version} {accelerator}"
+            whys.append(f"{accelerator}: {why}")
+        raise Unsupported(f"QEMU boots no guest on this machine: {'; '.join(whys)}", mend="use runc or gvisor")
+
+    async def _run_once(self, directory: Path, accelerator: str, deadline_s: float) -> str:
+        """Run a program to its end in a guest, and return why that failed, or nothing."""
+        runtime = QemuRuntime(
+            directory / "runtime",
+            binary=self._binary,
+            cgroup=self._cgroup,
+            kernels=self._kernels,
+            cache=self._cache,
+            accelerator=accelerator,
+        )
+        id = f"probe-{os.getpid()}-{directory.name[-8:]}"
+        layer, fifo = directory / "layer", directory / "output"
+        layer.mkdir()
+        shutil.copy(shim_path(), layer / "probe")
+        os.mkfifo(fifo)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        box = Box(
+            id=id,
+            directory=directory / "box",
+            image=Image(reference="probe", digest="", config=ImageConfig(), layers=(layer,)),
+            argv=("/probe",),
+            env=(),
+            workdir="/",
+            user="",
+            hostname="probe",
+            limits=_PROBE_LIMITS,
+            stdout=fifo,
+            stderr=fifo,
+        )
+        try:
+            async with asyncio.timeout(deadline_s):
+                await runtime.create(box)
+                await runtime.start(id)
+                code = (await runtime.wait(id)).code
+            return "" if code == _PROBE_CODE else f"a program ended with {code}"
+        except TimeoutError:
+            return f"a guest did not run a program to its end within {deadline_s:.0f} s"
+        except AtollError as error:
+            return str(error)
+        finally:
+            with contextlib.suppress(AtollError):
+                await runtime.delete(id)
+            await runtime.close()
+            os.close(reader)
+
+    @property
+    def accelerator(self) -> str:
+        """Blocking, where it was not probed."""
+        if not self._accelerator:
+            self._probe()
+        return self._accelerator
+
+    def overhead_bytes(self) -> int:
+        return OVERHEAD_KVM_BYTES if self.accelerator == "kvm" else OVERHEAD_TCG_BYTES
+
+    def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
+        files = [_DATA / name for name in _FILES] + [_MODULES / "accel-tcg-x86_64.so"]
+        tools = make_tools(self._cache / "tools", self._binary, files)
+        return Jail(
+            directory=Path(plan.directory),
+            uid=plan.uid,
+            shown=(
+                *top_level(tools),
+                (kernel.image, Path("/kernel")),
+                (kernel.initramfs, Path("/initramfs")),
+                (plan.image_disk, Path("/image")),
+            ),
+            nodes=(KVM_NODE,) if self.accelerator == "kvm" else (),
+            tap=TAP if plan.link else None,
+            file_bytes=plan.disk.stat().st_size,
+            groups=tuple(path for path in group.directories if (path / "cgroup.procs").exists()),
+        )
+
+    def monitor(self, plan: VmPlan) -> list[str]:
+        return [f"/usr/bin/{self._binary}", *machine(plan, self.accelerator)]
+
+    async def reach(self, directory: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await open_socket(directory / "vm" / AGENT)
+
+    async def pause_machine(self, directory: Path) -> None:
+        await qmp(directory / "vm" / MONITOR, "stop")
+
+    async def resume_machine(self, directory: Path) -> None:
+        await qmp(directory / "vm" / MONITOR, "cont")
+
+
+def machine(plan: VmPlan, accelerator: str) -> list[str]:
+    """Return QEMU's arguments for the machine of `plan`: no device but what it needs, none that it could do without."""
+    bus = "device"  # of virtio: on microvm's own, without PCI
+    words = ["-M", "microvm,x-option-roms=off,rtc=on", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    words += ["-L", str(_DATA), "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+    if accelerator == "kvm":
+        words += ["-accel", "kvm", "-cpu", "host"]
+    else:
+        words += ["-accel", f"tcg,thread=multi,tb-size={TCG_CODE_MIB}", "-cpu", "max"]
+    words += ["-m", f"{plan.ram_bytes >> 20}M", "-smp", str(plan.vcpus), "-global", "virtio-mmio.force-legacy=false"]
+    words += ["-kernel", "/kernel", "-initrd", "/initramfs", "-append", kernel_line(accelerator)]
+    words += ["-chardev", f"socket,id=qmp,path={INSIDE / MONITOR},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
+    words += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+    words += ["-device", f"virtio-serial-{bus},max_ports=4"]
+    words += ["-chardev", f"socket,id=agent,path={INSIDE / AGENT},server=on,wait=off"]
+    words += ["-device", "virtserialport,chardev=agent,name=io.atoll.agent"]
+    for name, fd, number in (("stdout", STDOUT_FD, 1), ("stderr", STDERR_FD, 2)):
+        words += ["-add-fd", f"fd={fd},set={number}", "-chardev", f"file,id={name},path=/dev/fdset/{number},append=on"]
+        words += ["-device", f"virtserialport,chardev={name},name=io.atoll.{name}"]
+    words += ["-drive", "if=none,id=image,file=/image,format=raw,readonly=on", "-device", f"virtio-blk-{bus},drive=image"]
+    words += ["-drive", f"if=none,id=disk,file={INSIDE / plan.disk.name},format=raw,discard=unmap,cache=writeback"]
+    words += ["-device", f"virtio-blk-{bus},drive=disk", "-object", "rng-builtin,id=rng", "-device", f"virtio-rng-{bus},rng=rng"]
+    if plan.link is not None:
+        words += ["-netdev", f"tap,id=net,fd={TAP_FD}", "-device", f"virtio-net-{bus},netdev=net,mac={plan.link.mac}"]
+    return words
+
+
+def kernel_line(accelerator: str) -> str:
+    """Return the kernel's command line.
+
+    Where the processor is emulated, the kernel cannot measure how fast it is, and hangs in one boot of ten trying: it is told.
+    """
+    words = ["console=ttyS0", "quiet", "loglevel=3", "reboot=t", "panic=-1", "random.trust_cpu=on"]
+    if accelerator == "tcg":
+        khz = tsc_khz()
+        words += [f"tsc_early_khz={khz}", f"lpj={khz * 1000 // _KERNEL_HZ}", "mitigations=off"]
+    return " ".join(words)
+
+
+@functools.cache
+def tsc_khz() -> int:
+    """Return how fast this processor's time stamp counter runs. Blocking, for 50 ms. Raises Unsupported."""
+    found = subprocess.run([jail_path(), "tsc"], capture_output=True, text=True, timeout=10, check=False)
+    if not re.fullmatch(r"[1-9]\d{3,9}\n", found.stdout):
+        raise Unsupported("this processor has no time stamp counter", mend="use runc or gvisor")
+    return int(found.stdout)
