@@ -12,6 +12,7 @@ BENCHES = {
     "packing": ("GPUs allocated by each packing policy on openb lists, both tie-breaks, against FGD", "3 min"),
     "placement": ("latency of global placement beside the integer optimum by HiGHS", "1 min"),
     "runtimes": ("start by each runtime beside its own tool, and time to the first command", "1 min"),
+    "workers": ("a worker's start to its first answer, beside workerd alone and runc's containers", "1 min"),
     "gpu": ("GPUs in sandboxes beside a bare process, discovery, walls, MIG packing; without a GPU the fake's contract", "2 min"),
     "api": ("API reads/s and durable writes/s, idle memory and processor use", "1 min"),
 }

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ctypes
 import functools
 import http.client
-import os
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -22,12 +19,12 @@ from runtime_world import World
 from atoll.model.errors import Unsupported
 from atoll.model.ports.runtime import Mount, WorkerCode
 from atoll.model.worker import MODULES, STATE, DurableObject, KvNamespace, ServiceBinding, Worker
+from atoll.network.namespaces import run_inside
 from atoll.runtimes.workerd import WorkerdRuntime
 
 PORT, ALIVE = 8080, 8081
 DATE = "2026-11-01"
 ANSWER_S_MAX = 10.0
-_CLONE_NEWNET = 0x40000000
 CODE = """
 import { DurableObject } from "cloudflare:workers";
 import note from "./note.txt";
@@ -116,7 +113,7 @@ class WorkerWorld(World):
 
     async def ask(self, pid: int, path: str, *, port: int = PORT, timeout_s: float = ANSWER_S_MAX) -> tuple[int, str]:
         """Return status and body. Raises OSError where nothing listens, or nothing answers."""
-        return await asyncio.to_thread(_in_network, pid, lambda: _ask(path, port, timeout_s))
+        return await asyncio.to_thread(run_inside, Path(f"/proc/{pid}/ns/net"), lambda: _ask(path, port, timeout_s))
 
 
 def _ask(path: str, port: int, timeout_s: float) -> tuple[int, str]:
@@ -129,30 +126,6 @@ def _ask(path: str, port: int, timeout_s: float) -> tuple[int, str]:
         raise ConnectionResetError(str(error)) from None
     finally:
         connection.close()
-
-
-def _in_network(pid: int, what: Callable[[], tuple[int, str]]) -> tuple[int, str]:
-    """Return what `what` returns in the network of a process; a thread of its own goes there, and ends there."""
-    found: list[tuple[int, str] | OSError] = []
-
-    def go() -> None:
-        try:
-            fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), "setns")
-            finally:
-                os.close(fd)
-            found.append(what())
-        except OSError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    thread.join()
-    if isinstance(found[0], OSError):
-        raise found[0]
-    return found[0]
 
 
 STATEFUL = {

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,7 @@ from atoll.runtimes.workerd_config import (
     experimental,
     variables,
 )
-from atoll.runtimes.workerd_root import PROGRAM, USER, forget_layers, make_layer
+from atoll.runtimes.workerd_root import PROGRAM, USER, find_workerd, forget_layers, make_layer
 
 FILES_MAX = 20 * MODULES_MAX
 """Files below `MODULES` that are looked at."""
@@ -47,7 +45,7 @@ VERSION_MIN = "2026-11-01"
 """Its KV is workerd's own, which earlier ones do not have."""
 VERSION_S_MAX = 10.0
 _KEPT_MOUNTS = ("/proc", "/dev", "/etc/", f"/{CONFIG}", SERVICES, "/state")
-_MEND = "run `make setup`, which installs it where npm is, or put workerd into PATH"
+_MEND = "run `make setup`, which installs it where npm is, or put another into PATH"
 
 
 class WorkerdBoxes(OciBoxes):
@@ -100,7 +98,7 @@ class WorkerdRuntime(OciRuntime):
 
     def _probe(self) -> str:
         probe_runc(self._binary)
-        program = self._program()
+        program = find_workerd(self._workerd)
         return once_per_boot(self._directory, str(program), lambda: version_of(program))
 
     async def create(self, box: Box) -> None:
@@ -152,15 +150,8 @@ class WorkerdRuntime(OciRuntime):
     async def _base(self) -> Path:
         async with self._layering:
             if self._layer is None:
-                self._layer = await self._in_thread(lambda: make_layer(self._program(), self._directory / "layers"))
+                self._layer = await self._in_thread(lambda: make_layer(find_workerd(self._workerd), self._directory / "layers"))
             return self._layer
-
-    def _program(self) -> Path:
-        """Return workerd from this virtual environment, else from PATH. Raises Unsupported."""
-        found = shutil.which(self._workerd, path=str(Path(sys.executable).parent)) or shutil.which(self._workerd)
-        if found is None:
-            raise Unsupported("workerd is not installed", mend=_MEND)
-        return Path(found).resolve()
 
 
 def version_of(program: Path) -> str:

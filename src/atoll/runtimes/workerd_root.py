@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +33,14 @@ _FILES = {
     CONFIG: "",
 }
 _LDD_S_MAX = 10.0
+
+
+def find_workerd(name: str) -> Path:
+    """Return workerd from this virtual environment, else from PATH. Raises Unsupported."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        raise Unsupported("workerd is not installed", mend="install npm, then run `make setup`; or put workerd into PATH")
+    return Path(found).resolve()
 
 
 def make_layer(program: Path, directory: Path) -> Path:
