@@ -43,6 +43,7 @@ from atoll.model.records import (
     NodeHealth,
     NodeLiveness,
     OwnerKind,
+    Prefetch,
     Release,
     Role,
     RouteClaim,
@@ -606,6 +607,42 @@ async def test_a_constraint_that_makes_no_sense_is_refused_with_its_place(
             await refused
         assert caught.value.field == "placement.constraints[1].value"
     assert (await service.apps.put(SYSTEM, app_spec(placement=Placement(constraints=(good,))))).app.release == 1
+
+
+async def test_a_node_is_told_at_once_and_when_it_comes_back_which_images_it_may_need(service: Service) -> None:
+    image = "cell.internal/default/web@sha256:" + "a" * 64
+    store = service.context.store
+    feed, other = service.feeds.assignments("n1"), service.feeds.assignments("n2")
+    assert (await anext(feed)).prefetch == ()
+    assert (await anext(other)).prefetch == ()
+    await store.put(keys.prefetch("n1"), codec.encode(Prefetch(node="n1", images=(image,))))
+    batch = await asyncio.wait_for(anext(feed), 5)
+    assert (batch.complete, batch.put, batch.removed, batch.prefetch) == (False, (), (), (image,))
+    await put_instance(service, "web-1", 1)
+    assert (await asyncio.wait_for(anext(feed), 5)).prefetch is None, "said once"
+    anew = service.feeds.assignments("n1")
+    assert (await anext(anew)).prefetch == (image,)
+    await store.delete(keys.prefetch("n1"))
+    while (batch := await asyncio.wait_for(anext(feed), 5)).prefetch is None:
+        pass
+    assert batch.prefetch == ()
+    for one in (feed, other, anew):
+        await one.aclose()  # type: ignore[attr-defined]
+
+
+async def test_who_sees_one_project_sees_no_images_of_a_node(service: Service) -> None:
+    image = "cell.internal/other/web@sha256:" + "a" * 64
+    await put_record(service, keys.node("n1"), Node(name="n1", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1)))
+    await put_record(service, keys.prefetch("n1"), Prefetch(node="n1", images=(image,)))
+    service.heartbeats.note(Heartbeat(node="n1", at=1.0, images=(image,), fetching=image))
+    some = service.nodes.get("n1", Caller(id="x", name="x", role=Role.READ, project="default"))
+    assert some.heartbeat is not None
+    assert (some.prefetch, some.heartbeat.images, some.heartbeat.fetching) == ((), (), "")
+    all_of_it = service.nodes.get("n1")
+    assert all_of_it.heartbeat is not None
+    assert (all_of_it.prefetch, all_of_it.heartbeat.images, all_of_it.heartbeat.fetching) == ((image,), (image,), image)
+    with pytest.raises(TooLarge, match="images"):
+        service.heartbeats.note(Heartbeat(node="n1", at=1.0, images=("x",) * 1_000))
 
 
 async def test_what_cannot_be_read_is_kept_where_it_runs(service: Service) -> None:

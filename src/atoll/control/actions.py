@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from atoll.model.records import AppStatus, Event, Instance, JobStatus, NodeLiveness, Severity, Status
+from atoll.model.records import AppStatus, Event, Instance, JobStatus, NodeLiveness, Prefetch, Severity, Status
 from atoll.model.states import Desired, Phase
 
 EVENTS_PER_DECISION_MAX = 100
@@ -47,6 +47,12 @@ class WriteLiveness(Struct, frozen=True):
     liveness: NodeLiveness
 
 
+class WritePrefetch(Struct, frozen=True):
+    """Write what a node should fetch; with no images, remove the record."""
+
+    prefetch: Prefetch
+
+
 class RemoveApp(Struct, frozen=True):
     """Remove the app if it is still at `revision`, with its releases, its status and its claims on routes, all at once."""
 
@@ -73,7 +79,19 @@ class Tell(Struct, frozen=True):
     event: Event
 
 
-Action = Create | Update | Remove | WriteAppStatus | WriteJobStatus | WriteLiveness | RemoveApp | RemoveJob | Forget | Tell
+Action = (
+    Create
+    | Update
+    | Remove
+    | WriteAppStatus
+    | WriteJobStatus
+    | WriteLiveness
+    | WritePrefetch
+    | RemoveApp
+    | RemoveJob
+    | Forget
+    | Tell
+)
 
 
 class Ailment(Struct, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
 from atoll.control.placement import Placement
+from atoll.control.prefetch import Prefetching
 from atoll.control.readings import Heartbeats, Readings
 from atoll.control.timers import Timers
 from atoll.control.watching import NodeWatch
@@ -80,6 +81,8 @@ class Loop:
         self._placement = Placement(self._world)
         self._nodes = NodeWatch(self._world, clock, last_seen)
         self._readings = Readings(self._world, clock, heartbeats if heartbeats is not None else {})
+        self._prefetching = Prefetching(self._world, self._placement, heartbeats if heartbeats is not None else {})
+        self._prefetch_due = False
         self._changed = asyncio.Event()
         self._timers = Timers()
         self._round: list[Owner] = []
@@ -221,7 +224,7 @@ class Loop:
         placed_units = self._place(decided, now)
         for owner, decision in decided:
             units.extend(units_of(owner, decision.actions, self._world.state))
-        return [*units, *placed_units, *self._node_units(now), *self._gc_units(now)]
+        return [*units, *placed_units, *self._node_units(now), *self._prefetch_units(), *self._gc_units(now)]
 
     def _wake_due(self, now: float) -> None:
         if now >= self._tick_at or self._tick_at > now + 2 * TICK_S:
@@ -229,6 +232,7 @@ class Loop:
             self._tick_at = now + TICK_S
             self._nodes.tick_due = True
             self._readings.look()
+            self._prefetch_due = True
             if not self._round:
                 self._round = self._world.owners()
                 self._share = -(-len(self._round) // TICKS_PER_ROUND)
@@ -318,6 +322,14 @@ class Loop:
         decision = Decision(now, self._suffix)
         self._nodes.decide(decision)
         return units_of("nodes", decision.actions, self._world.state)
+
+    def _prefetch_units(self) -> list[Unit]:
+        """Predict where images will be needed; not while there is anything else to do."""
+        if not self._prefetch_due or self._world.dirty:
+            return []
+        self._prefetch_due = False
+        actions = self._prefetching.tick(self._clock.monotonic())
+        return [unit for action in actions for unit in units_of("prefetch", [action], self._world.state)]
 
     def _gc_units(self, now: float) -> list[Unit]:
         if self._gc_at <= now or self._gc_at > now + 2 * GC_S:

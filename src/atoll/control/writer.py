@@ -19,6 +19,7 @@ from atoll.control.actions import (
     WriteAppStatus,
     WriteJobStatus,
     WriteLiveness,
+    WritePrefetch,
 )
 from atoll.control.leader import Term, check
 from atoll.model import codec, keys
@@ -84,6 +85,9 @@ def _translate(action: Action, state: State) -> tuple[list[Compare], list[Op]]:
             return [unchanged(job, revision)], [Put(keys.job_status(job_status.project, job_status.name), codec.encode(job_status))]
         case WriteLiveness(liveness):
             return [], [Put(keys.node_liveness(liveness.name), codec.encode(liveness))]
+        case WritePrefetch(prefetch):
+            key = keys.prefetch(prefetch.node)
+            return [], [Put(key, codec.encode(prefetch)) if prefetch.images else Delete(key)]
         case RemoveApp():
             return _remove_app(action, state)
         case RemoveJob(project, name, revision):

@@ -107,6 +107,9 @@ class FakeImages:
         by_digest = (replace(image, reference=reference) for image in self._ready.values() if image.digest == digest)
         return self._ready.get(reference) or next(by_digest, None)
 
+    def digests(self) -> Sequence[str]:
+        return tuple(dict.fromkeys(image.digest for image in reversed(self._ready.values())))
+
     async def tree(self, image: Image) -> Path:
         return image.layers[0] if len(image.layers) == 1 else TREES / image.digest.removeprefix("sha256:")
 

@@ -89,6 +89,17 @@ class ImageStore:
         self._handed_out[image.digest] = self._monotonic()
         return image
 
+    def digests(self) -> Sequence[str]:
+        records = sorted(self._records.values(), key=lambda record: self._handed_out.get(record.digest, 0.0), reverse=True)
+        # An index has a digest of its own, by which the image may have been asked for.
+        return tuple(
+            dict.fromkeys(
+                digest
+                for record in records
+                for digest in (record.digest, *(name.rpartition("@")[2] for name in record.references if "@" in name))
+            )
+        )
+
     async def current(self, reference: str) -> str:
         return (await self._registries.source(reference).resolve()).digest
 

@@ -13,6 +13,7 @@ STATUSES = "statuses/"
 NODES = "nodes/"
 NODE_POLICIES = "node-policies/"
 NODE_LIVENESS = "node-liveness/"
+PREFETCHES = "prefetches/"
 TOKENS = "tokens/"
 SECRETS = "secrets/"
 EVENTS = "events/"
@@ -67,6 +68,10 @@ def node_policy(name: str) -> str:
 
 def node_liveness(name: str) -> str:
     return f"{NODE_LIVENESS}{name}"
+
+
+def prefetch(node: str) -> str:
+    return f"{PREFETCHES}{node}"
 
 
 def token(digest: str) -> str:

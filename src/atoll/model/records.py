@@ -278,6 +278,14 @@ class NodeLiveness(_Record, frozen=True, kw_only=True):
     since: float
 
 
+class Prefetch(_Record, frozen=True, kw_only=True):
+    """Images that a node may need soon. Writer: the leader, which predicts them; without the record there are none."""
+
+    node: str
+    images: tuple[str, ...]
+    """References with digests, the likeliest first."""
+
+
 class Usage(_Record, frozen=True, kw_only=True):
     """What an instance uses now. Never stored: it travels with heartbeats."""
 
@@ -302,6 +310,10 @@ class Heartbeat(_Record, frozen=True, kw_only=True):
     memory_bytes: int = 0
     usage: tuple[Usage, ...] = ()
     gpus: tuple[GpuSample, ...] = ()
+    images: tuple[str, ...] = ()
+    """Digests by which images are found on the node, those used last first; not all where they are many."""
+    fetching: str = ""
+    """The image that is being fetched for later, and how far it is, in words."""
 
 
 class Role(enum.StrEnum):

@@ -90,6 +90,8 @@ class NodeView(Struct, frozen=True, kw_only=True):
     instances: int = 0
     gpus: tuple[GpuHolding, ...] = ()
     """Of the devices that something holds, those that the node does not list any more among them."""
+    prefetch: tuple[str, ...] = ()
+    """Images that it may need soon, the likeliest first; for those who see every project."""
     revision: int
 
 

@@ -22,12 +22,13 @@ from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind
 from atoll.model.spec import RuntimeName
-from atoll.model.states import Desired, advance
+from atoll.model.states import Desired, Phase, advance
 from atoll.node.directories import Directories
 from atoll.node.gpus import Gpus
 from atoll.node.health import NetworkProber
 from atoll.node.logs import FileLogs
 from atoll.node.metrics import NetworkScraper
+from atoll.node.prefetch import Prefetch
 from atoll.node.record import Entry, LocalRecord, SqliteRecord
 from atoll.node.recovery import recover
 from atoll.node.report import RETRY_MAX_S, Reporter, retry_delay
@@ -124,6 +125,7 @@ class Agent:
                 file=file,
                 groups=self._machine.groups,
             )
+        self._prefetch = Prefetch(node, images, self._machine, clock, self._reporter, self._preparing)
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
         self._reached = asyncio.Event()
@@ -157,7 +159,7 @@ class Agent:
                 gpus=self._gpus,
                 peer_digest=self._peer_digest,
             )
-            self._vitals = Vitals(self._description, self._tools, self._machine, self.runners)
+            self._vitals = Vitals(self._description, self._tools, self._machine, self.runners, self._prefetch)
             entries = record.load()
             async with asyncio.TaskGroup() as self._group:
                 for entry, event in await recover(entries, self._tools, self._random):
@@ -167,6 +169,7 @@ class Agent:
                 self._spawn(self._follow(self._follow_streams, "tunnel"))
                 self._spawn(self._vitals.beat())
                 self._spawn(self._vitals.collect())
+                self._spawn(self._prefetch.run())
                 if self._gpus is not None:
                     self._gpus.announce = self._vitals.register
                     for work in (self._gpus.recover_later(self._held), self._gpus.listen(), self._gpus.watch()):
@@ -183,6 +186,7 @@ class Agent:
         New assignments are not taken up any more. Returns after `deadline_s` whatever then still runs, which the next agent adopts.
         """
         self._closing = True
+        self._prefetch.want(())
         for runner in self.runners.values():
             runner.handle(Wanted(Desired.STOP))
         deadline = self._clock.monotonic() + deadline_s
@@ -279,6 +283,8 @@ class Agent:
             runner = self.runners.get(id)
             if runner is not None:
                 runner.handle(Removed())
+        if batch.complete or batch.prefetch is not None:
+            self._prefetch.want(batch.prefetch or ())
         if batch.complete:
             self._reached.set()
             self._reached.clear()
@@ -286,6 +292,9 @@ class Agent:
             for runner in self.runners.values():
                 if not runner.state.removed:
                     runner.report()
+
+    def _preparing(self) -> bool:
+        return any(runner.state.phase in (Phase.PREPARING, Phase.STARTING) for runner in self.runners.values())
 
     def _peer_digest(self, instance: Instance, volume: str | None) -> str | None:
         if instance.owner_kind is not OwnerKind.APP:

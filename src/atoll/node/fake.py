@@ -69,6 +69,7 @@ class FakeControlPlane:
         self.events: deque[Event] = deque(maxlen=HISTORY_MAX)
         self.heartbeats: deque[Heartbeat] = deque(maxlen=HISTORY_MAX)
         self.kept: dict[str, Desired] = {}
+        self.prefetched: tuple[str, ...] = ()
         self._revision = 0
         self._away = False
         self._watchers: set[asyncio.Queue[AssignmentBatch | None]] = set()
@@ -100,6 +101,12 @@ class FakeControlPlane:
         self.assigned.pop(id, None)
         self.statuses.pop(id, None)
         self._publish(AssignmentBatch(self._revision, False, (), (id,)))
+
+    def prefetch(self, *references: str) -> None:
+        """Say which images the node may need soon."""
+        self._revision += 1
+        self.prefetched = references
+        self._publish(AssignmentBatch(self._revision, False, prefetch=references))
 
     def cut(self) -> None:
         """Be away until `heal`: every call fails, and every stream ends."""
@@ -149,7 +156,9 @@ class FakeControlPlane:
         queue: asyncio.Queue[AssignmentBatch | None] = asyncio.Queue()
         self._watchers.add(queue)
         try:
-            yield AssignmentBatch(self._revision, True, tuple(self.assigned.values()), kept=dict(self.kept))
+            yield AssignmentBatch(
+                self._revision, True, tuple(self.assigned.values()), kept=dict(self.kept), prefetch=self.prefetched
+            )
             while (batch := await queue.get()) is not None:
                 yield batch
         finally:

@@ -14,6 +14,7 @@ from atoll.model.errors import AtollError
 from atoll.model.records import Heartbeat, Node, Usage
 from atoll.node.gpu_usage import owners_of, usage_of
 from atoll.node.metrics import Scrapes, target_of, with_metrics
+from atoll.node.prefetch import Prefetch
 from atoll.node.runner import Runner
 from atoll.node.tools import Machine, Tools
 
@@ -22,6 +23,8 @@ CALL_S = 10.0
 """Deadline of a registration or a heartbeat."""
 USAGE_S = 2.0
 """Deadline of reading one instance's usage."""
+IMAGES_MAX = 64
+"""Digests of images in one heartbeat."""
 COLLECT_S = 300.0
 """How often the disk is looked at."""
 COLLECT_ABOVE = 0.80
@@ -33,11 +36,14 @@ log = structlog.get_logger()
 class Vitals:
     """`node` is the record that is registered, but for the capacity and the runtimes, which are looked up each time."""
 
-    def __init__(self, node: Node, tools: Tools, machine: Machine, runners: Mapping[str, Runner]) -> None:
+    def __init__(
+        self, node: Node, tools: Tools, machine: Machine, runners: Mapping[str, Runner], prefetch: Prefetch | None = None
+    ) -> None:
         self._node = node
         self._tools = tools
         self._machine = machine
         self._runners = runners
+        self._prefetch = prefetch
         self._scrapes = Scrapes(tools.scraper, tools.reporter)
         self._registered = asyncio.Event()
 
@@ -83,7 +89,16 @@ class Vitals:
         readings = await self._scrapes.ask([target for target in targets if target is not None])
         usage = with_metrics(await self._usage(gpus), readings)
         at = self._tools.clock.now()
-        heartbeat = Heartbeat(node=self._node.name, at=at, cpu_milli=cpu_milli, memory_bytes=memory_bytes, usage=usage, gpus=gpus)
+        heartbeat = Heartbeat(
+            node=self._node.name,
+            at=at,
+            cpu_milli=cpu_milli,
+            memory_bytes=memory_bytes,
+            usage=usage,
+            gpus=gpus,
+            images=tuple(self._tools.images.digests()[:IMAGES_MAX]),
+            fetching=self._prefetch.fetching if self._prefetch is not None else "",
+        )
         async with asyncio.timeout(CALL_S):
             await self._tools.control.heartbeat(heartbeat)
 
@@ -112,6 +127,7 @@ class Vitals:
             try:
                 if self._machine.disk_used() > COLLECT_ABOVE:
                     keep: set[str] = set().union(*(runner.digests for runner in self._runners.values()))
+                    keep |= self._prefetch.kept if self._prefetch is not None else set()
                     freed_bytes = await self._tools.images.collect(sorted(keep))
                     log.info("images collected", freed_bytes=freed_bytes)
             except (AtollError, OSError) as error:

@@ -17,7 +17,7 @@ from atoll.api.service.routing import routing_of
 from atoll.api.service.specs import spec_of
 from atoll.model.errors import Compacted, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
-from atoll.model.records import App, Assignment, Instance, Node, NodeLiveness, OwnerKind, Release, Routing, Status
+from atoll.model.records import App, Assignment, Instance, Node, NodeLiveness, OwnerKind, Prefetch, Release, Routing, Status
 from atoll.model.states import Desired
 from atoll.store.cache import Delta, Deltas, Held
 
@@ -36,11 +36,17 @@ class Listener:
         self.dirty: set[str] = set()
         self.everything = True
         """Tell all anew: at first, and after this server lost track."""
+        self.prefetch = False
+        """Tell which images the node may need."""
         self.ended = False
         self._wake = asyncio.Event()
 
     def mark(self, key: str) -> None:
         self.dirty.add(key)
+        self._wake.set()
+
+    def mark_prefetch(self) -> None:
+        self.prefetch = True
         self._wake.set()
 
     def mark_everything(self) -> None:
@@ -107,12 +113,14 @@ class Feeds:
             while True:
                 revision = int(self._state.revision)
                 if listener.everything:
-                    listener.everything = False
+                    listener.everything = listener.prefetch = False
                     listener.dirty.clear()
                     yield self._all_assignments(node, revision)
                 else:
                     dirty, listener.dirty = listener.dirty, set()
-                    yield self._assignment_changes(node, revision, dirty)
+                    prefetch = self._prefetch(node) if listener.prefetch else None
+                    listener.prefetch = False
+                    yield self._assignment_changes(node, revision, dirty, prefetch)
                 await listener.wait(keepalive_s)
         finally:
             self._agents[node].discard(listener)
@@ -174,9 +182,15 @@ class Feeds:
                 put.append(assignment)
             else:
                 kept[held.record.id] = held.record.desired
-        return AssignmentBatch(revision, True, tuple(put), kept=kept)
+        return AssignmentBatch(revision, True, tuple(put), kept=kept, prefetch=self._prefetch(node))
 
-    def _assignment_changes(self, node: str, revision: int, dirty: set[str]) -> AssignmentBatch:
+    def _prefetch(self, node: str) -> tuple[str, ...]:
+        held = self._state.get(Prefetch, node)
+        return held.record.images if held is not None else ()
+
+    def _assignment_changes(
+        self, node: str, revision: int, dirty: set[str], prefetch: tuple[str, ...] | None = None
+    ) -> AssignmentBatch:
         put, removed, kept = [], [], {}
         for key in sorted(dirty):
             held = self._state.get(Instance, key)
@@ -189,7 +203,7 @@ class Feeds:
                 put.append(assignment)
             else:
                 kept[id] = held.record.desired
-        return AssignmentBatch(revision, False, tuple(put), tuple(removed), kept)
+        return AssignmentBatch(revision, False, tuple(put), tuple(removed), kept, prefetch)
 
     def _assignment(self, held: Held[Instance]) -> Assignment | None:
         spec = spec_of(self._state, held.record)
@@ -252,6 +266,9 @@ class Feeds:
                 held = self._state.get(Instance, delta.key)
                 if held is not None and held.record.owner_kind is OwnerKind.APP:
                     apps.add(f"{held.record.project}/{held.record.owner}")
+            elif delta.kind is Prefetch:
+                for listener in self._agents.get(delta.key, ()):
+                    listener.mark_prefetch()
             elif delta.kind is App:
                 apps.add(delta.key)
             elif delta.kind is Release and delta.old is None and delta.new is not None:

@@ -13,6 +13,10 @@ USAGES_MAX = 10_000
 METRICS_MAX = 17
 """Metrics of one instance: those that a spec may name, and the one that it scales by."""
 METRIC_CHARACTERS_MAX = 128
+IMAGES_MAX = 256
+"""Digests in one heartbeat."""
+WORDS_MAX = 1_024
+"""Characters of a digest, or of what a node says that it is fetching."""
 
 
 class Heartbeats:
@@ -31,6 +35,8 @@ class Heartbeats:
             if len(usage.metrics) > METRICS_MAX or any(len(name) > METRIC_CHARACTERS_MAX for name in usage.metrics):
                 most = f"at most {METRICS_MAX}, with names of {METRIC_CHARACTERS_MAX} characters"
                 raise TooLarge(f"usage: too many metrics of '{usage.instance[:60]}'; {most}", field="usage")
+        if len(heartbeat.images) > IMAGES_MAX or any(len(words) > WORDS_MAX for words in (heartbeat.fetching, *heartbeat.images)):
+            raise TooLarge(f"images: at most {IMAGES_MAX} in one heartbeat, of {WORDS_MAX} characters", field="images")
         self._latest[heartbeat.node] = heartbeat
         self._seen[heartbeat.node] = self._clock.monotonic()
 

@@ -16,7 +16,7 @@ from atoll.api.service.specs import spec_of
 from atoll.model import codec, keys
 from atoll.model.errors import Invalid, NotFound
 from atoll.model.ports.store import Put, absent, unchanged
-from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Status, Usage
+from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Prefetch, Status, Usage
 from atoll.model.views import NodeView, Page
 from atoll.store.cache import Held
 
@@ -103,16 +103,18 @@ class Nodes:
         return tuple(sorted(found, key=lambda usage: usage.instance))
 
     def _heartbeat(self, name: str, seen: Container[str], caller: Caller) -> Heartbeat | None:
-        """Return a node's latest word, for a project's token without what instances of others use and say of themselves."""
+        """Return a node's latest word, for a project's token without what instances of others use and say of themselves,
+        and without images."""
         beat = self._heartbeats.latest(name)
         if beat is None or caller.project == EVERY_PROJECT:
             return beat
-        return replace(beat, usage=tuple(usage for usage in beat.usage if usage.instance in seen))
+        return replace(beat, images=(), fetching="", usage=tuple(usage for usage in beat.usage if usage.instance in seen))
 
     def _view(self, held: Held[Node], placed: Iterable[Instance], caller: Caller) -> NodeView:
         name = held.record.name
         liveness = self._state.get(NodeLiveness, name)
         policy = self._state.get(NodePolicy, name)
+        prefetch = self._state.get(Prefetch, name)
         cpu_milli = memory_bytes = count = 0
         holding: list[Instance] = []
         seen: set[str] = set()
@@ -137,5 +139,6 @@ class Nodes:
             allocated_memory_bytes=memory_bytes,
             instances=count,
             gpus=holdings_of(holding, caller.sees),
+            prefetch=prefetch.record.images if prefetch is not None and caller.project == EVERY_PROJECT else (),
             revision=held.revision,
         )

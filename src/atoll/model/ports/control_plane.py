@@ -22,6 +22,9 @@ class AssignmentBatch(Struct, frozen=True):
     kept: dict[str, Desired] = {}
     """Instances of which no more can be told, because a record of theirs is missing or damaged: what the node knows of them
     holds, and of others it need not know."""
+    prefetch: tuple[str, ...] | None = None
+    """Images (references with digests) that the node may need soon, the likeliest first; None where nothing new is said of them.
+    A wish: nothing fails where it is not followed."""
 
 
 class RoutingBatch(Struct, frozen=True):

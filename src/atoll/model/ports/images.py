@@ -68,6 +68,10 @@ class Images(Protocol):
         """Return the image if it is ready here, without any network."""
         ...
 
+    def digests(self) -> Sequence[str]:
+        """Return the digests by which `find` finds an image here, those of the images handed out last first."""
+        ...
+
     async def tree(self, image: Image) -> Path:
         """Return a directory that holds all files of `image`, for showing them (read-only!) in any number of places.
 
