@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
@@ -15,6 +16,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from atoll.model.errors import Compacted, NotFound
 from atoll.model.ports.store import Compare, Delete, Get, LeaseId, Op, Put, Revision, Store, Target
+from atoll.store.etcd.private import PrivateEtcd
+from atoll.store.etcd.store import EtcdStore
 from atoll.store.memory import MemoryStore
 from atoll.store.sqlite import SqliteStore
 
@@ -124,6 +127,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.run(self.store.close())
+        self.run(self.loop.shutdown_asyncgens())
         self.loop.close()
 
     @initialize(target=leases)
@@ -168,12 +172,15 @@ class StoreMachine(RuleBasedStateMachine):
         assert (done.succeeded, done.revision) == (succeeds, len(self.model.states) - 1)
         assert [plain(item) for item in done.found] == found
 
+    def grant_in_store(self, ttl_s: float) -> LeaseId:
+        return self.run(self.store.lease_grant(ttl_s)).id
+
     @rule(target=leases, ttl_s=st.sampled_from([5.0, 10.0]))
     def grant(self, ttl_s: float) -> LeaseId:
-        lease = self.run(self.store.lease_grant(ttl_s))
-        assert lease.id not in self.model.leases
-        self.model.leases[lease.id] = (ttl_s, self.clock.at + ttl_s)
-        return lease.id
+        lease = self.grant_in_store(ttl_s)
+        assert lease not in self.model.leases
+        self.model.leases[lease] = (ttl_s, self.clock.at + ttl_s)
+        return lease
 
     @rule(lease=leases)
     def keep_alive(self, lease: LeaseId) -> None:
@@ -269,8 +276,51 @@ class SqliteMachine(StoreMachine):
         self.directory.cleanup()
 
 
+class EtcdMachine(StoreMachine):
+    """The same on a real etcd, whose leases run by its own clock: they are made so long that none ends by itself."""
+
+    etcd: PrivateEtcd
+
+    async def open(self) -> Store:
+        store = await EtcdStore.open(self.etcd.address)
+        # All that other examples did lies before this one's history.
+        last = await store.put("a", b"")
+        newest = await store.delete("a")
+        await store.compact(newest)
+        self.model.states = [*[{}] * last, {"a": Item((b"", last, last, 1, 0))}, {}]
+        self.model.floor = newest
+        return store
+
+    async def expire(self) -> None:
+        for lease in [lease for lease in self.granted if lease not in self.model.leases]:
+            await self.store.lease_revoke(LeaseId(lease))
+            self.granted.remove(lease)
+
+    def __init__(self) -> None:
+        self.granted: list[int] = []
+        super().__init__()
+
+    def grant_in_store(self, ttl_s: float) -> LeaseId:
+        lease = super().grant_in_store(100 * ttl_s)
+        self.granted.append(lease)
+        return lease
+
+    def teardown(self) -> None:
+        self.run(self.store.txn([], [Delete("", prefix=True)]))
+        super().teardown()
+
+
 EXAMPLES = {"deadline": None, "suppress_health_check": list(HealthCheck), "stateful_step_count": 40}
 TestMemory = StoreMachine.TestCase
 TestMemory.settings = settings(max_examples=100, **EXAMPLES)  # type: ignore[arg-type]
 TestSqlite = SqliteMachine.TestCase
 TestSqlite.settings = settings(max_examples=30, **EXAMPLES)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("etcd") is None, reason="there is no etcd on this machine")
+class TestEtcd(EtcdMachine.TestCase):  # type: ignore[name-defined, misc]
+    settings = settings(max_examples=12, **EXAMPLES)  # type: ignore[arg-type]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        EtcdMachine.etcd = cls.enterClassContext(PrivateEtcd())
