@@ -25,7 +25,7 @@ MEANING: dict[str, tuple[str, str]] = {
     "Workload.name": ("What it is called in its project; part of its hostname and of its instances' ids.", 'name = "web"'),
     "Workload.project": ("The tenant it belongs to. `--project` on the command line goes before it.", 'project = "shop"'),
     "Workload.image": (
-        "What to run; see [images.md](images.md). This or `[build]` is needed.",
+        "What to run; see [images.md](images.md). This, `[build]` or `[worker]` is needed.",
         'image = "registry.example/web:1.4"',
     ),
     "Workload.build": ("How to make the image from this directory; the table below.", "[build]"),
@@ -39,11 +39,11 @@ MEANING: dict[str, tuple[str, str]] = {
     "Workload.user": ("`USER`, `UID`, `USER:GROUP` or `UID:GID`, looked up in the image; else the image's.", 'user = "1000:1000"'),
     "Workload.resources": ("What each instance may use; the table below.", "[resources]"),
     "Workload.isolation": (
-        "How much stands between it and its neighbours. `container` and `sandbox` run in this version.",
+        "How much stands between it and its neighbours. `container`, `sandbox` and, for a worker, `isolate` run in this version.",
         'isolation = "container"',
     ),
     "Workload.runtime": (
-        "Pins one runtime of that isolation. Nodes offer `runc`, `crun` and `gvisor`, as far as they can.",
+        "Pins one runtime of that isolation. Nodes offer `runc`, `crun`, `lxc`, `gvisor` and `workerd`, as far as they can.",
         'runtime = "runc"',
     ),
     "Workload.placement": ("Where it may and should run; the table below.", "[placement]"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, ROUTE_CONFIG, STREAM_IDLE_S
+from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
 from atoll.model.worker import SERVICE_HEADER, SERVICES, SERVICES_SOCKET
 
 ADMIN_SOCKET = "admin.sock"
@@ -119,7 +119,12 @@ def _services() -> dict[str, Any]:
         "name": "service",
         "match": {"prefix": "/"},
         "request_headers_to_remove": [SERVICE_HEADER],
-        "route": {"cluster_header": SERVICE_HEADER, "timeout": "0s", "idle_timeout": f"{STREAM_IDLE_S}s"},
+        "route": {
+            "cluster_header": SERVICE_HEADER,
+            "timeout": "0s",
+            "idle_timeout": f"{STREAM_IDLE_S}s",
+            "retry_policy": {"retry_on": RETRY_ON, "num_retries": RETRIES},
+        },
     }
     manager = _connection_manager()
     del manager["rds"]
