@@ -113,6 +113,13 @@ async def test_a_syntax_error_ends_the_worker_with_one_line_that_says_where(worl
     assert "index.js:3" in said[1]
 
 
+async def test_an_exception_at_the_top_of_a_module_ends_the_worker_with_its_words(world: WorkerWorld, tmp_path: Path) -> None:
+    code = "throw new Error('no table'); export default {};"
+    await world.begin("a", image=image_of(tmp_path / "bad", {"index.js": code}))
+    assert (await asyncio.wait_for(world.runtime.wait("a"), 10)).code == 1
+    assert "Uncaught Error: no table" in world.output("a", "stderr")
+
+
 @pytest.mark.parametrize("modules", [{"other.js": ""}, {"../elsewhere/index.js": ""}])
 async def test_an_image_without_the_main_module_is_refused_and_leaves_nothing(
     world: WorkerWorld, tmp_path: Path, modules: dict[str, str]

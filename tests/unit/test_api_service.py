@@ -56,6 +56,7 @@ from atoll.model.records import (
 from atoll.model.spec import AppSpec, Constraint, JobSpec, Metrics, Operator, Placement, Port, Route, Scale, Volume
 from atoll.model.states import Desired, Phase
 from atoll.model.views import AppView, TokenRequest
+from atoll.model.worker import KvNamespace, Worker
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
 
@@ -159,6 +160,22 @@ async def test_a_rollback_keeps_how_the_app_is_scaled(service: Service) -> None:
     await service.apps.put(SYSTEM, app_spec(scale=more, metrics=Metrics(), env={"A": "1"}))
     back = await service.apps.rollback(SYSTEM, "default", "web")
     assert (back.app.release, back.app.spec.env, back.app.spec.scale) == (1, {}, more)
+
+
+async def test_a_worker_with_state_never_comes_to_run_twice(service: Service) -> None:
+    plain = Worker(main="index.js", compatibility_date="2026-11-01")
+    stateful = Worker(main="index.js", compatibility_date="2026-11-01", kv=(KvNamespace(binding="KV"),))
+    await service.apps.put(SYSTEM, AppSpec(name="w", image="x", worker=stateful))
+    with pytest.raises(Invalid, match="it runs once"):
+        await service.apps.scale("default", "w", 2)
+    await service.apps.put(SYSTEM, AppSpec(name="w", image="x", worker=plain))
+    await service.apps.scale("default", "w", 2)
+    with pytest.raises(Invalid, match="it runs once"):  # what served as two cannot become it, nor go back to it
+        await service.apps.put(SYSTEM, AppSpec(name="w", image="x", worker=stateful))
+    with pytest.raises(Invalid, match="it runs once"):
+        await service.apps.rollback(SYSTEM, "default", "w", 1)
+    await service.apps.scale("default", "w", 1)
+    assert (await service.apps.rollback(SYSTEM, "default", "w", 1)).app.spec.worker == stateful
 
 
 async def test_scaling_an_app_that_scales_by_a_metric_sets_the_least(service: Service) -> None:

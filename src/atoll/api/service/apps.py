@@ -97,6 +97,7 @@ class Apps:
             if old.replicas == replicas:
                 return Draft(answer=lambda _: self._view(held))
             _check_most(old.spec, replicas)
+            _check_single(old.spec, replicas)
             app = replace(old, replicas=replicas, updated_at=self._context.clock.now())
             what = f"the least was {old.replicas} and is {replicas}" if app.most else f"scaled from {old.replicas} to {replicas}"
             told = told_by(self._context, caller, app, "app-scaled", what)
@@ -148,6 +149,7 @@ class Apps:
             if _metric(spec) == _metric(held.record.spec):
                 # How many there are is the app's and no release's, unless the release gives another metric away.
                 spec = replace(spec, scale=held.record.spec.scale)
+            _check_single(spec, held.record.replicas)
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
             app = replace(held.record, spec=spec, release=target, updated_at=self._context.clock.now())
             words = f"rolled back from release {held.record.release} to {target}"
@@ -227,6 +229,7 @@ class Apps:
         status = self._state.get(AppStatus, f"{old.project}/{old.name}")
         running = old.wanted(status.record if status is not None else None)
         app = replace(old, spec=spec, replicas=_replicas(spec, running), updated_at=self._context.clock.now())
+        _check_single(spec, app.replicas)
         compare: list[Compare] = []
         ops: list[Op] = []
         if replace(spec, scale=UNSET) != replace(old.spec, scale=UNSET) or _metric(spec) != _metric(old.spec):
@@ -310,6 +313,9 @@ def _check_most(spec: AppSpec, replicas: int) -> None:
             field="replicas",
             mend="it scales by a metric, and this is the least; deploy it with a larger scale.max",
         )
+
+
+def _check_single(spec: AppSpec, replicas: int) -> None:
     if replicas > 1 and spec.worker is not None and spec.worker.stateful:
         raise Invalid(
             f"replicas: {replicas} of a worker with durable objects or KV; it runs once, since its state is on one disk",
