@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from runtime_world import World, make_layer, real_world
+from msgspec import structs
+from runtime_world import LIMITS, World, make_layer, real_world
 
 from atoll.model.errors import ImageError, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.images import Image
 from atoll.model.ports.runtime import Mount
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.lxc import LxcRuntime
+from atoll.runtimes.oci_runtime import START_S_MAX
 
 pytestmark = pytest.mark.system
 
@@ -70,6 +72,15 @@ async def test_nothing_of_lxc_s_own_stays_after_a_start_that_failed(world: World
         await world.runtime.start("a")
     assert monitors(world) == []
     assert leftovers(world) == []
+
+
+@pytest.mark.parametrize("memory_bytes", [64 << 10, 128 << 10, 256 << 10])
+async def test_lxc_that_waits_for_a_child_killed_for_memory_is_not_waited_for(world: World, memory_bytes: int) -> None:
+    await world.runtime.create(world.box("a", "run", limits=structs.replace(LIMITS, memory_bytes=memory_bytes)))
+    with pytest.raises(RuntimeFailed) as raised:
+        await asyncio.wait_for(world.runtime.start("a"), START_S_MAX / 2)
+    assert "memory" in (raised.value.mend or ""), str(raised.value)
+    assert monitors(world) == []
 
 
 async def test_no_descriptor_of_the_agent_s_is_open_inside(world: World) -> None:

@@ -39,8 +39,10 @@ _LXC_LOG = "lxc.log"
 _INSIDE = "/proc/self/fd/4"
 """The shim, as LXC hands it on to the instance's first process."""
 _ERROR = re.compile(r"^\S+ \S+ \S+ ERROR\s+\S+ - \S+?:\w+:\d+ - (.*)$", re.MULTILINE)
-_KILLED = "Sync wake failure"
-"""What LXC says when its child has ended without a word."""
+_TOO_LITTLE = ("Sync wake failure", "Cannot allocate memory")
+"""What LXC says when its child was killed or refused memory."""
+_TIGHT_BYTES = 4 << 20
+"""With less, memory is the likely cause of whatever LXC says."""
 _PROBE_LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=4 << 20, pids=64)
 _PROBE_CODE = 2
 """How the shim ends when it is given nothing to do."""
@@ -142,12 +144,11 @@ class LxcRuntime(OciRuntime):
     def failure(self, container: Container, command: str) -> RuntimeFailed:
         told = super().failure(container, command)
         words = _lxc_words(container.files.directory / _LXC_LOG)
-        if not words:
-            return told
-        # LXC takes the control group away, and with it the kernel's word on why its child was killed.
+        # Where LXC has noticed, it has taken the control group away, and with it the kernel's word on why its child was killed.
         limit = container.record.limits.memory_bytes
-        mend = f"raise the memory limit ({limit >> 10} KiB), if that is why" if _KILLED in words else None
-        return RuntimeFailed(f"cannot run {command!r}: LXC says: {words}", mend=mend)
+        tight = limit < _TIGHT_BYTES or any(sign in words for sign in _TOO_LITTLE) or container.group.oom_kills() > 0
+        mend = f"raise the memory limit ({limit >> 10} KiB), if that is why" if tight else told.mend
+        return RuntimeFailed(f"cannot run {command!r}: LXC says: {words}" if words else str(told), mend=mend)
 
 
 class _Entering:

@@ -28,6 +28,7 @@
 #include <linux/close_range.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -48,7 +49,7 @@
 #define TIOCGPTPEER _IO('T', 0x41)
 #endif
 
-enum { SELF = 4, PROCESS = 5, PEER = 6, OUTPUT = 7, HANDED_ON = 5, ABOVE = 16, GROUPS_MAX = 256, CGROUPS_MAX = 32, CAPABILITIES = 64 };
+enum { SELF = 4, PROCESS = 5, PEER = 6, OUTPUT = 7, HANDED_ON = 5, ABOVE = 16, GROUPS_MAX = 256, DEAD_LOOKS = 5, LOOK_MS = 100, CAPABILITIES = 64 };
 
 struct program {
     struct sock_fprog filter;
@@ -108,6 +109,16 @@ static int write_pid(const char *path, pid_t pid) {
     int written = write(fd, text, length);
     close(fd);
     return written == length ? rename(next, path) : -1;
+}
+
+static int read_text(const char *path, char *text, size_t size) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return -1;
+    ssize_t got = read(fd, text, size - 1);
+    close(fd);
+    if (got < 0) return -1;
+    text[got] = 0;
+    return 0;
 }
 
 /* The words of PROCESSFILE, one after the other. */
@@ -300,6 +311,33 @@ static void run_lxc(char **argv, int self, int process, int peer) {
     _exit(127);
 }
 
+/* Returns the oldest child of `parent`, if it has ended and `parent` has not asked for its status; else 0. */
+static pid_t dead_child(pid_t parent) {
+    char path[64], text[512];
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", parent, parent);
+    pid_t child = read_text(path, text, sizeof text) < 0 ? 0 : atol(text);
+    if (child <= 0) return 0;
+    snprintf(path, sizeof path, "/proc/%d/stat", child);
+    char *name_end = read_text(path, text, sizeof text) < 0 ? NULL : strrchr(text, ')');
+    return name_end && name_end[1] == ' ' && name_end[2] == 'Z' ? child : 0;
+}
+
+/*
+ * Waits until `socket` can be read. LXC waits for ever where its child is killed, as it is by a memory limit that is too small: when
+ * the same child has been dead for a while, this returns -1.
+ */
+static int await_first(int socket, pid_t lxc) {
+    struct pollfd peer = {.fd = socket, .events = POLLIN};
+    pid_t last = 0;
+    for (int seen = 0; seen < DEAD_LOOKS; seen++) {
+        if (poll(&peer, 1, LOOK_MS) > 0) return 0;
+        pid_t dead = dead_child(lxc);
+        if (dead == 0 || dead != last) seen = 0;
+        last = dead;
+    }
+    return -1;
+}
+
 int start_lxc(char **argv) {
     const char *pid_file = argv[0], *log = argv[2];
     int peers[2], on = 1, self = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), process = open(argv[1], O_RDONLY | O_CLOEXEC);
@@ -311,10 +349,15 @@ int start_lxc(char **argv) {
     if (lxc < 0) return fail(log, "cannot fork");
     if (lxc == 0) run_lxc(argv + 4, self, process, peers[1]);
     close(peers[1]);
+    if (await_first(peers[0], lxc) < 0) {
+        kill(lxc, SIGKILL);
+        waitpid(lxc, NULL, 0);
+        return log_failure(log, "it was killed before it ran");
+    }
     int peer = receive_first(peers[0], &first);
     if (peer >= 0) kill(lxc, SIGKILL); /* all is made; and it must not be the one that hears of the process's end */
     waitpid(lxc, NULL, 0);
-    if (peer < 0 || first <= 0) return 1; /* LXC's own log says why */
+    if (peer < 0 || first <= 0) return log_failure(log, "LXC ended before it ran"); /* and its own log may say why */
     struct word word = {.pid = 0};
     int failed = write_pid(pid_file, first) < 0 || write(peer, "", 1) != 1;
     if (failed)
