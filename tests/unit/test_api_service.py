@@ -545,6 +545,17 @@ async def test_while_ports_change_requests_go_only_to_instances_that_listen_ther
     assert [endpoint.instance for endpoint in routing.endpoints] == ["web-3"]
 
 
+async def test_what_stands_by_or_is_parked_gets_no_request_and_is_no_endpoint_that_drains(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await put_instance(service, "web-1", 1)
+    await put_instance(service, "web-2", 1, standby=True)
+    await put_instance(service, "web-3", 1, standby=True, desired=Desired.DRAIN)
+    await put_instance(service, "web-4", 1, ready=False, desired=Desired.DRAIN)
+    parked = replace(running("web-4", "10.0.0.4", ready=False), parked=True)
+    await put_record(service, keys.status("default", "web-4"), parked)
+    assert [endpoint.instance for endpoint in (await routing_now(service)).endpoints] == ["web-1"]
+
+
 async def test_an_instance_that_is_not_ready_or_is_told_to_stop_gets_no_request(service: Service) -> None:
     await service.apps.put(SYSTEM, app_spec())
     await put_instance(service, "web-1", 1, ready=False)

@@ -204,3 +204,22 @@ def test_a_rollout_is_done_when_as_many_are_ready_as_the_metric_asks_for() -> No
     verdict = progress.verdict(view, 0.0)
     assert verdict is not None
     assert verdict.error is None
+
+
+def test_what_stands_by_is_shown_beside_what_serves(atoll: Atoll) -> None:
+    scale = Scale(max=4, metric="queue_depth", target=8, standby=2)
+    spec = replace(SPEC, scale=scale)
+    atoll.api.put(
+        "apps", "default/llm", App(project="default", name="llm", spec=spec, release=1, replicas=1, created_at=1.0, updated_at=1.0)
+    )
+    assert "2/3 of 1–4, by queue_depth ≤ 8 each, 0 of 2 parked" in atoll.run("status", "llm")
+    for id, standby, parked in (("llm-1", True, True), ("llm-2", True, False), ("llm-3", False, True)):
+        facts = {"owner_kind": OwnerKind.APP, "owner": "llm", "release": 1, "generation": 1, "node": "n1", "created_at": 1.0}
+        atoll.api.put("instances", f"default/{id}", Instance(id=id, project="default", standby=standby, **facts))
+        status = Status(instance=id, project="default", node="n1", phase=Phase.RUNNING, ready=not parked, parked=parked)
+        atoll.api.put("statuses", f"default/{id}", status)
+    words = {line.split()[0]: line.split()[4] for line in atoll.run("ps", "llm").splitlines()[1:]}
+    assert words == {"llm-1": "parked", "llm-2": "standby", "llm-3": "waking"}
+    status = AppStatus(project="default", name="llm", phase=AppPhase.RUNNING, release=1, ready=2, scaled=3, parked=2)
+    atoll.api.put("app-statuses", "default/llm", status)
+    assert " 2/3 of 1–4, 2 parked " in atoll.run("apps")

@@ -85,7 +85,7 @@ async def cell() -> AsyncIterator[Cell]:
         await made.put(keys.node("n1"), Node(name="n1", capacity=capacity))
         app = App(project="default", name="llm", spec=SPEC, release=1, replicas=1, created_at=1.0, updated_at=1.0)
         await made.put(keys.app("default", "llm"), app)
-        status = AppStatus(project="default", name="llm", phase=AppPhase.RUNNING, release=1, ready=2, scaled=3)
+        status = AppStatus(project="default", name="llm", phase=AppPhase.RUNNING, release=1, ready=2, scaled=3, parked=1)
         await made.put(keys.app_status("default", "llm"), status)
         await made.instance("llm-1", gpus=(GpuGrant(device="GPU-1", memory_bytes=150 << 30),))
         await made.instance("llm-2", project="shop", owner_kind=OwnerKind.JOB, owner="train")
@@ -120,6 +120,7 @@ async def test_nodes_devices_apps_and_instances_are_told(cell: Cell) -> None:
         'atoll_app_replicas_wanted{project="default",app="llm"} 3',
         'atoll_app_replicas_ready{project="default",app="llm"} 2',
         'atoll_app_replicas_most{project="default",app="llm"} 4',
+        'atoll_app_parked{project="default",app="llm"} 1',
         'atoll_instance_ready{project="default",app="llm",instance="llm-1",node="n1"} 1',
         'atoll_instance_restarts_total{project="default",app="llm",instance="llm-1",node="n1"} 2',
         'atoll_instance_cpu_cores{project="default",app="llm",instance="llm-1",node="n1"} 0.25',

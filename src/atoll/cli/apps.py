@@ -42,7 +42,7 @@ def _app_row(view: AppView) -> tuple[Any, ...]:
     return (
         app.name,
         state(word(view)),
-        f"{status.ready if status else 0}/{app.wanted(status)}{_bounds(view)}",
+        f"{status.ready if status else 0}/{app.wanted(status)}{_bounds(view)}{_standby(view)}",
         app.release,
         age(app.updated_at),
         view.urls[0] if view.urls else "–",
@@ -54,6 +54,14 @@ def _bounds(view: AppView) -> str:
     """Return between what the number of instances is, where it follows a metric."""
     app = view.app
     return "" if app.most is None else f" of {app.replicas}–{app.most}"
+
+
+def _standby(view: AppView) -> str:
+    """Return how many stand by, of those that should where not all are parked."""
+    parked, wanted = view.status.parked if view.status else 0, view.app.standby
+    if not parked and not wanted:
+        return ""
+    return f", {parked} parked" if parked == wanted else f", {parked} of {wanted} parked"
 
 
 def _scaling(view: AppView) -> str:
@@ -110,7 +118,8 @@ def _show_app(session: Session, view: AppView) -> None:
         ("state", state(word(view), told)),
         (
             "ready",
-            f"{ready}/{app.wanted(view.status)}{_bounds(view)}{_scaling(view)}" if app.most else f"{ready} of {app.replicas}",
+            (f"{ready}/{app.wanted(view.status)}{_bounds(view)}{_scaling(view)}" if app.most else f"{ready} of {app.replicas}")
+            + _standby(view),
         ),
         ("release", f"{app.release}, {age(app.updated_at)} ago"),
         ("image", spec.image or "–"),

@@ -68,6 +68,10 @@ def phase_word(view: InstanceView) -> str:
     if view.status.phase == "running":
         if view.instance.desired == "drain":
             return "draining"
+        if view.status.parked:
+            return "parked" if view.instance.standby else "waking"
+        if view.instance.standby:
+            return "standby"
         return "ready" if view.status.ready else "running" if view.instance.release == 0 else "starting"
     return str(view.status.phase)
 
@@ -128,7 +132,7 @@ async def one_running(client: Client, project: str, name: str) -> InstanceView:
     """Return a running instance that `name` stands for, a ready one first. Raises NotFound with what is there instead."""
     views = await named(client, project, name)
     running = [view for view in views if view.status is not None and view.status.phase == "running"]
-    running.sort(key=lambda view: (not (view.status and view.status.ready), view.instance.id))
+    running.sort(key=lambda view: (view.instance.standby, not (view.status and view.status.ready), view.instance.id))
     if running:
         return running[0]
     if views:

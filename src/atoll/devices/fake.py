@@ -88,6 +88,7 @@ class FakeHardware:
         """Processes that do not let themselves be taken off their device."""
         self.suspends = self.vendor is GpuVendor.NVIDIA
         """The driver can take processes off their devices."""
+        self._suspending: asyncio.Event | None = None
         self._busy: dict[str, int] = {}
         self._told: collections.deque[DeviceEvent] = collections.deque()
         self._news = asyncio.Event()
@@ -144,6 +145,9 @@ class FakeHardware:
         process = self._processes.pop(pid)
         self._off[pid] = process
         self._busy[process.device] = 0
+        if self._suspending is not None:
+            self._suspending.set()
+            await asyncio.Event().wait()  # for ever, as told
 
     async def resume(self, pid: int) -> None:
         await self._enter()
@@ -269,6 +273,10 @@ class FakeHardware:
         process = self._processes.pop(pid, None)
         if process is not None:
             self._busy[process.device] = 0
+
+    def hang_suspends(self, reached: asyncio.Event | None) -> None:
+        """Taking a process off its device does not come back though it is done, and sets `reached`; None: no more."""
+        self._suspending = reached
 
     def partition_by_hand(self, device: str, profile: str, start: int) -> GpuPartition:
         """An operator makes a partition beside the node."""

@@ -48,7 +48,7 @@ async def park(
     except (AtollError, TimeoutError) as error:
         await _undo(step, instance, pids, runtime, gpus, f"it could not be frozen: {_words(error)}", tell)
         return
-    tell(Parked(step.run, f"parked in {format_seconds(clock.monotonic() - began)}: {words}"))
+    tell(Parked(step.run, f"parked in {_span(clock.monotonic() - began)}: {words}"))
 
 
 async def wake(
@@ -67,7 +67,7 @@ async def wake(
     except (AtollError, TimeoutError) as error:
         tell(WakeFailed(step.run, _words(error)))
         return
-    tell(Woken(step.run, f"woken in {format_seconds(clock.monotonic() - began)}"))
+    tell(Woken(step.run, f"woken in {_span(clock.monotonic() - began)}"))
 
 
 async def _leave_devices(
@@ -109,6 +109,10 @@ async def _let_go_on(runtime: Runtime, id: str) -> None:
             await runtime.resume(id)
     except (AtollError, TimeoutError) as error:
         log.debug("not let go on", instance=id, error=str(error) or "timed out")
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else format_seconds(seconds)
 
 
 def _words(error: AtollError | TimeoutError) -> str:

@@ -21,6 +21,7 @@ from atoll.node.files import Ids, pack_files, unpack_files
 from atoll.node.in_root import IdMap
 from atoll.node.runner import Runner
 from atoll.node.tools import Logs
+from atoll.node.transitions import Rest
 
 OPEN_S = 10.0
 """Deadline of dialling the server for one stream."""
@@ -84,6 +85,8 @@ def _running(runner: Runner) -> tuple[Runtime, int]:
 
 async def _exec(channel: Channel, runner: Runner, options: ExecOptions) -> None:
     runtime, _ = _running(runner)
+    if runner.state.rest is not Rest.AWAKE:
+        raise Conflict(f"instance {runner.id} is parked, and would not answer", mend="choose one that serves: atoll ps")
     if not options.argv or not options.argv[0]:
         raise Invalid("argv: missing", field="argv")
     try:

@@ -47,6 +47,7 @@ FAMILIES = {
     "atoll_gpu_temperature_celsius": ("gauge", "How warm the device is."),
     "atoll_app_replicas_wanted": ("gauge", "Instances that there should be."),
     "atoll_app_replicas_ready": ("gauge", "Instances that serve."),
+    "atoll_app_parked": ("gauge", "Instances that stand by, parked; they are not among those that are wanted or ready."),
     "atoll_app_replicas_most": ("gauge", "The most that its metric may ask for, of an app that scales by one."),
     "atoll_instance_ready": ("gauge", "1 where the instance serves."),
     "atoll_instance_restarts_total": ("counter", "Starts of its process after the first."),
@@ -127,6 +128,7 @@ class Exposition:
         status = held.record if held is not None else None
         page.add("atoll_app_replicas_wanted", labels, 0 if app.deleting else app.wanted(status))
         page.add("atoll_app_replicas_ready", labels, status.ready if status is not None else 0)
+        page.add("atoll_app_parked", labels, status.parked if status is not None else 0)
         if app.most is not None:
             page.add("atoll_app_replicas_most", labels, app.most)
 
@@ -134,7 +136,7 @@ class Exposition:
         owner = "app" if instance.owner_kind is OwnerKind.APP else "job"
         labels = {"project": instance.project, owner: instance.owner, "instance": instance.id, "node": instance.node or ""}
         held = self._state.get(Status, key)
-        page.add("atoll_instance_ready", labels, int(held is not None and held.record.ready))
+        page.add("atoll_instance_ready", labels, int(held is not None and held.record.ready and not instance.standby))
         page.add("atoll_instance_restarts_total", labels, held.record.restarts if held is not None else 0)
         if usage is None:
             return
