@@ -38,10 +38,12 @@ from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.nvproxy import gvisor_drivers
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.runc import RuncRuntime
+from atoll.scheduling.gpu import mig_measure
 from bench.report import Report, Result, median, percentile
 
 SAMPLES = 15
 ROUNDS = 5
+STREAMS = 30
 WARM_UP = 2
 SIZE = 4096
 """The product of two SIZE × SIZE matrices is what throughput is measured on."""
@@ -69,6 +71,7 @@ def run(arguments: list[str]) -> Report:
         for what, unit, goal in _NEEDS_DEVICE:
             report.add(Result(what, None, unit, None, goal, "no GPU"))
         _contract(report)
+    _packing(report)
     return report
 
 
@@ -84,15 +87,27 @@ _NEEDS_DEVICE = (
 
 def _contract(report: Report) -> None:
     """Run the device port's contract and the fault injections on the fake."""
-    there = [path for path in CONTRACT if Path(path).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *there]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", answer.stdout)}
-    bad = found.get("failed", 0) + found.get("error", 0) + (answer.returncode not in (0, 1))
-    report.add(
-        Result("contract of the device port and faults on its fake: tests that pass", found.get("passed", 0), "tests", None, ">= 1")
-    )
-    report.add(Result("the same: tests that fail", bad, "tests", None, "<= 0"))
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *CONTRACT]
+    answer = subprocess.run(command, cwd=PROGRAM.parents[1], capture_output=True, text=True, timeout=600, check=False)
+    found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?)\b", answer.stdout)}
+    what = "contract of the device port, and faults, on its fake"
+    report.add(Result(f"{what}: tests that pass", found.get("passed", 0), "tests", None, ">= 1"))
+    failed = sum(found.values()) - found.get("passed", 0) or int(answer.returncode != 0)
+    report.add(Result(f"{what}: tests that fail", failed, "tests", None, "<= 0"))
+
+
+def _packing(report: Report) -> None:
+    """Partitions of random streams of requests and departures, none of which is ever moved."""
+    for model in mig_measure.MODELS:
+        found = mig_measure.compare(range(STREAMS), model)
+        ours, best, knowing = (
+            None if value is None else value / (1 << 30)
+            for value in (found.ours_bytes, found.optimum_bytes, found.clairvoyant_bytes)
+        )
+        what = f"mig, {model}: accepted memory beside"
+        report.add(Result(f"{what} the best policy without foresight", ours, "GiB", best, ">= 0.98"))
+        report.add(Result(f"{what} one that knows every departure", ours, "GiB", knowing))
+        report.add(Result(f"mig, {model}: needless refusals", found.needless, "requests", None, "<= 0"))
 
 
 async def _on_device(directory: Path, report: Report, options: argparse.Namespace) -> None:
