@@ -27,6 +27,10 @@ TRY_S = 2.0
 """The longest that one member may take for what may be repeated at another."""
 CONNECT_S = 1.0
 PROBE_S = 1.0
+SLOW_S = 0.5
+"""A write without an answer for so long is looked after: a member that is silent, or has a new leader since, may never answer."""
+LATE_S = 0.25
+"""How long a write may still be answered after its member has a new leader; what was sent to the old one may be lost."""
 RETRY_MIN_S = 0.02
 RETRY_MAX_S = 0.3
 """Between two tries, doubled from the one to the other."""
@@ -74,6 +78,8 @@ class Member:
         self.watch = rpc.WatchStub(self.channel)
         self.auth = rpc.AuthStub(self.channel)
         self.maintenance = rpc.MaintenanceStub(self.channel)
+        self.term = 0
+        """Of the election that its answers tell of; a new leader raises it."""
 
     async def settled(self, wait_s: float) -> bool:
         """Return whether the connection is made or refused; while it is neither, a call would wait unsent."""
@@ -155,7 +161,7 @@ class Members:
         try:
             if not await member.settled(wait_s):
                 raise Unavailable(f"{member.target} of etcd does not answer")
-            return await method(member)(request, timeout=wait_s, metadata=await self.metadata())
+            return _heard(member, await method(member)(request, timeout=wait_s, metadata=await self.metadata()))
         except AioRpcError as error:
             verdict = judge(error)
             if verdict is Fault.TOKEN:
@@ -175,7 +181,15 @@ class Members:
             else:
                 metadata = () if authenticating else await self.metadata()
                 try:
-                    return await method(member)(request, timeout=min(TRY_S, left_s) if repeat else left_s, metadata=metadata)
+                    if not repeat:
+                        return await self._send_once(member, method, request, left_s, metadata)
+                    answer = await method(member)(request, timeout=min(TRY_S, left_s), metadata=metadata)
+                    return _heard(member, answer)
+                except _Silent as silent:
+                    self.turn_from(member, str(silent))
+                    raise OutcomeUnknown(
+                        f"{member.target} of etcd did not say whether the write was done: {silent}", mend="read, then decide"
+                    ) from None
                 except AioRpcError as error:
                     self.check_open()
                     if self._may_go_on(member, error, repeat=repeat):
@@ -192,6 +206,40 @@ class Members:
         raise Unavailable(
             f"no member of {self._address} answers: {cause}", mend="see that most members run: etcdctl endpoint status --cluster"
         )
+
+    async def _send_once(self, member: Member, method: Method, request: Any, wait_s: float, metadata: Any) -> Any:
+        """Return the answer to a write. Raises _Silent once it is plain that there will be none, long before `wait_s`."""
+        call = method(member)(request, timeout=wait_s, metadata=metadata)
+        guards: list[asyncio.Task[None]] = []
+        timer = asyncio.get_running_loop().call_later(
+            SLOW_S, lambda: guards.append(asyncio.create_task(self._guard(member, member.term, call), name="etcd slow write"))
+        )
+        try:
+            return _heard(member, await call)
+        except asyncio.CancelledError:
+            if guards and guards[0].done() and not guards[0].cancelled() and not self.ended.done():
+                guards[0].result()
+            raise
+        finally:
+            timer.cancel()
+            for guard in guards:
+                if not guard.cancel() and not guard.cancelled():
+                    guard.exception()  # where both came at once, the answer counts
+
+    async def _guard(self, member: Member, term: int, call: Any) -> None:
+        """Cancel a call that will not be answered, and raise _Silent."""
+        cause = ""
+        while not cause:
+            try:
+                request = rpc.RangeRequest(key=PROBE_KEY, serializable=True, count_only=True)
+                await self.at(member, lambda m: m.kv.Range, request, PROBE_S)
+                if member.term > term:
+                    cause = "there is a new leader"
+                await asyncio.sleep(LATE_S)
+            except AtollError as error:
+                cause = error.message
+        call.cancel()
+        raise _Silent(cause)
 
     def _may_go_on(self, member: Member, error: AioRpcError, *, repeat: bool) -> bool:
         """Say whether to try at once (with a new token), else the next member; raises what no other try can change."""
@@ -220,6 +268,15 @@ class Members:
                 deadline = time.monotonic() + CALL_S
                 answer = await self._until(deadline, lambda m: m.auth.Authenticate, request, repeat=True, authenticating=True)
                 self._token = answer.token
+
+
+class _Silent(Exception):
+    """A write that was sent will not be answered."""
+
+
+def _heard(member: Member, answer: Any) -> Any:
+    member.term = max(member.term, answer.header.raft_term)
+    return answer
 
 
 def _unavailable(member: Member, error: AioRpcError) -> Unavailable:
