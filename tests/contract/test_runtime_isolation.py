@@ -510,9 +510,9 @@ async def test_a_cancelled_call_leaves_nothing_half_made(world: World) -> None:
         id = f"c{call}"
         task = asyncio.create_task(world.launch(id, "run"))
         await asyncio.sleep(0.004 * call)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        if task.cancel():  # a quick runtime may have been through
+            with pytest.raises(asyncio.CancelledError):
+                await task
         await world.runtime.delete(id)
         assert _traces(world, id) == []
 
