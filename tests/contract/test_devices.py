@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -491,3 +492,10 @@ async def test_a_node_outlasts_a_hang_of_the_driver(machine: Machine, tmp_path: 
     finally:
         await events.aclose()  # type: ignore[attr-defined]
         await node.close()
+
+
+async def test_a_process_that_uses_no_device_is_not_taken_off_one(machine: Machine) -> None:
+    """Not every driver can do it at all, and says so in the same call."""
+    await machine.hardware.discover()
+    with pytest.raises((Unsupported, Unavailable)):
+        await machine.hardware.suspend(os.getpid())
