@@ -70,7 +70,7 @@ def _row(view: NodeView) -> tuple[Any, ...]:
 @command(example="atoll nodes show node-3")
 @names.argument("name", "nodes", metavar="NODE")
 async def show(session: Session, name: str) -> None:
-    """Show one node, and its GPUs with who holds them."""
+    """Show one node, its GPUs with who holds them, and the images that it fetches before they are needed."""
     async with session.client() as client:
         view = await client.node(name)
     if session.json:
@@ -103,6 +103,7 @@ async def show(session: Session, name: str) -> None:
         ("disk", format_bytes(node.capacity.disk_bytes)),
         ("gpus", gpus.summary(node.capacity.gpus)),
         ("instances", str(view.instances)),
+        ("images", f"{len(beat.images)} here" if beat is not None and beat.images else "none"),
         ("runtimes", ", ".join(node.runtimes) or "none: run `atoll doctor` there"),
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted(node.labels.items())) or "none"),
         ("taints", ", ".join(node.taints) or "none"),
@@ -115,11 +116,29 @@ async def show(session: Session, name: str) -> None:
     for label, value in lines:
         grid.add_row(label, value)
     session.output.print(grid)
+    if view.prefetch:
+        session.output.print("")
+        session.output.table(("IMAGE FOR LATER", "STATE"), _later(view))
     if node.capacity.gpus or view.gpus:
         session.output.print("")
         session.output.table(gpus.COLUMNS, gpus.rows(view))
         for note in gpus.notes(node.capacity.gpus):
             session.output.print(Text(note, style="dim"))
+
+
+def _later(view: NodeView) -> list[tuple[str, str]]:
+    """Return a line for each image that the node may need soon, the likeliest first."""
+    here = set(view.heartbeat.images) if view.heartbeat is not None else set()
+    fetching = view.heartbeat.fetching if view.heartbeat is not None else ""
+
+    def state(reference: str) -> str:
+        if reference.partition("@")[2] in here:
+            return "here"
+        if fetching.partition(" ")[0] == reference:
+            return f"fetching {fetching.partition(' ')[2]}".strip()
+        return "waits"
+
+    return [(reference, state(reference)) for reference in view.prefetch]
 
 
 @command(example="atoll nodes cordon node-3")

@@ -20,6 +20,8 @@ SUBNETS = 128
 """From 10.100.0.0/16 on."""
 COMMAND_S = 300.0
 """The longest wait for one `atoll` command."""
+STOP_S = 30.0
+"""The longest wait for the end of a further node's agent."""
 
 
 class CommandFailed(Exception):
@@ -102,6 +104,51 @@ class ScratchAtoll:
     def log(self) -> str:
         """What all its processes logged so far."""
         path = self.data / "atoll.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+
+class ScratchNode:
+    """A further node of a `ScratchAtoll`, on the same machine: an agent with data of its own. A context that starts and ends it.
+
+    It ends without stopping its instances: have what runs on it deleted before.
+    """
+
+    def __init__(self, scratch: ScratchAtoll, name: str) -> None:
+        self.name = name
+        self.data = scratch.data / "nodes" / name
+        (self.data / "agent").mkdir(parents=True)
+        token = scratch.atoll_json("token", "create", name, "--role", "agent", "--subject", name)["token"]
+        file = self.data / "agent" / "token"
+        file.touch(mode=0o600)
+        file.write_text(token)
+        self._config = Config(data=self.data, api=scratch.api, node=name, subnet=free_subnet(os.getpid() + free_port()))
+        self._environment = scratch.environment
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> ScratchNode:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the agent; it is ready when the control plane lists the node with a heartbeat."""
+        arguments = [sys.executable, "-m", "atoll.entry.agent", *self._config.arguments()]
+        with open(self.data / "log", "ab") as log:
+            self._process = subprocess.Popen(arguments, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def stop(self) -> None:
+        """End the agent. Safe to repeat."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(STOP_S)
+            self._process = None
+
+    @property
+    def log(self) -> str:
+        """What its agent logged so far."""
+        path = self.data / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
 

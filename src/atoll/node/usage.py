@@ -48,7 +48,8 @@ class LinuxMachine:
 
     def disk_used(self) -> float:
         disk = self._disk()
-        return 1 - disk.free / disk.total if disk.total else 0.0
+        # As df(1) does: what the file system sets aside for its own use is neither used nor free.
+        return disk.used / (disk.used + disk.free) if disk.used else 0.0
 
     def groups(self, pid: int) -> Sequence[str]:
         try:

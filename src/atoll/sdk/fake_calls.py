@@ -55,6 +55,10 @@ class FakeCalls(FakeWorld):
         self.usage: list[Usage] = []
         self.gpu_samples: dict[str, tuple[GpuSample, ...]] = {}
         """Node → what its devices do."""
+        self.node_images: dict[str, tuple[str, ...]] = {}
+        """Node → digests of the images that it has."""
+        self.node_fetches: dict[str, str] = {}
+        """Node → what it is fetching, in words."""
         self._tokens: dict[str, TokenView] = {}
 
     def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
@@ -248,7 +252,16 @@ class FakeCalls(FakeWorld):
         node, revision = self.get("nodes", name)
         assert isinstance(node, Node)  # noqa: S101 - a test put it there
         policy, _ = self.records.get(("node-policies", name), (None, 0))
-        beat = Heartbeat(node=name, at=self.now, cpu_milli=250, memory_bytes=1 << 30, gpus=self.gpu_samples.get(name, ()))
+        prefetch, _ = self.records.get(("prefetches", name), (None, 0))
+        beat = Heartbeat(
+            node=name,
+            at=self.now,
+            cpu_milli=250,
+            memory_bytes=1 << 30,
+            gpus=self.gpu_samples.get(name, ()),
+            images=self.node_images.get(name, ()),
+            fetching=self.node_fetches.get(name, ""),
+        )
         placed = [instance for instance, _ in self.under("instances") if instance.node == name]
         return NodeView(
             node=node,
@@ -257,6 +270,7 @@ class FakeCalls(FakeWorld):
             allocated_cpu_milli=500,
             allocated_memory_bytes=1 << 28,
             gpus=holdings_of(placed),
+            prefetch=prefetch.images if prefetch is not None else (),
             revision=revision,
         )
 

@@ -1,0 +1,194 @@
+"""How long an app with large weights takes to its first answer: its node has them, fetched them ahead, or must fetch them first.
+
+The weights are one file of random bytes, as packed weights nearly are, in an image of the cell's own registry; a second agent on
+this machine is the node that is measured. A sample's clock runs from the deploy request to the first byte of the file through the
+ingress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.entry.scratch import ScratchAtoll, ScratchNode
+from bench.report import Report, Result, median
+
+SAMPLES = 5
+SIZE_MB = 500
+WAIT_S = 300.0
+BUSYBOX = Path("/bin/busybox")
+
+
+def run(arguments: list[str]) -> Report:
+    """Measure and return the report."""
+    parser = argparse.ArgumentParser(prog="python -m bench weights")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--size-mb", type=int, default=SIZE_MB)
+    given = parser.parse_args(arguments)
+    if not BUSYBOX.exists():
+        why = "needs busybox-static for the app that serves the file"
+        return Report("weights", [Result("deploy request → first byte of the weights", None, "s", why=why)])
+    work = Path(tempfile.mkdtemp(prefix="atoll-bench-"))
+    try:
+        with ScratchAtoll("atoll-bench-") as scratch:
+            scratch.environment["XDG_CACHE_HOME"] = str(work / "cache")
+            return Weights(scratch, work, given.size_mb).measure(given.samples)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class Weights:
+    def __init__(self, scratch: ScratchAtoll, work: Path, size_mb: int) -> None:
+        self.scratch = scratch
+        self.size_mb = size_mb
+        self.first = scratch.atoll_json("nodes", "list")[0]["node"]["name"]
+        self.node = ScratchNode(scratch, "measured")
+        self.server = self._build(work / "server", ["busybox"], lambda directory: shutil.copy(BUSYBOX, directory / "busybox"))
+        self.weights = self._build(work / "weights", ["weights.bin"], self._random)
+
+    def measure(self, samples: int) -> Report:
+        absent: list[float] = []
+        here: list[float] = []
+        ahead: list[float] = []
+        fetches: list[float] = []
+        with self.node:
+            self._heard()
+            for number in range(samples):
+                print(f"\r{number + 1} of {samples}", end="", file=sys.stderr, flush=True)
+                self._forget()
+                self._cordon(self.first)
+                absent.append(self._sample())
+                here.append(self._sample())
+                self._forget()
+                self._cordon(self.node.name)
+                self._deploy("elsewhere")
+                self._answers("elsewhere")
+                began = time.monotonic()
+                self._uncordon(self.node.name)
+                self._has(self.weights)
+                fetches.append(time.monotonic() - began)
+                self._cordon(self.first)
+                ahead.append(self._sample())
+                self._delete("elsewhere")
+        print(file=sys.stderr)
+        start = f"deploy request → first byte of {self.size_mb} MB of weights, p50: "
+        report = Report("weights", notes=[f"{samples} samples each; one machine is registry, both nodes and client"])
+        report.add(Result(start + "fetched first", median(absent), "s"))
+        report.add(Result(start + "here since an earlier start, beside fetched first", median(here), "s", median(absent)))
+        report.add(Result(start + "fetched ahead, beside fetched first", median(ahead), "s", median(absent)))
+        report.add(Result("an app runs elsewhere → this node has its images too, p50", median(fetches), "s"))
+        return report
+
+    def _build(self, directory: Path, files: list[str], fill: Callable[[Path], object]) -> str:
+        directory.mkdir()
+        fill(directory)
+        spec = {"name": directory.name, "build": {"base": "scratch", "workdir": "/", "files": files}}
+        (directory / "atoll.json").write_text(json.dumps(spec))
+        return str(self.scratch.atoll_json("build", "--file", str(directory / "atoll.json"))["image"])
+
+    def _random(self, directory: Path) -> None:
+        with open(directory / "weights.bin", "wb") as file:
+            for _ in range(self.size_mb):
+                file.write(os.urandom(1_000_000))
+
+    def _forget(self) -> None:
+        """Have the measured node lose its images."""
+        self.node.stop()
+        shutil.rmtree(self.node.data / "agent" / "images", ignore_errors=True)
+        self.node.start()
+        self._heard(time.time())
+
+    def _sample(self) -> float:
+        began = time.monotonic()
+        self._deploy("measured")
+        self._answers("measured")
+        took_s = time.monotonic() - began
+        instances = self._call("GET", "/v1/projects/default/instances?app=measured")["items"]
+        if [view["instance"]["node"] for view in instances] != [self.node.name]:
+            raise RuntimeError(f"it did not run on the measured node: {instances}")
+        self._delete("measured")
+        return took_s
+
+    def _deploy(self, name: str) -> None:
+        spec = {
+            "name": name,
+            "image": self.server,
+            "command": ["/busybox", "httpd", "-f", "-p", "8000", "-h", "/models"],
+            "ports": [{"port": 8000}],
+            "volumes": [{"name": "weights", "path": "/models", "image": self.weights}],
+            "resources": {"cpu": 0.1, "memory": "64MiB"},
+            "stop": {"grace": "1s", "signal": "SIGKILL"},
+        }
+        self._call("PUT", f"/v1/projects/default/apps/{name}", spec)
+
+    def _answers(self, name: str) -> None:
+        host, port = self.scratch.ingress.rsplit(":", 1)
+
+        def answers() -> bool:
+            connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+            try:
+                connection.request("GET", "/weights.bin", headers={"Host": f"{name}.localhost"})
+                answer = connection.getresponse()
+                return answer.status == 200 and len(answer.read(1)) == 1
+            finally:
+                connection.close()
+
+        self._wait(answers, f"{name} to answer", 0.002)
+
+    def _delete(self, name: str) -> None:
+        self._call("DELETE", f"/v1/projects/default/apps/{name}")
+
+        def gone() -> bool:
+            return name not in {view["app"]["name"] for view in self._call("GET", "/v1/projects/default/apps")["items"]}
+
+        self._wait(gone, f"{name} to be gone", 0.02)
+
+    def _heard(self, since: float = 0.0) -> None:
+        def heard() -> bool:
+            views = [view for view in self._call("GET", "/v1/nodes")["items"] if view["node"]["name"] == self.node.name]
+            beats = [view["heartbeat"] for view in views if view.get("heartbeat") and view.get("health", "ready") == "ready"]
+            return any(beat["at"] > since for beat in beats)
+
+        self._wait(heard, "a heartbeat of the measured node")
+
+    def _has(self, image: str) -> None:
+        digest, view = image.partition("@")[2], f"/v1/nodes/{self.node.name}"
+        self._wait(lambda: digest in self._call("GET", view)["heartbeat"].get("images", ()), "the node to have the image")
+
+    def _cordon(self, name: str) -> None:
+        """Use the other node only."""
+        for node in (self.first, self.node.name):
+            self._call("POST", f"/v1/nodes/{node}/{'cordon' if node == name else 'uncordon'}")
+
+    def _uncordon(self, name: str) -> None:
+        self._call("POST", f"/v1/nodes/{name}/uncordon")
+
+    def _call(self, method: str, path: str, body: object = None) -> Any:
+        host, port = self.scratch.api.rsplit(":", 1)
+        connection = http.client.HTTPConnection(host, int(port), timeout=WAIT_S)
+        try:
+            headers = {"Authorization": f"Bearer {self.scratch.token}", "Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            answer = connection.getresponse()
+            content = answer.read()
+        finally:
+            connection.close()
+        if answer.status >= 300:
+            raise RuntimeError(f"{method} {path}: {answer.status} {content.decode()[:500]}")
+        return json.loads(content) if content else None
+
+    def _wait(self, holds: Callable[[], bool], what: str, poll_s: float = 0.05) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not holds():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"waited {WAIT_S:.0f} s for {what}\n{self.node.log[-3000:]}")
+            time.sleep(poll_s)
