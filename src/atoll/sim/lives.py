@@ -80,6 +80,16 @@ class SimRuntime(FakeRuntime):
         await super().kill(id)
         await self._after()
 
+    async def pause(self, id: str) -> None:
+        await self._before("pause")
+        await super().pause(id)
+        await self._after()
+
+    async def resume(self, id: str) -> None:
+        await self._before("resume")
+        await super().resume(id)
+        await self._after()
+
     async def usage(self, id: str) -> Usage:
         self._life.check()
         return await super().usage(id)

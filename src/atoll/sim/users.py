@@ -34,6 +34,10 @@ WORSE = (("exit", "1", "0.5"), ("exit", "0", "4"))
 """What gets ready and then dies: that an app then serves less than it should is its own fault."""
 
 
+STAND_BY = ("app1",)
+"""Apps of which an instance more stands by, parked."""
+
+
 class User:
     """Someone at the end of a line who tries until it is acknowledged."""
 
@@ -101,11 +105,13 @@ class AppUser(User):
             drain=Seconds(choose.choice((3, 8) if calm else (0, 3, 8))),
             deadline=Seconds(20),
         )
+        self.stands_by = name in STAND_BY
         self.health = choose.choice((None, Health(kind=HealthKind.TCP, interval=Seconds(2), start=Seconds(10))))
 
     def spec(self, *, good: bool, scale: int | None) -> AppSpec:
         self.version += 1
-        scaled: Scale | UnsetType = UNSET if scale is None else Scale(replicas=scale)
+        standby = 1 if scale and self.stands_by else 0
+        scaled: Scale | UnsetType = UNSET if scale is None else Scale(replicas=scale, standby=standby)
         return AppSpec(
             name=self.app,
             image="registry.test/app:1",

@@ -199,12 +199,14 @@ class World:
     def _app_restless(self, user: AppUser) -> list[str]:
         key = f"{PROJECT}/{user.app}"
         records = self.rules.records
-        instances = [i for i in records[Instance].values() if (i.owner_kind, i.owner) == (OwnerKind.APP, user.app)]
+        everything = [i for i in records[Instance].values() if (i.owner_kind, i.owner) == (OwnerKind.APP, user.app)]
+        instances = [i for i in everything if not i.standby]
+        standing = [i for i in everything if i.standby]
         if not user.exists:
             left = [kind.__name__ for kind in (App, AppStatus) if key in records[kind]]
             left += ["release" for name in records[Release] if name.startswith(key + "/")]
             left += ["route" for claim in records[RouteClaim].values() if claim.app == user.app]
-            left += [f"instance {instance.id}" for instance in instances]
+            left += [f"instance {instance.id}" for instance in everything]
             return [f"{user.app} was deleted, but left {', '.join(left)}"] if left else []
         app: App | None = records[App].get(key)
         status: AppStatus | None = records[AppStatus].get(key)
@@ -217,11 +219,21 @@ class World:
         current = [i for i in instances if (i.release, i.generation, i.desired) == (app.release, app.generation, Desired.RUN)]
         if len(current) != app.replicas or len(instances) != app.replicas:
             reasons.append(f"{user.app} wants {app.replicas} and has {[(i.id, i.release, i.desired.value) for i in instances]}")
+        rested = [self._rests(instance) for instance in standing]
+        if not all(rested) or len(rested) != app.standby:
+            reasons.append(f"{user.app} has {[i.id for i in standing]} to stand by, at rest {rested}, and wants {app.standby}")
         routing = self.ingress.routings.get(key)
         routed = {endpoint.instance for endpoint in routing.endpoints} if routing else set()
         if routed != {i.id for i in current}:
             reasons.append(f"{user.app} is routed to {sorted(routed)}, and has {sorted(i.id for i in current)}")
         return reasons
+
+    def _rests(self, instance: Instance) -> bool:
+        """Whether what stands by is where it belongs: parked, or awake where that failed, or without a place."""
+        if instance.node is None:
+            return instance.rejection is not None
+        status: Status | None = self.rules.records[Status].get(f"{instance.project}/{instance.id}")
+        return instance.desired is Desired.RUN and status is not None and (status.parked or status.ready)
 
     def _leaks(self) -> list[str]:
         records = self.rules.records
