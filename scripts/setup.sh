@@ -66,3 +66,4 @@ if [ "$(cat .venv/.workerd-digest 2>/dev/null)" != "$workerd" ] || [ ! -x .venv/
         rm -rf "$place"
     fi
 fi
+scripts/guest-kernel.sh || say "virtual machines will not be offered"

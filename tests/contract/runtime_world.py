@@ -25,6 +25,7 @@ from atoll.runtimes.crun import CrunRuntime
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
+from atoll.runtimes.qemu import QemuRuntime
 from atoll.runtimes.runc import RuncRuntime
 
 BUSYBOX = Path("/bin/busybox")
@@ -72,8 +73,10 @@ class World:
         self.make = make
         self.cgroup = cgroup
         self.real = bool(cgroup)
-        self.settle_s = 0.5 if "gvisor" in cgroup else 0.1 if cgroup else 0
+        self.settle_s = 0.5 if "gvisor" in cgroup or "qemu" in cgroup else 0.1 if cgroup else 0
         """How long a script takes to its first lines."""
+        self.many = 3 if any(name in cgroup for name in MACHINES) else 10
+        """How many instances side by side are many here."""
         self.runtime = make()
         self._image = Image(reference="test", digest="sha256:0", config=ImageConfig(), layers=layers)
         self._readers: dict[Path, int] = {}
@@ -163,7 +166,17 @@ class World:
             assert [path for path in Cgroups.detect().group(self.cgroup).directories if path.exists()] == []
 
 
+class SharingQemu(QemuRuntime):
+    """Every world of a test run has the same kernel and tools, which take half a second to unpack."""
+
+    def __init__(self, directory: Path, **options: Any) -> None:
+        super().__init__(directory, cache=Path(tempfile.gettempdir()) / f"atoll-test-vm-{os.getuid()}", **options)
+
+
 REAL: dict[str, type[OciRuntime]] = {"runc": RuncRuntime, "crun": CrunRuntime, "lxc": LxcRuntime, "gvisor": GvisorRuntime}
+MACHINES: dict[str, type[OciRuntime]] = {"qemu": SharingQemu}
+"""Each start is the boot of a machine: test_runtime_isolation.py's counterpart for them, test_runtime_vm.py, makes few."""
+EVERY = REAL | MACHINES
 
 
 @functools.cache
@@ -172,7 +185,7 @@ def why_not(name: str) -> str:
     if not BUSYBOX.exists():
         return "needs busybox-static"
     with tempfile.TemporaryDirectory() as directory:
-        runtime = REAL[name](Path(directory), cgroup=f"/atoll-test-{uuid.uuid4().hex[:8]}")
+        runtime = EVERY[name](Path(directory), cgroup=f"/atoll-test-{uuid.uuid4().hex[:8]}")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a loop of its own: this one may be running
             try:
                 pool.submit(asyncio.run, runtime.probe()).result()
@@ -186,4 +199,4 @@ def real_world(name: str, directory: Path, layer: Path, cgroup: str = "") -> Wor
     if why := why_not(name):
         pytest.skip(why)
     cgroup = cgroup or f"/atoll-test-{name}-{uuid.uuid4().hex[:8]}"
-    return World(directory, lambda: REAL[name](directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)
+    return World(directory, lambda: EVERY[name](directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)

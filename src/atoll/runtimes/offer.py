@@ -8,12 +8,15 @@ from atoll.model.spec import RUNTIMES_BY_ISOLATION, Isolation, RuntimeName
 from atoll.runtimes.crun import CrunRuntime
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
+from atoll.runtimes.qemu import QemuRuntime
 from atoll.runtimes.runc import RuncRuntime
 from atoll.runtimes.workerd import WorkerdRuntime
 
-AnyRuntime = type[RuncRuntime] | type[CrunRuntime] | type[LxcRuntime] | type[GvisorRuntime] | type[WorkerdRuntime]
+AnyRuntime = (
+    type[RuncRuntime] | type[CrunRuntime] | type[LxcRuntime] | type[GvisorRuntime] | type[QemuRuntime] | type[WorkerdRuntime]
+)
 
-RUNTIMES: tuple[AnyRuntime, ...] = (RuncRuntime, CrunRuntime, LxcRuntime, GvisorRuntime, WorkerdRuntime)
+RUNTIMES: tuple[AnyRuntime, ...] = (RuncRuntime, CrunRuntime, LxcRuntime, GvisorRuntime, QemuRuntime, WorkerdRuntime)
 """In the order in which a node probes them."""
 
 FEATURES: dict[RuntimeName, frozenset[Feature]] = {runtime.name: runtime.features for runtime in RUNTIMES}

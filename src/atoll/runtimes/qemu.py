@@ -26,9 +26,9 @@ from atoll.runtimes.cgroup import Group
 from atoll.runtimes.native import jail_path, shim_path
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
-from atoll.runtimes.vm.boxes import VmPlan
+from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
 from atoll.runtimes.vm.jail import INSIDE, STDERR_FD, STDOUT_FD, TAP_FD, Jail, make_tools, top_level
-from atoll.runtimes.vm.kernel import PLACES, GuestKernel
+from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.qmp import command as qmp
 from atoll.runtimes.vm.runtime import VmRuntime
 from atoll.runtimes.vm.sockets import open_socket
@@ -56,7 +56,8 @@ class QemuRuntime(VmRuntime):
     """Runs instances with QEMU for x86-64, 7.0 or newer, as root."""
 
     name = RuntimeName.QEMU
-    slots = range(3584, 3840)
+    slots = range(SLOT_MIN, SLOT_MIN + 2048)
+    modules = ("virtio_mmio", "virtio_console", *MODULES)
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ def machine(plan: VmPlan, accelerator: str) -> list[str]:
         words += ["-device", f"virtserialport,chardev={name},name=io.atoll.{name}"]
     words += ["-drive", "if=none,id=image,file=/image,format=raw,readonly=on", "-device", f"virtio-blk-{bus},drive=image"]
     words += ["-drive", f"if=none,id=disk,file={INSIDE / plan.disk.name},format=raw,discard=unmap,cache=writeback"]
-    words += ["-device", f"virtio-blk-{bus},drive=disk", "-object", "rng-builtin,id=rng", "-device", f"virtio-rng-{bus},rng=rng"]
+    words += ["-device", f"virtio-blk-{bus},drive=disk"]
     if plan.link is not None:
         words += ["-netdev", f"tap,id=net,fd={TAP_FD}", "-device", f"virtio-net-{bus},netdev=net,mac={plan.link.mac}"]
     return words
@@ -215,7 +216,7 @@ def kernel_line(accelerator: str) -> str:
 
     Where the processor is emulated, the kernel cannot measure how fast it is, and hangs in one boot of ten trying: it is told.
     """
-    words = ["console=ttyS0", "quiet", "loglevel=3", "reboot=t", "panic=-1", "random.trust_cpu=on"]
+    words = ["console=ttyS0", "quiet", "loglevel=3", "reboot=t", "panic=-1", "random.trust_cpu=on", "cryptomgr.notests=1"]
     if accelerator == "tcg":
         khz = tsc_khz()
         words += [f"tsc_early_khz={khz}", f"lpj={khz * 1000 // _KERNEL_HZ}", "mitigations=off"]

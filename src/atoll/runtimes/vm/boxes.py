@@ -41,6 +41,10 @@ PLAN = "plan.json"
 DISK = "disk.img"
 KERNEL_RESERVE_BYTES = 64 << 20
 """What a guest's kernel takes for itself: a machine gets as much more than its instance's limit, which the guest enforces."""
+SLOT_MIN = 65_536
+"""Slots of machines begin here, those of containers end below: a machine needs one id, not a range of them."""
+_UID_MIN = 0x7FFF0000
+"""The ids after the last range of a container's."""
 START_CPU_MILLI_MIN = 2000
 """A boot is not charged to a small instance, which would take many times as long."""
 _TEMPLATES_MAX = 8
@@ -80,6 +84,11 @@ class VmPlan(Struct, frozen=True, kw_only=True):
 
 
 _plans = msgspec.json.Decoder(VmPlan)
+
+
+def machine_uid(slot: int) -> int:
+    """Return the user that the monitor in a slot is; nobody else is it."""
+    return _UID_MIN + slot - SLOT_MIN
 
 
 def load_plan(directory: Path) -> VmPlan:
@@ -129,7 +138,7 @@ class VmBoxes(OciBoxes):
         record = BoxRecord(id=box.id, path=str(box.directory), boot_id=self.boot_id, slot=slot, disk="", limits=box.limits)
         try:
             self.records.write(record)
-            self._plan(box, IdMaps.base(slot))
+            self._plan(box, machine_uid(slot))
         except BaseException as error:
             self.remove(record)
             if isinstance(error, OSError):

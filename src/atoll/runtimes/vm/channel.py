@@ -16,6 +16,7 @@ from atoll.model.errors import DeadlineExceeded, Exhausted, RuntimeFailed, Unava
 
 MAGIC = b"\x89atoll-guest\r\n\x1a\n"
 VERSION = 1
+GREETING_BYTES = len(MAGIC) + 12
 HEADER = struct.Struct("<IBBH")
 FRAME_BYTES_MAX = 1 << 20
 DATA_BYTES_MAX = 16 << 10
@@ -192,6 +193,11 @@ class GuestChannel:
         while True:
             at = 0
             while len(buffer) - at >= HEADER.size:
+                if buffer.startswith(MAGIC[: HEADER.size], at):  # the answer to a greeting that was sent twice
+                    if len(buffer) - at < GREETING_BYTES:
+                        break
+                    at += GREETING_BYTES
+                    continue
                 length, kind, zero, stream = HEADER.unpack_from(buffer, at)
                 if length > _ANSWER_BYTES_MAX or zero:
                     raise ValueError("no frame")

@@ -26,24 +26,12 @@ from atoll.runtimes.native import guest_path
 PLACES = (Path("/usr/lib/atoll/guest"), Path("/"))
 """Where a kernel is looked for: `boot/vmlinuz-VERSION` and `lib/modules/VERSION` below it. The first is scripts/setup.sh's."""
 KERNELS = "vmlinuz-*-cloud-*"
-MODULES = (
-    "virtio_mmio",
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_net",
-    "virtio_console",
-    "virtio_rng",
-    "virtio_balloon",
-    "vmw_vsock_virtio_transport",
-    "virtiofs",
-    "erofs",
-    "ext4",
-    "overlay",
-)
-"""In the order of loading, each after what it depends on. One that the kernel has built in, or not at all, is left out."""
+MODULES = ("virtio_blk", "virtio_net", "erofs", "ext4", "overlay")
+"""What every guest needs, beside the bus that its devices are on and what its channel is made of."""
 KERNEL_BYTES_MAX = 256 << 20
 _MEND = "run scripts/setup.sh again, or apt-get install linux-image-cloud-amd64"
 _LZ4_BLOCK_BYTES = 8 << 20
+_SIGNED = b"~Module signature appended~\n"
 _LZ4_MAGIC = b"\x02\x21\x4c\x18"
 
 
@@ -75,10 +63,13 @@ def find_kernel(places: Sequence[Path] = PLACES) -> Source:
     raise Unsupported("no kernel for virtual machines on this node", mend=_MEND)
 
 
-def prepare_kernel(directory: Path, source: Source) -> GuestKernel:
-    """Return the kernel ready to boot, made below `directory` where that was not done yet. Raises Unsupported for a damaged one."""
-    parts = [source.image, source.modules, guest_path()]
-    tag = hashlib.sha256(repr([(str(path), path.stat().st_mtime_ns) for path in parts]).encode()).hexdigest()[:12]
+def prepare_kernel(directory: Path, source: Source, modules: Sequence[str]) -> GuestKernel:
+    """Return the kernel ready to boot, made below `directory` where that was not done yet.
+
+    Of `modules` one that the kernel has built in, or not at all, is left out. Raises Unsupported for a damaged kernel.
+    """
+    parts = [(str(path), path.stat().st_mtime_ns) for path in (source.image, source.modules, guest_path())]
+    tag = hashlib.sha256(repr((parts, tuple(modules))).encode()).hexdigest()[:12]
     place = directory / f"{source.version}-{tag}"
     kernel = GuestKernel(source.version, place / "vmlinux", place / "initramfs")
     if not place.is_dir():
@@ -87,7 +78,7 @@ def prepare_kernel(directory: Path, source: Source) -> GuestKernel:
             partial = Path(name) / "kernel"
             partial.mkdir(mode=0o755)
             (partial / "vmlinux").write_bytes(unpack_kernel(source.image.read_bytes(), str(source.image)))
-            (partial / "initramfs").write_bytes(initramfs(guest_path(), source.modules))
+            (partial / "initramfs").write_bytes(initramfs(guest_path(), source.modules, modules))
             partial.rename(place)
         for old in directory.glob("*-*"):
             if old != place and not old.name.startswith("."):
@@ -145,11 +136,11 @@ def _lz4(payload: bytes) -> bytes:
     return bytes(out)
 
 
-def initramfs(init: Path, modules: Path) -> bytes:
-    """Return a cpio archive with `init` and the modules that guests need, those that they depend on before them."""
-    files = {path.name.partition(".")[0].replace("-", "_"): path for path in modules.rglob("*.ko*")}
+def initramfs(init: Path, directory: Path, modules: Sequence[str]) -> bytes:
+    """Return a cpio archive with `init` and `modules` of the kernel's `directory`, each after those that it depends on."""
+    files = {path.name.partition(".")[0].replace("-", "_"): path for path in directory.rglob("*.ko*")}
     order: list[str] = []
-    for name in MODULES:
+    for name in modules:
         _order(name, files, order)
     archive = bytearray()
     for name, data, mode in _entries(init, files, order):
@@ -176,14 +167,19 @@ def _order(name: str, files: dict[str, Path], order: list[str]) -> None:
 
 
 def _module(path: Path) -> bytes:
+    """Return a module without its signature: to check it takes an emulated processor longer than all else, and we packed it."""
     data = path.read_bytes()
     match path.suffix:
         case ".xz":
-            return lzma.decompress(data)
+            data = lzma.decompress(data)
         case ".zst":
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+            data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
         case ".gz":
-            return zlib.decompress(data, 31)
+            data = zlib.decompress(data, 31)
+    if data.endswith(_SIGNED):
+        # include/linux/module_signature.h: the signature, 12 bytes that end with its length, the mark.
+        (length,) = struct.unpack_from(">I", data, len(data) - len(_SIGNED) - 4)
+        data = data[: max(0, len(data) - len(_SIGNED) - 12 - length)]
     return data
 
 

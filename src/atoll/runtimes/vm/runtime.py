@@ -97,11 +97,13 @@ def last_words(directory: Path) -> str:
 
 
 class VmRuntime(OciRuntime):
-    """A kind gives `name`, `slots`, `probe` and what is abstract here; `configure` where a monitor is told all by its API."""
+    """A kind gives `name`, `slots`, `modules`, `probe`, what is abstract here, and `configure` where its monitor has an API."""
 
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE})
     container_kind = VmContainer
     monitor_pids: ClassVar[int] = MONITOR_PIDS_MAX
+    modules: ClassVar[tuple[str, ...]]
+    """The kernel's modules that a guest of this kind needs."""
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class VmRuntime(OciRuntime):
     def kernel(self) -> GuestKernel:
         """Return the kernel that guests boot. Blocking. Raises Unsupported."""
         if self._kernel is None:
-            self._kernel = prepare_kernel(self._cache / "kernels", find_kernel(self._kernels))
+            self._kernel = prepare_kernel(self._cache / "kernels", find_kernel(self._kernels), self.modules)
         return self._kernel
 
     async def _start(self, boxes: OciBoxes, container: Container) -> Started:
@@ -310,6 +312,9 @@ class VmRuntime(OciRuntime):
         await self._running(id)
         await self.resume_machine(container.record.directory)
         container.paused = False
+        if container.channel is not None:
+            # Frames that came meanwhile are there, but the interrupt that tells of them was lost with the machine standing.
+            await container.channel.send(Kind.NOTHING)
 
     async def usage(self, id: str) -> Usage:
         container = await self._machine(id)
