@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.control.prediction import IMAGES_PER_NODE_MAX, NEW_MAX, NODES_PER_APP_MAX, Likelihood, Wish, digest_of, predict
-from atoll.control.prefetch import ROUND_S
+from atoll.control.prefetch import APPS_PER_TICK, ROUND_S
 from atoll.model import codec, keys
 from atoll.model.records import Heartbeat, Prefetch
 from atoll.model.spec import AppSpec, Resources, Scale, Volume
@@ -227,6 +227,19 @@ def test_a_quiet_cell_is_written_nothing_and_another_leader_goes_on_with_what_wa
             revisions = {name: held.revision for name, held in cell.state.records(Prefetch).items()}
             await rounds(10)
             assert {name: held.revision for name, held in cell.state.records(Prefetch).items()} == revisions
+
+    run_virtual(main())
+
+
+def test_every_app_has_its_turn_though_only_a_few_are_looked_at_in_a_tick() -> None:
+    async def main() -> None:
+        async with Cell() as cell:
+            await settled(cell, nodes=4)
+            for number in range(3 * APPS_PER_TICK):
+                await cell.deploy(AppSpec(name=f"app-{number}", image=image(number)))
+            await cell.until(lambda: cell.ready() == 3 * APPS_PER_TICK)
+            await rounds(4)
+            assert {one for images in told(cell).values() for one in images} == {image(n) for n in range(3 * APPS_PER_TICK)}
 
     run_virtual(main())
 

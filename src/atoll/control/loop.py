@@ -81,7 +81,7 @@ class Loop:
         self._placement = Placement(self._world)
         self._nodes = NodeWatch(self._world, clock, last_seen)
         self._readings = Readings(self._world, clock, heartbeats if heartbeats is not None else {})
-        self._prefetching = Prefetching(self._world, self._placement, heartbeats if heartbeats is not None else {})
+        self._prefetching = Prefetching(self._world, self._placement, clock, heartbeats if heartbeats is not None else {})
         self._prefetch_due = False
         self._changed = asyncio.Event()
         self._timers = Timers()
@@ -328,7 +328,7 @@ class Loop:
         if not self._prefetch_due or self._world.dirty:
             return []
         self._prefetch_due = False
-        actions = self._prefetching.tick(self._clock.monotonic())
+        actions = self._prefetching.tick()
         return [unit for action in actions for unit in units_of("prefetch", [action], self._world.state)]
 
     def _gc_units(self, now: float) -> list[Unit]:

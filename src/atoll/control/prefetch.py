@@ -16,6 +16,7 @@ from atoll.control.placement import Placement
 from atoll.control.prediction import NODES_PER_APP_MAX, STAY, Likelihood, Wish, predict
 from atoll.control.readings import Heartbeats
 from atoll.control.world import World
+from atoll.model.ports.clock import Clock
 from atoll.model.records import App, AppStatus, Instance, Node, OwnerKind, Prefetch, Status
 from atoll.model.spec import AppSpec
 from atoll.scheduling.demand import demand_of
@@ -25,6 +26,8 @@ ROUND_S = 15.0
 """Between two predictions at least; with many apps it is longer."""
 APPS_PER_TICK = 4
 """Apps that are looked at in one tick of a second: each costs a dry run of the scheduler over all nodes."""
+TICK_WORK_S = 0.02
+"""Time after which a tick begins with no further app: the leader's loop has other things to do."""
 LOOKS_PER_TICK = 200
 """The same, those among them for which nothing is to be fetched."""
 INSTANCES_MAX = 1_000
@@ -38,8 +41,9 @@ log = structlog.get_logger()
 class Prefetching:
     """One term's predictions; `tick` is called about once a second and does its share."""
 
-    def __init__(self, world: World, placement: Placement, heartbeats: Heartbeats) -> None:
+    def __init__(self, world: World, placement: Placement, clock: Clock, heartbeats: Heartbeats) -> None:
         self._world = world
+        self._clock = clock
         self._placement = placement
         self._heartbeats = heartbeats
         self._left: list[str] = []
@@ -47,15 +51,18 @@ class Prefetching:
         self._under_way = False
         self._next_at = float("-inf")
 
-    def tick(self, monotonic: float) -> list[Action]:
+    def tick(self) -> list[Action]:
         """Look at some apps; return what to write, which is nothing but at the end of a round."""
+        began = self._clock.monotonic()
         if not self._under_way:
-            if monotonic < self._next_at:
+            if began < self._next_at:
                 return []
-            self._under_way, self._next_at = True, monotonic + ROUND_S
+            self._under_way, self._next_at = True, began + ROUND_S
             self._left, self._wishes = sorted(self._world.state.records(App), reverse=True), []
         looked = wished = 0
         while self._left and wished < APPS_PER_TICK and looked < LOOKS_PER_TICK:
+            if looked and self._clock.monotonic() - began > TICK_WORK_S:
+                break
             key, looked = self._left.pop(), looked + 1
             try:
                 wish = self._wish(key)
