@@ -47,6 +47,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "secrets": ("secrets:secrets", "Keep values that specs name but never hold."),
         "image": ("images:image", "Import and list images of the cell's own registry."),
         "projects": ("projects:projects", "List and make projects."),
+        "store": ("store:store", "Move the cell's state to another store; back it up, restore and check it."),
         "token": ("tokens:token", "Make and withdraw access tokens."),
     },
     "More": {

@@ -23,6 +23,15 @@ ANNOUNCE_S = 60.0
 ANNOUNCE_POLL_S = 0.1
 
 
+STORE_OPTIONS = (
+    click.option("--store", metavar="PLACE", help="etcd://HOST:PORT,… or sqlite:PATH.  [default: sqlite in the data directory]"),
+    click.option("--store-ca", type=click.Path(path_type=Path), help="etcd: the CA of its members; turns on TLS."),
+    click.option("--store-cert", type=click.Path(path_type=Path), help="etcd: the certificate that we show."),
+    click.option("--store-key", type=click.Path(path_type=Path), help="etcd: that certificate's key."),
+)
+"""A user of etcd comes from ATOLL_STORE_USER and ATOLL_STORE_PASSWORD_FILE (or ATOLL_STORE_PASSWORD), never from an argument."""
+
+
 def settings(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every Atoll process takes."""
     options = (
@@ -40,6 +49,7 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
             help="NVIDIA driver that gVisor takes the node's for, where it does not know it; of the same series, at your own risk.",
         ),
         click.option("--log-json", is_flag=True, help="Log as JSON."),
+        *STORE_OPTIONS,
     )
     for option in reversed(options):
         function = option(function)
@@ -52,8 +62,9 @@ def _config(session: Session, given: dict[str, Any]) -> Config:
 
     if session.api_given is not None:
         given["api"] = session.api_given.removeprefix("http://").rstrip("/")
-    if given.get("data") is not None:
-        given["data"] = given["data"].absolute()
+    for name in ("data", "store_ca", "store_cert", "store_key"):
+        if given.get(name) is not None:
+            given[name] = given[name].absolute()
     return Config(**{name: value for name, value in given.items() if value})
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.model.errors import Invalid
+from atoll.store.place import SQLITE, Place, place_of
 
 DATA_DEFAULT = Path("/var/lib/atoll")
 API_DEFAULT = "127.0.0.1:7600"
@@ -34,6 +35,11 @@ class Config:
     nvproxy_driver: str = ""
     """The driver version that gVisor shall take the node's NVIDIA driver for; at the operator's own risk."""
     log_json: bool = False
+    store: str = ""
+    """`etcd://HOST:PORT,…` or `sqlite:PATH`; without it ATOLL_STORE, and then a file in the data directory. No secrets in it."""
+    store_ca: Path | None = None
+    store_cert: Path | None = None
+    store_key: Path | None = None
 
     @property
     def node_name(self) -> str:
@@ -42,6 +48,12 @@ class Config:
     @property
     def server_data(self) -> Path:
         return self.data / "server"
+
+    @property
+    def store_place(self) -> Place:
+        """Where the cell's state lies. Certificates, user and password may come from the environment. Raises Invalid."""
+        text = self.store or os.environ.get("ATOLL_STORE") or f"{SQLITE}{self.server_data / 'state.db'}"
+        return place_of(text, os.environ, ca=self.store_ca, cert=self.store_cert, key=self.store_key)
 
     @property
     def agent_data(self) -> Path:
@@ -73,6 +85,8 @@ class Config:
             options.append(f"--nvproxy-driver={self.nvproxy_driver}")
         if self.log_json:
             options.append("--log-json")
+        given = {"store": self.store, "store-ca": self.store_ca, "store-cert": self.store_cert, "store-key": self.store_key}
+        options += [f"--{name}={value}" for name, value in given.items() if value]
         return options
 
 

@@ -30,11 +30,12 @@ def held_capabilities() -> int:
 
 
 def check_settings(config: Config, *, held: int | None = None) -> None:
-    """Raise Invalid for a subnet or data directory that cannot be, Unsupported for a lacking capability. Changes nothing.
+    """Raise Invalid for a subnet, store or data directory that cannot be, Unsupported for a lacking capability. Changes nothing.
 
     `held` are the capabilities, one bit each; None for this process's own.
     """
     AddressPool(config.subnet)
+    config.store_place  # noqa: B018 - raises
     held = held_capabilities() if held is None else held
     lacking = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
     if lacking:

@@ -62,6 +62,9 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--default-registry", default="")
     parser.add_argument("--nvproxy-driver", default="")
     parser.add_argument("--log-json", action="store_true")
+    parser.add_argument("--store", default="")
+    for name in ("ca", "cert", "key"):
+        parser.add_argument(f"--store-{name}", type=Path)
     return Config(**vars(parser.parse_args(arguments)))
 
 

@@ -23,27 +23,29 @@ from atoll.model.records import Role
 from atoll.model.views import TokenRequest
 from atoll.sdk.context import Saved, save
 from atoll.store.cache import State
-from atoll.store.sqlite import SqliteStore
+from atoll.store.place import open_place
 
 log = structlog.get_logger()
 
 
 async def main(config: Config, stop: Stop) -> None:
-    """Serve until `stop`. Raises Unavailable (the port is taken), Conflict (the data is in use), Corrupt."""
+    """Serve until `stop`. Raises Unavailable (the port is taken, etcd does not answer), Conflict (the data is in use), Corrupt."""
     listener = listen(*split_address(config.api, field="--api"))
     clock, random = SystemClock(), system_random()
     config.server_data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    store = await SqliteStore.open(config.server_data / "state.db", clock)
+    place = config.store_place
+    kind = "sqlite" if isinstance(place, Path) else "etcd"
+    store = await open_place(place, clock)
     try:
         async with State(store, KINDS) as state:
             key = cell_key(config.server_data / "key")
-            service = Service(store, state, clock, random, key, config.domain, store_name="sqlite")
+            service = Service(store, state, clock, random, key, config.domain, store_name=kind)
             await service.start()
             await write_tokens(config, service)
             registry = Registry(config.server_data / "registry", service)
             app = create_app(service, mounts=[registry_handler(registry, service)])
             async with serving(app, service, listener):
-                log.info("serving", api=f"http://{config.api}", store="sqlite")
+                log.info("serving", api=f"http://{config.api}", store=kind)
                 heartbeats = service.heartbeats
                 control = run_control(
                     store,

@@ -161,6 +161,19 @@ class EtcdStore:
         answer = await self.members.call(lambda m: m.lease.LeaseTimeToLive, rpc.LeaseTimeToLiveRequest(ID=lease), repeat=True)
         return float(answer.grantedTTL) if answer.TTL > 0 else None
 
+    async def describe(self) -> tuple[str, ...]:
+        """Return one line about each member: version, size, whether it leads; or why it does not answer."""
+
+        async def ask(member: Member) -> str:
+            try:
+                status = await self.members.at(member, lambda m: m.maintenance.Status, rpc.StatusRequest(), ANSWERS_S)
+            except AtollError as error:
+                return error.message
+            leads = ", leads" if status.leader == status.header.member_id else ""
+            return f"{member.target}: etcd {status.version}, {status.dbSize >> 20} MiB, revision {status.header.revision}{leads}"
+
+        return tuple(await asyncio.gather(*(ask(member) for member in self.members.all)))
+
     async def compact(self, revision: Revision) -> None:
         """See `Store.compact`."""
         if revision > (newest := await self.revision()):
