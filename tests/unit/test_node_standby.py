@@ -22,7 +22,7 @@ from atoll.model.ports.runtime import Box
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
 from atoll.model.spec import AppSpec, Gpu, Port, Resources, Restart, RuntimeName
 from atoll.model.states import Desired, Phase
-from atoll.model.units import Seconds, format_bytes
+from atoll.model.units import Bytes, Seconds, format_bytes
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
 from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
@@ -85,13 +85,13 @@ class World:
             self.machine.processes[pid] = box.id
         return Behaviour()
 
-    def stand_by(self) -> None:
+    def stand_by(self, memory: int = 16 * GIB) -> None:
         spec = AppSpec(
             name="web",
             image="registry/web",
             command=("serve",),
             ports=(Port(port=80),),
-            resources=Resources(gpu=Gpu() if self.gpu else None),
+            resources=Resources(gpu=Gpu() if self.gpu else None, memory=Bytes(memory)),
             restart=Restart(delay=Seconds(1)),
         )
         instance = Instance(
@@ -192,6 +192,20 @@ def test_where_the_driver_cannot_do_it_its_memory_stays_on_the_device_and_that_i
             await world.parked()
             assert await world.used_bytes() == 8 * GIB
             assert "its memory stays on the device" in world.said("parked")[0]
+            world.promote()
+            status = await world.until(lambda status: status.ready)
+            assert status.restarts == 0
+
+    play(story)
+
+
+def test_where_its_own_limit_has_no_room_for_its_memory_it_stays_on_the_device(play: Callable[..., None]) -> None:
+    async def story(world: World) -> None:
+        async with world.agent():
+            world.stand_by(memory=8 * GIB)
+            await world.parked()
+            assert (world.frozen, await world.used_bytes()) == (True, 8 * GIB)
+            assert "do not fit below resources.memory" in world.said("parked")[0]
             world.promote()
             await world.until(lambda status: status.ready)
 

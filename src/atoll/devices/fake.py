@@ -151,6 +151,8 @@ class FakeHardware:
 
     async def resume(self, pid: int) -> None:
         await self._enter()
+        if not self.suspends:
+            raise Unsupported("this driver cannot take a program off its device")
         process = self._off.get(pid)
         if process is None:
             return

@@ -298,7 +298,8 @@ class Runner:
             return  # it has ended, or was told to, while this step waited
         instance, known, tools = self.assignment.instance, self.state.suspended, self._tools
         if isinstance(step, Park):
-            work = park(step, instance, known, runtime, tools.gpus, tools.clock, self.handle)
+            limit_bytes = self._rules.memory_bytes
+            work = park(step, instance, known, runtime, tools.gpus, tools.clock, self.handle, limit_bytes=limit_bytes)
         else:
             work = wake(step, instance, known, runtime, tools.gpus, tools.clock, self.handle)
         self._resting = self._spawn(work)

@@ -7,6 +7,7 @@ cancelled with none.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -22,15 +23,26 @@ from atoll.node.transitions import Happening, Park, Parked, ParkFailed, Suspendi
 
 PAUSE_S = 30.0
 """Deadline of freezing an instance, or letting it go on."""
+USAGE_S = 5.0
+"""Deadline of finding out how much memory an instance uses."""
 
 Tell = Callable[[Happening], None]
 log = structlog.get_logger()
 
 
 async def park(
-    step: Park, instance: Instance, known: Sequence[int], runtime: Runtime, gpus: Gpus | None, clock: Clock, tell: Tell
+    step: Park,
+    instance: Instance,
+    known: Sequence[int],
+    runtime: Runtime,
+    gpus: Gpus | None,
+    clock: Clock,
+    tell: Tell,
+    *,
+    limit_bytes: int,
 ) -> None:
-    """Park a running instance; `known` are processes that an earlier try took off their devices."""
+    """Park a running instance; `known` are processes that an earlier try took off their devices, `limit_bytes` is its bound of the
+    node's memory, which is where that of its devices goes."""
     began = clock.monotonic()
     if Feature.PAUSE not in runtime.features:
         tell(ParkFailed(step.run, f"{runtime.name} cannot freeze an instance"))
@@ -38,7 +50,7 @@ async def park(
     if step.again:
         await _let_go_on(runtime, instance.id)
     try:
-        pids, words = await _leave_devices(step, instance, known, gpus, tell)
+        pids, words = await _leave_devices(step, instance, known, runtime, gpus, limit_bytes, tell)
     except (AtollError, TimeoutError) as error:
         tell(ParkFailed(step.run, _words(error)))
         return
@@ -63,7 +75,8 @@ async def wake(
             async with asyncio.timeout(PAUSE_S):
                 await runtime.resume(instance.id)
         if pids and gpus is not None:
-            await gpus.resume(instance.id, pids)
+            with contextlib.suppress(Unsupported):  # then none of them was ever taken off
+                await gpus.resume(instance.id, pids)
     except (AtollError, TimeoutError) as error:
         tell(WakeFailed(step.run, _words(error)))
         return
@@ -71,7 +84,7 @@ async def wake(
 
 
 async def _leave_devices(
-    step: Park, instance: Instance, known: Sequence[int], gpus: Gpus | None, tell: Tell
+    step: Park, instance: Instance, known: Sequence[int], runtime: Runtime, gpus: Gpus | None, limit_bytes: int, tell: Tell
 ) -> tuple[tuple[int, ...], str]:
     """Return the processes that are off their devices now, and what was done in words."""
     if gpus is None or not instance.gpus:
@@ -80,12 +93,19 @@ async def _leave_devices(
     pids = tuple(sorted({*known, *using}))
     if not pids:
         return (), "frozen; nothing of it was on a device"
+    needed = sum(using.values())
+    async with asyncio.timeout(USAGE_S):
+        room = limit_bytes - (await runtime.usage(instance.id)).memory_bytes
+    if needed > room:
+        # The kernel would kill it for going over its limit.
+        words = f"{format_bytes(needed)} of it do not fit below resources.memory ({format_bytes(limit_bytes)})"
+        return tuple(known), f"frozen; its memory stays on the device: {words}"
     tell(Suspending(step.run, pids))
     try:
         await gpus.suspend(instance.id, pids)
     except Unsupported as error:
         return (), f"frozen; its memory stays on the device: {error}"
-    return pids, f"frozen, {format_bytes(sum(using.values()))} of its memory off the device"
+    return pids, f"frozen, {format_bytes(needed)} of its memory off the device"
 
 
 async def _undo(

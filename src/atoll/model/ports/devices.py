@@ -135,7 +135,8 @@ class Hardware(Protocol):
     async def resume(self, pid: int) -> None:
         """Put a process back on the devices that it had. One that was never taken off is left as it is; safe to repeat.
 
-        Raises Unavailable, for devices without enough free memory too: it stays off, and may be tried again.
+        Raises Unavailable, for devices without enough free memory too: it stays off, and may be tried again. Raises Unsupported as
+        `suspend` does.
         """
         ...
 
@@ -184,7 +185,7 @@ class Devices(Protocol):
         ...
 
     async def resume(self, instance: str, pids: Sequence[int]) -> None:
-        """Put back what `suspend` took off. Safe to repeat. Raises Unavailable: some of them are still off."""
+        """Put back what `suspend` took off. Safe to repeat. Raises Unavailable: some of them are still off; Unsupported as it."""
         ...
 
     async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
