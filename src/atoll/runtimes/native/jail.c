@@ -104,8 +104,8 @@ static void parse(int argc, char **argv) {
     if (!jail.pid_file || !jail.log || !jail.root || !jail.uid || optind == argc) _exit(2);
 }
 
-static void move_to(int fd, int number, int flags) {
-    if (fd < 0 || dup3(fd, number, flags) < 0) die("descriptors");
+static void move_to(int fd, int number) {
+    if (fd < 0 || (fd == number ? fcntl(fd, F_SETFD, 0) : dup3(fd, number, 0)) < 0) die("descriptors");
 }
 
 static void take_descriptors(void) {
@@ -113,20 +113,20 @@ static void take_descriptors(void) {
         char path[32];
         snprintf(path, sizeof path, "/proc/self/fd/%d", stream + 1);
         int writing = open(path, O_WRONLY | O_CLOEXEC);
-        move_to(stream + 1, FIFOS + 2 * stream, 0);
-        move_to(writing, FIFOS + 2 * stream + 1, 0);
+        move_to(stream + 1, FIFOS + 2 * stream);
+        move_to(writing, FIFOS + 2 * stream + 1);
         close(writing);
     }
     int log = open(jail.log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600), null = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    move_to(log, 1, 0);
-    move_to(log, 2, 0);
-    move_to(null, 0, 0);
+    move_to(log, 1);
+    move_to(log, 2);
+    move_to(null, 0);
     if (jail.tap == NULL) return;
     struct ifreq request = {.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR};
     int tap = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
     snprintf(request.ifr_name, sizeof request.ifr_name, "%s", jail.tap);
     if (tap < 0 || ioctl(tap, TUNSETIFF, &request) < 0) die("the tap");
-    move_to(tap, TAP, 0);
+    move_to(tap, TAP);
 }
 
 static void join(void) {

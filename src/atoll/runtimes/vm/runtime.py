@@ -123,6 +123,7 @@ class VmRuntime(OciRuntime):
         self._kernels = tuple(kernels)
         self._cache = cache or directory
         self._kernel: GuestKernel | None = None
+        self.boot_s_max = BOOT_S_MAX
         self._beside: set[GuestExecution] = set()
 
     @abstractmethod
@@ -211,13 +212,13 @@ class VmRuntime(OciRuntime):
         name = plan.process["args"][0]
         assert container.shim is not None  # noqa: S101 - it has just been started
         try:
-            channel = await self._open_channel(container, BOOT_S_MAX)
-            async with asyncio.timeout(BOOT_S_MAX):
+            channel = await self._open_channel(container, self.boot_s_max)
+            async with asyncio.timeout(self.boot_s_max):
                 why = await asyncio.shield(channel.first.started)
         except (DeadlineExceeded, TimeoutError):
             words = await self._in_thread(last_words, container.record.directory)
             raise RuntimeFailed(
-                f"the guest did not answer within {BOOT_S_MAX:.0f} s. {words}", mend="see vmm.log; is the node overloaded?"
+                f"the guest did not answer within {self.boot_s_max:g} s. {words}", mend="see vmm.log; is the node overloaded?"
             ) from None
         except Unavailable:
             why = "the machine has ended"

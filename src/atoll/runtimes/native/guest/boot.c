@@ -184,6 +184,9 @@ static void sysctl(const char *name, const char *value) {
     close(fd);
 }
 
+/* What it may use is the control group's to say, and not what the kernel thinks of a program's plans. */
+static void make_memory(void) { sysctl("vm/overcommit_memory", "1"); }
+
 static void make_network(const struct machine *machine, long mtu) {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct ifreq request = {.ifr_name = "eth0"};
@@ -247,6 +250,7 @@ void boot(struct machine *machine) {
     char *entropy = next_word(&machine->config);
     if (entropy == NULL) die("the configuration is cut off");
     stir(entropy);
+    make_memory();
     make_network(machine, mtu);
 }
 

@@ -1,0 +1,460 @@
+"""What an instance in a virtual machine may not do, may use, and leaves behind. Most is tried in one machine: a boot takes long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from runtime_world import LIMITS, MACHINES, World, make_layer, real_world
+
+from atoll.model.errors import AtollError, ImageError, Invalid, RuntimeFailed, Unsupported
+from atoll.model.ports.devices import DeviceNode, Edits
+from atoll.model.ports.network import Link
+from atoll.model.ports.runtime import Limits, Mount
+from atoll.model.spec import Port
+from atoll.network.links import LinkNetwork
+from atoll.runtimes.mounts import mounts_below
+from atoll.runtimes.qemu import QemuRuntime
+
+pytestmark = [pytest.mark.system, pytest.mark.asyncio(loop_scope="module")]
+
+
+def limits(**changes: int) -> Limits:
+    return Limits(**({name: getattr(LIMITS, name) for name in LIMITS.__struct_fields__} | changes))
+
+
+@pytest.fixture(scope="module", params=[*MACHINES])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_layer(tmp_path_factory.mktemp("image"))
+
+
+class Shared:
+    """A machine that runs during all tests of the module, on a network of the node's own kind."""
+
+    def __init__(self, world: World, link: Link, pid: int) -> None:
+        self.world, self.link, self.pid = world, link, pid
+
+    async def sh(self, script: str, **options: Any) -> tuple[int, str]:
+        return await self.world.shell("shared", script, **options)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(kind: str, layer: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Shared]:
+    directory = tmp_path_factory.mktemp("shared")
+    world = real_world(kind, directory, layer)
+    # A subnet of this process's own: other test runs may be on this machine.
+    network = LinkNetwork(f"10.93.{os.getpid() % 256}.0/24", directory / "network", prepared=1, resolver_sources=())
+    try:
+        link = await network.attach("shared", project="p", ports=[Port(name="http", port=8080)])
+        pid = await world.launch("shared", "run", netns=link.netns)
+        yield Shared(world, link, pid)
+    finally:
+        await world.close()
+        await network.detach("shared")
+        await network.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def world(kind: str, layer: Path, tmp_path: Path) -> AsyncIterator[World]:
+    world = real_world(kind, tmp_path, layer)
+    yield world
+    await world.close()
+
+
+async def test_it_has_a_kernel_of_its_own_and_sees_no_process_but_its_own(shared: Shared) -> None:
+    _, out = await shared.sh(
+        "cat /proc/version; ps | wc -l; cat /etc/hostname; hostname 2>/dev/null; grep -c host-shared /etc/hosts"
+    )
+    assert Path("/proc/version").read_text() not in out
+    lines = out.splitlines()
+    assert int(lines[1]) <= 6  # a line of titles, the first process, the shell and its children
+    assert lines[2:] == ["host-shared", "1"] or lines[2:] == ["host-shared", "host-shared", "1"]
+
+
+async def test_root_has_docker_s_capabilities_and_another_user_none(shared: Shared) -> None:
+    _, out = await shared.sh("grep -E 'CapEff|CapBnd|NoNewPrivs' /proc/self/status")
+    assert out == "CapEff:\t00000000a80425fb\nCapBnd:\t00000000a80425fb\nNoNewPrivs:\t1\n"
+    _, out = await shared.sh("id -u; id -g; id -G; echo $HOME; grep CapEff /proc/self/status", user="app")
+    assert out == "1234\n1235\n1235 2000\n/srv\nCapEff:\t0000000000000000\n"
+    with pytest.raises(ImageError, match="nobody-here"):
+        await shared.sh("true", user="nobody-here")
+
+
+async def test_files_belong_inside_to_whom_the_image_says(shared: Shared) -> None:
+    _, out = await shared.sh("stat -c %u:%g /srv/owned /bin/busybox; stat -c %a /tmp")
+    assert out == "1234:1235\n0:0\n1777\n"
+
+
+async def test_kernel_paths_are_hidden_or_read_only_and_dangerous_calls_refused(shared: Shared) -> None:
+    code, out = await shared.sh(
+        "wc -c < /proc/keys; wc -c < /proc/timer_list; ls /sys/firmware | wc -l; mkdir -p /tmp/m;"
+        "for p in /proc/sys/kernel/hostname /proc/sysrq-trigger /sys/kernel/uevent_helper; do"
+        " (echo x > $p) 2>/dev/null && echo wrote $p; done; mount -o remount,rw /proc/sys 2>/dev/null && echo remounted;"
+        "mount -t tmpfs x /tmp/m 2>/dev/null && echo mounted; umount /proc 2>/dev/null && echo unmounted;"
+        "dd if=/dev/mem count=1 2>/dev/null && echo memory; ls /dev/vd* /dev/vport* /dev/kmsg 2>/dev/null; exit 0"
+    )
+    assert (code, out) == (0, "0\n0\n0\n")
+
+
+async def test_its_init_and_disks_are_out_of_reach(shared: Shared) -> None:
+    _, out = await shared.sh(
+        "ls /proc | grep -c '^[0-9]';"
+        "ls /image /own /modules 2>/dev/null; busybox mknod /tmp/disk b 254 0 && cat /tmp/disk; echo end"
+    )
+    assert out.endswith("end\n")
+    assert int(out.split()[0]) <= 6
+    assert "atoll" not in out
+
+
+async def test_open_files_have_a_limit_and_no_core_is_dumped(shared: Shared) -> None:
+    _, out = await shared.sh("ulimit -n; ulimit -Hn; ulimit -c")
+    soft, hard, core = (int(line) for line in out.split())
+    assert soft <= 1024
+    assert hard >= soft
+    assert core == 0
+
+
+async def test_a_fork_bomb_stays_inside_and_commands_go_on(shared: Shared) -> None:
+    bomb = await shared.world.runtime.exec("shared", ["sh", "-c", "for i in $(seq 100); do sleep 100 & done; wait"])
+    await asyncio.sleep(1.0)
+    usage = await shared.world.runtime.usage("shared")
+    assert 10 < usage.pids <= LIMITS.pids
+    assert (await shared.sh("exit 3"))[0] in {2, 3}  # a shell that may not fork says 2
+    await bomb.close()
+    execution = await shared.world.runtime.exec("shared", ["sh", "-c", "kill -9 -1"])
+    await asyncio.wait_for(execution.wait(), 10)
+    await execution.close()
+    assert (await shared.sh("echo well"))[1] == "well\n"
+
+
+async def test_a_disk_bomb_gets_enospc_and_the_node_is_unharmed(shared: Shared) -> None:
+    code, out = await shared.sh(
+        "dd if=/dev/zero of=/tmp/big bs=1M count=100; echo after; echo x > /dev/shm/still; cat /dev/shm/still"
+    )
+    assert "No space left" in out
+    assert out.endswith("after\nx\n")
+    assert code == 0
+    assert 50 << 20 < (await shared.world.runtime.usage("shared")).disk_bytes <= LIMITS.disk_bytes
+    disk = shared.world.directory / "instances/shared/vm/disk.img"
+    assert disk.stat().st_blocks * 512 <= LIMITS.disk_bytes + (1 << 20)
+    await shared.sh("rm /tmp/big; sync")
+
+
+async def test_a_terminal_resizes_and_belongs_to_whoever_runs_in_it(shared: Shared) -> None:
+    execution = await shared.world.runtime.exec(
+        "shared",
+        ["sh", "-c", "stty size; read x; stty size; echo tty > /dev/tty; id -u; exit 9"],
+        tty=True,
+        rows=33,
+        columns=99,
+        user="app",
+    )
+    await _until(execution, b"33 99")
+    await execution.resize(44, 111)
+    await execution.write(b"\n")
+    await _until(execution, b"1234")
+    assert await asyncio.wait_for(execution.wait(), 10) == 9
+    while await asyncio.wait_for(execution.read(), 10) is not None:
+        pass
+    await execution.close()
+
+
+async def _until(execution: Any, text: bytes) -> bytes:
+    seen = b""
+    while text not in seen:
+        part = await asyncio.wait_for(execution.read(), 10)
+        assert part is not None, seen
+        seen += part[1]
+    return seen
+
+
+async def test_exec_takes_user_directory_and_environment(shared: Shared) -> None:
+    _, out = await shared.sh("id -u; pwd; echo $MORE $GREETING $HOME", user="app", workdir="/srv", env=[("MORE", "x")])
+    assert out == "1234\n/srv\nx hello /srv\n"
+
+
+async def test_much_data_goes_through_a_command_without_loss(shared: Shared) -> None:
+    execution = await shared.world.runtime.exec("shared", ["cat"])
+    data = os.urandom(1 << 20)
+
+    async def feed() -> None:
+        await execution.write(data)
+        await execution.close_stdin()
+
+    feeding = asyncio.create_task(feed())
+    back = b""
+    while (part := await asyncio.wait_for(execution.read(), 20)) is not None:
+        assert len(part[1]) <= 64 << 10
+        back += part[1]
+    await feeding
+    assert back == data
+    await execution.close()
+
+
+async def test_a_child_that_keeps_the_pipes_does_not_hold_a_command(shared: Shared) -> None:
+    started = time.monotonic()
+    assert await shared.sh("sleep 100 & echo done") == (0, "done\n")
+    assert time.monotonic() - started < 8
+
+
+async def test_a_cancelled_command_is_left_nowhere(shared: Shared) -> None:
+    for step in range(6):
+        task = asyncio.create_task(shared.world.runtime.exec("shared", ["sleep", "54321"]))
+        await asyncio.sleep(0.004 * step)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await task).close()
+    await asyncio.sleep(0.3)
+    assert "sleep 54321" not in (await shared.sh("ps"))[1]
+
+
+async def test_it_is_reached_at_its_address_and_reaches_the_node_by_its_gateway_only(shared: Shared) -> None:
+    _, out = await shared.sh(
+        "ls /sys/class/net; busybox ip -4 addr show eth0 | grep -c 'inet " + shared.link.address + "/32'; busybox ip route"
+    )
+    assert out.split("\n")[:3] == ["eth0", "lo", "1"]
+    assert "default via 169.254.1.1 dev eth0" in out
+    server = await shared.world.runtime.exec("shared", ["sh", "-c", "echo hello from the guest | nc -l -p 8080"])
+    for _ in range(50):
+        with contextlib.suppress(OSError):
+            reader, writer = await asyncio.open_connection(shared.link.address, 8080)
+            assert await asyncio.wait_for(reader.read(100), 5) == b"hello from the guest\n"
+            writer.close()
+            break
+        await asyncio.sleep(0.1)
+    else:
+        raise AssertionError("nobody answers at its address")
+    await server.close()
+    # Metadata services and the node itself are out of reach, as they are for a container.
+    _, out = await shared.sh(
+        "echo x | nc -w 1 169.254.169.254 80 && echo reached; echo x | nc -w 1 169.254.1.1 22 && echo node; echo end"
+    )
+    assert out.endswith("end\n")
+    assert "reached" not in out
+    assert "node" not in out
+
+
+async def test_the_monitor_is_nobody_in_a_jail_with_nothing_in_it(shared: Shared) -> None:
+    proc = Path(f"/proc/{shared.pid}")
+    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
+    assert set(status["Uid"].split()) == set(status["Gid"].split())
+    assert int(status["Uid"].split()[0]) >= 0x7FFF0000
+    assert {status[name] for name in ("CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert (status["NoNewPrivs"], status["Seccomp"], status["Groups"].strip()) == ("1", "2", "")
+    for name in ("mnt", "pid", "ipc", "uts", "net"):
+        assert (proc / "ns" / name).readlink() != Path(f"/proc/self/ns/{name}").readlink()
+    root = proc / "root"
+    assert {path.name for path in root.iterdir()} <= {"box", "dev", "image", "initramfs", "kernel", "lib", "lib64", "usr"}
+    assert not (root / "etc").exists()
+    assert not (root / "usr/bin/sh").exists()
+    mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+    assert [fields[4] for fields in mounts if "rw" in fields[5].split(",")] == ["/box"]
+    assert all("nosuid" in fields[5] for fields in mounts)
+    nodes = list((root / "dev").iterdir()) if (root / "dev").exists() else []
+    assert {path.name for path in nodes} <= {"kvm"}
+    owned = Path(f"/proc/{shared.pid}/root/box")
+    assert {path.name for path in owned.iterdir()} <= {"disk.img", "agent.sock", "qmp.sock"}
+
+
+async def test_the_monitor_holds_no_descriptor_of_the_node_but_its_own(shared: Shared) -> None:
+    targets = [str(path.readlink()) for path in Path(f"/proc/{shared.pid}/fd").iterdir()]
+    allowed = ("/dev/null", "/dev/net/tun", "/dev/kvm", "anon_inode:", "socket:", "pipe:", "/memfd:", str(shared.world.directory))
+    inside = ("/box/", "/image", "/kernel", "/initramfs", "/usr/")
+    assert [target for target in targets if not target.startswith((*allowed, *inside))] == []
+
+
+async def test_its_memory_is_bounded_on_the_node_with_a_stated_overhead(shared: Shared) -> None:
+    boxes = shared.world.runtime._made  # type: ignore[attr-defined]
+    bound = boxes.limits_of(LIMITS, booting=False).memory_bytes
+    assert bound == LIMITS.memory_bytes + (64 << 20) + shared.world.runtime.overhead_bytes()  # type: ignore[attr-defined]
+    used = (await shared.world.runtime.usage("shared")).memory_bytes
+    assert 16 << 20 < used < bound
+    groups = [path for path in boxes.group("shared").directories if (path / "memory.limit_in_bytes").exists()]
+    assert [int((path / "memory.limit_in_bytes").read_text()) for path in groups] in ([bound], [])
+
+
+async def test_a_paused_machine_stands_still_and_costs_nothing(shared: Shared) -> None:
+    await shared.world.runtime.pause("shared")
+    await shared.world.runtime.usage("shared")
+    await asyncio.sleep(0.5)
+    assert (await shared.world.runtime.usage("shared")).cpu_milli < 50
+    await shared.world.runtime.resume("shared")
+    assert (await shared.sh("echo on"))[1] == "on\n"
+
+
+async def test_what_is_asked_of_its_surroundings_is_so(world: World) -> None:
+    resolver = world.directory / "resolv.conf"
+    resolver.write_text("nameserver 192.0.2.1\n")
+    script = (
+        "pwd; echo $GREETING $HOME; cat /etc/resolv.conf;"
+        "(echo x > /file) 2>/dev/null && echo wrote; echo x > /dev/shm/f && echo shm;"
+        "echo out > /dev/stdout; echo err > /dev/stderr; i=0; while [ $i -lt 20000 ]; do echo line$i; i=$((i+1)); done"
+    )
+    await world.launch("a", "sh", "-c", script, user="app", workdir="/srv", read_only_root=True, resolv_conf=resolver)
+    seen = await world.output_until("a", "line19999\n", 30)
+    assert seen.startswith("/srv\nhello /srv\nnameserver 192.0.2.1\nshm\nout\nline0\nline1\n")
+    assert seen.count("line") == 20_000
+    assert (await asyncio.wait_for(world.runtime.wait("a"), 20)).code == 0
+    assert world.output("a", "stderr") == "err\n"
+
+
+async def test_memory_beyond_the_limit_ends_it_and_is_told_to_the_next_agent_too(world: World) -> None:
+    script = "exec dd if=/dev/zero of=/dev/null bs=200M count=1"
+    await world.launch("a", "sh", "-c", script, limits=limits(memory_bytes=32 << 20))
+    end = await asyncio.wait_for(world.runtime.wait("a"), 20)
+    assert (end.code, end.signal, end.oom) == (137, "SIGKILL", True)
+    await world.reopen()
+    (found,) = await world.runtime.recover()
+    assert found.exit == end
+
+
+async def test_processor_time_is_bounded_and_delete_leaves_no_trace(world: World) -> None:
+    pid = await world.launch("a", "sh", "-c", "while :; do :; done", limits=limits(cpu_milli=200))
+    await world.runtime.usage("a")
+    await asyncio.sleep(2.0)
+    assert 100 <= (await world.runtime.usage("a")).cpu_milli <= 300
+    execution = await world.runtime.exec("a", ["sleep", "100"])
+    assert _traces(world, "a")
+    await world.runtime.delete("a")
+    assert await asyncio.wait_for(execution.wait(), 5) == 137
+    await execution.close()
+    assert _traces(world, "a") == []
+    assert not Path(f"/proc/{pid}").exists()
+    assert list(mounts_below(world.directory)) == []
+
+
+def _traces(world: World, id: str) -> list[str]:
+    found = [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{world.cgroup[1:]}/{id}")]
+    found += [str(path) for path in Path(f"/sys/fs/cgroup{world.cgroup}").glob(id)]
+    found += [str(path) for path in world.directory.glob(f"runtime/boxes/{id}*")]
+    found += [str(path) for path in (world.directory / "instances").glob(id)]
+    return found
+
+
+async def test_what_it_cannot_do_is_refused_before_anything_is_made(world: World) -> None:
+    volume = (Mount(source=world.directory, target="/data"),)
+    device = Edits(nodes=(DeviceNode(path="/dev/x", host_path="/dev/null", major=1, minor=3),))
+    for id, error, changes in (
+        ("volume", Unsupported, {"mounts": volume}),
+        ("device", Unsupported, {"devices": device}),
+        ("user", ImageError, {"user": "nobody-here"}),
+        ("netns", RuntimeFailed, {"netns": Path("/run/netns/gone")}),
+        ("workdir", Invalid, {"workdir": "relative"}),
+    ):
+        with pytest.raises(error) as raised:
+            await world.runtime.create(world.box(id, "run", **changes))
+        assert isinstance(raised.value, AtollError)
+        assert _traces(world, id) == []
+
+
+async def test_a_guest_that_never_answers_is_given_up_and_leaves_nothing_running(world: World) -> None:
+    world.runtime.boot_s_max = 0.2  # type: ignore[attr-defined]
+    await world.runtime.create(world.box("a", "run"))
+    with pytest.raises(RuntimeFailed, match="did not answer") as raised:
+        await world.runtime.start("a")
+    assert raised.value.mend
+    assert [path for path in _traces(world, "a") if "cgroup" in path] == []
+    world.runtime.boot_s_max = 60.0  # type: ignore[attr-defined]
+    await world.runtime.start("a")  # it is as `create` left it
+
+
+async def test_a_damaged_image_or_kernel_is_said_and_leaves_nothing_running(world: World) -> None:
+    await world.runtime.create(world.box("a", "run"))
+    (image,) = world.directory.glob("runtime/images/*/root.img")
+    image.write_bytes(image.read_bytes()[:512])
+    with pytest.raises(RuntimeFailed, match="ended before it ran"):
+        await world.runtime.start("a")
+    bad = world.directory / "kernels"
+    (bad / "boot").mkdir(parents=True)
+    (bad / "lib/modules/6.1.0-1-cloud-amd64").mkdir(parents=True)
+    (bad / "boot/vmlinuz-6.1.0-1-cloud-amd64").write_bytes(b"no kernel")
+    runtime = QemuRuntime(world.directory / "other", kernels=(bad,), cgroup=world.cgroup)
+    with pytest.raises(Unsupported, match="no Linux kernel"):
+        await runtime.probe()
+    with pytest.raises(Unsupported, match="no kernel for virtual machines"):
+        await QemuRuntime(world.directory / "other", kernels=(world.directory,), cgroup=world.cgroup).probe()
+    with pytest.raises(Unsupported, match="qemu-of-another-name"):
+        await QemuRuntime(world.directory / "other", binary="qemu-of-another-name", cgroup=world.cgroup).probe()
+
+
+_AGENT = """
+    import asyncio, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from runtime_world import real_world
+
+    async def main():
+        world = real_world({name!r}, Path({directory!r}), Path({layer!r}), {cgroup!r})
+        await asyncio.gather(
+            world.launch("stays", "graceful"),
+            world.launch("ends", "exit", "42", "3"),
+        )
+        await world.runtime.create(world.box("made", "exit", "1"))
+        execution = await world.runtime.exec("stays", ["sleep", "12345"])
+        await world.runtime.create(world.box("starting", "sh", "-c", "echo begun; exec sleep 1000"))
+        starting = asyncio.create_task(world.runtime.start("starting"))
+        await asyncio.sleep(0.3)
+        print("ready", flush=True)
+        await asyncio.sleep(1000)
+    asyncio.run(main())
+"""
+
+
+async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world: World, layer: Path, kind: str) -> None:
+    names = {"tests": str(Path(__file__).parent), "directory": str(world.directory), "layer": str(layer), "cgroup": world.cgroup}
+    script = textwrap.dedent(_AGENT).format(name=kind, **names)
+    agent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
+    assert agent.stdout is not None
+    assert await agent.stdout.readline() == b"ready\n"
+    reader = os.open(world.directory / "starting.stdout", os.O_RDONLY | os.O_NONBLOCK)
+    agent.kill()
+    await agent.wait()
+    await asyncio.sleep(4)
+
+    found = {entry.id: entry for entry in await world.runtime.recover()}
+    assert set(found) == {"stays", "ends", "made", "starting"}
+    assert found["ends"].exit is not None
+    assert found["ends"].exit.code == 42
+    assert (found["made"].pid, found["made"].exit) == (None, None)
+    assert found["stays"].pid is not None
+    assert "sleep 12345" not in (await world.shell("stays", "ps"))[1]  # the command ended with its agent
+    assert found["starting"].pid is not None
+    for _ in range(100):
+        with contextlib.suppress(BlockingIOError):
+            if os.read(reader, 100) == b"begun\n":
+                break
+        await asyncio.sleep(0.1)
+    else:
+        raise AssertionError("a start that was begun did not come to its end alone")
+    os.close(reader)
+    assert (await world.shell("starting", "exit 5"))[0] == 5
+    await world.runtime.signal("stays", "SIGTERM")
+    assert (await asyncio.wait_for(world.runtime.wait("stays"), 10)).code == 0
+    for id in found:
+        await world.runtime.delete(id)
+        assert _traces(world, id) == []
+
+
+async def test_a_monitor_that_is_killed_by_another_is_told_as_such(world: World) -> None:
+    pid = await world.launch("a", "run")
+    os.kill(pid, signal.SIGKILL)
+    end = await asyncio.wait_for(world.runtime.wait("a"), 10)
+    assert (end.code, end.signal, end.oom) == (137, "SIGKILL", False)
+    await world.runtime.delete("a")
+    assert _traces(world, "a") == []
