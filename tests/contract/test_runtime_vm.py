@@ -403,7 +403,7 @@ _AGENT = """
         world = real_world({name!r}, Path({directory!r}), Path({layer!r}), {cgroup!r})
         await asyncio.gather(
             world.launch("stays", "graceful"),
-            world.launch("ends", "exit", "42", "3"),
+            world.launch("ends", "exit", "42", "1"),
         )
         await world.runtime.create(world.box("made", "exit", "1"))
         execution = await world.runtime.exec("stays", ["sleep", "12345"])
@@ -425,7 +425,9 @@ async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world:
     reader = os.open(world.directory / "starting.stdout", os.O_RDONLY | os.O_NONBLOCK)
     agent.kill()
     await agent.wait()
-    await asyncio.sleep(4)
+    async with asyncio.timeout(40):
+        while not (world.directory / "instances/ends/exit").exists():  # noqa: ASYNC110 - nobody is there to tell
+            await asyncio.sleep(0.1)
 
     found = {entry.id: entry for entry in await world.runtime.recover()}
     assert set(found) == {"stays", "ends", "made", "starting"}

@@ -190,7 +190,7 @@ RUNTIMES = (
     ("crun", ("crun", "--version"), "isolation 'container', faster to start", "apt-get install crun"),
     ("lxc", ("lxc-start", "--version"), "isolation 'container', fast to start", "apt-get install lxc"),
     ("gvisor", ("runsc", "--version"), "isolation 'sandbox': a kernel in user space", "apt-get install runsc"),
-    ("qemu", ("qemu-system-x86_64", "--version"), "isolation 'vm'", "apt-get install qemu-system-x86"),
+    ("qemu", ("qemu-system-x86_64", "--version"), "isolation 'vm'", "apt-get install qemu-system-x86; scripts/guest-kernel.sh"),
     ("firecracker", ("firecracker", "--version"), "isolation 'vm', small and fast; needs KVM", "see firecracker's releases"),
     ("cloud-hypervisor", ("cloud-hypervisor", "--version"), "isolation 'vm'; needs KVM", "see cloud-hypervisor's releases"),
     ("workerd", ("workerd", "--version"), "isolation 'isolate': JavaScript and Wasm", "install npm, then `make setup`"),
