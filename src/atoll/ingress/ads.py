@@ -19,6 +19,14 @@ from atoll.model.ports.clock import Clock
 
 SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 STOP_GRACE_S = 0.2
+OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    # Envoy asks every 10 s whether we live. By default gRPC takes that for abuse, and ends the stream after some 40 s.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
 
 log = structlog.get_logger()
 
@@ -42,7 +50,7 @@ class AdsServer:
     async def start(self, socket: Path) -> None:
         """Listen at `socket`, replacing what is there. Raises Unavailable."""
         socket.unlink(missing_ok=True)
-        server = grpc.aio.server(options=(("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 64 << 20)))
+        server = grpc.aio.server(options=OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(
             self._converse,
             request_deserializer=discovery_pb2.DeltaDiscoveryRequest.FromString,
