@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from atoll.cli.session import Session, command, group
+from atoll.cli.up import TLS_OPTIONS
 
 if TYPE_CHECKING:
     from atoll.store.migrate import Filled
     from atoll.store.place import Place
 
-TLS_OPTIONS = (
-    click.option("--store-ca", type=click.Path(path_type=Path), help="etcd: the CA of its members; turns on TLS."),
-    click.option("--store-cert", type=click.Path(path_type=Path), help="etcd: the certificate that we show."),
-    click.option("--store-key", type=click.Path(path_type=Path), help="etcd: that certificate's key."),
-)
 PLACE = "sqlite:PATH or etcd://HOST:PORT,…"
 
 

@@ -23,8 +23,7 @@ ANNOUNCE_S = 60.0
 ANNOUNCE_POLL_S = 0.1
 
 
-STORE_OPTIONS = (
-    click.option("--store", metavar="PLACE", help="etcd://HOST:PORT,… or sqlite:PATH.  [default: sqlite in the data directory]"),
+TLS_OPTIONS = (
     click.option("--store-ca", type=click.Path(path_type=Path), help="etcd: the CA of its members; turns on TLS."),
     click.option("--store-cert", type=click.Path(path_type=Path), help="etcd: the certificate that we show."),
     click.option("--store-key", type=click.Path(path_type=Path), help="etcd: that certificate's key."),
@@ -49,7 +48,8 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
             help="NVIDIA driver that gVisor takes the node's for, where it does not know it; of the same series, at your own risk.",
         ),
         click.option("--log-json", is_flag=True, help="Log as JSON."),
-        *STORE_OPTIONS,
+        click.option("--store", metavar="PLACE", help="etcd://HOST:PORT,… or sqlite:PATH.  [default: a file in --data]"),
+        *TLS_OPTIONS,
     )
     for option in reversed(options):
         function = option(function)

@@ -27,13 +27,15 @@ TRY_S = 2.0
 """The longest that one member may take for what may be repeated at another."""
 CONNECT_S = 1.0
 PROBE_S = 1.0
-SLOW_S = 0.5
+SLOW_S = 0.3
 """A write without an answer for so long is looked after: a member that is silent, or has a new leader since, may never answer."""
-LATE_S = 0.25
+LATE_S = 0.15
 """How long a write may still be answered after its member has a new leader; what was sent to the old one may be lost."""
 RETRY_MIN_S = 0.02
-RETRY_MAX_S = 0.3
+RETRY_MAX_S = 0.1
 """Between two tries, doubled from the one to the other."""
+TELL_S = 2.0
+"""A change of member this soon after the last is logged for debugging only."""
 MESSAGE_BYTES_MAX = 64 << 20
 """The largest answer that is taken; listings ask for less when they meet it."""
 KEEPALIVE_MS = 6_000
@@ -107,6 +109,7 @@ class Members:
         self._address = address
         self.all = tuple(Member(target, address) for target in address.members)
         self._current = 0
+        self._told_at = 0.0
         self._token: str | None = None
         self._authenticating = asyncio.Lock()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -120,7 +123,10 @@ class Members:
         """Use the next member from now on, if `member` is still the one in use."""
         if self.current is member and len(self.all) > 1:
             self._current = (self._current + 1) % len(self.all)
-            log.info("another member of etcd is asked", from_=member.target, to=self.current.target, cause=cause)
+            # While none serves, the turns go round fast: the first of them says all.
+            tell = log.debug if time.monotonic() - self._told_at < TELL_S else log.info
+            self._told_at = time.monotonic()
+            tell("another member of etcd is asked", from_=member.target, to=self.current.target, cause=cause)
 
     def check_open(self) -> None:
         """Raises Unavailable."""

@@ -113,10 +113,15 @@ class EtcdStore:
         return await self._pages(prefix, after, limit, Revision(0))
 
     async def put(self, key: str, value: bytes, *, lease: LeaseId = LeaseId(0)) -> Revision:
-        return (await self.txn((), (Put(key, value, lease),))).revision
+        check_transaction(Transaction((), (Put(key, value, lease),)))
+        request = rpc.PutRequest(key=key.encode(), value=value, lease=lease)
+        answer = await self.members.call(lambda m: m.kv.Put, request, repeat=False)
+        return Revision(answer.header.revision)
 
     async def delete(self, key: str) -> Revision:
-        return (await self.txn((), (Delete(key),))).revision
+        check_key(key)
+        answer = await self.members.call(lambda m: m.kv.DeleteRange, rpc.DeleteRangeRequest(key=key.encode()), repeat=False)
+        return Revision(answer.header.revision)
 
     async def txn(self, compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()) -> TxnResult:
         """See `Store.txn`. TooLarge also for what etcd's own limits refuse; nothing was written then."""

@@ -45,7 +45,7 @@ async def follow(members: Members, prefix: str, start: Revision) -> AsyncIterato
             members.check_open()
             if time.monotonic() - served_at > CALL_S:
                 raise Unavailable(f"no member of etcd serves a watch: {lost}") from None
-            log.info("a watch goes on elsewhere", member=member.target, cause=str(lost), revision=position)
+            log.debug("a watch goes on elsewhere", member=member.target, cause=str(lost), revision=position)
             members.turn_from(member, str(lost))
         finally:
             await stream.close()
