@@ -97,7 +97,7 @@ class HttpApi:
             os.close(fd)
 
     def _open(self) -> int:
-        """A descriptor has no length to its path, and leads to no other socket than this one: a link in its place is not followed."""
+        """A descriptor's path is short, and it leads to no other socket than this one: a link in its place is not followed."""
         try:
             fd = os.open(self.socket, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:

@@ -1,13 +1,14 @@
 """Vsock as Firecracker and Cloud Hypervisor give it: unix sockets beside the monitor instead of a device of the node's kernel.
 
-Towards the guest: connect to SOCKET, say `CONNECT PORT`, read `OK PORT`. From the guest to PORT of the node: the monitor connects to
-SOCKET_PORT, where somebody must listen (Firecracker documentation: vsock). An instance's output comes that way, on one port for
-each stream, and is carried into its FIFOs. While no agent is there the guest keeps what has no reader, and connects again.
+Towards the guest: connect to SOCKET, say `CONNECT PORT`, read `OK PORT`. From the guest to PORT of the node: the monitor
+connects to SOCKET_PORT, where somebody must listen (Firecracker documentation: vsock). An instance's output comes that way, on
+one port for each stream, and is carried into its FIFOs. While no agent is there the guest keeps what has no reader, and connects again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ async def connect_to_guest(path: Path, port: int) -> tuple[asyncio.StreamReader,
 class LogCarrier:
     """Listens for one stream of an instance's output, and carries what comes to its FIFO, no faster than that is read.
 
-    `directory` is the monitor's own: it may have put anything in the socket's place, which is removed, and nothing in it is followed.
+    `directory` is the monitor's own: what it has put in the socket's place is removed, and no link there is followed.
     """
 
     def __init__(self, directory: Path, port: int, fifo: Path, uid: int) -> None:
@@ -152,10 +153,8 @@ def _listen(directory: Path, name: str, uid: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         with descriptor(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=fd)
-            except FileNotFoundError:
-                pass
             listener.bind(f"/proc/self/fd/{fd}/{name}")
             os.chown(name, uid, uid, dir_fd=fd, follow_symlinks=False)
         listener.listen(CONNECTIONS_MAX)

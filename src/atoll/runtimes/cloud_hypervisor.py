@@ -1,0 +1,190 @@
+"""The Cloud Hypervisor runtime: an instance in a virtual machine that can have whole PCI devices of the node, GPUs above all.
+
+It needs KVM. Its monitor runs in the node's own jail (`native/jail.c`) and is told everything over its API
+(`vm/cloud_hypervisor_api.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import structs
+
+from atoll.model.errors import Unsupported
+from atoll.model.ports.devices import DeviceNode, Edits
+from atoll.model.ports.runtime import Box, Feature
+from atoll.model.spec import RuntimeName
+from atoll.runtimes.cgroup import Group
+from atoll.runtimes.native import jail_path
+from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
+from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
+from atoll.runtimes.vm import cloud_hypervisor_api as ask
+from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
+from atoll.runtimes.vm.http_api import HttpApi
+from atoll.runtimes.vm.jail import INSIDE, Jail, make_tools, top_level
+from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
+from atoll.runtimes.vm.probe import run_once
+from atoll.runtimes.vm.tap import TAP
+from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, program
+
+VERSION_MIN = (40, 0)
+BOOT_S_MAX = 20.0
+OVERHEAD_BYTES = 64 << 20
+API = "api.sock"
+MEND = "put cloud-hypervisor 40 or newer into /usr/local/bin"
+NODES = (
+    DeviceNode(path="/dev/kvm", host_path="/dev/kvm", major=10, minor=232),
+    DeviceNode(path="/dev/urandom", host_path="/dev/urandom", major=1, minor=9),
+)
+TUN = DeviceNode(path="/dev/net/tun", host_path="/dev/net/tun", major=10, minor=200)
+_SYSFS = (Path("/sys/bus/pci"), Path("/sys/devices"), Path("/sys/kernel/iommu_groups"))
+"""What a monitor reads to hand a PCI device on."""
+_LSM = Path("/sys/kernel/security/lsm")
+VHOST = Path("/vhost.sock")
+
+
+class CloudHypervisorRuntime(ToldRuntime):
+    """Runs instances with Cloud Hypervisor for x86-64, 40 or newer, as root."""
+
+    name = RuntimeName.CLOUD_HYPERVISOR
+    slots = range(SLOT_MIN + 4096, SLOT_MIN + 6144)
+    modules = ("virtio_pci", "virtio_balloon", "vmw_vsock_virtio_transport", *MODULES)
+    features = ToldRuntime.features | {Feature.GPU}
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        binary: str = "cloud-hypervisor",
+        cgroup: str = "/atoll",
+        userns: bool | None = None,
+        kernels: Sequence[Path] = PLACES,
+        cache: Path | None = None,
+        options: ask.MachineOptions | None = None,
+        vhost: Path | None = None,
+    ) -> None:
+        """`options` are found out where they are not given.
+
+        `vhost` is where a switch in user space has a socket `ID.sock` for an instance that it connects (vhost-user); one without is
+        connected by its tap.
+        """
+        super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns, kernels=kernels, cache=cache)
+        self._options = options or ask.MachineOptions(landlock=has_landlock())
+        self._vhost = vhost
+
+    async def probe(self) -> str:
+        return await asyncio.to_thread(self._probe)
+
+    def _probe(self) -> str:
+        program(self._binary, MEND)
+        check_machine()
+        jail_path()
+        self.kernel()
+        return once_per_boot(RUNTIME_DIRECTORY, self._binary, self._try, file="cloud-hypervisor-probe.json")
+
+    def _try(self) -> str:
+        version = version_of(self._binary, package="cloud-hypervisor", oldest=VERSION_MIN)
+        boots(lambda directory: asyncio.run(run_once(self._another(directory), directory, BOOT_S_MAX)), "Cloud Hypervisor")
+        return version
+
+    def _another(self, directory: Path) -> CloudHypervisorRuntime:
+        """Return a runtime like this one, for machines that are none of the node's."""
+        return CloudHypervisorRuntime(
+            directory / "runtime", binary=self._binary, cgroup=self._cgroup, kernels=self._kernels, cache=self._cache
+        )
+
+    def overhead_bytes(self) -> int:
+        return OVERHEAD_BYTES
+
+    def check(self, box: Box) -> None:
+        other = structs.replace(box.devices, nodes=(), env=(), devices=(), pci=())
+        strangers = [node.path for node in box.devices.nodes if not node.path.startswith("/dev/vfio/")]
+        if other != Edits() or strangers or (box.devices and not box.devices.pci):
+            raise Unsupported(
+                "Cloud Hypervisor hands on whole PCI devices only, which the node has set aside for it",
+                mend="ask for a whole device, or use runc, crun or gvisor",
+                field="resources.gpu",
+            )
+
+    def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
+        tools = make_tools(self._cache / "tools", program(self._binary, MEND).name, [])
+        shown = [
+            *top_level(tools),
+            (kernel.image, Path(ask.KERNEL)),
+            (kernel.initramfs, Path(ask.INITRAMFS)),
+            (plan.image_disk, Path(ask.IMAGE)),
+        ]
+        if plan.pci:
+            shown += [(path, path) for path in _SYSFS if path.exists()]
+        if plan.link and not plan.pci:
+            # That the tap is there already is seen by this directory alone: the monitor then leaves its address as it is.
+            shown.append((_empty(Path(plan.directory)), Path("/sys/class/net") / TAP))
+        if (switch := self._switch(plan)) is not None:
+            shown.append((switch, VHOST))
+        return Jail(
+            directory=Path(plan.directory),
+            uid=plan.uid,
+            shown=tuple(shown),
+            nodes=(*NODES, *((TUN,) if plan.link else ()), *plan.nodes),
+            file_bytes=plan.disk.stat().st_size,
+            groups=tuple(path for path in group.directories if (path / "cgroup.procs").exists()),
+        )
+
+    def _switch(self, plan: VmPlan) -> Path | None:
+        socket = self._vhost / f"{plan.id}.sock" if self._vhost else None
+        return socket if socket is not None and socket.exists() else None
+
+    def monitor(self, plan: VmPlan) -> list[str]:
+        return [f"/usr/bin/{Path(self._binary).name}", "--api-socket", f"path={INSIDE / API}", "--seccomp", "true"]
+
+    def begin(self, plan: VmPlan, pid: int) -> None:
+        """A device writes to the guest's memory wherever that is, so none of it may move: all of it is locked."""
+        if plan.pci:
+            locked = plan.ram_bytes + OVERHEAD_BYTES
+            resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (locked, locked))
+
+    def own(self, directory: Path) -> Path:
+        return directory / "vm"
+
+    def api(self, directory: Path) -> HttpApi:
+        return HttpApi(self.own(directory) / API, name="Cloud Hypervisor", base=ask.BASE)
+
+    async def answers(self, api: HttpApi) -> None:
+        await api.ask(ask.PING, ask.Ping)
+
+    async def tell(self, api: HttpApi, plan: VmPlan) -> None:
+        switch = str(VHOST) if plan.link and await asyncio.to_thread(self._switch, plan) else ""
+        for call in ask.making(plan, self._options, vhost_socket=switch):
+            await api.send(call)
+
+    async def boot(self, api: HttpApi) -> None:
+        await api.send(ask.BOOT, deadline_s=BOOT_CALL_S_MAX)
+
+    async def is_paused(self, api: HttpApi) -> bool:
+        return (await api.ask(ask.INFO, ask.Info)).state == "Paused"
+
+    async def pause_machine(self, directory: Path) -> None:
+        await self.api(directory).send(ask.PAUSE)
+
+    async def resume_machine(self, directory: Path) -> None:
+        await self.api(directory).send(ask.RESUME)
+
+    async def press_power(self, api: HttpApi) -> None:
+        await api.send(ask.POWER_BUTTON)
+
+
+def has_landlock() -> bool:
+    """Whether this kernel can confine a process to paths."""
+    try:
+        return "landlock" in _LSM.read_text().strip().split(",")
+    except OSError:
+        return False
+
+
+def _empty(directory: Path) -> Path:
+    place = directory / "tap"
+    place.mkdir(mode=0o755, exist_ok=True)
+    return place
