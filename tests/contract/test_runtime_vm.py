@@ -453,6 +453,16 @@ async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world:
         assert _traces(world, id) == []
 
 
+async def test_a_damaged_record_is_removed_with_the_machine_that_it_spoke_of(world: World) -> None:
+    pid = await world.launch("a", "run")
+    await world.runtime.close()
+    (world.directory / "runtime/boxes/a.json").write_text("{broken")
+    await world.reopen()
+    assert list(await world.runtime.recover()) == []
+    assert [trace for trace in _traces(world, "a") if "instances" not in trace] == []
+    assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]
+
+
 async def test_a_monitor_that_is_killed_by_another_is_told_as_such(world: World) -> None:
     pid = await world.launch("a", "run")
     os.kill(pid, signal.SIGKILL)

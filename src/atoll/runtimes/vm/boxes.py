@@ -138,6 +138,7 @@ class VmBoxes(OciBoxes):
         record = BoxRecord(id=box.id, path=str(box.directory), boot_id=self.boot_id, slot=slot, disk="", limits=box.limits)
         try:
             self.records.write(record)
+            (self.state / box.id).mkdir(exist_ok=True)
             self._plan(box, machine_uid(slot))
         except BaseException as error:
             self.remove(record)
@@ -234,6 +235,7 @@ class VmBoxes(OciBoxes):
         group.kill()
         group.remove()
         remove_root(record.directory)
+        self._forget(record.id)
         self.records.remove(record.id)
         if record.slot is not None:
             self.idmaps.give_back(record.slot)
@@ -247,10 +249,15 @@ class VmBoxes(OciBoxes):
         self.images.collect(used)
         for path in (self.directory / "scratch").iterdir():
             path.unlink()
-        self._remove_groups({record.id for record in records})
+        self.remove_strays({record.id for record in records})
 
-    def _remove_groups(self, known: set[str]) -> None:
-        """End what no record speaks of, which is what a damaged record leaves behind."""
+    def remove_strays(self, known: set[str]) -> None:
+        """End machines that no record speaks of, which is what a damaged record leaves behind."""
+        for id in {path.name for path in self.state.iterdir()} - known:
+            group = self.group(id)
+            group.kill()
+            group.remove()
+            self._forget(id)
 
     def tidy(self) -> bool:
         return False
