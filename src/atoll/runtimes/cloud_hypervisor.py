@@ -156,8 +156,8 @@ class CloudHypervisorRuntime(ToldRuntime):
         await api.ask(ask.PING, ask.Ping)
 
     async def tell(self, api: HttpApi, plan: VmPlan) -> None:
-        switch = str(VHOST) if plan.link and await asyncio.to_thread(self._switch, plan) else ""
-        for call in ask.making(plan, self._options, vhost_socket=switch):
+        switch = await asyncio.to_thread(self._switch, plan)
+        for call in ask.making(plan, self._options, vhost_socket=str(VHOST) if switch else ""):
             await api.send(call)
 
     async def boot(self, api: HttpApi) -> None:

@@ -63,7 +63,7 @@ END = _put("/vmm.shutdown")
 
 
 def create(plan: VmPlan, options: MachineOptions, *, vhost_socket: str = "") -> Call:
-    """Return what makes the machine of `plan`, not booted. `vhost_socket` is a switch's in user space, which is its network then."""
+    """Return what makes the machine of `plan`, not booted. `vhost_socket` is that of a switch which is its network then."""
     rates = options.rates
     disk = {"id": "disk", "path": str(INSIDE / plan.disk.name), "readonly": False, "image_type": "Raw"}
     config: dict[str, Any] = {

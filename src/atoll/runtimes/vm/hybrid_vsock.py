@@ -2,7 +2,7 @@
 
 Towards the guest: connect to SOCKET, say `CONNECT PORT`, read `OK PORT`. From the guest to PORT of the node: the monitor
 connects to SOCKET_PORT, where somebody must listen (Firecracker documentation: vsock). An instance's output comes that way, on
-one port for each stream, and is carried into its FIFOs. While no agent is there the guest keeps what has no reader, and connects again.
+one port for each stream, and is carried into its FIFOs. While no agent is there the guest keeps what it can, and connects again.
 """
 
 from __future__ import annotations
