@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from runtime_world import EVERY, World, make_layer, real_world
+from vmm_world import STAND_INS, stand_in_world
 
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Feature
@@ -20,11 +21,13 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_layer(tmp_path_factory.mktemp("image"))
 
 
-@pytest.fixture(params=["fake", *(pytest.param(name, marks=pytest.mark.system) for name in EVERY)])
+@pytest.fixture(params=["fake", *(pytest.param(name, marks=pytest.mark.system) for name in (*EVERY, *STAND_INS))])
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     if request.param == "fake":
         host = FakeHost()
         world = World(tmp_path, lambda: FakeRuntime(host))
+    elif request.param in STAND_INS:
+        world = stand_in_world(request.param, tmp_path, request.getfixturevalue("layer"))
     else:
         world = real_world(request.param, tmp_path, request.getfixturevalue("layer"))
     yield world

@@ -110,7 +110,7 @@ class CloudHypervisorRuntime(ToldRuntime):
             )
 
     def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
-        tools = make_tools(self._cache / "tools", program(self._binary, MEND).name, [])
+        tools = make_tools(self._cache / "tools", self._binary)
         shown = [
             *top_level(tools),
             (kernel.image, Path(ask.KERNEL)),
@@ -138,7 +138,7 @@ class CloudHypervisorRuntime(ToldRuntime):
         return socket if socket is not None and socket.exists() else None
 
     def monitor(self, plan: VmPlan) -> list[str]:
-        return [f"/usr/bin/{Path(self._binary).name}", "--api-socket", f"path={INSIDE / API}", "--seccomp", "true"]
+        return [str(Path("/usr/bin") / self._binary), "--api-socket", f"path={INSIDE / API}", "--seccomp", "true"]
 
     def begin(self, plan: VmPlan, pid: int) -> None:
         """A device writes to the guest's memory wherever that is, so none of it may move: all of it is locked."""
