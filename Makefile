@@ -12,6 +12,7 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	@$(MAKE) --no-print-directory -s -C src/atoll/runtimes/native strict
 
 test: lint
 	.venv/bin/coverage erase

@@ -127,7 +127,7 @@ static void mount_root(struct machine *machine) {
     const char *kind = "";
     for (int waited = 0; !find_disks(machine, own, image, &kind); waited += 10) {
         const struct timespec step = {.tv_nsec = 10000000};
-        if (waited >= DISKS_WAIT_MS) die("the disks are not there");
+        if (waited >= (int)DISKS_WAIT_MS) die("the disks are not there");
         close(disk);
         nanosleep(&step, NULL);
     }
@@ -209,7 +209,7 @@ static void stir(const char *hex) {
         unsigned char bytes[ENTROPY_BYTES_MAX];
     } pool = {.info = {0}};
     int fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
-    for (unsigned byte; pool.info.buf_size < ENTROPY_BYTES_MAX && sscanf(hex, "%2x", &byte) == 1; hex += 2)
+    for (unsigned byte; pool.info.buf_size < (int)ENTROPY_BYTES_MAX && sscanf(hex, "%2x", &byte) == 1; hex += 2)
         ((unsigned char *)pool.info.buf)[pool.info.buf_size++] = byte;
     pool.info.entropy_count = pool.info.buf_size * 8;
     if (fd >= 0 && pool.info.buf_size && ioctl(fd, RNDADDENTROPY, &pool) < 0) perror("entropy");

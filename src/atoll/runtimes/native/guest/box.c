@@ -469,7 +469,8 @@ void statistics(uint64_t into[5]) {
 void rename_host(const char *hostname, const char *machine_id) {
     pid_t child = fork();
     if (child != 0) return;
-    if (setns(namespaces[UTS], CLONE_NEWUTS) == 0 && hostname[0]) sethostname(hostname, strlen(hostname));
+    if (setns(namespaces[UTS], CLONE_NEWUTS) == 0 && hostname[0] && sethostname(hostname, strlen(hostname)) != 0)
+        dprintf(2, "guest: the new hostname is refused\n");
     if (hostname[0]) {
         char text[HOST_NAME_MAX + 2];
         snprintf(text, sizeof text, "%s\n", hostname);

@@ -13,13 +13,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/random.h>
-#include <linux/vm_sockets.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <linux/vm_sockets.h> /* needs the one above */
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
