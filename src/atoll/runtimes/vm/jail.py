@@ -15,6 +15,7 @@ from msgspec import Struct
 from atoll.model.errors import Unsupported
 from atoll.model.ports.devices import DeviceNode
 from atoll.runtimes.native import jail_path
+from atoll.runtimes.vm.settle import settle
 
 LOG = "vmm.log"
 """In the box's directory: what the monitor says."""
@@ -81,7 +82,7 @@ def make_tools(directory: Path, binary: str, files: Sequence[Path] = ()) -> Path
                 for library in _libraries(file):
                     _copy(library, tree, library)
             tree.chmod(0o755)
-            tree.rename(place)
+            settle(tree, place)
         for old in directory.glob(f"{program.name}-*"):
             if old != place:
                 shutil.rmtree(old, ignore_errors=True)  # monitors that run keep what they have open

@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from atoll.model.errors import Unsupported
 from atoll.runtimes.native import guest_path
+from atoll.runtimes.vm.settle import settle
 
 PLACES = (Path("/usr/lib/atoll/guest"), Path("/"))
 """Where a kernel is looked for: `boot/vmlinuz-VERSION` and `lib/modules/VERSION` below it. The first is scripts/setup.sh's."""
@@ -79,7 +80,7 @@ def prepare_kernel(directory: Path, source: Source, modules: Sequence[str]) -> G
             partial.mkdir(mode=0o755)
             (partial / "vmlinux").write_bytes(unpack_kernel(source.image.read_bytes(), str(source.image)))
             (partial / "initramfs").write_bytes(initramfs(guest_path(), source.modules, modules))
-            partial.rename(place)
+            settle(partial, place)
         for old in directory.glob("*-*"):
             if old != place and not old.name.startswith("."):
                 shutil.rmtree(old, ignore_errors=True)  # one that is open stays until it is closed
