@@ -21,7 +21,9 @@ from atoll.model.errors import Unsupported
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits, Runtime
 from atoll.runtimes.cgroup import Cgroups
+from atoll.runtimes.cloud_hypervisor import CloudHypervisorRuntime
 from atoll.runtimes.crun import CrunRuntime
+from atoll.runtimes.firecracker import FirecrackerRuntime
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
@@ -73,7 +75,7 @@ class World:
         self.make = make
         self.cgroup = cgroup
         self.real = bool(cgroup)
-        self.settle_s = 0.5 if "gvisor" in cgroup or "qemu" in cgroup else 0.1 if cgroup else 0
+        self.settle_s = 0.5 if any(name in cgroup for name in ("gvisor", *MACHINES)) else 0.1 if cgroup else 0
         """How long a script takes to its first lines."""
         self.many = 3 if any(name in cgroup for name in MACHINES) else 10
         """How many instances side by side are many here."""
@@ -174,7 +176,23 @@ class SharingQemu(QemuRuntime):
 
 
 REAL: dict[str, type[OciRuntime]] = {"runc": RuncRuntime, "crun": CrunRuntime, "lxc": LxcRuntime, "gvisor": GvisorRuntime}
-MACHINES: dict[str, type[OciRuntime]] = {"qemu": SharingQemu}
+
+
+class SharingFirecracker(FirecrackerRuntime):
+    def __init__(self, directory: Path, **options: Any) -> None:
+        super().__init__(directory, cache=Path(tempfile.gettempdir()) / f"atoll-test-firecracker-{os.getuid()}", **options)
+
+
+class SharingCloudHypervisor(CloudHypervisorRuntime):
+    def __init__(self, directory: Path, **options: Any) -> None:
+        super().__init__(directory, cache=Path(tempfile.gettempdir()) / f"atoll-test-cloud-hypervisor-{os.getuid()}", **options)
+
+
+MACHINES: dict[str, type[OciRuntime]] = {
+    "qemu": SharingQemu,
+    "firecracker": SharingFirecracker,
+    "cloud-hypervisor": SharingCloudHypervisor,
+}
 """Each start is the boot of a machine: test_runtime_isolation.py's counterpart for them, test_runtime_vm.py, makes few."""
 EVERY = REAL | MACHINES
 
