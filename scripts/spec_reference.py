@@ -155,6 +155,11 @@ MEANING: dict[str, tuple[str, str]] = {
     "Placement.affinity": ("Beside the instances of an app or job of the project; the table below.", "[[placement.affinity]]"),
     "Placement.anti_affinity": ("Away from them; the same table.", "[[placement.anti_affinity]]"),
     "Placement.max_skew": ("Makes `spread` a rule: nowhere more above the place with fewest than this.", "max_skew = 1"),
+    "Placement.gang": ("Those that wait are placed all at once or not at all, at most 500: a job's `parallelism`.", "gang = true"),
+    "Placement.together": (
+        "With `gang`, all in one place by this label; `nvlink`: one node, every two of all their GPUs joined.",
+        'together = "site"',
+    ),
     "Placement.cost": ("How much a cheap node is wished for, by the nodes' label `price`; 0 for not at all.", "cost = 20"),
     "Placement.follow_volumes": (
         "It goes only where its volumes are, until each such node has one of the release.",

@@ -8,6 +8,7 @@ from itertools import combinations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from atoll.model.devices import MILLI, GpuDevice
 from atoll.model.records import Capacity, Node
@@ -150,6 +151,11 @@ def permitted(machines: list[Machine], machine: Machine, group: str, demand: Dem
         somewhere = any(number([m], name) for m in machines if m.label(label) is not None)
         if machine.label(label) is None or (somewhere and not number(mates(machines, machine, label), name)):
             return False
+    if wish.together is not None:
+        near = [m for m in machines if m.standing is not Standing.LOST and m.label(wish.together) is not None and number([m], name)]
+        there = {m.label(wish.together) for m in near}
+        if machine.label(wish.together) is None or (there and machine.label(wish.together) not in there):
+            return False
     for label, skew, least in evens:
         usable = {m.label(label) for m in machines if m.label(label) is not None and m.suits(demand)}
         count = {v: sum(m.count(group) for m in machines if m.label(label) == v) for v in usable}
@@ -201,32 +207,60 @@ def one_by_one(
     homes: dict[str, tuple[str, ...]] | None = None,
     quota: Quota = Quota(),
 ) -> dict[str, str | None]:
-    """Place each instance on the best machine that is allowed, as the ones before it have left things."""
+    """Place each instance on the best machine that is allowed, as the ones before it have left things; gangs as a whole."""
     answer: dict[str, str | None] = {}
-    for item in sorted(pending, key=lambda item: item.order):
-        wish = item.demand.placement
-
-        def worth(machine: Machine, item: Pending = item, wish: Placement = wish) -> tuple[float, ...]:
-            place = wish.spread
-            together = [] if place is SpreadBy.NODE else [m for m in machines if m.label(place) == machine.label(place)]
-            regions = wish.regions
-            listed = regions.index(machine.node.region) if machine.node.region in regions else len(regions)
-            if "any" in regions and machine.node.region not in regions:
-                listed = regions.index("any")
-            rank = listed if len(regions) > 1 else 0
-            total = -rank * 10**10 - 100_000 * sum(m.count(item.group) for m in together) - 10 * machine.count(item.group)
-            total += liking(machines, machine, item)
-            return (total * 10**6 + round(machine.packing(item.demand) * 10**6) + machine.gpu_scores(item.demand),)
-
+    ordered = sorted(pending, key=lambda item: item.order)
+    for item in ordered:
+        if item.id in answer:
+            continue
         at = (homes or {}).get(item.group, ())
-        free = machines if within(quota, machines, item.demand) else []
-        may = (m for m in free if m.allowed(item.demand) and permitted(machines, m, item.group, item.demand, at))
-        allowed = sorted(may, key=lambda m: m.node.name)
-        best = max(allowed, key=worth, default=None)
-        answer[item.id] = best.node.name if best else None
-        if best:
-            best.held.append((item.group, item.demand))
+        if not item.demand.placement.gang:
+            answer[item.id] = put_one(machines, item, at, quota, machines)
+            continue
+        members = [other for other in ordered if other.group == item.group]
+        label = item.demand.placement.together
+        places: list[list[Machine]] = [machines]
+        if label is not None:
+            order = dict.fromkeys(m.label(label) for m in allowed_best_first(machines, item, at, quota))
+            places = [[m for m in machines if m.label(label) == value] for value in order if value is not None]
+        for place in places:
+            before = [machine.held[:] for machine in machines]
+            went = [put_one(machines, member, at, quota, place) for member in members]
+            if None not in went:
+                answer.update((member.id, name) for member, name in zip(members, went, strict=True))
+                break
+            for machine, held in zip(machines, before, strict=True):
+                machine.held = held
+        else:
+            answer.update((member.id, None) for member in members)
     return answer
+
+
+def worth(machines: list[Machine], machine: Machine, item: Pending) -> float:
+    wish = item.demand.placement
+    together = [] if wish.spread is SpreadBy.NODE else [m for m in machines if m.label(wish.spread) == machine.label(wish.spread)]
+    regions = wish.regions
+    listed = regions.index(machine.node.region) if machine.node.region in regions else len(regions)
+    if "any" in regions and machine.node.region not in regions:
+        listed = regions.index("any")
+    rank = listed if len(regions) > 1 else 0
+    total = -rank * 10**10 - 100_000 * sum(m.count(item.group) for m in together) - 10 * machine.count(item.group)
+    total += liking(machines, machine, item)
+    return total * 10**6 + round(machine.packing(item.demand) * 10**6) + machine.gpu_scores(item.demand)
+
+
+def allowed_best_first(machines: list[Machine], item: Pending, at: tuple[str, ...], quota: Quota) -> list[Machine]:
+    free = machines if within(quota, machines, item.demand) else []
+    may = [m for m in free if m.allowed(item.demand) and permitted(machines, m, item.group, item.demand, at)]
+    return sorted(may, key=lambda m: (-worth(machines, m, item), m.node.name))
+
+
+def put_one(machines: list[Machine], item: Pending, at: tuple[str, ...], quota: Quota, among: list[Machine]) -> str | None:
+    best = next((m for m in allowed_best_first(machines, item, at, quota) if m in among), None)
+    if best is None:
+        return None
+    best.held.append((item.group, item.demand))
+    return best.node.name
 
 
 values = st.sampled_from(["a", "b", "1.2", "1.10"])
@@ -359,7 +393,7 @@ counting = st.one_of(
 
 
 @st.composite
-def neighbours(draw: st.DrawFn) -> tuple[list[Machine], list[Pending], dict[str, tuple[str, ...]]]:
+def neighbours(draw: st.DrawFn, gangs: bool = False) -> tuple[list[Machine], list[Pending], dict[str, tuple[str, ...]]]:
     """Nodes with instances of three apps on them, and more to come, with rules about each other."""
     machines, _ = draw(worlds())
     demands_by_group: dict[str, Demand] = {}
@@ -374,8 +408,12 @@ def neighbours(draw: st.DrawFn) -> tuple[list[Machine], list[Pending], dict[str,
                     anti_affinity=wishes,
                     spread=st.sampled_from(SpreadBy),
                     max_skew=st.sampled_from([None, None, 1, 2]),
+                    gang=st.booleans() if gangs else st.just(False),
+                    together=st.sampled_from([None, "node", "site", "region", "disk"]) if gangs else st.none(),
                 )
             )
+            if not placement.gang:
+                placement = replace(placement, together=None)
             demands_by_group[f"app/p/{name}/{release}/1"] = Demand(
                 cpu_milli=draw(st.integers(1, 600)),
                 memory_bytes=draw(st.integers(1, 600)),
@@ -417,6 +455,49 @@ def test_rules_about_other_instances_hold_in_bulk_as_they_do_one_by_one(
     for rejection in got.rejected.values():
         assert rejection.message
         assert sum(rejection.failed.values()) == len(machines)
+
+
+@given(neighbours(gangs=True))
+@settings(max_examples=500, deadline=None)
+def test_gangs_are_placed_as_a_whole_where_placing_one_by_one_finds_room_for_all(
+    world: tuple[list[Machine], list[Pending], dict[str, tuple[str, ...]]],
+) -> None:
+    machines, pending, homes = world
+    got = plan(snapshot_with_held(machines, homes), pending)
+    expected = one_by_one(machines, pending, homes)
+    assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
+    for rejection in got.rejected.values():
+        assert rejection.message
+        assert sum(rejection.failed.values()) == len(machines)
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_several_gangs_over_many_nodes_are_placed_as_a_whole_and_none_in_parts(seed: int) -> None:
+    chance = random.Random(seed)
+    machines = []
+    for number in range(chance.randint(5, 25)):
+        capacity = Capacity(cpu_milli=chance.choice((1000, 2000, 4000)), memory_bytes=4000, disk_bytes=100)
+        site = chance.randrange(4)
+        node = Node(name=f"n{number}", site=f"s{site}", region=f"r{site % 2}", capacity=capacity, runtimes=RUNTIMES)
+        machines.append(Machine(node, Standing.OPEN))
+        for index in range(chance.randint(0, 3)):
+            machines[-1].held.append((f"app/p/h/{index}/1", Demand(cpu_milli=chance.randint(100, 400), memory_bytes=100)))
+    pending = []
+    for name in "abc":
+        wish = Placement(
+            gang=chance.random() < 0.8,
+            spread=chance.choice(list(SpreadBy)),
+            constraints=chance.choice(((), (), (Constraint(label="node", operator=Operator.MAX_PER, value="2"),))),
+        )
+        wish = replace(wish, together=chance.choice((None, "node", "site", "site", "region")) if wish.gang else None)
+        asked = Demand(cpu_milli=chance.choice((200, 500, 900)), memory_bytes=100, placement=wish)
+        for n in range(chance.randint(1, 14)):
+            created = float(chance.randint(0, 2))
+            pending.append(Pending(id=f"{name}-{n:03d}", group=f"app/p/{name}/1/1", demand=asked, created_at=created))
+    got = plan(snapshot_with_held(machines, {}), pending)
+    expected = one_by_one(machines, pending)
+    assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
 
 
 quota_limits = st.builds(

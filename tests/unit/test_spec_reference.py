@@ -54,7 +54,11 @@ def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | t
     return codec.convert({"name": "a", "image": "host.example/a:1", **({"ports": ports} if ports else {}), **value}, kind)
 
 
-_BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {(("gpu",), "sharing"): {"count": 0.5}, (("gpu",), "topology"): {"count": 2}}
+_BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
+    (("gpu",), "sharing"): {"count": 0.5},
+    (("gpu",), "topology"): {"count": 2},
+    (("placement",), "together"): {"gang": True},
+}
 """What some examples only make sense with."""
 _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "An app: `atoll.toml`": ((), AppSpec, {}),

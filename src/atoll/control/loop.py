@@ -26,7 +26,7 @@ from atoll.control.readings import Heartbeats, Readings
 from atoll.control.timers import Timers
 from atoll.control.watching import NodeWatch
 from atoll.control.world import Owner, World
-from atoll.control.writer import Unit, Writer, units_of
+from atoll.control.writer import Unit, Writer, unit_of, units_of
 from atoll.model.errors import Compacted, OutcomeUnknown, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Revision, Store
@@ -172,6 +172,9 @@ class Loop:
                 if isinstance(source, tuple):
                     self._world.dirty[source] = None
             self._placement.again(source for source in outcome.conflicts if isinstance(source, str))
+            for source in outcome.conflicts:
+                if isinstance(source, frozenset):
+                    self._placement.again(source)
             # What was in the way shows in the cache soon; a pause, so that a quarrel never becomes a hot loop.
             await asyncio.sleep(CONFLICT_PAUSE_S)
             self._changed.set()
@@ -305,13 +308,22 @@ class Loop:
             if not quiet:
                 _tell(decision, instance)
         units = []
+        gangs: dict[str, list[Action]] = {}
+        """What is written at once, by group."""
         for instance, revision in waiting:
             decision = Decision(now, self._suffix)
             decision.do(Update(instance, revision))
             before = self._world.state.get(Instance, f"{instance.project}/{instance.id}")
             if not quiet and not (before and _same_reason(before.record, instance)):
                 _tell(decision, instance)
-            units.extend(units_of(f"{instance.project}/{instance.id}", decision.actions, self._world.state))
+            gang = self._placement.gangs.get(f"{instance.project}/{instance.id}")
+            if gang is not None:
+                gangs.setdefault(gang, []).extend(decision.actions)
+            else:
+                units.extend(units_of(f"{instance.project}/{instance.id}", decision.actions, self._world.state))
+        for gang, actions in gangs.items():
+            members = frozenset(key for key, group in self._placement.gangs.items() if group == gang)
+            units.append(unit_of(members, actions, self._world.state))
         for key, urgent in self._placement.victims.items():
             decision = Decision(now, self._suffix)
             take_away(self._world, key, f"{urgent}, which has a higher priority, needs its place", decision)

@@ -67,6 +67,10 @@ class Placement:
         self._claims: dict[str, Claim] = {}
         self.victims: dict[str, str] = {}
         """Instances that the last `place` found must leave → for which one."""
+        self.gangs: dict[str, str] = {}
+        """Instances that the last `place` placed and that must be written together with all others of their group → that group."""
+        self._unplaced_gangs: set[str] = set()
+        """Rejected instances that are part of a gang."""
         self._demands: dict[tuple[Any, ...], Demand] = {}
 
     def rebuild(self) -> None:
@@ -75,6 +79,7 @@ class Placement:
         self._rejected.clear()
         self._claims.clear()
         self._demands.clear()
+        self._unplaced_gangs.clear()
         for name in self._world.state.records(Node):
             self._node(name)
         for key in self._world.state.records(Instance):
@@ -151,6 +156,7 @@ class Placement:
         if instance.node is not None:
             self._new.pop(key, None)
             self._rejected.pop(key, None)
+            self._unplaced_gangs.discard(key)
             self._claims.pop(key, None)
             demand = self.demand(instance)
             if demand is not None:
@@ -162,7 +168,9 @@ class Placement:
 
     def _forget(self, key: str) -> None:
         self._new.pop(key, None)
-        self._rejected.pop(key, None)
+        if self._rejected.pop(key, None) is not None and key in self._unplaced_gangs:
+            self._room = True  # those that are left of it are fewer, and may fit
+        self._unplaced_gangs.discard(key)
         self._claims.pop(key, None)
         self._room |= self.snapshot.release(key)
 
@@ -197,9 +205,12 @@ class Placement:
         revision that they were read at.
         """
         self.victims = {}
+        self.gangs = {}
         waiting = self._waiting(skip, now)
         fresh = {f"{instance.project}/{instance.id}": instance for instance in created}
         pending = [*self._pending(fresh.items()), *self._pending((key, instance) for key, (instance, _) in waiting.items())]
+        if any(item.demand.placement.gang for item in pending):
+            pending = self._whole_gangs(pending, fresh, waiting, skip)
         if not pending:
             return list(fresh.values()), []
         answer = plan(self.snapshot, pending, now)
@@ -210,6 +221,12 @@ class Placement:
             result[placed.id] = structs.replace(
                 instance, node=placed.node, runtime=placed.runtime, gpus=placed.gpus, placed_at=now, rejection=None
             )
+        for item in pending:
+            if item.demand.placement.gang:
+                if item.id in result:
+                    self.gangs[item.id] = item.group
+                else:
+                    self._unplaced_gangs.add(item.id)
         for key, rejection in answer.rejected.items():
             if key in fresh:
                 result[key] = structs.replace(fresh[key], rejection=rejection)
@@ -223,6 +240,34 @@ class Placement:
         return [result.get(key, instance) for key, instance in fresh.items()], [
             (result[key], revision) for key, (_, revision) in waiting.items() if key in result
         ]
+
+    def _whole_gangs(
+        self, pending: list[Pending], fresh: Container[str], waiting: dict[str, tuple[Instance, int]], skip: set[str]
+    ) -> list[Pending]:
+        """Return `pending` with all that waits of each gang among them, or nothing of it: what of a gang is not in the store yet,
+        or changes in this wake, puts it off to the next. `waiting` is kept in step.
+        """
+        later = {item.group for item in pending if item.demand.placement.gang and item.id in fresh}
+        gangs = {item.group: item for item in pending if item.demand.placement.gang and item.id not in fresh}
+        chosen = [item for item in pending if not item.demand.placement.gang]
+        for group, first in gangs.items():
+            owner = owner_of(waiting[first.id][0])
+            members: dict[str, tuple[Instance, int]] = {}
+            for key in self._world.owned.get(owner, ()):
+                held = self._world.state.get(Instance, key)
+                waits = key in self._new or key in self._rejected or key in waiting
+                if held is not None and waits and not held.record.standby and group_of(held.record) == group:
+                    members[key] = (held.record, held.revision)
+            if group in later or not skip.isdisjoint(members):
+                for key in members:
+                    if waiting.pop(key, None) is not None:
+                        self._new[key] = None
+                continue
+            for key in members:
+                self._new.pop(key, None)
+            waiting.update(members)
+            chosen += self._pending((key, instance) for key, (instance, _) in members.items())
+        return chosen
 
     def _waiting(self, skip: set[str], now: float) -> dict[str, tuple[Instance, int]]:
         """Return what to plan again: the new, and the rejected too where room may have come."""
@@ -249,7 +294,11 @@ class Placement:
         urgent = [
             item
             for item in pending
-            if _lacks_room(answer.rejected.get(item.id)) and lowest is not None and item.demand.placement.priority > lowest
+            if _lacks_room(answer.rejected.get(item.id))
+            and lowest is not None
+            and item.demand.placement.priority > lowest
+            # A gang makes nobody leave: room for a part of it would be held for nothing.
+            and not item.demand.placement.gang
         ]
         if not urgent:
             return

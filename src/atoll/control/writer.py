@@ -53,10 +53,11 @@ class Outcome(Struct, frozen=True):
 
 def units_of(source: object, actions: Sequence[Action], state: State) -> list[Unit]:
     """Return a decision as units. The cache gives the routes that an app to be removed has claimed."""
-    return [_unit(source, actions[start : start + UNIT_ACTIONS_MAX], state) for start in range(0, len(actions), UNIT_ACTIONS_MAX)]
+    return [unit_of(source, actions[start : start + UNIT_ACTIONS_MAX], state) for start in range(0, len(actions), UNIT_ACTIONS_MAX)]
 
 
-def _unit(source: object, actions: Sequence[Action], state: State) -> Unit:
+def unit_of(source: object, actions: Sequence[Action], state: State) -> Unit:
+    """Return what is written together or not at all, however much it is."""
     compare: list[Compare] = []
     ops: dict[str, Op] = {}
     for action in actions:

@@ -265,6 +265,10 @@ class Affinity(_Spec, frozen=True, kw_only=True):
     """None for a rule that must hold; else a wish, and how strong it is."""
 
 
+GANG_MAX = 500
+"""Instances that are placed all at once or not at all: what is written in one transaction."""
+NVLINK = "nvlink"
+"""As `Placement.together`: one node, and every two devices joined."""
 RULES_MAX = 16
 """Constraints, and affinities of either kind, in one spec."""
 
@@ -281,6 +285,11 @@ class Placement(_Spec, frozen=True, kw_only=True):
     follow_volumes: bool = True
     """An app's instances go only where its volumes are, as long as such a node has none of the release."""
     spread: SpreadBy = SpreadBy.NODE
+    gang: bool = False
+    """Those that wait get their places all at once or none does: a job's parallel set, an app's first start."""
+    together: Annotated[str, Meta(min_length=1, max_length=253)] | None = None
+    """With `gang`: all in one place, by the label that says which (`node`, `site`, `region` or any other), or `nvlink`: on
+    one node, with every two of all their devices joined."""
     tolerations: tuple[str, ...] = ()
     priority: Annotated[int, Meta(ge=0, le=100)] = 50
 
@@ -574,6 +583,38 @@ def _check_placement(spec: Workload) -> None:
                 raise Invalid(f"{field}: towards itself an app has a rule, not a wish", field=field, mend=mend)
 
 
+def _check_gang(spec: Workload, count: int, field: str) -> None:
+    """Raise Invalid for a gang that could never be placed at once; `field` is what sets its `count`."""
+    placement = spec.placement
+    if not placement.gang:
+        if placement.together is not None:
+            raise Invalid(
+                "placement.together: says where a gang goes, and placement.gang is not set",
+                field="placement.together",
+                mend="set gang = true, or use a constraint with the operator CLUSTER",
+            )
+        return
+    if count > GANG_MAX:
+        raise Invalid(f"{field}: {count} in a gang, which has at most {GANG_MAX}", field=field, mend="ask for fewer, or no gang")
+    gpu = spec.resources.gpu
+    if placement.together != NVLINK:
+        return
+    if gpu is None or gpu.count < 1 or gpu.profile is not None:
+        raise Invalid(
+            "placement.together: 'nvlink' joins whole devices, and the instances ask for none",
+            field="placement.together",
+            mend="set resources.gpu.count to 1 or more, or use together = 'node'",
+        )
+    if gpu.topology is GpuTopology.NUMA:
+        field = "resources.gpu.topology"
+        raise Invalid(f"{field}: 'numa' beside placement.together = 'nvlink'", field=field, mend="leave one of them out")
+
+
+def check_gang_of(spec: AppSpec, replicas: int) -> None:
+    """Raise Invalid where an app cannot have so many instances because they are a gang."""
+    _check_gang(spec, replicas, "replicas")
+
+
 def check_app(spec: AppSpec) -> None:
     """Raise Invalid for an app spec that contradicts itself, naming the field."""
     check_workload(spec)
@@ -615,6 +656,8 @@ def check_app(spec: AppSpec) -> None:
         _check_metrics(spec, spec.metrics)
     if spec.scale is not UNSET:
         _check_scale(spec, spec.scale)
+    else:
+        _check_gang(spec, 1, "replicas")
 
 
 def _check_metrics(spec: AppSpec, metrics: Metrics) -> None:
@@ -665,6 +708,9 @@ def _check_standby(spec: AppSpec, scale: Scale) -> None:
 
 
 def _check_scale(spec: AppSpec, scale: Scale) -> None:
+    _check_gang(spec, max(scale.replicas, scale.max or 0), "scale.replicas")
+    if spec.placement.gang and scale.standby:
+        raise Invalid("scale.standby: nothing stands by for a gang", field="scale.standby", mend="leave it out")
     _check_standby(spec, scale)
     given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
     missing = [field for field, value in given.items() if value is None]
@@ -704,6 +750,7 @@ def check_job(spec: JobSpec) -> None:
         raise Invalid("isolation: a job cannot be a worker", field="isolation", mend="use container, sandbox or vm")
     if spec.deadline is not None and spec.deadline <= 0:
         raise Invalid("deadline: must be above 0", field="deadline")
+    _check_gang(spec, min(spec.parallelism, spec.completions), "parallelism")
 
 
 def _check_unique(values: list[str], field: str, what: str) -> None:

@@ -6,7 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.model.devices import GpuGrant
-from atoll.model.spec import GPU_RUNTIMES, AppSpec, Gpu, Placement, RuntimeName, Workload
+from atoll.model.spec import GPU_RUNTIMES, NVLINK, AppSpec, Gpu, Placement, RuntimeName, Workload
 from atoll.scheduling.gpu.asks import milli_of
 
 STANDBY_PRIORITY = -1
@@ -31,6 +31,12 @@ class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
         """Thousandths of devices that are set aside."""
         return milli_of(self.gpu) if self.gpu else 0
 
+    @property
+    def together(self) -> str | None:
+        """The label by which all of a gang are in one place."""
+        label = self.placement.together
+        return "node" if label == NVLINK else label
+
 
 def demand_of(spec: Workload) -> Demand:
     """Return what each instance of an app or a job asks for."""
@@ -51,7 +57,7 @@ def demand_of(spec: Workload) -> Demand:
 
 def standing_by(demand: Demand) -> Demand:
     """Return what an instance asks for while it only stands by: the same, after everyone else."""
-    return replace(demand, placement=replace(demand.placement, priority=STANDBY_PRIORITY))
+    return replace(demand, placement=replace(demand.placement, priority=STANDBY_PRIORITY, gang=False))
 
 
 def holds_volumes(spec: Workload) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from atoll.model.records import Instance, OwnerKind
 from atoll.model.spec import AppSpec, JobSpec, Workload
@@ -40,7 +41,15 @@ def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, 
     )
 
 
-def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Workload) -> InstanceExplanation:
-    """Return what the scheduler would answer for the instance now, were it not there. It is taken off the snapshot."""
+def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Workload, waiting: int = 1) -> InstanceExplanation:
+    """Return what the scheduler would answer for the instance now, were it not there. It is taken off the snapshot.
+
+    `waiting` is how many of its group, itself among them, have no node: a gang is answered for as a whole.
+    """
     snapshot.release(key)
-    return InstanceExplanation(instance=instance, explanation=explain(snapshot, group_of(instance), demand_of(spec)))
+    group, demand = group_of(instance), demand_of(spec)
+    explanation = explain(snapshot, group, demand)
+    if demand.placement.gang and instance.node is None:
+        answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(waiting)))
+        explanation = replace(explanation, rejection=next(iter(answer.rejected.values()), None))
+    return InstanceExplanation(instance=instance, explanation=explanation)

@@ -31,6 +31,17 @@ class View:
         self._project_use: dict[str, list[int]] = {}
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
 
+    def fork(self) -> View:
+        """Return a view that stands where this one does, to try something out on."""
+        other = View(self.nodes)
+        other.free = self.free.copy()
+        other._devices = self._devices.fork() if self._devices is not None else None
+        other._added = {group: dict(rows) for group, rows in self._added.items()}
+        other._owned = {owner: set(groups) for owner, groups in self._owned.items()}
+        other._project_use = {project: list(use) for project, use in self._project_use.items()}
+        other._repelled = {owner: dict(groups) for owner, groups in self._repelled.items()}
+        return other
+
     @property
     def devices(self) -> DevicesView:
         """The GPUs of all rows, as the plan has left them."""

@@ -20,16 +20,27 @@ Grants = tuple[GpuGrant, ...]
 
 def place_class(view: View, group: str, demand: Demand, count: int) -> list[tuple[int, Grants]]:
     """Put up to `count` equal instances on `view` and return the row and the devices of each, in order; fewer where no more fit."""
+    chosen = choose_rows(view, group, demand, count)
+    return put(view, group, demand, chosen) if chosen else []
+
+
+def choose_rows(view: View, group: str, demand: Demand, count: int, within: Bools | None = None) -> list[int]:
+    """Return the rows that up to `count` equal instances would go to, in order, of those in `within`; the view is left as it is."""
     mask, room, bounds = allowed(view, group, demand, count)
+    if within is not None:
+        mask = mask & within
     rows = np.flatnonzero(mask)
     if not len(rows):
         return []
     ranking = Ranking(view, group, demand, room)
     label = DOMAIN_SCORE.label(demand)
     if label is None and not bounds:
-        chosen = _place_flat(ranking, rows, count)
-    else:
-        chosen = _Cells(ranking, rows, count, label, bounds).place(count)
+        return _place_flat(ranking, rows, count)
+    return _Cells(ranking, rows, count, label, bounds).place(count)
+
+
+def put(view: View, group: str, demand: Demand, chosen: Sequence[int]) -> list[tuple[int, Grants]]:
+    """Count one instance on each of the rows `chosen`, and return it with the devices that the instance gets."""
     times: dict[int, int] = {}
     for row in chosen:
         times[row] = times.get(row, 0) + 1

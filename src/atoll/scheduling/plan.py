@@ -2,7 +2,7 @@
 
 Instances are taken in the order of `Pending.order`, each to the best node as the ones before it have left things. Equal
 instances are one class: nodes are filtered and scored once for it, and only a node that has just received one is scored again,
-so that the answer is the one that placing one by one would give, at a small part of the cost.
+so that the answer is the one that placing one by one would give, at a small part of the cost. A gang is placed as a whole.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from msgspec import Struct
 
 from atoll.model.records import Rejection
 from atoll.scheduling import quotas
-from atoll.scheduling.demand import Pending, Placed
+from atoll.scheduling.demand import Demand, Pending, Placed
 from atoll.scheduling.explain import reject
+from atoll.scheduling.gangs import place_gang, reject_gang
 from atoll.scheduling.interface import View
 from atoll.scheduling.placing import place_class
 from atoll.scheduling.snapshot import Snapshot
@@ -38,19 +39,47 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float = 0.0) -> Pl
     view = View(snapshot)
     placed: list[Placed] = []
     rejected: dict[str, Rejection] = {}
-    queue = sorted(pending, key=lambda item: item.order)[:PENDING_MAX]
-    for members in _classes(queue):
+    for members in _queue(pending):
         first = members[0]
+        gang = first.demand.placement.gang
         most = quotas.room(view, first.group, first.demand, len(members))
-        rows = place_class(view, first.group, first.demand, most) if most else []
+        if gang:
+            rows = place_gang(view, first.group, first.demand, most) if most == len(members) else []
+        else:
+            rows = place_class(view, first.group, first.demand, most) if most else []
         runtimes = {row: snapshot.runtime_for(row, first.demand.runtimes) for row in {row for row, _ in rows}}
         for member, (row, gpus) in zip(members, rows, strict=False):
             placed.append(Placed(id=member.id, node=snapshot.names[row], runtime=runtimes[row], gpus=gpus))
         if len(rows) < len(members):
-            why = quotas.over if len(rows) == most else reject
-            reason = why(view, first.group, first.demand)
+            if gang:
+                why_not = quotas.over if most < len(members) else reject_gang
+                reason = why_not(view, first.group, first.demand, len(members))
+            else:
+                why = quotas.over if len(rows) == most else reject
+                reason = why(view, first.group, first.demand)
             rejected.update((member.id, reason) for member in members[len(rows) :])
     return Plan(tuple(placed), rejected)
+
+
+def _queue(pending: Iterable[Pending]) -> list[list[Pending]]:
+    """Return the classes in the order in which they are placed: a gang as a whole, where its first member is, or not at all."""
+    ordered = sorted(pending, key=lambda item: item.order)
+    classes = list(_classes(ordered[:PENDING_MAX]))
+    if not any(members[0].demand.placement.gang for members in classes):
+        return classes
+    beyond = {item.group for item in ordered[PENDING_MAX:]}
+    gangs: dict[tuple[str, Demand], list[Pending]] = {}
+    queue: list[list[Pending]] = []
+    for members in classes:
+        first = members[0]
+        if not first.demand.placement.gang:
+            queue.append(members)
+        elif first.group not in beyond:
+            gang = gangs.setdefault((first.group, first.demand), [])
+            if not gang:
+                queue.append(gang)
+            gang.extend(members)
+    return queue
 
 
 def _classes(queue: list[Pending]) -> Iterator[list[Pending]]:

@@ -24,15 +24,16 @@ def room(view: View, group: str, demand: Demand, count: int) -> int:
     return max(0, min([count, *(left // each for _, left, each in _left(view, group, demand, quota))]))
 
 
-def over(view: View, group: str, demand: Demand) -> Rejection:
-    """Return why the quota lets no more of the class be placed."""
+def over(view: View, group: str, demand: Demand, together: int = 1) -> Rejection:
+    """Return why the quota lets no more of the class be placed, or no `together` of it at once."""
     project = project_of_group(group)
     quota = view.nodes.quotas[project]
     name, left, each = min(_left(view, group, demand, quota), key=lambda part: part[1] // part[2])
-    asked, free = _words(name, each), _words(name, max(0, left))
+    who = f"these {together} ask" if together > 1 else "this asks"
+    asked, free = _words(name, each * together), _words(name, max(0, left))
     return Rejection(
         code=CODE,
-        message=f"project '{project}' has {free} of its quota of {name} left, and this asks for {asked}",
+        message=f"project '{project}' has {free} of its quota of {name} left, and {who} for {asked}",
         mend="scale something down (a rollout needs quota for max_surge too), or have an admin raise the quota",
     )
 

@@ -16,7 +16,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
 from atoll.model.records import App, AppStatus, Ingress, Instance, OwnerKind, Release
-from atoll.model.spec import AppSpec, check_app
+from atoll.model.spec import AppSpec, check_app, check_gang_of
 from atoll.model.views import AppView, Page
 from atoll.store.cache import Held
 
@@ -98,6 +98,7 @@ class Apps:
                 return Draft(answer=lambda _: self._view(held))
             _check_most(old.spec, replicas)
             _check_single(old.spec, replicas)
+            check_gang_of(old.spec, replicas)
             app = replace(old, replicas=replicas, updated_at=self._context.clock.now())
             what = f"the least was {old.replicas} and is {replicas}" if app.most else f"scaled from {old.replicas} to {replicas}"
             told = told_by(self._context, caller, app, "app-scaled", what)
@@ -150,6 +151,7 @@ class Apps:
                 # How many there are is the app's and no release's, unless the release gives another metric away.
                 spec = replace(spec, scale=held.record.spec.scale)
             _check_single(spec, held.record.replicas)
+            check_gang_of(spec, held.record.replicas)
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
             app = replace(held.record, spec=spec, release=target, updated_at=self._context.clock.now())
             words = f"rolled back from release {held.record.release} to {target}"
@@ -230,6 +232,7 @@ class Apps:
         running = old.wanted(status.record if status is not None else None)
         app = replace(old, spec=spec, replicas=_replicas(spec, running), updated_at=self._context.clock.now())
         _check_single(spec, app.replicas)
+        check_gang_of(spec, app.replicas)
         compare: list[Compare] = []
         ops: list[Op] = []
         if replace(spec, scale=UNSET) != replace(old.spec, scale=UNSET) or _metric(spec) != _metric(old.spec):

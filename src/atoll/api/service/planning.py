@@ -17,6 +17,7 @@ from atoll.api.service.workloads import check_constraints
 from atoll.model.errors import DeadlineExceeded, NotFound
 from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, Project, Release, Status
 from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
+from atoll.model.states import Desired
 from atoll.model.views import InstanceExplanation, PlanView
 from atoll.scheduling.assembly import Records, group_of, snapshot_from
 from atoll.scheduling.dry_run import explain_instance, plan_spec
@@ -62,7 +63,14 @@ class Planning:
         spec = spec_of(self._state, instance)
         if spec is None:
             raise NotFound(f"what instance '{id}' was made from is not kept any more")
-        return await self._dry(lambda snapshot: explain_instance(snapshot, key, instance, spec))
+        waiting = self._waiting_beside(instance) if spec.placement.gang else 1
+        return await self._dry(lambda snapshot: explain_instance(snapshot, key, instance, spec, waiting))
+
+    def _waiting_beside(self, instance: Instance) -> int:
+        """Return how many of the instance's group, itself among them, wait for a node."""
+        group = group_of(instance)
+        held = (other.record for other in self._state.records(Instance).values())
+        return sum(other.node is None and other.desired is Desired.RUN and group_of(other) == group for other in held)
 
     async def _dry(self, run: Callable[[Snapshot], T]) -> T:
         try:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from atoll.model.devices import GpuDevice, GpuGrant
-from atoll.model.spec import Gpu
-from atoll.scheduling.gpu.choose import whole_for
+from atoll.model.spec import Gpu, GpuTopology
+from atoll.scheduling.gpu.asks import ask_of
+from atoll.scheduling.gpu.choose import choose, whole_for
 from atoll.scheduling.gpu.devices import Shape, State, Taken, shape_key, taken_by
 from atoll.scheduling.gpu.states import NONE, Floats, Ints, States
 
@@ -109,6 +110,13 @@ class DevicesView:
         self._bare = inventory.bare[:size]
         self._given: dict[int, list[Taken]] = {}
 
+    def fork(self) -> DevicesView:
+        """Return a view that stands where this one does."""
+        other = DevicesView(self._inventory, self._size)
+        other._states, other._bare, other._current = self._states, self._bare, self._current.copy()
+        other._given = {row: list(parts) for row, parts in self._given.items()}
+        return other
+
     def room(self, gpu: Gpu) -> Ints:
         """Return for every row how many more instances its devices have room for."""
         return self._rooms(self._current, gpu)
@@ -148,6 +156,18 @@ class DevicesView:
         self._current[row] = step[1]
         ids = self._inventory.ids[row]
         return tuple(part.grant(ids) for part in step[0])
+
+    def joined(self, row: int, gpu: Gpu, beside: Container[str]) -> tuple[GpuGrant, ...] | None:
+        """Return whole devices of a row that are free now and joined by NVLink to each other and to all those in `beside` (by
+        id), without giving them; None where there are none."""
+        ids = self._inventory.ids.get(row)
+        if ids is None or row >= len(self._current):
+            return None
+        state, ask = self._states[int(self._current[row])], ask_of(structs.replace(gpu, topology=GpuTopology.NVLINK))
+        there = [index for index, id in enumerate(ids) if id in beside]
+        near = tuple(i for i in ask.matching(state.shape) if all(state.shape.joined(i, other) for other in there))
+        parts = choose(state, ask, near)
+        return None if parts is None else tuple(part.grant(ids) for part in parts)
 
     def hold(self, row: int, grants: Iterable[GpuGrant]) -> None:
         """Count exactly these grants on a row, whether there is room or not."""
