@@ -1,8 +1,8 @@
 """Stand-ins for Firecracker with its jailer and for Cloud Hypervisor: their APIs on a real unix socket, with their states.
 
-They answer as the real ones do (Firecracker's `rpc_interface.rs`, Cloud Hypervisor's `vmm/src/api`): what may be asked before and after the
-boot, with which status and which body. Every request, and every answer of their own, is held against the OpenAPI document; an
-answer that breaks it ends the stand-in with ANSWER_BROKEN. What they boot is `stand_in_guest.py`: no virtual machine.
+They answer as the real ones do (Firecracker's `rpc_interface.rs`, Cloud Hypervisor's `vmm/src/api`): what may be asked before and
+after the boot, with which status and which body. Every request, and every answer of their own, is held against the OpenAPI
+document; an answer that breaks it ends the stand-in with ANSWER_BROKEN. What they boot is `stand_in_guest.py`: no virtual machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MS_REC, MS_PRIVATE, MS_BIND = 16384, 1 << 18, 4096
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class Fault(Exception):  # noqa: N818
+class Fault(Exception):
     def __init__(self, status: int, *words: str) -> None:
         self.status, self.words = status, words
 

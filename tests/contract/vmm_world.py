@@ -37,9 +37,10 @@ def make_program(kind: str, directory: Path, layer: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
     program = directory / kind
+    paths = f"layer=Path({str(layer)!r}), server=Path({str(guest_path())!r}), probe=Path({str(shim_path())!r})"
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\nsys.path.insert(0, {str(HERE)!r})\n"
-        f"from vmm_stand_ins import main\nmain({kind!r}, sys.argv[1:], layer=Path({str(layer)!r}), server=Path({str(guest_path())!r}), probe=Path({str(shim_path())!r}))\n"
+        f"from vmm_stand_ins import main\nmain({kind!r}, sys.argv[1:], {paths})\n"
     )
     program.chmod(0o755)
     return program

@@ -72,7 +72,7 @@ class HttpApi:
         body = await self.send(call, deadline_s=deadline_s)
         try:
             return msgspec.json.decode(body, type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RuntimeFailed(f"{self.name} answered {call.method} {call.path} with what cannot be read: {error}") from None
 
     async def _exchange(self, call: Call) -> tuple[int, bytes]:
