@@ -191,6 +191,19 @@ def test_requests_that_join_and_leave_get_the_answers_that_they_get_alone(model:
     assert (engine.depth, engine.active) == (0, 0)
 
 
+def test_an_engine_that_was_warmed_up_answers_as_one_that_was_not(model: Model) -> None:
+    texts = []
+    for warm in (False, True):
+        engine = Engine(model, Limits(rows=2, context=64))
+        if warm:
+            engine.warm_up()
+        assert (engine.depth, engine.tokens_total) == (0, 0)
+        _, deltas = ask(engine, PROMPTS[1])
+        drain(engine)
+        texts.append(answer_of(deltas))
+    assert texts[0] == texts[1]
+
+
 def test_depth_counts_what_waits_and_what_is_answered(model: Model) -> None:
     engine = Engine(model, Limits(rows=2, context=64))
     for _ in range(5):

@@ -44,6 +44,7 @@ def load() -> EngineThread:
         waiting=int(os.environ.get("QUEUE_MAX", "64")),
     )
     engine = Engine(model, limits)
+    engine.warm_up()
     print(f"{model.name} loaded on {device.gpu or 'the CPU'} in {time.monotonic() - began:.2f} s", flush=True)
     return EngineThread(engine)
 

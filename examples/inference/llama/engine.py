@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from llama.model import Model
 from llama.sampling import Sampler, Sampling, Text
 
+WARM_UP_TOKENS = 8
 RATE_S = 10.0
 """What `tokens_per_second` looks back on."""
 
@@ -107,6 +108,14 @@ class Engine:
             while self._recent and self._recent[0][0] < since:
                 self._recent.popleft()
             return sum(count for _, count in self._recent) / RATE_S
+
+    def warm_up(self) -> None:
+        """Compute once for nobody, before the first request: what a GPU compiles at its first use is compiled then, and a device
+        that cannot compute is found out before anyone asks. Raises what the device raises."""
+        piece = list(range(min(WARM_UP_TOKENS, self.context - 1)))
+        self.model.step(self._cache, 0, [piece], [0])
+        rows = self._cache.rows
+        self.model.device.to_host(self.model.step(self._cache, 0, [[0]] * rows, [len(piece)] * rows))
 
     def submit(self, request: Request) -> None:
         """Take a request in. Raises Full, and ValueError for one that does not fit the context (check it before)."""
