@@ -30,6 +30,7 @@ class Machine:
     node: Node
     standing: Standing
     held: list[tuple[str, Demand]] = field(default_factory=list)
+    images: tuple[str, ...] = ()
 
     def label(self, key: str) -> str | None:
         own = {"node": self.node.name, "site": self.node.site, "region": self.node.region, "arch": self.node.arch}
@@ -182,13 +183,14 @@ def permitted(machines: list[Machine], machine: Machine, group: str, demand: Dem
 
 
 def liking(machines: list[Machine], machine: Machine, item: Pending) -> float:
-    """The soft rules about other apps."""
+    """The soft rules about other apps, and about images."""
     total = 0
     for sign, wishes in ((1, item.demand.placement.affinity), (-1, item.demand.placement.anti_affinity)):
         for wish in wishes:
             if wish.weight is not None and wish.app != owner(item.group):
                 total += sign * wish.weight * bool(number(mates(machines, machine, wish.by), wish.app))
-    return 20.0 * total
+    images = item.demand.images
+    return 20.0 * total + (5.0 * sum(image in machine.images for image in images) / len(images) if images else 0.0)
 
 
 def within(quota: Quota, machines: list[Machine], demand: Demand) -> bool:
@@ -292,8 +294,10 @@ nodes = st.builds(
     runtimes=st.lists(st.sampled_from(RUNTIMES), min_size=1, unique=True).map(tuple),
     arch=st.sampled_from(["amd64", "arm64"]),
 )
+images = st.sampled_from([(), (), ("a",), ("b", "a"), ("c",)])
 demands = st.builds(
     Demand,
+    images=images,
     cpu_milli=st.integers(1, 1500),
     memory_bytes=st.integers(1, 1500),
     disk_bytes=st.integers(0, 80),
@@ -315,7 +319,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[Machine], list[Pending]]:
     machines = []
     for place, node in enumerate(draw(st.lists(nodes, max_size=7))):
         named = Node(**{name: getattr(node, name) for name in node.__struct_fields__} | {"name": f"n{place}"})
-        machines.append(Machine(named, draw(st.sampled_from([Standing.OPEN] * 5 + list(Standing)))))
+        machines.append(Machine(named, draw(st.sampled_from([Standing.OPEN] * 5 + list(Standing))), images=draw(images)))
     pending = []
     for group, demand in enumerate(draw(st.lists(demands, max_size=4))):
         for number in range(draw(st.integers(1, 9))):
@@ -327,6 +331,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[Machine], list[Pending]]:
 def snapshot_of(machines: list[Machine]) -> Snapshot:
     snapshot = Snapshot()
     for machine in machines:
+        snapshot.set_images(machine.node.name, machine.images)
         snapshot.upsert_node(machine.node, machine.standing)
     return snapshot
 

@@ -226,3 +226,19 @@ def test_a_thousand_with_rules_are_placed_on_twenty_thousand_nodes_in_time(asked
     answer = place(snapshot, asked, 1000)
     assert time.perf_counter() - began < 2.0
     assert answer.placed
+
+
+def test_a_node_that_has_the_image_is_chosen_among_equals_but_spreading_comes_first() -> None:
+    snapshot = nodes(3)
+    snapshot.set_images("n2", ("sha256:1", "sha256:2"))
+    spec = AppSpec(name="web", image="host/a:1@sha256:1", volumes=(Volume(name="w", path="/w", image="host/w@sha256:2"),))
+    asked = demand_of(spec)
+    assert asked.images == ("sha256:1", "sha256:2")
+    assert where(place(snapshot, asked, 1)) == ["n2"]
+    assert sorted(where(place(snapshot, asked, 3))) == ["n0", "n1", "n2"]
+    assert explain(snapshot, GROUP, asked).candidates[0].scores["images"] == 5
+    snapshot.set_images("n2", ("sha256:3",))
+    snapshot.set_images("n1", ("sha256:2",))
+    assert where(place(snapshot, asked, 1)) == ["n1"]
+    snapshot.set_images("n1", ())
+    assert where(place(snapshot, asked, 1)) == ["n0"]

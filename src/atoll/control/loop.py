@@ -80,7 +80,8 @@ class Loop:
         self._world = World(state)
         self._placement = Placement(self._world)
         self._nodes = NodeWatch(self._world, clock, last_seen)
-        self._readings = Readings(self._world, clock, heartbeats if heartbeats is not None else {})
+        self._heartbeats: Heartbeats = heartbeats if heartbeats is not None else {}
+        self._readings = Readings(self._world, clock, self._heartbeats)
         self._prefetching = Prefetching(self._world, self._placement, clock, heartbeats if heartbeats is not None else {})
         self._prefetch_due = False
         self._changed = asyncio.Event()
@@ -235,6 +236,7 @@ class Loop:
             self._tick_at = now + TICK_S
             self._nodes.tick_due = True
             self._readings.look()
+            self._placement.look(self._heartbeats)
             self._prefetch_due = True
             if not self._round:
                 self._round = self._world.owners()

@@ -8,9 +8,11 @@ from typing import Any
 from msgspec import Struct, structs
 
 from atoll.control.disruptions import Disruptions
+from atoll.control.readings import Heartbeats
 from atoll.control.world import World, owner_of
 from atoll.model.records import (
     AppStatus,
+    Heartbeat,
     Instance,
     Node,
     NodeLiveness,
@@ -69,6 +71,8 @@ class Placement:
         """Instances that the last `place` found must leave → for which one."""
         self.gangs: dict[str, str] = {}
         """Instances that the last `place` placed and that must be written together with all others of their group → that group."""
+        self._beats: dict[str, Heartbeat] = {}
+        """Whose images the snapshot knows."""
         self._unplaced_gangs: set[str] = set()
         """Rejected instances that are part of a gang."""
         self._demands: dict[tuple[Any, ...], Demand] = {}
@@ -80,6 +84,7 @@ class Placement:
         self._claims.clear()
         self._demands.clear()
         self._unplaced_gangs.clear()
+        self._beats.clear()
         for name in self._world.state.records(Node):
             self._node(name)
         for key in self._world.state.records(Instance):
@@ -189,6 +194,16 @@ class Placement:
                     del self._demands[next(iter(self._demands))]
                 self._demands[which] = demand
         return demand
+
+    def look(self, heartbeats: Heartbeats) -> None:
+        """Take over which images nodes say they have. Called with each tick; costs little where nothing has changed."""
+        for name in self._beats.keys() - heartbeats.keys():
+            del self._beats[name]
+            self.snapshot.set_images(name, ())
+        for name, beat in heartbeats.items():
+            if self._beats.get(name) is not beat:
+                self._beats[name] = beat
+                self.snapshot.set_images(name, beat.images)
 
     def due(self, now: float) -> float | None:
         """Return when to plan: now, later, or None while nothing can be placed."""

@@ -24,6 +24,8 @@ class Records(Struct, frozen=True, kw_only=True):
     statuses: Mapping[str, Status]
     app_statuses: Mapping[str, AppStatus]
     projects: Mapping[str, Project] = {}
+    images: Mapping[str, tuple[str, ...]] = {}
+    """Node → digests of the images that it says it has."""
 
 
 def standing_of(policy: NodePolicy | None, liveness: NodeLiveness | None) -> Standing:
@@ -52,6 +54,8 @@ def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | Non
     demands: dict[tuple[str, bool], Demand | None] = {}
     for name, node in records.nodes.items():
         snapshot.upsert_node(node, standing_of(records.policies.get(name), records.liveness.get(name)))
+    for name, digests in records.images.items():
+        snapshot.set_images(name, digests)
     for key, instance in records.instances.items():
         if instance.node is None or not holds_room(records.statuses.get(key)):
             continue

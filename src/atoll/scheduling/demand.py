@@ -26,6 +26,9 @@ class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
     pinned: bool = False
     """It writes to host-local volumes, and so belongs where they are."""
 
+    images: tuple[str, ...] = ()
+    """Digests of the images that it shows, of those that the spec names by digest."""
+
     @property
     def gpu_milli(self) -> int:
         """Thousandths of devices that are set aside."""
@@ -52,7 +55,13 @@ def demand_of(spec: Workload) -> Demand:
         runtimes=runtimes,
         placement=spec.placement,
         pinned=holds_volumes(spec),
+        images=_digests(spec),
     )
+
+
+def _digests(spec: Workload) -> tuple[str, ...]:
+    references = (spec.image, *(volume.image for volume in spec.volumes))
+    return tuple(dict.fromkeys(name.rpartition("@")[2] for name in references if name is not None and "@" in name))
 
 
 def standing_by(demand: Demand) -> Demand:

@@ -33,6 +33,8 @@ AMOUNT_MAX = 1 << 60
 """More than this of anything counts as this much, so that sums stay within 64 bits."""
 MASKS_MAX = 256
 """Masks of static filters kept between plans; each has one byte per node."""
+IMAGES_MAX = 16
+"""Images of one node that are remembered."""
 _ROWS_AT_FIRST = 16
 _RUNTIME_BIT = {name: 1 << index for index, name in enumerate(RuntimeName)}
 OWN_LABELS = ("node", "site", "region", "arch")
@@ -119,6 +121,10 @@ class Snapshot:
         """Project → what its instances hold: the four resources (GPUs in thousandths), and how many they are."""
         self.homes: dict[str, tuple[str, ...]] = {}
         """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
+        self._images: dict[str, tuple[str, ...]] = {}
+        """Node → digests of images that it has."""
+        self._with_image: dict[str, set[str]] = {}
+        """The same by digest."""
         self._ranks: Ints | None = None
         self._gpus = Inventory()
         self._stale: set[str] = set()
@@ -277,6 +283,27 @@ class Snapshot:
     def holds_below(self, name: str, priority: int) -> bool:
         """Return whether a node has something of a lower priority."""
         return any(self._allocations[id].priority < priority for id in self._on.get(name, ()))
+
+    def set_images(self, name: str, digests: tuple[str, ...]) -> None:
+        """Take over which images a node has, whether it is known or not; of many, those that it names first."""
+        digests = digests[:IMAGES_MAX]
+        before = self._images.get(name, ())
+        if digests == before:
+            return
+        for digest in set(before).difference(digests):
+            self._with_image[digest].discard(name)
+            if not self._with_image[digest]:
+                del self._with_image[digest]
+        for digest in set(digests).difference(before):
+            self._with_image.setdefault(digest, set()).add(name)
+        if digests:
+            self._images[name] = digests
+        else:
+            del self._images[name]
+
+    def rows_with_image(self, digest: str) -> list[int]:
+        """Return the rows of nodes that have an image."""
+        return [row for name in self._with_image.get(digest, ()) if (row := self._rows.get(name)) is not None]
 
     def row_of(self, name: str) -> int | None:
         return self._rows.get(name)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from atoll.api.service.access import check_name
 from atoll.api.service.context import Context
+from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.projects import require_project
 from atoll.api.service.specs import spec_of
 from atoll.api.service.workloads import check_constraints
@@ -31,8 +32,9 @@ K = TypeVar("K")
 
 
 class Planning:
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, heartbeats: Heartbeats) -> None:
         self._context = context
+        self._heartbeats = heartbeats
         self._state = context.state
         self._one = asyncio.Lock()
 
@@ -94,6 +96,7 @@ class Planning:
             statuses=plain(Status),
             app_statuses=plain(AppStatus),
             projects=plain(Project),
+            images={name: beat.images for name, beat in self._heartbeats.all().items()},
         )
         specs: dict[str, Workload | None] = {}
         for instance in records.instances.values():

@@ -63,7 +63,7 @@ class Service:
         self.apps = Apps(self.context)
         self.jobs = Jobs(self.context)
         self.instances = Instances(self.context)
-        self.planning = Planning(self.context)
+        self.planning = Planning(self.context, self.heartbeats)
         self.secrets = Secrets(self.context)
         self.tokens = Tokens(self.context)
         self.nodes = Nodes(self.context, self.heartbeats)
