@@ -39,16 +39,22 @@ class Fault(Exception):
         self.status, self.words = status, words
 
 
+TROUBLES = ("garbage", "silent", "refusing", "dying", "old")
+"""What a stand-in can be made to be: it answers with random bytes or not at all, refuses to boot, dies when it should boot, is old."""
+
+
 class StandIn:
-    """One monitor. A subclass decides about requests; `fault` gives the body of a refusal."""
+    """One monitor. A subclass decides about requests; `fault` gives the body of a refusal. `trouble` is of TROUBLES, or none."""
 
     server_name: str
+    trouble = ""
 
     def __init__(self, document: Document, *, server: Path) -> None:
         self.document = document
         self.guest: Guest | None = None
         self._server = server
         self._ended = asyncio.Event()
+        self.listens = asyncio.Event()
         self._vsock: tuple[str, socket.socket] | None = None
 
     def handle(self, method: str, path: str, body: Any) -> Any:
@@ -60,6 +66,17 @@ class StandIn:
 
     def end(self) -> None:
         self._ended.set()
+
+    def broken(self, words: str) -> None:
+        """An answer of its own breaks the document."""
+        print(f"stand-in: {words}", file=sys.stderr, flush=True)
+        os._exit(ANSWER_BROKEN)
+
+    def check_boot(self) -> None:
+        if self.trouble == "dying":
+            os._exit(1)
+        if self.trouble == "refusing":
+            raise Fault(400, "Internal error while starting microVM: Cannot create a VM: KVM refuses")
 
     def make_vsock(self, path: str) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -78,6 +95,7 @@ class StandIn:
 
     async def run(self, socket_path: str) -> None:
         server = await asyncio.start_unix_server(self._connected, socket_path)
+        self.listens.set()
         await self._ended.wait()
         server.close()
         await asyncio.sleep(0.01)  # for an answer that is under way
@@ -90,9 +108,16 @@ class StandIn:
                 assert version == "HTTP/1.1"
                 headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
                 content = await reader.readexactly(int(headers.get("content-length", "0")))
+                if self.trouble == "silent":
+                    await asyncio.Event().wait()
+                if self.trouble == "garbage":
+                    writer.write(os.urandom(200))
+                    break
                 writer.write(self._answer(method, path, content))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
             writer.close()
 
     def _answer(self, method: str, path: str, content: bytes) -> bytes:
@@ -113,8 +138,7 @@ class StandIn:
         if self.document.operation(method, path) is not None and (
             problem := self.document.answer_problem(method, path, status, body)
         ):
-            print(f"stand-in: broken answer to {method} {path}: {problem}", file=sys.stderr, flush=True)
-            os._exit(ANSWER_BROKEN)
+            self.broken(f"broken answer to {method} {path}: {problem}")
         head = f"HTTP/1.1 {status} \r\nServer: {self.server_name}\r\nConnection: keep-alive\r\n"
         if body is None:
             return f"{head}\r\n".encode()
@@ -258,6 +282,7 @@ class Firecracker(StandIn):
     def _start(self) -> None:
         if "boot-source" not in self.config:
             raise Fault(400, "Start microvm error: Cannot start microvm without kernel configuration.")
+        self.check_boot()
         disk = next((drive["path_on_host"] for drive in self.drives.values() if not drive["is_read_only"]), None)
         if disk is not None and self._vsock is not None:
             self.boot_guest(disk)
@@ -402,32 +427,33 @@ class CloudHypervisor(StandIn):
 
     def _create(self, body: Any) -> None:
         if self.state:
-            raise Fault(400, "The VM could not be created", "VM is already created")
+            raise Fault(500, "The VM could not be created", "VM is already created")
         for disk in body.get("disks", ()):
             if not os.access(disk["path"], os.R_OK if disk.get("readonly") else os.R_OK | os.W_OK):
-                raise Fault(400, "The VM could not be created", f"Error opening disk path {disk['path']}")
+                raise Fault(500, "The VM could not be created", f"Error opening disk path {disk['path']}")
         payload = body["payload"]
         if "kernel" in payload and not os.access(payload["kernel"], os.R_OK):
-            raise Fault(400, "The VM could not be created", "Cannot open kernel file")
+            raise Fault(500, "The VM could not be created", "Cannot open kernel file")
         for card in body.get("net", ()):
             if card.get("vhost_user"):
                 if not body["memory"].get("shared") or not os.path.exists(card["vhost_socket"]):  # noqa: PTH110
-                    raise Fault(400, "The VM could not be created", "Using vhost-user requires using shared memory or huge pages")
+                    raise Fault(500, "The VM could not be created", "Using vhost-user requires using shared memory or huge pages")
             else:
                 if not os.path.isdir(f"/sys/class/net/{card['tap']}"):  # noqa: PTH112
-                    raise Fault(400, "The VM could not be created", "Setting tap IP and/or netmask failed: Operation not permitted")
+                    raise Fault(500, "The VM could not be created", "Setting tap IP and/or netmask failed: Operation not permitted")
                 try:
                     self.taps.append(open_tap(card["tap"]))
                 except OSError as error:
-                    raise Fault(400, "The VM could not be created", f"Open tap device failed: {error.strerror}") from None
+                    raise Fault(500, "The VM could not be created", f"Open tap device failed: {error.strerror}") from None
         if not os.access(body.get("rng", {}).get("src", "/dev/urandom"), os.R_OK):
-            raise Fault(400, "The VM could not be created", "Failed to open the entropy source")
+            raise Fault(500, "The VM could not be created", "Failed to open the entropy source")
         self.config = body
         self.state = "Created"
 
     def _boot(self) -> None:
         if not os.access("/dev/kvm", os.F_OK):
             raise Fault(404, "The VM could not boot", "Cannot open /dev/kvm")
+        self.check_boot()
         vsock = self.config.get("vsock")
         disk = next((disk["path"] for disk in self.config.get("disks", ()) if not disk.get("readonly")), None)
         if vsock and disk:
@@ -493,7 +519,7 @@ def _mount(source: str, place: str, flags: int) -> None:
     _check(_libc.mount(source.encode(), place.encode(), None, flags, None), place)
 
 
-def jail(argv: list[str], *, layer: Path, server: Path, probe: Path) -> NoReturn:
+def jail(argv: list[str], *, layer: Path, server: Path, probe: Path, trouble: str) -> NoReturn:
     """Do as the jailer does, in its order; instead of executing Firecracker, become its stand-in."""
     own, separator, extra = argv, len(argv), []
     if "--" in argv:
@@ -521,7 +547,8 @@ def jail(argv: list[str], *, layer: Path, server: Path, probe: Path) -> NoReturn
     shutil.copy(executable, root / executable.name)
     uid, gid = int(given.uid), int(given.gid)
     monitor = asyncio.new_event_loop()  # nothing is imported below
-    documents = Firecracker(server=Path("/atoll-guest"), id=given.id)
+    stand_in = Firecracker(server=Path("/atoll-guest"), id=given.id)
+    stand_in.trouble = trouble
     limits = {"no-file": resource.RLIMIT_NOFILE, "fsize": resource.RLIMIT_FSIZE}
     for limit in given.resource_limit or ["no-file=2048"]:
         name, value = limit.split("=")
@@ -560,7 +587,7 @@ def jail(argv: list[str], *, layer: Path, server: Path, probe: Path) -> NoReturn
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
     asyncio.set_event_loop(monitor)
-    run_firecracker(["--id", given.id, "--start-time-us", "1", "--start-time-cpu-us", "1", *extra], documents, monitor)
+    run_firecracker(["--id", given.id, "--start-time-us", "1", "--start-time-cpu-us", "1", *extra], stand_in, monitor)
 
 
 def run_firecracker(argv: list[str], stand_in: Firecracker, loop: asyncio.AbstractEventLoop) -> NoReturn:
@@ -578,23 +605,25 @@ def run_firecracker(argv: list[str], stand_in: Firecracker, loop: asyncio.Abstra
     os._exit(code)
 
 
-def run_cloud_hypervisor(argv: list[str], server: Path) -> NoReturn:
+def run_cloud_hypervisor(argv: list[str], server: Path, trouble: str) -> NoReturn:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--api-socket", required=True)
     parser.add_argument("--seccomp", choices=("true", "false", "log"), default="true")
     parser.add_argument("--landlock", action="store_true")
-    asyncio.run(CloudHypervisor(server=server).run(parser.parse_args(argv).api_socket.removeprefix("path=")))
+    stand_in = CloudHypervisor(server=server)
+    stand_in.trouble = trouble
+    asyncio.run(stand_in.run(parser.parse_args(argv).api_socket.removeprefix("path=")))
     sys.stderr.flush()
     os._exit(0)
 
 
-def main(kind: str, argv: list[str], *, layer: Path, server: Path, probe: Path) -> None:
+def main(kind: str, argv: list[str], *, layer: Path, server: Path, probe: Path, trouble: str = "") -> None:
     """Be the program `kind` with the arguments `argv`. A guest has the programs of `layer`, and what a driver probes with."""
     if argv == ["--version"]:
-        print(f"{kind.title()} v{VERSIONS[kind]}")
+        print(f"{kind.title()} v{'0.9.1' if trouble == 'old' else VERSIONS[kind]}")
     elif kind == "jailer":
-        jail(argv, layer=layer, server=server, probe=probe)
+        jail(argv, layer=layer, server=server, probe=probe, trouble=trouble)
     elif kind == "cloud-hypervisor":
-        run_cloud_hypervisor(argv, server)
+        run_cloud_hypervisor(argv, server, trouble)
     else:
         sys.exit("the stand-in for firecracker is started by its jailer's")

@@ -10,6 +10,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 from runtime_world import World
@@ -32,7 +33,7 @@ NULL = DeviceNode(path="/dev/null", host_path="/dev/null", major=1, minor=3)
 _SHOWN = ("/usr", "/lib", "/lib64")
 
 
-def make_program(kind: str, directory: Path, layer: Path) -> Path:
+def make_program(kind: str, directory: Path, layer: Path, trouble: str = "") -> Path:
     """Return an executable that is the stand-in for `kind`."""
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o755)
@@ -40,7 +41,7 @@ def make_program(kind: str, directory: Path, layer: Path) -> Path:
     paths = f"layer=Path({str(layer)!r}), server=Path({str(guest_path())!r}), probe=Path({str(shim_path())!r})"
     program.write_text(
         f"#!{sys.executable}\nimport sys\nfrom pathlib import Path\nsys.path.insert(0, {str(HERE)!r})\n"
-        f"from vmm_stand_ins import main\nmain({kind!r}, sys.argv[1:], {paths})\n"
+        f"from vmm_stand_ins import main\nmain({kind!r}, sys.argv[1:], {paths}, trouble={trouble!r})\n"
     )
     program.chmod(0o755)
     return program
@@ -57,9 +58,11 @@ def make_kernel(directory: Path) -> Path:
 class JailedStandIn(CloudHypervisorRuntime):
     """What the stand-in needs in the jail beside what the real one would: Python, and the programs of the instance's image."""
 
-    def __init__(self, directory: Path, *, layer: Path, program: Path, cgroup: str, kernels: Sequence[Path]) -> None:
-        options = cloud_hypervisor_api.MachineOptions(landlock=True)
-        super().__init__(directory, binary=str(program), cgroup=cgroup, kernels=kernels, options=options)
+    def __init__(
+        self, directory: Path, *, layer: Path, program: Path, cgroup: str, kernels: Sequence[Path], **options: Any
+    ) -> None:
+        options = {"options": cloud_hypervisor_api.MachineOptions(landlock=True)} | options
+        super().__init__(directory, binary=str(program), cgroup=cgroup, kernels=kernels, **options)
         self._layer, self._program = layer, program
 
     def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
@@ -85,21 +88,21 @@ class JailedStandIn(CloudHypervisorRuntime):
 
 
 def stand_in_runtime(
-    name: str, directory: Path, layer: Path, cgroup: str
+    name: str, directory: Path, layer: Path, cgroup: str, trouble: str = "", **options: Any
 ) -> Callable[[], FirecrackerRuntime | CloudHypervisorRuntime]:
     """Return what makes the driver `name` (one of STAND_INS) over its stand-in, any number of times."""
     kernels = (make_kernel(directory / "kernel"),)
     programs = directory / "programs"
     if name == "firecracker-stand-in":
-        firecracker, jailer = (make_program(kind, programs, layer) for kind in ("firecracker", "jailer"))
-        options = firecracker_api.MachineOptions(track_dirty_pages=True)
+        firecracker, jailer = (make_program(kind, programs, layer, trouble) for kind in ("firecracker", "jailer"))
+        options = {"options": firecracker_api.MachineOptions(track_dirty_pages=True, metadata=True)} | options
         return lambda: FirecrackerRuntime(
-            directory / "runtime", binary=str(firecracker), jailer=str(jailer), cgroup=cgroup, kernels=kernels, options=options
+            directory / "runtime", binary=str(firecracker), jailer=str(jailer), cgroup=cgroup, kernels=kernels, **options
         )
-    program = make_program("cloud-hypervisor", programs, layer)
-    return lambda: JailedStandIn(directory / "runtime", layer=layer, program=program, cgroup=cgroup, kernels=kernels)
+    program = make_program("cloud-hypervisor", programs, layer, trouble)
+    return lambda: JailedStandIn(directory / "runtime", layer=layer, program=program, cgroup=cgroup, kernels=kernels, **options)
 
 
-def stand_in_world(name: str, directory: Path, layer: Path) -> World:
+def stand_in_world(name: str, directory: Path, layer: Path, trouble: str = "", **options: Any) -> World:
     cgroup = f"/atoll-test-{name}-{uuid.uuid4().hex[:8]}"
-    return World(directory, stand_in_runtime(name, directory, layer, cgroup), (layer,), cgroup=cgroup)
+    return World(directory, stand_in_runtime(name, directory, layer, cgroup, trouble, **options), (layer,), cgroup=cgroup)

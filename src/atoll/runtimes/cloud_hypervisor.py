@@ -150,7 +150,7 @@ class CloudHypervisorRuntime(ToldRuntime):
         return directory / "vm"
 
     def api(self, directory: Path) -> HttpApi:
-        return HttpApi(self.own(directory) / API, name="Cloud Hypervisor", base=ask.BASE)
+        return HttpApi(self.own(directory) / API, name="Cloud Hypervisor", base=ask.BASE, deadline_s=self.answer_s)
 
     async def answers(self, api: HttpApi) -> None:
         await api.ask(ask.PING, ask.Ping)

@@ -163,7 +163,7 @@ class FirecrackerRuntime(ToldRuntime):
         return found[0]
 
     def api(self, directory: Path) -> HttpApi:
-        return HttpApi(self.own(directory) / API, name="Firecracker")
+        return HttpApi(self.own(directory) / API, name="Firecracker", deadline_s=self.answer_s)
 
     async def answers(self, api: HttpApi) -> None:
         await api.ask(ask.DESCRIBE, ask.InstanceInfo)

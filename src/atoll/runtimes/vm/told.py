@@ -24,7 +24,7 @@ from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_container import Container
 from atoll.runtimes.signals import signal_number
 from atoll.runtimes.vm.boxes import VmPlan, load_plan
-from atoll.runtimes.vm.http_api import HttpApi
+from atoll.runtimes.vm.http_api import ANSWER_S_MAX, HttpApi
 from atoll.runtimes.vm.hybrid_vsock import AGENT_PORT, SOCKET, LogCarriers, connect_to_guest
 from atoll.runtimes.vm.runtime import VmContainer, VmRuntime, last_words
 
@@ -56,6 +56,8 @@ class ToldContainer(VmContainer):
 
 class ToldRuntime(VmRuntime):
     container_kind = ToldContainer
+    answer_s = ANSWER_S_MAX
+    """How long a monitor's answer is waited for."""
 
     @abstractmethod
     def own(self, directory: Path) -> Path:
