@@ -137,6 +137,15 @@ def test_a_broken_device_comes_back_when_its_counters_show_a_reset() -> None:
     assert life.troubles == [Trouble.BROKEN, Trouble.RECOVERED]
 
 
+def test_a_driver_that_cannot_read_its_counters_for_once_is_not_taken_for_a_reset() -> None:
+    unread = {"health": GpuHealth.QUARANTINED, "reason": "it does not answer its driver"}
+    life = Life().seen(ecc_errors=3, remap_pending=True).xid(48).seen(ecc_errors=0, **unread).seen(ecc_errors=3, remap_pending=True)
+    assert life.health is GpuHealth.QUARANTINED
+    assert "XID 48" in life.reason
+    assert Trouble.RECOVERED not in life.troubles
+    assert life.seen(ecc_errors=0, **unread).seen(ecc_errors=0).health is GpuHealth.OK  # a reset that came meanwhile shows after it
+
+
 def test_rows_that_wait_for_a_reset_take_a_device_out_until_it_was_reset() -> None:
     life = Life().seen(remap_pending=True).seen(remap_pending=True)
     assert life.troubles == [Trouble.BROKEN]

@@ -108,6 +108,10 @@ def _without(state: DeviceState, causes: frozenset[Cause]) -> DeviceState:
 
 def _seen(state: DeviceState, device: GpuDevice, now: float) -> tuple[DeviceState, tuple[DeviceEvent, ...]]:
     old, told = state.seen, []
+    if device.health is GpuHealth.QUARANTINED:
+        # A driver that could not read its counters says 0 of them, which looks like a reset that never was.
+        pending = old.remap_pending or device.remap_pending
+        device = replace(device, ecc_errors=max(old.ecc_errors, device.ecc_errors), remap_pending=pending)
     state = replace(state, seen=replace(device, health=GpuHealth.OK, reason=""))
     back = state.ill(Cause.GONE) is not None
     if back or _was_reset(old, device):
