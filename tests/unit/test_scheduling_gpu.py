@@ -132,7 +132,7 @@ def test_a_device_is_shared_in_one_way_only_and_only_as_it_can_be() -> None:
     )
     assert [placed.gpus[0].device for placed in answer.placed] == ["d0", "d1", "d0"]
     assert said(snapshot(node("a", plain(1))), Gpu(count=0.5, sharing=GpuSharing.MPS)).mend == (
-        "the devices there can be shared by exclusive, time-slice"
+        "the devices there can be shared by exclusive, time-slice: change resources.gpu.sharing"
     )
 
 
@@ -219,7 +219,7 @@ def test_a_device_in_mig_mode_is_given_in_partitions_only() -> None:
 
 def test_an_impossible_profile_names_those_that_there_are() -> None:
     assert said(snapshot(node("a", devices(mig=[0]))), Gpu(profile="3g.20gb")).mend == (
-        "the profiles there are 1g.10gb+me, 1g.10gb, 1g.20gb, 2g.20gb, 3g.40gb, 4g.40gb, 7g.80gb"
+        "the profiles there are 1g.10gb+me, 1g.10gb, 1g.20gb, 2g.20gb, 3g.40gb, 4g.40gb, 7g.80gb: change resources.gpu.profile"
     )
     answer = said(snapshot(node("a", devices())), Gpu(profile="3g.40gb"))
     assert answer.message == "the only node does not fit: without 1 MIG partition 3g.40gb: no device is in MIG mode"
@@ -230,10 +230,15 @@ def test_an_impossible_profile_names_those_that_there_are() -> None:
 def test_an_unknown_model_or_vendor_and_too_many_say_what_there_is() -> None:
     nodes = snapshot(node("a", devices(count=4)), node("b"))
     answer = said(nodes, Gpu(model="B200"))
-    assert (answer.code, answer.mend) == ("no-gpu", "the models there are NVIDIA H100 80GB HBM3")
-    assert said(nodes, Gpu(vendor=GpuVendor.AMD)).mend == "the vendors there are nvidia"
+    models = "the models there are NVIDIA H100 80GB HBM3: change resources.gpu.model, or leave it out"
+    assert (answer.code, answer.mend) == ("no-gpu", models)
+    assert said(nodes, Gpu(vendor=GpuVendor.AMD)).mend == (
+        "the vendors there are nvidia: change resources.gpu.vendor, or leave it out"
+    )
     assert said(nodes, Gpu(count=5)).mend == "the largest node has 4 of them: ask for fewer"
-    assert "the largest there is has 79.6GiB" in said(nodes, Gpu(memory=Bytes(100 * GIB))).mend
+    assert (
+        "the largest there is has 79.6GiB: ask for less in resources.gpu.memory" in said(nodes, Gpu(memory=Bytes(100 * GIB))).mend
+    )
     assert "the drivers there are 580.159.04" in said(nodes, Gpu(driver="600")).mend
     assert said(snapshot(node("b")), Gpu()).mend == "remove resources.gpu, or add a node with GPUs"
 

@@ -105,7 +105,9 @@ def test_whole_gpus_are_counted_and_never_given_twice() -> None:
     answer = place(snapshot(node("a", gpus=devices)), demand(gpu=Gpu()), 5)
     assert [[grant.device for grant in placed.gpus] for placed in answer.placed] == [["0"], ["1"], ["2"]]
     assert answer.rejected["i004"].code == "no-gpu-free"
-    assert rejection(snapshot(node("a", gpus=devices)), demand(gpu=Gpu(model="B"))).mend == "the models there are A"
+    assert rejection(snapshot(node("a", gpus=devices)), demand(gpu=Gpu(model="B"))).mend == (
+        "the models there are A: change resources.gpu.model, or leave it out"
+    )
     assert rejection(snapshot(node("a", gpus=devices)), demand(gpu=Gpu(memory=Bytes(1 << 40)))).code == "no-gpu"
     assert rejection(snapshot(node("a", gpus=devices)), demand(gpu=Gpu(profile="1g.10gb"))).code == "no-gpu"
 

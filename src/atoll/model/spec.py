@@ -35,6 +35,10 @@ Hostname = Annotated[
 REPLICAS_MAX = 100_000
 STANDBY_MAX = 100
 """Instances of one app that wait, parked."""
+PROFILE_PATTERN = r"[1-7]g\.[1-9][0-9]{0,3}gb(\+[a-z.]{1,12})?"
+DRIVER_PATTERN = r"[0-9]{1,4}(\.[0-9]{1,4}){0,2}"
+SHARE_BYTES_MIN = 1 << 20
+"""A share of no memory would be one without a limit."""
 METRIC_PATTERN = r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,127}$(?!\n)"
 
 
@@ -121,12 +125,12 @@ class Gpu(_Spec, frozen=True, kw_only=True):
     """Whole devices, or below 1 a share of one device's compute (and of its memory unless `memory` says otherwise)."""
     memory: Bytes | None = None
     """Of whole devices and partitions: what each must have at least. Of a share: what is set aside for it."""
-    profile: Annotated[str, Meta(pattern=r"^[1-7]g\.[1-9][0-9]{0,3}gb(\+[a-z.]{1,12})?$(?!\n)")] | None = None
+    profile: Annotated[str, Meta(max_length=32)] | None = None
     """A MIG partition such as `1g.10gb`; `count` of them, each on a device in MIG mode."""
     sharing: GpuSharing | None = None
     """How a share is held to its size: `time-slice` (where absent) or `mps`."""
     topology: GpuTopology = GpuTopology.ANY
-    driver: Annotated[str, Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){0,2}$(?!\n)")] | None = None
+    driver: Annotated[str, Meta(max_length=32)] | None = None
     """The oldest version of the driver that will do."""
     capabilities: tuple[GpuCapability, ...] = (GpuCapability.COMPUTE, GpuCapability.UTILITY)
 
@@ -523,6 +527,20 @@ GPU_RUNTIMES = (
 
 def _check_gpu(spec: Workload, gpu: Gpu) -> None:
     where = "resources.gpu"
+    if gpu.profile is not None and re.fullmatch(PROFILE_PATTERN, gpu.profile) is None:
+        raise Invalid(
+            f"{where}.profile: {gpu.profile!r} is no MIG partition",
+            field=f"{where}.profile",
+            mend="write slices and memory, as in 1g.10gb or 3g.40gb; `atoll nodes show NODE` lists those of a node",
+        )
+    if gpu.driver is not None and re.fullmatch(DRIVER_PATTERN, gpu.driver) is None:
+        raise Invalid(
+            f"{where}.driver: {gpu.driver!r} is no version of a driver",
+            field=f"{where}.driver",
+            mend="write the oldest that will do, as in 550 or 550.54.15",
+        )
+    if gpu.memory is not None and gpu.memory < SHARE_BYTES_MIN:
+        raise Invalid(f"{where}.memory: below 1MiB nothing runs", field=f"{where}.memory", mend="ask for more, or leave it out")
     if gpu.count > 1 and gpu.count != int(gpu.count):
         raise Invalid(
             f"{where}.count: {gpu.count:g} is neither a whole number nor below 1",

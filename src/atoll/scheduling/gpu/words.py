@@ -53,9 +53,11 @@ def why_never(shapes: Iterable[Shape], gpu: Gpu) -> tuple[str, str]:
     message = f"without {asked_in_words(gpu)}"
     match furthest:
         case Step.VENDOR:
-            return message, f"the vendors there are {_listed(device.vendor for device in devices)}"
+            vendors = _listed(device.vendor for device in devices)
+            return message, f"the vendors there are {vendors}: change resources.gpu.vendor, or leave it out"
         case Step.MODEL:
-            return message, f"the models there are {_listed(device.model for device in closest)}"
+            models = _listed(device.model for device in closest)
+            return message, f"the models there are {models}: change resources.gpu.model, or leave it out"
         case Step.HEALTH:
             return (
                 f"{message} (there are {len(closest)}, but quarantined)",
@@ -72,11 +74,13 @@ def why_never(shapes: Iterable[Shape], gpu: Gpu) -> tuple[str, str]:
                 f"ask for a profile: {_profiles(closest)}",
             )
         case Step.PROFILE:
-            return message, f"the profiles there are {_profiles(closest)}"
+            return message, f"the profiles there are {_profiles(closest)}: change resources.gpu.profile"
         case Step.MEMORY:
-            return message, f"the largest there is has {format_bytes(_largest(ask, closest))}"
+            largest = format_bytes(_largest(ask, closest))
+            return message, f"the largest there is has {largest}: ask for less in resources.gpu.memory"
         case Step.SHARING:
-            return message, f"the devices there can be shared by {_listed(way for one in closest for way in one.sharing)}"
+            ways = _listed(way for one in closest for way in one.sharing)
+            return message, f"the devices there can be shared by {ways}: change resources.gpu.sharing"
         case Step.DOES:
             return message, _too_many(ask, shapes)
 
