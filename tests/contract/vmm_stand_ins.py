@@ -40,7 +40,7 @@ class Fault(Exception):
 
 
 TROUBLES = ("garbage", "silent", "refusing", "dying", "old")
-"""What a stand-in can be made to be: it answers with random bytes or not at all, refuses to boot, dies when it should boot, is old."""
+"""What a stand-in can be made to be: it answers with random bytes or not at all, refuses or dies when it should boot, is old."""
 
 
 class StandIn:

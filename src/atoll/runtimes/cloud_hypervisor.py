@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from atoll.model.errors import Unsupported
+from atoll.model.errors import RuntimeFailed, Unsupported
 from atoll.model.ports.devices import DeviceNode, Edits
 from atoll.model.ports.runtime import Box, Feature
 from atoll.model.spec import RuntimeName
@@ -28,7 +28,7 @@ from atoll.runtimes.vm.jail import INSIDE, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.probe import run_once
 from atoll.runtimes.vm.tap import TAP
-from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, program
+from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
 
 VERSION_MIN = (40, 0)
 BOOT_S_MAX = 20.0
@@ -129,7 +129,7 @@ class CloudHypervisorRuntime(ToldRuntime):
             uid=plan.uid,
             shown=tuple(shown),
             nodes=(*NODES, *((TUN,) if plan.link else ()), *plan.nodes),
-            file_bytes=plan.disk.stat().st_size,
+            file_bytes=file_bytes(plan),
             groups=tuple(path for path in group.directories if (path / "cgroup.procs").exists()),
         )
 
@@ -143,8 +143,7 @@ class CloudHypervisorRuntime(ToldRuntime):
     def begin(self, plan: VmPlan, pid: int) -> None:
         """A device writes to the guest's memory wherever that is, so none of it may move: all of it is locked."""
         if plan.pci:
-            locked = plan.ram_bytes + OVERHEAD_BYTES
-            resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (locked, locked))
+            allow_locked(pid, plan.ram_bytes + OVERHEAD_BYTES)
 
     def own(self, directory: Path) -> Path:
         return directory / "vm"
@@ -174,6 +173,19 @@ class CloudHypervisorRuntime(ToldRuntime):
 
     async def press_power(self, api: HttpApi) -> None:
         await api.send(ask.POWER_BUTTON)
+
+
+def allow_locked(pid: int, locked_bytes: int) -> None:
+    """Let a process lock as much memory. Blocking. Raises RuntimeFailed."""
+    try:
+        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (locked_bytes, locked_bytes))
+    except PermissionError:
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)  # which the monitor has from here
+        if soft != resource.RLIM_INFINITY and soft < locked_bytes:
+            raise RuntimeFailed(
+                f"a machine with a device needs {locked_bytes >> 20} MiB of locked memory, and this agent cannot allow it",
+                mend="run the agent with CAP_SYS_RESOURCE, or with LimitMEMLOCK=infinity",
+            ) from None
 
 
 def has_landlock() -> bool:

@@ -24,7 +24,7 @@ from atoll.runtimes.vm.jail import LOG, Jail
 from atoll.runtimes.vm.jailer import Jailer, furnish, jail_id, jailer_command
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.probe import run_once
-from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, program
+from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
 
 VERSION_MIN = (1, 12)
 BOOT_S_MAX = 20.0
@@ -127,7 +127,7 @@ class FirecrackerRuntime(ToldRuntime):
             # With v1 the jailer makes a group in the group, whose processes nobody would count: `begin` puts it in ours.
             parent_cgroup=f"{self._cgroup}/{plan.id}" if Cgroups.detect().pure else "",
             netns=Path(plan.netns) if plan.netns else None,
-            file_bytes=plan.disk.stat().st_size,
+            file_bytes=file_bytes(plan),
         )
 
     def _command(self, boxes: VmBoxes, plan: VmPlan) -> list[str]:

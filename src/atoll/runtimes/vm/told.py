@@ -33,6 +33,8 @@ API_S_MAX = 10.0
 BOOT_CALL_S_MAX = 30.0
 LOGS_S_MAX = 5.0
 """How long the end of an instance waits for its output to be taken by the agent."""
+SNAPSHOT_SLACK_BYTES = 16 << 20
+"""What a snapshot's file has beside the guest's memory."""
 _STEP_S = 0.002
 _BOOTED = "booted"
 
@@ -161,6 +163,11 @@ class ToldRuntime(VmRuntime):
         container = self._containers[id]
         assert isinstance(container, ToldContainer)  # noqa: S101 - `container_kind` says so
         return container
+
+
+def file_bytes(plan: VmPlan) -> int:
+    """Return the size that no file of the monitor's may grow over: its disk's, or that of its memory in a snapshot. Blocking."""
+    return max(plan.disk.stat().st_size, plan.ram_bytes + SNAPSHOT_SLACK_BYTES)
 
 
 def check_kvm() -> None:
