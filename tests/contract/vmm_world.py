@@ -28,7 +28,7 @@ from atoll.runtimes.vm.kernel import GuestKernel
 HERE = Path(__file__).parent
 TESTS = HERE.parent
 STAND_INS = ("firecracker-stand-in", "cloud-hypervisor-stand-in")
-PLACES = {Path("/kernel"), Path("/initramfs"), Path("/image"), Path("/sys/class/net/tap0"), Path("/vhost.sock")}
+PLACES = {Path("/kernel"), Path("/initramfs"), Path("/image"), Path("/vhost.sock")}
 NULL = DeviceNode(path="/dev/null", host_path="/dev/null", major=1, minor=3)
 _SHOWN = ("/usr", "/lib", "/lib64")
 
@@ -67,7 +67,7 @@ class JailedStandIn(CloudHypervisorRuntime):
 
     def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
         jail = super().jail(plan, kernel, group)
-        shown = [pair for pair in jail.shown if pair[1] in PLACES]
+        shown = [pair for pair in jail.shown if pair[1] in PLACES or pair[1].is_relative_to("/sys")]
         shown += [(Path(name), Path(name)) for name in _SHOWN if Path(name).exists()]
         shown += [
             (self._layer / "bin", Path("/bin")),

@@ -28,7 +28,7 @@ def test_a_feature_that_a_runtime_lacks_is_refused_with_those_that_have_it() -> 
     require(RuntimeName.RUNC, Feature.RESIZE)
     with pytest.raises(Unsupported, match="gvisor has no resize") as raised:
         require(RuntimeName.GVISOR, Feature.RESIZE)
-    assert raised.value.mend == "use one of: runc, crun, lxc, qemu"
+    assert raised.value.mend == "use one of: runc, crun, lxc, firecracker, cloud-hypervisor, qemu"
     with pytest.raises(Unsupported) as raised:
         require(RuntimeName.RUNC, Feature.SNAPSHOT)
     assert raised.value.mend

@@ -5,7 +5,9 @@ from __future__ import annotations
 from atoll.model.errors import Unsupported
 from atoll.model.ports.runtime import Feature
 from atoll.model.spec import RUNTIMES_BY_ISOLATION, Isolation, RuntimeName
+from atoll.runtimes.cloud_hypervisor import CloudHypervisorRuntime
 from atoll.runtimes.crun import CrunRuntime
+from atoll.runtimes.firecracker import FirecrackerRuntime
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.qemu import QemuRuntime
@@ -13,10 +15,26 @@ from atoll.runtimes.runc import RuncRuntime
 from atoll.runtimes.workerd import WorkerdRuntime
 
 AnyRuntime = (
-    type[RuncRuntime] | type[CrunRuntime] | type[LxcRuntime] | type[GvisorRuntime] | type[QemuRuntime] | type[WorkerdRuntime]
+    type[RuncRuntime]
+    | type[CrunRuntime]
+    | type[LxcRuntime]
+    | type[GvisorRuntime]
+    | type[FirecrackerRuntime]
+    | type[CloudHypervisorRuntime]
+    | type[QemuRuntime]
+    | type[WorkerdRuntime]
 )
 
-RUNTIMES: tuple[AnyRuntime, ...] = (RuncRuntime, CrunRuntime, LxcRuntime, GvisorRuntime, QemuRuntime, WorkerdRuntime)
+RUNTIMES: tuple[AnyRuntime, ...] = (
+    RuncRuntime,
+    CrunRuntime,
+    LxcRuntime,
+    GvisorRuntime,
+    FirecrackerRuntime,
+    CloudHypervisorRuntime,
+    QemuRuntime,
+    WorkerdRuntime,
+)
 """In the order in which a node probes them."""
 
 FEATURES: dict[RuntimeName, frozenset[Feature]] = {runtime.name: runtime.features for runtime in RUNTIMES}
