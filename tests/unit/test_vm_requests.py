@@ -184,6 +184,14 @@ def test_firecracker_gives_one_processor_or_an_even_number() -> None:
     assert [fire.vcpus(wanted) for wanted in (1, 2, 3, 4, 31)] == [1, 2, 4, 4, 32]
 
 
+def test_a_guest_of_firecracker_ends_by_a_reset_and_one_of_cloud_hypervisor_never_resets() -> None:
+    words = fire.boot_args(console=True).split()
+    assert {"console=ttyS0", "reboot=k", "panic=1", "atoll.channel=vsock", "atoll.end=restart"} <= set(words)
+    assert "8250.nr_uarts=0" in fire.boot_args(console=False)
+    assert {"panic=0", "atoll.channel=vsock"} <= set(hypervisor.BOOT_ARGS.split())
+    assert "atoll.end=restart" not in hypervisor.BOOT_ARGS
+
+
 def test_the_image_is_shared_read_only_and_the_disk_is_the_instance_s() -> None:
     bodies = {call.path: call.body for call in fire.machine(plan(), fire.MachineOptions())}
     assert bodies["/drives/image"]["is_read_only"] is True

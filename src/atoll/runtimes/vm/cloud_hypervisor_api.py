@@ -16,8 +16,9 @@ from atoll.runtimes.vm.tap import TAP
 
 BASE = "/api/v1"
 KERNEL, INITRAMFS, IMAGE = "/kernel", "/initramfs", "/image"
-BOOT_ARGS = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=on cryptomgr.notests=1 atoll.channel=vsock"
-"""It ends by a power-off, which ends the monitor; a reset would start the machine again."""
+BOOT_ARGS = "console=ttyS0 quiet loglevel=3 panic=0 random.trust_cpu=on cryptomgr.notests=1 atoll.channel=vsock"
+"""It ends by a power-off, which ends the monitor. A reset would start the machine again, and with it the instance's process, so a
+kernel that fails stands still until its instance's health check or its user ends it."""
 DEVICES = "/sys/bus/pci/devices"
 
 
