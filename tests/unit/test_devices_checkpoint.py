@@ -101,6 +101,13 @@ async def test_one_that_an_earlier_try_left_stopped_is_let_go_on(driver: Driver)
     assert driver.calls == ["unlock"]
 
 
+async def test_one_that_an_earlier_try_left_stopped_is_taken_off_all_the_same(driver: Driver) -> None:
+    Path(driver.environment["STATE"]).write_text("1")
+    await checkpoint.suspend(PID, driver.environment)
+    assert driver.calls == ["checkpoint"]
+    assert await checkpoint.state(PID, driver.environment) is CudaState.CHECKPOINTED
+
+
 async def test_a_program_without_cuda_is_refused(driver: Driver) -> None:
     with pytest.raises(CheckpointError, match="invalid argument"):
         await checkpoint.suspend(PID + 1, driver.environment)

@@ -428,6 +428,24 @@ async def test_an_application_fault_arrives_as_one(driver: FakeDriver, hardware:
     assert event.at > 0
 
 
+async def test_a_driver_that_is_loaded_after_the_watch_began_is_watched_too(driver: FakeDriver) -> None:
+    version = driver.root / "proc/driver/nvidia/version"
+    words = version.read_text()
+    version.unlink()
+    async with opened(driver, Deadlines(again_s=0.05)) as hardware:
+        events = hardware.events()
+        silent = await next_event(events)
+        assert (silent.trouble, "kernel driver is not loaded" in silent.message) == (Trouble.SILENT, True)
+        following = asyncio.ensure_future(next_event(events))
+        await asyncio.sleep(0.2)
+        assert not following.done(), "the same is not said again"
+        version.write_text(words)
+        driver.xid(FIRST, 119)
+        event = await following
+        assert (event.trouble, event.device, event.code) == (Trouble.BROKEN, FIRST, 119)
+        await events.aclose()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("kind", "trouble"),
     [

@@ -247,6 +247,23 @@ async def test_a_device_that_hangs_is_told_with_what_would_mend_it(machine: Mach
     assert mend in event.mend
 
 
+async def test_a_device_that_is_found_after_the_waiting_began_is_told_of_too(machine: Machine) -> None:
+    found = asyncio.Event()
+    wedged = Uevent("change", "/devices/pci0000:00/0000:00:01.0/0000:4d:00.0/drm/card0", {"SUBSYSTEM": "drm", "WEDGED": "none"})
+
+    async def late() -> AsyncIterator[Uevent]:
+        await found.wait()
+        yield wedged
+
+    hardware = IntelHardware(root=machine.root, uevents=late)
+    telling = asyncio.ensure_future(told(hardware.events()))
+    await asyncio.sleep(0)
+    machine.add("0000:4d:00.0", 128, "xe", FLEX)
+    await hardware.discover()
+    found.set()
+    assert [(event.trouble, event.device) for event in await telling] == [(Trouble.SUSPECT, "0000:4d:00.0")]
+
+
 # The kernel's messages, and looks with a deadline.
 
 

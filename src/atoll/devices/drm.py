@@ -163,10 +163,12 @@ class DrmHardware:
         return {}
 
     async def events(self) -> AsyncIterator[DeviceEvent]:
-        known = {device.pci: device.id for device in self._devices.values()}
+        known: dict[str, str] = {}
         gone: set[str] = set()
         try:
             async for event in self._uevents():
+                # Anew each time: whoever waits for events does not wait for the first look.
+                known |= {device.pci: device.id for device in self._devices.values()}
                 told = self._told(event, known, gone)
                 if told is not None:
                     yield told

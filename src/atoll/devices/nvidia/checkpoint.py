@@ -127,8 +127,9 @@ class _Driver:
 def _act(action: str, pid: int) -> CudaState:
     driver = _Driver(pid)
     now = driver.state()
-    if action == "suspend" and now is CudaState.RUNNING:
-        driver.call("Lock", "stop it")
+    if action == "suspend" and now in (CudaState.RUNNING, CudaState.LOCKED):
+        if now is CudaState.RUNNING:  # else an earlier try was ended half way
+            driver.call("Lock", "stop it")
         try:
             driver.call("Checkpoint", "take it off its device")
         except CheckpointError:

@@ -58,6 +58,8 @@ class Deadlines(Struct, frozen=True, kw_only=True):
     quiet_s: float = 30.0
     """Of the worker that waits for events: it says every 10 s that it lives."""
     close_s: float = 2.0
+    again_s: float = 30.0
+    """Between two looks for a driver that was not there when its events were to be waited for."""
 
 
 class NvidiaHardware:
@@ -153,17 +155,26 @@ class NvidiaHardware:
         return self._edits(grants, capabilities, partitions, self._devices, instances=self._instances, root=self._root)
 
     async def events(self) -> AsyncIterator[DeviceEvent]:
-        stream, task, watch = Stream(), None, None
+        stream, task, watch, said = Stream(), None, None, ""
         self._streams.add(stream)
         try:
-            if self._is_here():
-                watch = self._watch(stream)
-                task = asyncio.create_task(watch.run())
-                task.add_done_callback(lambda _: stream.put(None))
-        except Unavailable as error:
-            stream.put(DeviceEvent(trouble=Trouble.SILENT, message=str(error), mend=error.mend or "", at=self._clock.now()))
-        try:
-            while (event := await stream.next()) is not None:
+            while True:
+                try:
+                    if task is None and self._is_here():
+                        watch = self._watch(stream)
+                        task = asyncio.create_task(watch.run())
+                        task.add_done_callback(lambda _: stream.put(None))
+                except Unavailable as error:
+                    if str(error) != said:
+                        said = str(error)
+                        yield DeviceEvent(trouble=Trouble.SILENT, message=said, mend=error.mend or "", at=self._clock.now())
+                try:
+                    async with asyncio.timeout(self._deadlines.again_s if task is None else None):
+                        event = await stream.next()
+                except TimeoutError:
+                    continue  # the driver may have been loaded meanwhile
+                if event is None:
+                    break
                 if event.trouble in _CHANGES:
                     self._retire()
                 yield event
