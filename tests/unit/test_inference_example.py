@@ -213,6 +213,14 @@ def test_depth_counts_what_waits_and_what_is_answered(model: Model) -> None:
     assert (engine.depth, engine.active) == (5, 2)
 
 
+def test_who_has_the_whole_answer_does_not_count_as_waiting_for_it_any_more(model: Model) -> None:
+    engine = Engine(model, Limits(rows=2, context=64))
+    depths: list[int] = []
+    engine.submit(Request([5, 6], 1, lambda delta: depths.append(engine.depth)))
+    drain(engine)
+    assert depths == [0]
+
+
 def test_beyond_the_bound_of_waiting_requests_the_next_is_refused(model: Model) -> None:
     engine = Engine(model, Limits(rows=1, context=64, waiting=2))
     ask(engine, [5])

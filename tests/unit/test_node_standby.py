@@ -229,6 +229,23 @@ def test_what_does_not_let_itself_be_taken_off_waits_awake_and_serves_at_once(pl
     play(story)
 
 
+def test_while_the_driver_does_not_say_who_uses_it_nothing_is_frozen_on_its_device(play: Callable[..., None]) -> None:
+    async def story(world: World) -> None:
+        async def before(call: str, id: str) -> None:
+            if call == "start":
+                world.hardware.hang()
+                await asyncio.sleep(50)  # until it counts as silent
+
+        world.host.before = before
+        async with world.agent():
+            world.stand_by()
+            await world.until(lambda status: status.ready)
+            assert not world.frozen
+            assert "does not say who uses its devices" in world.said("park-failed")[0]
+
+    play(story)
+
+
 def test_of_several_processes_none_stays_off_when_one_refuses(play: Callable[..., None]) -> None:
     async def story(world: World) -> None:
         world.pids[PID + 1] = GIB

@@ -192,9 +192,9 @@ class Engine:
         data = b"" if ended else self.model.tokenizer.decode([token])
         text = row.text.add(data, last=ended or full)
         finish = "stop" if ended or row.text.stopped else "length" if full else None
-        row.request.deliver(Delta(text, 1, finish))
         if finish is not None:
-            self._leave(row)
+            self._leave(row)  # before it is delivered: who has the answer does not count as waiting for it any more
+        row.request.deliver(Delta(text, 1, finish))
 
     def _leave(self, row: _Row) -> None:
         """Free a row of the cache. The last answering row takes its place, so that those in use stay the first ones."""

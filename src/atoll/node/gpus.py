@@ -149,20 +149,18 @@ class Gpus:
             log.debug("no samples of GPUs", node=self._node, error=str(error) or "timed out")
             return ()
 
-    async def processes_of(self, id: str) -> dict[int, int]:
+    async def processes_of(self, instance: Instance) -> dict[int, int]:
         """Return the instance's processes that hold memory on any device → how many bytes of it.
 
         Raises Unavailable where that cannot be told.
         """
-        try:
-            async with asyncio.timeout(SAMPLES_S):
-                samples = await self._devices.samples()
-        except TimeoutError:
-            raise Unavailable("the GPU driver does not say who uses its devices") from None
+        samples = await self.samples()
+        if not {grant.device for grant in instance.gpus} <= {sample.device for sample in samples}:
+            raise Unavailable("the GPU driver does not say who uses its devices")
         found: dict[int, int] = {}
         for sample in samples:
             for pid, used in sample.processes.items():
-                if id in self._groups(pid):
+                if instance.id in self._groups(pid):
                     found[pid] = max(used, found.get(pid, 0))  # a partition's are its device's, too
         return found
 

@@ -89,7 +89,7 @@ async def _leave_devices(
     """Return the processes that are off their devices now, and what was done in words."""
     if gpus is None or not instance.gpus:
         return (), "frozen"
-    using = await gpus.processes_of(instance.id)
+    using = await gpus.processes_of(instance)
     pids = tuple(sorted({*known, *using}))
     if not pids:
         return (), "frozen; nothing of it was on a device"
