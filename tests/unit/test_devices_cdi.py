@@ -29,7 +29,6 @@ from atoll.devices.cdi import (
     write_spec,
 )
 from atoll.devices.cdi_edits import container_edits, edits_of, linked_mounts
-from atoll.devices.lxc import lxc_lines
 from atoll.model.devices import GpuDevice, GpuVendor
 from atoll.model.errors import AtollError, Invalid, NotFound, Unsupported
 from atoll.model.ports.devices import DeviceNode, Edits, FileMount
@@ -361,27 +360,6 @@ def test_a_link_to_what_is_not_mounted_cannot_be_written() -> None:
         make_spec(KIND, {"x": Edits(links=(("/a/b", "c"),))})
     with pytest.raises(Invalid):
         make_spec(KIND, {"x": Edits(links=(("/a/b", "c"), ("/a/c", "b")))})
-
-
-def test_lxc_allows_and_shows_exactly_the_granted_devices() -> None:
-    lines = lxc_lines(edits_for(1))
-    assert [line for line in lines if "devices" in line] == [
-        "lxc.cgroup2.devices.allow = c 195:1 rw",
-        "lxc.cgroup2.devices.allow = c 195:255 rw",
-    ]
-    assert "lxc.mount.entry = /dev/nvidia1 dev/nvidia1 none bind,create=file 0 0" in lines
-    options = "ro,nosuid,nodev,rbind,create=file"
-    for name in ("libcuda.so.580.1", "libcuda.so.1", "libcuda.so"):
-        assert f"lxc.mount.entry = /opt/libcuda.so.580.1 usr/local/nvidia/lib64/{name} none {options} 0 0" in lines
-    assert f"lxc.environment = LD_LIBRARY_PATH={LIBRARIES}" in lines
-    assert lxc_lines(edits_for(1), cgroup=1)[0] == "lxc.cgroup.devices.allow = c 195:1 rw"
-
-
-def test_lxc_takes_no_path_that_would_be_a_line_of_its_own() -> None:
-    spaced = lxc_lines(Edits(mounts=(FileMount("/a b", "/c d"),)))
-    assert spaced == ["lxc.mount.entry = /a\\040b c\\040d none ro,nosuid,nodev,rbind,create=file 0 0"]
-    with pytest.raises(Invalid, match="line break"):
-        lxc_lines(Edits(env=(("A", "1\nlxc.cap.drop ="),)))
 
 
 def test_firecracker_refuses_a_gpu_with_those_that_can() -> None:
