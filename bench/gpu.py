@@ -28,7 +28,7 @@ from atoll.devices.nvidia import checkpoint
 from atoll.devices.nvidia.hardware import NvidiaHardware
 from atoll.devices.nvidia.presence import driver_version
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSharing
-from atoll.model.errors import AtollError, Unsupported
+from atoll.model.errors import AtollError
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image, ImageConfig
@@ -123,9 +123,7 @@ async def _on_device(directory: Path, report: Report, options: argparse.Namespac
         device = next(each for each in inventory if not each.mig)
         report.notes.append(f"device: {device.model}, driver {device.driver}, CUDA {device.cuda}, {len(inventory)} of them")
         image = _image(directory, program)
-        runc = Tenants(
-            RuncRuntime(directory / "runc", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}"), devices, device, image, directory
-        )
+        runc = Tenants(RuncRuntime(directory / "runc", cgroup=_cgroup()), devices, device, image, directory)
         try:
             await runc.open()
             await _start(report, runc, program, options.samples)
@@ -394,7 +392,7 @@ async def _gvisor(
         if options.gvisor_driver:
             report.notes.append(f"gvisor: told driver {options.gvisor_driver} in place of {device.driver}, which it does not know")
         await _throughput(report, tenants, program, options.rounds, ">= 0.95")
-    except (AtollError, Unsupported) as error:
+    except AtollError as error:
         report.add(Result(what, None, "GFLOP/s", None, ">= 0.95", str(error)))
     finally:
         await tenants.close()
