@@ -148,7 +148,7 @@ async def test_a_paused_machine_is_known_to_be_so_by_the_next_agent(world: World
 
 async def test_a_monitor_that_nobody_told_anything_is_ended_and_the_instance_can_be_started(world: World) -> None:
     pid = await world.launch("a", "exit", "3", "1000")
-    (directory_of(world, "a") / "vm/booted").unlink()  # as after a `kill -9` of the agent before the machine's boot
+    (directory_of(world, "a") / "booted").unlink()  # as after a `kill -9` of the agent before the machine's boot
     await world.reopen()
     (found,) = await world.runtime.recover()
     assert (found.id, found.pid, found.exit) == ("a", None, None)

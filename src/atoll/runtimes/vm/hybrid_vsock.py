@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -156,9 +157,17 @@ def _listen(directory: Path, name: str, uid: int) -> socket.socket:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=fd)
             listener.bind(f"/proc/self/fd/{fd}/{name}")
-            os.chown(name, uid, uid, dir_fd=fd, follow_symlinks=False)
+            _give_socket(fd, name, uid)
         listener.listen(CONNECTIONS_MAX)
     except OSError as error:
         listener.close()
         raise RuntimeFailed(f"cannot listen for the instance's output: {error}") from None
     return listener
+
+
+def _give_socket(directory: int, name: str, uid: int) -> None:
+    """Make a socket the monitor's. What it may have put in its place meanwhile, a file of the node's, stays whose it is."""
+    with descriptor(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)) as fd:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise ConnectionRefusedError(f"{name} is no socket any more")
+        os.chown(f"/proc/self/fd/{fd}", uid, uid)

@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from atoll.model.errors import AtollError, DeadlineExceeded, RuntimeFailed, Unavailable, Unsupported
-from atoll.model.ports.runtime import Found
+from atoll.model.ports.runtime import Found, Started
 from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_container import Container
@@ -37,6 +37,7 @@ SNAPSHOT_SLACK_BYTES = 16 << 20
 """What a snapshot's file has beside the guest's memory."""
 _STEP_S = 0.002
 _BOOTED = "booted"
+"""In the box's directory, out of the monitor's reach."""
 
 log = structlog.get_logger()
 
@@ -103,7 +104,11 @@ class ToldRuntime(VmRuntime):
         except (Unavailable, DeadlineExceeded) as error:
             words = await self._in_thread(last_words, directory)
             raise RuntimeFailed(f"{error}. {words}".strip(), mend="see vmm.log in the instance's directory") from None
-        await self._in_thread((directory / "vm" / _BOOTED).touch)
+        await self._in_thread((directory / _BOOTED).touch)
+
+    async def _start(self, boxes: OciBoxes, container: Container) -> Started:
+        await self._in_thread(lambda: (container.record.directory / _BOOTED).unlink(missing_ok=True))
+        return await super()._start(boxes, container)
 
     async def _await_api(self, api: HttpApi, container: Container) -> None:
         step_s, loop = _STEP_S, asyncio.get_running_loop()
@@ -129,7 +134,7 @@ class ToldRuntime(VmRuntime):
         container = self._told(record.id)
         if found.pid is None or container.logs is not None:
             return found
-        if not (record.directory / "vm" / _BOOTED).exists():
+        if not (record.directory / _BOOTED).exists():
             await self._give_up(boxes, container)
             return Found(id=record.id, pid=None, exit=None)
         plan = await self._in_thread(load_plan, record.directory)
