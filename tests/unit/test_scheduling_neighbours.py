@@ -242,3 +242,12 @@ def test_a_node_that_has_the_image_is_chosen_among_equals_but_spreading_comes_fi
     assert where(place(snapshot, asked, 1)) == ["n1"]
     snapshot.set_images("n1", ())
     assert where(place(snapshot, asked, 1)) == ["n0"]
+
+
+def test_together_by_two_labels_of_which_only_one_is_chosen_yet_holds_in_bulk() -> None:
+    snapshot = nodes(1, labels={})
+    capacity = Capacity(cpu_milli=4000, memory_bytes=1 << 30, disk_bytes=1 << 33)
+    snapshot.upsert_node(Node(name="n9", site="s9", capacity=capacity, runtimes=(RuntimeName.RUNC,), labels={"disk": "a"}))
+    asked = demand(affinity=(Affinity(app="web", by="node"), Affinity(app="web", by="disk")))
+    snapshot.allocate("held", "n0", GROUP, asked)
+    assert where(place(snapshot, asked, 1)) == where(place(snapshot, asked, 2)) == []

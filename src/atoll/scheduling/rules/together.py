@@ -32,9 +32,10 @@ class Together:
 
     def bounds(self, view: View, group: str, demand: Demand, fit: Bools) -> Sequence[Bound]:
         counts = view.owner_counts(owner_of_group(group))
-        return [
-            _Chosen(view.nodes.label(label)) for label in _labels(group, demand) if not domain_counts(view, label, counts).any()
-        ]
+        there = {label: np.flatnonzero(domain_counts(view, label, counts)) for label in _labels(group, demand)}
+        if all(len(places) for places in there.values()):
+            return []
+        return [_Chosen(view.nodes.label(label), set(places.tolist())) for label, places in there.items()]
 
     def room(self, view: View, group: str, demand: Demand) -> Ints | None:
         return None
@@ -54,16 +55,19 @@ def _labels(group: str, demand: Demand) -> Iterator[str]:
 
 
 class _Chosen:
-    def __init__(self, of: Ints) -> None:
+    """`places` are those where instances are; where there are none, the first that is taken."""
+
+    def __init__(self, of: Ints, places: set[int]) -> None:
         self.of = of
-        self._place: int | None = None
+        self._places = places
 
     def open(self, place: int) -> bool:
-        return place != ABSENT and self._place in (None, place)
+        return place != ABSENT and (not self._places or place in self._places)
 
     def shut(self, place: int) -> bool:
         return True
 
     def take(self, place: int) -> bool:
-        self._place = place
+        if not self._places:
+            self._places.add(place)
         return False
