@@ -505,6 +505,64 @@ def test_several_gangs_over_many_nodes_are_placed_as_a_whole_and_none_in_parts(s
     assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
 
 
+def fairly(machines: list[Machine], pending: list[Pending], weights: dict[str, int]) -> dict[str, str | None]:
+    """One by one: of the highest priority, the oldest of the project that holds least by its dominant resource and weight."""
+    answer: dict[str, str | None] = {}
+
+    def project(group: str) -> str:
+        return group.split("/")[1]
+
+    def share(name: str) -> float:
+        parts = []
+        for what in ("cpu_milli", "memory_bytes"):
+            total = sum(getattr(m.node.capacity, what) for m in machines)
+            used = sum(getattr(held, what) for m in machines for group, held in m.held if project(group) == name)
+            parts.append(used / total if total else 0.0)
+        return max(parts) / weights.get(name, 1)
+
+    left = pending[:]
+    while left:
+        top = max(item.demand.placement.priority for item in left)
+        first = {}
+        for item in sorted(left, key=lambda item: item.order):
+            if item.demand.placement.priority == top:
+                first.setdefault(project(item.group), item)
+        item = min(first.values(), key=lambda item: (share(project(item.group)), item.order))
+        answer[item.id] = put_one(machines, item, (), Quota(), machines)
+        left.remove(item)
+    return answer
+
+
+@given(st.integers(0, 2**32))
+@settings(max_examples=200, deadline=None)
+def test_projects_of_equal_priority_take_turns_by_their_dominant_share_and_weight(seed: int) -> None:
+    chance = random.Random(seed)
+    machines = []
+    for number in range(chance.randint(1, 8)):
+        sizes = (chance.choice((1000, 3000)), chance.choice((1000, 4000)))
+        capacity = Capacity(cpu_milli=sizes[0], memory_bytes=sizes[1], disk_bytes=100)
+        node = Node(name=f"n{number}", site=f"s{number % 3}", capacity=capacity, runtimes=RUNTIMES)
+        machines.append(Machine(node, Standing.OPEN))
+        for index in range(chance.randint(0, 2)):
+            held = Demand(cpu_milli=chance.randint(1, 300), memory_bytes=chance.randint(1, 300))
+            machines[-1].held.append((f"app/{chance.choice('pqr')}/h/{index}/1", held))
+    weights = {name: chance.choice((1, 1, 3)) for name in "pqr"}
+    pending = []
+    for index in range(chance.randint(1, 4)):
+        wish = Placement(priority=chance.choice((10, 50, 50)), spread=chance.choice(list(SpreadBy)))
+        asked = Demand(cpu_milli=chance.randint(50, 600), memory_bytes=chance.randint(50, 600), placement=wish)
+        group = f"app/{chance.choice('pqr')}/{index}/1/1"
+        for n in range(chance.randint(1, 7)):
+            pending.append(Pending(id=f"{group}-{n}", group=group, demand=asked, created_at=float(chance.randint(0, 3))))
+    snapshot = snapshot_with_held(machines, {})
+    snapshot.quotas = {name: Quota(weight=weight) for name, weight in weights.items() if weight > 1}
+    got = plan(snapshot, pending)
+    chance.shuffle(pending)
+    assert plan(snapshot, pending) == got
+    expected = fairly(machines, pending, weights)
+    assert {item.id: item.node for item in got.placed} | dict.fromkeys(got.rejected) == expected
+
+
 quota_limits = st.builds(
     Quota,
     cpu=st.none() | st.integers(1, 4000).map(lambda milli: Cores(milli / 1000)),

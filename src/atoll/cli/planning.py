@@ -94,6 +94,8 @@ def _details(session: Session, explanation: Explanation, rejection: Rejection | 
         output.table(columns, rows)
     if explanation.wall:
         output.say(escape(f"GPUs: {explanation.wall}"))
+    if explanation.share and rejection is not None:
+        output.say(escape(f"{explanation.share}; among equal priorities, projects that hold less go first"))
     if explanation.failed:
         output.table(("FILTER", "NODES TURNED AWAY>"), list(explanation.failed.items()))
     if rejection is not None:

@@ -306,6 +306,8 @@ class Quota(_Spec, frozen=True, kw_only=True):
     gpu: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     """Whole devices."""
     instances: Annotated[int, Meta(ge=0, le=10_000_000)] | None = None
+    weight: Annotated[int, Meta(ge=1, le=1000)] = 1
+    """No limit: how much the project counts beside others when there is not room for all that wait (fair shares)."""
 
 
 class RestartPolicy(enum.StrEnum):

@@ -118,6 +118,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
     """Why no node is left, and what would change that."""
     wall: str = ""
     """Of GPUs: how they are given, and how hard the wall to others is."""
+    share: str = ""
+    """What its project holds of what it holds most of, in words: among equal priorities, projects that hold less go first."""
 
 
 class InstanceExplanation(Struct, frozen=True, kw_only=True):

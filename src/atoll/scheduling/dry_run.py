@@ -9,10 +9,13 @@ from msgspec.structs import replace
 
 from atoll.model.records import Instance, OwnerKind
 from atoll.model.spec import AppSpec, JobSpec, Workload
-from atoll.model.views import InstanceExplanation, PlanView
+from atoll.model.views import Explanation, InstanceExplanation, PlanView
 from atoll.scheduling.assembly import group_of
-from atoll.scheduling.demand import Pending, demand_of
+from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.explain import explain
+from atoll.scheduling.fair import Shares
+from atoll.scheduling.groups import project_of_group
+from atoll.scheduling.interface import View
 from atoll.scheduling.plan import plan
 from atoll.scheduling.snapshot import Snapshot
 
@@ -37,7 +40,7 @@ def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, 
         placed=dict(sorted(Counter(placed.node for placed in answer.placed).items())),
         unplaced=len(answer.rejected),
         rejection=next(iter(answer.rejected.values()), None),
-        explanation=explain(snapshot, group, demand),
+        explanation=_explained(snapshot, group, demand),
     )
 
 
@@ -48,8 +51,13 @@ def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Wor
     """
     snapshot.release(key)
     group, demand = group_of(instance), demand_of(spec)
-    explanation = explain(snapshot, group, demand)
+    explanation = _explained(snapshot, group, demand)
     if demand.placement.gang and instance.node is None:
         answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(waiting)))
         explanation = replace(explanation, rejection=next(iter(answer.rejected.values()), None))
     return InstanceExplanation(instance=instance, explanation=explanation)
+
+
+def _explained(snapshot: Snapshot, group: str, demand: Demand) -> Explanation:
+    share = Shares(View(snapshot)).words(project_of_group(group))
+    return replace(explain(snapshot, group, demand), share=share)

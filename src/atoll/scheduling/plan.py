@@ -1,8 +1,9 @@
 """`plan`: which node each pending instance gets, and why the others get none.
 
-Instances are taken in the order of `Pending.order`, each to the best node as the ones before it have left things. Equal
-instances are one class: nodes are filtered and scored once for it, and only a node that has just received one is scored again,
-so that the answer is the one that placing one by one would give, at a small part of the cost. A gang is placed as a whole.
+Instances are taken in the order of `Pending.order`, and between projects of equal priority by fair shares (`fair`), each to the
+best node as the ones before it have left things. Equal instances are one class: nodes are filtered and scored once for it, and
+only a node that has just received one is scored again, so that the answer is the one that placing one by one would give, at a
+small part of the cost. A gang is placed as a whole.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from atoll.model.records import Rejection
 from atoll.scheduling import quotas
 from atoll.scheduling.demand import Demand, Pending, Placed
 from atoll.scheduling.explain import reject
+from atoll.scheduling.fair import Turns
 from atoll.scheduling.gangs import place_gang, reject_gang
 from atoll.scheduling.interface import View
 from atoll.scheduling.placing import place_class
@@ -39,7 +41,8 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float = 0.0) -> Pl
     view = View(snapshot)
     placed: list[Placed] = []
     rejected: dict[str, Rejection] = {}
-    for members in _queue(pending):
+    turns = Turns(view, _queue(pending))
+    for members in turns:
         first = members[0]
         gang = first.demand.placement.gang
         most = quotas.room(view, first.group, first.demand, len(members))
@@ -47,6 +50,7 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float = 0.0) -> Pl
             rows = place_gang(view, first.group, first.demand, most) if most == len(members) else []
         else:
             rows = place_class(view, first.group, first.demand, most) if most else []
+        turns.placed(first, len(rows))
         runtimes = {row: snapshot.runtime_for(row, first.demand.runtimes) for row in {row for row, _ in rows}}
         for member, (row, gpus) in zip(members, rows, strict=False):
             placed.append(Placed(id=member.id, node=snapshot.names[row], runtime=runtimes[row], gpus=gpus))
@@ -62,7 +66,7 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float = 0.0) -> Pl
 
 
 def _queue(pending: Iterable[Pending]) -> list[list[Pending]]:
-    """Return the classes in the order in which they are placed: a gang as a whole, where its first member is, or not at all."""
+    """Return the classes in order, whichever project they are of: a gang as a whole, where its first member is, or not at all."""
     ordered = sorted(pending, key=lambda item: item.order)
     classes = list(_classes(ordered[:PENDING_MAX]))
     if not any(members[0].demand.placement.gang for members in classes):
