@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atoll.devices.vfio import VFIO_DRIVER, Vfio
-from atoll.devices.vfio_guest import Bar, cloud_hypervisor_arguments, qemu_arguments, read_bars
+from atoll.devices.vfio_guest import Bar, read_bars, window_bytes
 from atoll.model.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
 
 GPU, AUDIO, NIC, BRIDGE = "0000:3b:00.0", "0000:3b:00.1", "0000:3c:00.0", "0000:3a:00.0"
@@ -325,24 +325,8 @@ def test_the_sizes_of_windows_are_read(kernel: FakeKernel, vfio: Vfio) -> None:
     assert vfio.bars(AUDIO) == ()
 
 
-def test_qemu_is_given_each_device_behind_a_port_of_its_own_and_room_for_large_windows() -> None:
-    small = qemu_arguments([GPU])
-    assert small == ["-device", "pcie-root-port,id=gpu0,bus=pcie.0,chassis=1", "-device", f"vfio-pci,host={GPU},bus=gpu0"]
-    bars = read_bars(H200)
-    large = qemu_arguments([GPU, NIC], bars)
-    assert large[:4] == [
-        "-global",
-        f"q35-pcihost.pci-hole64-size={1 << 40}",
-        "-fw_cfg",
-        f"name=opt/ovmf/X-PciMmio64Mb,string={1 << 20}",
-    ]
-    assert large[-1] == f"vfio-pci,host={NIC},bus=gpu1"
-
-
-def test_cloud_hypervisor_is_given_paths() -> None:
-    assert cloud_hypervisor_arguments([GPU, NIC]) == [
-        "--device",
-        f"path=/sys/bus/pci/devices/{GPU}/",
-        "--device",
-        f"path=/sys/bus/pci/devices/{NIC}/",
-    ]
+def test_a_machine_keeps_room_for_the_windows_of_all_of_its_devices() -> None:
+    large = read_bars(H200)
+    assert window_bytes(large) == 1 << 40
+    assert window_bytes((*large, *large)) == 1 << 41
+    assert window_bytes(()) == window_bytes([Bar(0, 16 << 20, "memory", prefetchable=False)]) == 0

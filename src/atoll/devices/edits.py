@@ -20,5 +20,12 @@ def merge_edits(one: Edits, other: Edits) -> Edits:
         masked=tuple(dict.fromkeys((*one.masked, *other.masked))),
         devices=tuple(dict.fromkeys((*one.devices, *other.devices))),
         pci=tuple(dict.fromkeys((*one.pci, *other.pci))),
+        pci_window_bytes=_room(one.pci_window_bytes, other.pci_window_bytes),
         gvisor_driver=one.gvisor_driver if one.gvisor_driver == other.gvisor_driver else "",
     )
+
+
+def _room(one: int, other: int) -> int:
+    """Return the power of two that holds both."""
+    total = one + other
+    return 1 << (total - 1).bit_length() if total else 0

@@ -1,9 +1,8 @@
-"""What a virtual machine is told about the PCI devices that it gets, and how much room of its addresses they need."""
+"""The windows of PCI devices, and how much room of its addresses a virtual machine needs for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
@@ -11,8 +10,6 @@ from msgspec import Struct
 BARS = 6
 _IO, _PREFETCH, _MEMORY_64 = 0x100, 0x2000, 0x100000
 """Flags of a resource: kernel source, include/linux/ioport.h."""
-_QEMU_HOLE_BYTES = 32 << 30
-"""What QEMU's q35 keeps for 64-bit windows when it is told nothing."""
 
 
 class Bar(Struct, frozen=True):
@@ -36,31 +33,10 @@ def read_bars(resource: str) -> tuple[Bar, ...]:
     return tuple(found)
 
 
-def qemu_arguments(addresses: Sequence[str], bars: Sequence[Bar] = ()) -> list[str]:
-    """Return what QEMU's q35 is given for the devices, each behind a root port of its own. `bars` are those of all of them.
+def window_bytes(bars: Sequence[Bar]) -> int:
+    """Return how much of its 64-bit addresses a machine must keep for all windows of its devices: a power of two, 0 for none.
 
-    Where they are larger than what q35 keeps free, its window is widened, and a firmware of EDK II is told so.
+    There is room for all of them even where those of each device begin at a multiple of its largest.
     """
-    arguments: list[str] = []
-    window = _window_bytes(bars)
-    if window > _QEMU_HOLE_BYTES:
-        arguments += ["-global", f"q35-pcihost.pci-hole64-size={window}"]
-        arguments += ["-fw_cfg", f"name=opt/ovmf/X-PciMmio64Mb,string={window >> 20}"]
-    for at, address in enumerate(addresses):
-        arguments += ["-device", f"pcie-root-port,id=gpu{at},bus=pcie.0,chassis={at + 1}"]
-        arguments += ["-device", f"vfio-pci,host={address},bus=gpu{at}"]
-    return arguments
-
-
-def cloud_hypervisor_arguments(addresses: Sequence[str], sysfs: Path = Path("/sys")) -> list[str]:
-    """Return what Cloud Hypervisor is given for the devices."""
-    arguments: list[str] = []
-    for address in addresses:
-        arguments += ["--device", f"path={sysfs / 'bus/pci/devices' / address}/"]
-    return arguments
-
-
-def _window_bytes(bars: Sequence[Bar]) -> int:
-    """Return a power of two with room for all windows, even where those of each device begin at a multiple of its largest."""
     total = sum(bar.size_bytes for bar in bars if bar.kind == "memory64")
     return 1 << (2 * total - 1).bit_length() if total else 0

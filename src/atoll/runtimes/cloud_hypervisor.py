@@ -11,10 +11,8 @@ import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from msgspec import structs
-
-from atoll.model.errors import RuntimeFailed, Unsupported
-from atoll.model.ports.devices import DeviceNode, Edits
+from atoll.model.errors import RuntimeFailed
+from atoll.model.ports.devices import DeviceNode
 from atoll.model.ports.runtime import Box, Feature
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.cgroup import Group
@@ -26,6 +24,7 @@ from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
 from atoll.runtimes.vm.http_api import HttpApi
 from atoll.runtimes.vm.jail import INSIDE, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
+from atoll.runtimes.vm.pci import check_devices
 from atoll.runtimes.vm.probe import run_once
 from atoll.runtimes.vm.tap import TAP
 from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
@@ -100,14 +99,7 @@ class CloudHypervisorRuntime(ToldRuntime):
         return OVERHEAD_BYTES
 
     def check(self, box: Box) -> None:
-        other = structs.replace(box.devices, nodes=(), env=(), devices=(), pci=())
-        strangers = [node.path for node in box.devices.nodes if not node.path.startswith("/dev/vfio/")]
-        if other != Edits() or strangers or (box.devices and not box.devices.pci):
-            raise Unsupported(
-                "Cloud Hypervisor hands on whole PCI devices only, which the node has set aside for it",
-                mend="ask for a whole device, or use runc, crun or gvisor",
-                field="resources.gpu",
-            )
+        check_devices(box, self.name)
 
     def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
         tools = make_tools(self._cache / "tools", self._binary)

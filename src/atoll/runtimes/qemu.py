@@ -1,4 +1,5 @@
-"""The QEMU runtime: an instance in a virtual machine of its own, of QEMU's smallest kind (`microvm`).
+"""The QEMU runtime: an instance in a virtual machine of its own, of QEMU's smallest kind (`microvm`), or one with PCI (`q35`) where
+it is handed a device of the node.
 
 KVM is used where it boots our guest, found out by booting it: a /dev/kvm that cannot run an unmodified kernel exists. Elsewhere
 QEMU emulates the processor (TCG), which is slower by an order of magnitude and isolates as well.
@@ -16,11 +17,12 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from atoll.model.errors import AtollError, Unsupported
 from atoll.model.ports.devices import DeviceNode
 from atoll.model.ports.images import Image, ImageConfig
-from atoll.model.ports.runtime import Box, Limits
+from atoll.model.ports.runtime import Box, Feature, Limits
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.cgroup import Group
 from atoll.runtimes.native import jail_path, shim_path
@@ -29,6 +31,7 @@ from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
 from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
 from atoll.runtimes.vm.jail import INSIDE, STDERR_FD, STDOUT_FD, TAP_FD, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
+from atoll.runtimes.vm.pci import check_devices, check_locking, locked_bytes, shown_of
 from atoll.runtimes.vm.qmp import command as qmp
 from atoll.runtimes.vm.runtime import VmRuntime
 from atoll.runtimes.vm.sockets import open_socket
@@ -43,8 +46,13 @@ OVERHEAD_KVM_BYTES, OVERHEAD_TCG_BYTES = 64 << 20, 192 << 20
 TCG_CODE_MIB = 32
 KVM_NODE = DeviceNode(path="/dev/kvm", host_path="/dev/kvm", major=10, minor=232)
 AGENT, MONITOR = "agent.sock", "qmp.sock"
-_DATA = Path("/usr/share/qemu")
+Machine = Literal["microvm", "q35"]
+"""Microvm has no PCI, and no firmware that looks for it."""
+_DATA, _FIRMWARE = Path("/usr/share/qemu"), Path("/usr/share/seabios")
+"""Where QEMU's files are, and where Debian keeps those of SeaBIOS, which q35 begins with."""
 _FILES = ("bios-microvm.bin", "qboot.rom", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin", "bios-256k.bin")
+_WINDOW_BYTES = 32 << 30
+"""What q35 keeps for 64-bit windows when it is told nothing."""
 _MODULES = Path("/usr/lib/x86_64-linux-gnu/qemu")
 _PROBE_LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=4 << 20, pids=32)
 _PROBE_CODE = 2
@@ -57,7 +65,8 @@ class QemuRuntime(VmRuntime):
 
     name = RuntimeName.QEMU
     slots = range(SLOT_MIN, SLOT_MIN + 2048)
-    modules = ("virtio_mmio", "virtio_console", *MODULES)
+    modules = ("virtio_mmio", "virtio_pci", "virtio_console", *MODULES)
+    features = VmRuntime.features | {Feature.GPU}
 
     def __init__(
         self,
@@ -69,10 +78,12 @@ class QemuRuntime(VmRuntime):
         kernels: Sequence[Path] = PLACES,
         cache: Path | None = None,
         accelerator: str = "",
+        machine: Machine = "microvm",
     ) -> None:
-        """`accelerator` is `kvm` or `tcg`; empty to find out."""
+        """`accelerator` is `kvm` or `tcg`; empty to find out. `machine` is of instances without a device: with one it is q35."""
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns, kernels=kernels, cache=cache)
         self._accelerator = accelerator
+        self._without_devices = machine
 
     async def probe(self) -> str:
         return await asyncio.to_thread(self._probe)
@@ -153,8 +164,11 @@ class QemuRuntime(VmRuntime):
     def overhead_bytes(self) -> int:
         return OVERHEAD_KVM_BYTES if self.accelerator == "kvm" else OVERHEAD_TCG_BYTES
 
+    def check(self, box: Box) -> None:
+        check_devices(box, self.name)
+
     def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
-        files = [_DATA / name for name in _FILES] + [_MODULES / "accel-tcg-x86_64.so"]
+        files = [place / name for name in _FILES for place in (_DATA, _FIRMWARE)] + [_MODULES / "accel-tcg-x86_64.so"]
         tools = make_tools(self._cache / "tools", self._binary, files)
         return Jail(
             directory=Path(plan.directory),
@@ -164,15 +178,18 @@ class QemuRuntime(VmRuntime):
                 (kernel.image, Path("/kernel")),
                 (kernel.initramfs, Path("/initramfs")),
                 (plan.image_disk, Path("/image")),
+                *shown_of(plan),
             ),
-            nodes=(KVM_NODE,) if self.accelerator == "kvm" else (),
+            nodes=(*((KVM_NODE,) if self.accelerator == "kvm" else ()), *plan.nodes),
+            locked_bytes=locked_bytes(plan),
             tap=TAP if plan.link else None,
             file_bytes=plan.disk.stat().st_size,
             groups=tuple(path for path in group.directories if (path / "cgroup.procs").exists()),
         )
 
     def monitor(self, plan: VmPlan) -> list[str]:
-        return [f"/usr/bin/{self._binary}", *machine(plan, self.accelerator)]
+        check_locking(locked_bytes(plan))
+        return [f"/usr/bin/{self._binary}", *machine(plan, self.accelerator, self._without_devices)]
 
     async def reach(self, directory: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await open_socket(directory / "vm" / AGENT)
@@ -184,11 +201,18 @@ class QemuRuntime(VmRuntime):
         await qmp(directory / "vm" / MONITOR, "cont")
 
 
-def machine(plan: VmPlan, accelerator: str) -> list[str]:
-    """Return QEMU's arguments for the machine of `plan`: no device but what it needs, none that it could do without."""
-    bus = "device"  # of virtio: on microvm's own, without PCI
-    words = ["-M", "microvm,x-option-roms=off,rtc=on", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    words += ["-L", str(_DATA), "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+def machine(plan: VmPlan, accelerator: str, without_devices: Machine = "microvm") -> list[str]:
+    """Return QEMU's arguments for the machine of `plan`: no device but what it needs, none that it could do without.
+
+    It is a q35 where the plan has PCI devices, and what `without_devices` says where it has none.
+    """
+    kind = "q35" if plan.pci else without_devices
+    # of virtio: on microvm's own bus, which is not PCI, or on PCI in its modern form alone
+    bus, modern = ("device", "") if kind == "microvm" else ("pci", ",disable-legacy=on")
+    options = "x-option-roms=off,rtc=on" if kind == "microvm" else "usb=off,sata=off,smbus=off,vmport=off,smm=off"
+    words = ["-M", f"{kind},{options}", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    words += ["-L", str(_DATA), "-L", str(_FIRMWARE)]
+    words += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
     if accelerator == "kvm":
         words += ["-accel", "kvm", "-cpu", "host"]
     else:
@@ -197,17 +221,30 @@ def machine(plan: VmPlan, accelerator: str) -> list[str]:
     words += ["-kernel", "/kernel", "-initrd", "/initramfs", "-append", kernel_line(accelerator)]
     words += ["-chardev", f"socket,id=qmp,path={INSIDE / MONITOR},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
     words += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
-    words += ["-device", f"virtio-serial-{bus},max_ports=4"]
+    words += ["-device", f"virtio-serial-{bus},max_ports=4{modern}"]
     words += ["-chardev", f"socket,id=agent,path={INSIDE / AGENT},server=on,wait=off"]
     words += ["-device", "virtserialport,chardev=agent,name=io.atoll.agent"]
     for name, fd, number in (("stdout", STDOUT_FD, 1), ("stderr", STDERR_FD, 2)):
         words += ["-add-fd", f"fd={fd},set={number}", "-chardev", f"file,id={name},path=/dev/fdset/{number},append=on"]
         words += ["-device", f"virtserialport,chardev={name},name=io.atoll.{name}"]
-    words += ["-drive", "if=none,id=image,file=/image,format=raw,readonly=on", "-device", f"virtio-blk-{bus},drive=image"]
+    words += ["-drive", "if=none,id=image,file=/image,format=raw,readonly=on"]
+    words += ["-device", f"virtio-blk-{bus},drive=image{modern}"]
     words += ["-drive", f"if=none,id=disk,file={INSIDE / plan.disk.name},format=raw,discard=unmap,cache=writeback"]
-    words += ["-device", f"virtio-blk-{bus},drive=disk"]
+    words += ["-device", f"virtio-blk-{bus},drive=disk{modern}"]
     if plan.link is not None:
-        words += ["-netdev", f"tap,id=net,fd={TAP_FD}", "-device", f"virtio-net-{bus},netdev=net,mac={plan.link.mac}"]
+        rom = "" if kind == "microvm" else ",romfile="  # no start from the network
+        words += ["-netdev", f"tap,id=net,fd={TAP_FD}", "-device", f"virtio-net-{bus},netdev=net,mac={plan.link.mac}{modern}{rom}"]
+    return words + pci_devices(plan.pci, plan.pci_window_bytes)
+
+
+def pci_devices(addresses: Sequence[str], window_bytes: int = 0) -> list[str]:
+    """Return what hands the node's devices to a q35, each behind a port of its own, with room for `window_bytes` of windows."""
+    words: list[str] = []
+    if window_bytes > _WINDOW_BYTES:
+        words += ["-global", f"q35-pcihost.pci-hole64-size={window_bytes}"]
+    for at, address in enumerate(addresses):
+        words += ["-device", f"pcie-root-port,id=port{at},bus=pcie.0,chassis={at + 1}"]
+        words += ["-device", f"vfio-pci,host={address},bus=port{at}"]
     return words
 
 

@@ -47,7 +47,9 @@ class Edits(Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     """The granted devices' names as CDI knows them (`nvidia.com/gpu=GPU-…`), for what wants names instead of edits."""
     pci: tuple[str, ...] = ()
-    """PCI addresses, for a virtual machine that gets the device itself."""
+    """PCI addresses, for a virtual machine that gets the device itself. `nodes` are then the files of VFIO that lead to them."""
+    pci_window_bytes: int = 0
+    """How much of its 64-bit addresses the machine must keep for these devices' windows: a power of two, or 0 for none."""
     gvisor_driver: str = ""
     """The driver version that gVisor's proxy must know; empty where it cannot be used."""
 

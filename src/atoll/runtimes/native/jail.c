@@ -11,6 +11,7 @@
  *     -d PLACE=MAJOR,MINOR  a character device that it may open
  *     -g DIRECTORY       a control group to be in
  *     -f BYTES           the size that no file it writes may be larger than
+ *     -m BYTES           how much memory it may lock
  *     -t NAME            a tap of the network namespace that this is started in, as descriptor 5
  *   atoll-jail tsc
  *     Says how fast this processor's time stamp counter runs, in kHz.
@@ -48,7 +49,7 @@ enum { NEWS = 3, TAP = 5, FIFOS = 10, FIRST_FREE = 20, ITEMS_MAX = 64, WORDS_MAX
 static struct {
     const char *pid_file, *log, *root, *tap, *groups[ITEMS_MAX];
     uid_t uid;
-    rlim_t file_bytes;
+    rlim_t file_bytes, locked_bytes;
     struct item {
         char kind;
         char *source, *place;
@@ -80,7 +81,7 @@ static _Noreturn void die(const char *what) {
 }
 
 static void parse(int argc, char **argv) {
-    for (int option; (option = getopt(argc, argv, "+p:l:r:u:b:w:d:g:t:f:")) != -1;) {
+    for (int option; (option = getopt(argc, argv, "+p:l:r:u:b:w:d:g:t:f:m:")) != -1;) {
         switch (option) {
         case 'p': jail.pid_file = optarg; break;
         case 'l': jail.log = optarg; break;
@@ -88,6 +89,7 @@ static void parse(int argc, char **argv) {
         case 'u': jail.uid = strtoul(optarg, NULL, 10); break;
         case 't': jail.tap = optarg; break;
         case 'f': jail.file_bytes = strtoull(optarg, NULL, 10); break;
+        case 'm': jail.locked_bytes = strtoull(optarg, NULL, 10); break;
         case 'g':
             if (jail.group_count < ITEMS_MAX) jail.groups[jail.group_count++] = optarg;
             break;
@@ -178,8 +180,9 @@ static void give_up_all(void) {
     const struct rlimit core = {0, 0};
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct none[2] = {{0}};
-    const struct rlimit file = {jail.file_bytes, jail.file_bytes};
+    const struct rlimit file = {jail.file_bytes, jail.file_bytes}, locked = {jail.locked_bytes, jail.locked_bytes};
     if (setrlimit(RLIMIT_CORE, &core) < 0 || (jail.file_bytes && setrlimit(RLIMIT_FSIZE, &file) < 0)) die("limits");
+    if (jail.locked_bytes && setrlimit(RLIMIT_MEMLOCK, &locked) < 0) die("the memory that it may lock");
     signal(SIGXFSZ, SIG_IGN); /* what is beyond it is lost, and nothing else */
     for (int at = 0; at < CAPABILITIES; at++)
         if (prctl(PR_CAPBSET_READ, at) == 1 && prctl(PR_CAPBSET_DROP, at) < 0) die("capabilities");

@@ -72,6 +72,7 @@ class VmPlan(Struct, frozen=True, kw_only=True):
     process: dict[str, Any]
     """As in an OCI configuration."""
     pci: tuple[str, ...] = ()
+    pci_window_bytes: int = 0
     nodes: tuple[DeviceNode, ...] = ()
 
     @property
@@ -169,6 +170,7 @@ class VmBoxes(OciBoxes):
             read_only_root=box.read_only_root,
             process=oci_process(box.argv, environment(box.env, box.devices), box.workdir or "/", user),
             pci=box.devices.pci,
+            pci_window_bytes=box.devices.pci_window_bytes,
             nodes=box.devices.nodes,
         )
         write_private(box.directory / PLAN, msgspec.json.encode(plan))

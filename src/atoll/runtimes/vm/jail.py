@@ -39,6 +39,8 @@ class Jail(Struct, frozen=True, kw_only=True):
     tap: str | None = None
     file_bytes: int = 0
     """The size that no file it writes, its log included, may be larger than."""
+    locked_bytes: int = 0
+    """How much memory it may lock; 0 leaves that as it is here."""
     groups: tuple[Path, ...] = ()
 
 
@@ -54,6 +56,8 @@ def jail_command(jail: Jail, pid_file: Path, command: Sequence[str]) -> list[str
         line += ["-g", str(group)]
     if jail.file_bytes:
         line += ["-f", str(jail.file_bytes)]
+    if jail.locked_bytes:
+        line += ["-m", str(jail.locked_bytes)]
     if jail.tap is not None:
         line += ["-t", jail.tap]
     return [*line, "--", *command]
