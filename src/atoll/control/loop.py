@@ -22,6 +22,7 @@ from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
 from atoll.control.placement import Placement
 from atoll.control.prefetch import Prefetching
+from atoll.control.quarrels import Quarrels
 from atoll.control.readings import Heartbeats, Readings
 from atoll.control.timers import Timers
 from atoll.control.watching import NodeWatch
@@ -50,7 +51,6 @@ PAUSE_S_PER_INSTANCE = 10e-6
 """Its pause between two decisions, for each of its instances."""
 SUFFIX_BITS = 30
 """Random bits in an id that is given out."""
-CONFLICT_PAUSE_S = 0.02
 ERROR_PAUSE_MIN_S = 0.1
 ERROR_PAUSE_MAX_S = 5.0
 PLACED_EVENTS_MAX = 100
@@ -88,6 +88,7 @@ class Loop:
         self._timers = Timers()
         self._round: list[Owner] = []
         self._share = 0
+        self._quarrels = Quarrels()
         self._given: set[str] = set()
         """Ids given out in this wake."""
         self._decided_at: dict[Owner, float] = {}
@@ -168,19 +169,32 @@ class Loop:
         for source in outcome.refused:
             if isinstance(source, tuple):
                 self._timers.set(source, self._clock.now() + ERROR_PAUSE_MAX_S)
-        if outcome.conflicts:
-            for source in outcome.conflicts:
-                if isinstance(source, tuple):
-                    self._world.dirty[source] = None
-            self._placement.again(source for source in outcome.conflicts if isinstance(source, str))
-            for source in outcome.conflicts:
-                if isinstance(source, frozenset):
-                    self._placement.again(source)
-            # What was in the way shows in the cache soon; a pause, so that a quarrel never becomes a hot loop.
-            await asyncio.sleep(CONFLICT_PAUSE_S)
+        conflicts = set(outcome.conflicts)
+        self._quarrels.settled(unit.source for unit in units if unit.source not in conflicts)
+        if conflicts:
+            # Decided again at once, from what was in the way: first the cache must have it.
+            await self._reach(await self._store.revision())
+            for source in conflicts:
+                self._again(source)
             self._changed.set()
         if self._world.dirty:
             self._changed.set()
+
+    def _again(self, source: object) -> None:
+        """Have decided again what could not be written; where that goes on and on, ever later, so that no quarrel is a hot loop."""
+        delay_s = self._quarrels.delay_s(source)
+        at = self._clock.now() + delay_s
+        match source:
+            case tuple() if delay_s:
+                self._timers.set_sooner(source, at)
+            case tuple():
+                self._world.dirty[source] = None
+            case str():
+                self._placement.again([source], at)
+            case frozenset():
+                self._placement.again(source, at)
+            case _:
+                pass
 
     async def _reach(self, revision: Revision) -> None:
         if self._world.revision >= revision:

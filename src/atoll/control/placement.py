@@ -59,8 +59,8 @@ class Placement:
     def __init__(self, world: World) -> None:
         self._world = world
         self.snapshot = Snapshot()
-        self._new: dict[str, None] = {}
-        """Pending instances that have not been planned since they came."""
+        self._new: dict[str, float] = {}
+        """Pending instances that have not been planned since they came or changed → not to be planned before."""
         self._rejected: dict[str, float] = {}
         """Pending instances that did not fit → when their rejection was written."""
         self._room = False
@@ -169,7 +169,7 @@ class Placement:
         elif instance.desired is not Desired.RUN:
             self._forget(key)
         elif key not in self._rejected:
-            self._new[key] = None
+            self._new[key] = 0.0
 
     def _forget(self, key: str) -> None:
         self._new.pop(key, None)
@@ -207,11 +207,13 @@ class Placement:
 
     def due(self, now: float) -> float | None:
         """Return when to plan: now, later, or None while nothing can be placed."""
-        if self._new or any(self._settled(claim, now) for claim in self._claims.values()):
+        if any(at <= now for at in self._new.values()) or any(self._settled(claim, now) for claim in self._claims.values()):
             return now
+        later = min(self._new.values(), default=None)
         if self._rejected and self._room:
-            return max(now, self._planned_at + REPLAN_S)
-        return None
+            again = max(now, self._planned_at + REPLAN_S)
+            return again if later is None else min(again, later)
+        return later
 
     def place(self, created: Iterable[Instance], skip: set[str], now: float) -> tuple[list[Instance], list[tuple[Instance, int]]]:
         """Plan `created` (not in the store yet) and all that waits but for the keys in `skip`.
@@ -251,7 +253,7 @@ class Placement:
         for item in pending:
             if item.id in waiting and item.id not in result and item.id not in answer.rejected:
                 # More waited than are planned at once.
-                self._new[item.id] = None
+                self._new[item.id] = 0.0
         return [result.get(key, instance) for key, instance in fresh.items()], [
             (result[key], revision) for key, (_, revision) in waiting.items() if key in result
         ]
@@ -276,7 +278,7 @@ class Placement:
             if group in later or not skip.isdisjoint(members):
                 for key in members:
                     if waiting.pop(key, None) is not None:
-                        self._new[key] = None
+                        self._new[key] = 0.0
                 continue
             for key in members:
                 self._new.pop(key, None)
@@ -291,7 +293,7 @@ class Placement:
             self._room = False
             self._planned_at = now
         self._settle_claims(now)
-        names = [*self._new, *(self._rejected if again else ())]
+        names = [*(key for key, at in self._new.items() if at <= now), *(self._rejected if again else ())]
         names = [key for key in names if key not in self._claims][:PENDING_MAX]
         found: dict[str, tuple[Instance, int]] = {}
         for key in names:
@@ -352,15 +354,15 @@ class Placement:
             if self._settled(claim, now):
                 del self._claims[key]
                 self.snapshot.release(key)
-                self._new[key] = None
+                self._new[key] = 0.0
 
-    def again(self, keys: Iterable[str]) -> None:
-        """Plan these again: what was decided about them could not be written."""
+    def again(self, keys: Iterable[str], at: float = 0.0) -> None:
+        """Plan these again, once it is `at` or they change: what was decided about them could not be written."""
         for key in keys:
             held = self._world.state.get(Instance, key)
             if held is not None and held.record.node is None and held.record.desired is Desired.RUN:
                 self._rejected.pop(key, None)
-                self._new[key] = None
+                self._new[key] = at
 
     def _pending(self, instances: Iterable[tuple[str, Instance]]) -> Iterable[Pending]:
         for key, instance in instances:
