@@ -12,6 +12,7 @@ from atoll.devices.health_state import (
     DEGRADED_S,
     KINDS_MAX,
     REPEATS_S,
+    Away,
     Cause,
     DeviceState,
     Gone,
@@ -32,6 +33,7 @@ __all__ = [
     "DEGRADED_S",
     "KINDS_MAX",
     "REPEATS_S",
+    "Away",
     "Cause",
     "DeviceState",
     "Gone",
@@ -49,6 +51,8 @@ __all__ = [
 ]
 
 _ENDED_BY_RESET = frozenset({Cause.ERROR, Cause.SUSPECT})
+_NOT_ITS_DRIVER_S = frozenset({Trouble.VANISHED, Trouble.SILENT, Trouble.DRIVER_CHANGED})
+"""What a driver cannot say of a device that it does not have."""
 
 
 def decide(state: DeviceState, event: Happening, now: float) -> tuple[DeviceState | None, tuple[DeviceEvent, ...]]:
@@ -57,7 +61,12 @@ def decide(state: DeviceState, event: Happening, now: float) -> tuple[DeviceStat
     However many troubles come, what is told stays below KINDS_MAX + 1 for each REPEATS_S, and the state below a fixed size.
     """
     before = state.health
+    told: tuple[DeviceEvent, ...] = ()
+    if state.away and (isinstance(event, Gone | Silent) or (isinstance(event, Told) and event.event.trouble in _NOT_ITS_DRIVER_S)):
+        return state, ()
     match event:
+        case Away(away):
+            state = _without(replace(state, away=away), frozenset({Cause.SILENT}))
         case Seen(device):
             state, told = _seen(state, device, now)
         case Gone():

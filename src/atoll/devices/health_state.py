@@ -62,6 +62,8 @@ class DeviceState(Struct, frozen=True, kw_only=True):
     seen: GpuDevice
     held: bool = False
     """An instance has something of it."""
+    away: bool = False
+    """A virtual machine has it as a whole: its driver does not know it, and that is as it should be."""
     ills: tuple[Ill, ...] = ()
     """At most one of each cause."""
     repeats: tuple[Repeats, ...] = ()
@@ -126,8 +128,14 @@ class Held(Struct, frozen=True):
     held: bool
 
 
+class Away(Struct, frozen=True):
+    """It is taken from its driver for a virtual machine, or was given back."""
+
+    away: bool
+
+
 class Tick(Struct, frozen=True):
     """Time went by."""
 
 
-Happening = Seen | Gone | Silent | Told | Held | Tick
+Happening = Seen | Gone | Silent | Told | Held | Away | Tick

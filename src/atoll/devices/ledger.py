@@ -5,7 +5,7 @@ does not name is someone else's and is never touched. (One that was written down
 the very same place before this is set right, is taken for ours: there is no telling them apart.)
 
 The file is replaced as a whole, and not forced to the disk: the kernel keeps what a killed process wrote, and with the kernel all
-partitions and all errors end too, which `boot` shows.
+partitions and all errors end too, which `boot` shows; devices are then with their own drivers again.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ class Made(Struct, frozen=True, kw_only=True):
         return not self.id or not partition.id or self.id == partition.id
 
 
+class Handed(Struct, frozen=True, kw_only=True):
+    """A device that was to be taken from its driver for a virtual machine, and perhaps was. Without `instance` it is to go back."""
+
+    device: str
+    pci: str
+    instance: str
+    stuck: bool = False
+    """It was tried to give it back, in vain."""
+
+
 class Known(Struct, frozen=True, kw_only=True):
     """A device that must not be forgotten: something holds it, or it was taken out."""
 
@@ -59,6 +69,10 @@ class Ledger(Struct, frozen=True, kw_only=True):
     holdings: dict[str, tuple[GpuGrant, ...]] = {}
     made: tuple[Made, ...] = ()
     known: tuple[Known, ...] = ()
+    handed: tuple[Handed, ...] = ()
+
+    def is_handed(self, device: str) -> bool:
+        return any(handed.device == device for handed in self.handed)
 
     def others_on(self, device: str, instance: str) -> tuple[GpuGrant, ...]:
         """Return what instances beside `instance` hold of a device."""
@@ -110,7 +124,7 @@ class LedgerFile:
         if ledger.boot == boot:
             return ledger
         known = tuple(replace(known, ills=()) for known in ledger.known)
-        return replace(ledger, boot=boot, made=(), known=known)
+        return replace(ledger, boot=boot, made=(), known=known, handed=())
 
 
 def boot_id() -> str:
