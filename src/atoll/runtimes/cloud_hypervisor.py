@@ -7,11 +7,9 @@ It needs KVM. Its monitor runs in the node's own jail (`native/jail.c`) and is t
 from __future__ import annotations
 
 import asyncio
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
-from atoll.model.errors import RuntimeFailed
 from atoll.model.ports.devices import DeviceNode
 from atoll.model.ports.runtime import Box, Feature
 from atoll.model.spec import RuntimeName
@@ -24,7 +22,7 @@ from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
 from atoll.runtimes.vm.http_api import HttpApi
 from atoll.runtimes.vm.jail import INSIDE, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
-from atoll.runtimes.vm.pci import check_devices
+from atoll.runtimes.vm.pci import check_devices, check_locking, locked_bytes, shown_of
 from atoll.runtimes.vm.probe import run_once
 from atoll.runtimes.vm.tap import TAP
 from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
@@ -39,8 +37,6 @@ NODES = (
     DeviceNode(path="/dev/urandom", host_path="/dev/urandom", major=1, minor=9),
 )
 TUN = DeviceNode(path="/dev/net/tun", host_path="/dev/net/tun", major=10, minor=200)
-_SYSFS = (Path("/sys/bus/pci"), Path("/sys/devices"), Path("/sys/kernel/iommu_groups"))
-"""What a monitor reads to hand a PCI device on."""
 _LSM = Path("/sys/kernel/security/lsm")
 VHOST = Path("/vhost.sock")
 
@@ -102,16 +98,16 @@ class CloudHypervisorRuntime(ToldRuntime):
         check_devices(box, self.name)
 
     def jail(self, plan: VmPlan, kernel: GuestKernel, group: Group) -> Jail:
+        check_locking(locked_bytes(plan))
         tools = make_tools(self._cache / "tools", self._binary)
         shown = [
             *top_level(tools),
             (kernel.image, Path(ask.KERNEL)),
             (kernel.initramfs, Path(ask.INITRAMFS)),
             (plan.image_disk, Path(ask.IMAGE)),
+            *shown_of(plan),
         ]
-        if plan.pci:
-            shown += [(path, path) for path in _SYSFS if path.exists()]
-        if plan.link and not plan.pci:
+        if plan.link:
             # That the tap is there already is seen by this directory alone: the monitor then leaves its address as it is.
             shown.append((_empty(Path(plan.directory)), Path("/sys/class/net") / TAP))
         if (switch := self._switch(plan)) is not None:
@@ -122,6 +118,7 @@ class CloudHypervisorRuntime(ToldRuntime):
             shown=tuple(shown),
             nodes=(*NODES, *((TUN,) if plan.link else ()), *plan.nodes),
             file_bytes=file_bytes(plan),
+            locked_bytes=locked_bytes(plan),
             groups=tuple(path for path in group.directories if (path / "cgroup.procs").exists()),
         )
 
@@ -131,11 +128,6 @@ class CloudHypervisorRuntime(ToldRuntime):
 
     def monitor(self, plan: VmPlan) -> list[str]:
         return [str(Path("/usr/bin") / self._binary), "--api-socket", f"path={INSIDE / API}", "--seccomp", "true"]
-
-    def begin(self, plan: VmPlan, pid: int) -> None:
-        """A device writes to the guest's memory wherever that is, so none of it may move: all of it is locked."""
-        if plan.pci:
-            allow_locked(pid, plan.ram_bytes + OVERHEAD_BYTES)
 
     def own(self, directory: Path) -> Path:
         return directory / "vm"
@@ -165,19 +157,6 @@ class CloudHypervisorRuntime(ToldRuntime):
 
     async def press_power(self, api: HttpApi) -> None:
         await api.send(ask.POWER_BUTTON)
-
-
-def allow_locked(pid: int, locked_bytes: int) -> None:
-    """Let a process lock as much memory. Blocking. Raises RuntimeFailed."""
-    try:
-        resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (locked_bytes, locked_bytes))
-    except PermissionError:
-        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)  # which the monitor has from here
-        if soft != resource.RLIM_INFINITY and soft < locked_bytes:
-            raise RuntimeFailed(
-                f"a machine with a device needs {locked_bytes >> 20} MiB of locked memory, and this agent cannot allow it",
-                mend="run the agent with CAP_SYS_RESOURCE, or with LimitMEMLOCK=infinity",
-            ) from None
 
 
 def has_landlock() -> bool:
