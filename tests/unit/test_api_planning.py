@@ -10,7 +10,7 @@ import pytest
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
 from atoll.model.errors import Invalid, NotFound
-from atoll.model.records import Capacity, Instance, Node, NodePolicy, OwnerKind, Status
+from atoll.model.records import AppPhase, AppStatus, Capacity, Instance, Node, NodePolicy, OwnerKind, Status
 from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Quota, Resources, RuntimeName, Scale
 from atoll.model.states import Phase
 from atoll.model.units import Bytes
@@ -123,3 +123,27 @@ async def test_a_quota_is_set_by_name_and_taken_away_by_an_empty_one(service: Se
     assert (await service.planning.plan(spec())).unplaced == 0
     with pytest.raises(NotFound):
         await service.projects.set_quota("nowhere", Quota())
+
+
+async def test_defrag_proposes_within_an_apps_budget_and_not_onto_cordoned_nodes(service: Service) -> None:
+    await service.apps.put(SYSTEM, spec(GIB, 2))
+    for id, node in (("a", "n1"), ("b", "n2")):
+        await instance(service, id, node)
+        running = Status(instance=id, project="default", node=node, phase=Phase.RUNNING, ready=True)
+        await put(service, keys.status("default", id), running)
+    assert (await service.planning.defrag()).steps == (), "none of it is ready as far as anyone has said"
+    status = AppStatus(project="default", name="web", phase=AppPhase.RUNNING, release=1, ready=2)
+    await put(service, keys.app_status("default", "web"), status)
+    await put(service, keys.instance("default", "w"), waiting_instance())
+    before = await service.context.store.revision()
+    view = await service.planning.defrag()
+    [step] = view.steps
+    assert [(move.instance, move.node, move.to) for move in step.moves] == [("a", "n1", "n2")]
+    assert (view.waiting, view.fit_now, view.fit_then) == (1, 1, 1)
+    assert await service.context.store.revision() == before
+
+
+def waiting_instance() -> Instance:
+    return Instance(
+        id="w", project="default", owner_kind=OwnerKind.APP, owner="web", release=1, generation=1, node=None, created_at=2.0
+    )

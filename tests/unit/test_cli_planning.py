@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from atoll.cli.main import cli
 from atoll.cli.session import Session
 from atoll.model.devices import GpuDevice
-from atoll.model.records import Capacity, Node
-from atoll.model.spec import RuntimeName
+from atoll.model.records import App, Capacity, Instance, Node, OwnerKind
+from atoll.model.spec import AppSpec, RuntimeName
 from atoll.sdk.fake import FakeApi
 
 GIB = 1 << 30
@@ -101,3 +101,24 @@ def test_a_plan_with_gpus_shows_the_devices_and_the_wall(atoll: Atoll) -> None:
     assert view["explanation"]["candidates"][0]["gpus"][0]["device"] == "GPU-0"
     (atoll.directory / "atoll.toml").write_text(APP.replace('"1GiB"', '"1GiB"\ngpu = { model = "B200" }'))
     assert "the models there are NVIDIA H100" in atoll.run("plan", str(atoll.directory), code=1).stderr
+
+
+def test_defrag_proposes_moves_and_writes_nothing(atoll: Atoll) -> None:
+    assert "no move would free" in atoll.run("defrag").stdout + atoll.run("defrag").stderr
+    for number, node in enumerate(("n1", "n2")):
+        name = f"app{number}"
+        atoll.api.put("apps", f"default/{name}", made_app(name))
+        at = Instance(id=f"{name}-1", project="default", owner_kind=OwnerKind.APP, owner=name, release=1, node=node, created_at=1.0)
+        atoll.api.put("instances", f"default/{name}-1", at)
+    before = atoll.api.revision
+    said = atoll.run("defrag").stdout
+    assert "node n1: 4 cores, 2.0GiB" in said
+    assert "app0-1" in said
+    [step] = atoll.json("defrag")["steps"]
+    assert [(move["node"], move["to"]) for move in step["moves"]] == [("n1", "n2")]
+    assert atoll.api.revision == before
+
+
+def made_app(name: str) -> App:
+    spec = AppSpec(name=name, image="x")
+    return App(project="default", name=name, spec=spec, release=1, replicas=1, created_at=1.0, updated_at=1.0)

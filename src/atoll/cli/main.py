@@ -43,6 +43,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Cell": {
         "nodes": ("nodes:nodes", "Show the machines; take one out of use with cordon."),
+        "defrag": ("planning:defrag", "Say which instances could be moved, and what that would free."),
         "runtimes": ("runtimes:runtimes", "Show what each runtime can do, and which nodes offer it."),
         "secrets": ("secrets:secrets", "Keep values that specs name but never hold."),
         "image": ("images:image", "Import and list images of the cell's own registry."),

@@ -64,6 +64,24 @@ async def explain(session: Session, instance: str) -> None:
     _details(session, view.explanation, view.explanation.rejection)
 
 
+@command(example="atoll defrag\natoll defrag --json | jq '.steps[].frees'")
+async def defrag(session: Session) -> None:
+    """Say which instances could be moved, and what that would free: nodes, and GPUs. Nothing is moved.
+
+    To carry a step out, cordon the node and stop its instances one by one; each is replaced elsewhere.
+    """
+    async with session.client() as client:
+        view = await client.defrag()
+    if session.json:
+        session.output.json(view)
+        return
+    rows = [(step.frees if move is step.moves[0] else "", move) for step in view.steps for move in step.moves]
+    cells = [(frees, move.project, move.instance, move.node, move.to) for frees, move in rows]
+    session.output.table(("FREES", "PROJECT", "INSTANCE", "FROM", "TO"), cells, empty="no move would free a node or a GPU")
+    if view.waiting:
+        session.output.say(f"of {view.waiting} that wait, {view.fit_now} have room now, {view.fit_then} would after all moves")
+
+
 def _summary(session: Session, name: str, instances: int, unplaced: int) -> None:
     if unplaced:
         session.output.say(f"{instances - unplaced} of {instances} instances of {name} find a node")

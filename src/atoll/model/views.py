@@ -144,6 +144,37 @@ class PlanView(Struct, frozen=True, kw_only=True):
     """For the first instance."""
 
 
+class DefragMove(Struct, frozen=True, kw_only=True):
+    """One instance that could be elsewhere."""
+
+    instance: str
+    project: str
+    node: str
+    to: str
+    gpus: tuple[GpuGrant, ...] = ()
+    """The devices that it would get there."""
+
+
+class DefragStep(Struct, frozen=True, kw_only=True):
+    """Moves that together free something."""
+
+    frees: str
+    moves: tuple[DefragMove, ...]
+
+
+class DefragView(Struct, frozen=True, kw_only=True):
+    """What could be moved and what that would free. Nothing is moved."""
+
+    steps: tuple[DefragStep, ...]
+    nodes: int
+    waiting: int
+    """Instances without a place that were looked at."""
+    fit_now: int
+    """Of them, those that have room as things are."""
+    fit_then: int
+    """Of them, those that would have room after all moves."""
+
+
 class SecretView(Struct, frozen=True, kw_only=True):
     """A secret without its value, which never leaves the server but for the node that runs it."""
 

@@ -20,6 +20,7 @@ from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
     Info,
+    DefragView,
     InstanceExplanation,
     InstanceView,
     JobView,
@@ -172,6 +173,10 @@ class Client:
         """Start a command in a running instance."""
         where = path("projects", project, "instances", id, "exec", options=codec.encode(options).decode())
         return streams.Exec(await self._transport.channel(where))
+    async def defrag(self) -> DefragView:
+        """Return which instances could be moved, and what that would free. Nothing is moved."""
+        return await self._get(DefragView, path("defrag"))
+
 
     async def logs(self, project: str, id: str, options: LogOptions = LogOptions()) -> AsyncIterator[LogLine]:
         """Yield the instance's lines, oldest first; with `follow`, until the instance is gone or the iterator is closed."""

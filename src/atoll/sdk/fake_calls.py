@@ -29,6 +29,7 @@ from atoll.model.records import (
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.views import (
     AppView,
+    DefragView,
     Info,
     InstanceView,
     JobView,
@@ -42,6 +43,9 @@ from atoll.model.views import (
     TokenView,
 )
 from atoll.scheduling.dry_run import explain_instance, plan_spec
+from atoll.scheduling.assembly import group_of
+from atoll.scheduling.defrag import propose
+from atoll.scheduling.demand import demand_of
 from atoll.sdk.fake_world import FakeWorld
 
 INGRESS_PORT = 8080
@@ -72,6 +76,8 @@ class FakeCalls(FakeWorld):
                 job = b'"kind":"job"' in body
                 return plan_spec(self.snapshot(), codec.decode(body, JobSpec) if job else codec.decode(body, AppSpec))
             case "GET", ["projects"]:
+            case "GET", ["defrag"]:
+                return self._defrag()
                 return self._page([record for record, _ in self.under("projects")])
             case "PUT", ["projects", name]:
                 record = Project(name=name, created_at=self.now)
@@ -105,6 +111,13 @@ class FakeCalls(FakeWorld):
                 raise NotFound(f"{method} /v1/{'/'.join(segments)}: no such call")
 
     def _page(self, items: list[Any]) -> Page[Any]:
+    def _defrag(self) -> DefragView:
+        """As the server would, with one of each app at a time."""
+        placed = [record for record, _ in self.under("instances") if record.node is not None]
+        specs = {group_of(i): self.get("apps", f"{i.project}/{i.owner}")[0].spec for i in placed if i.owner_kind == "app"}
+        demands = {group: demand_of(spec) for group, spec in specs.items()}
+        return propose(self.snapshot(), demands, {f"{i.project}/{i.id}" for i in placed}, lambda owner: 1)
+
         return Page(items=tuple(items), revision=self.revision)
 
     def _apps(self, method: str, project: str, rest: list[str], headers: Mapping[str, str], body: bytes) -> object:

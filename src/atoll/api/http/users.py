@@ -13,6 +13,7 @@ from atoll.model.spec import AppSpec, JobSpec, Quota
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
+    DefragView,
     InstanceExplanation,
     InstanceView,
     JobView,
@@ -109,6 +110,10 @@ async def plan_spec(call: Call) -> PlanView:
     spec = call.any_spec()
     authorize(call.caller, Need.READ, project=spec.project)
     return await call.service.planning.plan(spec)
+
+
+async def defrag(call: Call) -> DefragView:
+    return await call.service.planning.defrag()
 
 
 async def stop_instance(call: Call) -> InstanceView:
@@ -217,6 +222,14 @@ ROUTES: tuple[Route, ...] = (
         summary="Where a spec's instances would go now; nothing is written (a job's spec says `kind`)",
         body=AppSpec | JobSpec,
         answer=PlanView,
+    ),
+    Route(
+        method="GET",
+        path="/v1/defrag",
+        need=Need.ADMIN,
+        run=defrag,
+        summary="Which instances could be moved, and what that would free; nothing is moved",
+        answer=DefragView,
     ),
     _write("POST", f"{_INSTANCE}/stop", stop_instance, "Have an instance drained, stopped and replaced", InstanceView),
     _read(f"{_P}/{{project}}/jobs", list_jobs, "Jobs", Page[JobView], PAGED),

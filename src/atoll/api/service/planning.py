@@ -16,11 +16,13 @@ from atoll.api.service.projects import require_project
 from atoll.api.service.specs import spec_of
 from atoll.api.service.workloads import check_constraints
 from atoll.model.errors import DeadlineExceeded, NotFound
-from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, Project, Release, Status
+from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, OwnerKind, Project, Release, Status
 from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
 from atoll.model.states import Desired
-from atoll.model.views import InstanceExplanation, PlanView
-from atoll.scheduling.assembly import Records, group_of, snapshot_from
+from atoll.model.views import DefragView, InstanceExplanation, PlanView
+from atoll.scheduling.assembly import Records, app_owner, group_of, snapshot_from
+from atoll.scheduling.defrag import propose
+from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.dry_run import explain_instance, plan_spec
 from atoll.scheduling.snapshot import Snapshot
 
@@ -67,6 +69,37 @@ class Planning:
             raise NotFound(f"what instance '{id}' was made from is not kept any more")
         waiting = self._waiting_beside(instance) if spec.placement.gang else 1
         return await self._dry(lambda snapshot: explain_instance(snapshot, key, instance, spec, waiting))
+
+    async def defrag(self) -> DefragView:
+        """Say which moves would free what, in all projects. Only apps' instances are looked at, within what a rollout may take
+        away of each at a time."""
+        instances = {key: held.record for key, held in self._state.records(Instance).items()}
+        movable = {
+            key
+            for key, one in instances.items()
+            if one.node is not None and one.owner_kind is OwnerKind.APP and one.desired is Desired.RUN and not one.standby
+        }
+        waiting = [(key, one) for key, one in instances.items() if one.node is None and one.desired is Desired.RUN]
+        demands: dict[str, Demand] = {}
+        for one in instances.values():
+            spec = spec_of(self._state, one) if (group := group_of(one)) not in demands else None
+            if spec is not None:
+                demands[group] = demand_of(spec)
+        budgets = {app_owner(key): self._budget(key) for key in self._state.records(App)}
+        pending = [
+            Pending(id=key, group=group_of(one), demand=demands[group_of(one)], created_at=one.created_at)
+            for key, one in waiting
+            if group_of(one) in demands and not one.standby
+        ]
+        return await self._dry(lambda snapshot: propose(snapshot, demands, movable, lambda owner: budgets.get(owner, 0), pending))
+
+    def _budget(self, key: str) -> int:
+        """Return how many of an app may be away at a time, less those that are."""
+        app = self._state.records(App)[key].record
+        held = self._state.get(AppStatus, key)
+        status = held.record if held is not None else None
+        missing = max(0, app.wanted(status) - (status.ready if status is not None else 0))
+        return max(0, max(1, app.spec.rollout.max_unavailable) - missing)
 
     def _waiting_beside(self, instance: Instance) -> int:
         """Return how many of the instance's group, itself among them, wait for a node."""
