@@ -55,6 +55,18 @@ async def test_gvisor_is_offered_devices_only_where_its_proxy_knows_the_driver(t
         await devices.close()
 
 
+async def test_machines_are_offered_devices_only_where_there_is_an_iommu(tmp_path: Path) -> None:
+    clock = SystemClock()
+    devices = DescribedDevices([FakeHardware()], directory=tmp_path / "a", clock=clock, known_to_gvisor=frozenset(), root=tmp_path)
+    await devices.inventory()
+    assert "no IOMMU at work" in devices.offers(RuntimeName.QEMU)
+    (tmp_path / "sys/kernel/iommu_groups/7").mkdir(parents=True)
+    assert "modprobe vfio-pci" in devices.offers(RuntimeName.CLOUD_HYPERVISOR)
+    (tmp_path / "sys/bus/pci/drivers/vfio-pci").mkdir(parents=True)
+    assert devices.offers(RuntimeName.QEMU) == devices.offers(RuntimeName.CLOUD_HYPERVISOR) == ""
+    await devices.close()
+
+
 def test_a_driver_for_gvisor_reaches_the_agent() -> None:
     config = parse("agent", ["--nvproxy-driver", "580.126.20"])
     assert parse("agent", config.arguments()).nvproxy_driver == "580.126.20"

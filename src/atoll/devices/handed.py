@@ -31,8 +31,7 @@ class HandedOver:
     async def hand(self, watches: Sequence[Watch], instance: str, grants: Sequence[GpuGrant]) -> Edits:
         """Take the granted devices from their drivers and return how a machine gets them. Safe to repeat.
 
-        Raises Unsupported (not a whole device, or a group that cannot go), Conflict (another machine has a part of a group),
-        Unavailable (its driver does not let go).
+        Raises Unsupported (not a whole device, or a group that cannot go), Unavailable (its driver does not let go).
         """
         for grant in grants:
             if grant.sharing is not GpuSharing.EXCLUSIVE:
@@ -43,8 +42,7 @@ class HandedOver:
                 )
         wanted = [self._wanted(watches, grant, instance) for grant in grants]
         addresses = [handed.pci for handed in wanted]
-        others = [handed.pci for handed in self._file.now.handed if handed.instance != instance and handed.pci not in addresses]
-        await self._passthrough.check(addresses, others)
+        await self._passthrough.check(addresses)
         mine = {handed.device for handed in wanted}
         kept = tuple(handed for handed in self._file.now.handed if handed.device not in mine)
         self._file.write(replace(self._file.now, handed=(*kept, *wanted)))

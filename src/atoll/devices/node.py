@@ -11,9 +11,11 @@ from msgspec.structs import replace
 
 from atoll.devices.admission import refuse_grant, refuse_runtime, ways_to_share
 from atoll.devices.edits import merge_edits
+from atoll.devices.handed import HandedOver
 from atoll.devices.ledger import LedgerFile, Made, boot_id
 from atoll.devices.mps import Mps
 from atoll.devices.news import News
+from atoll.devices.passthrough import MACHINES, Passthrough
 from atoll.devices.slices import Slices
 from atoll.devices.watch import Patience, Watch, turns
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSample, GpuSharing
@@ -33,8 +35,8 @@ class NodeDevices:
 
     `directory` keeps what was made, over restarts. `mps` is None where that way of sharing is not wanted. `gvisor_drivers` are the
     driver versions that gVisor's proxy knows (None: unknown), `refusals` reasons why a runtime cannot hand on devices, found by
-    whoever knows the runtime; an empty one is a yes for QEMU and Cloud Hypervisor. `boot` tells one start of the machine from the
-    next.
+    whoever knows the runtime. `passthrough` takes whole devices from their drivers for QEMU and Cloud Hypervisor, which get none
+    without it. `boot` tells one start of the machine from the next.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class NodeDevices:
         mps: Mps | None = None,
         gvisor_drivers: Callable[[], frozenset[str] | None] = lambda: None,
         refusals: Mapping[RuntimeName, str] | None = None,
+        passthrough: Passthrough | None = None,
         patience: Patience | None = None,
         boot: str | None = None,
     ) -> None:
@@ -56,6 +59,8 @@ class NodeDevices:
         self._patience = patience or Patience()
         self._file = LedgerFile(directory, boot_id() if boot is None else boot)
         self._slices = Slices(self._file, self._patience)
+        self._passthrough = passthrough
+        self._handed = HandedOver(passthrough, self._file, clock) if passthrough is not None else None
         self._news = News()
         self._tasks: list[asyncio.Task[None]] = []
         self._offered: dict[str, GpuDevice] = {}
@@ -64,7 +69,8 @@ class NodeDevices:
         for known in self._file.now.known:
             watch = next((watch for watch in self._watches if watch.vendor is known.device.vendor), None)
             if watch is not None:
-                watch.remember(known, held=self._file.now.holds(known.device.id))
+                id = known.device.id
+                watch.remember(known, held=self._file.now.holds(id), away=self._file.now.is_handed(id))
 
     # what there is
 
@@ -96,7 +102,10 @@ class NodeDevices:
 
     def offers(self, runtime: RuntimeName) -> str:
         devices = [state.seen for watch in self._watches for state in watch.states.values()]
-        return refuse_runtime(runtime, devices, gvisor_drivers=self._gvisor_drivers(), refusals=self._refusals)
+        refusals = self._refusals
+        if self._passthrough is not None and runtime in MACHINES:
+            refusals = {runtime: self._passthrough.refusal(), **refusals}
+        return refuse_runtime(runtime, devices, gvisor_drivers=self._gvisor_drivers(), refusals=refusals)
 
     async def reinstate(self, device: str) -> None:
         """Offer a device again that was taken out for an error: an operator's word for a reset that no counter shows.
@@ -122,6 +131,7 @@ class NodeDevices:
         watches = self._watches_of({grant.device for grant in grants})
         await asyncio.gather(*(watch.look() for watch in watches))
         async with turns(watches):
+            await self._give_back(watches, () if runtime in MACHINES else (instance,))
             await self._admit(instance, grants, gpu, runtime)
             self._file.write(replace(self._file.now, holdings={**self._file.now.holdings, instance: grants}))
             self._hold(grants)
@@ -134,10 +144,11 @@ class NodeDevices:
     async def release(self, instance: str) -> None:
         ledger = self._file.now
         grants = ledger.holdings.get(instance, ())
-        made = [made for made in ledger.made if made.instance == instance]
+        made = {one.device for one in ledger.made if one.instance == instance}
+        made |= {one.device for one in ledger.handed if one.instance == instance}
         if instance not in ledger.holdings and not made:
             return
-        watches = self._watches_of({grant.device for grant in grants} | {one.device for one in made})
+        watches = self._watches_of({grant.device for grant in grants} | made)
         async with turns(watches):
             await self._let_go(instance, watches)
 
@@ -163,8 +174,9 @@ class NodeDevices:
     async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
         self._begin()
         await self._look_at_all(wait_s=self._patience.silent_s)
-        for instance in {made.instance for made in self._file.now.made if made.instance} - set(held):
-            self._slices.disown(instance)
+        owners = {made.instance for made in self._file.now.made} | {handed.instance for handed in self._file.now.handed}
+        for instance in owners - {"", *held}:
+            self._disown(instance)
         ledger = replace(self._file.now, holdings={instance: tuple(grants) for instance, grants in held.items()})
         self._file.write(ledger)
         for instance, grants in held.items():
@@ -172,6 +184,8 @@ class NodeDevices:
         for watch in self._watches:
             watch.hold(list(watch.states), ledger.holds)
         self._miss()
+        if self._handed is not None:
+            await self._handed.recover(self._watches)
         await asyncio.gather(*(self._sweep(watch) for watch in self._watches))
         await self._look_at_all(wait_s=self._patience.silent_s)
         if self._mps is not None:
@@ -211,6 +225,9 @@ class NodeDevices:
             raise Unsupported(reason)
 
     async def _carry_out(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> Claim:
+        if self._handed is not None and runtime in MACHINES:
+            watches = self._watches_of({grant.device for grant in grants})
+            return Claim(edits=await self._handed.hand(watches, instance, grants))
         edits = Edits()
         partitions = []
         for watch in self._watches_of({grant.device for grant in grants}):
@@ -234,14 +251,29 @@ class NodeDevices:
     async def _let_go(self, instance: str, watches: Sequence[Watch]) -> None:
         """Forget what an instance holds, and remove what was made for it. What cannot be removed now is removed later."""
         grants = self._file.now.holdings.get(instance, ())
-        self._slices.disown(instance)
+        self._disown(instance)
         self._file.write(replace(self._file.now, holdings={k: v for k, v in self._file.now.holdings.items() if k != instance}))
         for watch in watches:
             await self._slices.sweep(watch)
+        await self._give_back(watches)
         for grant in grants:
             if grant.sharing is GpuSharing.MPS and self._mps is not None and not self._file.now.holds(grant.device):
                 await self._mps.stop(grant.device)
         self._hold(grants)
+
+    def _disown(self, instance: str) -> None:
+        self._slices.disown(instance)
+        if self._handed is not None:
+            self._handed.disown(instance)
+
+    async def _give_back(self, watches: Sequence[Watch], instances: Sequence[str] = ()) -> None:
+        """Give devices that no machine has any more, and those of `instances`, back to their drivers."""
+        if self._handed is None:
+            return
+        for instance in instances:
+            self._handed.disown(instance)
+        for watch in watches:
+            await self._handed.sweep(watch)
 
     def _adopt(self, instance: str, grants: Sequence[GpuGrant]) -> None:
         """Take as made for an instance what is found where its grants say, should the file have been lost."""
@@ -299,6 +331,7 @@ class NodeDevices:
     async def _sweep(self, watch: Watch) -> None:
         async with watch.turn:
             swept = () if watch.silent or not watch.looked else await self._slices.sweep(watch)
+            await self._give_back([watch])
         for made in swept:
             words = f"{made.device}: the slices of {made.profile} at {made.start} are free again"
             self._news.tell(DeviceEvent(trouble=Trouble.RECOVERED, device=made.device, message=words, at=self._clock.now()))

@@ -48,28 +48,17 @@ class Passthrough:
             return f"the kernel's driver {VFIO_DRIVER} is not loaded; modprobe {VFIO_DRIVER}"
         return ""
 
-    async def check(self, addresses: Sequence[str], others: Collection[str]) -> None:
-        """Raises Unsupported, in words, where the devices can be handed over at no time, and Conflict where a machine has another
-        device of their groups: `others` are the addresses of those that machines have. Raises Unavailable."""
-        await self._bounded(lambda: self._check(addresses, others), LOOK_S)
+    async def check(self, addresses: Sequence[str]) -> None:
+        """Raises Unsupported, in words, where the devices can be handed over at no time, and Unavailable where one is gone."""
+        await self._bounded(lambda: self._check(addresses), LOOK_S)
 
-    def _check(self, addresses: Sequence[str], others: Collection[str]) -> None:
+    def _check(self, addresses: Sequence[str]) -> None:
         try:
-            groups = {group.number for group in self._vfio.check(addresses)}
+            self._vfio.check(addresses)
         except Conflict as error:  # what is in use beside the device is the machine's own: that does not pass
             raise Unsupported(error.message, mend=error.mend) from None
         except NotFound as error:
             raise Unavailable(error.message, mend=error.mend) from None
-        for other in others:
-            try:
-                group = self._vfio.group(other)
-            except AtollError:
-                continue  # it fell off the bus
-            if group.number in groups:
-                raise Conflict(
-                    f"the device {addresses[0]} shares IOMMU group {group.number} with {other}, which another instance has",
-                    mend="place it elsewhere, or ask for both devices at once",
-                )
 
     async def bound(self, addresses: Sequence[str]) -> bool:
         """Return whether all that goes with these devices is bound to vfio-pci."""

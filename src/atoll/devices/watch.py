@@ -14,12 +14,12 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from atoll.devices.health import Cause, DeviceState, Gone, Happening, Held, Seen, Silent, Tick, Told, count, decide
+from atoll.devices.health import Away, Cause, DeviceState, Gone, Happening, Held, Seen, Silent, Tick, Told, count, decide
 from atoll.devices.ledger import Known
 from atoll.model.devices import GpuDevice, GpuPartition, GpuVendor
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.clock import Clock
-from atoll.model.ports.devices import DeviceEvent, Hardware, Trouble
+from atoll.model.ports.devices import DeviceEvent, Hardware, LetsGo, Trouble
 
 T = TypeVar("T")
 STUCK_MAX = 4
@@ -84,10 +84,11 @@ class Watch:
         self._noted: set[str] = set()
         """Devices of which something newer is known than what the look under way will say: health, partitions."""
         self._stuck: set[asyncio.Task[Any]] = set()
+        self._set_aside = 0
 
-    def remember(self, known: Known, *, held: bool) -> None:
+    def remember(self, known: Known, *, held: bool, away: bool = False) -> None:
         """Begin with what a former agent knew."""
-        self.states[known.device.id] = DeviceState(seen=known.device, ills=known.ills, held=held)
+        self.states[known.device.id] = DeviceState(seen=known.device, ills=known.ills, held=held, away=away)
 
     async def call(self, coroutine: Coroutine[Any, Any, T], deadline_s: float | None = None) -> T:
         """Await a call to the driver. Raises what it raises, and Unavailable when it has not ended in time (or others have not)."""
@@ -124,6 +125,8 @@ class Watch:
         Looks that are asked for at the same time are one, which goes on when its callers have gone. Returns after `wait_s` at the
         latest, and else when there is an answer or the driver counts as silent.
         """
+        if self._set_aside:
+            return
         running = self._looking is not None and not self._looking.done()
         if self.silent and (running or self._clock.monotonic() - self._silent_at < self._patience.again_s):
             return
@@ -205,6 +208,23 @@ class Watch:
         for id in ids:
             self.apply(id, Held(holds(id)))
 
+    def send_away(self, ids: Iterable[str], away: bool) -> None:
+        """Note of each device whether a virtual machine has it."""
+        for id in ids:
+            self.apply(id, Away(away))
+
+    @contextlib.asynccontextmanager
+    async def aside(self) -> AsyncIterator[None]:
+        """Ask the driver nothing while inside, and keep none of its devices open: one of them is given to another driver."""
+        self._set_aside += 1
+        try:
+            if self._looking is not None and not self._looking.done():
+                await asyncio.wait({self._looking}, timeout=self._patience.silent_s)
+            async with self.hardware.let_go() if isinstance(self.hardware, LetsGo) else contextlib.nullcontext():
+                yield
+        finally:
+            self._set_aside -= 1
+
     def miss(self, id: str) -> None:
         """Note that something holds a device that the driver, which answers, does not know."""
         seen = GpuDevice(id=id, model="GPU", memory_bytes=0, vendor=self.vendor)
@@ -248,7 +268,7 @@ class Watch:
         return tuple(
             Known(device=_steady(state.seen), ills=tuple(ill for ill in state.ills if ill.cause in lasting))
             for state in self.states.values()
-            if state.held or state.ill(Cause.ERROR) is not None
+            if state.held or state.away or state.ill(Cause.ERROR) is not None
         )
 
     async def follow(self) -> None:

@@ -12,7 +12,9 @@ from atoll.devices.cdi import write_inventory
 from atoll.devices.mps import NvidiaMps
 from atoll.devices.node import NodeDevices
 from atoll.devices.nvidia.hardware import NvidiaHardware
+from atoll.devices.passthrough import Passthrough
 from atoll.devices.sysfs import AmdHardware, IntelHardware
+from atoll.devices.vfio import Vfio
 from atoll.entry.gpus import AMD, INTEL, NVIDIA, vendors
 from atoll.model.devices import GpuDevice, GpuGrant
 from atoll.model.errors import AtollError
@@ -21,6 +23,8 @@ from atoll.model.ports.devices import CDI_DIRECTORY, Edits, Hardware
 from atoll.model.spec import GpuCapability
 
 MPS_DIRECTORY = "mps"
+VFIO_DIRECTORY = "vfio"
+"""Below the agent's data: the drivers that devices of virtual machines had."""
 
 log = structlog.get_logger()
 
@@ -41,9 +45,23 @@ def drivers(clock: Clock, root: Path = Path("/")) -> tuple[Hardware, ...]:
 class DescribedDevices(NodeDevices):
     """The node's devices, of which a CDI spec for each vendor is kept below the agent's data, for people and other tools."""
 
-    def __init__(self, hardware: Sequence[Hardware], *, directory: Path, clock: Clock, known_to_gvisor: frozenset[str]) -> None:
-        mps = NvidiaMps(directory / MPS_DIRECTORY)
-        super().__init__(hardware, directory=directory, clock=clock, mps=mps, gvisor_drivers=lambda: known_to_gvisor)
+    def __init__(
+        self,
+        hardware: Sequence[Hardware],
+        *,
+        directory: Path,
+        clock: Clock,
+        known_to_gvisor: frozenset[str],
+        root: Path = Path("/"),
+    ) -> None:
+        super().__init__(
+            hardware,
+            directory=directory,
+            clock=clock,
+            mps=NvidiaMps(directory / MPS_DIRECTORY),
+            gvisor_drivers=lambda: known_to_gvisor,
+            passthrough=Passthrough(Vfio(directory / VFIO_DIRECTORY, sysfs=root / "sys"), sysfs=root / "sys"),
+        )
         self._hardware = tuple(hardware)
         self._directory = directory / CDI_DIRECTORY
         self._described: tuple[tuple[str, str, bool], ...] = ()

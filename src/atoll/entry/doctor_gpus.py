@@ -40,7 +40,7 @@ def gpus(root: Path = Path("/"), hardware: Callable[[], Sequence[Hardware]] | No
         found = drivers(SystemClock(), root)
     else:
         found = tuple(hardware())
-    devices, refusals, silent = asyncio.run(_look(found))
+    devices, refusals, silent = asyncio.run(_look(found, root))
     if silent:
         yield Part(AREA, "driver", "devices are asked through it")(
             Level.MISSING, silent, "see the kernel's log, and whether driver and library are of one version"
@@ -59,14 +59,19 @@ def gpus(root: Path = Path("/"), hardware: Callable[[], Sequence[Hardware]] | No
         yield part(Level.OK, "can hand them on") if not why else part(Level.DEGRADED, why, "use another runtime for work with GPUs")
 
 
-async def _look(hardware: Sequence[Hardware]) -> Seen:
+async def _look(hardware: Sequence[Hardware], root: Path) -> Seen:
     from atoll.devices.node import NodeDevices
+    from atoll.devices.passthrough import Passthrough
+    from atoll.devices.vfio import Vfio
     from atoll.runtimes.nvproxy import gvisor_drivers
     from atoll.runtimes.offer import having
 
     known = await asyncio.to_thread(gvisor_drivers)
     with tempfile.TemporaryDirectory(prefix="atoll-doctor-") as scratch:
-        node = NodeDevices(hardware, directory=Path(scratch), clock=SystemClock(), gvisor_drivers=lambda: known)
+        passthrough = Passthrough(Vfio(Path(scratch) / "vfio", sysfs=root / "sys"), sysfs=root / "sys")
+        node = NodeDevices(
+            hardware, directory=Path(scratch), clock=SystemClock(), gvisor_drivers=lambda: known, passthrough=passthrough
+        )
         silent = ""
         try:
             async with asyncio.timeout(LOOK_S):

@@ -38,7 +38,7 @@ async def node_devices(data: Path, clock: Clock, root: Path = Path("/"), *, nvpr
     known = await asyncio.to_thread(gvisor_drivers, "runsc", data / "runtimes" / "gvisor")
     if nvproxy_driver in known:
         known |= {driver_version(root)}
-    return DescribedDevices(drivers(clock, root), directory=data, clock=clock, known_to_gvisor=known)
+    return DescribedDevices(drivers(clock, root), directory=data, clock=clock, known_to_gvisor=known, root=root)
 
 
 def _text(path: Path) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -151,6 +152,15 @@ class Hardware(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class LetsGo(Protocol):
+    """Hardware whose driver is kept from letting go of a device by whoever asks it things, this process too."""
+
+    def let_go(self) -> AbstractAsyncContextManager[None]:
+        """Hold no device open while inside. Calls raise Unavailable meanwhile."""
+        ...
 
 
 class Claim(Struct, frozen=True, kw_only=True):
