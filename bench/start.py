@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from atoll.entry.scratch import ScratchAtoll
+from atoll.runtimes.oci_filter import BUNDLE
 from bench.image import compile_stamp, docker_archive
 from bench.report import Report, Result, median, percentile
 
@@ -174,7 +175,8 @@ class Ours:
         """Return the configuration that our agent wrote for an instance, which bare runc is then given."""
         self.deploy("bundle")
         self._wait_answer("bundle")
-        written = list((self.scratch.data / "agent").rglob("config.json"))
+        found = (self.scratch.data / "agent").rglob("config.json")
+        written = [path for path in found if path.parent.name != BUNDLE]  # the whole one, which says what the process is
         bundle: dict[str, Any] = json.loads(written[0].read_text())
         self.delete("bundle")
         return bundle

@@ -164,7 +164,7 @@ def run(program: bytes, number: int, architecture: int, *arguments: int) -> int:
                 raise AssertionError(f"instruction {code:#x}")
 
 
-ALLOW, EPERM, ENOSYS = 0x7FFF0000, 0x00050001, 0x00050026
+ALLOW, EPERM, ENOSYS, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x00000000
 X86_64, X32_BIT = 0xC000003E, 0x40000000
 
 
@@ -192,6 +192,9 @@ def program() -> bytes:
         (41, (40,), EPERM),  # socket: AF_VSOCK
         (135, (8,), ALLOW),  # personality
         (135, (1,), EPERM),
+        (403, (), EPERM),  # a number that no call of x86-64 has, below others that are known
+        (500, (), ENOSYS),  # newer than the profile
+        (X32_BIT - 1, (), ENOSYS),
     ],
 )
 def test_the_filter_says_what_docker_s_profile_says(program: bytes, number: int, arguments: tuple[int, ...], answer: int) -> None:
@@ -199,7 +202,8 @@ def test_the_filter_says_what_docker_s_profile_says(program: bytes, number: int,
 
 
 def test_the_filter_lets_no_other_architecture_s_calls_through(program: bytes) -> None:
-    assert run(program, X32_BIT, X86_64) != ALLOW
+    for number in (0, 165, 500):
+        assert run(program, X32_BIT + number, X86_64) == KILL
     assert run(program, 0, 0xC00000B7) != ALLOW
 
 

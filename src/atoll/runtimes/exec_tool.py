@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,16 +50,19 @@ class ExecTool(Protocol):
 class OciExecTool:
     """An OCI runtime's `exec --detach`; `tool` gives its command with the global options, which logs to a path."""
 
-    def __init__(self, tool: Callable[[Path], list[str]], id: str, inner: Inner | None) -> None:
+    def __init__(self, tool: Callable[[Path], list[str]], id: str, inner: Inner | None, preserve: Sequence[str] = ()) -> None:
+        """`preserve` are the options with which the tool hands descriptors on."""
         self._tool = tool
         self._id = id
         self._inner = inner
+        self._preserve = preserve
 
     def encode(self, process: dict[str, Any]) -> bytes:
         return msgspec.json.encode(process)
 
     def command(self, files: ExecFiles) -> list[str]:
         command = [*self._tool(files.log), "exec", "--detach", "--pid-file", str(files.pid), "--process", str(files.process)]
+        command += self._preserve
         if self._inner is not None:
             command += ["--internal-pid-file", str(inner_file(files.pid))]
         if files.console is not None:

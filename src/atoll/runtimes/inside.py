@@ -1,4 +1,4 @@
-"""The process that the shim becomes inside an instance of LXC, as it is told to it: `native/inside.c` reads this file."""
+"""The process that the shim becomes inside an instance, as it is told to it: `native/inside.c` reads this file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def process_file(process: dict[str, Any], program: bytes, *, make_directory: boo
     It holds the environment, secrets included. With `make_directory`, a working directory that is not there is made.
     """
     who = process["user"]
-    mask = sum(1 << CAPABILITY_BITS[name] for name in process["capabilities"]["bounding"])
+    mask = sum(1 << CAPABILITY_BITS[name] for name in process["capabilities"].get("bounding", ()))
     files = next(limit for limit in process["rlimits"] if limit["type"] == "RLIMIT_NOFILE")
     size = process.get("consoleSize", {"height": 0, "width": 0})
     words = [

@@ -31,6 +31,7 @@ class LxcBoxes(OciBoxes):
     """All boxes of LXC on this node."""
 
     tool_makes_nodes = False
+    tool_compiles_filter = False
 
     def __init__(self, directory: Path, **options: Any) -> None:
         super().__init__(directory, **options)

@@ -27,6 +27,7 @@ from atoll.runtimes.idmap import SLOTS_MAX, IdMaps, idmaps_work
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.oci import Bundle, configuration, launch_netns
 from atoll.runtimes.oci_devices import check_sources, device_rules, make_links, show_nodes
+from atoll.runtimes.oci_filter import Filter, is_reached, open_filter, write_bundle
 from atoll.runtimes.rootfs import drop_mounts, make_root, place_mounts, remove_root, show_mounts
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
@@ -54,6 +55,11 @@ class OciBoxes:
 
     tool_makes_nodes = True
     """Whether the runtime's tool makes device files where no ids are shifted."""
+    tool_compiles_filter = True
+    """Whether the runtime's tool compiles the system call filter, and is better spared it."""
+
+    filter: Filter | None = None
+    """What puts it on in the place of the tool."""
 
     def __init__(
         self,
@@ -90,6 +96,7 @@ class OciBoxes:
         for path in (runtime_directory, self._roots):
             path.chmod(0o711)
         self.userns = idmaps_work(directory) if userns is None else userns
+        self.filter = open_filter() if self.userns and self.tool_compiles_filter else None
 
     def root(self, id: str) -> Path:
         """Return where the root of `id` is mounted."""
@@ -179,8 +186,11 @@ class OciBoxes:
         return show_nodes(box.directory, box.devices.nodes, base_id=base_id or 0)
 
     def _write(self, box: Box, bundle: Bundle, config: dict[str, Any]) -> None:
-        """Write what the tool is configured by; root and mounts are made."""
+        """Write the configuration, and what the tool is configured by; root and mounts are made."""
         write_private(box.directory / "config.json", msgspec.json.encode(config))
+        volumes = [entry.target for entry in box.mounts]
+        if self.filter is not None and is_reached(bundle.root, config["mounts"], volumes):
+            write_bundle(box.directory, self.filter.bundle(config))
 
     def tidy(self) -> bool:
         """Do one piece of the work that `make` put off or will want done; return whether there may be more."""
@@ -239,6 +249,8 @@ class OciBoxes:
     def close(self) -> None:
         self.scratch.close()
         self.idmaps.close()
+        if self.filter is not None:
+            self.filter.close()
         for path in (self._roots, *self._cgroups.group(self._cgroup).directories):
             with contextlib.suppress(OSError):  # not empty: instances live on
                 path.rmdir()

@@ -20,6 +20,7 @@ from atoll.runtimes.oci import process as oci_process
 from atoll.runtimes.oci_box import NETNS, SavedConfig, load_config, user_in, write_private
 from atoll.runtimes.oci_console import ConsoleSocket, Stream, set_size
 from atoll.runtimes.oci_container import failure
+from atoll.runtimes.oci_filter import Filter, handed
 from atoll.runtimes.readiness import ready
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
@@ -169,10 +170,11 @@ async def start_execution(
     size: tuple[int, int] | None,
     base_id: int | None,
     inner: Inner | None = None,
+    filter: Filter | None = None,
 ) -> OciExecution:
     """Start `argv` with `tool` in the container whose box is in `directory`; with `size` (rows, columns) it gets a terminal.
 
-    Raises RuntimeFailed, ImageError (no such user).
+    Where the box relies on it, `filter` puts the filter on. Raises RuntimeFailed, ImageError (no such user).
     """
     directory = directory / "exec"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -183,17 +185,20 @@ async def start_execution(
             files.callback(path.unlink, missing_ok=True)
         config = load_config(directory.parent)
         body, owner = _process(config, argv, env, workdir, user, size, base_id)
-        write_private(process, tool.encode(body))
+        descriptors = files.enter_context(handed(directory.parent, filter, body))
+        write_private(process, tool.encode(filter.process(body) if filter and descriptors else body))
         shim = ["exec", config.annotations[NETNS], str(pid_file)]
+        if descriptors:
+            shim = ["filtered", str(log_path), *shim]
         if inner is not None:
             shim += [str(inner_file(pid_file)), *inner.command("@", signal.SIGKILL)]
         if size is None:
             command = [*shim, "--", *tool.command(ExecFiles(process, log_path, pid_file, None))]
-            return await _start_on_pipes(command, output, owner, argv[0], log_path, inner)
+            return await _start_on_pipes(command, output, owner, argv[0], log_path, inner, descriptors)
         console = ConsoleSocket(directory, console_name.name)
         files.callback(console.close)
         command = [*shim, "--", *tool.command(ExecFiles(process, log_path, pid_file, console.path))]
-        launch = Launch(command, stdio=None, output=output, close_at_end=True)
+        launch = Launch(command, stdio=None, output=output, handed=descriptors, close_at_end=True)
         pid = await _started(launch, log_path, argv[0])
         try:
             terminal = Stream(await console.terminal())
@@ -205,7 +210,13 @@ async def start_execution(
 
 
 async def _start_on_pipes(
-    arguments: list[str], output: Path, owner: tuple[int, int], name: str, log_path: Path, inner: Inner | None
+    arguments: list[str],
+    output: Path,
+    owner: tuple[int, int],
+    name: str,
+    log_path: Path,
+    inner: Inner | None,
+    descriptors: Sequence[int],
 ) -> OciExecution:
     ours: list[int] = []
     with ExitStack() as theirs:
@@ -217,7 +228,8 @@ async def _start_on_pipes(
             theirs.callback(os.close, ends[-1])
             os.fchown(ends[-1], *owner)  # so that /dev/stdout can be opened by name
         try:
-            launch = Launch(arguments, stdio=(ends[0], ends[1], ends[2]), output=output, close_at_end=True)
+            stdio = (ends[0], ends[1], ends[2])
+            launch = Launch(arguments, stdio=stdio, output=output, handed=descriptors, close_at_end=True)
             theirs.close()
             pid = await _started(launch, log_path, name)
         except BaseException:

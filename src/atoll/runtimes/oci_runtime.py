@@ -26,6 +26,7 @@ from atoll.runtimes.exec_tool import ExecTool, Inner, OciExecTool
 from atoll.runtimes.oci_box import NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
 from atoll.runtimes.oci_exec import OciExecution, start_execution
+from atoll.runtimes.oci_filter import BUNDLE, PRESERVE, handed, has_bundle
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
 
@@ -99,12 +100,14 @@ class OciRuntime:
         """
         record, files = container.record, container.files
         tool = [*self.tool(boxes, files.directory / TOOL_LOG), *extra]
-        return [*tool, "run", "--detach", "--bundle", record.path, "--pid-file", str(files.pid), record.id]
+        given = ["--bundle", str(files.directory / BUNDLE), *PRESERVE] if has_bundle(files.directory) else ["--bundle", record.path]
+        return [*tool, "run", "--detach", *given, "--pid-file", str(files.pid), record.id]
 
     def exec_tool(self, boxes: OciBoxes, container: Container) -> ExecTool:
         """Return what starts commands beside the running instance."""
         id = container.record.id
-        return OciExecTool(lambda log_path: self.tool(boxes, log_path), id, self.inner(boxes, id))
+        preserve = PRESERVE if has_bundle(container.files.directory) else ()
+        return OciExecTool(lambda log_path: self.tool(boxes, log_path), id, self.inner(boxes, id), preserve)
 
     def failure(self, container: Container, command: str) -> RuntimeFailed:
         """Return why the tool, which has ended, could not start the instance."""
@@ -142,8 +145,11 @@ class OciRuntime:
         config = load_config(files.directory)
         tool = self.run_command(boxes, container, config.annotations.get(OPTIONS, "").split())
         given = [config.annotations[name] for name in (NETNS, STDOUT, STDERR)]
-        shim = ["run", *given, str(files.pid), str(files.exit), str(files.lock)]
-        launch = Launch([*shim, "--", *tool], stdio=None, output=files.directory / "shim.log")
+        shim = ["run", *given, str(files.pid), str(files.exit), str(files.lock), "--", *tool]
+        with handed(files.directory, boxes.filter, config.process) as descriptors:
+            if descriptors:
+                shim = ["filtered", str(files.directory / TOOL_LOG), *shim]
+            launch = Launch(shim, stdio=None, output=files.directory / "shim.log", handed=descriptors)
         try:
             news = await launch.news(START_S_MAX)
             if news is None or news[0] != "pid":
@@ -208,6 +214,7 @@ class OciRuntime:
                 size=(rows, columns) if tty else None,
                 base_id=base_id,
                 inner=self.inner(boxes, id),
+                filter=boxes.filter,
             )
         self._executions.add(execution)
         return execution

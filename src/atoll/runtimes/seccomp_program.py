@@ -1,7 +1,10 @@
 """The seccomp profile as the kernel takes it: a program of classic BPF, made by libseccomp once per agent.
 
-Where a runtime's tool compiles the profile at every start, as LXC does, that is most of the start (30 of 40 ms); and LXC leaves its
-profile out, without a word, where the agent itself is under a filter.
+Where a runtime's tool compiles the profile at every start, that is much of the start: 30 of 40 ms in LXC, 8 ms in runc for each
+architecture. And LXC leaves its profile out, without a word, where the agent itself is under a filter.
+
+As in runc, calls with higher numbers than the profile knows are not there (ENOSYS): a C library newer than the node's libseccomp
+then does without them, where EPERM would be the end of it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 from typing import Any
 
 from atoll.model.errors import RuntimeFailed, Unsupported
@@ -36,7 +40,12 @@ _ACTIONS = {
     "SCMP_ACT_LOG": 0x7FFC0000,
 }
 _UNKNOWN_CALL = -1
+_LOAD, _JUMP_IF_EQUAL, _JUMP_IF_MORE, _JUMP_IF_NOT_LESS, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x06
+_NUMBER_AT, _ARCHITECTURE_AT = 0, 4
+"""Where the kernel has them (`struct seccomp_data`)."""
+_X32_BIT = 0x40000000
 _EPERM = 1
+_ENOSYS = 38
 _EEXIST = 17
 
 
@@ -62,14 +71,17 @@ def compile_profile(source: dict[str, Any]) -> bytes:
         raise RuntimeFailed("libseccomp cannot make a filter")
     context = ctypes.c_void_p(context)
     try:
+        unknown = b""
         for name in source["architectures"]:
             token = library.seccomp_arch_resolve_name(name.removeprefix("SCMP_ARCH_").lower().encode())
+            if otherwise != _ACTIONS["SCMP_ACT_ALLOW"]:
+                unknown += _unknown_calls(library, token, source)
             _check(library.seccomp_arch_add(context, token), name, _EEXIST)
         for rule in source["syscalls"]:
             action = _action(rule["action"], rule.get("errnoRet"))
             if action != otherwise:
                 _add(library, context, action, rule)
-        return _exported(library, context)
+        return unknown + _exported(library, context)
     finally:
         library.seccomp_release(context)
 
@@ -83,9 +95,28 @@ def _library() -> ctypes.CDLL:
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = (ctypes.c_uint32,)
     library.seccomp_arch_resolve_name.restype = ctypes.c_uint32
+    library.seccomp_syscall_resolve_name_arch.argtypes = (ctypes.c_uint32, ctypes.c_char_p)
     library.seccomp_arch_add.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
     library.seccomp_rule_add_array.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
     return library
+
+
+def _unknown_calls(library: ctypes.CDLL, architecture: int, source: dict[str, Any]) -> bytes:
+    """Return instructions that refuse an architecture's calls above those that the profile names; all others go on to what follows.
+
+    Those of x32 do too, which have that bit in their number: what follows kills for them.
+    """
+    names = (name.encode() for rule in source["syscalls"] for name in rule["names"])
+    most = max(library.seccomp_syscall_resolve_name_arch(architecture, name) for name in names)
+    steps = (
+        (_LOAD, 0, 0, _ARCHITECTURE_AT),
+        (_JUMP_IF_EQUAL, 0, 4, architecture),
+        (_LOAD, 0, 0, _NUMBER_AT),
+        (_JUMP_IF_NOT_LESS, 2, 0, _X32_BIT),
+        (_JUMP_IF_MORE, 0, 1, most),
+        (_RETURN, 0, 0, _action("SCMP_ACT_ERRNO", _ENOSYS)),
+    )
+    return b"".join(struct.pack("=HBBI", *step) for step in steps) if most > 0 else b""
 
 
 def _action(name: str, errno: int | None) -> int:

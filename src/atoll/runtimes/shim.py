@@ -112,9 +112,18 @@ class Launch:
     """A shim that was just started; `news` gives its words, in their order, each once."""
 
     def __init__(
-        self, arguments: Sequence[str], *, stdio: tuple[int, int, int] | None, output: Path, close_at_end: bool = False
+        self,
+        arguments: Sequence[str],
+        *,
+        stdio: tuple[int, int, int] | None,
+        output: Path,
+        handed: Sequence[int] = (),
+        close_at_end: bool = False,
     ) -> None:
-        """`stdio` goes to the tool; without it, stdin is empty and what the tool itself says goes to the file `output`."""
+        """`stdio` goes to the tool; without it, stdin is empty and what the tool itself says goes to the file `output`.
+
+        `handed` become the shim's descriptors from 4 on; their own numbers are above those.
+        """
         self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writer, True)
         actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = []
@@ -125,6 +134,7 @@ class Launch:
         else:
             actions.extend((os.POSIX_SPAWN_DUP2, given, target) for target, given in enumerate(stdio))
         actions.append((os.POSIX_SPAWN_DUP2, writer, _NEWS_FD))
+        actions.extend((os.POSIX_SPAWN_DUP2, given, _NEWS_FD + 1 + at) for at, given in enumerate(handed))
         path = str(shim_path())
         try:
             # posix_spawn shares the address space until exec: its cost does not grow with this process.

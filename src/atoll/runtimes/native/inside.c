@@ -1,5 +1,6 @@
 /*
- * How a process comes to be inside an instance of LXC, which makes the surroundings and leaves the process to us.
+ * How a process comes to be inside an instance of LXC, which makes the surroundings and leaves the process to us; and how one of runc or
+ * crun, which is there already, comes under its filter.
  *
  *   atoll-shim lxc PIDFILE PROCESSFILE LOGFILE -- LXC-START ARG... -- /proc/self/fd/4 inside
  *       Starts an instance as an OCI runtime's detached `run` does: LXC-START, in the foreground, makes the instance and runs this
@@ -12,6 +13,10 @@
  *       this program's own stdio. Where EXITFILE exists the instance has ended, and the pid is another's.
  *
  * Both write the process's id to PIDFILE and end once it runs; if it cannot, one line of JSON in LOGFILE says why.
+ *
+ *   atoll-shim filter
+ *       Becomes the command of the PROCESSFILE at descriptor 4 under its filter; all else of the process is as the file says already. Who
+ *       reads descriptor 5 hears that the filter is on, then why the command cannot be run, or the end of file when it runs.
  *
  * PROCESSFILE: words that end with NUL: the bytes of a system call filter, then that filter (no NUL after it), user, group, further
  * groups with commas, capabilities as a hexadecimal mask, open files soft and hard, rows and columns of the terminal, "1" to make the
@@ -49,7 +54,7 @@
 #define TIOCGPTPEER _IO('T', 0x41)
 #endif
 
-enum { SELF = 4, PROCESS = 5, PEER = 6, OUTPUT = 7, HANDED_ON = 5, ABOVE = 16, GROUPS_MAX = 256, DEAD_LOOKS = 5, LOOK_MS = 100, CAPABILITIES = 64 };
+enum { SELF = 4, PROCESS = 5, PEER = 6, OUTPUT = 7, HANDED_ON = 5, ABOVE = 16, TOLD = 5, GROUPS_MAX = 256, DEAD_LOOKS = 5, LOOK_MS = 100, CAPABILITIES = 64 };
 
 struct program {
     struct sock_fprog filter;
@@ -391,6 +396,38 @@ int become_first(void) {
     if (load(PROCESS, &program) < 0) give_up(pair[1], "cannot read what to run");
     become(&program, pair[1]);
     return FAILED;
+}
+
+/*
+ * Runs as an instance's process in all but its filter and its command. Nothing of the tenant's has run in it: it is linked statically and
+ * has no variable of his. No process beside it may trace it or look into it: its file cannot be read there, and so it is not dumpable.
+ */
+int become_filtered(void) {
+    struct program program = {.uid = 0};
+    keep_from_program(NEWS);
+    if (load(WORDS - 1, &program) < 0 || program.filter.len == 0) give_up(TOLD, "cannot read what to run");
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program.filter) < 0)
+        give_up(TOLD, "cannot filter system calls");
+    tell(TOLD, 1, NULL, 0);
+    run_program(&program);
+    int missing = errno == ENOENT && strchr(program.argv[0], '/') == NULL;
+    give_up(TOLD, missing ? "executable file not found in $PATH" : "cannot be executed");
+    return FAILED;
+}
+
+int became_command(int pipe, const char *log) {
+    struct word word;
+    int filtered = 0;
+    while (read(pipe, &word, sizeof word) == sizeof word) {
+        word.error[sizeof word.error - 1] = 0;
+        if (word.error[0]) {
+            log_failure(log, word.error);
+            return 0;
+        }
+        filtered = 1;
+    }
+    if (!filtered) log_failure(log, "it was killed before it ran: is the memory or process limit too small?");
+    return filtered;
 }
 
 /* Gives this process a terminal of the instance's, owned by the program's user, and sends its other side away. */

@@ -13,11 +13,15 @@
  *       argument "@" of KILL is that id.
  *   NETNS is the network namespace that TOOL starts in, or "-" for the caller's: a runtime that first enters an instance's
  *   user namespace may not enter a network namespace of the node any more.
+ *   atoll-shim filtered LOGFILE run|exec ...
+ *       As `run` or `exec` above, with a TOOL that is told to preserve three descriptors, and whose process is `/proc/self/fd/3 filter`:
+ *       see inside.c. Descriptor 4 is that program (this one) and 5 what it reads. The process counts as started when it has become
+ *       its command under its filter; if it does not, it failed, and one line of JSON in LOGFILE says why.
  *   atoll-shim private [-PATH | +PATH]... -- TOOL ARG...
  *       Becomes TOOL in mounts of its own, in which the mount at each -PATH is gone and an empty directory covers each +PATH.
  *   atoll-shim userns
  *       Makes a user namespace, writes one byte to stdout, and ends with its stdin: the caller writes the id maps.
- *   atoll-shim lxc | enter | inside
+ *   atoll-shim lxc | enter | inside | filter
  *       See inside.c.
  *
  * It allocates nothing while it waits, and links statically where the system can.
@@ -38,6 +42,10 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+/* For a process that puts on its filter itself: where it is logged why it did not, and the pipe on which it tells. */
+static const char *filter_log;
+static int told[2] = {-1, -1};
 
 static void say(const char *word, long number) {
     char line[48];
@@ -70,7 +78,14 @@ static int enter(const char *netns) {
     return fd < 0 ? -1 : setns(fd, CLONE_NEWNET);
 }
 
+/* In the tool they are the three from NEWS on, in this order; each place is free when it is taken. */
+static int hand_on(void) {
+    if (filter_log == NULL) return fcntl(NEWS, F_SETFD, FD_CLOEXEC);
+    return dup2(PROGRAM, NEWS) < 0 || dup2(WORDS, PROGRAM) < 0 || dup2(told[1], WORDS) < 0 ? -1 : 0;
+}
+
 static pid_t spawn(char **argv, const char *netns, int out, int err) {
+    if (filter_log && pipe2(told, O_CLOEXEC) < 0) die("pipe");
     pid_t child = fork();
     if (child < 0) die("fork");
     if (child == 0) {
@@ -84,11 +99,30 @@ static pid_t spawn(char **argv, const char *netns, int out, int err) {
         if (strcmp(netns, "-") != 0 && enter(netns) < 0) die(netns);
         if (out >= 0) dup2(out, 1);
         if (err >= 0) dup2(err, 2);
-        fcntl(NEWS, F_SETFD, FD_CLOEXEC);
+        if (hand_on() < 0) _exit(127);
         execv(argv[0], argv);
         _exit(127);
     }
+    if (filter_log) {
+        close(PROGRAM);
+        close(WORDS);
+        close(told[1]);
+    }
     return child;
+}
+
+/*
+ * Returns whether the process that the tool started is its command by now. A paused one is not for as long as that lasts: when the other
+ * end of `peer` (if it is not -1) closes first, this returns 1, and `reap` sees to the rest.
+ */
+static int is_command(int peer) {
+    struct pollfd ends[] = {{.fd = told[0], .events = POLLIN}, {.fd = peer, .events = 0}};
+    if (filter_log == NULL) return 1;
+    while (poll(ends, 2, -1) < 0 && errno == EINTR) {
+    }
+    int runs = ends[0].revents == 0 || became_command(told[0], filter_log);
+    close(told[0]);
+    return runs;
 }
 
 static pid_t read_pid(const char *path) {
@@ -115,6 +149,11 @@ static int finish(pid_t tool) {
     while (waitpid(tool, &status, 0) < 0)
         if (errno != EINTR) return FAILED << 8;
     return status;
+}
+
+static void end(pid_t child) {
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
 }
 
 static pid_t fork_exec(char **argv) {
@@ -178,6 +217,11 @@ static int run(char **argv) {
     close(err);
     int status = finish(tool);
     pid_t first = status == 0 ? read_pid(argv[3]) : -1;
+    if (first > 0 && !is_command(-1)) {
+        unlink(argv[3]);
+        end(first);
+        first = -1;
+    }
     if (first <= 0) {
         while (waitpid(-1, NULL, WNOHANG) > 0) {
         } /* the tool's own children: PID 1 may be slow to reap them, and the instance's end would wait for it */
@@ -214,6 +258,10 @@ static int execute(char **argv) {
     int status = finish(tool);
     pid_t first = status == 0 ? read_pid(argv[1]) : -1;
     unlink(argv[1]);
+    if (first > 0 && !is_command(NEWS)) {
+        end(first);
+        first = -1;
+    }
     if (first <= 0) {
         if (separator > argv + 2) unlink(argv[2]);
         while (waitpid(-1, NULL, WNOHANG) > 0) {
@@ -262,6 +310,12 @@ int main(int argc, char **argv) {
     if (argc == 2 && strcmp(argv[1], "userns") == 0) return userns();
     if (argc > 3 && strcmp(argv[1], "private") == 0) return private(argv + 2);
     if (argc == 2 && strcmp(argv[1], "inside") == 0) return become_first();
+    if (argc == 2 && strcmp(argv[1], "filter") == 0) return become_filtered();
+    if (argc > 3 && strcmp(argv[1], "filtered") == 0) {
+        filter_log = argv[2];
+        argc -= 2;
+        argv += 2;
+    }
     if (argc > 6 && strcmp(argv[1], "lxc") == 0) return start_lxc(argv + 2);
     if (argc > 8 && strcmp(argv[1], "enter") == 0) return enter_instance(argv + 2);
     if (argc > 9 && strcmp(argv[1], "run") == 0 && strcmp(argv[8], "--") == 0) {
