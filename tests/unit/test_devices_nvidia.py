@@ -19,7 +19,7 @@ from atoll.devices.nvidia.fake_driver import DRIVER, FakeDriver, fake_device
 from atoll.devices.nvidia.hardware import Deadlines, NvidiaHardware
 from atoll.devices.uevents import Uevent
 from atoll.model.devices import GpuGrant, GpuHealth, GpuSharing, LinkKind
-from atoll.model.errors import Conflict, Invalid, NotFound, Unavailable
+from atoll.model.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.devices import DeviceEvent, Edits, Trouble
 from atoll.model.spec import GpuCapability
@@ -675,3 +675,62 @@ async def test_nothing_holds_the_devices_while_they_are_let_go(driver: FakeDrive
     driver.xid(FIRST, 13)
     event = await next_event(events)
     assert (event.trouble, event.code) == (Trouble.FAULT, 13)
+
+
+def tool(driver: FakeDriver, words: str, status: int = 0) -> Path:
+    """Put a program in the place of the driver's tool, which notes how it was called and which workers there were then."""
+    place = driver.root / "usr/bin/nvidia-smi"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    said = driver.root / "said"
+    place.write_text(
+        f"#!/bin/sh\necho \"$@\" > {said}\ncat /proc/{os.getpid()}/task/*/children >> {said}\necho '{words}'\nexit {status}\n"
+    )
+    place.chmod(0o755)
+    return said
+
+
+async def test_a_reset_finds_nobody_who_has_the_device_open(driver: FakeDriver, hardware: NvidiaHardware) -> None:
+    await hardware.discover()
+    events = await followed(driver, hardware)
+    before = set(children())
+    said = tool(driver, "GPU 00000000:1B:00.0 was successfully reset. All done.")
+    await hardware.reset(FIRST)
+    options, *others = said.read_text().splitlines()
+    assert options == f"--gpu-reset -i {FIRST}"
+    assert before
+    assert not before & {int(pid) for line in others for pid in line.split()}
+    assert len(await hardware.discover()) == 3
+    driver.xid(FIRST, 13)
+    assert (await next_event(events)).code == 13
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "kind"),
+    [
+        ("GPU 00000000:1B:00.0 is currently in use by another process.", 19, Conflict),
+        ("Resetting this GPU is Not Supported", 3, Unsupported),
+        ("Unable to reset GPU: the bus did not come back", 1, Unavailable),
+        ("nothing was done", 0, Unavailable),
+    ],
+)
+async def test_a_refused_reset_says_why_in_the_tools_words(
+    driver: FakeDriver, hardware: NvidiaHardware, words: str, status: int, kind: type[Exception]
+) -> None:
+    tool(driver, words, status)
+    with pytest.raises(kind, match=words):
+        await hardware.reset(FIRST)
+    assert len(await hardware.discover()) == 3
+
+
+async def test_a_reset_that_hangs_is_given_up(driver: FakeDriver) -> None:
+    async with opened(driver, Deadlines(reset_s=SHORT_S)) as hardware:
+        said = tool(driver, "")
+        (driver.root / "usr/bin/nvidia-smi").write_text(f"#!/bin/sh\necho $$ > {said}\nexec sleep 600\n")
+        with pytest.raises(Unavailable, match="not reset within"):
+            await hardware.reset(FIRST)
+        assert len(await hardware.discover()) == 3
+
+
+async def test_without_the_drivers_tool_nothing_can_be_reset(hardware: NvidiaHardware) -> None:
+    with pytest.raises(Unsupported, match="no nvidia-smi"):
+        await hardware.reset(FIRST)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from atoll.cli import names
 from atoll.cli.session import Session, command, group
+from atoll.model.devices import GpuHealth
 
 if TYPE_CHECKING:
     from atoll.model.views import NodeView
@@ -159,6 +162,30 @@ async def uncordon(session: Session, name: str) -> None:
     _said(session, view, "is used again")
 
 
+@command(example="atoll nodes reinstate node-3 GPU-5f2c1d90 --reset")
+@names.argument("name", "nodes", metavar="NODE")
+@click.argument("gpu")
+@click.option("--reset", is_flag=True, help="Reset the GPU first. Nothing may hold it.")
+async def reinstate(session: Session, name: str, gpu: str, reset: bool) -> None:
+    """Offer a GPU again that was taken out for an error.
+
+    GPU is its id, or the beginning of one, as `atoll nodes show` has it. Use it when the error is mended and no counter of the
+    driver shows that. What the driver still says against the GPU stands.
+    """
+    async with session.client() as client:
+        device = await client.reinstate(name, gpu, reset=reset)
+    if session.json:
+        session.output.json(device)
+        return
+    from atoll.cli import gpus
+
+    if device.health is GpuHealth.QUARANTINED:
+        session.output.say(f"[yellow]![/] {gpus.short(device.id)} of {name} is still {gpus.word(device)}: {device.reason}")
+    else:
+        was = "was reset and is" if reset else "is"
+        session.output.say(f"[green]✓[/] {gpus.short(device.id)} of {name} {was} offered again")
+
+
 def _said(session: Session, view: NodeView, what: str) -> None:
     if session.json:
         session.output.json(view)
@@ -166,5 +193,5 @@ def _said(session: Session, view: NodeView, what: str) -> None:
         session.output.say(f"[green]✓[/] {view.node.name} {what}")
 
 
-for _each in (list_nodes, show, cordon, uncordon):
+for _each in (list_nodes, show, cordon, uncordon, reinstate):
     nodes.add_command(_each)

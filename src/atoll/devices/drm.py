@@ -148,6 +148,12 @@ class DrmHardware:
     async def resume(self, pid: int) -> None:
         return  # nothing is ever taken off
 
+    async def reset(self, device: str) -> None:
+        raise Unsupported(
+            f"{device} cannot be reset from here: only NVIDIA's devices can",
+            mend="reset it by its vendor's tool, then reinstate it",
+        )
+
     def _sample(self, card: Card) -> GpuSample:
         sensors = next(iter((card.device / "hwmon").glob("hwmon*")), card.device)
         return GpuSample(

@@ -89,6 +89,10 @@ class FakeHardware:
         self.suspends = self.vendor is GpuVendor.NVIDIA
         """The driver can take processes off their devices."""
         self._suspending: asyncio.Event | None = None
+        self.resets: list[str] = []
+        """Devices that were reset through the port."""
+        self.refuses_reset = ""
+        """Why no device can be reset."""
         self._busy: dict[str, int] = {}
         self._told: collections.deque[DeviceEvent] = collections.deque()
         self._news = asyncio.Event()
@@ -162,6 +166,17 @@ class FakeHardware:
             raise Unavailable(f"cannot put process {pid} back: out of memory")
         self._processes[pid] = self._off.pop(pid)
 
+    async def reset(self, device: str) -> None:
+        await self._enter()
+        self._board(device)
+        users = [pid for pid, process in self._processes.items() if process.device == device]
+        if users:
+            raise Conflict(f"{device} is in use by process {users[0]}")
+        if self.refuses_reset:
+            raise Unavailable(self.refuses_reset)
+        self.resets.append(device)
+        self.begin_anew(device)
+
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         nodes: dict[str, DeviceNode] = {}
         names, visible, pci = [], [], []
@@ -225,10 +240,10 @@ class FakeHardware:
     def come_back(self, device: str) -> None:
         """It is there again, as after a reset."""
         self._lost.discard(device)
-        self.reset(device)
+        self.begin_anew(device)
 
-    def reset(self, device: str) -> None:
-        """It begins anew: no partitions, no errors counted, rows remapped."""
+    def begin_anew(self, device: str) -> None:
+        """It is reset: no partitions, no errors counted, rows remapped."""
         self._boards[device].clear()
         self.change(device, ecc_errors=0, remap_pending=False, health=GpuHealth.OK, reason="")
 

@@ -19,7 +19,7 @@ from atoll.devices.passthrough import MACHINES, Passthrough
 from atoll.devices.slices import Slices
 from atoll.devices.watch import Patience, Watch, turns
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSample, GpuSharing
-from atoll.model.errors import AtollError, Conflict, Unavailable, Unsupported
+from atoll.model.errors import AtollError, Conflict, NotFound, Unavailable, Unsupported
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.devices import Claim, DeviceEvent, Edits, Hardware, Trouble
 from atoll.model.spec import Gpu, RuntimeName
@@ -107,15 +107,18 @@ class NodeDevices:
             refusals = {runtime: self._passthrough.refusal(), **refusals}
         return refuse_runtime(runtime, devices, gvisor_drivers=self._gvisor_drivers(), refusals=refusals)
 
-    async def reinstate(self, device: str) -> None:
-        """Offer a device again that was taken out for an error: an operator's word for a reset that no counter shows.
-
-        What its driver still says of it stands. One that is not known is no error.
-        """
+    async def reinstate(self, device: str, *, reset: bool = False) -> None:
+        self._begin()
         watch = self._watch_of(device)
-        if watch is not None:
-            words = f"{device} was reinstated by an operator"
-            watch.take(DeviceEvent(trouble=Trouble.RECOVERED, device=device, message=words, at=self._clock.now()))
+        if watch is None:
+            raise NotFound(f"this node has no GPU {device}", field="gpu")
+        if reset:
+            async with watch.turn:
+                await self._give_back([watch])
+                await self._must_be_idle(device)
+                await watch.reset(device)
+        words = f"{device} was {'reset and ' if reset else ''}reinstated by an operator"
+        watch.take(DeviceEvent(trouble=Trouble.RECOVERED, device=device, message=words, at=self._clock.now()))
 
     # what instances hold
 
@@ -200,6 +203,16 @@ class NodeDevices:
         await asyncio.gather(*(watch.close() for watch in self._watches))
 
     # inside: claims
+
+    async def _must_be_idle(self, device: str) -> None:
+        """Raise Conflict where an instance, or a process of anyone's as far as the driver tells, has the device."""
+        holdings = self._file.now.holdings
+        holders = sorted(id for id, grants in holdings.items() if any(grant.device == device for grant in grants))
+        if holders:
+            raise Conflict(f"{device} is still held by {', '.join(holders)}", mend="stop what holds it first: atoll stop")
+        pids = sorted({pid for sample in await self.samples() if sample.device == device for pid in sample.processes})
+        if pids:
+            raise Conflict(f"{device} is still used by process {', '.join(map(str, pids))} of the node", mend="end it first")
 
     async def _admit(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> None:
         """Raise what stands in the way of any grant."""

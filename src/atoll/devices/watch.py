@@ -45,6 +45,8 @@ class Patience(Struct, frozen=True, kw_only=True):
     samples_s: float = 3.0
     suspend_s: float = 130.0
     """Of a call that takes a process off its device, or puts it back: above the driver's own deadline, as above."""
+    reset_s: float = 80.0
+    """Of a reset: above the driver's own deadline."""
     look_s: float = 30.0
     """Between two looks at what there is, for what vanishes without a word."""
     again_s: float = 5.0
@@ -139,6 +141,11 @@ class Watch:
         done, _ = await asyncio.wait({self._looking}, timeout=max(0.0, min(bounds)) if bounds else None)
         if not done and left is not None and (wait_s is None or left <= wait_s) and not self.silent:
             self._fall_silent(Unavailable(f"the {self.vendor} driver does not answer within {self._patience.silent_s:g} s"))
+
+    async def reset(self, id: str) -> None:
+        """Reset a device, with nobody asking the driver meanwhile. Raises what the driver does, and Unavailable."""
+        async with self.aside():
+            await self.call(self.hardware.reset(id), self._patience.reset_s)
 
     async def _look(self) -> None:
         self._touched.clear()

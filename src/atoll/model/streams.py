@@ -4,6 +4,7 @@ Exec: the client sends STDIN, STDIN_END, RESIZE, SIGNAL; the node sends STDOUT, 
 Logs: the node sends LOG (a `LogLine` as JSON), then END, or ERROR.
 Payloads: RESIZE a `Resize` as JSON; SIGNAL a name (`SIGINT`); EXIT the exit status in decimal; ERROR an `ErrorBody` as JSON.
 Files: a tar stream in DATA messages, closed by END from the sending side; the receiver answers END, or ERROR.
+Reinstating a GPU: the node sends DATA (the `GpuDevice` as it then stands, as JSON), or ERROR.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ class LogOptions(Struct, frozen=True, kw_only=True):
 
 class FilesOptions(Struct, frozen=True, kw_only=True):
     path: str
+
+
+class ReinstateOptions(Struct, frozen=True, kw_only=True):
+    device: str
+    reset: bool = False
+    by: str = ""
+    """Whose word it is."""
 
 
 class Resize(Struct, frozen=True):

@@ -210,6 +210,12 @@ class ScaleRequest(Struct, frozen=True, forbid_unknown_fields=True):
     replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)]
 
 
+class ReinstateRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """With `reset`, the GPU is reset before."""
+
+    reset: bool = False
+
+
 class RollbackRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """Without `release`, the one before the current."""
 

@@ -340,6 +340,7 @@ class Agent:
                 self._node,
                 self.runners.get(request.instance),
                 self._logs,
+                gpus=self._gpus,
                 full=self._streams > STREAMS_MAX,
             )
         except Exception:

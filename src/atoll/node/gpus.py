@@ -14,7 +14,7 @@ import structlog
 
 from atoll.model import codec
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSample
-from atoll.model.errors import AtollError, Conflict, Invalid, Unavailable
+from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Invalid, NotFound, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.devices import DeviceEvent, Devices, Edits, Trouble
 from atoll.model.records import CELL_PROJECT, Instance, Severity
@@ -35,6 +35,8 @@ RELEASE_S = 60.0
 RECOVER_S = 10.0
 RECOVER_PAUSE_S = 5.0
 SAMPLES_S = 2.0
+REINSTATE_S = 100.0
+"""Of reinstating a device, with a reset of it."""
 SUSPEND_S = 300.0
 """Of taking an instance's processes off their devices, or putting them back: all of their memory is copied."""
 ENDED_LOOK_S = 3.0
@@ -176,6 +178,28 @@ class Gpus:
         """Put back what `suspend` took; what has ended meanwhile is left out. Safe to repeat. Raises Unavailable, TimeoutError."""
         async with asyncio.timeout(SUSPEND_S):
             await self._devices.resume(id, [pid for pid in pids if id in self._groups(pid)])
+
+    async def reinstate(self, device: str, *, reset: bool, by: str) -> GpuDevice:
+        """Offer a device again, on the word of `by`, and return how it then stands. Safe to repeat.
+
+        Raises what the port does, and DeadlineExceeded.
+        """
+        try:
+            async with asyncio.timeout(REINSTATE_S):
+                await self._devices.reinstate(device, reset=reset)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{device} was not {'reset' if reset else 'reinstated'} within {format_seconds(REINSTATE_S)}",
+                mend="see how it stands: atoll nodes show",
+            ) from None
+        words = f"GPU {device} was {'reset and ' if reset else ''}reinstated by {by or 'an operator'}"
+        log.warning("GPU reinstated", node=self._node, device=device, reset=reset, by=by)
+        self._reporter.event(CELL_PROJECT, f"node/{self._node}", "gpu-reinstated", words)
+        self._heard.set()
+        found = next((one for one in await self.look() if one.id == device), None)
+        if found is None:
+            raise NotFound(f"{device} was reinstated, but its driver does not know it any more", field="gpu")
+        return found
 
     async def look(self) -> tuple[GpuDevice, ...]:
         """Return the devices as they are now, or as they were last known."""

@@ -10,14 +10,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import structlog
+from msgspec.structs import replace
 
 from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Exhausted, Invalid, NotFound, Unavailable
 from atoll.model.ports.control_plane import Channel, ControlPlane, StreamKind, StreamRequest
 from atoll.model.ports.runtime import Execution, Runtime
 from atoll.model.states import Phase
-from atoll.model.streams import ErrorBody, ExecOptions, FilesOptions, Kind, LogOptions, Resize, pack, unpack
+from atoll.model.streams import (
+    ErrorBody,
+    ExecOptions,
+    FilesOptions,
+    Kind,
+    LogOptions,
+    ReinstateOptions,
+    Resize,
+    pack,
+    unpack,
+)
 from atoll.node.files import Ids, pack_files, unpack_files
+from atoll.node.gpus import Gpus
 from atoll.node.in_root import IdMap
 from atoll.node.runner import Runner
 from atoll.node.tools import Logs
@@ -28,6 +40,7 @@ OPEN_S = 10.0
 EXEC_START_S = 30.0
 FILES_IDLE_S = 60.0
 """A copy whose other end does not move for so long is given up."""
+REINSTATED_S = 5.0
 FILES_THREADS = 4
 """Copies that run at a time; others wait."""
 
@@ -37,7 +50,14 @@ _copiers = ThreadPoolExecutor(FILES_THREADS, thread_name_prefix="atoll-copy")
 
 
 async def serve_stream(
-    request: StreamRequest, control: ControlPlane, node: str, runner: Runner | None, logs: Logs, *, full: bool = False
+    request: StreamRequest,
+    control: ControlPlane,
+    node: str,
+    runner: Runner | None,
+    logs: Logs,
+    *,
+    gpus: Gpus | None = None,
+    full: bool = False,
 ) -> None:
     """Serve one stream to its end. What goes wrong is told to the other end; never raises AtollError."""
     try:
@@ -50,9 +70,12 @@ async def serve_stream(
         try:
             if full:
                 raise Exhausted("this node serves as many streams as it may; try again later")
-            if runner is None:
+            if request.kind == StreamKind.GPU_REINSTATE:
+                await _reinstate(channel, gpus, codec.convert(request.options, ReinstateOptions))
+            elif runner is None:
                 raise NotFound(f"instance {request.instance} is not on this node")
-            await _serve(request, channel, runner, logs)
+            else:
+                await _serve(request, channel, runner, logs)
         except AtollError as error:
             body = ErrorBody(code=error.code, message=str(error), mend=error.mend, field=error.field, retry=error.retry.value)
             await channel.send(pack(Kind.ERROR, codec.encode(body)))
@@ -74,6 +97,16 @@ async def _serve(request: StreamRequest, channel: Channel, runner: Runner, logs:
             await _put_files(channel, runner, codec.convert(request.options, FilesOptions).path)
         case _:
             raise Invalid(f"unknown kind of stream {request.kind!r}")
+
+
+async def _reinstate(channel: Channel, gpus: Gpus | None, options: ReinstateOptions) -> None:
+    if gpus is None:
+        raise NotFound("this node has no GPUs", field="gpu")
+    device = await gpus.reinstate(options.device, reset=options.reset, by=options.by)
+    await channel.send(pack(Kind.DATA, codec.encode(replace(device, links=(), profiles=(), foreign=()))))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REINSTATED_S):
+            await channel.receive()  # the asker's end: closing before it could cut what is under way
 
 
 def _running(runner: Runner) -> tuple[Runtime, int]:

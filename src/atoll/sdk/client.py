@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from atoll.model import codec
+from atoll.model.devices import GpuDevice
 from atoll.model.errors import OutcomeUnknown, Unavailable
 from atoll.model.records import Event, Project, Release, Usage
 from atoll.model.spec import AppSpec, JobSpec
@@ -19,14 +20,15 @@ from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
-    Info,
     DefragView,
+    Info,
     InstanceExplanation,
     InstanceView,
     JobView,
     NodeView,
     Page,
     PlanView,
+    ReinstateRequest,
     RollbackRequest,
     ScaleRequest,
     SecretRequest,
@@ -42,6 +44,9 @@ from atoll.sdk.transport import Answer, Transport, Unreachable, path
 TRIES_MAX = 3
 RETRY_DELAY_S = 0.1
 """Before the second try; doubled for each one after."""
+
+REINSTATE_S = 130.0
+"""Of one call that may have to wait for a GPU's reset."""
 
 T = TypeVar("T")
 
@@ -98,6 +103,13 @@ class Client:
 
     async def uncordon(self, name: str) -> NodeView:
         return await self._write(NodeView, "POST", path("nodes", name, "uncordon"))
+
+    async def reinstate(self, node: str, gpu: str, *, reset: bool = False) -> GpuDevice:
+        """Have a node offer a GPU again that was taken out for an error (`reset`: reset it before); return how it then stands.
+        Takes up to two minutes, and is asked once; safe to repeat."""
+        body = codec.encode(ReinstateRequest(reset=reset))
+        where = path("nodes", node, "gpus", gpu, "reinstate")
+        return answers.read(await self._transport.request("POST", where, body=body, timeout_s=REINSTATE_S), GpuDevice)
 
     async def usage(self, project: str | None = None) -> list[Usage]:
         """Return what every instance used at its node's last heartbeat."""
@@ -161,6 +173,10 @@ class Client:
         """Return what the scheduler would answer for an instance now, were it not there."""
         return await self._get(InstanceExplanation, path("projects", project, "instances", id, "explain"))
 
+    async def defrag(self) -> DefragView:
+        """Return which instances could be moved, and what that would free. Nothing is moved."""
+        return await self._get(DefragView, path("defrag"))
+
     async def plan(self, spec: AppSpec | JobSpec) -> PlanView:
         """Return where the spec's instances would go now. Nothing is written."""
         return await self._write(PlanView, "POST", path("plan"), spec)
@@ -173,10 +189,6 @@ class Client:
         """Start a command in a running instance."""
         where = path("projects", project, "instances", id, "exec", options=codec.encode(options).decode())
         return streams.Exec(await self._transport.channel(where))
-    async def defrag(self) -> DefragView:
-        """Return which instances could be moved, and what that would free. Nothing is moved."""
-        return await self._get(DefragView, path("defrag"))
-
 
     async def logs(self, project: str, id: str, options: LogOptions = LogOptions()) -> AsyncIterator[LogLine]:
         """Yield the instance's lines, oldest first; with `follow`, until the instance is gone or the iterator is closed."""

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from atoll.api.service.holdings import holdings_of
 from atoll.model import codec
-from atoll.model.devices import GpuSample
+from atoll.model.devices import GpuDevice, GpuHealth, GpuSample
 from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.records import (
     App,
@@ -35,6 +35,7 @@ from atoll.model.views import (
     JobView,
     NodeView,
     Page,
+    ReinstateRequest,
     RollbackRequest,
     ScaleRequest,
     SecretRequest,
@@ -42,10 +43,10 @@ from atoll.model.views import (
     TokenRequest,
     TokenView,
 )
-from atoll.scheduling.dry_run import explain_instance, plan_spec
 from atoll.scheduling.assembly import group_of
 from atoll.scheduling.defrag import propose
 from atoll.scheduling.demand import demand_of
+from atoll.scheduling.dry_run import explain_instance, plan_spec
 from atoll.sdk.fake_world import FakeWorld
 
 INGRESS_PORT = 8080
@@ -75,9 +76,9 @@ class FakeCalls(FakeWorld):
             case "POST", ["plan"]:
                 job = b'"kind":"job"' in body
                 return plan_spec(self.snapshot(), codec.decode(body, JobSpec) if job else codec.decode(body, AppSpec))
-            case "GET", ["projects"]:
             case "GET", ["defrag"]:
                 return self._defrag()
+            case "GET", ["projects"]:
                 return self._page([record for record, _ in self.under("projects")])
             case "PUT", ["projects", name]:
                 record = Project(name=name, created_at=self.now)
@@ -102,7 +103,7 @@ class FakeCalls(FakeWorld):
             case "GET", ["projects", project, "events"]:
                 return self._events(project, query)
             case _, ["nodes", *rest]:
-                return self._nodes(method, rest)
+                return self._nodes(method, rest, body)
             case "GET", ["usage"]:
                 return self.usage
             case _, ["tokens", *rest]:
@@ -110,7 +111,6 @@ class FakeCalls(FakeWorld):
             case _:
                 raise NotFound(f"{method} /v1/{'/'.join(segments)}: no such call")
 
-    def _page(self, items: list[Any]) -> Page[Any]:
     def _defrag(self) -> DefragView:
         """As the server would, with one of each app at a time."""
         placed = [record for record, _ in self.under("instances") if record.node is not None]
@@ -118,6 +118,7 @@ class FakeCalls(FakeWorld):
         demands = {group: demand_of(spec) for group, spec in specs.items()}
         return propose(self.snapshot(), demands, {f"{i.project}/{i.id}" for i in placed}, lambda owner: 1)
 
+    def _page(self, items: list[Any]) -> Page[Any]:
         return Page(items=tuple(items), revision=self.revision)
 
     def _apps(self, method: str, project: str, rest: list[str], headers: Mapping[str, str], body: bytes) -> object:
@@ -248,7 +249,7 @@ class FakeCalls(FakeWorld):
         rest = found[limit:]
         return Page(items=tuple(found[:limit]), revision=self.revision, next=found[limit - 1].id if rest else None)
 
-    def _nodes(self, method: str, rest: list[str]) -> object:
+    def _nodes(self, method: str, rest: list[str], body: bytes) -> object:
         match (method, rest):
             case "GET", []:
                 return self._page([self._node_view(node.name) for node, _ in self.under("nodes")])
@@ -258,8 +259,24 @@ class FakeCalls(FakeWorld):
                 self.get("nodes", name)
                 self.put("node-policies", name, NodePolicy(name=name, cordoned=verb == "cordon"))
                 return self._node_view(name)
+            case "POST", [name, "gpus", gpu, "reinstate"]:
+                return self._reinstate(name, gpu, codec.decode(body, ReinstateRequest).reset)
             case _:
                 raise NotFound("no such call")
+
+    def _reinstate(self, name: str, gpu: str, reset: bool) -> GpuDevice:
+        node, _ = self.get("nodes", name)
+        assert isinstance(node, Node)  # noqa: S101 - a test put it there
+        device = next((device for device in node.capacity.gpus if device.id.startswith(gpu)), None)
+        if device is None:
+            raise NotFound(f"node '{name}' has no GPU '{gpu}'", field="gpu")
+        if reset and any(holding.device == device.id for holding in self._node_view(name).gpus):
+            raise Conflict(f"{device.id} is still held")
+        if not device.remap_failed:
+            device = replace(device, health=GpuHealth.OK, reason="")
+        gpus = tuple(device if one.id == device.id else one for one in node.capacity.gpus)
+        self.put("nodes", name, replace(node, capacity=replace(node.capacity, gpus=gpus)))
+        return device
 
     def _node_view(self, name: str) -> NodeView:
         node, revision = self.get("nodes", name)

@@ -97,6 +97,11 @@ class SimHardware:
         await self._hardware.resume(pid)
         self._life.check()
 
+    async def reset(self, device: str) -> None:
+        await self._before("reset")
+        await self._hardware.reset(device)
+        self._life.check()
+
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         return self._hardware.edits(grants, capabilities, partitions)
 

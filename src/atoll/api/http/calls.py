@@ -24,6 +24,7 @@ W = TypeVar("W", AppSpec, JobSpec)
 Connection = ASGIConnection[Any, Any, Any, Any]
 
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_GPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9:.-]{0,119}")
 _NAMES = frozenset({"project", "app", "job", "secret"})
 QUERY_BYTES_MAX = 60_000
 """A command to run in an instance comes in the query."""
@@ -43,7 +44,7 @@ class Route(Struct, frozen=True, kw_only=True):
 
     method: str
     path: str
-    """With `{name}` for what varies; names called `project`, `app`, `job`, `secret` are names, all others ids."""
+    """With `{name}` for what varies; names called `project`, `app`, `job`, `secret` are names, `gpu` is one, all others ids."""
     need: Need
     run: Callable[[Call], Awaitable[Any]]
     """Returns the record to answer with, or an ASGI application."""
@@ -194,6 +195,9 @@ def admit(service: Service, connection: Connection, need: Need) -> tuple[Caller,
     for field, value in path.items():
         if field in _NAMES:
             check_name(value, field)
+        elif field == "gpu":
+            if _GPU.fullmatch(value) is None:
+                raise Invalid(f"gpu: {value[:60]!r} is not the id of a GPU, nor the beginning of one", field="gpu")
         else:
             check_id(value, field)
     project = path.get("project")

@@ -13,10 +13,11 @@ from atoll.api.http.users import PAGED
 from atoll.api.service import Need, authorize
 from atoll.api.service.exposition import CONTENT_TYPE
 from atoll.model import codec
+from atoll.model.devices import GpuDevice
 from atoll.model.errors import NotFound
 from atoll.model.records import Usage
 from atoll.model.spec import AppSpec, JobSpec
-from atoll.model.views import Info, NodeView, Page, TokenRequest, TokenView
+from atoll.model.views import Info, NodeView, Page, ReinstateRequest, TokenRequest, TokenView
 
 
 class Healthy(Struct, frozen=True):
@@ -61,6 +62,11 @@ async def uncordon_node(call: Call) -> NodeView:
     return await call.service.nodes.cordon(call.path["node"], False, request=call.request_key)
 
 
+async def reinstate_gpu(call: Call) -> GpuDevice:
+    asked = call.body(ReinstateRequest) if call.has_body else ReinstateRequest()
+    return await call.service.nodes.reinstate(call.path["node"], call.path["gpu"], reset=asked.reset, caller=call.caller)
+
+
 async def usage(call: Call) -> tuple[Usage, ...]:
     project = call.query("project")
     if project is not None:
@@ -100,6 +106,15 @@ ROUTES: tuple[Route, ...] = (
     _route("GET", "/v1/nodes/{node}", Need.READ, get_node, "A node", NodeView),
     _route("POST", "/v1/nodes/{node}/cordon", Need.ADMIN, cordon_node, "Place nothing new on a node", NodeView, repeatable=True),
     _route("POST", "/v1/nodes/{node}/uncordon", Need.ADMIN, uncordon_node, "Undo a cordon", NodeView, repeatable=True),
+    _route(
+        "POST",
+        "/v1/nodes/{node}/gpus/{gpu}/reinstate",
+        Need.ADMIN,
+        reinstate_gpu,
+        "Offer a GPU again that was taken out for an error",
+        GpuDevice,
+        body=ReinstateRequest,
+    ),
     _route(
         "GET",
         "/v1/usage",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Container, Iterable
 
@@ -13,21 +14,28 @@ from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.holdings import holdings_of
 from atoll.api.service.pages import page
 from atoll.api.service.specs import spec_of
+from atoll.api.service.tunnels import Tunnels
 from atoll.model import codec, keys
-from atoll.model.errors import Invalid, NotFound
+from atoll.model.devices import GpuDevice
+from atoll.model.errors import BY_CODE, AtollError, Invalid, NotFound, OutcomeUnknown, Unsupported
+from atoll.model.ports.control_plane import StreamKind
 from atoll.model.ports.store import Put, absent, unchanged
 from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Prefetch, Status, Usage
+from atoll.model.streams import ErrorBody, Kind, ReinstateOptions, unpack
 from atoll.model.views import NodeView, Page
 from atoll.store.cache import Held
 
 LABELS_MAX = 256
+REINSTATE_S = 110.0
+"""How long an agent has to reinstate a GPU, with a reset of it: above its own deadline."""
 
 
 class Nodes:
-    def __init__(self, context: Context, heartbeats: Heartbeats) -> None:
+    def __init__(self, context: Context, heartbeats: Heartbeats, tunnels: Tunnels) -> None:
         self._context = context
         self._state = context.state
         self._heartbeats = heartbeats
+        self._tunnels = tunnels
 
     def get(self, name: str, caller: Caller = SYSTEM) -> NodeView:
         """Return a node; instances of projects that `caller` does not see have no names. Raises NotFound."""
@@ -66,6 +74,38 @@ class Nodes:
             )
 
         return await self._context.write(NodeView, build, request)
+
+    async def reinstate(self, name: str, gpu: str, *, reset: bool = False, caller: Caller = SYSTEM) -> GpuDevice:
+        """Have a node offer a GPU again that was taken out for an error (with `reset`: reset it before), and return how it then
+        stands. `gpu` is its id, or the beginning of one. Safe to repeat.
+
+        Raises NotFound, Invalid (several begin so), and what the agent answers: Conflict (something holds it; with `reset`),
+        Unsupported, Unavailable (no connection, or the driver refused), DeadlineExceeded, OutcomeUnknown.
+        """
+        held = self._state.get(Node, name)
+        if held is None:
+            raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
+        device = _named(held.record, gpu)
+        liveness = self._state.get(NodeLiveness, name)
+        lost = liveness is not None and liveness.record.health is NodeHealth.LOST
+        options = ReinstateOptions(device=device, reset=reset, by=caller.name or caller.id)
+        pipe = await self._tunnels.open(name, StreamKind.GPU_REINSTATE, "", codec.to_plain(options), lost=lost)
+        try:
+            async with asyncio.timeout(REINSTATE_S):
+                message = await pipe.receive()
+        except TimeoutError:
+            message = None
+        finally:
+            await pipe.close()
+        if message is None:
+            raise OutcomeUnknown(f"node '{name}' did not say what came of it", mend=f"see how it stands: atoll nodes show {name}")
+        kind, payload = unpack(message)
+        if kind is Kind.ERROR:
+            body = codec.decode(payload, ErrorBody)
+            if body.code == NotFound.code and body.field is None:  # an agent of before looks for an instance
+                raise Unsupported(f"the agent of node '{name}' is too old for this", mend="update it, or restart the node")
+            raise BY_CODE.get(body.code, AtollError)(body.message, mend=body.mend, field=body.field)
+        return codec.decode(payload, GpuDevice)
 
     async def register(self, node: Node) -> None:
         """Write what an agent says of its machine, if that is new. Safe to repeat.
@@ -142,3 +182,15 @@ class Nodes:
             prefetch=prefetch.record.images if prefetch is not None and caller.project == EVERY_PROJECT else (),
             revision=held.revision,
         )
+
+
+def _named(node: Node, gpu: str) -> str:
+    """Return the id of the node's one GPU whose id is, or begins with, `gpu`. Raises NotFound, Invalid."""
+    ids = [device.id for device in node.capacity.gpus]
+    found = [id for id in ids if id == gpu] or [id for id in ids if gpu and id.casefold().startswith(gpu.casefold())]
+    if not found:
+        there = ", ".join(ids) or "none"
+        raise NotFound(f"node '{node.name}' has no GPU '{gpu[:60]}'", mend=f"it has: {there}", field="gpu")
+    if len(found) > 1:
+        raise Invalid(f"several GPUs of node '{node.name}' begin with '{gpu[:60]}': {', '.join(found)}", field="gpu")
+    return found[0]

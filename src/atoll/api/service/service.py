@@ -66,7 +66,7 @@ class Service:
         self.planning = Planning(self.context, self.heartbeats)
         self.secrets = Secrets(self.context)
         self.tokens = Tokens(self.context)
-        self.nodes = Nodes(self.context, self.heartbeats)
+        self.nodes = Nodes(self.context, self.heartbeats, self.tunnels)
         self.events = Events(self.context)
         self.exposition = Exposition(self.context, self.heartbeats)
         self.feeds = Feeds(self.context)

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from atoll.devices.nvidia import checkpoint, presence, records
+from atoll.devices.nvidia import checkpoint, presence, records, resetting
 from atoll.devices.nvidia.channel import Channel, Refused, command, environment_of
 from atoll.devices.nvidia.watch import Stream, Watch
 from atoll.devices.nvidia_files import nvidia_edits
@@ -57,6 +57,7 @@ class Deadlines(Struct, frozen=True, kw_only=True):
     """To make or remove a partition."""
     quiet_s: float = 30.0
     """Of the worker that waits for events: it says every 10 s that it lives."""
+    reset_s: float = 60.0
     close_s: float = 2.0
     again_s: float = 30.0
     """Between two looks for a driver that was not there when its events were to be waited for."""
@@ -150,6 +151,13 @@ class NvidiaHardware:
             raise Unsupported(str(error)) from None
         except checkpoint.CheckpointError as error:
             raise Unavailable(str(error)) from None
+
+    async def reset(self, device: str) -> None:
+        directory = presence.library_directory(self._root, os.environ) or ""
+        environment = environment_of({**os.environ, **self._added}, directory)
+        async with self.let_go():
+            await resetting.reset(device, environment, root=self._root, deadline_s=self._deadlines.reset_s)
+        self._retire()
 
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         return self._edits(grants, capabilities, partitions, self._devices, instances=self._instances, root=self._root)

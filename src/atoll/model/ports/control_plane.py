@@ -44,10 +44,12 @@ class StreamKind:
     LOGS = "logs"
     FILES_GET = "files-get"
     FILES_PUT = "files-put"
+    GPU_REINSTATE = "gpu-reinstate"
+    """Of the node itself: `instance` is empty."""
 
 
 class StreamRequest(Struct, frozen=True):
-    """The server asks the agent to open stream `id` for an instance; `options` depend on `kind` (see `model.streams`)."""
+    """The server asks the agent to open stream `id`; `options` depend on `kind` (see `model.streams`)."""
 
     id: str
     kind: str

@@ -143,6 +143,14 @@ class Hardware(Protocol):
         """
         ...
 
+    async def reset(self, device: str) -> None:
+        """Reset the hardware: what was in its memory, and all partitions, are lost. Safe to repeat.
+
+        Raises Conflict (something has it open), Unsupported (not this vendor or device), Unavailable (it would not; in the
+        driver's words, where it has any). Calls beside it may raise Unavailable meanwhile.
+        """
+        ...
+
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
         """Return what makes exactly these grants appear in an instance; `partitions` are the ids of those that are partitions,
         in their order. Blocking, but bounded: it looks up files only.
@@ -202,6 +210,14 @@ class Devices(Protocol):
 
     async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
         """Adopt what a former agent made for these instances and remove what it made for others, half-made partitions too."""
+        ...
+
+    async def reinstate(self, device: str, *, reset: bool = False) -> None:
+        """Offer a device again that was taken out for an error, on an operator's word; with `reset`, reset it before. What its
+        driver still says of it stands. Safe to repeat.
+
+        Raises NotFound; with `reset` Conflict (something holds it; names what), Unsupported, Unavailable.
+        """
         ...
 
     def events(self) -> AsyncIterator[DeviceEvent]:
