@@ -33,7 +33,7 @@ class FakeKernel:
 
     def add(self, address: str, driver: str, *, kind: str = "0x030200", group: int | None = 7, natural: str = "") -> None:
         device = self.sysfs / "bus/pci/devices" / address
-        device.mkdir(parents=True)
+        device.mkdir(parents=True, exist_ok=True)
         (device / "class").write_text(f"{kind}\n")
         (device / "driver_override").write_text("(null)\n")
         self.natural[address] = natural or driver

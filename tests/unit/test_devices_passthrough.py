@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fake_pci import H200, Clock, FakeKernel
 from atoll.devices.fake import FakeHardware
 from atoll.devices.ledger import LedgerFile
 from atoll.devices.node import NodeDevices
+from atoll.devices.nvidia.fake_driver import FakeDriver, fake_device
 from atoll.devices.passthrough import Passthrough
 from atoll.devices.vfio import VFIO_DRIVER, Vfio
 from atoll.model.devices import GpuDevice, GpuGrant, GpuHealth, GpuSharing
@@ -36,7 +38,7 @@ class Driver(FakeHardware):
 
     aside = 0
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def let_go(self) -> AsyncIterator[None]:
         self.aside += 1
         try:
@@ -79,6 +81,7 @@ class Bus(FakeKernel):
         return tuple(self.driver(address) for address in (FIRST, SOUND, SECOND))
 
 
+_WORKER = b"atoll.devices.nvidia.worker"
 HOME = ("nvidia", "snd_hda_intel", "nvidia")
 
 
@@ -379,3 +382,66 @@ async def test_a_node_that_cannot_says_what_is_missing(world: World) -> None:
     assert "no IOMMU at work" in devices.offers(QEMU)
     assert devices.offers(RUNC) == ""
     assert world.bus.written == []
+
+
+def workers() -> list[str]:
+    """Return this process's children that have the driver open."""
+    found = []
+    for children in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread, or a child, that has just ended
+            found += [pid for pid in children.read_text().split() if _WORKER in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+class NvidiaBus(FakeKernel):
+    """The kernel with a stand-in for NVIDIA's driver and library, which the agent's workers have open."""
+
+    def __init__(self, driver: FakeDriver, devices: list[dict[str, Any]]) -> None:
+        super().__init__(driver.root / "sys")
+        self.nvidia, self.devices = driver, devices
+        self.open_at_unbind: list[list[str]] = []
+        for number, device in enumerate(devices):
+            self.add(device["pci"], "nvidia", group=number)
+
+    def write(self, path: Path, text: str) -> None:
+        if path.name == "unbind" and self.driver(text) == "nvidia":
+            self.open_at_unbind.append(workers())
+        super().write(path, text)
+        with self.nvidia.change() as state:
+            state["devices"] = [device for device in self.devices if self.driver(device["pci"]) == "nvidia"]
+
+
+async def test_nvidia_s_workers_are_gone_while_a_device_is_taken_and_back_for_the_others(tmp_path: Path) -> None:
+    known = [fake_device(0), fake_device(1)]
+    driver = FakeDriver(tmp_path / "driver", known)
+    bus = NvidiaBus(driver, known)
+    vfio = Vfio(tmp_path / "vfio", sysfs=bus.sysfs, write=bus.write)
+    devices = NodeDevices(
+        [driver.hardware()], directory=tmp_path, clock=SystemClock(), boot="1", passthrough=Passthrough(vfio, sysfs=bus.sysfs)
+    )
+    whole = [GpuGrant(device=device["id"]) for device in known]
+    told: list[DeviceEvent] = []
+
+    async def read() -> None:
+        async for event in devices.events():
+            told.append(event)
+
+    reader = asyncio.ensure_future(read())
+    try:
+        assert [device.health for device in await devices.inventory()] == [GpuHealth.OK] * 2
+        assert workers()
+        await devices.claim("one", whole[:1], Gpu(), QEMU)
+        assert [(device.present, device.health) for device in await devices.inventory()] == WELL
+        assert [sample.device for sample in await devices.samples()] == [known[1]["id"]]
+        await devices.claim("two", whole[1:], Gpu(), QEMU)  # its driver has none any more
+        assert [(device.present, device.health) for device in await devices.inventory()] == WELL
+        for instance in ("one", "two"):
+            await devices.release(instance)
+        assert [(device.present, device.health) for device in await devices.inventory()] == WELL
+        assert len(await devices.samples()) == 2
+        assert bus.open_at_unbind == [[], []]
+        assert {event.trouble for event in told} <= {Trouble.RECOVERED}
+    finally:
+        reader.cancel()
+        await devices.close()
+        driver.close()

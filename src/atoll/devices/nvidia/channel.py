@@ -143,6 +143,8 @@ class Channel:
         self._lock = asyncio.Lock()
         self._worker: Worker | None = None
         self._left: list[Worker] = []
+        self._stale = False
+        """The worker knows an older state of the driver: it answers what it was asked, and nothing more."""
         self._failures = 0
         self._not_before = 0.0
 
@@ -171,6 +173,8 @@ class Channel:
             self._failures = 0
             return answer
         finally:
+            if self._stale:
+                self._drop()
             self._lock.release()
 
     def check_pause(self) -> None:
@@ -209,17 +213,24 @@ class Channel:
             ) from None
         except Refused:
             if not worker.greeted:
-                self.retire()  # it ends by itself: the library could not be used
+                self._drop()  # it ends by itself: the library could not be used
             raise
 
     def _fail(self) -> None:
-        self.retire()
+        self._drop()
         self._failures += 1
         if self._failures > 1:
             self._not_before = self._clock.monotonic() + min(RETRY_S * 2 ** (self._failures - 2), RETRY_MAX_S)
 
     def retire(self) -> None:
-        """Let go of the worker, so that the next call sees the driver as it is then."""
+        """Let go of the worker, so that the next call sees the driver as it is then. One that is being asked answers first: its
+        caller did nothing wrong, and would take the driver for silent."""
+        self._stale = self._lock.locked()
+        if not self._stale:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._stale = False
         if self._worker is not None:
             self._worker.kill()
             self._left.append(self._worker)
@@ -227,7 +238,7 @@ class Channel:
 
     async def close(self, deadline_s: float) -> None:
         """End the worker; one that cannot die within `deadline_s` is left to the kernel."""
-        self.retire()
+        self._drop()
         await ended(self._left, deadline_s)
 
 
