@@ -149,6 +149,37 @@ async def test_a_machine_without_such_devices_has_none(machine: Machine) -> None
     assert await IntelHardware(root=machine.root).samples() == ()
 
 
+IGPU = {"vendor": "0x8086", "device": "0x46a6", "numa_node": -1, "local_cpulist": "0-3", "resource": FLEX["resource"]}
+
+
+@pytest.mark.parametrize("driver", ["i915", "xe"])
+async def test_intels_gpu_inside_a_processor_is_not_offered_and_says_why(machine: Machine, driver: str) -> None:
+    machine.add("0000:00:02.0", 128, driver, IGPU)
+    machine.add("0000:4d:00.0", 129, driver, FLEX)
+    hardware = IntelHardware(root=machine.root)
+    assert [device.pci for device in await hardware.discover()] == ["0000:4d:00.0"]
+    assert [sample.device for sample in await hardware.samples()] == ["0000:4d:00.0"]
+    ((place, why),) = hardware.withheld()
+    assert (place, "no memory of its own" in why) == ("0000:00:02.0", True)
+
+
+@pytest.mark.parametrize(
+    "more", [{"drm/card0/lmem_total_bytes": GIB}, {"tile0/physical_vram_size_bytes": GIB}, {"device": "0x56c0"}]
+)
+async def test_one_with_memory_of_its_own_is_offered_wherever_it_is(machine: Machine, more: dict[str, object]) -> None:
+    machine.add("0000:00:02.0", 128, "xe", IGPU | more)
+    hardware = IntelHardware(root=machine.root)
+    assert (len(await hardware.discover()), hardware.withheld()) == (1, ())
+
+
+@pytest.mark.parametrize(("own", "offered"), [(GIB // 2, False), (None, False), (2 * GIB, True)])
+async def test_amds_gpu_inside_a_processor_is_told_by_its_memory(machine: Machine, own: int | None, offered: bool) -> None:
+    files = {name: value for name, value in MI300X.items() if name != "mem_info_vram_total"}
+    machine.add("0000:05:00.0", 128, "amdgpu", files | ({"mem_info_vram_total": own} if own else {}))
+    hardware = AmdHardware(root=machine.root)
+    assert (len(await hardware.discover()) == 1, hardware.withheld() == ()) == (offered, offered)
+
+
 async def test_uncorrected_memory_errors_are_shown(machine: Machine) -> None:
     machine.add("0000:05:00.0", 128, "amdgpu", MI300X | {"ras/umc_err_count": "ue: 2\nce: 4"})
     (device,) = await AmdHardware(root=machine.root).discover()

@@ -125,6 +125,21 @@ def test_gpus_are_named_with_driver_health_and_what_can_hand_them_on(tmp_path: P
     assert not any(finding.core for finding in found.values()), "a machine runs without them"
 
 
+def test_a_gpu_inside_a_processor_is_named_and_not_missed(tmp_path: Path) -> None:
+    device = tmp_path / "sys/devices/pci0000:00/0000:00:02.0"
+    (device / "drm/renderD128").mkdir(parents=True)
+    (device / "drm/renderD128/device").symlink_to("../..")
+    (device / "vendor").write_text("0x8086\n")
+    (device / "device").write_text("0x46a6\n")
+    (device / "class").write_text("0x030000\n")
+    for place, target in (("sys/class/drm", device / "drm/renderD128"), ("sys/bus/pci/devices", device)):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / target.name).symlink_to(target)
+    (found,) = gpus(tmp_path)
+    assert (found.name, found.level) == ("0000:00:02.0", Level.OK)
+    assert "not offered: part of the processor" in found.found
+
+
 def test_a_driver_that_cannot_be_asked_says_why(tmp_path: Path) -> None:
     hardware = FakeHardware()
     hardware.driver_mismatch()

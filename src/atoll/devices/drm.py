@@ -89,7 +89,19 @@ class DrmHardware:
         return devices
 
     def _look(self) -> tuple[GpuDevice, ...]:
-        return _linked([self._device(card) for card in cards(self.root, self.pci_vendor)])
+        return _linked([self._device(card) for card in self._offered()])
+
+    def withheld(self) -> tuple[tuple[str, str], ...]:
+        """Return (PCI address, why) of the GPUs here that are not offered. Reads small files only."""
+        every = ((card.pci, self.integrated(card)) for card in cards(self.root, self.pci_vendor))
+        return tuple((pci, why) for pci, why in every if why)
+
+    def _offered(self) -> Iterator[Card]:
+        return (card for card in cards(self.root, self.pci_vendor) if not self.integrated(card))
+
+    def integrated(self, card: Card) -> str:
+        """Return why the GPU counts as part of the processor, which drives a display and is no place for work; else nothing."""
+        return ""
 
     def _device(self, card: Card) -> GpuDevice:
         health, reason = self.health(card)
@@ -140,7 +152,7 @@ class DrmHardware:
         return GpuHealth.OK, ""
 
     async def samples(self) -> tuple[GpuSample, ...]:
-        return await self._bounded(lambda: tuple(self._sample(card) for card in cards(self.root, self.pci_vendor)), DISCOVER_S)
+        return await self._bounded(lambda: tuple(self._sample(card) for card in self._offered()), DISCOVER_S)
 
     async def suspend(self, pid: int) -> None:
         raise Unsupported(f"{self.vendor}'s driver cannot take a program off its device")

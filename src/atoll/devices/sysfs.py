@@ -11,6 +11,14 @@ from typing import ClassVar
 from atoll.devices.drm import Card, DrmHardware, number, text
 from atoll.model.devices import GpuHealth, GpuVendor
 from atoll.model.ports.devices import DeviceNode
+from atoll.model.units import format_bytes
+
+
+OWN_MEMORY_BYTES_MIN = 2 << 30
+"""With less memory of its own an AMD GPU counts as part of the processor: what it has is cut from the machine's, 512 MiB as a rule.
+One for which the firmware sets aside more is offered."""
+INTEGRATED_PLACE = "0000:00:02.0"
+"""Where Intel's processors have their GPU, always."""
 
 
 class AmdHardware(DrmHardware):
@@ -42,6 +50,12 @@ class AmdHardware(DrmHardware):
 
     def memory_bytes(self, card: Card) -> int:
         return card.number("mem_info_vram_total") or super().memory_bytes(card)
+
+    def integrated(self, card: Card) -> str:
+        own = card.number("mem_info_vram_total")
+        if own >= OWN_MEMORY_BYTES_MIN:
+            return ""
+        return f"part of the processor: it has {format_bytes(own) if own else 'no'} memory of its own (mem_info_vram_total)"
 
     def compute_capability(self, card: Card) -> str:
         version = int(self._topology(card).get("gfx_target_version", "0"))
@@ -96,5 +110,14 @@ class IntelHardware(DrmHardware):
     }
 
     def memory_bytes(self, card: Card) -> int:
+        return self._own_memory_bytes(card) or super().memory_bytes(card)
+
+    def integrated(self, card: Card) -> str:
+        # A driver that names no memory may only be too old for it: the place decides then, unless the model is known.
+        if card.pci != INTEGRATED_PLACE or card.number("device") in self.models or self._own_memory_bytes(card):
+            return ""
+        return "part of the processor: it has no memory of its own (lmem_total_bytes, physical_vram_size_bytes)"
+
+    def _own_memory_bytes(self, card: Card) -> int:
         patterns = ("drm/card*/lmem_total_bytes", "tile*/physical_vram_size_bytes")
-        return sum(number(path) for pattern in patterns for path in card.device.glob(pattern)) or super().memory_bytes(card)
+        return sum(number(path) for pattern in patterns for path in card.device.glob(pattern))

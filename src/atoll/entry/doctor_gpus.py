@@ -30,6 +30,8 @@ Seen = tuple[tuple[GpuDevice, ...], dict[RuntimeName, str], str]
 
 def gpus(root: Path = Path("/"), hardware: Callable[[], Sequence[Hardware]] | None = None) -> Iterator[Finding]:
     """Yield what there is to say. Blocking; `hardware` gives the drivers, those of this machine where it is absent."""
+    from atoll.devices.drm import DrmHardware
+
     any_part = Part(AREA, "GPUs", "work that asks for one is placed here")
     if hardware is None:
         if not vendors(root):
@@ -40,12 +42,15 @@ def gpus(root: Path = Path("/"), hardware: Callable[[], Sequence[Hardware]] | No
         found = drivers(SystemClock(), root)
     else:
         found = tuple(hardware())
+    withheld = [each for one in found if isinstance(one, DrmHardware) for each in one.withheld()]
+    for place, why in withheld:
+        yield Part(AREA, place, "drives a display")(Level.OK, f"not offered: {why}")
     devices, refusals, silent = asyncio.run(_look(found, root))
     if silent:
         yield Part(AREA, "driver", "devices are asked through it")(
             Level.MISSING, silent, "see the kernel's log, and whether driver and library are of one version"
         )
-    elif not devices:
+    elif not devices and not withheld:
         mend = "install or load the vendor's driver; optional"
         yield any_part(Level.DEGRADED, "one is on the bus, and no driver offers it", mend)
     if not devices:
