@@ -120,6 +120,12 @@ def test_what_is_not_known_yet_is_a_dash() -> None:
     assert lines[4].split() == ["llm-1", "●", "ready", "–", "–", "–/1", "–", "n1"]
 
 
+def test_what_a_silent_driver_does_not_say_is_a_dash_and_not_nought() -> None:
+    lines = shown(None, WHOLE, **{"llm-1": Usage(instance="llm-1", cpu_milli=100, memory_bytes=GIB, gpu_silent=True)})
+    assert "–/1" in lines[4]
+    assert "0.00/1" not in lines[4]
+
+
 def test_only_so_many_metrics_have_columns_and_none_with_a_strange_name() -> None:
     metrics = {f"metric_{n}": float(n) for n in range(METRICS_SHOWN + 2)} | {"[red]": 1.0, "a_very_long_name_of_a_metric": 5.0}
     lines = shown(None, instance("llm-1"), nodes=(node(gpus=0),), **{"llm-1": Usage(instance="llm-1", metrics=metrics)})

@@ -220,3 +220,10 @@ async def test_it_is_served_as_prometheus_wants_it(cell: Cell) -> None:
         assert answer.text.endswith("\n")
         assert "llm-2" in answer.text
         assert (await client.get("/metrics?project=default", headers=headers)).status_code == 403
+
+
+async def test_of_a_silent_driver_there_is_no_line_instead_of_nought(cell: Cell) -> None:
+    cell.service.heartbeats.note(Heartbeat(node="n1", at=2.0, usage=(Usage(instance="llm-1", gpu_silent=True),)))
+    lines = await cell.lines()
+    assert any(line.startswith("atoll_instance_cpu_cores{") for line in lines)
+    assert not any(line.startswith(("atoll_instance_gpu_", "atoll_gpu_busy_ratio{")) for line in lines)

@@ -331,6 +331,9 @@ def test_memory_is_an_instance_s_by_its_control_group_and_compute_only_of_a_devi
     assert usage_of("a", (share, GpuGrant(device="GPU-1")), samples, owners) == (500, 12)
     assert usage_of("b", (share,), samples, owners) == (0, 3)
     assert usage_of("c", (), samples, owners) == (0, 0)
+    assert usage_of("a", (share, GpuGrant(device="GPU-3")), samples, owners) is None, (
+        "of a device that says nothing, nothing is known"
+    )
 
 
 def test_a_process_s_control_groups_are_read_in_both_versions(tmp_path: Path) -> None:
@@ -355,6 +358,21 @@ async def test_heartbeats_tell_what_devices_do_and_what_instances_use_of_them(wo
     assert (used.gpu_milli, used.gpu_memory_bytes) == (640, 3 << 30)
     sample = next(sample for sample in world.control.heartbeats[-1].gpus if sample.device == world.ids[0])
     assert (sample.busy_milli, sample.memory_bytes) == (640, 3 << 30)
+
+
+@virtual
+async def test_of_a_silent_driver_a_heartbeat_says_nothing_instead_of_nought(world: World) -> None:
+    assert world.hardware is not None
+    async with world.agent():
+        await world.phase(world.app("web-0", GpuGrant(device=world.ids[0])), Phase.RUNNING)
+        await world.control.until(lambda c: c.heartbeats and c.heartbeats[-1].gpus and c.heartbeats[-1].usage)
+        assert not _usage(world.control, "web-0").gpu_silent
+        world.hardware.hang()
+        await world.control.until(lambda c: not c.heartbeats[-1].gpus, timeout_s=60)
+        assert _usage(world.control, "web-0").gpu_silent
+        world.hardware.answer()
+        await world.control.until(lambda c: c.heartbeats[-1].gpus, timeout_s=60)
+        assert not _usage(world.control, "web-0").gpu_silent
 
 
 def _usage(control: FakeControlPlane, id: str) -> Usage:

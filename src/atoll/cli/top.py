@@ -159,7 +159,7 @@ def _gpu_cells(view: InstanceView, used: Usage | None, *, bars: bool) -> tuple[t
     if not grants:
         return ("",), ("",)
     held_milli, held_bytes = sum(grant.milli for grant in grants), sum(grant.memory_bytes for grant in grants)
-    if used is None:
+    if used is None or used.gpu_silent:
         return (f"–/{held_milli / 1000:g}",), ("–",)
     alone = any(grant.sharing is GpuSharing.EXCLUSIVE for grant in grants)
     words = f"{used.gpu_milli / 1000:.2f}/{held_milli / 1000:g}"

@@ -13,7 +13,6 @@ from atoll.model.devices import GpuHealth, GpuVendor
 from atoll.model.ports.devices import DeviceNode
 from atoll.model.units import format_bytes
 
-
 OWN_MEMORY_BYTES_MIN = 2 << 30
 """With less memory of its own an AMD GPU counts as part of the processor: what it has is cut from the machine's, 512 MiB as a rule.
 One for which the firmware sets aside more is offered."""

@@ -297,6 +297,8 @@ class Usage(_Record, frozen=True, kw_only=True):
     gpu_milli: int = 0
     """Thousandths of a device in use, of all that it holds; 0 where the device does not tell its tenants apart."""
     gpu_memory_bytes: int = 0
+    gpu_silent: bool = False
+    """The driver of what it holds does not say: the two above mean nothing."""
     metrics: dict[str, float] = {}
     """The app's own, as its `metrics` endpoint gave them."""
 

@@ -21,13 +21,16 @@ def owners_of(samples: Iterable[GpuSample], ids: Collection[str], groups: Callab
     return found
 
 
-def usage_of(id: str, grants: Sequence[GpuGrant], samples: Iterable[GpuSample], owners: Owners) -> tuple[int, int]:
-    """Return (thousandths of a device that are busy, bytes of device memory) of an instance.
+def usage_of(id: str, grants: Sequence[GpuGrant], samples: Sequence[GpuSample], owners: Owners) -> tuple[int, int] | None:
+    """Return (thousandths of a device that are busy, bytes of device memory) of an instance; None where a device that it
+    holds has no sample: its driver is silent, or a virtual machine has it.
 
     How busy a device is, it says of itself and not of its tenants: only one that is the instance's alone counts.
     """
     alone = {grant.device for grant in grants if grant.sharing is GpuSharing.EXCLUSIVE}
     held = {grant.device for grant in grants}
+    if not held <= {sample.device for sample in samples}:
+        return None
     milli = memory_bytes = 0
     for sample in samples:
         if sample.device in alone:

@@ -115,8 +115,9 @@ class Vitals:
                 log.debug("no usage", instance=runner.id, error=str(error))
                 continue
             if grants := runner.assignment.instance.gpus:
-                milli, memory_bytes = usage_of(runner.id, grants, samples, owners)
-                used = replace(used, gpu_milli=milli, gpu_memory_bytes=memory_bytes)
+                of_gpus = usage_of(runner.id, grants, samples, owners)
+                milli, memory_bytes = of_gpus or (0, 0)
+                used = replace(used, gpu_milli=milli, gpu_memory_bytes=memory_bytes, gpu_silent=of_gpus is None)
             found.append(used)
         return tuple(found)
 

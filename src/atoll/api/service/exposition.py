@@ -142,7 +142,7 @@ class Exposition:
             return
         page.add("atoll_instance_cpu_cores", labels, usage.cpu_milli / 1000)
         page.add("atoll_instance_memory_bytes", labels, usage.memory_bytes)
-        if instance.gpus:
+        if instance.gpus and not usage.gpu_silent:
             page.add("atoll_instance_gpu_busy_devices", labels, usage.gpu_milli / 1000)
             page.add("atoll_instance_gpu_memory_bytes", labels, usage.gpu_memory_bytes)
         for name, value in sorted(usage.metrics.items()):

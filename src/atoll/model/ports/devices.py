@@ -225,7 +225,7 @@ class Devices(Protocol):
         ...
 
     async def samples(self) -> tuple[GpuSample, ...]:
-        """Return what every device does now; none where that cannot be told in time."""
+        """Return what every device does now, without those of a driver that does not tell in time."""
         ...
 
     def offers(self, runtime: RuntimeName) -> str:
