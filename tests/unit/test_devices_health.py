@@ -154,6 +154,14 @@ def test_rows_that_wait_for_a_reset_take_a_device_out_until_it_was_reset() -> No
     assert life.troubles == [Trouble.BROKEN, Trouble.RECOVERED]
 
 
+def test_rows_that_wait_after_correctable_errors_only_leave_a_device_in_use() -> None:
+    life = Life().seen(remap_pending=True, health=GpuHealth.DEGRADED, reason="rows of memory wait for a reset")
+    assert (life.health, life.troubles) == (GpuHealth.DEGRADED, [Trouble.SUSPECT])
+    assert "wait for a reset" in life.reason
+    assert life.seen(remap_pending=True, health=GpuHealth.QUARANTINED, reason="uncorrectable").health is GpuHealth.QUARANTINED
+    assert life.seen().health is GpuHealth.OK
+
+
 def test_rows_that_could_not_be_remapped_take_a_device_out_for_good() -> None:
     life = (
         Life()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pynvml
 import pytest
 
+from atoll.devices.node import NodeDevices
 from atoll.devices.nvidia.channel import Channel, command, environment_of
 from atoll.devices.nvidia.fake_driver import DRIVER, FakeDriver, fake_device
 from atoll.devices.nvidia.hardware import Deadlines, NvidiaHardware
@@ -145,7 +146,7 @@ async def test_profiles_and_their_places_are_the_drivers(hardware: NvidiaHardwar
     ],
 )
 async def test_health_follows_the_counters(
-    driver: FakeDriver, hardware: NvidiaHardware, counters: dict[str, object], health: GpuHealth, words: str
+    driver: FakeDriver, hardware: NvidiaHardware, tmp_path: Path, counters: dict[str, object], health: GpuHealth, words: str
 ) -> None:
     with driver.change() as state:
         state["devices"][0] |= counters
@@ -153,6 +154,10 @@ async def test_health_follows_the_counters(
     assert first.health is health
     assert words in first.reason
     assert bool(words) == bool(first.reason)
+    node = NodeDevices([hardware], directory=tmp_path, clock=SystemClock(), boot="1")
+    offered = next(device for device in await node.inventory() if device.id == first.id)
+    assert offered.health is health, "the node says no other than the driver's counters"
+    await node.close()
 
 
 async def test_a_device_without_error_correction_says_so(driver: FakeDriver, hardware: NvidiaHardware) -> None:

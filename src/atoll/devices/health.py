@@ -147,7 +147,9 @@ def _was_reset(old: GpuDevice, new: GpuDevice) -> bool:
 def _rows_of(device: GpuDevice) -> str:
     if device.remap_failed:
         return "bad rows of memory could not be remapped: have the GPU replaced"
-    return "bad rows of memory wait for a reset to be remapped" if device.remap_pending else ""
+    # A driver's adapter that knows why they wait may call that a doubt only (NVIDIA's, after correctable errors): its word holds.
+    waits = device.remap_pending and device.health is not GpuHealth.DEGRADED
+    return "bad rows of memory wait for a reset to be remapped" if waits else ""
 
 
 def _fold(
