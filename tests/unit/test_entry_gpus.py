@@ -26,7 +26,7 @@ def test_such_a_machine_loads_nothing_of_what_gpus_need() -> None:
 
 
 def described(directory: Path, *hardware: FakeHardware, known: frozenset[str] = frozenset()) -> DescribedDevices:
-    return DescribedDevices(hardware, directory=directory, clock=SystemClock(), known_to_gvisor=known)
+    return DescribedDevices(hardware, directory=directory, clock=SystemClock(), known_to_gvisor=lambda: known)
 
 
 async def test_a_cdi_spec_of_each_vendor_names_the_whole_devices_and_follows_them(tmp_path: Path) -> None:
@@ -57,13 +57,30 @@ async def test_gvisor_is_offered_devices_only_where_its_proxy_knows_the_driver(t
 
 async def test_machines_are_offered_devices_only_where_there_is_an_iommu(tmp_path: Path) -> None:
     clock = SystemClock()
-    devices = DescribedDevices([FakeHardware()], directory=tmp_path / "a", clock=clock, known_to_gvisor=frozenset(), root=tmp_path)
+    devices = DescribedDevices([FakeHardware()], directory=tmp_path / "a", clock=clock, known_to_gvisor=frozenset, root=tmp_path)
     await devices.inventory()
     assert "no IOMMU at work" in devices.offers(RuntimeName.QEMU)
     (tmp_path / "sys/kernel/iommu_groups/7").mkdir(parents=True)
     assert "modprobe vfio-pci" in devices.offers(RuntimeName.CLOUD_HYPERVISOR)
     (tmp_path / "sys/bus/pci/drivers/vfio-pci").mkdir(parents=True)
     assert devices.offers(RuntimeName.QEMU) == devices.offers(RuntimeName.CLOUD_HYPERVISOR) == ""
+    await devices.close()
+
+
+async def test_the_nodes_driver_that_counts_as_known_to_gvisor_is_the_one_that_runs_now(tmp_path: Path) -> None:
+    runsc = tmp_path / "bin/runsc"
+    runsc.parent.mkdir()
+    runsc.write_text("#!/bin/sh\necho 580.126.20\n")
+    runsc.chmod(0o755)
+    version = tmp_path / "root/proc/driver/nvidia/version"
+    version.parent.mkdir(parents=True)
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.100.01  x\n")
+    named = {"nvproxy_driver": "580.126.20", "runsc": str(runsc)}
+    devices = await node_devices(tmp_path / "data", SystemClock(), tmp_path / "root", **named)
+    assert devices is not None
+    assert devices.known_to_gvisor() == {"580.126.20", "580.100.01"}
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  x\n")
+    assert devices.known_to_gvisor() == {"580.126.20", "580.159.04"}
     await devices.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -43,7 +43,10 @@ def drivers(clock: Clock, root: Path = Path("/")) -> tuple[Hardware, ...]:
 
 
 class DescribedDevices(NodeDevices):
-    """The node's devices, of which a CDI spec for each vendor is kept below the agent's data, for people and other tools."""
+    """The node's devices, of which a CDI spec for each vendor is kept below the agent's data, for people and other tools.
+
+    `known_to_gvisor` gives the driver versions that count as known to gVisor's proxy, each time that it is asked.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class DescribedDevices(NodeDevices):
         *,
         directory: Path,
         clock: Clock,
-        known_to_gvisor: frozenset[str],
+        known_to_gvisor: Callable[[], frozenset[str]],
         root: Path = Path("/"),
     ) -> None:
         super().__init__(
@@ -59,9 +62,10 @@ class DescribedDevices(NodeDevices):
             directory=directory,
             clock=clock,
             mps=NvidiaMps(directory / MPS_DIRECTORY),
-            gvisor_drivers=lambda: known_to_gvisor,
+            gvisor_drivers=known_to_gvisor,
             passthrough=Passthrough(Vfio(directory / VFIO_DIRECTORY, sysfs=root / "sys"), sysfs=root / "sys"),
         )
+        self.known_to_gvisor = known_to_gvisor
         self._hardware = tuple(hardware)
         self._directory = directory / CDI_DIRECTORY
         self._described: tuple[tuple[str, str, bool], ...] = ()

@@ -24,7 +24,9 @@ def vendors(root: Path = Path("/")) -> frozenset[str]:
     return frozenset(found | {NVIDIA} if (root / "proc/driver/nvidia/version").exists() else found)
 
 
-async def node_devices(data: Path, clock: Clock, root: Path = Path("/"), *, nvproxy_driver: str = "") -> DescribedDevices | None:
+async def node_devices(
+    data: Path, clock: Clock, root: Path = Path("/"), *, nvproxy_driver: str = "", runsc: str = "runsc"
+) -> DescribedDevices | None:
     """Return the machine's devices for an agent with this data directory; None, at no cost, where it has none.
 
     With `nvproxy_driver`, a version that gVisor's proxy knows, the node's own driver counts as known to it.
@@ -35,10 +37,13 @@ async def node_devices(data: Path, clock: Clock, root: Path = Path("/"), *, nvpr
     from atoll.entry.described import DescribedDevices, drivers
     from atoll.runtimes.nvproxy import gvisor_drivers
 
-    known = await asyncio.to_thread(gvisor_drivers, "runsc", data / "runtimes" / "gvisor")
-    if nvproxy_driver in known:
-        known |= {driver_version(root)}
-    return DescribedDevices(drivers(clock, root), directory=data, clock=clock, known_to_gvisor=known, root=root)
+    known = await asyncio.to_thread(gvisor_drivers, runsc, data / "runtimes" / "gvisor")
+
+    def known_now() -> frozenset[str]:
+        # Read each time: the driver may be replaced, or loaded at all, while the agent runs.
+        return known | {driver_version(root)} if nvproxy_driver in known else known
+
+    return DescribedDevices(drivers(clock, root), directory=data, clock=clock, known_to_gvisor=known_now, root=root)
 
 
 def _text(path: Path) -> str:
