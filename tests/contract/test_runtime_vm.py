@@ -426,7 +426,8 @@ async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world:
     agent.kill()
     await agent.wait()
     async with asyncio.timeout(40):
-        while not (world.directory / "instances/ends/exit").exists():  # noqa: ASYNC110 - nobody is there to tell
+        done = [world.directory / "instances" / path for path in ("ends/exit", "starting/pid")]
+        while not all(path.exists() for path in done):  # noqa: ASYNC110 - nobody is there to tell
             await asyncio.sleep(0.1)
 
     found = {entry.id: entry for entry in await world.runtime.recover()}
