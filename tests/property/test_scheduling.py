@@ -364,7 +364,9 @@ def test_bulk_equals_one_by_one_also_with_many_open_nodes(seed: int, spread: Spr
         machine.held.append((f"g{number % 3}", held))
     pending = []
     for group in range(chance.randint(1, 3)):
-        wish = Placement(spread=spread, regions=chance.choice(((), ("r1", "any"))))
+        rules = chance.choice(((), (), (Constraint(label="site", operator=Operator.MAX_PER, value="3"),)))
+        skew = chance.choice((None, None, 1, 2))
+        wish = Placement(spread=spread, regions=chance.choice(((), ("r1", "any"))), constraints=rules, max_skew=skew)
         asked = Demand(cpu_milli=chance.randint(50, 900), memory_bytes=chance.randint(50, 900), placement=wish)
         pending += [Pending(id=f"g{group}-{n:03d}", group=f"g{group}", demand=asked) for n in range(chance.randint(1, 60))]
     got = plan(snapshot, pending)

@@ -104,14 +104,22 @@ class _Cells:
         self._bounds = bounds
         self._domains: Domains | None = ranking.domains(label) if label is not None else None
         columns = [bound.of for bound in bounds] + ([self._domains.of] if self._domains else [])
+        still = [] if self._domains else [mask for bound in bounds if (mask := bound.still(count)) is not None]
+        for mask in still:
+            rows = rows[mask[rows]]
+        self._waiting: list[int] = []
+        """Cells that a bound holds back for now."""
+        self._outer: list[tuple[int, int, int]] = []
+        if not len(rows):
+            return
         of, places = _cells(columns, rows)
         self._places: list[list[int]] = places
         """By column: cell → place."""
-        self._heaps = ranking.best_by(of, rows, count)
+        # With one bound a place is a cell. What is shut stays so, and only what gets one is shut: no cell beyond the best `count`
+        # can have its turn.
+        self._heaps = ranking.best_by(of, rows, count, count if len(still) == len(bounds) == 1 else None)
         self._outer = [self._entry(cell) for cell in self._heaps]
         heapq.heapify(self._outer)
-        self._waiting: list[int] = []
-        """Cells that a bound holds back for now."""
 
     def _entry(self, cell: int) -> tuple[int, int, int]:
         score, rank, _ = self._heaps[cell][0]

@@ -110,13 +110,21 @@ class Ranking:
         # Sorted, it is a heap.
         return list(zip((-scores[order]).tolist(), ranks[order].tolist(), rows[order].tolist(), strict=True))
 
-    def best_by(self, of: Ints, rows: Ints, count: int) -> dict[int, list[Entry]]:
-        """Return for each domain (`of` gives it by row) what `best` returns of its rows, all scored at once."""
+    def best_by(self, of: Ints, rows: Ints, count: int, cells_max: int | None = None) -> dict[int, list[Entry]]:
+        """Return for each domain (`of` gives it by row) what `best` returns of its rows, all scored at once; of at most
+        `cells_max` domains, those with the best rows."""
         scores = self.totals(rows, np.zeros(len(rows), dtype=np.int64))
         order = np.lexsort((self._ranks[rows], -scores, of[rows]))
         rows, scores = rows[order], scores[order]
         starts = np.flatnonzero(np.diff(of[rows], prepend=-1))
         sizes = np.diff(starts, append=len(rows))
+        if cells_max is not None and len(starts) > cells_max:
+            first = np.lexsort((self._ranks[rows[starts]], -scores[starts]))[:cells_max]
+            chosen = np.zeros(len(starts), dtype=np.bool_)
+            chosen[first] = True
+            keep = np.repeat(chosen, sizes)
+            rows, scores, sizes = rows[keep], scores[keep], sizes[chosen]
+            starts = np.cumsum(sizes) - sizes
         place = np.arange(len(rows)) - np.repeat(starts, sizes)
         self._look_ahead(rows[place <= count // len(starts)], count)
         keep = place < count

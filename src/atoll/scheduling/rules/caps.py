@@ -83,6 +83,10 @@ class _Cap:
     def shut(self, place: int) -> bool:
         return True
 
+    def still(self, count: int) -> Bools | None:
+        mask: Bools = (self.of == ABSENT) | (np.asarray(self._left)[self.of] > 0)
+        return mask
+
     def take(self, place: int) -> bool:
         if place != ABSENT:
             self._left[place] -= 1

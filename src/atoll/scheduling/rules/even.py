@@ -69,7 +69,7 @@ def _evens(demand: Demand) -> Iterator[tuple[str, int, int]]:
 
 def _places(view: View, label: str, fit: Bools) -> Ints:
     column = view.nodes.label(label)[fit]
-    return np.unique(column[column >= 0])
+    return np.flatnonzero(np.bincount(column[column >= 0]))
 
 
 def _lowest(counts: Ints, places: Ints, least: int) -> int:
@@ -91,6 +91,12 @@ class _Even:
 
     def shut(self, place: int) -> bool:
         return place == ABSENT or not self._rises
+
+    def still(self, count: int) -> Bools | None:
+        if self._rises and self._with[self._low] <= count:
+            return None
+        mask: Bools = (self.of != ABSENT) & (np.asarray(self._counts)[self.of] + 1 - self._low <= self._skew)
+        return mask
 
     def take(self, place: int) -> bool:
         before = self._counts[place]

@@ -22,6 +22,11 @@ class Bound(Protocol):
         """Return whether a place that is not open never opens again, however many more are placed."""
         ...
 
+    def still(self, count: int) -> Bools | None:
+        """Return the rows that are open now, where `count` more open no other and shut only the places that they go to; None where
+        that is not so. Asked before anything is taken."""
+        ...
+
     def take(self, place: int) -> bool:
         """Count one instance there; return whether places that were not open may be so now."""
         ...

@@ -67,6 +67,9 @@ class _Chosen:
     def shut(self, place: int) -> bool:
         return True
 
+    def still(self, count: int) -> Bools | None:
+        return None
+
     def take(self, place: int) -> bool:
         if not self._places:
             self._places.add(place)

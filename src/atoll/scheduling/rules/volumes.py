@@ -70,6 +70,9 @@ class _Homes:
     def shut(self, place: int) -> bool:
         return False
 
+    def still(self, count: int) -> Bools | None:
+        return None
+
     def take(self, place: int) -> bool:
         self._waiting.discard(place)
         return not self._waiting
