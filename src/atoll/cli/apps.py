@@ -12,6 +12,7 @@ from atoll.cli.session import Session, command
 from atoll.model.errors import Invalid
 
 if TYPE_CHECKING:
+    from atoll.model.spec import Resources
     from atoll.model.views import AppView
     from atoll.sdk.client import Client
 
@@ -48,6 +49,13 @@ def _app_row(view: AppView) -> tuple[Any, ...]:
         view.urls[0] if view.urls else "–",
         dim(status.message if status else ""),
     )
+
+
+def _gpu(resources: Resources) -> str:
+    gpu = resources.gpu
+    if gpu is None:
+        return ""
+    return f" · {gpu.count:g} GPU" + "".join(f" {word}" for word in (gpu.model, gpu.profile) if word)
 
 
 def _bounds(view: AppView) -> str:
@@ -124,7 +132,7 @@ def _show_app(session: Session, view: AppView) -> None:
         ("release", f"{app.release}, {age(app.updated_at)} ago"),
         ("image", spec.image or "–"),
         ("isolation", f"{spec.isolation}" + (f" ({spec.runtime})" if spec.runtime else "")),
-        ("resources", f"{spec.resources.cpu:g} cores · {format_bytes(spec.resources.memory)} memory"),
+        ("resources", f"{spec.resources.cpu:g} cores · {format_bytes(spec.resources.memory)} memory{_gpu(spec.resources)}"),
         ("ports", ", ".join(f"{port.name} {port.port}/{port.protocol}" for port in spec.ports) or "none"),
         ("url", "\n".join(view.urls) or "–"),
     ]
