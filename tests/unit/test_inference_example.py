@@ -379,7 +379,7 @@ async def test_more_requests_than_may_wait_are_told_to_come_again(served: tuple[
     answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(40)))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
-    assert statuses.count(200) >= 5, "two rows and three that wait"
+    assert statuses.count(200) >= 3, "three may wait; how many have a row by then is up to the engine"
     refused = answers[statuses.index(429)]
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["type"] == "rate_limit_error"
