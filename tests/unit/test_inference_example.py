@@ -378,8 +378,9 @@ async def test_more_requests_than_may_wait_are_told_to_come_again(served: tuple[
     assert state.thread is not None
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 60}
     first = [asyncio.ensure_future(client.post("/v1/completions", json=body)) for _ in range(2)]
-    while state.thread.engine.active < 2 and not all(one.done() for one in first):
-        await asyncio.sleep(0)  # until both have a row, or have had one: then nobody waits, and three may
+    # Until both have a row, or have had one: then nobody waits, and three may.
+    while state.thread.engine.active < 2 and not all(one.done() for one in first):  # noqa: ASYNC110 - the engine tells nobody
+        await asyncio.sleep(0)
     answers = await asyncio.gather(*first, *(client.post("/v1/completions", json=body) for _ in range(38)))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
