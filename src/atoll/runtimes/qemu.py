@@ -8,30 +8,28 @@ QEMU emulates the processor (TCG), which is slower by an order of magnitude and 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from atoll.model.errors import AtollError, Unsupported
+from atoll.model.errors import Unsupported
 from atoll.model.ports.devices import DeviceNode
-from atoll.model.ports.images import Image, ImageConfig
-from atoll.model.ports.runtime import Box, Feature, Limits
+from atoll.model.ports.runtime import Box, Feature
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.cgroup import Group
-from atoll.runtimes.native import jail_path, shim_path
+from atoll.runtimes.native import jail_path
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
 from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
 from atoll.runtimes.vm.jail import INSIDE, STDERR_FD, STDOUT_FD, TAP_FD, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.pci import check_devices, check_locking, locked_bytes, shown_of
+from atoll.runtimes.vm.probe import run_once
 from atoll.runtimes.vm.qmp import command as qmp
 from atoll.runtimes.vm.runtime import VmRuntime
 from atoll.runtimes.vm.sockets import open_socket
@@ -54,9 +52,6 @@ _FILES = ("bios-microvm.bin", "qboot.rom", "linuxboot_dma.bin", "pvh.bin", "kvmv
 _WINDOW_BYTES = 32 << 30
 """What q35 keeps for 64-bit windows when it is told nothing."""
 _MODULES = Path("/usr/lib/x86_64-linux-gnu/qemu")
-_PROBE_LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=4 << 20, pids=32)
-_PROBE_CODE = 2
-"""How the shim ends when it is given nothing to do."""
 _KERNEL_HZ = 250
 
 
@@ -103,56 +98,19 @@ class QemuRuntime(VmRuntime):
             if accelerator == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 continue
             with tempfile.TemporaryDirectory(prefix="atoll-probe-") as directory:
-                why = asyncio.run(self._run_once(Path(directory), accelerator, deadline_s))
+                tried = QemuRuntime(
+                    Path(directory) / "runtime",
+                    binary=self._binary,
+                    cgroup=self._cgroup,
+                    kernels=self._kernels,
+                    cache=self._cache,
+                    accelerator=accelerator,
+                )
+                why = asyncio.run(run_once(tried, Path(directory), deadline_s))
             if not why:
                 return f"{version} {accelerator}"
             whys.append(f"{accelerator}: {why}")
         raise Unsupported(f"QEMU boots no guest on this machine: {'; '.join(whys)}", mend="use runc or gvisor")
-
-    async def _run_once(self, directory: Path, accelerator: str, deadline_s: float) -> str:
-        """Run a program to its end in a guest, and return why that failed, or nothing."""
-        runtime = QemuRuntime(
-            directory / "runtime",
-            binary=self._binary,
-            cgroup=self._cgroup,
-            kernels=self._kernels,
-            cache=self._cache,
-            accelerator=accelerator,
-        )
-        id = f"probe-{os.getpid()}-{directory.name[-8:]}"
-        layer, fifo = directory / "layer", directory / "output"
-        layer.mkdir()
-        shutil.copy(shim_path(), layer / "probe")
-        os.mkfifo(fifo)
-        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        box = Box(
-            id=id,
-            directory=directory / "box",
-            image=Image(reference="probe", digest="", config=ImageConfig(), layers=(layer,)),
-            argv=("/probe",),
-            env=(),
-            workdir="/",
-            user="",
-            hostname="probe",
-            limits=_PROBE_LIMITS,
-            stdout=fifo,
-            stderr=fifo,
-        )
-        try:
-            async with asyncio.timeout(deadline_s):
-                await runtime.create(box)
-                await runtime.start(id)
-                code = (await runtime.wait(id)).code
-            return "" if code == _PROBE_CODE else f"a program ended with {code}"
-        except TimeoutError:
-            return f"a guest did not run a program to its end within {deadline_s:.0f} s"
-        except AtollError as error:
-            return str(error)
-        finally:
-            with contextlib.suppress(AtollError):
-                await runtime.delete(id)
-            await runtime.close()
-            os.close(reader)
 
     @property
     def accelerator(self) -> str:
