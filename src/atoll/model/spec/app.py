@@ -1,0 +1,124 @@
+"""The spec of an app."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import UNSET, Meta, UnsetType
+from msgspec.structs import force_setattr
+
+from atoll.model.errors import Invalid
+from atoll.model.spec.build import Build
+from atoll.model.spec.isolation import Isolation
+from atoll.model.spec.lifecycle import Restart, Rollout, Stop
+from atoll.model.spec.placement import check_gang
+from atoll.model.spec.scale import Scale, check_scale
+from atoll.model.spec.serving import Health, HealthKind, Metrics, Port, PortProtocol, Route, check_metrics
+from atoll.model.spec.values import check_unique, default
+from atoll.model.spec.volumes import Volume
+from atoll.model.spec.workload import Workload, check_workload
+from atoll.model.units import Seconds
+from atoll.model.worker import ALIVE, ALIVE_PORT, MODULES, PORT, STATE, STATE_VOLUME, Worker, check_worker
+
+
+class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
+    """A long-running service. A spec may say `kind = "app"`; an assignment tells apps and jobs apart by it."""
+
+    ports: Annotated[tuple[Port, ...], Meta(max_length=32)] = ()
+    routes: Annotated[tuple[Route, ...], Meta(max_length=256)] = ()
+    """Beside these, every app with an `http` port has `APP.DOMAIN` (in project `default`) or `APP.PROJECT.DOMAIN`."""
+    health: Health | None = None
+    metrics: Metrics | None = None
+    scale: Scale | UnsetType = UNSET
+    restart: Restart = default(Restart())
+    rollout: Rollout = default(Rollout())
+    worker: Worker | None = None
+    """Modules that workerd runs (isolation `isolate`) instead of a program."""
+
+    def __post_init__(self) -> None:
+        if self.worker is not None:
+            _complete_worker(self, self.worker)
+
+    def port_named(self, name: str | None) -> Port | None:
+        """Return the port called `name`, or without a name the first `http` port."""
+        for port in self.ports:
+            if port.name == name or (name is None and port.protocol is PortProtocol.HTTP):
+                return port
+        return None
+
+
+def _complete_worker(spec: AppSpec, worker: Worker) -> None:
+    """Fill in what follows from a spec being a worker's, where it says nothing else; doing it again changes nothing."""
+    if spec.isolation is Isolation.CONTAINER and spec.runtime is None:
+        force_setattr(spec, "isolation", Isolation.ISOLATE)
+    if spec.image is None and spec.build is None:
+        build = Build(base="scratch", files=worker.files, ignore=worker.ignore, workdir=MODULES)
+        force_setattr(spec, "build", build)
+    ports = spec.ports or (Port(port=PORT),)
+    if spec.health is None:
+        # Asked by a port of its own: a worker that answers 404, or that waits for others, is alive for all that.
+        if all(port.name != ALIVE for port in ports):
+            taken = {port.port for port in ports}
+            number = next(number for number in range(ALIVE_PORT, 65_536) if number not in taken)
+            ports = (*ports, Port(name=ALIVE, port=number, protocol=PortProtocol.TCP))
+        health = Health(kind=HealthKind.HTTP, port=ALIVE, start=Seconds(20), interval=Seconds(2))
+        force_setattr(spec, "health", health)
+    force_setattr(spec, "ports", ports)
+    if spec.stop == Stop():
+        # Requests have been let out before, and an endless loop hears no signal: what it would wait for is nothing.
+        force_setattr(spec, "stop", Stop(grace=Seconds(3)))
+    if worker.stateful:
+        if all(volume.path != STATE for volume in spec.volumes):
+            force_setattr(spec, "volumes", (*spec.volumes, Volume(name=STATE_VOLUME, path=STATE)))
+        if spec.rollout == Rollout():
+            force_setattr(spec, "rollout", Rollout(max_surge=0, max_unavailable=1))
+
+
+def check_app(spec: AppSpec) -> None:
+    """Raise Invalid for an app spec that contradicts itself, naming the field."""
+    check_workload(spec)
+    if spec.worker is not None:
+        if spec.isolation is not Isolation.ISOLATE:
+            raise Invalid(
+                f"isolation: a worker runs in an isolate, not in '{spec.isolation}'", field="isolation", mend="leave isolation out"
+            )
+        check_worker(spec, spec.worker)
+    elif spec.isolation is Isolation.ISOLATE:
+        raise Invalid(
+            "worker: missing; isolation 'isolate' runs JavaScript modules, not an image's program",
+            field="worker",
+            mend="add a [worker] table with main and compatibility_date, or use another isolation",
+        )
+    check_unique([port.name for port in spec.ports], "ports", "name")
+    check_unique([f"{port.port}/{'udp' if port.protocol is PortProtocol.UDP else 'tcp'}" for port in spec.ports], "ports", "port")
+    check_unique([f"{route.host}{route.path}" for route in spec.routes], "routes", "host and path")
+    for index, route in enumerate(spec.routes):
+        port = spec.port_named(route.port)
+        if port is None or port.protocol is not PortProtocol.HTTP:
+            raise Invalid(
+                f"routes[{index}].port: no http port {route.port or ''}".rstrip(),
+                field=f"routes[{index}].port",
+                mend="add it to ports with protocol = 'http'",
+            )
+    health = spec.health
+    if health is not None:
+        if health.kind is HealthKind.EXEC:
+            if not health.command:
+                raise Invalid("health.command: missing for kind 'exec'", field="health.command")
+        elif not any(port.name == health.port for port in spec.ports) if health.port else not spec.ports:
+            raise Invalid(f"health.port: no port {health.port or ''}".rstrip(), field="health.port", mend="add it to ports")
+        if health.interval <= 0 or health.timeout <= 0:
+            raise Invalid("health.interval: must be above 0", field="health.interval")
+    if spec.rollout.max_surge == 0 and spec.rollout.max_unavailable == 0:
+        raise Invalid("rollout.max_surge: 0 together with max_unavailable 0 could never progress", field="rollout.max_surge")
+    if spec.metrics is not None:
+        check_metrics(spec, spec.metrics)
+    if spec.scale is not UNSET:
+        check_scale(spec, spec.scale)
+    else:
+        check_gang(spec, 1, "replicas")
+
+
+def check_gang_of(spec: AppSpec, replicas: int) -> None:
+    """Raise Invalid where an app cannot have so many instances because they are a gang."""
+    check_gang(spec, replicas, "replicas")

@@ -1,0 +1,22 @@
+"""What a project may have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from atoll.model.names import SpecRecord
+from atoll.model.units import Bytes, Cores
+
+
+class Quota(SpecRecord, frozen=True, kw_only=True):
+    """The most that all placed instances of a project may ask for together, of every release; None for no limit."""
+
+    cpu: Cores | None = None
+    memory: Bytes | None = None
+    gpu: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    """Whole devices."""
+    instances: Annotated[int, Meta(ge=0, le=10_000_000)] | None = None
+    weight: Annotated[int, Meta(ge=1, le=1000)] = 1
+    """No limit: how much the project counts beside others when there is not room for all that wait (fair shares)."""

@@ -1,0 +1,96 @@
+"""How many instances of an app there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
+
+from atoll.model.errors import Invalid
+from atoll.model.names import SpecRecord
+from atoll.model.spec.placement import check_gang
+from atoll.model.spec.serving import METRIC_PATTERN, PortProtocol
+from atoll.model.spec.values import REPLICAS_MAX, default
+from atoll.model.units import Seconds
+
+if TYPE_CHECKING:
+    from atoll.model.spec.app import AppSpec
+
+STANDBY_MAX = 100
+"""Instances of one app that wait, parked."""
+
+
+class Scale(SpecRecord, frozen=True, kw_only=True):
+    """How many instances there are: `replicas`, or with `max` between the two, as the metric asks for."""
+
+    replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
+    max: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] | None = None
+    metric: Annotated[str, Meta(pattern=METRIC_PATTERN)] | None = None
+    """A metric that the app gives away (`metrics`), such as the depth of its queue."""
+    target: Annotated[float, Meta(gt=0)] | None = None
+    """As many instances are wanted as make the metric, summed up and divided by them, at most this."""
+    down: Seconds = default(Seconds(60))
+    """An instance is taken away once it has not been needed for so long."""
+    standby: Annotated[int, Meta(ge=0, le=STANDBY_MAX)] = 0
+    """So many more are started, made ready, and parked: frozen, and off their devices. One of them takes the place of an instance
+    that is missing."""
+
+
+def _check_standby(spec: AppSpec, scale: Scale) -> None:
+    if scale.standby == 0:
+        return
+    if scale.replicas == 0:
+        raise Invalid(
+            "scale.standby: an app with replicas = 0 is stopped, and nothing stands by for it",
+            field="scale.standby",
+            mend="leave it out, or set replicas to 1 or more",
+        )
+    if spec.health is None and all(port.protocol is PortProtocol.UDP for port in spec.ports):
+        raise Invalid(
+            "scale.standby: nothing says when an instance is warm enough to be parked",
+            field="scale.standby",
+            mend="add a [health] table, or a port that it listens on once it is ready",
+        )
+    if any(not volume.read_only for volume in spec.volumes):
+        raise Invalid(
+            "scale.standby: an app that writes to volumes has its instances where they are, and none can wait beside them",
+            field="scale.standby",
+            mend="make the volumes read-only, or leave it out",
+        )
+
+
+def check_scale(spec: AppSpec, scale: Scale) -> None:
+    """Raise Invalid for a scale that contradicts itself or the rest of `spec`."""
+    check_gang(spec, max(scale.replicas, scale.max or 0), "scale.replicas")
+    if spec.placement.gang and scale.standby:
+        raise Invalid("scale.standby: nothing stands by for a gang", field="scale.standby", mend="leave it out")
+    _check_standby(spec, scale)
+    given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
+    missing = [field for field, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        there = ", ".join(field for field in given if field not in missing)
+        raise Invalid(
+            f"{missing[0]}: missing; max, metric and target go together",
+            field=missing[0],
+            mend=f"add it, or leave {there} out for a fixed number of instances",
+        )
+    if scale.max is not None and scale.max < scale.replicas:
+        raise Invalid(
+            f"scale.max: {scale.max} is below scale.replicas, {scale.replicas}",
+            field="scale.max",
+            mend="replicas is the least and max the most that there are",
+        )
+    if scale.replicas == 0:
+        raise Invalid(
+            "scale.replicas: 0 leaves nothing that could be asked for its metric",
+            field="scale.replicas",
+            mend="set 1 or more; 'atoll scale APP 0' stops an app",
+        )
+    if spec.metrics is None:
+        raise Invalid(
+            f"scale.metric: nothing says where '{scale.metric}' comes from",
+            field="scale.metric",
+            mend="add a [metrics] table with the port and path that the app gives its metrics away on",
+        )
