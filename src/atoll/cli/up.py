@@ -171,6 +171,7 @@ def down(session: Session, data: Path | None, keep_running: bool) -> None:
         session.output.json({"stopped": pid})
     else:
         session.output.say(f"[green]✓[/] stopped, process {pid}" + ("; its instances go on" if keep_running else ""))
+        session.output.say(f"  what is wanted and all data stay in {config.data}; `atoll up` brings it back")
 
 
 def _process(role: str, text: str, example: str) -> click.Command:

@@ -5,9 +5,10 @@ JSON is the form in the store, on the wire and on disk; TOML and YAML are read w
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -73,7 +74,7 @@ def decode(data: bytes, kind: type[T]) -> T:
     try:
         record: T = decoder.decode(data)
     except msgspec.ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Invalid(f"not valid JSON: {error}") from None
     return record
@@ -84,7 +85,7 @@ def convert(value: object, kind: type[T]) -> T:
     try:
         record: T = msgspec.convert(value, kind, dec_hook=_decode_quantity, str_keys=True)  # as in JSON, where every key is text
     except msgspec.ValidationError as error:
-        raise invalid(error) from None
+        raise invalid(error, kind) from None
     except RecursionError:
         raise Invalid("nested too deeply") from None
     return record
@@ -158,12 +159,28 @@ def _in_words(match: re.Match[str]) -> str:
     return " or ".join(_WORDS[name] for name in names) if names and all(name in _WORDS for name in names) else match[0]
 
 
-def invalid(error: msgspec.ValidationError) -> Invalid:
-    """Return msgspec's error in our words, with the path of the field."""
+def _choices(kind: Any, steps: list[str]) -> list[str]:
+    """Return the values of the enumeration that a field of `kind` takes, for its path in steps; empty where it takes none."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        return _choices(fields[steps[0]], steps[1:]) if steps and steps[0] in fields else []
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [] if steps else [str(member.value) for member in kind]
+    inner = steps[1:] if steps and steps[0] == "[]" and get_origin(kind) in (tuple, list, dict) else steps
+    return next((found for argument in get_args(kind) if (found := _choices(argument, inner))), [])
+
+
+def invalid(error: msgspec.ValidationError, kind: Any = None) -> Invalid:
+    """Return msgspec's error about a `kind` in our words, with the path of the field and, where it is one of a few, the values."""
     match = _PATH.fullmatch(str(error))
     what, path = (match["what"], match["path"]) if match else (str(error), None)
     field = path.removeprefix("$").lstrip(".") if path else None
     if what.startswith("Expected "):
         what = "e" + _TYPES.sub(_in_words, what)[1:]
     what = what.replace("Object contains unknown field", "unknown field").replace("Object missing required field", "missing")
-    return Invalid(f"{field}: {what}" if field else what, field=field or None)
+    mend = None
+    if field and what.startswith("Invalid enum value"):
+        what = what.replace("Invalid enum value", "no such value:")
+        choices = _choices(kind, re.sub(r"\[[^\]]*\]", ".[]", field).split("."))
+        mend = f"use one of {', '.join(choices)}" if choices else None
+    return Invalid(f"{field}: {what}" if field else what, field=field or None, mend=mend)

@@ -189,8 +189,8 @@ def _named(node: Node, gpu: str) -> str:
     ids = [device.id for device in node.capacity.gpus]
     found = [id for id in ids if id == gpu] or [id for id in ids if gpu and id.casefold().startswith(gpu.casefold())]
     if not found:
-        there = ", ".join(ids) or "none"
-        raise NotFound(f"node '{node.name}' has no GPU '{gpu[:60]}'", mend=f"it has: {there}", field="gpu")
+        there = f"it has: {', '.join(ids)}" if ids else "it has no GPU at all; `atoll nodes` lists those of each node"
+        raise NotFound(f"node '{node.name}' has no GPU '{gpu[:60]}'", mend=there, field="gpu")
     if len(found) > 1:
         raise Invalid(f"several GPUs of node '{node.name}' begin with '{gpu[:60]}': {', '.join(found)}", field="gpu")
     return found[0]
