@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import stat
 import struct
@@ -146,7 +147,9 @@ def test_a_driver_in_an_unusual_place_is_found_through_the_linker_s_cache(root: 
     assert driver_files([COMPUTE], root).mounts[0].source == f"/vendor/libcuda.so.{VERSION}"
 
 
-@pytest.mark.parametrize("damage", [b"", b"glibc-ld.so.cache1.1", b"glibc-ld.so.cache1.1" + b"\xff" * 28, os.urandom(64)])
+@pytest.mark.parametrize(
+    "damage", [b"", b"glibc-ld.so.cache1.1", b"glibc-ld.so.cache1.1" + b"\xff" * 28, random.Random(1).randbytes(64)]
+)
 def test_a_damaged_cache_counts_as_none(root: Path, damage: bytes) -> None:
     (root / "etc").mkdir()
     (root / "etc/ld.so.cache").write_bytes(damage)
