@@ -150,7 +150,20 @@ MEANING: dict[str, tuple[str, str]] = {
         "So many more are started and then parked, to take the place of one that is missing; see [autoscaling.md](autoscaling.md).",
         "standby = 1",
     ),
-    "Placement.regions": ("Regions it may run in, preferred first; empty is all.", 'regions = ["eu", "us"]'),
+    "Placement.regions": (
+        "Regions it may run in, preferred first; `any` stands for all others; empty is all.",
+        'regions = ["weur", "any"]',
+    ),
+    "Placement.near": (
+        "The nearest site that fits: `users` (where its requests come from), `app:NAME`, `site:NAME` or coordinates; "
+        "see [placement.md](placement.md).",
+        'near = "users"',
+    ),
+    "Placement.latency_max": ("A rule: the round trip to what `near` names takes no longer.", 'latency_max = "50ms"'),
+    "Placement.residency": (
+        "A rule: only at sites in these countries (`DE`), groups of them (`eu`, `eea`) or regions.",
+        'residency = ["eu", "CH"]',
+    ),
     "Placement.constraints": ("Hard rules on nodes' labels; the table below.", "[[placement.constraints]]"),
     "Placement.affinity": ("Beside the instances of an app or job of the project; the table below.", "[[placement.affinity]]"),
     "Placement.anti_affinity": ("Away from them; the same table.", "[[placement.anti_affinity]]"),

@@ -58,6 +58,7 @@ _BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
     (("gpu",), "sharing"): {"count": 0.5},
     (("gpu",), "topology"): {"count": 2},
     (("placement",), "together"): {"gang": True},
+    (("placement",), "latency_max"): {"near": "users"},
 }
 """What some examples only make sense with."""
 _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {

@@ -11,6 +11,8 @@ JOB_STATUSES = "job-statuses/"
 INSTANCES = "instances/"
 STATUSES = "statuses/"
 NODES = "nodes/"
+SITES = "sites/"
+ROUND_TRIPS = "round-trips/"
 NODE_POLICIES = "node-policies/"
 NODE_LIVENESS = "node-liveness/"
 PREFETCHES = "prefetches/"
@@ -60,6 +62,14 @@ def status(project: str, instance: str) -> str:
 
 def node(name: str) -> str:
     return f"{NODES}{name}"
+
+
+def site(name: str) -> str:
+    return f"{SITES}{name}"
+
+
+def round_trips(ingress: str) -> str:
+    return f"{ROUND_TRIPS}{ingress}"
 
 
 def node_policy(name: str) -> str:

@@ -24,6 +24,13 @@ from atoll.model.spec.lifecycle import Restart as Restart
 from atoll.model.spec.lifecycle import RestartPolicy as RestartPolicy
 from atoll.model.spec.lifecycle import Rollout as Rollout
 from atoll.model.spec.lifecycle import Stop as Stop
+from atoll.model.spec.locality import ANY as ANY
+from atoll.model.spec.locality import AREAS as AREAS
+from atoll.model.spec.locality import COUNTRIES as COUNTRIES
+from atoll.model.spec.locality import SITE_PATTERN as SITE_PATTERN
+from atoll.model.spec.locality import Near as Near
+from atoll.model.spec.locality import NearKind as NearKind
+from atoll.model.spec.locality import near_of as near_of
 from atoll.model.spec.placement import COUNTING as COUNTING
 from atoll.model.spec.placement import GANG_MAX as GANG_MAX
 from atoll.model.spec.placement import NVLINK as NVLINK

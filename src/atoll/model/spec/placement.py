@@ -11,7 +11,9 @@ from msgspec import Meta
 from atoll.model.errors import Invalid
 from atoll.model.names import Name, SpecRecord
 from atoll.model.spec.gpu import GpuTopology
+from atoll.model.spec.locality import check_locality
 from atoll.model.spec.values import REPLICAS_MAX
+from atoll.model.units import Seconds
 
 if TYPE_CHECKING:
     from atoll.model.spec.workload import Workload
@@ -22,6 +24,8 @@ NVLINK = "nvlink"
 """As `Placement.together`: one node, and every two devices joined."""
 RULES_MAX = 16
 """Constraints, and affinities of either kind, in one spec."""
+REGIONS_MAX = 64
+"""Regions, and names of `residency`, in one spec."""
 
 
 class Operator(enum.StrEnum):
@@ -77,7 +81,14 @@ class Affinity(SpecRecord, frozen=True, kw_only=True):
 
 
 class Placement(SpecRecord, frozen=True, kw_only=True):
-    regions: tuple[str, ...] = ()
+    regions: Annotated[tuple[str, ...], Meta(max_length=REGIONS_MAX)] = ()
+    """In order of preference; the later ones, and with `any` among them all others, are for when there is no room before."""
+    near: Annotated[str, Meta(max_length=128)] | None = None
+    """`users`, `app:NAME`, `site:NAME`, or latitude and longitude: the nearest site that fits is the best."""
+    latency_max: Seconds | None = None
+    """A rule: the round trip to what `near` names takes no longer."""
+    residency: Annotated[tuple[str, ...], Meta(max_length=REGIONS_MAX)] = ()
+    """A rule: only at sites in one of these countries (`DE`), groups of countries (`eu`, `eea`) or regions."""
     constraints: Annotated[tuple[Constraint, ...], Meta(max_length=RULES_MAX)] = ()
     affinity: Annotated[tuple[Affinity, ...], Meta(max_length=RULES_MAX)] = ()
     anti_affinity: Annotated[tuple[Affinity, ...], Meta(max_length=RULES_MAX)] = ()
@@ -99,6 +110,7 @@ class Placement(SpecRecord, frozen=True, kw_only=True):
 
 def check_placement(spec: Workload) -> None:
     """Raise Invalid for rules that contradict themselves."""
+    check_locality(spec)
     for index, rule in enumerate(spec.placement.constraints):
         field = f"placement.constraints[{index}].value"
         values = (rule.value,) if isinstance(rule.value, str) else rule.value
