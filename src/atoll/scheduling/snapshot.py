@@ -7,20 +7,24 @@ a device (which devices, and what is free of each, is `gpus`).
 from __future__ import annotations
 
 import enum
-from collections import Counter
 from collections.abc import Container, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
 
 from atoll.model.devices import MILLI, GpuGrant, GpuHealth
 from atoll.model.records import Node
-from atoll.model.spec import Gpu, Quota, RuntimeName
+from atoll.model.spec import Quota, RuntimeName
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.gpu.inventory import DevicesView, Holding, Inventory
-from atoll.scheduling.groups import owner_of_group, owners_named, project_of_group
+from atoll.scheduling.groups import owner_of_group
+from atoll.scheduling.ledger import Allocation as Allocation
+from atoll.scheduling.ledger import Ledger
+from atoll.scheduling.ledger import amounts_of as amounts_of
+from atoll.scheduling.ledger import avoided as avoided
+from atoll.scheduling.presence import IMAGES_MAX as IMAGES_MAX
+from atoll.scheduling.presence import Presence
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -33,8 +37,6 @@ AMOUNT_MAX = 1 << 60
 """More than this of anything counts as this much, so that sums stay within 64 bits."""
 MASKS_MAX = 256
 """Masks of static filters kept between plans; each has one byte per node."""
-IMAGES_MAX = 16
-"""Images of one node that are remembered."""
 _ROWS_AT_FIRST = 16
 _RUNTIME_BIT = {name: 1 << index for index, name in enumerate(RuntimeName)}
 OWN_LABELS = ("node", "site", "region", "arch")
@@ -48,32 +50,6 @@ class Standing(enum.IntEnum):
     CORDONED = 1
     UNREACHABLE = 2
     LOST = 3
-
-
-class Allocation(Struct, frozen=True):
-    """What an instance holds on a node."""
-
-    node: str
-    group: str
-    amounts: tuple[int, int, int, int]
-    avoids: tuple[tuple[str, str], ...] = ()
-    """Owners that must stay away from it, each with the label that says what near is."""
-    priority: int = 50
-    gpu: Gpu | None = None
-    gpus: tuple[GpuGrant, ...] = ()
-
-
-def avoided(group: str, demand: Demand) -> tuple[tuple[str, str], ...]:
-    """Return what `demand` keeps away by hard anti-affinity: (owner, label)."""
-    wishes = demand.placement.anti_affinity
-    if not wishes:
-        return ()
-    return tuple((owner, wish.by) for wish in wishes if wish.weight is None for owner in owners_named(group, wish.app))
-
-
-def amounts_of(demand: Demand) -> tuple[int, int, int, int]:
-    """Return the demand as a column: cpu, memory, disk, thousandths of GPUs."""
-    return (demand.cpu_milli, demand.memory_bytes, demand.disk_bytes, demand.gpu_milli)
 
 
 def _offered(node: Node) -> int:
@@ -107,24 +83,15 @@ class Snapshot:
         self._values: dict[str, dict[str, int]] = {}
         self._rows: dict[str, int] = {}
         self._holes: list[int] = []
-        self._allocations: dict[str, Allocation] = {}
-        self._on: dict[str, set[str]] = {}
+        self.ledger = Ledger()
         self._groups: dict[str, dict[int, int]] = {}
         self._owned: dict[str, set[str]] = {}
         """Owner → its groups that are placed somewhere."""
-        self._repelled: dict[str, dict[str, dict[str, int]]] = {}
-        """Owner → group that it must stay away from → label → how many instances say so."""
-        self._priorities: Counter[int] = Counter()
         self.quotas: dict[str, Quota] = {}
         """Project → its quota, of those that have one."""
-        self._project_use: dict[str, list[int]] = {}
-        """Project → what its instances hold: the four resources (GPUs in thousandths), and how many they are."""
         self.homes: dict[str, tuple[str, ...]] = {}
         """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
-        self._images: dict[str, tuple[str, ...]] = {}
-        """Node → digests of images that it has."""
-        self._with_image: dict[str, set[str]] = {}
-        """The same by digest."""
+        self._presence = Presence()
         self._ranks: Ints | None = None
         self._gpus = Inventory()
         self._stale: set[str] = set()
@@ -158,7 +125,7 @@ class Snapshot:
                 self.taints[taint] = np.zeros(len(self.present), dtype=np.bool_)
             self.taints[taint][row] = True
         self._gpus.describe(row, capacity.gpus)
-        if row in self._gpus.ids and node.name in self._on:
+        if row in self._gpus.ids and self.ledger.holds_any(node.name):
             self._stale.add(node.name)
         self._facts_changed()
 
@@ -167,8 +134,8 @@ class Snapshot:
         row = self._rows.pop(name, None)
         if row is None:
             return
-        for id in self._on.get(name, ()):
-            self._count(self._allocations[id], row, -1)
+        for _, allocation in self.ledger.on(name):
+            self._count(allocation, row, -1)
         del self.nodes[name]
         self.present[row] = False
         self.used[:, row] = 0
@@ -179,24 +146,28 @@ class Snapshot:
         self._ranks = None
         self._facts_changed()
 
-    def allocate(self, id: str, node: str, group: str, demand: Demand, gpus: tuple[GpuGrant, ...] = ()) -> None:
-        """Count an instance, with the devices that it was granted, on its node.
+    def allocate(
+        self,
+        id: str,
+        node: str,
+        group: str,
+        demand: Demand,
+        gpus: tuple[GpuGrant, ...] = (),
+        ends_at: float | None = None,
+    ) -> None:
+        """Count an instance, with the devices that it was granted and when it will be gone (`Allocation.ends_at`), on its node.
 
         The same again changes nothing; another node or amount replaces the first. Where it asks for GPUs and was granted none (an
         older record), whole devices are counted.
         """
         away, priority = avoided(group, demand), demand.placement.priority
-        allocation = Allocation(node, group, amounts_of(demand), away, priority, demand.gpu, gpus)
-        if self._allocations.get(id) == allocation:
+        allocation = Allocation(node, group, amounts_of(demand), away, priority, demand.gpu, gpus, ends_at)
+        before = self.ledger.get(id)
+        if before == allocation:
             return
-        self.release(id)
-        self._allocations[id] = allocation
-        self._priorities[allocation.priority] += 1
-        self._use(allocation, 1)
-        for owner, label in allocation.avoids:
-            labels = self._repelled.setdefault(owner, {}).setdefault(group, {})
-            labels[label] = labels.get(label, 0) + 1
-        self._on.setdefault(node, set()).add(id)
+        if before is not None:
+            self.release(id)
+        self.ledger.add(id, allocation)
         if gpus or demand.gpu is not None:
             self._stale.add(node)
         row = self._rows.get(node)
@@ -205,56 +176,28 @@ class Snapshot:
 
     def release(self, id: str) -> bool:
         """Give back what an instance holds; return whether it held anything."""
-        allocation = self._allocations.pop(id, None)
+        allocation = self.ledger.remove(id)
         if allocation is None:
             return False
-        on = self._on[allocation.node]
-        on.discard(id)
-        if not on:
-            del self._on[allocation.node]
         if allocation.gpus or allocation.gpu is not None:
             self._stale.add(allocation.node)
-        self._repel_no_more(allocation)
-        self._priorities[allocation.priority] -= 1
-        self._use(allocation, -1)
         row = self._rows.get(allocation.node)
         if row is not None:
             self._count(allocation, row, -1)
         return True
 
-    def _repel_no_more(self, allocation: Allocation) -> None:
-        for owner, label in allocation.avoids:
-            groups = self._repelled[owner]
-            labels = groups[allocation.group]
-            labels[label] -= 1
-            if not labels[label]:
-                del labels[label]
-            if not labels:
-                del groups[allocation.group]
-            if not groups:
-                del self._repelled[owner]
-
-    def _use(self, allocation: Allocation, sign: int) -> None:
-        project = project_of_group(allocation.group)
-        use = self._project_use.setdefault(project, [0] * 5)
-        for place, amount in enumerate((*allocation.amounts, 1)):
-            use[place] += sign * amount
-        if not use[-1]:
-            del self._project_use[project]
-
     def project_use(self, project: str) -> list[int]:
-        """Return what a project's instances hold: cpu, memory, disk, GPUs, and how many they are."""
-        return self._project_use.get(project, [0] * 5)
+        """As `Ledger.project_use`."""
+        return self.ledger.project_use(project)
 
     def allocated(self, id: str) -> str | None:
         """Return the node that an instance is counted on."""
-        allocation = self._allocations.get(id)
+        allocation = self.ledger.get(id)
         return allocation.node if allocation else None
 
     def allocations_on(self, name: str) -> Iterator[tuple[str, Allocation]]:
         """Yield what is allocated on a node, by id, in no order."""
-        for id in self._on.get(name, ()):
-            yield id, self._allocations[id]
+        return self.ledger.on(name)
 
     @property
     def has_gpus(self) -> bool:
@@ -271,39 +214,24 @@ class Snapshot:
         return self._gpus.view(self.size)
 
     def holdings_on(self, name: str, but: Container[str] = ()) -> Iterator[Holding]:
-        """Yield what instances hold of a node's devices, those in `but` left out, in no order."""
-        for id, held in self.allocations_on(name):
-            if (held.gpus or held.gpu is not None) and id not in but:
-                yield Holding(id, held.gpus, held.gpu)
+        """As `Ledger.holdings_on`."""
+        return self.ledger.holdings_on(name, but)
 
     def lowest_priority(self) -> int | None:
-        """Return the lowest priority of all that is placed."""
-        return min((priority for priority, count in self._priorities.items() if count > 0), default=None)
+        """As `Ledger.lowest_priority`."""
+        return self.ledger.lowest_priority()
 
     def holds_below(self, name: str, priority: int) -> bool:
-        """Return whether a node has something of a lower priority."""
-        return any(self._allocations[id].priority < priority for id in self._on.get(name, ()))
+        """As `Ledger.holds_below`."""
+        return self.ledger.holds_below(name, priority)
 
     def set_images(self, name: str, digests: tuple[str, ...]) -> None:
         """Take over which images a node has, whether it is known or not; of many, those that it names first."""
-        digests = digests[:IMAGES_MAX]
-        before = self._images.get(name, ())
-        if digests == before:
-            return
-        for digest in set(before).difference(digests):
-            self._with_image[digest].discard(name)
-            if not self._with_image[digest]:
-                del self._with_image[digest]
-        for digest in set(digests).difference(before):
-            self._with_image.setdefault(digest, set()).add(name)
-        if digests:
-            self._images[name] = digests
-        else:
-            del self._images[name]
+        self._presence.set(name, digests)
 
     def rows_with_image(self, digest: str) -> list[int]:
         """Return the rows of nodes that have an image."""
-        return [row for name in self._with_image.get(digest, ()) if (row := self._rows.get(name)) is not None]
+        return [row for name in self._presence.with_image(digest) if (row := self._rows.get(name)) is not None]
 
     def row_of(self, name: str) -> int | None:
         return self._rows.get(name)
@@ -325,8 +253,8 @@ class Snapshot:
         return self._owned.get(owner, set())
 
     def repelling(self, owner: str) -> dict[str, dict[str, int]] | None:
-        """Return the groups that `owner` must stay away from by their wish, each with the labels that say what near is."""
-        return self._repelled.get(owner)
+        """As `Ledger.repelling`."""
+        return self.ledger.repelling(owner)
 
     def label(self, key: str) -> Ints:
         """Return for each row the id of the label's value, or ABSENT."""
@@ -379,8 +307,8 @@ class Snapshot:
                 self._grow()
         self._rows[name] = row
         self._ranks = None
-        for id in self._on.get(name, ()):
-            self._count(self._allocations[id], row, 1)
+        for _, allocation in self.ledger.on(name):
+            self._count(allocation, row, 1)
         return row
 
     def _set_labels(self, row: int, node: Node) -> None:
