@@ -210,7 +210,12 @@ MEANING: dict[str, tuple[str, str]] = {
     "Restart.factor": ("What the delay grows by with each end in a row.", "factor = 2.0"),
     "Restart.delay_max": ("What it grows to at most.", 'delay_max = "1m"'),
     "Restart.reset": ("After so long a run the delay is the first one again.", 'reset = "1m"'),
-    "Rollout.max_surge": ("Instances above `replicas` at a time.", "max_surge = 1"),
+    "Rollout.strategy": (
+        "`rolling`: instance by instance; `canary`: by shares of the requests; `blue-green`: a whole set, then all at once. See "
+        "[rollouts.md](rollouts.md).",
+        'strategy = "canary"',
+    ),
+    "Rollout.max_surge": ("Instances above `replicas` at a time; a blue-green rollout has twice `replicas`.", "max_surge = 1"),
     "Rollout.max_unavailable": (
         "Ready instances below `replicas` at a time. Not 0 together with `max_surge` 0.",
         "max_unavailable = 0",
@@ -220,6 +225,24 @@ MEANING: dict[str, tuple[str, str]] = {
         "Without progress for so long the rollout has failed, and the old release keeps serving.",
         'deadline = "5m"',
     ),
+    "Rollout.steps": ("Of a canary; the table below.", "[[rollout.steps]]"),
+    "Rollout.analysis": ("When the new release is too bad to go on with; the table below.", "[rollout.analysis]"),
+    "Rollout.auto_revert": (
+        "Goes back to the last good release by itself when it fails; where absent true of `canary` and `blue-green`.",
+        "auto_revert = true",
+    ),
+    "Rollout.promote_after": (
+        "Of `blue-green`: the new set gets the requests when it was ready for so long; without it when a person promotes it.",
+        'promote_after = "2m"',
+    ),
+    "Rollout.keep_old": ("Of `blue-green`: how long the old set is kept, to switch back at once.", 'keep_old = "10m"'),
+    "CanaryStep.weight": ("Percent of the requests to the new release, however many instances it has. Rises.", "weight = 5"),
+    "CanaryStep.pause": ("How long the step lasts; without it until `atoll rollout resume`.", 'pause = "60s"'),
+    "Analysis.error_rate_max": ("Share of requests answered with 500 to 599 that is too much when above.", "error_rate_max = 0.01"),
+    "Analysis.latency_p99_max": ("The 99th percentile that is too slow when above.", 'latency_p99_max = "300ms"'),
+    "Analysis.requests_min": ("With fewer requests to the new release there is no verdict.", "requests_min = 100"),
+    "Analysis.interval": ("How often there is a verdict; at least 1 s.", 'interval = "10s"'),
+    "Analysis.failures_max": ("Bad intervals of a step that are forgiven.", "failures_max = 2"),
 }
 SHARED = {key.partition(".")[2] for key in MEANING if key.startswith("Workload.")}
 SECTIONS = (
@@ -249,6 +272,13 @@ SECTIONS = (
     ("KvNamespace", "`[[worker.kv]]` (at most 64)", "", "AppSpec"),
     ("Restart", "`[restart]` (apps)", "After the n-th end in a row: `delay * factor**n`, at most `delay_max`.", "AppSpec"),
     ("Rollout", "`[rollout]` (apps)", "", "AppSpec"),
+    ("CanaryStep", "`[[rollout.steps]]` (at most 20)", "", "AppSpec"),
+    (
+        "Analysis",
+        "`[rollout.analysis]`",
+        "Of what the ingress counts, the old release at the same time beside it. One of the first two is needed.",
+        "AppSpec",
+    ),
     ("Stop", "`[stop]`", "", "AppSpec"),
     ("Placement", "`[placement]`", "", "AppSpec"),
     ("Constraint", "`[[placement.constraints]]`", "", "AppSpec"),

@@ -48,6 +48,8 @@ def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | t
         value = {name.strip("[]"): [value] if name.startswith("[") else value}
     if place == ("scale",):
         value["metrics"] = {}
+    if place == ("rollout", "[steps]"):
+        value["rollout"]["strategy"] = "canary"
     if place[:1] == ("worker",):
         value["worker"] = {"main": "index.js", "compatibility_date": "2026-11-01", **value["worker"]}
     ports = [{"port": 80}] if kind is AppSpec else None
@@ -58,6 +60,8 @@ _BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
     (("gpu",), "sharing"): {"count": 0.5},
     (("gpu",), "topology"): {"count": 2},
     (("placement",), "together"): {"gang": True},
+    (("rollout",), "strategy"): {"steps": [{"weight": 5}]},
+    (("rollout",), "promote_after"): {"strategy": "blue-green"},
     (("placement",), "latency_max"): {"near": "users"},
 }
 """What some examples only make sense with."""
@@ -78,6 +82,8 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[[worker.kv]]` (at most 64)": (("worker", "[kv]"), AppSpec, {"binding": "KV"}),
     "`[restart]` (apps)": (("restart",), AppSpec, {}),
     "`[rollout]` (apps)": (("rollout",), AppSpec, {}),
+    "`[[rollout.steps]]` (at most 20)": (("rollout", "[steps]"), AppSpec, {"weight": 50}),
+    "`[rollout.analysis]`": (("rollout", "analysis"), AppSpec, {"error_rate_max": 0.5}),
     "`[stop]`": (("stop",), AppSpec, {}),
     "`[placement]`": (("placement",), AppSpec, {}),
     "`[[placement.constraints]]`": (("placement", "[constraints]"), AppSpec, {"label": "disk", "operator": "in", "value": ["ssd"]}),

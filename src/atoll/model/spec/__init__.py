@@ -22,7 +22,6 @@ from atoll.model.spec.job import JobSpec as JobSpec
 from atoll.model.spec.job import check_job as check_job
 from atoll.model.spec.lifecycle import Restart as Restart
 from atoll.model.spec.lifecycle import RestartPolicy as RestartPolicy
-from atoll.model.spec.lifecycle import Rollout as Rollout
 from atoll.model.spec.lifecycle import Stop as Stop
 from atoll.model.spec.locality import ANY as ANY
 from atoll.model.spec.locality import AREAS as AREAS
@@ -41,6 +40,10 @@ from atoll.model.spec.placement import Operator as Operator
 from atoll.model.spec.placement import Placement as Placement
 from atoll.model.spec.placement import SpreadBy as SpreadBy
 from atoll.model.spec.quota import Quota as Quota
+from atoll.model.spec.rollout import Analysis as Analysis
+from atoll.model.spec.rollout import CanaryStep as CanaryStep
+from atoll.model.spec.rollout import Rollout as Rollout
+from atoll.model.spec.rollout import Strategy as Strategy
 from atoll.model.spec.scale import STANDBY_MAX as STANDBY_MAX
 from atoll.model.spec.scale import Scale as Scale
 from atoll.model.spec.serving import METRIC_PATTERN as METRIC_PATTERN

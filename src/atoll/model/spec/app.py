@@ -8,10 +8,12 @@ from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import force_setattr
 
 from atoll.model.errors import Invalid
+from atoll.model.names import Name
 from atoll.model.spec.build import Build
 from atoll.model.spec.isolation import Isolation
-from atoll.model.spec.lifecycle import Restart, Rollout, Stop
+from atoll.model.spec.lifecycle import Restart, Stop
 from atoll.model.spec.placement import check_gang
+from atoll.model.spec.rollout import Rollout, Strategy, check_rollout
 from atoll.model.spec.scale import Scale, check_scale
 from atoll.model.spec.serving import Health, HealthKind, Metrics, Port, PortProtocol, Route, check_metrics
 from atoll.model.spec.values import check_unique, default
@@ -109,8 +111,13 @@ def check_app(spec: AppSpec) -> None:
             raise Invalid(f"health.port: no port {health.port or ''}".rstrip(), field="health.port", mend="add it to ports")
         if health.interval <= 0 or health.timeout <= 0:
             raise Invalid("health.interval: must be above 0", field="health.interval")
-    if spec.rollout.max_surge == 0 and spec.rollout.max_unavailable == 0:
-        raise Invalid("rollout.max_surge: 0 together with max_unavailable 0 could never progress", field="rollout.max_surge")
+    check_rollout(spec.rollout, served=spec.port_named(None) is not None)
+    if spec.worker is not None and spec.worker.stateful and spec.rollout.strategy is not Strategy.ROLLING:
+        raise Invalid(
+            "rollout.strategy: the old process must let go of the state before the new one starts",
+            field="rollout.strategy",
+            mend="leave strategy out",
+        )
     if spec.metrics is not None:
         check_metrics(spec, spec.metrics)
     if spec.scale is not UNSET:

@@ -1,4 +1,4 @@
-"""What happens to an instance: how it starts again, stops, and is replaced by a new release."""
+"""What happens to an instance: how it starts again, and how it stops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from atoll.model.names import SpecRecord
-from atoll.model.spec.values import REPLICAS_MAX, default
+from atoll.model.spec.values import default
 from atoll.model.units import Seconds
 
 
@@ -35,14 +35,3 @@ class Stop(SpecRecord, frozen=True, kw_only=True):
     signal: Annotated[str, Meta(pattern=r"^SIG[A-Z0-9+]{1,10}$(?!\n)")] = "SIGTERM"
     grace: Seconds = default(Seconds(10))
     """From the signal to SIGKILL."""
-
-
-class Rollout(SpecRecord, frozen=True, kw_only=True):
-    """How a new release replaces the old: never fewer than `replicas - max_unavailable` ready."""
-
-    max_surge: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
-    max_unavailable: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 0
-    drain: Seconds = default(Seconds(30))
-    """The longest wait for active requests before an instance is told to stop."""
-    deadline: Seconds = default(Seconds(300))
-    """Without progress for so long, the rollout has failed, and the old release keeps serving."""
