@@ -17,13 +17,13 @@ from atoll.runtimes.cgroup import Group
 from atoll.runtimes.native import jail_path
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
+from atoll.runtimes.trial import run_once
 from atoll.runtimes.vm import cloud_hypervisor_api as ask
 from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
 from atoll.runtimes.vm.http_api import HttpApi
 from atoll.runtimes.vm.jail import INSIDE, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.pci import check_devices, check_locking, locked_bytes, shown_of
-from atoll.runtimes.vm.probe import run_once
 from atoll.runtimes.vm.tap import TAP
 from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
 

@@ -17,13 +17,13 @@ from atoll.runtimes.cgroup import Cgroups, Group
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
 from atoll.runtimes.shim import ShimFiles
+from atoll.runtimes.trial import run_once
 from atoll.runtimes.vm import firecracker_api as ask
 from atoll.runtimes.vm.boxes import SLOT_MIN, VmBoxes, VmPlan
 from atoll.runtimes.vm.http_api import HttpApi, Refused
 from atoll.runtimes.vm.jail import LOG, Jail
 from atoll.runtimes.vm.jailer import Jailer, furnish, jail_id, jailer_command
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
-from atoll.runtimes.vm.probe import run_once
 from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
 
 VERSION_MIN = (1, 12)

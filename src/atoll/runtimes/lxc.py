@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import shutil
 import tempfile
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from atoll.model.errors import AtollError, RuntimeFailed, Unsupported
-from atoll.model.ports.images import Image, ImageConfig
-from atoll.model.ports.runtime import Box, Limits
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.exec_tool import ExecFiles, ExecTool
 from atoll.runtimes.inside import process_file
@@ -32,6 +29,7 @@ from atoll.runtimes.oci_container import LOG_BYTES_MAX, Container
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
 from atoll.runtimes.oci_runtime import TOOL_LOG, OciRuntime
 from atoll.runtimes.seccomp_program import filter_program
+from atoll.runtimes.trial import run_once
 
 VERSION_MIN = (4, 0)
 PROBE_S_MAX = 20.0
@@ -43,9 +41,6 @@ _TOO_LITTLE = ("Sync wake failure", "Cannot allocate memory")
 """What LXC says when its child was killed or refused memory."""
 _TIGHT_BYTES = 4 << 20
 """With less, memory is the likely cause of whatever LXC says."""
-_PROBE_LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=4 << 20, pids=64)
-_PROBE_CODE = 2
-"""How the shim ends when it is given nothing to do."""
 
 
 class LxcRuntime(OciRuntime):
@@ -67,48 +62,12 @@ class LxcRuntime(OciRuntime):
     def _try(self) -> str:
         version = version_of(self._binary, package="lxc", oldest=VERSION_MIN)
         with tempfile.TemporaryDirectory(prefix="atoll-probe-") as directory:
-            why = asyncio.run(self._run_once(Path(directory)))
+            place = Path(directory)
+            tried = type(self)(place / "runtime", binary=self._binary, cgroup=self._cgroup, userns=self._userns)
+            why = asyncio.run(run_once(tried, place, PROBE_S_MAX))
         if why:
             raise Unsupported(f"LXC runs nothing on this machine: {why}", mend="use runc, or a newer LXC")
         return version
-
-    async def _run_once(self, directory: Path) -> str:
-        """Run a program to its end in an instance, and return why that failed, or nothing."""
-        runtime = type(self)(directory / "runtime", binary=self._binary, cgroup=self._cgroup, userns=self._userns)
-        id = f"probe-{os.getpid()}-{directory.name[-8:]}"
-        layer, fifo = directory / "layer", directory / "output"
-        layer.mkdir()
-        shutil.copy(shim_path(), layer / "probe")
-        os.mkfifo(fifo)
-        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        box = Box(
-            id=id,
-            directory=directory / "box",
-            image=Image(reference="probe", digest="", config=ImageConfig(), layers=(layer,)),
-            argv=("/probe",),
-            env=(),
-            workdir="/",
-            user="",
-            hostname="probe",
-            limits=_PROBE_LIMITS,
-            stdout=fifo,
-            stderr=fifo,
-        )
-        try:
-            async with asyncio.timeout(PROBE_S_MAX):
-                await runtime.create(box)
-                await runtime.start(id)
-                code = (await runtime.wait(id)).code
-            return "" if code == _PROBE_CODE else f"a program ended with {code}"
-        except TimeoutError:
-            return f"a program did not run to its end within {PROBE_S_MAX:.0f} s"
-        except AtollError as error:
-            return f"{error}; {error.mend}" if error.mend else str(error)
-        finally:
-            with contextlib.suppress(AtollError):
-                await runtime.delete(id)
-            await runtime.close()
-            os.close(reader)
 
     def run_command(self, boxes: OciBoxes, container: Container, extra: Sequence[str]) -> list[str]:
         files, id = container.files, container.record.id

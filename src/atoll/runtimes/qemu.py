@@ -25,11 +25,11 @@ from atoll.runtimes.cgroup import Group
 from atoll.runtimes.native import jail_path
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
+from atoll.runtimes.trial import run_once
 from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
 from atoll.runtimes.vm.jail import INSIDE, STDERR_FD, STDOUT_FD, TAP_FD, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.pci import check_devices, check_locking, locked_bytes, shown_of
-from atoll.runtimes.vm.probe import run_once
 from atoll.runtimes.vm.qmp import command as qmp
 from atoll.runtimes.vm.runtime import VmRuntime
 from atoll.runtimes.vm.sockets import open_socket
