@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import UNSET, Struct
 
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSample
+from atoll.model.rollouts import RolloutOrder, RolloutStatus
 from atoll.model.spec import AppSpec, JobSpec, Quota, RuntimeName, Workload
 from atoll.model.states import Desired, Phase
 
@@ -46,6 +47,8 @@ class App(_Record, frozen=True, kw_only=True):
     created_at: float
     updated_at: float
     deleting: bool = False
+    order: RolloutOrder | None = None
+    """What was asked of the rollout that is under way."""
 
     @property
     def most(self) -> int | None:
@@ -111,6 +114,8 @@ class AppStatus(_Record, frozen=True, kw_only=True):
     """How many instances the app's metric asks for; None where it does not scale by one."""
     parked: int = 0
     """Instances that stand by, parked. They are in none of the other numbers."""
+    rollout: RolloutStatus | None = None
+    """Of the last rollout that can be steered or goes by shares of the requests; None of one that only replaces instances."""
 
 
 class Job(_Record, frozen=True, kw_only=True):
@@ -468,6 +473,18 @@ class Endpoint(_Record, frozen=True, kw_only=True):
     site: str = "local"
     address: str
     draining: bool = False
+    release: int = 0
+    """What it runs; 0 where that was not told."""
+
+
+class Preview(_Record, frozen=True, kw_only=True):
+    """A release at a hostname of its own, on the app's first `http` port."""
+
+    host: str
+    release: int
+    port: int
+    http2: bool = False
+    endpoints: tuple[Endpoint, ...] = ()
 
 
 class Routing(_Record, frozen=True, kw_only=True):
@@ -479,6 +496,10 @@ class Routing(_Record, frozen=True, kw_only=True):
     hosts: tuple[tuple[str, str, int, bool], ...]
     """(hostname, path prefix, port number, HTTP/2 to the instance)."""
     endpoints: tuple[Endpoint, ...] = ()
+    weights: dict[int, int] = {}
+    """Release → percent of the requests, 100 in all, however many endpoints it has; empty: to every endpoint alike."""
+    preview: Preview | None = None
+    """Where a release answers before it gets the app's requests."""
 
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"

@@ -1,0 +1,86 @@
+"""How a rollout stands, and what people ask of it. Parts of an app's record and of its status. Times are seconds since the epoch."""
+
+from __future__ import annotations
+
+import enum
+
+from msgspec import Struct
+
+from atoll.model.spec.rollout import Strategy
+
+
+class RolloutPhase(enum.StrEnum):
+    PROGRESSING = "progressing"
+    """Instances are being made for what comes next, or a step lasts its time."""
+    WAITING = "waiting"
+    """For a person: a step without a time, a blue-green set that is ready, a rollout that was paused."""
+    PROMOTING = "promoting"
+    """The new release is on its way to have all requests."""
+    KEEPING = "keeping"
+    """The new release has all requests; the old set is kept for a while, to switch back at once."""
+    COMPLETE = "complete"
+    REVERTED = "reverted"
+    """The old release has all requests again. The new one is not tried again until that is asked for."""
+
+    @property
+    def under_way(self) -> bool:
+        return self in (RolloutPhase.PROGRESSING, RolloutPhase.WAITING, RolloutPhase.PROMOTING)
+
+
+class RolloutOrder(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What people ask of the rollout of `release`; it means nothing for any other. Writer: API."""
+
+    release: int
+    attempt: int = 0
+    """Raised to have a rollout that was reverted begin anew."""
+    paused: bool = False
+    step: int = 0
+    """Steps before this one are over, whatever their pauses say."""
+    promoted: bool = False
+    """Go on to the end, past all steps and waits."""
+    aborted: bool = False
+    """Go back to the release before."""
+    by: str = ""
+
+
+class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the rollout of `release` in place of `stable` stands. Writer: app controller."""
+
+    release: int
+    stable: int
+    """What had all requests when it began, what it is compared with, and what it goes back to."""
+    attempt: int = 0
+    strategy: Strategy = Strategy.ROLLING
+    phase: RolloutPhase = RolloutPhase.PROGRESSING
+    step: int = 0
+    """Index of the step that is in force, or on its way."""
+    weight: int | None = None
+    """Percent of the requests that go to `release`; None: to every ready instance alike."""
+    since: float = 0.0
+    """When this step's weight, or this phase, came into force; 0 while instances are being made for it."""
+    failures: int = 0
+    """Bad intervals of this step."""
+    passes: int = 0
+    """Good intervals of this step."""
+    analysed_at: float = 0.0
+    """Of the last verdict that counts above."""
+    verdict: str = ""
+    """The last verdict, in words and numbers."""
+    message: str = ""
+    """What is waited for, or why it was reverted."""
+
+    @property
+    def weights(self) -> dict[int, int]:
+        """Return release → percent of the requests; empty where all ready instances are alike."""
+        if self.phase is RolloutPhase.REVERTED:
+            return {self.stable: 100}
+        if self.weight is None or self.phase is RolloutPhase.COMPLETE:
+            return {}
+        if self.release == self.stable:
+            return {self.release: 100}
+        return {self.release: self.weight, self.stable: 100 - self.weight}
+
+    @property
+    def serving(self) -> int:
+        """Return the release that instances should be of when nothing goes on: the old one after a revert."""
+        return self.stable if self.phase is RolloutPhase.REVERTED else self.release
