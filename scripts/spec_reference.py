@@ -59,6 +59,22 @@ MEANING: dict[str, tuple[str, str]] = {
     "AppSpec.scale": ("How many instances; left out, a deploy keeps the number that runs (1 at first).", "[scale]"),
     "AppSpec.restart": ("What its node does when the process ends; the table below.", "[restart]"),
     "AppSpec.rollout": ("How a new release replaces the old one; the table below.", "[rollout]"),
+    "AppSpec.disruption": (
+        "How many may be away for others' sake; the table below. Else as many as `rollout.max_unavailable`, and one at least.",
+        "[disruption]",
+    ),
+    "AppSpec.depends_on": (
+        "Apps of the project that must be ready at their wanted release before this one starts or rolls; [control.md](control.md).",
+        'depends_on = ["db"]',
+    ),
+    "Disruption.max_unavailable": (
+        "So many of those that are wanted may be away, or so many of a hundred, rounded up.",
+        'max_unavailable = "10%"',
+    ),
+    "Disruption.min_ready": (
+        "At least so many stay ready, or so many of a hundred of those that are wanted, rounded up.",
+        "min_ready = 3",
+    ),
     "AppSpec.worker": ("Modules that workerd runs; the table below, and [workers.md](workers.md).", "[worker]"),
     "Worker.main": ("The module with the handlers, an ES module below this directory.", 'main = "src/index.js"'),
     "Worker.files": ("Paths below this directory where its modules are.", 'files = ["src"]'),
@@ -88,6 +104,20 @@ MEANING: dict[str, tuple[str, str]] = {
     "JobSpec.retries": ("New tries of each index after a failure; the delay doubles from 1 s to 60 s.", "retries = 3"),
     "JobSpec.deadline": ("From the job's creation; what still runs then is stopped, and the job has failed.", 'deadline = "1h"'),
     "JobSpec.keep": ("How long a finished job, its instances' records and their logs are kept.", 'keep = "1d"'),
+    "JobSpec.schedule": (
+        "Minute, hour, day, month, weekday, or `@hourly`, `@daily`: at each such time a run is made, a job of its own.",
+        'schedule = "*/5 * * * *"',
+    ),
+    "JobSpec.timezone": ("In which `schedule` is read.", 'timezone = "Europe/Berlin"'),
+    "JobSpec.overlap": (
+        "While the run before still runs, a time is left out, or runs beside it, or cancels it and begins when it has ended.",
+        'overlap = "replace"',
+    ),
+    "JobSpec.starting_deadline": (
+        "What could not begin so soon is missed. Of several times that nobody saw come, only the last is run, and only once.",
+        'starting_deadline = "10m"',
+    ),
+    "JobSpec.runs_kept": ("Finished runs that are kept, whatever `keep` says.", "runs_kept = 10"),
     "Build.base": ("Debian release that the image begins with; `scratch` for files alone.", 'base = "debian:bookworm"'),
     "Build.apt": (
         "Debian packages. A Python app needs `python3` (`python3-minimal` lacks most of the library).",
@@ -272,6 +302,12 @@ SECTIONS = (
     ("KvNamespace", "`[[worker.kv]]` (at most 64)", "", "AppSpec"),
     ("Restart", "`[restart]` (apps)", "After the n-th end in a row: `delay * factor**n`, at most `delay_max`.", "AppSpec"),
     ("Rollout", "`[rollout]` (apps)", "", "AppSpec"),
+    (
+        "Disruption",
+        "`[disruption]` (apps)",
+        "Drains, maintenance, preemption, sick GPUs and rollouts keep it together. One of the two. Changing it makes no release.",
+        "AppSpec",
+    ),
     ("CanaryStep", "`[[rollout.steps]]` (at most 20)", "", "AppSpec"),
     (
         "Analysis",

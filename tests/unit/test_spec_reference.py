@@ -84,6 +84,7 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[rollout]` (apps)": (("rollout",), AppSpec, {}),
     "`[[rollout.steps]]` (at most 20)": (("rollout", "[steps]"), AppSpec, {"weight": 50}),
     "`[rollout.analysis]`": (("rollout", "analysis"), AppSpec, {"error_rate_max": 0.5}),
+    "`[disruption]` (apps)": (("disruption",), AppSpec, {}),
     "`[stop]`": (("stop",), AppSpec, {}),
     "`[placement]`": (("placement",), AppSpec, {}),
     "`[[placement.constraints]]`": (("placement", "[constraints]"), AppSpec, {"label": "disk", "operator": "in", "value": ["ssd"]}),

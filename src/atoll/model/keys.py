@@ -16,6 +16,7 @@ ROUND_TRIPS = "round-trips/"
 NODE_POLICIES = "node-policies/"
 NODE_LIVENESS = "node-liveness/"
 PREFETCHES = "prefetches/"
+MAINTENANCES = "maintenances/"
 TOKENS = "tokens/"
 SECRETS = "secrets/"
 EVENTS = "events/"
@@ -82,6 +83,10 @@ def node_liveness(name: str) -> str:
 
 def prefetch(node: str) -> str:
     return f"{PREFETCHES}{node}"
+
+
+def maintenance(name: str) -> str:
+    return f"{MAINTENANCES}{name}"
 
 
 def token(digest: str) -> str:

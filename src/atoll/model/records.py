@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import UNSET, Struct
 
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSample
+from atoll.model.maintenance import Drain
 from atoll.model.rollouts import RolloutOrder, RolloutStatus
 from atoll.model.spec import AppSpec, JobSpec, Quota, RuntimeName, Workload
 from atoll.model.states import Desired, Phase
@@ -116,19 +117,35 @@ class AppStatus(_Record, frozen=True, kw_only=True):
     """Instances that stand by, parked. They are in none of the other numbers."""
     rollout: RolloutStatus | None = None
     """Of the last rollout that can be steered or goes by shares of the requests; None of one that only replaces instances."""
+    waits_for: tuple[str, ...] = ()
+    """Apps that it depends on and that are not ready yet at their wanted release; or, when it is to stop, those that depend
+    on it and are still there."""
 
 
 class Job(_Record, frozen=True, kw_only=True):
-    """A job as the user wants it. Writer: API; removed by the job controller after `keep`."""
+    """A job as the user wants it. Writer: API, and the job controller for the runs of one with a schedule and for its end after
+    `keep`."""
 
     project: str
     name: str
     spec: JobSpec
     created_at: float
     cancelled: bool = False
+    parent: str = ""
+    """The job with a schedule of which this is a run."""
+    tick: float | None = None
+    """The time of its schedule that it runs for; None for a run that was asked for by hand."""
+    suspended: bool = False
+    """Its schedule makes no runs."""
+    scheduled_from: float | None = None
+    """Only later times of its schedule count: since it was made, changed or resumed."""
 
 
 class JobPhase(enum.StrEnum):
+    SCHEDULED = "scheduled"
+    """It has a schedule, and makes runs."""
+    SUSPENDED = "suspended"
+    """It has a schedule, and makes none for now."""
     PENDING = "pending"
     RUNNING = "running"
     SUCCEEDED = "succeeded"
@@ -155,6 +172,14 @@ class JobStatus(_Record, frozen=True, kw_only=True):
     message: str = ""
     started_at: float | None = None
     finished_at: float | None = None
+    ticked_at: float | None = None
+    """Of a job with a schedule: the last time that was run, skipped or missed. None later than this was."""
+    next_at: float | None = None
+    """Of a job with a schedule: its next time."""
+    missed: int = 0
+    """Of a job with a schedule: times that came while nobody led, or too late for `starting_deadline`."""
+    skipped: int = 0
+    """Of a job with a schedule: times that came while the run before still ran."""
 
 
 class OwnerKind(enum.StrEnum):
@@ -296,6 +321,7 @@ class NodePolicy(_Record, frozen=True, kw_only=True):
     name: str
     cordoned: bool = False
     note: str = ""
+    drain: Drain | None = None
 
 
 class NodeHealth(enum.StrEnum):

@@ -8,6 +8,8 @@ from atoll.model.spec.app import AppSpec as AppSpec
 from atoll.model.spec.app import check_app as check_app
 from atoll.model.spec.app import check_gang_of as check_gang_of
 from atoll.model.spec.build import Build as Build
+from atoll.model.spec.disruption import Disruption as Disruption
+from atoll.model.spec.disruption import amount_of as amount_of
 from atoll.model.spec.gpu import DRIVER_PATTERN as DRIVER_PATTERN
 from atoll.model.spec.gpu import GPU_RUNTIMES as GPU_RUNTIMES
 from atoll.model.spec.gpu import PROFILE_PATTERN as PROFILE_PATTERN
@@ -19,6 +21,7 @@ from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION as RUNTIMES_BY_ISOL
 from atoll.model.spec.isolation import Isolation as Isolation
 from atoll.model.spec.isolation import RuntimeName as RuntimeName
 from atoll.model.spec.job import JobSpec as JobSpec
+from atoll.model.spec.job import Overlap as Overlap
 from atoll.model.spec.job import check_job as check_job
 from atoll.model.spec.lifecycle import Restart as Restart
 from atoll.model.spec.lifecycle import RestartPolicy as RestartPolicy

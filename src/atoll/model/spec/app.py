@@ -10,6 +10,7 @@ from msgspec.structs import force_setattr
 from atoll.model.errors import Invalid
 from atoll.model.names import Name
 from atoll.model.spec.build import Build
+from atoll.model.spec.disruption import Disruption, check_disruption
 from atoll.model.spec.isolation import Isolation
 from atoll.model.spec.lifecycle import Restart, Stop
 from atoll.model.spec.placement import check_gang
@@ -21,6 +22,9 @@ from atoll.model.spec.volumes import Volume
 from atoll.model.spec.workload import Workload, check_workload
 from atoll.model.units import Seconds
 from atoll.model.worker import ALIVE, ALIVE_PORT, MODULES, PORT, STATE, STATE_VOLUME, Worker, check_worker
+
+DEPENDENCIES_MAX = 32
+"""Apps that one app may depend on."""
 
 
 class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
@@ -36,6 +40,10 @@ class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
     rollout: Rollout = default(Rollout())
     worker: Worker | None = None
     """Modules that workerd runs (isolation `isolate`) instead of a program."""
+    disruption: Disruption | None = None
+    """How many may be away for others' sake; where it is left out as many as `rollout.max_unavailable`, and at least one."""
+    depends_on: Annotated[tuple[Name, ...], Meta(max_length=DEPENDENCIES_MAX)] = ()
+    """Apps of the project that must be ready at their wanted release before this one starts or rolls."""
 
     def __post_init__(self) -> None:
         if self.worker is not None:
@@ -118,6 +126,12 @@ def check_app(spec: AppSpec) -> None:
             field="rollout.strategy",
             mend="leave strategy out",
         )
+    if spec.disruption is not None:
+        replicas = spec.scale.replicas if spec.scale is not UNSET else None
+        check_disruption(spec.disruption, surge=spec.rollout.max_surge, replicas=replicas)
+    check_unique(list(spec.depends_on), "depends_on", "app")
+    if spec.name in spec.depends_on:
+        raise Invalid(f"depends_on: '{spec.name}' depends on itself", field="depends_on", mend="leave it out")
     if spec.metrics is not None:
         check_metrics(spec, spec.metrics)
     if spec.scale is not UNSET:

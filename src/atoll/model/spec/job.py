@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated
 
 from msgspec import Meta
 
+from atoll.model.cron import EXPRESSION_CHARS_MAX, ZONE_CHARS_MAX, check_cron
 from atoll.model.errors import Invalid
+from atoll.model.names import NAME_CHARS_MAX
 from atoll.model.spec.isolation import Isolation
 from atoll.model.spec.placement import check_gang
 from atoll.model.spec.values import REPLICAS_MAX, default
 from atoll.model.spec.workload import Workload, check_workload
 from atoll.model.units import Seconds
+
+RUN_SUFFIX_CHARS = 9
+"""What the name of a run has behind its schedule's: a dash, and its time in minutes since the epoch."""
+
+
+class Overlap(enum.StrEnum):
+    """What becomes of a time of the schedule while the run before still runs."""
+
+    SKIP = "skip"
+    ALLOW = "allow"
+    REPLACE = "replace"
+    """The one before is cancelled; the new one begins when it has ended."""
 
 
 class JobSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="job"):
@@ -25,6 +40,15 @@ class JobSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="job"):
     """From the job's creation; what still runs then is stopped, and the job has failed."""
     keep: Seconds = default(Seconds(86_400))
     """How long a finished job and its logs are kept."""
+    schedule: Annotated[str, Meta(max_length=EXPRESSION_CHARS_MAX)] | None = None
+    """A cron expression: at each of its times a run of the job is made, a job of its own."""
+    timezone: Annotated[str, Meta(max_length=ZONE_CHARS_MAX)] = "UTC"
+    overlap: Overlap = Overlap.SKIP
+    starting_deadline: Seconds | None = None
+    """How late a run may begin; what is later counts as missed. Of several times that came while nobody looked, only the last
+    is run."""
+    runs_kept: Annotated[int, Meta(ge=1, le=100)] = 3
+    """Finished runs that are kept, whatever `keep` says."""
 
 
 def check_job(spec: JobSpec) -> None:
@@ -35,3 +59,9 @@ def check_job(spec: JobSpec) -> None:
     if spec.deadline is not None and spec.deadline <= 0:
         raise Invalid("deadline: must be above 0", field="deadline")
     check_gang(spec, min(spec.parallelism, spec.completions), "parallelism")
+    if spec.schedule is not None:
+        check_cron(spec.schedule, spec.timezone, field="schedule")
+        most = NAME_CHARS_MAX - RUN_SUFFIX_CHARS
+        if len(spec.name) > most:
+            text = f"name: over {most} characters; the name of each run is longer by {RUN_SUFFIX_CHARS}"
+            raise Invalid(text, field="name", mend="give a job with a schedule a shorter name")
