@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 
+from atoll.model.evacuation import Evacuation
 from atoll.model.records import AppStatus, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Project, Status
 from atoll.model.spec import Workload
 from atoll.scheduling.demand import Demand, demand_of, standing_by
@@ -24,6 +25,7 @@ class Records(Struct, frozen=True, kw_only=True):
     statuses: Mapping[str, Status]
     app_statuses: Mapping[str, AppStatus]
     projects: Mapping[str, Project] = {}
+    evacuations: Mapping[str, Evacuation] = {}
     images: Mapping[str, tuple[str, ...]] = {}
     """Node → digests of the images that it says it has."""
 
@@ -51,6 +53,7 @@ def holds_room(status: Status | None) -> bool:
 def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | None]) -> Snapshot:
     """Return the snapshot that the leader's scheduler would plan on. A demand is made once for each group."""
     snapshot = Snapshot()
+    snapshot.evacuations = dict(records.evacuations)
     demands: dict[tuple[str, bool], Demand | None] = {}
     for name, node in records.nodes.items():
         snapshot.upsert_node(node, standing_of(records.policies.get(name), records.liveness.get(name)))

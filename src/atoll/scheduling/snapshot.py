@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atoll.model.devices import MILLI, GpuGrant, GpuHealth
+from atoll.model.evacuation import Evacuation
 from atoll.model.records import Node
 from atoll.model.spec import Quota, RuntimeName
 from atoll.scheduling.demand import Demand
@@ -95,6 +96,8 @@ class Snapshot:
         self._ranks: Ints | None = None
         self._gpus = Inventory()
         self._stale: set[str] = set()
+        self.evacuations: dict[str, Evacuation] = {}
+        """Names of the nodes that instances are to leave → why, and until when."""
         """Nodes of which `_gpus` does not know yet what is held."""
 
     def __len__(self) -> int:

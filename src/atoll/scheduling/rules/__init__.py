@@ -3,12 +3,13 @@
 from atoll.scheduling.rules.apart import Apart
 from atoll.scheduling.rules.beside import Beside
 from atoll.scheduling.rules.caps import Caps
+from atoll.scheduling.rules.evacuation import Evacuations
 from atoll.scheduling.rules.even import Even
 from atoll.scheduling.rules.gang import Gang
 from atoll.scheduling.rules.interface import Bound, Rule
 from atoll.scheduling.rules.together import Together
 from atoll.scheduling.rules.volumes import Volumes
 
-RULES: tuple[Rule, ...] = (Volumes(), Together(), Gang(), Beside(), Apart(), Caps(), Even())
+RULES: tuple[Rule, ...] = (Evacuations(), Volumes(), Together(), Gang(), Beside(), Apart(), Caps(), Even())
 
 __all__ = ["RULES", "Bound", "Rule"]

@@ -1,7 +1,8 @@
 """Host-local volumes bind an app to the nodes that hold them.
 
 As long as such a node has no instance of the release, the next one goes there and nowhere else, even where that means to wait
-for it: a database that came up elsewhere with an empty volume would be worse. A node that nobody knows any more binds nothing.
+for it: a database that came up elsewhere with an empty volume would be worse. A node that nobody knows any more binds nothing, nor
+does one that is evacuated with the operator's consent to leave the volumes behind.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class Volumes:
             row = view.nodes.row_of(name)
             if row is not None:
                 homes[row] = True
+        for name, evacuation in view.nodes.evacuations.items():
+            row = view.nodes.row_of(name)
+            if row is not None and evacuation.leave_volumes:
+                homes[row] = False
         standing = view.nodes.standing[: view.size]
         served = (view.counts(group) > 0) & ((standing == Standing.OPEN) | (standing == Standing.CORDONED))
         waiting: Bools = homes & ~served
