@@ -57,6 +57,12 @@ class Forbidden(AtollError):
     status = 403
 
 
+class Revoked(Forbidden):
+    """The node or ingress was revoked: whatever it holds counts for nothing until an operator lets it join again."""
+
+    code = "revoked"
+
+
 class NotFound(AtollError):
     """There is no such thing."""
 
@@ -112,6 +118,12 @@ class Unsupported(AtollError):
 
     code = "unsupported"
     status = 422
+
+
+class VersionSkew(Unsupported):
+    """The two sides speak versions of the API that are too far apart; nothing was done."""
+
+    code = "version-skew"
 
 
 class Unavailable(AtollError):

@@ -25,6 +25,13 @@ INGRESSES = "ingresses/"
 ROUTES = "routes/"
 """`routes/HOST/PATH` → the app that owns it, so that two apps cannot claim one."""
 REQUESTS = "requests/"
+AUTHORITIES = "authorities/"
+JOIN_TOKENS = "join-tokens/"
+IDENTITIES = "identities/"
+SERVERS = "servers/"
+"""Under each server's lease."""
+CELL_KEY = "cell/key"
+"""A keyed digest that only the cell's key makes, so that a server with another key says so before it writes anything."""
 LEADER = "leader"
 """Held under a lease by the leading server; its create revision is the fencing token."""
 
@@ -115,3 +122,19 @@ def route(host: str, path: str) -> str:
 
 def request(token_id: str, key: str) -> str:
     return f"{REQUESTS}{token_id}/{key}"
+
+
+def authority(id: str) -> str:
+    return f"{AUTHORITIES}{id}"
+
+
+def join_token(id: str) -> str:
+    return f"{JOIN_TOKENS}{id}"
+
+
+def identity(kind: str, name: str) -> str:
+    return f"{IDENTITIES}{kind}/{name}"
+
+
+def server(id: str) -> str:
+    return f"{SERVERS}{id}"

@@ -45,18 +45,25 @@ class Answer:
 class Lines:
     """A stream of lines of JSON that goes on until either side ends it. What goes wrong later is its last line, as an error."""
 
-    __slots__ = ("patience_s", "source")
+    __slots__ = ("ended", "patience_s", "source")
 
     def __init__(self, source: AsyncIterator[bytes], *, patience_s: float = SLOW_READER_S) -> None:
         self.source = source
         self.patience_s = patience_s
+        self.ended: asyncio.Future[AtollError] | None = None
+        """Its result, once there is one, is the stream's last line."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [LINES, NO_STORE]})
         sending = asyncio.create_task(self._send(send))
         leaving = asyncio.create_task(_left(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            waits = {sending, leaving} if self.ended is None else {sending, leaving, self.ended}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if self.ended is not None and self.ended.done() and not sending.done() and not leaving.done():
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                await self._last(send, self.ended.result())
         finally:
             leaving.cancel()
             sending.cancel()
@@ -73,10 +80,15 @@ class Lines:
                 async for piece in self.source:
                     await self._piece(send, piece)
             except AtollError as error:
-                await self._piece(send, codec.encode(error_body(error)) + b"\n")
+                await self._last(send, error)
+                return
             await self._piece(send, b"", more=False)
         except TimeoutError:
             log.info("a slow reader of a stream was cut off", after_s=self.patience_s)
+
+    async def _last(self, send: Send, error: AtollError) -> None:
+        await self._piece(send, codec.encode(error_body(error)) + b"\n")
+        await self._piece(send, b"", more=False)
 
     async def _piece(self, send: Send, data: bytes, *, more: bool = True) -> None:
         async with asyncio.timeout(self.patience_s):

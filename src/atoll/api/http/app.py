@@ -12,14 +12,14 @@ from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from atoll.api.http import machines, operators, users
-from atoll.api.http.answers import Answer, error_answer, record_answer
-from atoll.api.http.calls import Call, Route, admit, internal
+from atoll.api.http import machines, members, operators, users
+from atoll.api.http.answers import Answer, Lines, error_answer, record_answer
+from atoll.api.http.calls import Call, Route, admit, check_version, internal
 from atoll.api.http.streams import stream_handlers
-from atoll.api.service import SYSTEM, Need, Service
+from atoll.api.service import SYSTEM, Caller, Need, Service
 from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge
 
-ROUTES: tuple[Route, ...] = (*operators.ROUTES, *users.ROUTES, *machines.ROUTES)
+ROUTES: tuple[Route, ...] = (*operators.ROUTES, *users.ROUTES, *machines.ROUTES, *members.ROUTES)
 OPENAPI_PATH = "/schema/openapi.json"
 
 CLOSE = ((b"connection", b"close"),)
@@ -47,12 +47,15 @@ def _handler(service: Service, route: Route) -> HTTPRouteHandler:
         unread = reads_body
         try:
             if open_to_all:
+                check_version(service, request)
                 caller, path = SYSTEM, dict(request.path_params)
             else:
                 caller, path = admit(service, request, route.need)
             body = await _body(request, route.body_bytes_max) if reads_body else b""
             unread = False
             result = await route.run(Call(service, request, caller, path, body))
+            if isinstance(result, Lines):
+                result = _While(service, caller, result)
         except AtollError as error:
             if error.status >= 500:
                 log.warning("a call failed", method=route.method, path=request.scope["path"], code=error.code, cause=error.message)
@@ -123,6 +126,20 @@ def _on_http_error(request: Any, error: HTTPException) -> Any:
 def _on_fault(request: Any, error: Exception) -> Any:
     log.error("a fault in the server", path=request.scope["path"], exc_info=error)
     return _Raised(error_answer(internal(error)))
+
+
+class _While:
+    """A stream that lasts while its caller may have it."""
+
+    def __init__(self, service: Service, caller: Caller, lines: Lines) -> None:
+        self._service = service
+        self._caller = caller
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._service.standing.watched(self._caller) as ended:
+            self._lines.ended = ended
+            await self._lines(scope, receive, send)
 
 
 class _Raised:

@@ -14,9 +14,11 @@ from msgspec import UNSET, Struct, UnsetType
 from atoll.api.service import Caller, Need, RequestKey, Service, authorize
 from atoll.api.service.access import check_id, check_name
 from atoll.api.service.context import revision_of
+from atoll.api.service.membership import Peer
 from atoll.api.service.pages import limit_of
 from atoll.model import codec
 from atoll.model.errors import AtollError, Invalid, Unauthenticated
+from atoll.model.membership import API_HEADER, check_skew
 from atoll.model.spec import AppSpec, JobSpec
 
 T = TypeVar("T")
@@ -26,6 +28,8 @@ Connection = ASGIConnection[Any, Any, Any, Any]
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _GPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9:.-]{0,119}")
 _NAMES = frozenset({"project", "app", "job", "secret"})
+PEER = "atoll.peer"
+"""In a connection's `extensions`: the `Peer` that TLS has verified."""
 QUERY_BYTES_MAX = 60_000
 """A command to run in an instance comes in the query."""
 
@@ -188,9 +192,30 @@ def bearer(connection: Connection) -> str:
     return token.strip()
 
 
+def identify(service: Service, connection: Any, token: Callable[[], str]) -> Caller:
+    """Return who calls: the holder of the token, or where none is sent of the certificate that TLS has verified.
+
+    `token` returns the token that was sent. Raises Unauthenticated, Revoked.
+    """
+    peer: Peer | None = (connection.get("extensions") or {}).get(PEER)
+    if peer is not None and not any(name == b"authorization" for name, _ in connection["headers"]):
+        return service.membership.caller(peer)
+    caller = service.tokens.authenticate(token())
+    service.membership.check(caller)
+    return caller
+
+
+def check_version(service: Service, connection: Connection) -> None:
+    """Raises VersionSkew."""
+    check_skew(service.api_version, connection.headers.get(API_HEADER), they="the caller", we="this server")
+
+
 def admit(service: Service, connection: Connection, need: Need) -> tuple[Caller, dict[str, str]]:
-    """Return who calls and the checked parts of the path. Raises Unauthenticated, Forbidden, Invalid."""
-    caller = service.tokens.authenticate(bearer(connection))
+    """Return who calls and the checked parts of the path. Raises Unauthenticated, Forbidden, Invalid, VersionSkew."""
+    check_version(service, connection)
+    if need is Need.PEER:
+        return service.servers.authenticate(bearer(connection)), {}
+    caller = identify(service, connection.scope, lambda: bearer(connection))
     path = dict(connection.path_params)
     for field, value in path.items():
         if field in _NAMES:

@@ -101,6 +101,8 @@ def _needs(need: Need) -> str:
             return "Only for the agent of this node."
         case Need.INGRESS:
             return "Only for this ingress."
+        case Need.PEER:
+            return "Only for other servers of the cell."
         case Need.PULL:
             return "Needs a token with role read, or an agent's."
         case Need.ADMIN_OF_PROJECT:

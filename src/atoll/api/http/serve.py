@@ -16,8 +16,12 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets import http11
 
 from atoll.api.http.answers import SLOW_READER_S
+from atoll.api.http.calls import PEER
+from atoll.api.http.tls import ListenerTls, peer_of
 from atoll.api.service import Service
+from atoll.api.service.membership import Peer
 from atoll.model.errors import Unavailable
+from atoll.model.membership import API_HEADER
 from atoll.model.streams import MESSAGE_BYTES_MAX
 
 HEADER_BYTES_MAX = 65_536
@@ -75,6 +79,16 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     """uvicorn's WebSockets; someone who pauses the output of a command is given longer."""
 
     patience_s = PAUSED_S
+    _peer: Peer | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._peer = peer_of(transport)
+
+    async def run_asgi(self) -> None:
+        if self._peer is not None:
+            cast(Any, self.scope)["extensions"][PEER] = self._peer
+        await super().run_asgi()
 
     async def send(self, message: Any) -> None:
         await super().send(message)
@@ -90,14 +104,21 @@ class BoundedProtocol(_Impatient, HttpToolsProtocol):
     _header_bytes = 0
     _too_long = False
     _deadline: asyncio.TimerHandle | None = None
+    _peer: Peer | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._peer = peer_of(transport)
         self._deadline = self.loop.call_later(self.header_s, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
         super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._peer is not None:
+            cast(Any, self.scope)["extensions"] = {PEER: self._peer}
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -136,7 +157,13 @@ class BoundedProtocol(_Impatient, HttpToolsProtocol):
 class ApiServer(uvicorn.Server):
     """A uvicorn server that waits for an event instead of ticking, leaves signals alone, and ends its streams when it stops."""
 
-    def __init__(self, app: Litestar, service: Service, protocol: type[BoundedProtocol] = BoundedProtocol) -> None:
+    def __init__(
+        self,
+        app: Litestar,
+        service: Service,
+        protocol: type[BoundedProtocol] = BoundedProtocol,
+        tls: ListenerTls | None = None,
+    ) -> None:
         config = uvicorn.Config(
             cast(Any, app),
             http=protocol,
@@ -156,6 +183,8 @@ class ApiServer(uvicorn.Server):
             timeout_graceful_shutdown=GRACE_S,
             backlog=BACKLOG,
             limit_concurrency=CONNECTIONS_MAX,
+            headers=[(API_HEADER, str(service.api_version))],
+            ssl_context_factory=(lambda *_: tls.context) if tls is not None else None,
         )
         super().__init__(config)
         self._service = service
@@ -197,10 +226,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def serving(
-    app: Litestar, service: Service, listener: socket.socket, protocol: type[BoundedProtocol] = BoundedProtocol
+    app: Litestar,
+    service: Service,
+    listener: socket.socket,
+    protocol: type[BoundedProtocol] = BoundedProtocol,
+    *,
+    tls: ListenerTls | None = None,
 ) -> AsyncIterator[ApiServer]:
     """Serve `app` on `listener` until the context ends, then end gracefully; that closes `service`, too."""
-    server = ApiServer(app, service, protocol)
+    server = ApiServer(app, service, protocol, tls)
     task = asyncio.create_task(server.serve([listener]), name="api server")
     try:
         yield server

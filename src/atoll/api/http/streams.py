@@ -14,8 +14,9 @@ from litestar.handlers import WebsocketRouteHandler
 from atoll.api.http.answers import JSON, error_body
 from atoll.api.http.calls import admit, internal, parse_query
 from atoll.api.service import Caller, Need, Service
+from atoll.api.service.access import check_id
 from atoll.model import codec
-from atoll.model.errors import AtollError, Invalid
+from atoll.model.errors import AtollError, Invalid, NotFound
 from atoll.model.ports.control_plane import Channel, StreamKind
 from atoll.model.records import Instance, NodeHealth, NodeLiveness
 from atoll.model.streams import ExecOptions, FilesOptions, LogOptions
@@ -28,6 +29,9 @@ ARGV_BYTES_MAX = 8_192
 CLOSE_S = 5.0
 """How long either end has to take the last messages once the other has closed."""
 GOING_AWAY = 1001
+POLICY = 1008
+"""RFC 6455, section 7.4.1: who has the stream may have it no more."""
+REASON_CHARS_MAX = 100
 
 log = structlog.get_logger()
 
@@ -62,12 +66,22 @@ async def open_tunnel(service: Service, caller: Caller, path: dict[str, str], qu
     return _Requests(service.tunnels.requests(path["node"]))
 
 
+async def open_for_peer(service: Service, caller: Caller, path: dict[str, str], query: dict[str, str]) -> Channel:
+    """Another server has a stream for a node whose tunnel is here, or is not. Its caller has been judged there."""
+    node, kind, instance = (query.get(name, "") for name in ("node", "kind", "instance"))
+    check_id(node, "node")
+    if not service.tunnels.connected(node):
+        raise NotFound(f"node '{node}' has no tunnel here")
+    return await service.tunnels.open(node, kind, instance, _options(query, dict[str, Any]), here_only=True)
+
+
 STREAMS: tuple[tuple[str, Need, Open], ...] = (
     ("/v1/projects/{project}/instances/{instance}/exec", Need.DEPLOY, open_exec),
     ("/v1/projects/{project}/instances/{instance}/logs", Need.READ, open_logs),
     ("/v1/projects/{project}/instances/{instance}/files", Need.DEPLOY, open_files),
     ("/v1/nodes/{node}/tunnel", Need.AGENT, open_tunnel),
     ("/v1/nodes/{node}/streams/{stream}", Need.AGENT, open_agent_end),
+    ("/v1/servers/streams", Need.PEER, open_for_peer),
 )
 
 
@@ -89,19 +103,26 @@ def _handler(service: Service, path: str, need: Need, opener: Open) -> Websocket
             return
         try:
             await socket.accept()
-            await splice(socket, channel)
+            with service.standing.watched(caller) as ended:
+                await splice(socket, channel, ended)
         finally:
             await channel.close()
 
     return WebsocketRouteHandler(re.sub(r"\{(\w+)\}", r"{\1:str}", path))(handle)
 
 
-async def splice(socket: Socket, channel: Channel) -> None:
-    """Carry messages both ways until one side ends; what was sent before is still delivered."""
+async def splice(socket: Socket, channel: Channel, ended: asyncio.Future[AtollError] | None = None) -> None:
+    """Carry messages both ways until one side ends; what was sent before is still delivered. `ended` breaks it off."""
     inward = asyncio.create_task(_inward(socket, channel))
     outward = asyncio.create_task(_outward(socket, channel))
     try:
-        await asyncio.wait((inward, outward), return_when=asyncio.FIRST_COMPLETED)
+        waits: set[asyncio.Future[Any]] = {inward, outward} if ended is None else {inward, outward, ended}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if ended is not None and ended.done() and not inward.done() and not outward.done():
+            outward.cancel()
+            reason = f"{ended.result().code}: {ended.result().message}"
+            await socket.send({"type": "websocket.close", "code": POLICY, "reason": reason[:REASON_CHARS_MAX]})
+            return
         if outward.done() and not inward.done():
             await asyncio.wait((inward,), timeout=CLOSE_S)
     finally:

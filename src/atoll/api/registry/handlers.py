@@ -15,7 +15,7 @@ from litestar.handlers import ASGIRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from atoll.api.http.answers import JSON, Answer, Header
-from atoll.api.http.calls import internal, parse_query
+from atoll.api.http.calls import identify, internal, parse_query
 from atoll.api.registry.blobs import BLOB_BYTES_MAX, Upload
 from atoll.api.registry.exchange import Asked, BlobAnswer
 from atoll.api.registry.names import RegistryError, check_digest, check_tag, is_digest, manifest_unknown
@@ -200,7 +200,7 @@ def registry_handler(registry: Registry, service: Service) -> ASGIRouteHandler:
 
 
 async def _answer(registry: Registry, service: Service, handlers: Handlers, scope: Any, receive: Receive) -> ASGIApp:
-    caller = service.tokens.authenticate(_password(scope))
+    caller = identify(service, scope, lambda: _password(scope))
     path = "/" + str(scope["path"]).removeprefix("/v2").strip("/")
     if path == "/":
         return Answer(b"{}", 200, (_VERSION, JSON))

@@ -31,6 +31,8 @@ class Need(enum.Enum):
     """The agent of the node that the path names."""
     INGRESS = "ingress"
     """The ingress that the path names."""
+    PEER = "peer"
+    """Another server of the cell."""
     PULL = "pull"
     """To read images: whoever may read, and agents."""
 
@@ -44,18 +46,21 @@ _ROLES: dict[Need, frozenset[Role]] = {
     Need.ADMIN_OF_PROJECT: frozenset({Role.ADMIN}),
     Need.AGENT: frozenset({Role.AGENT}),
     Need.INGRESS: frozenset({Role.INGRESS}),
+    Need.PEER: frozenset(),
     Need.PULL: frozenset({Role.READ, Role.DEPLOY, Role.ADMIN, Role.AGENT}),
 }
 
 
 class Caller(Struct, frozen=True, kw_only=True):
-    """A token's holder, as far as rules need to know."""
+    """Who holds a token or a certificate, as far as rules need to know."""
 
     id: str
     role: Role
     project: str = EVERY_PROJECT
     subject: str = ""
     name: str = ""
+    digest: str = ""
+    """Of the token; empty where a certificate says who calls."""
 
     def sees(self, project: str) -> bool:
         """Whether the token reaches into `project`."""

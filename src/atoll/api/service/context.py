@@ -14,6 +14,7 @@ from msgspec import Struct, structs
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
+from atoll.model.membership import Authority, Identity, JoinToken, Server
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Compare, LeaseId, Op, Put, Revision, Store, absent
 from atoll.model.records import (
@@ -60,6 +61,10 @@ KINDS: dict[str, type] = {
     keys.DRAINED: Drained,
     keys.INGRESSES: Ingress,
     keys.ROUTES: RouteClaim,
+    keys.AUTHORITIES: Authority,
+    keys.JOIN_TOKENS: JoinToken,
+    keys.IDENTITIES: Identity,
+    keys.SERVERS: Server,
 }
 """What the `State` that a `Service` is given must hold."""
 

@@ -8,6 +8,7 @@ import structlog
 
 from atoll.api.service import claims
 from atoll.api.service.context import Context
+from atoll.api.service.join_tokens import JoinTokens
 from atoll.model import keys
 from atoll.model.errors import AtollError
 from atoll.model.ports.store import Delete, unchanged
@@ -25,8 +26,9 @@ log = structlog.get_logger()
 
 
 class Housekeeping:
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, join_tokens: JoinTokens) -> None:
         self._context = context
+        self._join_tokens = join_tokens
         self._sweeps = 0
 
     async def run(self) -> None:
@@ -51,5 +53,7 @@ class Housekeeping:
         horizon = self._context.clock.now() - TOKEN_KEEP_S
         tokens = [held.record for held in self._context.state.records(Token).values()]
         expired = [token for token in tokens if token.expires_at is not None and token.expires_at < horizon]
+        if stale := self._join_tokens.stale():
+            await store.txn((), [Delete(key) for key in stale[:DELETES_MAX]])
         if expired:
             await store.txn((), [Delete(keys.token(token.digest)) for token in expired[:DELETES_MAX]])

@@ -23,6 +23,7 @@ class Sealer:
         if len(key) != KEY_BYTES:
             raise Corrupt(f"the cell's key has {len(key)} bytes, not {KEY_BYTES}", mend="restore the file 'key' from a backup")
         self._cipher = AESGCM(key)
+        self._key = key
         self._mac_key = hashlib.sha256(b"atoll fingerprint\0" + key).digest()
         self._entropy = entropy
 
@@ -46,3 +47,7 @@ class Sealer:
             mac.update(len(part).to_bytes(8, "big"))
             mac.update(part)
         return mac.hexdigest()
+
+    def derive(self, purpose: str) -> bytes:
+        """Return a key of 32 bytes for one purpose, from which the cell's key cannot be told."""
+        return hmac.new(self._key, b"atoll derive\0" + purpose.encode(), hashlib.sha256).digest()

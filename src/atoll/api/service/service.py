@@ -11,6 +11,7 @@ from typing import Self
 from atoll import __version__
 from atoll.api.service.access import Caller
 from atoll.api.service.apps import Apps
+from atoll.api.service.authorities import LIFE_S, Authorities
 from atoll.api.service.context import Context, ImageResolver
 from atoll.api.service.control_plane import LocalControlPlane
 from atoll.api.service.events import Events
@@ -20,14 +21,19 @@ from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.housekeeping import Housekeeping
 from atoll.api.service.instances import Instances
 from atoll.api.service.jobs import Jobs
+from atoll.api.service.join_tokens import JoinTokens
+from atoll.api.service.membership import Membership
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.planning import Planning
 from atoll.api.service.projects import Projects
 from atoll.api.service.sealing import Sealer
 from atoll.api.service.secrets import Secrets
+from atoll.api.service.servers import Dial, Servers
+from atoll.api.service.standing import Standing
 from atoll.api.service.tokens import Tokens
 from atoll.api.service.tunnels import Tunnels
 from atoll.api.service.watching import Watching
+from atoll.model.membership import API_VERSION, Server
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Store
 from atoll.model.records import CELL, Ingress
@@ -39,7 +45,8 @@ class Service:
     """Everything the API does, over `store` and the cache `state` of its records (which must hold `context.KINDS`).
 
     `secret_key` has 32 bytes and seals secrets; `domain` is what default hostnames end in. `entropy` gives bytes for tokens,
-    nonces and stream ids; a simulator passes its seeded generator's. Use it as `async with`, or call `start` and `close`.
+    nonces and stream ids; a simulator passes its seeded generator's. `server` is what this one writes of itself (`servers.run`),
+    and `dial` how it reaches the others. Use it as `async with`, or call `start` and `close`.
     """
 
     def __init__(
@@ -53,6 +60,10 @@ class Service:
         *,
         store_name: str = "memory",
         entropy: Callable[[int], bytes] = os.urandom,
+        server: Server | None = None,
+        dial: Dial | None = None,
+        certificate_life_s: float = LIFE_S,
+        api_version: int = API_VERSION,
     ) -> None:
         self.context = Context(store, state, clock, random, Sealer(secret_key, entropy), domain, entropy)
         self.clock = clock
@@ -72,13 +83,22 @@ class Service:
         self.feeds = Feeds(self.context)
         self.watching = Watching(self.context)
         self.control_plane = LocalControlPlane(self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels)
-        self.housekeeping = Housekeeping(self.context)
+        self.authorities = Authorities(self.context, certificate_life_s)
+        self.join_tokens = JoinTokens(self.context, self.authorities)
+        self.membership = Membership(self.context, self.authorities)
+        self.standing = Standing(state, self.membership)
+        self.servers = Servers(self.context, server, dial)
+        if server is not None and dial is not None:
+            self.tunnels.elsewhere = self.servers.elsewhere
+        self.api_version = api_version
+        self.housekeeping = Housekeeping(self.context, self.join_tokens)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Begin to follow the cache and to tidy up."""
         self.feeds.start()
         self._tasks.append(asyncio.create_task(self.housekeeping.run(), name="api housekeeping"))
+        self._tasks.append(asyncio.create_task(self.standing.run(), name="api standing"))
 
     async def close(self) -> None:
         """End every stream and task. Safe to repeat; the store and the cache stay open, they are the caller's."""

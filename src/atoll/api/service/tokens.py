@@ -39,7 +39,9 @@ class Tokens:
         record = held.record
         if record.expires_at is not None and record.expires_at <= self._context.clock.now():
             raise Unauthenticated("this token has expired", mend="'atoll token create' makes a new one")
-        return Caller(id=record.id, role=record.role, project=record.project, subject=record.subject, name=record.name)
+        return Caller(
+            id=record.id, role=record.role, project=record.project, subject=record.subject, name=record.name, digest=digest
+        )
 
     def all(self, caller: Caller, *, limit: int, after: str = "") -> Page[TokenView]:
         """Return the tokens that `caller` may manage, in no telling order."""

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from msgspec import Struct
 
 from atoll.model.errors import DeadlineExceeded, Exhausted, NotFound, Unavailable
-from atoll.model.ports.control_plane import StreamRequest
+from atoll.model.ports.control_plane import Channel, StreamRequest
 
 PIPE_MESSAGES_MAX = 16
 """Messages that wait in one direction of a stream; with `MESSAGE_BYTES_MAX` each, at most 2 MiB."""
 ANSWER_S = 4.0
 """How long an agent has to dial in, which includes the time until its tunnel is back after its own or the server's crash;
 clients wait 5 s for a stream to open, and should hear why it does not."""
+LOST_ANSWER_S = 1.0
+"""How long another server has to show a tunnel of a node that counts as lost."""
 REQUESTS_MAX = 256
 """Streams of one node that wait for its agent."""
 STREAMS_MAX = 4_096
@@ -85,6 +87,10 @@ def pipe() -> tuple[Pipe, Pipe]:
     return Pipe(back, there, closed), Pipe(there, back, closed)
 
 
+Elsewhere = Callable[[str, str, str, dict[str, Any]], Awaitable[Channel]]
+"""`(node, kind, instance, options)` → a stream by another server, once one has the node's tunnel; cancelled when not needed."""
+
+
 class _Waiting(Struct, frozen=True):
     """A stream whose client waits for the agent."""
 
@@ -100,6 +106,8 @@ class Tunnels:
         self._new_id = new_id
         self._nodes: dict[str, asyncio.Queue[StreamRequest]] = {}
         self._waiting: dict[str, _Waiting] = {}
+        self.elsewhere: Elsewhere | None = None
+        """Asked where the node has no tunnel here; None where this is the only server."""
 
     def connected(self, node: str) -> bool:
         return node in self._nodes
@@ -119,16 +127,27 @@ class Tunnels:
                 del self._nodes[node]
 
     async def open(
-        self, node: str, kind: str, instance: str, options: dict[str, Any], *, lost: bool = False, answer_s: float = ANSWER_S
-    ) -> Pipe:
-        """Return the client's end of a new stream, once the agent has dialled in. For the tunnel of a node that is `lost`
-        nobody waits.
+        self,
+        node: str,
+        kind: str,
+        instance: str,
+        options: dict[str, Any],
+        *,
+        lost: bool = False,
+        answer_s: float = ANSWER_S,
+        here_only: bool = False,
+    ) -> Channel:
+        """Return the client's end of a new stream, once the agent has dialled in, here or (unless `here_only`) at another
+        server. For the tunnel of a node that is `lost` nobody waits.
 
-        Raises Unavailable: the agent has no tunnel here; DeadlineExceeded: it did not answer; Exhausted: too many wait.
+        Raises Unavailable: the agent has no tunnel; DeadlineExceeded: it did not answer; Exhausted: too many wait.
         """
         queue = self._nodes.get(node)
+        elsewhere = None if here_only or queue is not None else self.elsewhere
         if queue is None and lost:
-            raise _unconnected(node)
+            if elsewhere is None:
+                raise _unconnected(node)
+            answer_s = min(answer_s, LOST_ANSWER_S)
         waiting = len(self._of(node))
         if waiting >= REQUESTS_MAX or len(self._waiting) >= STREAMS_MAX or (queue is not None and queue.full()):
             raise Exhausted(f"{waiting} streams wait for node '{node}' already")
@@ -137,18 +156,15 @@ class Tunnels:
         self._waiting[request.id] = _Waiting(node, request, answer)
         if queue is not None:
             queue.put_nowait(request)
+        asked = asyncio.ensure_future(elsewhere(node, kind, instance, options)) if elsewhere is not None else None
         try:
-            return await asyncio.wait_for(answer, answer_s)
+            return await _soonest(answer, asked, answer_s)
         except TimeoutError:
             if not self.connected(node):
                 raise _unconnected(node) from None
             raise DeadlineExceeded(
                 f"node '{node}' did not open the stream within {answer_s:g} s", mend="look at its agent's log, then try again"
             ) from None
-        except asyncio.CancelledError:
-            if answer.done() and not answer.cancelled():
-                await answer.result().close()
-            raise
         finally:
             self._waiting.pop(request.id, None)
 
@@ -165,5 +181,36 @@ class Tunnels:
         return [one for one in self._waiting.values() if one.node == node and not one.answer.done()]
 
 
+async def _soonest(answer: asyncio.Future[Pipe], asked: asyncio.Future[Channel] | None, answer_s: float) -> Channel:
+    """Return whichever end comes first; the other, should it come too, is closed. Raises TimeoutError, or what `asked` raises."""
+    waits: set[asyncio.Future[Any]] = {answer} if asked is None else {answer, asked}
+    kept: asyncio.Future[Any] | None = None
+    try:
+        done, _ = await asyncio.wait(waits, timeout=answer_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise TimeoutError
+        kept = answer if answer in done else asked
+        assert kept is not None  # noqa: S101 (one of the two is done)
+        channel: Channel = kept.result()
+        return channel
+    finally:
+        for future in waits - {kept}:
+            future.cancel()
+            future.add_done_callback(let_go)
+
+
+def let_go(future: asyncio.Future[Any]) -> None:
+    """Close the channel that `future` has brought, if it has: a callback for one that nobody waits for any more."""
+    if future.cancelled() or future.exception() is not None:
+        return
+    closing = asyncio.ensure_future(future.result().close())
+    _CLOSING.add(closing)
+    closing.add_done_callback(_CLOSING.discard)
+
+
+_CLOSING: set[asyncio.Future[None]] = set()
+"""Streams that nobody wanted any more, on their way out."""
+
+
 def _unconnected(node: str) -> Unavailable:
-    return Unavailable(f"node '{node}' has no connection to this server", mend="look at its agent's log; 'atoll nodes' shows it")
+    return Unavailable(f"node '{node}' has no connection to any server", mend="look at its agent's log; 'atoll nodes' shows it")

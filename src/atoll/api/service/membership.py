@@ -1,0 +1,345 @@
+"""Who belongs to the cell: machines join with a token that counts once, renew their certificates, are revoked and removed."""
+
+from __future__ import annotations
+
+import hmac
+
+import structlog
+from msgspec import Struct
+from msgspec.structs import replace
+
+from atoll.api.service.access import Caller, check_id
+from atoll.api.service.authorities import RENEW_LATE_S, Authorities
+from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.signing import Signed, Subject, key_digest, proved, requested_key
+from atoll.model import codec, keys
+from atoll.model.errors import AtollError, Conflict, Forbidden, Invalid, NotFound, Revoked, Unauthenticated
+from atoll.model.membership import (
+    Certified,
+    Identity,
+    IdentityView,
+    JoinRequest,
+    JoinToken,
+    MemberKind,
+    RenewRequest,
+    read_join_token,
+    renewal_message,
+    uri_of,
+)
+from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
+from atoll.model.records import (
+    CELL_PROJECT,
+    Event,
+    Instance,
+    Node,
+    NodeHealth,
+    NodeLiveness,
+    Role,
+    Severity,
+    Token,
+    new_suffix,
+)
+
+REFUSALS_S = 10.0
+"""Of one kind of refusal there is one event in so long, so that a stranger who tries for ever fills no store."""
+_JOIN_MEND = "make another with 'atoll join-token create' on a machine that may"
+_ROLES = {MemberKind.NODE: Role.AGENT, MemberKind.INGRESS: Role.INGRESS}
+
+log = structlog.get_logger()
+
+
+class Peer(Struct, frozen=True, kw_only=True):
+    """What the TLS layer has verified of a client: one of our authorities signed it, and it had not expired then."""
+
+    uri: str
+    enrolment: str
+    authority: str
+    expires_at: float
+
+
+class Membership:
+    def __init__(self, context: Context, authorities: Authorities) -> None:
+        self._context = context
+        self._state = context.state
+        self._authorities = authorities
+
+    def caller(self, peer: Peer) -> Caller:
+        """Return who holds a verified certificate. Raises Unauthenticated, Revoked. Neither waits nor reads the store."""
+        kind, name = _named(peer.uri)
+        identity = self._standing(kind, name, peer.enrolment)
+        if peer.expires_at <= self._context.clock.now():
+            raise Unauthenticated(f"the certificate of {kind} '{name}' has expired", mend="renew it; the agent does by itself")
+        if not self._authorities.trusts(peer.authority):
+            raise Unauthenticated("the certificate's authority has been retired", mend="renew it, or join anew")
+        return Caller(id=f"{kind}/{name}/{identity.enrolment}", role=_ROLES[kind], subject=name, name=name)
+
+    def check(self, caller: Caller) -> None:
+        """Raise Revoked for a token of a machine that was revoked."""
+        kind = _kind_of(caller.role)
+        if kind is not None:
+            self._not_revoked(kind, caller.subject)
+
+    async def join(self, request: JoinRequest) -> Certified:
+        """Let a machine in. The same token and key again get another certificate; the token with another key is refused.
+
+        Raises Unauthenticated (the token), Conflict (the name), Invalid (the request). OutcomeUnknown: repeat with the same key.
+        """
+        try:
+            token = self._token(request.token)
+            key = requested_key(request.csr)
+            digest = key_digest(key)
+            name = check_id(request.name or token.subject, "name")
+            self._may_join(token, name, digest)
+            again = self._state.get(Identity, f"{token.kind}/{name}") if token.used_key == digest else None
+            enrolment = again.record.enrolment if again is not None else new_suffix(self._context.random.choice, 12)
+            signed = await self._authorities.sign(Subject(kind=token.kind, name=name, enrolment=enrolment), key)
+        except (Unauthenticated, Conflict, Forbidden, Invalid) as error:
+            await self._refused("join-refused", request.name, error)
+            raise
+
+        def build() -> Draft[Certified]:
+            token = self._token(request.token)
+            self._may_join(token, name, digest)
+            now = self._context.clock.now()
+            identity = Identity(
+                kind=token.kind, name=name, enrolment=enrolment, joined_at=now, serial=signed.serial, expires_at=signed.expires_at
+            )
+            used = replace(token, used_at=token.used_at or now, used_by=name, used_key=digest)
+            compare, ops = self._put_identity(identity)
+            held = self._state.get(JoinToken, token.id)
+            compare.append(unchanged(keys.join_token(token.id), held.revision if held is not None else 0))
+            ops.append(Put(keys.join_token(token.id), codec.encode(used)))
+            ops.append(self._event(token.kind, name, f"{token.kind}-joined", f"{token.kind} {name} joined the cell"))
+            return Draft(compare=compare, ops=ops, answer=lambda _: self._certified(name, signed))
+
+        try:
+            return await self._context.write(Certified, build)
+        except (Unauthenticated, Conflict, Forbidden) as error:  # someone else was faster
+            await self._refused("join-refused", request.name, error)
+            raise
+
+    async def renew(self, request: RenewRequest) -> Certified:
+        """Return a new certificate for who proves to hold the key of one that is good, or has expired not long ago.
+
+        Raises Unauthenticated, Revoked, Invalid. Safe to repeat.
+        """
+        trusted = [held.record.certificate for held in self._authorities.trusted()]
+        shown = proved(request.certificate, trusted, renewal_message(request.csr), request.proof)
+        kind, name = _named(shown.uri)
+        try:
+            self._standing(kind, name, shown.enrolment)
+            if shown.expires_at + RENEW_LATE_S <= self._context.clock.now():
+                raise Unauthenticated(f"the certificate of {kind} '{name}' has expired too long ago", mend=_JOIN_MEND)
+        except AtollError as error:
+            await self._refused("renewal-refused", name, error)
+            raise
+        signed = await self._authorities.sign(Subject(kind=kind, name=name, enrolment=shown.enrolment), requested_key(request.csr))
+
+        def build() -> Draft[Certified]:
+            identity = self._standing(kind, name, shown.enrolment)
+            compare, ops = self._put_identity(replace(identity, serial=signed.serial, expires_at=signed.expires_at))
+            ops.append(self._event(kind, name, "certificate-renewed", f"{kind} {name} has a new certificate"))
+            return Draft(compare=compare, ops=ops, answer=lambda _: self._certified(name, signed))
+
+        return await self._context.write(Certified, build)
+
+    async def revoke(self, kind: MemberKind, name: str, caller: Caller, *, request: RequestKey | None = None) -> IdentityView:
+        """Let a machine's certificate and tokens count no more, at every server within moments, also on streams that are open.
+
+        What runs there goes on until the machine counts as lost. Only a join token that names it lets it in again.
+        Raises NotFound. Safe to repeat.
+        """
+        check_id(name, "name")
+
+        def build() -> Draft[IdentityView]:
+            held = self._state.get(Identity, f"{kind}/{name}")
+            tokens = self._tokens_of(kind, name)
+            known = kind is MemberKind.NODE and self._state.get(Node, name) is not None
+            if held is None and not tokens and not known:
+                raise NotFound(f"no {kind} '{name[:60]}'", mend="'atoll nodes' lists them")
+            now = self._context.clock.now()
+            old = held.record if held is not None else Identity(kind=kind, name=name, enrolment="", joined_at=now)
+            if old.revoked_at is not None and not tokens and not self._invitations(kind, name):
+                return Draft(answer=lambda _: _view(old))
+            identity = replace(old, revoked_at=old.revoked_at or now)
+            compare, ops = self._put_identity(identity)
+            ops += [Delete(keys.token(token.digest)) for token in tokens]
+            ops += [Delete(keys.join_token(id)) for id in self._invitations(kind, name)]
+            who = caller.name or caller.id
+            ops.append(self._event(kind, name, f"{kind}-revoked", f"{kind} {name} was revoked, by {who}", Severity.WARNING))
+            return Draft(compare=compare, ops=ops, answer=lambda _: _view(identity))
+
+        return await self._context.write(IdentityView, build, request)
+
+    async def remove_node(self, name: str, caller: Caller, *, request: RequestKey | None = None) -> IdentityView:
+        """Forget a node for good: its records, its certificate, its tokens. Safe to repeat until it is gone.
+
+        Raises NotFound, Conflict: it answers and is not revoked, or instances are still placed there.
+        """
+        check_id(name, "name")
+
+        def build() -> Draft[IdentityView]:
+            node = self._state.get(Node, name)
+            held = self._state.get(Identity, f"{MemberKind.NODE}/{name}")
+            if node is None and held is None:
+                raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
+            liveness = self._state.get(NodeLiveness, name)
+            health = liveness.record.health if liveness is not None else NodeHealth.READY
+            revoked = held is not None and held.record.revoked_at is not None
+            if node is not None and health is NodeHealth.READY and not revoked:
+                raise Conflict(
+                    f"node '{name}' answers", mend=f"end its agent and wait until it is lost, or: atoll nodes revoke {name}"
+                )
+            placed = sum(1 for one in self._state.records(Instance).values() if one.record.node == name)
+            if placed:
+                raise Conflict(
+                    f"{placed} instances are placed on node '{name}'", mend="wait until they are replaced, then try again"
+                )
+            now = self._context.clock.now()
+            gone = held.record if held is not None else Identity(kind=MemberKind.NODE, name=name, enrolment="", joined_at=now)
+            compare: list[Compare] = []
+            ops: list[Op] = [Delete(keys.token(token.digest)) for token in self._tokens_of(MemberKind.NODE, name)]
+            for key, record in ((keys.node(name), node), (keys.identity(MemberKind.NODE, name), held)):
+                if record is not None:
+                    compare.append(unchanged(key, record.revision))
+                    ops.append(Delete(key))
+            ops += [Delete(keys.node_policy(name)), Delete(keys.node_liveness(name)), Delete(keys.prefetch(name))]
+            ops += [Delete(keys.join_token(id)) for id in self._invitations(MemberKind.NODE, name)]
+            who = caller.name or caller.id
+            ops.append(self._event(MemberKind.NODE, name, "node-removed", f"node {name} was removed, by {who}"))
+            return Draft(compare=compare, ops=ops, answer=lambda _: _view(replace(gone, revoked_at=gone.revoked_at or now)))
+
+        return await self._context.write(IdentityView, build, request)
+
+    def identities(self) -> tuple[IdentityView, ...]:
+        return tuple(_view(held.record) for _, held in sorted(self._state.records(Identity).items()))
+
+    def still(self, caller: Caller) -> AtollError | None:
+        """Return why who was admitted may not go on; None while he may."""
+        try:
+            self.check(caller)
+            kind, _, rest = caller.id.partition("/")
+            if rest:
+                name, _, enrolment = rest.partition("/")
+                self._standing(MemberKind(kind), name, enrolment)
+            elif caller.digest and self._state.get(Token, caller.digest) is None:
+                return Unauthenticated("this token has been withdrawn", mend="'atoll token create' makes a new one")
+        except AtollError as error:
+            return error
+        return None
+
+    def _standing(self, kind: MemberKind, name: str, enrolment: str) -> Identity:
+        self._not_revoked(kind, name)
+        held = self._state.get(Identity, f"{kind}/{name}")
+        if held is None:
+            raise Unauthenticated(f"{kind} '{name}' is not of this cell; it may have been removed", mend=_JOIN_MEND)
+        if held.record.enrolment != enrolment:
+            raise Unauthenticated(f"another machine has joined as {kind} '{name}' since", mend=_JOIN_MEND)
+        return held.record
+
+    def _not_revoked(self, kind: MemberKind, name: str) -> None:
+        held = self._state.get(Identity, f"{kind}/{name}")
+        if held is not None and held.record.revoked_at is not None:
+            mend = f"an operator lets it in again with: atoll join-token create --{kind} {name}"
+            raise Revoked(f"{kind} '{name}' was revoked", mend=mend)
+
+    def _token(self, text: str) -> JoinToken:
+        parts = read_join_token(text)
+        held = self._state.get(JoinToken, parts.id)
+        if held is None or not hmac.compare_digest(held.record.digest, parts.digest):
+            raise Unauthenticated("this join token is not known here: it is another cell's, or was withdrawn", mend=_JOIN_MEND)
+        if held.record.expires_at <= self._context.clock.now():
+            raise Unauthenticated("this join token has expired", mend=_JOIN_MEND)
+        return held.record
+
+    def _may_join(self, token: JoinToken, name: str, key: str) -> None:
+        if token.used_at is not None and token.used_key != key:
+            raise Conflict(f"this join token was used already, by '{token.used_by}'", mend=_JOIN_MEND)
+        if token.used_at is not None and token.used_by != name:
+            raise Conflict(f"this join token was used already, by this machine as '{token.used_by}'", mend=_JOIN_MEND)
+        if token.used_at is not None:
+            # To ask again is for an answer that was lost, not a way back in.
+            self._not_revoked(token.kind, name)
+            if self._state.get(Identity, f"{token.kind}/{name}") is None:
+                raise Conflict(f"this join token was used already, by '{name}', which was removed since", mend=_JOIN_MEND)
+        if token.subject and token.subject != name:
+            raise Forbidden(f"this join token is for '{token.subject}', not '{name}'", mend="leave --node away, or make another")
+        if token.used_at is None and not token.subject:
+            taken = self._state.get(Identity, f"{token.kind}/{name}") is not None
+            if taken or (token.kind is MemberKind.NODE and self._state.get(Node, name) is not None):
+                raise Conflict(
+                    f"there is a {token.kind} '{name}' already",
+                    mend=f"choose another name with --node, or replace it: atoll join-token create --{token.kind} {name}",
+                )
+
+    def _put_identity(self, identity: Identity) -> tuple[list[Compare], list[Op]]:
+        key = keys.identity(identity.kind, identity.name)
+        held = self._state.get(Identity, f"{identity.kind}/{identity.name}")
+        return [absent(key) if held is None else unchanged(key, held.revision)], [Put(key, codec.encode(identity))]
+
+    def _tokens_of(self, kind: MemberKind, name: str) -> list[Token]:
+        tokens = (held.record for held in self._state.records(Token).values())
+        return [token for token in tokens if token.role is _ROLES[kind] and token.subject == name]
+
+    def _invitations(self, kind: MemberKind, name: str) -> list[str]:
+        """Return the join tokens for exactly this machine: those of before do not let it in again."""
+        found = ((id, held.record) for id, held in self._state.records(JoinToken).items())
+        return [id for id, token in found if token.kind is kind and token.subject == name]
+
+    def _certified(self, name: str, signed: Signed) -> Certified:
+        return Certified(name=name, certificate=signed.certificate, bundle=self._authorities.bundle())
+
+    def _event(self, kind: MemberKind, name: str, code: str, message: str, severity: Severity = Severity.INFO) -> Put:
+        at = self._context.clock.now()
+        id = f"{int(at * 1000):013d}-{name}-{code}"
+        subject = f"{kind}/{name}"
+        node = name if kind is MemberKind.NODE else None
+        event = Event(id=id, at=at, project=CELL_PROJECT, subject=subject, code=code, message=message, severity=severity, node=node)
+        return Put(keys.event(CELL_PROJECT, id), codec.encode(event))
+
+    async def _refused(self, code: str, name: str, error: AtollError) -> None:
+        """Say in the log and in an event that someone was turned away; of many alike only the first is an event."""
+        said = name[:60] if name.isprintable() else ""
+        log.warning(code.replace("-", " "), name=said, cause=error.message)
+        at = self._context.clock.now()
+        id = f"{int(at / REFUSALS_S) * int(REFUSALS_S * 1000):013d}-{code}-{error.code}"
+        if self._state.get(Event, f"{CELL_PROJECT}/{id}") is not None:
+            return
+        event = Event(
+            id=id,
+            at=at,
+            project=CELL_PROJECT,
+            subject="cell/membership",
+            code=code,
+            message=f"'{said}': {error.message}",
+            severity=Severity.WARNING,
+        )
+        try:
+            await self._context.store.txn(
+                [absent(keys.event(CELL_PROJECT, id))], [Put(keys.event(CELL_PROJECT, id), codec.encode(event))]
+            )
+        except AtollError as failed:
+            log.warning("a refusal could not be written down", cause=failed.message)
+
+
+def _named(uri: str) -> tuple[MemberKind, str]:
+    """Return kind and name in a certificate's URI. Raises Unauthenticated: not a machine's of this cell."""
+    for kind in MemberKind:
+        prefix = uri_of(kind, "")
+        if uri.startswith(prefix):
+            return kind, uri.removeprefix(prefix)
+    raise Unauthenticated(f"a certificate for {uri[:100]!r} is no machine's of this cell", mend="use the machine's own, or a token")
+
+
+def _kind_of(role: Role) -> MemberKind | None:
+    return next((kind for kind, held in _ROLES.items() if held is role), None)
+
+
+def _view(identity: Identity) -> IdentityView:
+    return IdentityView(
+        kind=identity.kind,
+        name=identity.name,
+        joined_at=identity.joined_at,
+        expires_at=identity.expires_at,
+        revoked_at=identity.revoked_at,
+    )
