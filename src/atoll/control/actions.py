@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from atoll.model.evacuation import Evacuation
 from atoll.model.records import AppStatus, Event, Instance, JobStatus, NodeLiveness, Prefetch, Severity, Status
 from atoll.model.states import Desired, Phase
 
@@ -117,6 +118,8 @@ class Seen(Struct, frozen=True, kw_only=True):
     """Ingresses that have no request to it any more."""
     ailment: Ailment | None = None
     """What is wrong with the devices that it holds."""
+    evacuation: Evacuation | None = None
+    """Why it is to leave its node; None too where it stays for its volumes' sake."""
 
     @property
     def lost(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct, structs
 
-from atoll.control import gpus
+from atoll.control import evacuation, gpus
 from atoll.control.actions import Create, Decision, Remove, RemoveApp, Seen, WriteAppStatus
 from atoll.control.appstatus import Rollout, has_crashed, settled, status_of, why_not_ready
 from atoll.control.autoscale import Choice, why
@@ -22,6 +22,7 @@ from atoll.model.records import App, AppPhase, AppStatus, Instance, OwnerKind, S
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired, Phase
 from atoll.model.units import format_seconds
+from atoll.scheduling import budget
 from atoll.scheduling.demand import holds_volumes
 from atoll.scheduling.quotas import CODE as OVER_QUOTA
 
@@ -75,9 +76,14 @@ class _Step:
         order = sorted(facts.instances, key=lambda seen: (seen.instance.created_at, seen.instance.id))
         run = [seen for seen in order if seen.instance.desired is Desired.RUN and not seen.instance.standby]
         self.standbys = Standbys(facts.instances, decision)
-        self.gone = gpus.due(facts.instances, decision)
-        """Told to go now, because of their devices."""
-        self.sick = [seen for seen in run if gpus.urgency_of(seen) is gpus.Urgency.SERVING]
+        due = (*gpus.due(facts.instances, decision), *evacuation.due(facts.instances, decision, self.app.spec))
+        self.gone = list({seen.instance.id: seen for seen in due}.values())
+        """Told to go now, because of their devices or because their nodes are to be empty."""
+        self.sick = [
+            seen
+            for seen in run
+            if gpus.urgency_of(seen) is gpus.Urgency.SERVING or evacuation.waits(seen, decision.now, self.app.spec)
+        ]
         """They serve until others do in their place."""
         leaving = {seen.instance.id for seen in (*self.gone, *self.sick)}
         run = [seen for seen in run if seen.instance.id not in leaving]
@@ -282,15 +288,21 @@ class _Step:
         return len(self.ready_new) + sum(seen.ready for seen in (*self.old, *self.sick))
 
     def _retire_sick(self) -> None:
-        """Take away as many of those on sick devices as others serve in their place."""
-        least = max(0, self.wanted - self.rules.max_unavailable)
+        """Take away as many of those on sick devices, or on nodes that are to be empty, as others serve in their place."""
+        no_room = bool(self.sick) and evacuation.find_no_room(self.new, self.decision)
+        least = budget.least_in_move(self.app.spec, self.wanted, no_room=no_room)
         while self.sick and self._serving() > least:
             seen = self.sick.pop(0)
             self.ready = [other for other in self.ready if other is not seen]
             self._replace(seen, drain_s=self.facts.drain_s(seen))
 
     def _replace(self, seen: Seen, *, drain_s: float | None) -> None:
-        """Let an instance go because of its device."""
+        """Let an instance go because of its device, or off its node."""
+        if gpus.urgency_of(seen) is None:
+            evacuation.tell(self.decision, seen)
+            drain_s = self.facts.drain_s(seen)
+            retire(self.decision, seen, evacuation.why(seen), drain_s=drain_s, ingresses=self.facts.ingresses)
+            return
         gpus.tell(self.decision, seen)
         why = seen.ailment.why if seen.ailment else ""
         retire(self.decision, seen, why, drain_s=drain_s, ingresses=self.facts.ingresses, excused=True)
@@ -298,7 +310,7 @@ class _Step:
     def _retire_old(self, rollout: Rollout) -> None:
         """Take away as many of the old as the ready ones allow, those that do not serve first."""
         serving = self._serving()
-        least = max(0, self.wanted - self.rules.max_unavailable)
+        least = budget.least_in_rollout(self.app.spec, self.wanted)
         spare = len(self.old) + len(self.ready_new) - least
         if rollout.failed and rollout.served in self.facts.specs:
             spare = min(spare, len(self.old) - self._served_wanted())
@@ -405,6 +417,9 @@ class _Step:
             if rollout.failed and last.phase is AppPhase.FAILED:
                 return AppPhase.FAILED, last.message
             why = last.message
+        movers = [seen for seen in self.sick if seen.evacuation is not None]
+        if movers and not rollout.under_way and len(self.ready) >= self.wanted:
+            return AppPhase.RUNNING, f"{movers[0].instance.id} leaves {evacuation.why(movers[0])}"
         if rollout.failed:
             waited = format_seconds(self.rules.deadline)
             return AppPhase.FAILED, f"release {self.app.release} made no progress for {waited}" + (f": {why}" if why else "")

@@ -10,6 +10,7 @@ from atoll.control.world import World
 from atoll.model.records import App, AppStatus, Ingress, Instance, OwnerKind
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired
+from atoll.scheduling.budget import may_go
 
 
 class Disruptions:
@@ -36,9 +37,9 @@ class Disruptions:
         return id in self._chosen or (held is not None and held.record.desired is not Desired.RUN)
 
     def budget(self, owner: str) -> int:
-        """Return how many more of an app may go: never over `rollout.max_unavailable` are missing, or one where that is 0.
+        """Return how many more of an app may go, by its budget (`scheduling.budget`). What stands by is not among them.
 
-        What stands by is not among them.
+        What this wake has decided about already counts as gone: it may have been told to leave for another reason.
         """
         kind, _, key = owner.partition("/")
         if kind != OwnerKind.APP:
@@ -51,10 +52,11 @@ class Disruptions:
         app = self._world.state.get(App, key)
         if app is None:
             return 0
-        ready = sum(seen.ready for seen in self._world.instances((OwnerKind.APP, key)))
+        there = self._world.instances((OwnerKind.APP, key))
+        ready = sum(seen.ready and f"{seen.instance.project}/{seen.instance.id}" not in self._skip for seen in there)
         status = self._world.state.get(AppStatus, key)
         wanted = app.record.wanted(status.record if status is not None else None)
-        return max(1, app.record.spec.rollout.max_unavailable) - max(0, wanted - ready)
+        return may_go(app.record.spec, wanted, min(ready, wanted))
 
     def _owner_of(self, id: str) -> str | None:
         held = self._world.state.get(Instance, id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from msgspec import Struct, structs
 
-from atoll.control import gpus
+from atoll.control import evacuation, gpus
 from atoll.control.actions import Create, Decision, Remove, RemoveJob, Seen, WriteJobStatus
 from atoll.control.apps import UNPLACED_MAX
 from atoll.control.appstatus import exit_in_words
@@ -103,12 +103,19 @@ class _Step:
         self.decision.update(seen, excused=True)
 
     def _replace(self) -> None:
-        """End tries whose devices are sick or gone; each is made again when it has ended."""
+        """End tries whose devices are sick or gone, and those that their nodes wait for no longer; each is made again when it has
+        ended."""
+        told: set[str] = set()
         for seen in gpus.due(self.facts.instances, self.decision, serving=True):
             gpus.tell(self.decision, seen)
             excused = gpus.excuses_left(seen, self.facts.instances)
             why = seen.ailment.why if seen.ailment else ""
             retire(self.decision, seen, why, drain_s=None, ingresses=frozenset(), excused=excused)
+            told.add(seen.instance.id)
+        for seen in evacuation.due_of_job(self.facts.instances, self.decision, self.spec):
+            if seen.instance.id not in told:
+                evacuation.tell(self.decision, seen)
+                retire(self.decision, seen, evacuation.why(seen), drain_s=None, ingresses=frozenset(), excused=True)
 
     def _failed(self, seen: Seen) -> None:
         index, failures = seen.instance.index, seen.instance.attempt + 1

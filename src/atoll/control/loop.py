@@ -226,6 +226,8 @@ class Loop:
         now = self._clock.now()
         self._given.clear()
         self._wake_due(now)
+        if self._world.stale:
+            self._evacuate(now)
         units: list[Unit] = []
         decided: list[tuple[Owner, Decision]] = []
         actions = 0
@@ -249,6 +251,7 @@ class Loop:
             # The second case: the clock was set back.
             self._tick_at = now + TICK_S
             self._nodes.tick_due = True
+            self._world.stale = True
             self._readings.look()
             self._placement.look(self._heartbeats)
             self._prefetch_due = True
@@ -260,6 +263,12 @@ class Loop:
             del self._round[: self._share]
         for owner in self._timers.take(now):
             self._world.dirty[owner] = None
+
+    def _evacuate(self, now: float) -> None:
+        """Take over which nodes instances are to leave: it changes with policies, and with time."""
+        changed = self._world.look(now)
+        if changed:
+            self._placement.evacuate(self._world.evacuations)
 
     def _too_soon(self, owner: Owner, now: float) -> bool:
         """Put off a large owner that has just been decided about, so that it is not gone through for each of its instances."""

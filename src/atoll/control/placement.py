@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from msgspec import Struct, structs
@@ -10,6 +10,7 @@ from msgspec import Struct, structs
 from atoll.control.disruptions import Disruptions
 from atoll.control.readings import Heartbeats
 from atoll.control.world import World, owner_of
+from atoll.model.evacuation import Evacuation
 from atoll.model.records import (
     AppStatus,
     Heartbeat,
@@ -79,6 +80,7 @@ class Placement:
 
     def rebuild(self) -> None:
         self.snapshot = Snapshot()
+        self.snapshot.evacuations = dict(self._world.evacuations)
         self._new.clear()
         self._rejected.clear()
         self._claims.clear()
@@ -204,6 +206,11 @@ class Placement:
             if self._beats.get(name) is not beat:
                 self._beats[name] = beat
                 self.snapshot.set_images(name, beat.images)
+
+    def evacuate(self, evacuations: Mapping[str, Evacuation]) -> None:
+        """Take over which nodes instances are to leave: they take nothing new."""
+        self.snapshot.evacuations = dict(evacuations)
+        self._room = True
 
     def due(self, now: float) -> float | None:
         """Return when to plan: now, later, or None while nothing can be placed."""

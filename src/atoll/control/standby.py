@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from atoll.control import gpus
+from atoll.control import evacuation, gpus
 from atoll.control.actions import Decision, Remove, Seen
 from atoll.control.appstatus import SETTLE_CRASHED_S
 from atoll.control.leaving import retire
@@ -28,8 +28,8 @@ class Standbys:
         instances = tuple(instances)
         self._leaving = sum(s.instance.standby and s.instance.desired is not Desired.RUN and not s.ended for s in instances)
         found = [seen for seen in instances if seen.instance.standby and seen.instance.desired is Desired.RUN]
-        self._gone = [seen for seen in found if gpus.urgency_of(seen) is not None]
-        """On their way out because of their devices; those that are too young for it go soon."""
+        self._gone = [seen for seen in found if gpus.urgency_of(seen) is not None or evacuation.leaving(seen)]
+        """On their way out because of their devices or nodes; those that are too young for it go soon."""
         self.failed = [seen for seen in found if seen.ended and seen.phase is not Phase.LOST]
         self.lost = [seen for seen in found if seen.phase is Phase.LOST]
         out = {seen.instance.id for seen in (*self._gone, *self.failed, *self.lost)}

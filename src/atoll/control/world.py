@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, TypeVar
 
 from atoll.control.actions import Ailment, Seen
 from atoll.control.apps import AppFacts
+from atoll.control.evacuation import kept
 from atoll.control.gpus import ailment_of
 from atoll.control.jobs import JobFacts
 from atoll.model import keys
 from atoll.model.devices import GpuDevice
+from atoll.model.evacuation import Evacuation, evacuations
+from atoll.model.maintenance import Maintenance
 from atoll.model.ports.store import Revision
 from atoll.model.records import (
     App,
@@ -47,6 +50,7 @@ KINDS: dict[str, type[Any]] = {
     keys.NODES: Node,
     keys.NODE_POLICIES: NodePolicy,
     keys.NODE_LIVENESS: NodeLiveness,
+    keys.MAINTENANCES: Maintenance,
     keys.PREFETCHES: Prefetch,
     keys.EVENTS: Event,
     keys.DRAINED: Drained,
@@ -56,6 +60,7 @@ KINDS: dict[str, type[Any]] = {
 }
 """What the `State` that control is given must hold."""
 
+T = TypeVar("T")
 Owner = tuple[OwnerKind, str]
 """Kind, and `project/name`."""
 
@@ -84,6 +89,10 @@ class World:
         """Of all instances, in every project."""
         self.scaling: set[str] = set()
         """Apps (`project/name`) that scale by a metric."""
+        self.evacuations: dict[str, Evacuation] = {}
+        """Nodes that instances are to leave → why, and until when; as of the last `look`."""
+        self.stale = True
+        """Whether `evacuations` must be looked at again, because a policy has changed."""
         self._drained: dict[str, set[str]] = defaultdict(set)
 
     def rebuild(self) -> None:
@@ -99,6 +108,25 @@ class World:
             self._drained[drained.record.instance].add(drained.record.ingress)
         self.dirty.update((owner, None) for owner in self.owners())
         self.revision = self.state.revision
+        self.stale = True
+
+    def look(self, now: float) -> dict[str, Evacuation | None]:
+        """Find out which nodes instances are to leave at `now`, have those decided about of which that has changed, and return
+        these nodes with what holds for them now."""
+        self.stale = False
+        if not self.evacuations and not self.state.records(Maintenance) and not self.state.records(NodePolicy):
+            return {}
+
+        def plain(kind: type[T]) -> dict[str, T]:
+            return {key: held.record for key, held in self.state.records(kind).items()}
+
+        found = evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), now)
+        changed = {name: found.get(name) for name in {**found, **self.evacuations} if found.get(name) != self.evacuations.get(name)}
+        self.evacuations = found
+        for name in changed:
+            for key in self.on_node.get(name, ()):
+                self._touch(key)
+        return changed
 
     def apply(self, deltas: Deltas) -> None:
         """Take over one revision's changes and mark the owners that they touch."""
@@ -128,6 +156,8 @@ class World:
             case Ingress():
                 for key in self.draining:
                     self._touch(key)
+            case NodePolicy() | Maintenance():
+                self.stale = True
             case Node() | NodeLiveness():
                 # A node's own words (its labels, say) change nothing for owners; that it is there, or is lost, or what becomes
                 # of its GPUs, does.
@@ -202,7 +232,12 @@ class World:
             lost_at=lost[instance.node],
             ailment=self._ailment(instance) if instance.gpus and lost[instance.node] is None else None,
             drained=frozenset(self._drained.get(instance.id, ())),
+            evacuation=self._evacuation(instance) if instance.node in self.evacuations else None,
         )
+
+    def _evacuation(self, instance: Instance) -> Evacuation | None:
+        found = self.evacuations[instance.node or ""]
+        return None if kept(instance, self.spec_of(instance), leave_volumes=found.leave_volumes) else found
 
     def _ailment(self, instance: Instance) -> Ailment | None:
         node = self.state.get(Node, instance.node or "")
