@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, NotFound, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
 from atoll.model.ports.runtime import Runtime
@@ -69,6 +70,7 @@ class FakeControlPlane:
         self.events: deque[Event] = deque(maxlen=HISTORY_MAX)
         self.heartbeats: deque[Heartbeat] = deque(maxlen=HISTORY_MAX)
         self.kept: dict[str, Desired] = {}
+        self.granted: BeatGrant | None = None
         self.prefetched: tuple[str, ...] = ()
         self._revision = 0
         self._away = False
@@ -150,6 +152,12 @@ class FakeControlPlane:
         self._check()
         self.heartbeats.append(heartbeat)
         self._reported.set()
+
+    async def beat_grant(self, node: str) -> BeatGrant:
+        self._check()
+        if self.granted is None:
+            raise NotFound("this server knows no beats")
+        return self.granted
 
     async def assignments(self, node: str) -> AsyncIterator[AssignmentBatch]:
         self._check()

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from atoll.model import codec
+from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
@@ -50,6 +51,10 @@ class HttpControlPlane:
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
         await self._call("POST", path("nodes", heartbeat.node, "heartbeat"), heartbeat)
+
+    async def beat_grant(self, node: str) -> BeatGrant:
+        answer = await self._call("GET", path("nodes", node, "beats"))
+        return codec.decode(answer, BeatGrant)
 
     def assignments(self, node: str) -> AsyncIterator[AssignmentBatch]:
         """Yield batches, the first complete; empty ones say that the server is there. Ends with Unavailable."""

@@ -11,6 +11,7 @@ from atoll.api.http.answers import Lines
 from atoll.api.http.calls import Call, Route
 from atoll.api.service import Need
 from atoll.model import codec
+from atoll.model.beats import BeatGrant
 from atoll.model.errors import Invalid
 from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
 from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
@@ -43,6 +44,10 @@ async def heartbeat(call: Call) -> None:
     beat = call.body(Heartbeat)
     _same("node", beat.node, call.path["node"])
     await call.service.control_plane.heartbeat(beat)
+
+
+async def beats(call: Call) -> BeatGrant:
+    return await call.service.control_plane.beat_grant(call.path["node"])
 
 
 async def assignments(call: Call) -> Lines:
@@ -94,6 +99,7 @@ def _ingress(method: str, path: str, run: Any, summary: str, answer: Any = None,
 ROUTES: tuple[Route, ...] = (
     _agent("PUT", "", put_node, "An agent describes its machine", body=Node),
     _agent("POST", "/heartbeat", heartbeat, "A sign of life", body=Heartbeat, body_bytes_max=REPORT_BYTES_MAX),
+    _agent("GET", "/beats", beats, "The key for signs of life by datagram", BeatGrant),
     _agent("GET", "/assignments", assignments, "What the node runs, as it changes", AssignmentBatch, lines=True),
     _agent("POST", "/statuses", statuses, "What the node sees", body=Report, body_bytes_max=REPORT_BYTES_MAX),
     _agent("GET", "/instances/{instance}/secrets", instance_secrets, "Variable → value for one instance", dict[str, str]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from atoll.api.service import reports
+from atoll.api.service.beat_keys import grant_of
 from atoll.api.service.context import Context
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.heartbeats import Heartbeats
@@ -12,6 +13,7 @@ from atoll.api.service.nodes import Nodes
 from atoll.api.service.secrets import Secrets
 from atoll.api.service.specs import spec_of
 from atoll.api.service.tunnels import Tunnels
+from atoll.model.beats import BeatGrant
 from atoll.model.errors import NotFound
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, Instance, Node, Status
@@ -36,6 +38,9 @@ class LocalControlPlane:
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
         self._heartbeats.note(heartbeat)
+
+    async def beat_grant(self, node: str) -> BeatGrant:
+        return grant_of(self._context, node)
 
     def assignments(self, node: str, keepalive_s: float | None = None) -> AsyncIterator[AssignmentBatch]:
         return self._feeds.assignments(node, keepalive_s)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from atoll.model.beats import BeatGrant
 from atoll.model.records import Assignment, Event, Heartbeat, Ingress, Node, Routing, Status
 from atoll.model.states import Desired
 
@@ -77,6 +78,10 @@ class ControlPlane(Protocol):
     async def register_node(self, node: Node) -> None: ...
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None: ...
+
+    async def beat_grant(self, node: str) -> BeatGrant:
+        """Return the key by which `node` beats. Raises NotFound: this server is older than beats."""
+        ...
 
     def assignments(self, node: str) -> AsyncIterator[AssignmentBatch]:
         """Yield first a complete batch, then changes as they come. Ends with Unavailable when the connection breaks: call

@@ -1,0 +1,38 @@
+"""Keys for signs of life by datagram: made from the cell's key, so that every server has them and none keeps them.
+
+Whoever may speak for a node (its token, its certificate) gets its key, for a day at a time; one that is revoked gets no other.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from atoll.api.service.context import Context
+from atoll.model import beats
+from atoll.model.beats import BeatGrant
+from atoll.model.membership import Server
+
+PURPOSE = "beats"
+
+
+def beat_key(context: Context, node: str, epoch: int) -> bytes:
+    """Return the key of a node for an epoch; for whoever takes beats on this server."""
+    return beats.key_of(context.sealer.derive(PURPOSE), node, epoch)
+
+
+def grant_of(context: Context, node: str) -> BeatGrant:
+    now = context.clock.now()
+    epoch = beats.epoch_at(now)
+    # The servers of now and before take an epoch's key for as long again, so it lasts into the next by half.
+    lasts_s = (epoch + 1.5) * beats.EPOCH_S - now
+    servers = [held.record for _, held in sorted(context.state.records(Server).items())]
+    addresses = tuple(dict.fromkeys(_address(server.urls[0]) for server in servers if server.urls))
+    return BeatGrant(key=beat_key(context, node, epoch), epoch=epoch, lasts_s=lasts_s, servers=addresses)
+
+
+def _address(url: str) -> str:
+    """Return where a server takes beats: at the port of its API, but datagrams."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

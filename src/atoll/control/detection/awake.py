@@ -1,0 +1,31 @@
+"""Time as this process lives it: while it is paused, none passes. Pure.
+
+A process that the machine stopped for three seconds has heard nobody for three seconds, and knows nothing of anybody. By this
+clock it has merely blinked. (Lifeguard's local health, in one number: Dadgar, Phillips, Currey, 2018, arXiv:1707.00788.)
+"""
+
+from __future__ import annotations
+
+STEP_MAX_S = 0.3
+"""More than this between two ticks was a pause, and only so much of it counts. Three ticks may be missed."""
+
+
+class AwakeClock:
+    def __init__(self, monotonic: float) -> None:
+        self._last = monotonic
+        self._passed = 0.0
+        self.paused_s = 0.0
+        """Of all pauses together."""
+
+    def tick(self, monotonic: float) -> float:
+        """Take in that it is `monotonic` now, and return the time awake. Called at least every `STEP_MAX_S` by one who is."""
+        step = monotonic - self._last
+        self._last = monotonic
+        counted = min(max(step, 0.0), STEP_MAX_S)
+        self.paused_s += step - counted
+        self._passed += counted
+        return self._passed
+
+    def now(self) -> float:
+        """Return the time awake at the last tick."""
+        return self._passed

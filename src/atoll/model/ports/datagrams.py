@@ -1,0 +1,170 @@
+"""Datagrams as a port: sent and forgotten, late, twice, or never there. UDP in production; a network in memory elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from atoll.model.errors import Unavailable
+
+Address = tuple[str, int]
+"""Host (a number, not a name) and port."""
+Receive = Callable[[bytes, Address], None]
+"""Called with each datagram and where it came from. It must not raise."""
+
+BYTES_MAX = 2_048
+DRAIN_MAX = 512
+"""Datagrams taken at once before the event loop gets its turn."""
+BUFFER_BYTES = 32 << 20
+"""Asked of the kernel for what waits to be taken: three seconds of 10,000 a second, at some 770 bytes of its memory each."""
+
+
+class Datagrams(Protocol):
+    """One open end."""
+
+    @property
+    def address(self) -> Address: ...
+
+    def send(self, data: bytes, to: Address) -> None:
+        """Send, or lose it: this neither waits nor raises."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Opener(Protocol):
+    async def open(self, bind: Address, receive: Receive) -> Datagrams:
+        """Raises Unavailable: the address cannot be had."""
+        ...
+
+    async def resolve(self, host: str, port: int) -> Address:
+        """Return a name's address. Raises Unavailable."""
+        ...
+
+    async def source(self, to: Address) -> str:
+        """Return the host address from which this machine goes to `to`; empty where it cannot."""
+        ...
+
+
+class UdpDatagrams:
+    """A UDP socket on the running event loop, drained many at a time: a task for each datagram would cost more than its work."""
+
+    def __init__(self, sock: socket.socket, receive: Receive) -> None:
+        self._socket = sock
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(sock.fileno(), self._drain)
+
+    @property
+    def address(self) -> Address:
+        host, port = self._socket.getsockname()[:2]
+        return host, port
+
+    def _drain(self) -> None:
+        receive, take = self._receive, self._socket.recvfrom
+        for _ in range(DRAIN_MAX):
+            try:
+                data, sender = take(BYTES_MAX)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                continue  # an ICMP error of an earlier send: that one is lost, as any may be
+            receive(data, (sender[0], sender[1]))
+
+    def send(self, data: bytes, to: Address) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.sendto(data, to)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+
+
+class Udp:
+    """Opens UDP sockets. Implements `Opener`."""
+
+    async def open(self, bind: Address, receive: Receive) -> UdpDatagrams:
+        sock = socket.socket(socket.AF_INET6 if ":" in bind[0] else socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setblocking(False)
+        for option in (getattr(socket, "SO_RCVBUFFORCE", 33), socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):  # without the right to force it, as much as the machine allows
+                sock.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
+                break
+        try:
+            sock.bind(bind)
+        except OSError as error:
+            sock.close()
+            raise Unavailable(f"cannot listen for datagrams on {bind[0]}:{bind[1]}: {error.strerror}") from None
+        return UdpDatagrams(sock, receive)
+
+    async def resolve(self, host: str, port: int) -> Address:
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        except OSError as error:
+            raise Unavailable(f"no address of '{host}': {error.strerror}") from None
+        return str(found[0][4][0]), int(found[0][4][1])
+
+    async def source(self, to: Address) -> str:
+        with socket.socket(socket.AF_INET6 if ":" in to[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(to)  # of datagrams, that sends nothing
+            except OSError:
+                return ""
+            return str(probe.getsockname()[0])
+
+
+class MemoryNet:
+    """A network in memory on the running event loop's clock. Implements `Opener`.
+
+    `fate` says what becomes of a datagram: the delays in seconds of each copy that arrives; none when it is lost.
+    """
+
+    def __init__(self, fate: Callable[[Address, Address], tuple[float, ...]] = lambda _from, _to: (0.0,)) -> None:
+        self.fate = fate
+        self.sent = 0
+        self._ends: dict[Address, MemoryDatagrams] = {}
+        self._ports = 40_000
+
+    async def open(self, bind: Address, receive: Receive) -> MemoryDatagrams:
+        if bind[1] == 0:
+            self._ports += 1
+            bind = (bind[0], self._ports)
+        if bind in self._ends:
+            raise Unavailable(f"cannot listen for datagrams on {bind[0]}:{bind[1]}: in use")
+        self._ends[bind] = end = MemoryDatagrams(self, bind, receive)
+        return end
+
+    async def resolve(self, host: str, port: int) -> Address:
+        return host, port
+
+    async def source(self, to: Address) -> str:
+        return ""
+
+    def carry(self, data: bytes, sender: Address, to: Address) -> None:
+        self.sent += 1
+        for delay_s in self.fate(sender, to):
+            asyncio.get_running_loop().call_later(delay_s, self._arrive, data, sender, to)
+
+    def _arrive(self, data: bytes, sender: Address, to: Address) -> None:
+        end = self._ends.get(to)
+        if end is not None:
+            end.receive(data, sender)
+
+    def closed(self, address: Address) -> None:
+        self._ends.pop(address, None)
+
+
+class MemoryDatagrams:
+    def __init__(self, net: MemoryNet, address: Address, receive: Receive) -> None:
+        self._net = net
+        self.address = address
+        self.receive = receive
+
+    def send(self, data: bytes, to: Address) -> None:
+        self._net.carry(data, self.address, to)
+
+    def close(self) -> None:
+        self._net.closed(self.address)

@@ -1,0 +1,243 @@
+"""The agent's side of the beats: says that it lives, to every server that may lead, and asks for them whether others do.
+
+Everything goes out from one socket, and answers come back the way that the beats have opened, so that a node behind a
+translating router needs no port of its own. No I/O here: `beating.py` gives it a socket and a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from atoll.model import beats
+from atoll.model.beats import WINDOW, Beat, BeatGrant, Flag, Kind, NotOurs, Relayed
+from atoll.model.ports.datagrams import Address
+from atoll.node.contact import Contact
+
+RATE_MIN = 2
+"""Beats a second while none is lost."""
+RATE_MAX = 10
+MISS_ODDS = 1e-7
+"""So unlikely it shall be that all beats of a second are lost; how many that takes depends on how many are lost."""
+EAGER_S = 3.0
+"""A new agent beats at the full rate until it knows better."""
+ASK_EVERY_S = 1.0
+"""How often a beat asks for an ACK."""
+STALL_S = 0.5
+"""Being so much too late means that this process was paused: it says at once, and more than once, that it is back."""
+BURST = 3
+BURST_GAP_S = 0.05
+SPAN_MIN = 5
+"""Beats that must have counted before a loss is made of them."""
+SENT_MAX = 128
+"""Beats of which an ACK is awaited, by server."""
+ANSWERS_PER_S = 200
+"""Probes answered or carried a second, both together."""
+CARRY_S = 0.9
+"""How long a helper waits for an answer before it says that none came; one that comes later is still handed on."""
+CARRY_KEPT_S = 3.0
+CARRIED_MAX = 512
+DEAF_S = 2.5
+"""Without an ACK for so long, datagrams may not get through; heartbeats over HTTP then come sooner."""
+DEAF_EAGER_S = 10.0
+"""So long it beats at the full rate then."""
+
+
+class Carried(Struct, frozen=True):
+    """A probe that is carried for a server."""
+
+    server: Address
+    denied_at: float
+    until: float
+    denied: bool = False
+
+
+class Server:
+    """What the agent knows of one server. Mutable."""
+
+    __slots__ = ("asked_at", "counter", "first", "heard_at", "loss", "sent", "session")
+
+    def __init__(self, counter: int) -> None:
+        self.counter = counter
+        self.session = 0
+        self.first = counter
+        """The first that counted in this session."""
+        self.sent: OrderedDict[int, float] = OrderedDict()
+        """Counter → when, of beats of which an ACK would be news."""
+        self.asked_at = -math.inf
+        self.heard_at: float | None = None
+        self.loss = 1.0
+        """Share of the last beats that did not arrive; 1 while nothing is known."""
+
+
+class Pulse:
+    """`counter` should be above that of every earlier life of this node's agent: milliseconds of the wall clock are, and where that
+    was set back a server's ACK says how far it must jump."""
+
+    def __init__(self, node: str, *, contact: Contact, counter: int) -> None:
+        self._node = node
+        self._contact = contact
+        self._counter = counter
+        self._grant: BeatGrant | None = None
+        self._servers: dict[Address, Server] = {}
+        self._began: float | None = None
+        self._next = 0.0
+        self._burst = 0
+        self._carried: dict[int, Carried] = {}
+        self._budget = float(ANSWERS_PER_S)
+        self._budget_at = 0.0
+        self.inside = ""
+        self.send_to: Callable[[bytes, Address], None] = lambda _data, _to: None
+        self.sent = 0
+
+    def serve(self, grant: BeatGrant, servers: list[Address]) -> None:
+        """Beat with this key, to these."""
+        self._grant = grant
+        self._servers = {address: self._servers.get(address) or Server(self._counter) for address in servers}
+
+    def rate(self, now: float) -> int:
+        """Return how many beats a second are due: as many as the worst path asks for. Where nobody has ever answered, few."""
+        known = [server for server in self._servers.values() if server.heard_at is not None]
+        if not known:
+            return RATE_MIN
+        if self.deaf(now):
+            latest = max(server.heard_at or 0.0 for server in known)
+            return RATE_MAX if now - latest < DEAF_EAGER_S else RATE_MIN
+        return rate_of(max(server.loss for server in known))
+
+    @property
+    def answered(self) -> bool:
+        """Whether any server ever has."""
+        return any(server.heard_at is not None for server in self._servers.values())
+
+    def deaf(self, now: float) -> bool:
+        """Whether no server answers any more that did: only then is something wrong with the way of datagrams."""
+        times = [server.heard_at for server in self._servers.values() if server.heard_at is not None]
+        return bool(times) and now - max(times) > DEAF_S
+
+    def tick(self, now: float) -> float:
+        """Send what is due, and return when to come again. Raises nothing."""
+        if self._began is None:
+            self._began, self._next = now, now
+        if now - self._next > STALL_S:
+            self._burst = BURST
+        if now >= self._next:
+            self._beat(now)
+            rate = RATE_MAX if now - self._began < EAGER_S else self.rate(now)
+            self._burst = max(0, self._burst - 1)
+            self._next = now + (BURST_GAP_S if self._burst else 1.0 / rate)
+        for nonce, carried in list(self._carried.items()):
+            if not carried.denied and now >= carried.denied_at:
+                self._hand_back(nonce, carried.server, b"")
+                self._carried[nonce] = Carried(carried.server, carried.denied_at, carried.until, True)
+            elif now >= carried.until:
+                del self._carried[nonce]
+        waits = [carried.until if carried.denied else carried.denied_at for carried in self._carried.values()]
+        return min([self._next, *waits])
+
+    def say_goodbye(self, now: float) -> None:
+        """Tell every server that this agent ends in order and another will follow: three times, since it is the last word."""
+        for _ in range(BURST):
+            self._beat(now, Flag.AWAY)
+
+    def _beat(self, now: float, flags: Flag = Flag.NONE) -> None:
+        if self._grant is None:
+            return
+        for address, server in self._servers.items():
+            server.counter += 1
+            asks = not server.session or now - server.asked_at >= ASK_EVERY_S - 0.01
+            if asks:
+                server.asked_at = now
+                server.sent[server.counter] = now
+                while len(server.sent) > SENT_MAX:
+                    server.sent.popitem(last=False)
+            said = flags | Flag.ASKS if asks else flags
+            beat = Beat(self._node, self._grant.epoch, server.session, server.counter, said, self.inside)
+            self._send(beats.pack_beat(self._grant.key, beat), address)
+
+    def _send(self, data: bytes, to: Address) -> None:
+        self.sent += 1
+        self.send_to(data, to)
+
+    def receive(self, data: bytes, sender: Address, now: float) -> None:
+        """Take a datagram; what is not ours is dropped."""
+        grant = self._grant
+        if grant is None:
+            return
+        try:
+            kind, flags = beats.kind_of(data)
+            match kind:
+                case Kind.ACK:
+                    self._ack(beats.read_ack(grant.key, data, flags), sender, now)
+                case Kind.PING:
+                    nonce = beats.nonce_of(data)
+                    beats.opened(grant.key, data)
+                    if self._affords(now):
+                        self._send(beats.pack_pong(grant.key, nonce), sender)
+                case Kind.RELAY:
+                    self._carry(beats.read_relay(grant.key, data), sender, now)
+                case Kind.PONG:
+                    carried = self._carried.pop(beats.nonce_of(data), None)
+                    if carried is not None:
+                        self._hand_back(beats.nonce_of(data), carried.server, data)
+                case _:
+                    pass
+        except NotOurs:
+            pass
+
+    def _ack(self, ack: beats.Ack, sender: Address, now: float) -> None:
+        server = self._servers.get(sender)
+        if server is None or ack.counter not in server.sent:
+            return  # an answer to nothing that was asked: old, or made up
+        sent_at = server.sent[ack.counter]
+        for counter in [counter for counter in server.sent if counter <= ack.counter]:
+            del server.sent[counter]
+        server.heard_at = now
+        if ack.last > server.counter:
+            server.counter = ack.last  # our clock was set back between two lives
+        if ack.session != server.session:
+            server.session, server.first, server.loss = ack.session, server.counter + 1, 1.0
+            self._next = now  # the next beat is the first that counts there
+            return
+        span = min(WINDOW, ack.last - server.first + 1)
+        if span >= SPAN_MIN:
+            measured = max(0.0, 1.0 - ack.window.bit_count() / span)
+            worse = measured > server.loss or server.loss == 1.0
+            server.loss = measured if worse else 0.7 * server.loss + 0.3 * measured
+        counted = 0 <= ack.last - ack.counter < WINDOW and ack.window >> ack.last - ack.counter & 1
+        if ack.leads and counted:
+            self._contact.prove(sent_at)
+
+    def _affords(self, now: float) -> bool:
+        self._budget = min(float(ANSWERS_PER_S), self._budget + max(0.0, now - self._budget_at) * ANSWERS_PER_S)
+        self._budget_at = now
+        if self._budget < 1.0:
+            return False
+        self._budget -= 1.0
+        return True
+
+    def _carry(self, relay: beats.Relay, server: Address, now: float) -> None:
+        """Ask another node for a server. The question is the server's and the answer is for it: neither can be made here."""
+        if beats.kind_of(relay.ping)[0] is not Kind.PING or beats.nonce_of(relay.ping) != relay.nonce:
+            raise NotOurs("not a probe")
+        if relay.nonce in self._carried or len(self._carried) >= CARRIED_MAX or not self._affords(now):
+            return
+        self._carried[relay.nonce] = Carried(server, now + CARRY_S, now + CARRY_KEPT_S)
+        self._send(relay.ping, relay.address)
+
+    def _hand_back(self, nonce: int, server: Address, pong: bytes) -> None:
+        if self._grant is not None:
+            relayed = Relayed(self._node, self._grant.epoch, nonce, pong)
+            self._send(beats.pack_relayed(self._grant.key, relayed), server)
+
+
+def rate_of(loss: float) -> int:
+    """Return how many beats a second it takes that all are lost with odds of `MISS_ODDS` at most; `loss` is of each."""
+    if loss <= 0.0:
+        return RATE_MIN
+    if loss >= 1.0:
+        return RATE_MAX
+    return min(RATE_MAX, max(RATE_MIN, math.ceil(math.log(MISS_ODDS) / math.log(loss))))
