@@ -9,6 +9,7 @@ from msgspec import Struct
 from atoll.control.actions import Seen
 from atoll.control.gpus import urgency_of
 from atoll.model.records import App, AppPhase, AppStatus, Exit
+from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import AppSpec
 from atoll.model.states import Phase
 
@@ -99,8 +100,9 @@ def status_of(
     homes: tuple[str, ...] | None = None,
     scaled: int | None = None,
     parked: int = 0,
+    rollout: RolloutStatus | None = None,
 ) -> AppStatus:
-    """Return the app's status; what is not given stays as it was, but for `scaled` and `parked`."""
+    """Return the app's status; what is not given stays as it was, but for `scaled`, `parked` and `rollout`."""
     return AppStatus(
         project=app.project,
         name=app.name,
@@ -115,4 +117,5 @@ def status_of(
         homes=homes if homes is not None else (last.homes if last else ()),
         scaled=scaled,
         parked=parked,
+        rollout=rollout,
     )

@@ -1,0 +1,33 @@
+"""All that a decision about one app may depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec import Struct
+
+from atoll.control.actions import Seen
+from atoll.control.analysis import Verdict
+from atoll.control.autoscale import Choice
+from atoll.model.records import App, AppStatus
+from atoll.model.spec import AppSpec
+
+
+class AppFacts(Struct, frozen=True, kw_only=True):
+    app: App
+    revision: int
+    status: AppStatus | None
+    instances: tuple[Seen, ...]
+    specs: Mapping[int, AppSpec] = {}
+    """Release → spec, of those that are still held."""
+    ingresses: frozenset[str] = frozenset()
+    choice: Choice | None = None
+    """What the app's metric asks for, where it scales by one."""
+    verdict: Verdict | None = None
+    """What was found of the release that is being rolled out, last."""
+
+    def drain_s(self, seen: Seen) -> float | None:
+        if seen.idle:
+            return None
+        spec = self.specs.get(seen.instance.release, self.app.spec)
+        return float(spec.rollout.drain) if spec.port_named(None) is not None else None
