@@ -8,6 +8,7 @@ from atoll.entry.config import Config
 from atoll.entry.gpus import node_devices
 from atoll.entry.process import Stop, read_token, run, run_until
 from atoll.images.disk import spread_below
+from atoll.images.lazy.shown import LazyImages
 from atoll.images.reference import CELL_HOST
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
@@ -30,11 +31,10 @@ async def main(config: Config, stop: Stop) -> None:
     token = await read_token(config.agent_data / "token", stop)
     if token is None:
         return
-    registries = Registries(
-        {CELL_HOST: Access(url=f"http://{config.api}", username="agent", password=token)},
-        default=config.default_registry or None,
-    )
-    images = ImageStore(data / "images", registries)
+    access = {CELL_HOST: Access(url=f"http://{config.api}", username="agent", password=token)}
+    registries = Registries(access, default=config.default_registry or None)
+    lazy = LazyImages(data / "images" / "lazy", access)
+    images = ImageStore(data / "images", registries, lazy=lazy)
     for busy in (data / "instances", data / "volumes", data / "logs", data / "runtimes", data / "network", RUNTIME_DIRECTORY):
         busy.mkdir(parents=True, exist_ok=True, mode=0o711 if busy == RUNTIME_DIRECTORY else 0o700)
         spread_below(busy)  # a start makes a dozen files, and is not to wait for the disk's search for free ones
@@ -59,6 +59,8 @@ async def main(config: Config, stop: Stop) -> None:
 
     await run_until(stop, agent.run(), last)
     await images.close()
+    if stop.signal == signal.SIGINT:
+        lazy.end()
     await registries.aclose()
 
 

@@ -27,6 +27,8 @@ from atoll.model.spec import Build
 
 BUILDER = 1
 """Raised when the same input gives another layer than before."""
+FILES_BUILDER = 2
+"""The same, for the layer of the app's files."""
 SCRATCH = "scratch"
 """The base that is no base."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -152,7 +154,7 @@ class _Build:
 
     async def files(self, files: list[AppFile]) -> StepResult:
         spec = self._spec
-        key = step_key("files", BUILDER, spec.workdir, [(file.path, file.stamp, str(file.source)) for file in files])
+        key = step_key("files", FILES_BUILDER, spec.workdir, [(file.path, file.stamp, str(file.source)) for file in files])
         self.comments.append("the app's files")
         if found := self._find("files", key, always=True):
             return found

@@ -73,7 +73,7 @@ def pack_files(files: list[AppFile], workdir: str, target: Path) -> LayerBlob:
 
     Raises ImageError when a file changes or vanishes meanwhile.
     """
-    writer = LayerWriter(target, mtime=EPOCH)
+    writer = LayerWriter(target, mtime=EPOCH, chunked=True)
     base = PurePosixPath(workdir.strip("/"))
     made: set[str] = set()
     try:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from atoll.model.errors import AtollError, ImageError
-from atoll.model.ports.images import Image, ImageConfig, PullProgress
+from atoll.model.ports.images import Image, ImageConfig, ImageTrouble, PullProgress
 
 FAKE_IMAGE_BYTES = 40 << 20
 TREES = Path("/fake/trees")
 """Where the files of fake images are said to be. Nothing is there."""
+SHOWN = Path("/fake/lazy")
+"""The same of those that are shown before they are here."""
 
 
 class FakeImages:
@@ -39,6 +41,9 @@ class FakeImages:
         self._pulling: dict[str, asyncio.Task[Image]] = {}
         self._delays: dict[str, float] = {}
         self._failures: dict[str, list[AtollError]] = {}
+        self._lazy: set[str] = set()
+        self._shown: dict[str, Image] = {}
+        self._troubles: asyncio.Queue[ImageTrouble] = asyncio.Queue()
         self.pulls: list[str] = []
         """References in the order in which a pull of them began; a shared pull counts once."""
         self.lookups: list[str] = []
@@ -86,9 +91,16 @@ class FakeImages:
         return self._registered(reference).digest
 
     async def ensure(
-        self, reference: str, *, digest: str | None = None, progress: Callable[[PullProgress], None] | None = None
+        self,
+        reference: str,
+        *,
+        digest: str | None = None,
+        progress: Callable[[PullProgress], None] | None = None,
+        lazily: bool = False,
     ) -> Image:
-        ready = await self.find(reference)
+        if lazily and reference in self._lazy:
+            self._shown[reference] = self._registered(reference)
+        ready = await self.find(reference, lazily=lazily)
         if ready is not None and digest in (None, ready.digest):
             return ready
         task = self._pulling.get(reference)
@@ -102,8 +114,10 @@ class FakeImages:
             progress(PullProgress("unpack", FAKE_IMAGE_BYTES, FAKE_IMAGE_BYTES))
         return image
 
-    async def find(self, reference: str) -> Image | None:
+    async def find(self, reference: str, *, lazily: bool = False) -> Image | None:
         digest = reference.rpartition("@")[2]
+        if lazily and reference not in self._ready and (shown := self._shown.get(reference)) is not None:
+            return replace(shown, layers=())
         by_digest = (replace(image, reference=reference) for image in self._ready.values() if image.digest == digest)
         return self._ready.get(reference) or next(by_digest, None)
 
@@ -111,7 +125,22 @@ class FakeImages:
         return tuple(dict.fromkeys(image.digest for image in reversed(self._ready.values())))
 
     async def tree(self, image: Image) -> Path:
+        if image.reference in self._shown and image.reference not in self._ready:
+            return SHOWN / image.digest.removeprefix("sha256:")
         return image.layers[0] if len(image.layers) == 1 else TREES / image.digest.removeprefix("sha256:")
+
+    async def troubles(self) -> AsyncIterator[ImageTrouble]:
+        while True:
+            yield await self._troubles.get()
+
+    def show_early(self, reference: str) -> None:
+        """Let `reference` be one that can be shown before it is here."""
+        self._lazy.add(reference)
+
+    def trouble(self, reference: str, message: str) -> None:
+        """Let pieces of `reference`, which is shown, not come."""
+        shown = self._shown[reference]
+        self._troubles.put_nowait(ImageTrouble(reference=reference, digest=shown.digest, message=message))
 
     async def collect(self, keep: Sequence[str]) -> int:
         gone = {reference: image for reference, image in self._ready.items() if image.digest not in set(keep)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 
 import httpx
@@ -25,7 +25,7 @@ from atoll.images.reference import Reference, parse
 from atoll.images.source import CHUNK_BYTES, BlobSink, Resolved
 from atoll.images.threads import in_thread
 from atoll.images.transport import Access, Patience, Transport
-from atoll.model.errors import ImageError, Unavailable
+from atoll.model.errors import ImageError, Unavailable, Unsupported
 
 
 class Registries:
@@ -66,6 +66,10 @@ class RegistryImage:
         self._architecture = architecture
         self._scope = f"repository:{reference.repository}:pull"
 
+    def pinned(self, digest: str) -> str:
+        """Return the reference of the image `digest` at this place."""
+        return f"{self._reference.host}/{self._reference.repository}@{digest}"
+
     async def resolve(self) -> Resolved:
         what = f"image {self._reference}"
         version, digest = self._reference.version, self._reference.digest
@@ -89,6 +93,31 @@ class RegistryImage:
             await self._fetch_once(descriptor, target, count)
 
         await self._transport.retried(attempt, progress=lambda: done)
+
+    async def read_range(self, descriptor: Descriptor, start: int, end: int) -> AsyncGenerator[bytes, None]:
+        """Yield the blob's bytes from `start` up to `end` as they come, unverified; one try, exactly so many.
+
+        Raises Unsupported (this registry gives whole blobs only), ImageError, Unavailable, DeadlineExceeded.
+        """
+        host, path = self._reference.host, f"/v2/{self._reference.repository}/blobs/{descriptor.digest}"
+        headers = {"Range": f"bytes={start}-{end - 1}"}
+        left = end - start
+        try:
+            async with self._transport.stream("GET", host, path, scope=self._scope, headers=headers) as response:
+                if response.status_code == 404:
+                    raise ImageError(f"image {self._reference} is incomplete: registry {host} has no {descriptor.digest}")
+                if response.status_code != 206 or not _continues(response, start):
+                    raise Unsupported(f"registry {host} gives no parts of {descriptor.digest} (status {response.status_code})")
+                with network_errors(host):
+                    async for data in response.aiter_raw():
+                        left -= len(data)
+                        if left < 0:
+                            raise ImageError(f"registry {host} gives more of {descriptor.digest} than was asked for")
+                        yield data
+        except Retriable as error:
+            raise error.error from None
+        if left:
+            raise Unavailable(f"registry {host} ends a part of {descriptor.digest} {left} bytes early")
 
     async def _manifest(self, version: str, digest: str | None) -> bytes:
         reference = self._reference

@@ -6,25 +6,29 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
 from msgspec import Struct
 
-from atoll.images.disk import Disk, Record
+from atoll.images.disk import Disk, Record, hex_of
 from atoll.images.layers import Layers, layer_names
+from atoll.images.lazy.record import LazyImage
+from atoll.images.lazy.shown import LazyImages
 from atoll.images.manifest import ConfigFile, parse_config
+from atoll.images.merged import merge
 from atoll.images.progress import Meter, Progress
 from atoll.images.reference import parse
-from atoll.images.registry import Registries
+from atoll.images.registry import Registries, RegistryImage
 from atoll.images.source import Resolved, Source
 from atoll.images.threads import in_thread
 from atoll.images.unpack import UNPACKED_BYTES_MAX, from_os_error
 from atoll.model.errors import DeadlineExceeded
-from atoll.model.ports.images import Image
+from atoll.model.ports.images import Image, ImageTrouble
 
 log = structlog.get_logger()
 
@@ -56,7 +60,10 @@ class ImageStore:
         unpacked_bytes_max: int = UNPACKED_BYTES_MAX,
         hold_s: float = HOLD_S,
         monotonic: Callable[[], float] = time.monotonic,
+        lazy: LazyImages | None = None,
     ) -> None:
+        self._lazy = lazy
+        self._watching: asyncio.Task[None] | None = None
         self._registries = registries
         self._pull_deadline_s = pull_deadline_s
         self._hold_s = hold_s
@@ -67,24 +74,31 @@ class ImageStore:
         self._layers = Layers(self._disk, unpacked_bytes_max=unpacked_bytes_max)
         self._handed_out: dict[str, float] = {}
         self._pulls: dict[str, _Pull] = {}
+        self._showing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._trees: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         for record in self._disk.recover():
             self._admit(record)
 
     async def close(self) -> None:
         """End the pulls that are under way; what they have fetched is kept for the next one."""
-        tasks = [pull.task for pull in self._pulls.values()]
+        tasks: list[asyncio.Task[Any]] = [pull.task for pull in self._pulls.values()]
+        if self._watching is not None:
+            tasks.append(self._watching)
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
-    async def find(self, reference: str) -> Image | None:
+    async def find(self, reference: str, *, lazily: bool = False) -> Image | None:
+        self._begin()
         image = self._by_reference.get(reference)
         if image is None:
             record = self._records.get(reference.rpartition("@")[2])
             if record is None:
-                return None
+                shown = self._lazy.find(reference) if lazily and self._lazy is not None else None
+                if shown is not None:
+                    self._handed_out[shown.digest] = self._monotonic()
+                return shown
             image = self._disk.image(record, reference)
         self._handed_out[image.digest] = self._monotonic()
         return image
@@ -103,13 +117,18 @@ class ImageStore:
     async def current(self, reference: str) -> str:
         return (await self._registries.source(reference).resolve()).digest
 
-    async def ensure(self, reference: str, *, digest: str | None = None, progress: Progress | None = None) -> Image:
-        image = await self.find(reference)
+    async def ensure(
+        self, reference: str, *, digest: str | None = None, progress: Progress | None = None, lazily: bool = False
+    ) -> Image:
+        image = await self.find(reference, lazily=lazily)
         if image is not None and digest in (None, image.digest):
             return image
         if digest is not None and (known := self._records.get(digest)) is not None:
             return await self._name(known, reference)
-        return await self._shared(reference, self._registries.source(reference), progress)
+        source = self._registries.source(reference)
+        if lazily and self._lazy is not None and (shown := await self._show(reference, source)) is not None:
+            return shown
+        return await self._shared(reference, source, progress)
 
     async def add(self, reference: str, source: Source, *, progress: Progress | None = None) -> Image:
         """Take the image from `source` (an archive) under the name `reference`, in place of one that has it."""
@@ -126,6 +145,11 @@ class ImageStore:
             self._disk.release_path(path)
 
     async def tree(self, image: Image) -> Path:
+        if self._lazy is not None and image.digest not in self._records and image.digest in self._lazy.digests:
+            return await self._lazy.tree(image.digest)
+        record = self._records.get(image.digest)
+        if record is not None and not image.layers:  # all of it has come since it was asked for
+            image = self._disk.image(record, image.reference)
         if len(image.layers) == 1:
             return image.layers[0]
         path = self._disk.tree(image.digest)
@@ -147,13 +171,60 @@ class ImageStore:
             for reference in record.references:
                 self._by_reference.pop(reference, None)
             log.info("image removed", digest=digest, references=record.references)
-        self._handed_out = {digest: at for digest, at in self._handed_out.items() if digest in self._records}
+        if self._lazy is not None:
+            await self._lazy.collect(kept)
+        shown = self._lazy.digests if self._lazy is not None else ()
+        self._handed_out = {digest: at for digest, at in self._handed_out.items() if digest in self._records or digest in shown}
         layers = {name for record in self._records.values() for name in record.layers}
         self._layers.forget_others(layers)
         # what is renamed here, without waiting, no pull can have begun to rely on
         self._disk.move_unused(layers | self._layers.busy, self._layers.busy)
         self._disk.move_trees(self._records)
         return await in_thread(self._disk.empty_trash)
+
+    async def troubles(self) -> AsyncIterator[ImageTrouble]:
+        self._begin()
+        if self._lazy is None:
+            await asyncio.Event().wait()
+            return
+        async for trouble in self._lazy.troubles():
+            yield trouble
+
+    def _begin(self) -> None:
+        if self._lazy is not None and self._watching is None:
+            self._watching = asyncio.create_task(self._lazy.watch(self._records.__contains__, self._take))
+
+    async def _show(self, reference: str, source: RegistryImage) -> Image | None:
+        """Return the image, shown before it is here; None if it must be fetched whole, or is here."""
+        if self._lazy is None:
+            return None
+        async with self._showing.setdefault(reference, asyncio.Lock()):
+            resolved = await source.resolve()
+            if resolved.digest in self._records:
+                return None
+            config = await self._config(reference, source, resolved)
+            shown = await self._lazy.show(reference, source, resolved, config)
+        if shown is not None:
+            self._handed_out[shown.digest] = self._monotonic()
+        return shown
+
+    async def _take(self, image: LazyImage, tree: Path) -> None:
+        """Take over an image all of whose files have come: they stay where they are, and are layers too."""
+        name = hex_of(image.diff_id)
+        with self._layers.relied_on([image.digest, name]):
+            if not self._disk.layer(name).exists():
+                made = self._disk.new_path()
+                try:
+                    await in_thread(lambda: merge([tree], made))
+                    self._disk.keep_layer(made, name)
+                finally:
+                    self._disk.release_path(made)
+            record = Record(
+                digest=image.digest, references=(), config=image.config, layers=(name,), layer_bytes=(image.plain_bytes,)
+            )
+            for reference in image.references:
+                await self._name(self._records.get(image.digest, record), reference)
+        log.info("image ready", reference=image.references[-1], digest=image.digest, bytes=image.plain_bytes, lazily=True)
 
     async def _shared(self, reference: str, source: Source, progress: Progress | None) -> Image:
         """Wait for the one pull of `reference`; it ends when nobody waits for it any more."""
@@ -203,6 +274,8 @@ class ImageStore:
 
     async def _fetch_image(self, reference: str, source: Source, meter: Meter) -> Image:
         resolved = await source.resolve()
+        if self._lazy is not None:
+            await self._lazy.come(resolved.digest, self._records.__contains__, meter)
         with self._layers.relied_on([resolved.digest]):
             known = self._records.get(resolved.digest)
             if known is not None:

@@ -38,6 +38,7 @@ from atoll.node.tools import Logs, Machine, Prober, Scraper, Tools
 from atoll.node.transitions import Removed, Wanted
 from atoll.node.usage import LinuxMachine, architecture
 from atoll.node.vitals import Vitals
+from atoll.node.volumes_trouble import tell_troubles
 
 SILENCE_S = 30.0
 """Without a batch for so long (an empty one is due every 10 s) the connection counts as broken."""
@@ -170,6 +171,7 @@ class Agent:
                 self._spawn(self._vitals.beat())
                 self._spawn(self._vitals.collect())
                 self._spawn(self._prefetch.run())
+                self._spawn(tell_troubles(self._node, self._images, self._reporter))
                 if self._gpus is not None:
                     self._gpus.announce = self._vitals.register
                     for work in (self._gpus.recover_later(self._held), self._gpus.listen(), self._gpus.watch()):

@@ -37,9 +37,10 @@ async def choose_image(
     images = tools.images
     if "@" not in reference and (digest := digest or tools.peer_digest(instance, volume)):
         reference = f"{reference}@{digest}"
-    found = await images.find(reference)
+    lazily = volume is not None  # what reads a volume waits for what it reads; an app's own image is needed whole
+    found = await images.find(reference, lazily=lazily)
     if found is None or "@" in reference:
-        return found or await images.ensure(reference, progress=progress)
+        return found or await images.ensure(reference, progress=progress, lazily=lazily)
     try:
         async with asyncio.timeout(LOOK_UP_S):
             current = await images.current(reference)
@@ -49,4 +50,4 @@ async def choose_image(
         log.warning("image not looked up", instance=instance.id, reference=reference, digest=found.digest, error=why)
         tools.reporter.event(instance.project, f"instance/{instance.id}", "image-not-looked-up", message, Severity.WARNING)
         return found
-    return await images.ensure(reference, digest=current, progress=progress)
+    return await images.ensure(reference, digest=current, progress=progress, lazily=lazily)

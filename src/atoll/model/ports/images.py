@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -44,13 +44,27 @@ class PullProgress(Struct, frozen=True):
     total_bytes: int
 
 
+class ImageTrouble(Struct, frozen=True, kw_only=True):
+    """Why pieces of an image that is shown already did not come. It is tried again, at the latest when they are read."""
+
+    reference: str
+    digest: str
+    message: str
+
+
 class Images(Protocol):
     async def ensure(
-        self, reference: str, *, digest: str | None = None, progress: Callable[[PullProgress], None] | None = None
+        self,
+        reference: str,
+        *,
+        digest: str | None = None,
+        progress: Callable[[PullProgress], None] | None = None,
+        lazily: bool = False,
     ) -> Image:
         """Return the image, pulled if it is not here. Concurrent calls for one image share one pull. Safe to repeat.
 
-        With `digest`, as `current` gave it, an image that is here under this name counts only if it has that digest.
+        With `lazily` it may be returned before its files are here, without layers: only `tree` shows it then, and whoever
+        reads there waits for what is read. With `digest`, as `current` gave it, an image that is here under this name counts only if it has that digest.
 
         Raises ImageError: absent, refused, damaged (a wrong digest), for another machine; DeadlineExceeded: the registry
         hangs. What had been fetched and verified is kept, so that a repeat resumes.
@@ -64,8 +78,8 @@ class Images(Protocol):
         """
         ...
 
-    async def find(self, reference: str) -> Image | None:
-        """Return the image if it is ready here, without any network."""
+    async def find(self, reference: str, *, lazily: bool = False) -> Image | None:
+        """Return the image if it is ready here, or with `lazily` if it is shown at least; without any network."""
         ...
 
     def digests(self) -> Sequence[str]:
@@ -76,8 +90,13 @@ class Images(Protocol):
         """Return a directory that holds all files of `image`, for showing them (read-only!) in any number of places.
 
         It is the same one for all who ask, and is there as long as the image is kept. Its files share disk and page cache
-        with the image's layers. Safe to repeat. Raises ImageError, Exhausted.
+        with the image's layers. Of one that is not here yet (`ensure` with `lazily`) it is a mount, and once all has come another
+        directory for those who ask then. Safe to repeat. Raises ImageError, Exhausted, Unavailable.
         """
+        ...
+
+    def troubles(self) -> AsyncIterator[ImageTrouble]:
+        """Yield, for ever, why pieces of images did not come. There is one reader."""
         ...
 
     async def collect(self, keep: Sequence[str]) -> int:
