@@ -88,7 +88,7 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
     label = DOMAIN_SCORE.label(demand)
     if label is not None:
         domains = ranking.domains(label)
-        columns[DOMAIN_SCORE.name] = np.array([domains.score(domain) / STEPS for domain in domains.of[rows].tolist()])
+        columns[domains.name] = np.array([domains.score(domain) / STEPS for domain in domains.of[rows].tolist()])
     total = sum(columns.values(), np.zeros(len(rows)))
     order = np.lexsort((snapshot.ranks()[rows], -total))[:limit]
     candidates = tuple(

@@ -180,10 +180,16 @@ class DomainScore(Protocol):
     """A wish about a whole site or region: every node of one has the same score, which falls with each instance there."""
 
     name: str
-    weight: int
+    layout_name: str
 
     def label(self, demand: Demand) -> str | None:
         """Return the label whose values are the domains; None where the wish is not made."""
         ...
 
-    def score(self, count: int) -> int: ...
+    def score(self, count: int) -> int:
+        """Return what one more is worth, weighted, where there are `count`; never more than with fewer there."""
+        ...
+
+    def layout_score(self, count: int, wanted: int) -> int:
+        """As `score`, for a site that should have `wanted`."""
+        ...

@@ -6,9 +6,11 @@ import numpy as np
 
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.filters import FILTERS, LIMITS
+from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.interface import View
+from atoll.scheduling.near import wants_users
 from atoll.scheduling.scores import DOMAIN_SCORE, GROUP_SCORES, SCORES
-from atoll.scheduling.snapshot import Bools, Ints
+from atoll.scheduling.snapshot import Bools, Ints, Standing
 
 Entry = tuple[int, int, int]
 """Minus the score, the rank of the node's name, the row: the smallest is the best."""
@@ -45,15 +47,19 @@ def feasible(view: View, demand: Demand) -> tuple[Bools, Ints]:
 
 
 class Domains:
-    """The sites or regions, and how many of the group each has."""
+    """The sites or regions, and how many of the group each has; with a layout, how many each should have."""
 
-    def __init__(self, of: Ints, counts: list[int]) -> None:
+    def __init__(self, of: Ints, counts: list[int], wanted: list[int] | None = None) -> None:
         self.of = of
         """Row → domain."""
         self.counts = counts
+        self._wanted = wanted
+        self.name = DOMAIN_SCORE.name if wanted is None else DOMAIN_SCORE.layout_name
 
     def score(self, domain: int) -> int:
-        return DOMAIN_SCORE.score(self.counts[domain]) * DOMAIN_SCORE.weight * STEPS
+        if self._wanted is None:
+            return DOMAIN_SCORE.score(self.counts[domain]) * STEPS
+        return DOMAIN_SCORE.layout_score(self.counts[domain], self._wanted[domain]) * STEPS
 
 
 def group_scores(view: View, group: str, demand: Demand) -> Ints | None:
@@ -71,6 +77,7 @@ class Ranking:
 
     def __init__(self, view: View, group: str, demand: Demand, room: Ints) -> None:
         self._view = view
+        self._group = group
         self._demand = demand
         self._room = room
         self._scores = [score for score in SCORES if score.wants(view, demand)]
@@ -159,6 +166,14 @@ class Ranking:
 
     def domains(self, label: str) -> Domains:
         """Return the places that `label` (`site` or `region`) names."""
-        column = self._view.nodes.label(label)
-        counts = np.bincount(column[column >= 0], weights=self._counts[column >= 0], minlength=len(self._view.nodes.values(label)))
-        return Domains(column, [int(count) for count in counts])
+        nodes = self._view.nodes
+        column, values = nodes.label(label), nodes.values(label)
+        there = column >= 0
+        wanted = None
+        if wants_users(self._demand):
+            # What is lost serves nobody, and is made again where it was.
+            there &= nodes.standing[: nodes.size] != Standing.LOST
+            layout = nodes.whereabouts.layouts.get(owner_of_group(self._group))
+            wanted = [layout.wanted.get(name, 0) if layout is not None else 0 for name in values]
+        counts = np.bincount(column[there], weights=self._counts[there], minlength=len(values))
+        return Domains(column, [int(count) for count in counts], wanted)

@@ -18,6 +18,7 @@ from atoll.model.evacuation import Evacuation
 from atoll.model.records import Node
 from atoll.model.spec import Quota, RuntimeName
 from atoll.scheduling.demand import Demand
+from atoll.scheduling.geography import Geography
 from atoll.scheduling.gpu.inventory import DevicesView, Holding, Inventory
 from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.ledger import Allocation as Allocation
@@ -26,6 +27,7 @@ from atoll.scheduling.ledger import amounts_of as amounts_of
 from atoll.scheduling.ledger import avoided as avoided
 from atoll.scheduling.presence import IMAGES_MAX as IMAGES_MAX
 from atoll.scheduling.presence import Presence
+from atoll.scheduling.whereabouts import Whereabouts
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -94,10 +96,11 @@ class Snapshot:
         """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
         self._presence = Presence()
         self._ranks: Ints | None = None
-        self._gpus = Inventory()
-        self._stale: set[str] = set()
         self.evacuations: dict[str, Evacuation] = {}
         """Names of the nodes that instances are to leave → why, and until when."""
+        self.whereabouts = Whereabouts()
+        self._gpus = Inventory()
+        self._stale: set[str] = set()
         """Nodes of which `_gpus` does not know yet what is held."""
 
     def __len__(self) -> int:
@@ -130,6 +133,13 @@ class Snapshot:
         self._gpus.describe(row, capacity.gpus)
         if row in self._gpus.ids and self.ledger.holds_any(node.name):
             self._stale.add(node.name)
+        self._facts_changed()
+
+    def set_geography(self, geography: Geography) -> None:
+        """Take over where sites are; a site's region goes before what its nodes say."""
+        self.whereabouts.geography = geography
+        for name, node in self.nodes.items():
+            self._set_labels(self._rows[name], node)
         self._facts_changed()
 
     def remove_node(self, name: str) -> None:
@@ -317,7 +327,9 @@ class Snapshot:
     def _set_labels(self, row: int, node: Node) -> None:
         for column in self.labels.values():
             column[row] = ABSENT
-        own = dict(zip(OWN_LABELS, (node.name, node.site, node.region, node.arch), strict=True))
+        site = self.whereabouts.geography.sites.get(node.site)
+        region = site.region if site is not None and site.region else node.region
+        own = dict(zip(OWN_LABELS, (node.name, node.site, region, node.arch), strict=True))
         for key, value in (node.labels | own).items():
             if key not in self.labels:
                 self.labels[key] = np.full(len(self.present), ABSENT, dtype=np.int64)

@@ -5,10 +5,11 @@ from atoll.scheduling.scores.affinity import Near
 from atoll.scheduling.scores.cost import Cheap
 from atoll.scheduling.scores.gpu import KeepsGpusWhole, SparesGpus
 from atoll.scheduling.scores.images import ImagesThere
+from atoll.scheduling.scores.near import Close
 from atoll.scheduling.scores.packing import Packing
 from atoll.scheduling.scores.regions import RegionOrder
 from atoll.scheduling.scores.spread import SpreadOverNodes, SpreadOverPlaces
 
 SCORES: tuple[Score, ...] = (RegionOrder(), SparesGpus(), KeepsGpusWhole(), SpreadOverNodes(), Packing())
-GROUP_SCORES: tuple[GroupScore, ...] = (Near(), Cheap(), ImagesThere())
+GROUP_SCORES: tuple[GroupScore, ...] = (Close(), Near(), Cheap(), ImagesThere())
 DOMAIN_SCORE: DomainScore = SpreadOverPlaces()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from atoll.model.spec import SpreadBy
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.interface import Floats, View
+from atoll.scheduling.near import wants_users
 from atoll.scheduling.snapshot import Ints
 
 
@@ -22,14 +23,22 @@ class SpreadOverNodes:
 
 
 class SpreadOverPlaces:
-    """Minus the group's instances in the site or region; before any difference between nodes."""
+    """Minus the group's instances in the site or region; before any difference between nodes. With `near = "users"`: whether the
+    site has fewer than its layout says, before all but the order of regions."""
 
     name = "spread-places"
     weight = 100_000
+    layout_name = "layout"
+    layout_weight = 500_000_000
 
     def label(self, demand: Demand) -> str | None:
+        if wants_users(demand):
+            return "site"
         spread = demand.placement.spread
         return None if spread is SpreadBy.NODE else str(spread)
 
     def score(self, count: int) -> int:
-        return -count
+        return -count * self.weight
+
+    def layout_score(self, count: int, wanted: int) -> int:
+        return self.layout_weight if count < wanted else 0

@@ -16,12 +16,8 @@ from importlib import resources
 import numpy as np
 from msgspec import Struct
 
-from atoll.scheduling.world.flow import Floats
+from atoll.scheduling.geography import BASE_MS, MS_PER_KM, Floats, great_circle_km
 
-EARTH_KM = 6371.0088
-"""Mean radius (IUGG)."""
-BASE_MS = 3.0
-MS_PER_KM = 0.0154
 NEAR_KM = 100.0
 """A place at most so far from a measured region counts as being there."""
 
@@ -48,12 +44,8 @@ def demo_places() -> tuple[Place, ...]:
 
 def distances_km(origins: tuple[Place, ...], targets: tuple[Place, ...]) -> Floats:
     """Return great-circle distances by the haversine formula, (origins, targets)."""
-    a, b = (np.radians([[place.latitude, place.longitude] for place in side]).reshape(-1, 2) for side in (origins, targets))
-    latitude = np.sin((a[:, None, 0] - b[None, :, 0]) / 2) ** 2
-    longitude = np.sin((a[:, None, 1] - b[None, :, 1]) / 2) ** 2
-    chord = latitude + np.cos(a[:, None, 0]) * np.cos(b[None, :, 0]) * longitude
-    answer: Floats = 2 * EARTH_KM * np.arcsin(np.sqrt(np.clip(chord, 0.0, 1.0)))
-    return answer
+    a, b = (np.array([[place.latitude, place.longitude] for place in side], dtype=np.float64) for side in (origins, targets))
+    return great_circle_km(a, b)
 
 
 def round_trips_ms(origins: tuple[Place, ...], targets: tuple[Place, ...], *, measured: bool = True) -> Floats:
