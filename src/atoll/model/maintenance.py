@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from atoll.model.cron import ZONE_CHARS_MAX, check_cron, tick_after, tick_before
 from atoll.model.errors import Invalid
 from atoll.model.names import Name, SpecRecord
+from atoll.model.spec.values import default
 from atoll.model.units import Seconds
 
 DRAIN_DEADLINE_S = 3_600.0
@@ -50,7 +51,7 @@ class MaintenanceSpec(SpecRecord, frozen=True, kw_only=True):
     """A cron expression."""
     timezone: Annotated[str, Meta(max_length=ZONE_CHARS_MAX)] = "UTC"
     length: Seconds
-    lead: Seconds = Seconds(1800)
+    lead: Seconds = default(Seconds(1800))
     """How long before it begins the nodes are drained, and get nothing new that would not end before."""
     leave_volumes: bool = False
     note: Annotated[str, Meta(max_length=500)] = ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated, Any, Generic, TypeVar
 
 from msgspec import Meta, Struct
 
 from atoll.model.devices import GpuGrant
+from atoll.model.evacuation import Evacuation
+from atoll.model.maintenance import DRAIN_DEADLINE_S, Drain, Maintenance, Window
 from atoll.model.records import (
     App,
     AppStatus,
@@ -18,12 +21,15 @@ from atoll.model.records import (
     Node,
     NodeHealth,
     NodePolicy,
+    OwnerKind,
     Rejection,
     Role,
     Status,
 )
 from atoll.model.spec import REPLICAS_MAX, Name
+from atoll.model.spec.values import default
 from atoll.model.streams import ErrorBody
+from atoll.model.units import Seconds
 
 PAGE_LIMIT_MAX = 1_000
 """Items in one page; `next` is what to pass as `after` for the following page."""
@@ -92,6 +98,69 @@ class NodeView(Struct, frozen=True, kw_only=True):
     """Of the devices that something holds, those that the node does not list any more among them."""
     prefetch: tuple[str, ...] = ()
     """Images that it may need soon, the likeliest first; for those who see every project."""
+    evacuation: Evacuation | None = None
+    """Why instances are to leave it, and until when."""
+    revision: int
+
+
+class DrainState(enum.StrEnum):
+    """How an instance of a node that is being emptied stands."""
+
+    STAYS = "stays"
+    """Nothing wants it away."""
+    WAITS = "waits"
+    """For its app's budget, or for the place of what is to serve instead."""
+    REPLACING = "replacing"
+    """What is to serve instead is starting."""
+    RUNS = "runs"
+    """A job's: its end is waited for."""
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    KEPT = "kept"
+    """It writes to volumes of the node, and nobody has agreed to leave them behind."""
+
+
+class DrainItem(Struct, frozen=True, kw_only=True):
+    instance: str
+    project: str
+    kind: OwnerKind
+    owner: str
+    state: DrainState
+    why: str = ""
+
+
+class DrainView(Struct, frozen=True, kw_only=True):
+    """How far the emptying of a node has come."""
+
+    node: str
+    evacuation: Evacuation | None = None
+    """None: nothing is to leave it."""
+    drain: Drain | None = None
+    items: tuple[DrainItem, ...] = ()
+    """What is there still, of the projects that the caller sees."""
+    left: int
+    """Instances that are to leave still."""
+    kept: int
+    """Instances that stay for their volumes' sake."""
+    total: int
+    """How many there were when it began."""
+    done: bool
+    """All have left that are to leave."""
+
+
+class DrainRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`deadline` is from now on; with 0 nothing is waited for."""
+
+    deadline: Seconds = default(Seconds(DRAIN_DEADLINE_S))
+    leave_volumes: bool = False
+
+
+class MaintenanceView(Struct, frozen=True, kw_only=True):
+    maintenance: Maintenance
+    window: Window | None = None
+    """The one in force, or the next; None when all are over."""
+    nodes: tuple[str, ...] = ()
+    """Those that it concerns now."""
     revision: int
 
 

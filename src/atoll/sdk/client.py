@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from atoll.model import codec
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import OutcomeUnknown, Unavailable
+from atoll.model.maintenance import MaintenanceSpec
 from atoll.model.records import Event, Project, Release, Usage
 from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
@@ -21,10 +22,13 @@ from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
     DefragView,
+    DrainRequest,
+    DrainView,
     Info,
     InstanceExplanation,
     InstanceView,
     JobView,
+    MaintenanceView,
     NodeView,
     Page,
     PlanView,
@@ -103,6 +107,26 @@ class Client:
 
     async def uncordon(self, name: str) -> NodeView:
         return await self._write(NodeView, "POST", path("nodes", name, "uncordon"))
+
+    async def drain(self, name: str, request: DrainRequest = DrainRequest()) -> NodeView:
+        """Have everything leave the node, within the apps' budgets until a deadline. It goes on whoever asked is there or not."""
+        return await self._write(NodeView, "POST", path("nodes", name, "drain"), request)
+
+    async def undrain(self, name: str) -> NodeView:
+        return await self._write(NodeView, "POST", path("nodes", name, "undrain"))
+
+    async def drain_of(self, name: str) -> DrainView:
+        """Return how far a drain, or the emptying before a maintenance, has come."""
+        return await self._get(DrainView, path("nodes", name, "drain"))
+
+    async def maintenances(self) -> list[MaintenanceView]:
+        return await self._all(MaintenanceView, "maintenances")
+
+    async def put_maintenance(self, spec: MaintenanceSpec) -> MaintenanceView:
+        return await self._write(MaintenanceView, "PUT", path("maintenances", spec.name), spec)
+
+    async def remove_maintenance(self, name: str) -> None:
+        await self._delete(path("maintenances", name))
 
     async def reinstate(self, node: str, gpu: str, *, reset: bool = False) -> GpuDevice:
         """Have a node offer a GPU again that was taken out for an error (`reset`: reset it before); return how it then stands.

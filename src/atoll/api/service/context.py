@@ -15,6 +15,7 @@ from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.membership import Authority, Identity, JoinToken, Server
+from atoll.model.maintenance import Maintenance
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Compare, LeaseId, Op, Put, Revision, Store, absent
 from atoll.model.records import (
@@ -54,6 +55,7 @@ KINDS: dict[str, type] = {
     keys.NODES: Node,
     keys.NODE_POLICIES: NodePolicy,
     keys.NODE_LIVENESS: NodeLiveness,
+    keys.MAINTENANCES: Maintenance,
     keys.PREFETCHES: Prefetch,
     keys.TOKENS: Token,
     keys.SECRETS: Secret,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 
 from msgspec.structs import replace
 
@@ -17,7 +17,9 @@ from atoll.api.service.specs import spec_of
 from atoll.api.service.tunnels import Tunnels
 from atoll.model import codec, keys
 from atoll.model.devices import GpuDevice
-from atoll.model.errors import BY_CODE, AtollError, Invalid, NotFound, OutcomeUnknown, Unsupported
+from atoll.model.errors import BY_CODE, AtollError, Conflict, Invalid, NotFound, OutcomeUnknown, Unsupported
+from atoll.model.evacuation import evacuation_of, in_force
+from atoll.model.maintenance import Maintenance, Window
 from atoll.model.ports.control_plane import StreamKind
 from atoll.model.ports.store import Put, absent, unchanged
 from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Prefetch, Status, Usage
@@ -42,7 +44,8 @@ class Nodes:
         held = self._state.get(Node, name)
         if held is None:
             raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
-        return self._view(held, [i.record for i in self._state.records(Instance).values() if i.record.node == name], caller)
+        there = [i.record for i in self._state.records(Instance).values() if i.record.node == name]
+        return self._view(held, there, caller, self._windows())
 
     def all(self, *, limit: int, after: str = "", caller: Caller = SYSTEM) -> Page[NodeView]:
         placed: dict[str, list[Instance]] = defaultdict(list)
@@ -50,19 +53,26 @@ class Nodes:
             if held.record.node is not None:
                 placed[held.record.node].append(held.record)
 
+        windows = self._windows()
+
         def view(held: Held[Node]) -> NodeView:
-            return self._view(held, placed[held.record.name], caller)
+            return self._view(held, placed[held.record.name], caller, windows)
 
         return page(self._state, Node, "", view, limit=limit, after=after)
 
     async def cordon(self, name: str, cordoned: bool, *, request: RequestKey | None = None) -> NodeView:
-        """Say whether new instances may be placed on a node; what runs there is left alone. Safe to repeat."""
+        """Say whether new instances may be placed on a node; what runs there is left alone. Safe to repeat.
+
+        Raises NotFound, and Conflict for a node that is being drained, which is not to be used again by that.
+        """
 
         def build() -> Draft[NodeView]:
             node = self._state.get(Node, name)
             if node is None:
                 raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
             held = self._state.get(NodePolicy, name)
+            if not cordoned and held is not None and held.record.drain is not None:
+                raise Conflict(f"node '{name}' is being drained", mend=f"undo that: atoll nodes undrain {name}")
             policy = replace(held.record, cordoned=cordoned) if held is not None else NodePolicy(name=name, cordoned=cordoned)
             key = keys.node_policy(name)
             if held is not None and held.record == policy:
@@ -150,7 +160,13 @@ class Nodes:
             return beat
         return replace(beat, images=(), fetching="", usage=tuple(usage for usage in beat.usage if usage.instance in seen))
 
-    def _view(self, held: Held[Node], placed: Iterable[Instance], caller: Caller) -> NodeView:
+    def _windows(self) -> list[tuple[Maintenance, Window]]:
+        """Return the windows of maintenance that are in force now."""
+        return in_force((held.record for held in self._state.records(Maintenance).values()), self._context.clock.now())
+
+    def _view(
+        self, held: Held[Node], placed: Iterable[Instance], caller: Caller, windows: Sequence[tuple[Maintenance, Window]]
+    ) -> NodeView:
         name = held.record.name
         liveness = self._state.get(NodeLiveness, name)
         policy = self._state.get(NodePolicy, name)
@@ -179,6 +195,7 @@ class Nodes:
             allocated_memory_bytes=memory_bytes,
             instances=count,
             gpus=holdings_of(holding, caller.sees),
+            evacuation=evacuation_of(held.record, policy.record if policy is not None else None, windows),
             prefetch=prefetch.record.images if prefetch is not None and caller.project == EVERY_PROJECT else (),
             revision=held.revision,
         )

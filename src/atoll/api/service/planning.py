@@ -16,11 +16,14 @@ from atoll.api.service.projects import require_project
 from atoll.api.service.specs import spec_of
 from atoll.api.service.workloads import check_constraints
 from atoll.model.errors import DeadlineExceeded, NotFound
+from atoll.model.evacuation import evacuations
+from atoll.model.maintenance import Maintenance
 from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, OwnerKind, Project, Release, Status
 from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
 from atoll.model.states import Desired
 from atoll.model.views import DefragView, InstanceExplanation, PlanView
 from atoll.scheduling.assembly import Records, app_owner, group_of, snapshot_from
+from atoll.scheduling.budget import may_go
 from atoll.scheduling.defrag import propose
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.dry_run import explain_instance, plan_spec
@@ -98,8 +101,8 @@ class Planning:
         app = self._state.records(App)[key].record
         held = self._state.get(AppStatus, key)
         status = held.record if held is not None else None
-        missing = max(0, app.wanted(status) - (status.ready if status is not None else 0))
-        return max(0, max(1, app.spec.rollout.max_unavailable) - missing)
+        wanted = app.wanted(status)
+        return max(0, may_go(app.spec, wanted, min(wanted, status.ready if status is not None else 0)))
 
     def _waiting_beside(self, instance: Instance) -> int:
         """Return how many of the instance's group, itself among them, wait for a node."""
@@ -129,6 +132,7 @@ class Planning:
             statuses=plain(Status),
             app_statuses=plain(AppStatus),
             projects=plain(Project),
+            evacuations=evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), self._context.clock.now()),
             images={name: beat.images for name, beat in self._heartbeats.all().items()},
         )
         specs: dict[str, Workload | None] = {}

@@ -14,6 +14,7 @@ from atoll.api.service.apps import Apps
 from atoll.api.service.authorities import LIFE_S, Authorities
 from atoll.api.service.context import Context, ImageResolver
 from atoll.api.service.control_plane import LocalControlPlane
+from atoll.api.service.drains import Drains
 from atoll.api.service.events import Events
 from atoll.api.service.exposition import Exposition
 from atoll.api.service.feeds import Feeds
@@ -23,6 +24,7 @@ from atoll.api.service.instances import Instances
 from atoll.api.service.jobs import Jobs
 from atoll.api.service.join_tokens import JoinTokens
 from atoll.api.service.membership import Membership
+from atoll.api.service.maintenances import Maintenances
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.planning import Planning
 from atoll.api.service.projects import Projects
@@ -78,6 +80,8 @@ class Service:
         self.secrets = Secrets(self.context)
         self.tokens = Tokens(self.context)
         self.nodes = Nodes(self.context, self.heartbeats, self.tunnels)
+        self.drains = Drains(self.context, self.nodes)
+        self.maintenances = Maintenances(self.context)
         self.events = Events(self.context)
         self.exposition = Exposition(self.context, self.heartbeats)
         self.feeds = Feeds(self.context)

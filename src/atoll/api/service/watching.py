@@ -28,11 +28,12 @@ WATCHED = {
     "nodes",
     "node-policies",
     "node-liveness",
+    "maintenances",
     "events",
     "ingresses",
 }
 """Kinds that may be watched: none that holds a secret or a token."""
-CELL_WIDE = {"nodes", "node-policies", "node-liveness", "ingresses"}
+CELL_WIDE = {"nodes", "node-policies", "node-liveness", "maintenances", "ingresses"}
 """Kinds that belong to no project."""
 BOOKMARK_S = 5.0
 """The longest silence of a stream."""
