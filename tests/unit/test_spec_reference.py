@@ -86,6 +86,7 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[rollout.analysis]`": (("rollout", "analysis"), AppSpec, {"error_rate_max": 0.5}),
     "`[disruption]` (apps)": (("disruption",), AppSpec, {}),
     "`[stop]`": (("stop",), AppSpec, {}),
+    "`[lost]`": (("lost",), AppSpec, {}),
     "`[placement]`": (("placement",), AppSpec, {}),
     "`[[placement.constraints]]`": (("placement", "[constraints]"), AppSpec, {"label": "disk", "operator": "in", "value": ["ssd"]}),
     "`[[placement.affinity]]`, `[[placement.anti_affinity]]`": (("placement", "[anti_affinity]"), AppSpec, {"app": "db"}),

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import Struct, structs
 
 from atoll.model.evacuation import Evacuation
-from atoll.model.records import AppStatus, Event, Instance, JobStatus, NodeLiveness, Prefetch, Severity, Status
+from atoll.model.records import AppStatus, Brake, Event, Instance, JobStatus, NodeLiveness, Prefetch, Severity, Status
 from atoll.model.states import Desired, Phase
 
 EVENTS_PER_DECISION_MAX = 100
@@ -46,6 +46,12 @@ class WriteJobStatus(Struct, frozen=True):
 
 class WriteLiveness(Struct, frozen=True):
     liveness: NodeLiveness
+
+
+class WriteBrake(Struct, frozen=True):
+    """Write that the brake is on; with None, that it is not any more."""
+
+    brake: Brake | None
 
 
 class WritePrefetch(Struct, frozen=True):
@@ -87,6 +93,7 @@ Action = (
     | WriteAppStatus
     | WriteJobStatus
     | WriteLiveness
+    | WriteBrake
     | WritePrefetch
     | RemoveApp
     | RemoveJob
@@ -113,7 +120,9 @@ class Seen(Struct, frozen=True, kw_only=True):
     """The revision that made the instance."""
     status: Status | None = None
     lost_at: float | None = None
-    """Since when its node is lost (or was never known)."""
+    """Since when its node is lost (or was never known), once the app's patience is over."""
+    lost_in_s: float | None = None
+    """Its node is lost, and in so long it will be, too; infinite where it waits for its node."""
     drained: frozenset[str] = frozenset()
     """Ingresses that have no request to it any more."""
     ailment: Ailment | None = None
@@ -124,6 +133,11 @@ class Seen(Struct, frozen=True, kw_only=True):
     @property
     def lost(self) -> bool:
         return self.lost_at is not None
+
+    @property
+    def away(self) -> bool:
+        """Its node is lost, but what it runs is not given up yet."""
+        return self.lost_in_s is not None
 
     @property
     def phase(self) -> Phase:
@@ -139,7 +153,12 @@ class Seen(Struct, frozen=True, kw_only=True):
     @property
     def ready(self) -> bool:
         """It serves, and is meant to. What has lost a device does not, whatever its checks say; nor does what stands by."""
-        if self.instance.desired is not Desired.RUN or self.instance.standby or (self.ailment is not None and self.ailment.gone):
+        if (
+            self.away
+            or self.instance.desired is not Desired.RUN
+            or self.instance.standby
+            or (self.ailment is not None and self.ailment.gone)
+        ):
             return False
         return self.phase is Phase.RUNNING and self.status is not None and self.status.ready
 

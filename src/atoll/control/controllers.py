@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+from atoll.control.detection.exchange import Exchange
+from atoll.control.layouts import IngressHeartbeats
 from atoll.control.leader import Term, lead
 from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen
+from atoll.control.optimiser import Optimiser
 from atoll.control.readings import Heartbeats
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Store
@@ -22,15 +25,21 @@ async def run_control(
     *,
     heartbeats: Heartbeats | None = None,
     identity: str = "server",
+    detection: Exchange | None = None,
+    ingresses: IngressHeartbeats | None = None,
+    optimiser: Optimiser | None = None,
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
 
     `state` must hold all of `world.KINDS`. `last_seen` is read live: node → any number that changes with each sign of life;
     so are `heartbeats`: node → the latest, by whose readings apps are scaled.
+    `detection` says which nodes are silent; without one their heartbeats over HTTP do, slowly.
+    `ingresses` is read live too: ingress → its latest word, by which apps come near their users; `optimiser` says where they should
+    be; without one the quick way does.
     `identity` names this server across its restarts; no two servers may share one.
     """
 
     async def work(term: Term) -> None:
-        await Loop(store, state, clock, chance, last_seen, term, heartbeats).run()
+        await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser).run()
 
-    await lead(store, clock, identity, work)
+    await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None)

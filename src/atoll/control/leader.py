@@ -33,16 +33,26 @@ class Term(Struct, frozen=True):
     lease: LeaseId
 
 
-async def lead(store: Store, clock: Clock, identity: str, work: Callable[[Term], Awaitable[None]]) -> None:
+Affirm = Callable[[float], None]
+
+
+async def lead(
+    store: Store,
+    clock: Clock,
+    identity: str,
+    work: Callable[[Term], Awaitable[None]],
+    affirm: Affirm = lambda until: None,
+) -> None:
     """Run `work` whenever this server leads, for ever; it is cancelled when the lease is lost.
 
     `identity` names this server across its restarts: an earlier run's lease is taken over at once, so no two servers may share
-    one. When `work` ends or raises, leadership is given up and sought again.
+    one. `affirm` is told until when, on the monotonic clock, nobody else can lead. When `work` ends or raises, leadership is given
+    up and sought again.
     """
     while True:
         pause_s = ERROR_PAUSE_S
         try:
-            pause_s = await _try(store, clock, identity, work)
+            pause_s = await _try(store, clock, identity, work, affirm)
         except* AtollError as group:
             log.warning("leading was interrupted", server=identity, causes=[str(error) for error in group.exceptions])
         except* Exception:  # the outer edge: a server that waits to lead must not end for one loop's fault
@@ -50,14 +60,18 @@ async def lead(store: Store, clock: Clock, identity: str, work: Callable[[Term],
         await asyncio.sleep(pause_s)
 
 
-async def _try(store: Store, clock: Clock, identity: str, work: Callable[[Term], Awaitable[None]]) -> float:
+async def _try(
+    store: Store, clock: Clock, identity: str, work: Callable[[Term], Awaitable[None]], affirm: Affirm = lambda until: None
+) -> float:
     """Lead if nobody else does; return how long to wait before the next try."""
+    asked = clock.monotonic()
     term = await _acquire(store, identity)
     if term is None:
         return POLL_S
+    affirm(asked + LEASE_S)
     log.info("leading", server=identity, fence=term.fence.expected)
     try:
-        await _serve(store, clock, term, work)
+        await _serve(store, clock, term, work, affirm)
     finally:
         await _give_up(store, term)
     log.info("not leading any more", server=identity)
@@ -80,9 +94,9 @@ async def _acquire(store: Store, identity: str) -> Term | None:
     return Term(Compare(keys.LEADER, Target.CREATE, int(result.revision)), lease.id)
 
 
-async def _serve(store: Store, clock: Clock, term: Term, work: Callable[[Term], Awaitable[None]]) -> None:
+async def _serve(store: Store, clock: Clock, term: Term, work: Callable[[Term], Awaitable[None]], affirm: Affirm) -> None:
     working = asyncio.ensure_future(work(term))
-    keeping = asyncio.ensure_future(_keep_alive(store, clock, term))
+    keeping = asyncio.ensure_future(_keep_alive(store, clock, term, affirm))
     try:
         # Without a deadline: leading lasts until the lease is lost or the work ends.
         await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
@@ -94,7 +108,7 @@ async def _serve(store: Store, clock: Clock, term: Term, work: Callable[[Term], 
         await asyncio.gather(working, keeping, return_exceptions=True)
 
 
-async def _keep_alive(store: Store, clock: Clock, term: Term) -> None:
+async def _keep_alive(store: Store, clock: Clock, term: Term, affirm: Affirm) -> None:
     """Return when the lease may have expired."""
     good_until = clock.monotonic() + LEASE_S
     while True:
@@ -104,6 +118,7 @@ async def _keep_alive(store: Store, clock: Clock, term: Term) -> None:
             async with asyncio.timeout(max(0.01, good_until - asked)):
                 await store.lease_keep_alive(term.lease)
             good_until = asked + LEASE_S
+            affirm(good_until)
         except NotFound:
             log.warning("the lease has expired")
             return

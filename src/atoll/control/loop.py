@@ -8,18 +8,22 @@ wake waits until the cache shows what this one wrote; nothing is counted twice, 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import structlog
 
-from atoll.control.actions import Action, Create, Decision, Remove, Update
+from atoll.control.actions import Action, Create, Decision, Remove, Seen, Update
 from atoll.control.apps import decide_app
+from atoll.control.detection.exchange import Exchange
 from atoll.control.disruptions import take_away
 from atoll.control.gc import GC_S, decide_gc
 from atoll.control.jobs import decide_job, decide_orphans
+from atoll.control.layouts import IngressHeartbeats, Layouts
 from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
+from atoll.control.optimiser import Optimiser, QuickOptimiser
 from atoll.control.placement import Placement
 from atoll.control.prefetch import Prefetching
 from atoll.control.quarrels import Quarrels
@@ -71,18 +75,30 @@ class Loop:
         last_seen: LastSeen,
         term: Term,
         heartbeats: Heartbeats | None = None,
+        detection: Exchange | None = None,
+        ingresses: IngressHeartbeats | None = None,
+        optimiser: Optimiser | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._chance = chance
         self._writer = Writer(store, term)
         self._begins_at = Revision(int(term.fence.expected))
-        self._world = World(state)
+        self._world = World(state, clock.monotonic)
         self._placement = Placement(self._world)
-        self._nodes = NodeWatch(self._world, clock, last_seen)
+        self._detection = detection
+        self._nodes = NodeWatch(self._world, clock, last_seen, detection)
         self._heartbeats: Heartbeats = heartbeats if heartbeats is not None else {}
         self._readings = Readings(self._world, clock, self._heartbeats)
         self._prefetching = Prefetching(self._world, self._placement, clock, heartbeats if heartbeats is not None else {})
+        self._layouts = Layouts(
+            self._world,
+            self._placement,
+            clock,
+            ingresses if ingresses is not None else {},
+            optimiser or QuickOptimiser(),
+            self._changed_owner,
+        )
         self._prefetch_due = False
         self._changed = asyncio.Event()
         self._timers = Timers()
@@ -102,9 +118,28 @@ class Loop:
         await self._world.state.reach(self._begins_at)
         # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
         changes = self._begin()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow(changes), name="control: follow")
-            tasks.create_task(self._work(), name="control: work")
+        if self._detection is not None:
+            self._detection.lead(True)
+            self._detection.changed = self._look_at_nodes
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow(changes), name="control: follow")
+                tasks.create_task(self._work(), name="control: work")
+                tasks.create_task(self._layouts.run(), name="control: layouts")
+        finally:
+            if self._detection is not None:
+                self._detection.lead(False)
+                self._detection.changed = lambda: None
+
+    def _changed_owner(self, owner: Owner) -> None:
+        """Decide about an owner soon: something that is not in the store has changed for it."""
+        self._world.dirty[owner] = None
+        self._changed.set()
+
+    def _look_at_nodes(self) -> None:
+        """Wake at once: the detection says that a node has fallen silent, or is heard again."""
+        self._nodes.tick_due = True
+        self._changed.set()
 
     def _begin(self) -> AsyncIterator[Deltas]:
         """Take everything as it is now, and return what changes from here on."""
@@ -119,6 +154,7 @@ class Loop:
                 async for deltas in changes:
                     self._world.apply(deltas)
                     self._placement.apply(deltas)
+                    self._layouts.apply(deltas)
                     self._changed.set()
             except Compacted:
                 log.info("control fell behind the cache and starts afresh")
@@ -127,6 +163,7 @@ class Loop:
     def _rebuild(self) -> None:
         self._world.rebuild()
         self._placement.rebuild()
+        self._layouts.rebuild()
         self._changed.set()
 
     async def _work(self) -> None:
@@ -241,6 +278,7 @@ class Loop:
                 actions += len(decision.actions)
                 if actions >= ACTIONS_PER_WAKE:
                     break
+        self._placement.suspect(self._nodes.suspects)
         placed_units = self._place(decided, now)
         for owner, decision in decided:
             units.extend(units_of(owner, decision.actions, self._world.state))
@@ -254,6 +292,7 @@ class Loop:
             self._world.stale = True
             self._readings.look()
             self._placement.look(self._heartbeats)
+            self._layouts.look()
             self._prefetch_due = True
             if not self._round:
                 self._round = self._world.owners()
@@ -301,12 +340,14 @@ class Loop:
             case OwnerKind.APP:
                 app = self._world.app_facts(key)
                 if app is not None:
-                    decide_app(self._readings.join(app), decision)
+                    _await_loss(app.instances, decision)
+                    decide_app(self._layouts.join(self._readings.join(app)), decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)
             case OwnerKind.JOB:
                 job = self._world.job_facts(key)
                 if job is not None:
+                    _await_loss(job.instances, decision)
                     decide_job(job, decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)
@@ -376,6 +417,13 @@ class Loop:
 
     def _suffix(self) -> str:
         return suffix_of(self._chance.getrandbits(SUFFIX_BITS))
+
+
+def _await_loss(instances: Iterable[Seen], decision: Decision) -> None:
+    """Decide again when the patience with what is on a lost node ends."""
+    for seen in instances:
+        if seen.lost_in_s is not None and not math.isinf(seen.lost_in_s):
+            decision.wake(decision.now + seen.lost_in_s)
 
 
 def _created(action: Action) -> Instance:

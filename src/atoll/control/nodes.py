@@ -1,4 +1,8 @@
-"""Whether nodes answer, from when each was last heard of: ready → unreachable → lost, and back."""
+"""Whether nodes answer: ready → unreachable → lost, and back.
+
+A node that beats is given up when the detection believes that it is silent, some four seconds after its last sign, if the brake
+allows. One that does not (an older agent, a network without datagrams) is judged by its heartbeats over HTTP, slowly.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,14 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from atoll.control.actions import Decision, WriteLiveness
+from atoll.control.detection.decide import Standing
 from atoll.model.records import CELL_PROJECT, Node, NodeHealth, NodeLiveness, Severity
 from atoll.model.units import format_seconds
 
 UNREACHABLE_S = 15.0
-"""Silence after which a node gets no new instance."""
+"""Silence after which a node gets no new instance, where only heartbeats say that it lives."""
 LOST_S = 60.0
-"""Silence after which its instances are replaced elsewhere."""
+"""Silence after which its instances are replaced elsewhere; the same."""
 RETURN_S = 15.0
 """How long a node that was lost and answers again gets nothing new; above the usual grace of a stop."""
 
@@ -26,20 +31,50 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     heard: float | None
     watched_since: float
     """Since when this process has led and known the node: silence before it says nothing."""
+    standing: Standing | None = None
+    """What the detection says; None for a node that has not beaten since this process started."""
+    silence_s: float = 0.0
+    """The same for how long it has not been heard."""
+
+    @property
+    def last(self) -> NodeHealth:
+        return self.liveness.health if self.liveness else NodeHealth.READY
+
+    def silent_s(self, monotonic: float) -> float:
+        if self.standing is not None:
+            return self.silence_s
+        return monotonic - max(self.watched_since, self.heard if self.heard is not None else self.watched_since)
+
+    @property
+    def heard_now(self) -> bool:
+        return self.standing is not None or (self.heard is not None and self.heard >= self.watched_since)
 
 
-def decide_node(facts: NodeFacts, monotonic: float, decision: Decision) -> None:
-    """Write the node's health if it has changed, and say when it may change next."""
-    last = facts.liveness.health if facts.liveness else NodeHealth.READY
-    silent = monotonic - max(facts.watched_since, facts.heard if facts.heard is not None else facts.watched_since)
-    heard_now = facts.heard is not None and facts.heard >= facts.watched_since
-    if silent < UNREACHABLE_S:
-        # A node that nobody here has heard of yet stays what it was: a new leader knows no better.
-        health = _back(facts.liveness, decision) if heard_now and facts.liveness is not None else last
-    elif silent < LOST_S:
-        health = last if last is NodeHealth.LOST else NodeHealth.UNREACHABLE
-    else:
+def is_silent(facts: NodeFacts, monotonic: float) -> bool:
+    """Whether a node does not answer, as far as anyone can tell by now."""
+    return facts.standing is Standing.SILENT or facts.silent_s(monotonic) >= UNREACHABLE_S
+
+
+def is_to_be_lost(facts: NodeFacts, monotonic: float) -> bool:
+    """Whether a node that is not lost yet is to be given up, if the brake allows."""
+    if facts.last is NodeHealth.LOST:
+        return False
+    return facts.standing is Standing.SILENT or facts.silent_s(monotonic) >= LOST_S
+
+
+def decide_node(facts: NodeFacts, monotonic: float, decision: Decision, *, may_lose: bool = True) -> None:
+    """Write the node's health if it has changed, and say when it may change next. Without `may_lose` it is not given up now."""
+    last = facts.last
+    silent = facts.silent_s(monotonic)
+    if is_to_be_lost(facts, monotonic):
+        health = NodeHealth.LOST if may_lose else NodeHealth.UNREACHABLE
+    elif facts.standing is Standing.SILENT or silent >= LOST_S:
         health = NodeHealth.LOST
+    elif silent < UNREACHABLE_S:
+        # A node that nobody here has heard of yet stays what it was: a new leader knows no better.
+        health = _back(facts.liveness, decision) if facts.heard_now and facts.liveness is not None else last
+    else:
+        health = last if last is NodeHealth.LOST else NodeHealth.UNREACHABLE
     if silent < LOST_S:
         limit = UNREACHABLE_S if silent < UNREACHABLE_S else LOST_S
         decision.wake(decision.now + (limit - silent))

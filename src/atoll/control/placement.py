@@ -31,7 +31,7 @@ from atoll.scheduling.interface import View
 from atoll.scheduling.plan import PENDING_MAX, Plan, plan
 from atoll.scheduling.preemption import preempt
 from atoll.scheduling.quotas import CODE as OVER_QUOTA
-from atoll.scheduling.snapshot import Snapshot
+from atoll.scheduling.snapshot import Snapshot, Standing
 from atoll.store.cache import Delta, Deltas
 
 REJECTION_REFRESH_S = 10.0
@@ -77,6 +77,7 @@ class Placement:
         self._unplaced_gangs: set[str] = set()
         """Rejected instances that are part of a gang."""
         self._demands: dict[tuple[Any, ...], Demand] = {}
+        self._suspects: frozenset[str] = frozenset()
 
     def rebuild(self) -> None:
         self.snapshot = Snapshot()
@@ -129,8 +130,18 @@ class Placement:
             self.snapshot.remove_node(name)
         else:
             standing = standing_of(policy.record if policy else None, liveness.record if liveness else None)
+            if name in self._suspects and standing is Standing.OPEN:
+                standing = Standing.UNREACHABLE
             self.snapshot.upsert_node(node.record, standing)
         self._room |= self.snapshot.facts != facts
+
+    def suspect(self, names: Iterable[str]) -> None:
+        """Take over which nodes are being asked whether they live: they take nothing new. Costs little where nothing changed."""
+        now = frozenset(names)
+        if now != self._suspects:
+            changed, self._suspects = now ^ self._suspects, now
+            for name in changed:
+                self._node(name)
 
     def _homes(self, key: str) -> None:
         status = self._world.state.get(AppStatus, key)

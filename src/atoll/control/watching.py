@@ -1,12 +1,16 @@
-"""Samples of when nodes were last heard of, on this process's own monotonic clock."""
+"""All nodes at each tick, and at once when the detection says that one has fallen silent or is heard again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from atoll.control.actions import Decision
-from atoll.control.nodes import LastSeen, NodeFacts, decide_node
+from atoll.control.detection.exchange import Exchange
+from atoll.control.nodes import LastSeen, NodeFacts, decide_node, is_silent, is_to_be_lost
+from atoll.control.outages import Outages
 from atoll.control.world import World
 from atoll.model.ports.clock import Clock
-from atoll.model.records import Node, NodeLiveness
+from atoll.model.records import Node, NodeHealth, NodeLiveness
 
 
 class NodeWatch:
@@ -16,15 +20,22 @@ class NodeWatch:
     wall clock declares nobody lost.
     """
 
-    def __init__(self, world: World, clock: Clock, last_seen: LastSeen) -> None:
+    def __init__(self, world: World, clock: Clock, last_seen: LastSeen, detection: Exchange | None = None) -> None:
         self._world = world
         self._clock = clock
         self._last_seen = last_seen
+        self._detection = detection
+        self._outages = Outages(world)
         self._known: dict[str, float] = {}
         """Node → since when it has been watched here."""
         self._values: dict[str, float] = {}
         self._heard: dict[str, float] = {}
         self.tick_due = True
+
+    @property
+    def suspects(self) -> Iterable[str]:
+        """Nodes that are being asked whether they live: they get nothing new meanwhile."""
+        return self._detection.watches if self._detection is not None else ()
 
     def decide(self, decision: Decision) -> None:
         if not self.tick_due:
@@ -35,6 +46,8 @@ class NodeWatch:
         for gone in self._known.keys() - nodes.keys():
             for index in (self._known, self._values, self._heard):
                 index.pop(gone, None)
+        doubtful: dict[str, NodeFacts] = {}
+        """All but those that are ready, and simply heard."""
         for name, held in nodes.items():
             first = name not in self._known
             since = self._known.setdefault(name, monotonic)
@@ -44,11 +57,23 @@ class NodeWatch:
                 if not first:
                     self._heard[name] = monotonic
                 self._values[name] = value
+            standing = self._detection.standing(name) if self._detection is not None else None
             liveness = self._world.state.get(NodeLiveness, name)
-            facts = NodeFacts(
+            quiet = self._detection is not None and standing is not None and name not in self._detection.watches
+            if quiet and (liveness is None or liveness.record.health is NodeHealth.READY):
+                continue
+            doubtful[name] = NodeFacts(
                 node=held.record,
                 liveness=liveness.record if liveness else None,
                 heard=self._heard.get(name),
                 watched_since=since,
+                standing=standing,
+                silence_s=(self._detection.silence_s(name) or 0.0) if self._detection is not None else 0.0,
             )
-            decide_node(facts, monotonic, decision)
+        silent = {name for name, facts in doubtful.items() if is_silent(facts, monotonic)}
+        self._outages.look(silent, decision, monotonic)
+        for facts in doubtful.values():
+            may_lose = not is_to_be_lost(facts, monotonic) or self._outages.may_lose()
+            decide_node(facts, monotonic, decision, may_lose=may_lose)
+        if self._detection is not None:
+            self._outages.tell_roundabout({name for name in nodes if self._detection.indirect(name)}, decision)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from atoll.control.actions import Ailment, Seen
@@ -10,6 +13,7 @@ from atoll.control.apps import AppFacts
 from atoll.control.evacuation import kept
 from atoll.control.gpus import ailment_of
 from atoll.control.jobs import JobFacts
+from atoll.control.patience import patience_s
 from atoll.model import keys
 from atoll.model.devices import GpuDevice
 from atoll.model.evacuation import Evacuation, evacuations
@@ -18,6 +22,8 @@ from atoll.model.ports.store import Revision
 from atoll.model.records import (
     App,
     AppStatus,
+    Brake,
+    BrakeRelease,
     Drained,
     Event,
     Ingress,
@@ -32,10 +38,12 @@ from atoll.model.records import (
     Prefetch,
     Project,
     Release,
+    RoundTrips,
     RouteClaim,
+    Site,
     Status,
 )
-from atoll.model.spec import AppSpec, Workload
+from atoll.model.spec import AppSpec, NearKind, Workload
 from atoll.model.states import Desired
 from atoll.store.cache import Delta, Deltas, Held, State
 
@@ -52,11 +60,15 @@ KINDS: dict[str, type[Any]] = {
     keys.NODE_LIVENESS: NodeLiveness,
     keys.MAINTENANCES: Maintenance,
     keys.PREFETCHES: Prefetch,
+    keys.BRAKES: Brake,
+    keys.BRAKE_RELEASES: BrakeRelease,
     keys.EVENTS: Event,
     keys.DRAINED: Drained,
     keys.INGRESSES: Ingress,
     keys.ROUTES: RouteClaim,
     keys.PROJECTS: Project,
+    keys.SITES: Site,
+    keys.ROUND_TRIPS: RoundTrips,
 }
 """What the `State` that control is given must hold."""
 
@@ -69,6 +81,10 @@ def _gpus(held: Held[Node] | None) -> tuple[GpuDevice, ...] | None:
     return held.record.capacity.gpus if held is not None else None
 
 
+def _near_users(app: App) -> bool:
+    return app.spec.placement.near == NearKind.USERS
+
+
 def owner_of(instance: Instance) -> Owner:
     return (instance.owner_kind, f"{instance.project}/{instance.owner}")
 
@@ -76,8 +92,11 @@ def owner_of(instance: Instance) -> Owner:
 class World:
     """Joins over a `State`, kept current delta by delta. Everything happens on one event loop."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.state = state
+        self._monotonic = monotonic
+        self.lost_since: dict[str, float] = {}
+        """Node → since when it has been lost, as long as this process knows: spans are measured by that, not by a wall clock."""
         self.revision = Revision(0)
         """Up to which the joins are current."""
         self.dirty: dict[Owner, None] = {}
@@ -89,6 +108,8 @@ class World:
         """Of all instances, in every project."""
         self.scaling: set[str] = set()
         """Apps (`project/name`) that scale by a metric."""
+        self.near: set[str] = set()
+        """Apps that are near their users."""
         self.evacuations: dict[str, Evacuation] = {}
         """Nodes that instances are to leave → why, and until when; as of the last `look`."""
         self.stale = True
@@ -102,6 +123,7 @@ class World:
         self.draining.clear()
         self.ids.clear()
         self.scaling = {key for key, held in self.state.records(App).items() if held.record.most is not None}
+        self.near = {key for key, held in self.state.records(App).items() if _near_users(held.record)}
         for key, held in self.state.records(Instance).items():
             self._enter(key, held.record)
         for drained in self.state.records(Drained).values():
@@ -109,6 +131,8 @@ class World:
         self.dirty.update((owner, None) for owner in self.owners())
         self.revision = self.state.revision
         self.stale = True
+        lost = {name for name, held in self.state.records(NodeLiveness).items() if held.record.health is NodeHealth.LOST}
+        self.lost_since = {name: self.lost_since.get(name, self._monotonic()) for name in lost}
 
     def look(self, now: float) -> dict[str, Evacuation | None]:
         """Find out which nodes instances are to leave at `now`, have those decided about of which that has changed, and return
@@ -128,6 +152,16 @@ class World:
                 self._touch(key)
         return changed
 
+    def left_on(self, name: str) -> tuple[int, int]:
+        """Return how many instances are to leave a node still, and how many are kept there by their volumes."""
+        left = kept = 0
+        for key in self.on_node.get(name, ()):
+            seen = self.seen(key, {})
+            if seen is not None and not seen.ended:
+                stays = seen.evacuation is None and seen.instance.desired is Desired.RUN
+                kept, left = kept + stays, left + (not stays)
+        return left, kept
+
     def apply(self, deltas: Deltas) -> None:
         """Take over one revision's changes and mark the owners that they touch."""
         for delta in deltas.deltas:
@@ -140,6 +174,8 @@ class World:
             case App():
                 scales = delta.new is not None and record.most is not None
                 (self.scaling.add if scales else self.scaling.discard)(delta.key)
+                near = delta.new is not None and _near_users(record)
+                (self.near.add if near else self.near.discard)(delta.key)
                 self.dirty[(OwnerKind.APP, delta.key)] = None
             case AppStatus():
                 self.dirty[(OwnerKind.APP, delta.key)] = None
@@ -159,6 +195,11 @@ class World:
             case NodePolicy() | Maintenance():
                 self.stale = True
             case Node() | NodeLiveness():
+                if isinstance(record, NodeLiveness):
+                    if delta.new is None or record.health is not NodeHealth.LOST:
+                        self.lost_since.pop(delta.key, None)
+                    else:
+                        self.lost_since.setdefault(delta.key, self._monotonic())
                 # A node's own words (its labels, say) change nothing for owners; that it is there, or is lost, or what becomes
                 # of its GPUs, does.
                 if not isinstance(record, Node) or _gpus(delta.old) != _gpus(delta.new):
@@ -224,16 +265,31 @@ class World:
         instance = held.record
         if instance.node not in lost:
             lost[instance.node] = self.lost_at(instance.node)
+        lost_at, lost_in_s = lost[instance.node], None
+        if lost_at is not None and instance.node in self.lost_since:
+            left_s = self._patience_left_s(instance)
+            if left_s > 0:
+                lost_at, lost_in_s = None, left_s
         return Seen(
             instance=instance,
             revision=held.revision,
             created=held.created,
             status=status.record if status else None,
-            lost_at=lost[instance.node],
+            lost_at=lost_at,
+            lost_in_s=lost_in_s,
             ailment=self._ailment(instance) if instance.gpus and lost[instance.node] is None else None,
             drained=frozenset(self._drained.get(instance.id, ())),
             evacuation=self._evacuation(instance) if instance.node in self.evacuations else None,
         )
+
+    def _patience_left_s(self, instance: Instance) -> float:
+        spec = self.spec_of(instance)
+        if spec is None:
+            return 0.0
+        patience = patience_s(spec, leaving=instance.desired is not Desired.RUN)
+        if math.isinf(patience):
+            return patience
+        return patience - (self._monotonic() - self.lost_since[instance.node or ""])
 
     def _evacuation(self, instance: Instance) -> Evacuation | None:
         found = self.evacuations[instance.node or ""]

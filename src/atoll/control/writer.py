@@ -17,6 +17,7 @@ from atoll.control.actions import (
     Tell,
     Update,
     WriteAppStatus,
+    WriteBrake,
     WriteJobStatus,
     WriteLiveness,
     WritePrefetch,
@@ -86,6 +87,8 @@ def _translate(action: Action, state: State) -> tuple[list[Compare], list[Op]]:
             return [unchanged(job, revision)], [Put(keys.job_status(job_status.project, job_status.name), codec.encode(job_status))]
         case WriteLiveness(liveness):
             return [], [Put(keys.node_liveness(liveness.name), codec.encode(liveness))]
+        case WriteBrake(brake):
+            return [], [Delete(keys.brake()) if brake is None else Put(keys.brake(), codec.encode(brake))]
         case WritePrefetch(prefetch):
             key = keys.prefetch(prefetch.node)
             return [], [Put(key, codec.encode(prefetch)) if prefetch.images else Delete(key)]

@@ -16,6 +16,8 @@ ROUND_TRIPS = "round-trips/"
 NODE_POLICIES = "node-policies/"
 NODE_LIVENESS = "node-liveness/"
 PREFETCHES = "prefetches/"
+BRAKES = "brakes/"
+BRAKE_RELEASES = "brake-releases/"
 MAINTENANCES = "maintenances/"
 TOKENS = "tokens/"
 SECRETS = "secrets/"
@@ -86,6 +88,14 @@ def node_policy(name: str) -> str:
 
 def node_liveness(name: str) -> str:
     return f"{NODE_LIVENESS}{name}"
+
+
+def brake() -> str:
+    return f"{BRAKES}cell"
+
+
+def brake_release() -> str:
+    return f"{BRAKE_RELEASES}cell"
 
 
 def prefetch(node: str) -> str:

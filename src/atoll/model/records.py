@@ -115,6 +115,8 @@ class AppStatus(_Record, frozen=True, kw_only=True):
     """How many instances the app's metric asks for; None where it does not scale by one."""
     parked: int = 0
     """Instances that stand by, parked. They are in none of the other numbers."""
+    sites: dict[str, int] = {}
+    """Site → how many instances it should have, of an app that is near its users."""
     rollout: RolloutStatus | None = None
     """Of the last rollout that can be steered or goes by shares of the requests; None of one that only replaces instances."""
     waits_for: tuple[str, ...] = ()
@@ -336,6 +338,23 @@ class NodeLiveness(_Record, frozen=True, kw_only=True):
     name: str
     health: NodeHealth
     since: float
+
+
+class Brake(_Record, frozen=True, kw_only=True):
+    """Many nodes fell silent at once, and none is given up any more. Written when it comes on, removed when it lets go. Writer:
+    node controller."""
+
+    since: float
+    silent: int
+    nodes: int
+    """How many there were."""
+
+
+class BrakeRelease(_Record, frozen=True, kw_only=True):
+    """An operator has let go of the brake; a brake that came on later is another. Writer: API."""
+
+    at: float
+    by: str = ""
 
 
 class Prefetch(_Record, frozen=True, kw_only=True):

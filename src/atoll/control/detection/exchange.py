@@ -78,11 +78,17 @@ class Exchange:
         self.send_to: Callable[[bytes, Address], None] = lambda _data, _to: None
         self.changed: Callable[[], None] = lambda: None
         self.leading = False
+        self._leads_until = float("-inf")
 
     def lead(self, leading: bool) -> None:
         """Begin to ask and to believe, or stop. What was heard so far holds; what a server before believed is found anew."""
         self.leading = leading
         self.watches.clear()
+
+    def affirm(self, until: float) -> None:
+        """Take in until when, on the monotonic clock, no other server can lead: an ACK says that the leader has heard only then,
+        since a node may rely on it to let what must not run twice go on."""
+        self._leads_until = until
 
     def standing(self, name: str) -> Standing | None:
         """Return how a node stands; None for one that has not beaten since this server started."""
@@ -153,7 +159,8 @@ class Exchange:
                 if not beat.flags & Flag.ASKS:
                     return
         last, window = (peer.last, peer.window) if peer is not None else (0, 0)
-        self._send(beats.pack_ack(key, Ack(self._session, beat.counter, last, window, self.leading)), sender)
+        leads = self.leading and self._clock.monotonic() < self._leads_until
+        self._send(beats.pack_ack(key, Ack(self._session, beat.counter, last, window, leads)), sender)
 
     def _pong(self, data: bytes, nonce: int, *, direct: bool) -> None:
         pending = self._pending.get(nonce)

@@ -23,6 +23,8 @@ from atoll.model.spec.isolation import RuntimeName as RuntimeName
 from atoll.model.spec.job import JobSpec as JobSpec
 from atoll.model.spec.job import Overlap as Overlap
 from atoll.model.spec.job import check_job as check_job
+from atoll.model.spec.lifecycle import Lost as Lost
+from atoll.model.spec.lifecycle import LostReplace as LostReplace
 from atoll.model.spec.lifecycle import Restart as Restart
 from atoll.model.spec.lifecycle import RestartPolicy as RestartPolicy
 from atoll.model.spec.lifecycle import Stop as Stop

@@ -13,7 +13,7 @@ from atoll.model.signals import signal_number
 from atoll.model.spec.build import Build
 from atoll.model.spec.gpu import Gpu, check_gpu
 from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION, Isolation, RuntimeName
-from atoll.model.spec.lifecycle import Stop
+from atoll.model.spec.lifecycle import Lost, Stop, check_lost
 from atoll.model.spec.placement import Placement, check_placement
 from atoll.model.spec.values import AbsolutePath, Argument, EnvValue, default
 from atoll.model.spec.volumes import Volume, check_volumes
@@ -50,6 +50,7 @@ class Workload(SpecRecord, frozen=True, kw_only=True):
     runtime: RuntimeName | None = None
     placement: Placement = default(Placement())
     stop: Stop = default(Stop())
+    lost: Lost = default(Lost())
     volumes: Annotated[tuple[Volume, ...], Meta(max_length=32)] = ()
     read_only_root: bool = False
     labels: dict[str, str] = {}
@@ -81,6 +82,7 @@ def check_workload(spec: Workload) -> None:
         raise Invalid("resources.memory: below 4MiB nothing starts", field="resources.memory", mend="ask for 16MiB or more")
     if spec.resources.gpu is not None:
         check_gpu(spec.resources.gpu, spec.runtimes)
+    check_lost(spec.lost)
     check_volumes(spec.volumes)
     check_placement(spec)
     both = sorted(set(spec.env) & set(spec.secrets))
