@@ -54,6 +54,7 @@ def report_app(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing
     )
     write_status(facts, decision, status)
     _tell_scaled(facts, decision)
+        sites=facts.sites,
     if last is None or last.release != app.release:
         tell(facts, decision, "app-deployed", f"release {app.release} is being rolled out", release=app.release)
     for told in plan.told:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
@@ -101,8 +101,9 @@ def status_of(
     scaled: int | None = None,
     parked: int = 0,
     rollout: RolloutStatus | None = None,
+    sites: Mapping[str, int] = {},
 ) -> AppStatus:
-    """Return the app's status; what is not given stays as it was, but for `scaled`, `parked` and `rollout`."""
+    """Return the app's status; what is not given stays as it was, but for `scaled`, `parked`, `rollout` and `sites`."""
     return AppStatus(
         project=app.project,
         name=app.name,
@@ -118,4 +119,5 @@ def status_of(
         scaled=scaled,
         parked=parked,
         rollout=rollout,
+        sites=dict(sites),
     )

@@ -25,6 +25,8 @@ class AppFacts(Struct, frozen=True, kw_only=True):
     """What the app's metric asks for, where it scales by one."""
     verdict: Verdict | None = None
     """What was found of the release that is being rolled out, last."""
+    sites: Mapping[str, int] = {}
+    """Site → how many instances it should have, where the app is near its users."""
 
     def drain_s(self, seen: Seen) -> float | None:
         if seen.idle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from msgspec import Struct, structs
@@ -27,6 +27,7 @@ from atoll.model.records import (
 from atoll.model.states import Desired
 from atoll.scheduling.assembly import app_owner, group_of, holds_room, standing_of
 from atoll.scheduling.demand import Demand, Pending, demand_of, standing_by
+from atoll.scheduling.geography import Geography
 from atoll.scheduling.interface import View
 from atoll.scheduling.plan import PENDING_MAX, Plan, plan
 from atoll.scheduling.preemption import preempt
@@ -78,9 +79,13 @@ class Placement:
         """Rejected instances that are part of a gang."""
         self._demands: dict[tuple[Any, ...], Demand] = {}
         self._suspects: frozenset[str] = frozenset()
+        self.before_plan: Callable[[list[Pending]], None] = lambda pending: None
+        """Called with what is planned next, so that all that the plan depends on is there."""
 
     def rebuild(self) -> None:
+        whereabouts = self.snapshot.whereabouts
         self.snapshot = Snapshot()
+        self.snapshot.whereabouts = whereabouts
         self.snapshot.evacuations = dict(self._world.evacuations)
         self._new.clear()
         self._rejected.clear()
@@ -208,6 +213,11 @@ class Placement:
                 self._demands[which] = demand
         return demand
 
+    def set_geography(self, geography: Geography) -> None:
+        """Take over where sites are."""
+        self.snapshot.set_geography(geography)
+        self._room = True
+
     def look(self, heartbeats: Heartbeats) -> None:
         """Take over which images nodes say they have. Called with each tick; costs little where nothing has changed."""
         for name in self._beats.keys() - heartbeats.keys():
@@ -248,6 +258,7 @@ class Placement:
             pending = self._whole_gangs(pending, fresh, waiting, skip)
         if not pending:
             return list(fresh.values()), []
+        self.before_plan(pending)
         answer = plan(self.snapshot, pending, now)
         result: dict[str, Instance] = {}
         self._preempt(pending, answer, fresh, skip, now)
