@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct
 
+from atoll.control import evacuation
 from atoll.control.actions import Decision, Seen, WriteAppStatus
 from atoll.control.appstatus import Rollout, status_of, why_not_ready
 from atoll.control.autoscale import why
@@ -30,6 +31,8 @@ class Standing(Struct, frozen=True, kw_only=True):
     crashed: bool
     unready: Sequence[Seen]
     """Of what is wanted."""
+    movers: Sequence[Seen]
+    """They serve, and leave their nodes when others serve in their place."""
     all: Sequence[Seen]
 
 
@@ -51,10 +54,10 @@ def report_app(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing
         scaled=standing.wanted if app.most is not None else None,
         parked=standing.parked,
         rollout=plan.status,
+        sites=facts.sites,
     )
     write_status(facts, decision, status)
     _tell_scaled(facts, decision)
-        sites=facts.sites,
     if last is None or last.release != app.release:
         tell(facts, decision, "app-deployed", f"release {app.release} is being rolled out", release=app.release)
     for told in plan.told:
@@ -124,6 +127,8 @@ def _phase(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing, no
         if rollout.failed and last.phase is AppPhase.FAILED:
             return AppPhase.FAILED, last.message
         said = last.message
+    if standing.movers and not rollout.under_way and standing.ready >= standing.wanted:
+        return AppPhase.RUNNING, f"{standing.movers[0].instance.id} leaves {evacuation.why(standing.movers[0])}"
     if rollout.failed:
         waited = format_seconds(rules.deadline)
         return AppPhase.FAILED, f"release {facts.app.release} made no progress for {waited}" + (f": {said}" if said else "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from msgspec import structs
 
-from atoll.control import gpus
+from atoll.control import evacuation, gpus
 from atoll.control.actions import Decision, Remove, RemoveApp, Seen
 from atoll.control.appreport import Standing, report_app, tell, write_status
 from atoll.control.appstatus import Rollout, has_crashed, settled, status_of, why_not_ready
@@ -23,6 +23,7 @@ from atoll.control.standby import Standbys, served_a_while
 from atoll.model.records import AppPhase, Severity
 from atoll.model.rollouts import RolloutPhase
 from atoll.model.states import Desired, Phase
+from atoll.scheduling import budget
 from atoll.scheduling.quotas import CODE as OVER_QUOTA
 
 
@@ -47,9 +48,14 @@ class _Step:
         run = [seen for seen in order if seen.instance.desired is Desired.RUN and not seen.instance.standby]
         self.standbys = Standbys(facts.instances, decision)
         self.maker = Maker(facts, decision)
-        self.gone = gpus.due(facts.instances, decision)
-        """Told to go now, because of their devices."""
-        self.sick = [seen for seen in run if gpus.urgency_of(seen) is gpus.Urgency.SERVING]
+        due = (*gpus.due(facts.instances, decision), *evacuation.due(facts.instances, decision, self.app.spec))
+        self.gone = list({seen.instance.id: seen for seen in due}.values())
+        """Told to go now, because of their devices or because their nodes are to be empty."""
+        self.sick = [
+            seen
+            for seen in run
+            if gpus.urgency_of(seen) is gpus.Urgency.SERVING or evacuation.waits(seen, decision.now, self.app.spec)
+        ]
         """They serve until others do in their place."""
         leaving = {seen.instance.id for seen in (*self.gone, *self.sick)}
         run = [seen for seen in run if seen.instance.id not in leaving]
@@ -289,15 +295,21 @@ class _Step:
         return len(self.ready_new) + sum(seen.ready for seen in (*self.old, *self.sick))
 
     def _retire_sick(self) -> None:
-        """Take away as many of those on sick devices as others serve in their place."""
-        least = max(0, self.wanted - self.rules.max_unavailable)
+        """Take away as many of those on sick devices, or on nodes that are to be empty, as others serve in their place."""
+        no_room = bool(self.sick) and evacuation.find_no_room(self.new, self.decision)
+        least = budget.least_in_move(self.app.spec, self.wanted, no_room=no_room)
         while self.sick and self._serving() > least:
             seen = self.sick.pop(0)
             self.ready = [other for other in self.ready if other is not seen]
             self._replace(seen, drain_s=self.facts.drain_s(seen))
 
     def _replace(self, seen: Seen, *, drain_s: float | None) -> None:
-        """Let an instance go because of its device."""
+        """Let an instance go because of its device, or off its node."""
+        if gpus.urgency_of(seen) is None:
+            evacuation.tell(self.decision, seen)
+            drain_s = self.facts.drain_s(seen)
+            retire(self.decision, seen, evacuation.why(seen), drain_s=drain_s, ingresses=self.facts.ingresses)
+            return
         gpus.tell(self.decision, seen)
         why = seen.ailment.why if seen.ailment else ""
         retire(self.decision, seen, why, drain_s=drain_s, ingresses=self.facts.ingresses, excused=True)
@@ -305,7 +317,7 @@ class _Step:
     def _retire_old(self, rollout: Rollout) -> None:
         """Take away as many of the old as the ready ones allow, those that do not serve first."""
         serving = self._serving()
-        least = max(0, self.wanted - self.rules.max_unavailable)
+        least = budget.least_in_rollout(self.app.spec, self.wanted)
         spare = len(self.old) + len(self.ready_new) - least
         if self.plan.old:
             spare = min(spare, len(self.old) - self.plan.old)
@@ -366,6 +378,7 @@ class _Step:
             parked=self.standbys.parked,
             crashed=self.crashed,
             unready=self._unready(),
+            movers=[seen for seen in self.sick if seen.evacuation is not None],
             all=(*self.old, *self.new, *self.sick, *self.lost, *self.failed),
         )
         report_app(self.facts, rollout, self.plan, standing, self.decision)
