@@ -6,10 +6,12 @@ From the deadline on the rest goes all the same. Work that serves nobody (that s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from atoll.control.actions import Decision, Seen
-from atoll.model.records import Instance
+from atoll.control.actions import Decision, Seen, Tell
+from atoll.model.evacuation import Evacuation, in_words
+from atoll.model.maintenance import Drain
+from atoll.model.records import CELL_PROJECT, Event, Instance
 from atoll.model.spec import Workload
 from atoll.model.states import Desired
 from atoll.scheduling.demand import holds_volumes
@@ -100,3 +102,24 @@ def find_no_room(newcomers: Sequence[Seen], decision: Decision) -> bool:
             return True
         decision.wake(at)
     return False
+
+
+def changes_in_words(changed: Mapping[str, Evacuation | None], now: float) -> Iterator[Tell]:
+    """Yield what happens to nodes. Who leads next says it again under the same id, so that nothing is told twice."""
+    for name, evacuation in changed.items():
+        if evacuation is None:
+            yield _told(name, now, now, "node-used-again", f"node {name} is used again")
+        else:
+            text = f"node {name} is to be empty by {in_words(evacuation.deadline)}: {evacuation.why}"
+            yield _told(name, evacuation.since, now, "node-evacuated", text)
+
+
+def drained(name: str, drain: Drain, kept: int, now: float) -> Tell:
+    """Return what is told once of a node that is empty but for `kept` instances."""
+    rest = f"; {kept} stay for their volumes' sake" if kept else ""
+    return _told(name, drain.since, now, "node-drained", f"node {name} is drained{rest}")
+
+
+def _told(node: str, since: float, at: float, code: str, message: str) -> Tell:
+    id = f"{int(since * 1000):013d}-{code}-{node}"
+    return Tell(Event(id=id, at=at, project=CELL_PROJECT, subject=f"node/{node}", code=code, message=message, node=node))

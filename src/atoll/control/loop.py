@@ -18,6 +18,7 @@ from atoll.control.actions import Action, Create, Decision, Remove, Seen, Update
 from atoll.control.apps import decide_app
 from atoll.control.detection.exchange import Exchange
 from atoll.control.disruptions import take_away
+from atoll.control.emptying import Emptying
 from atoll.control.gc import GC_S, decide_gc
 from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.layouts import IngressHeartbeats, Layouts
@@ -86,6 +87,7 @@ class Loop:
         self._begins_at = Revision(int(term.fence.expected))
         self._world = World(state, clock.monotonic)
         self._placement = Placement(self._world)
+        self._emptying = Emptying(self._world, self._placement)
         self._detection = detection
         self._nodes = NodeWatch(self._world, clock, last_seen, detection)
         self._heartbeats: Heartbeats = heartbeats if heartbeats is not None else {}
@@ -263,8 +265,7 @@ class Loop:
         now = self._clock.now()
         self._given.clear()
         self._wake_due(now)
-        if self._world.stale:
-            self._evacuate(now)
+        self._emptying.look(now)
         units: list[Unit] = []
         decided: list[tuple[Owner, Decision]] = []
         actions = 0
@@ -303,11 +304,6 @@ class Loop:
         for owner in self._timers.take(now):
             self._world.dirty[owner] = None
 
-    def _evacuate(self, now: float) -> None:
-        """Take over which nodes instances are to leave: it changes with policies, and with time."""
-        changed = self._world.look(now)
-        if changed:
-            self._placement.evacuate(self._world.evacuations)
 
     def _too_soon(self, owner: Owner, now: float) -> bool:
         """Put off a large owner that has just been decided about, so that it is not gone through for each of its instances."""
@@ -398,6 +394,7 @@ class Loop:
 
     def _node_units(self, now: float) -> list[Unit]:
         decision = Decision(now, self._suffix)
+        self._emptying.tell(decision)
         self._nodes.decide(decision)
         return units_of("nodes", decision.actions, self._world.state)
 
