@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
+from atoll.model.traffic import BOUNDS_MS
 from atoll.model.worker import SERVICE_HEADER, SERVICES, SERVICES_SOCKET
 
 ADMIN_SOCKET = "admin.sock"
@@ -31,6 +32,9 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 RETRY_SAFE_ON = "reset"
 """On top of every route's own conditions, for safe methods: the connection broke before the first byte of an answer."""
 
+ZONE = "here"
+"""Envoy's own zone: from it to that of an endpoint, which names the release, it counts requests."""
+COUNTED = r"upstream_rq_(completed|5xx|time)"
 _TYPE = "@type"
 _GOOGLE = "type.googleapis.com/envoy"
 
@@ -46,7 +50,7 @@ class Listener(Struct, frozen=True, kw_only=True):
 def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
     """Return Envoy's bootstrap as plain data, ready for JSON."""
     return {
-        "node": {"id": name, "cluster": "ingress"},
+        "node": {"id": name, "cluster": "ingress", "locality": {"zone": ZONE}},
         "admin": {"address": {"pipe": {"path": ADMIN_SOCKET, "mode": 0o600}}},
         "dynamic_resources": {
             "ads_config": {
@@ -68,10 +72,16 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
                         {"prefix": prefix}
                         for prefix in ("server.", "http.ingress.", "http.services.", "listener.", "control_plane.")
                     ]
-                    + [{"safe_regex": {"regex": r"cluster\..*\.upstream_rq_(total|pending_active|retry|5xx)"}}]
+                    + [
+                        {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_rq_(total|pending_active|retry|5xx)"}},
+                        {"safe_regex": {"regex": rf"cluster\.[^.]*\.zone\.{ZONE}\.[^.]*\.{COUNTED}"}},
+                    ]
                 }
-            }
+            },
+            "histogram_bucket_settings": [{"match": {"prefix": "cluster."}, "buckets": list(BOUNDS_MS)}],
         },
+        # Histograms are brought up to date when they are asked for, which the meter does as often as it needs them.
+        "stats_flush_on_admin": True,
         "overload_manager": {
             "resource_monitors": [
                 {

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Ingress, Routing
+from atoll.model.traffic import TrafficReport
 
 
 class FakeRouting:
@@ -16,6 +17,7 @@ class FakeRouting:
     def __init__(self) -> None:
         self.ingresses: dict[str, Ingress] = {}
         self.drained_instances: list[str] = []
+        self.reports: list[TrafficReport] = []
         self.watches = 0
         """How often a watch was begun."""
         self._available = True
@@ -65,6 +67,10 @@ class FakeRouting:
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         self._check()
         self.drained_instances.extend(instances)
+
+    async def traffic(self, report: TrafficReport) -> None:
+        self._check()
+        self.reports.append(report)
 
     def _send(self, *, put: tuple[Routing, ...] = (), removed: tuple[str, ...] = ()) -> None:
         self._revision += 1

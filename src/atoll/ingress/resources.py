@@ -6,7 +6,7 @@ import enum
 import hashlib
 import ipaddress
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2
@@ -38,6 +38,12 @@ RETRY_ON = "connect-failure,refused-stream,reset-before-request"
 BREAKER_MAX = 1_000_000
 """Envoy's own limits (1,024 requests, 3 retries) turn a stampede into 503s; instances protect themselves."""
 BUFFER_BYTES = 256 << 10
+SLOTS = 64
+"""Envoy counts by zone, and each release has its own: as many as no two kept releases of an app share one (the API keeps 50). It
+never forgets a zone's counts, so that one for each release there ever was would fill its memory."""
+WHOLE = 10_000_000
+"""Envoy takes from the weight of releases that drain, as if they could not bear it; with an overprovisioning factor as large as
+this (in percent, 140 where it is left out) it does not, and weights are kept to."""
 PATH_BYTES_MAX = 1024
 HOSTNAME = re.compile(r"(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
 PATH = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*")
@@ -72,10 +78,12 @@ class Target(Struct, frozen=True, order=True):
     app: str
     port: int
     http2: bool = False
+    preview: bool = False
+    """Of a release that does not have the app's requests yet."""
 
     @property
     def cluster(self) -> str:
-        return f"{self.project}/{self.app}/{self.port}{'/h2' if self.http2 else ''}"
+        return f"{self.project}/{self.app}/{self.port}{'/h2' if self.http2 else ''}{'/preview' if self.preview else ''}"
 
 
 class HostPath(Struct, frozen=True, order=True):
@@ -128,6 +136,7 @@ def cluster(target: Target) -> Resource:
     )
     # Without this, an app whose endpoints all drain would have its requests sent to them nevertheless.
     message.common_lb_config.healthy_panic_threshold.value = 0
+    message.common_lb_config.locality_weighted_lb_config.SetInParent()
     breaker = circuit_breaker_pb2.CircuitBreakers.Thresholds()
     for limit in (breaker.max_connections, breaker.max_pending_requests, breaker.max_requests, breaker.max_retries):
         limit.value = BREAKER_MAX
@@ -146,23 +155,40 @@ def cluster(target: Target) -> Resource:
     return resource(Kind.CLUSTER, target.cluster, message)
 
 
-def endpoints(target: Target, places: Iterable[Endpoint]) -> Resource:
-    """Return where the instances of `target` are. A draining one gets no new request; one at a bad address is left out."""
-    draining: dict[str, bool] = {}
+def endpoints(target: Target, places: Iterable[Endpoint], weights: Mapping[int, int] = {}) -> Resource:
+    """Return where the instances of `target` are, each release a locality of its own.
+
+    A draining one gets no new request; one at a bad address is left out. A release gets requests by its weight, or without weights
+    by how many of its instances serve; what of it cannot be had goes to the others that have a weight.
+    """
+    known: dict[str, Endpoint] = {}
     for place in places:
-        if check_address(place.address) is None:
-            draining[place.address] = draining.get(place.address, True) and place.draining
-    group = endpoint_components_pb2.LocalityLbEndpoints()
-    for address, is_draining in sorted(draining.items()):
-        socket = address_pb2.SocketAddress(address=address, port_value=target.port)
-        group.lb_endpoints.append(
-            endpoint_components_pb2.LbEndpoint(
-                endpoint=endpoint_components_pb2.Endpoint(address=address_pb2.Address(socket_address=socket)),
-                health_status=health_check_pb2.DRAINING if is_draining else health_check_pb2.HEALTHY,
+        before = known.get(place.address)
+        if check_address(place.address) is None and (before is None or before.draining):
+            known[place.address] = place
+    message = endpoint_pb2.ClusterLoadAssignment(cluster_name=target.cluster)
+    message.policy.overprovisioning_factor.value = WHOLE
+    for release in sorted({place.release for place in known.values()}):
+        own = {address: place for address, place in known.items() if place.release == release}
+        group = message.endpoints.add()
+        group.locality.zone = zone_of(release)
+        weight = weights.get(release, 0) if weights else sum(not place.draining for place in own.values())
+        if weight:
+            group.load_balancing_weight.value = weight
+        for address, place in sorted(own.items()):
+            socket = address_pb2.SocketAddress(address=address, port_value=target.port)
+            group.lb_endpoints.append(
+                endpoint_components_pb2.LbEndpoint(
+                    endpoint=endpoint_components_pb2.Endpoint(address=address_pb2.Address(socket_address=socket)),
+                    health_status=health_check_pb2.DRAINING if place.draining else health_check_pb2.HEALTHY,
+                )
             )
-        )
-    message = endpoint_pb2.ClusterLoadAssignment(cluster_name=target.cluster, endpoints=[group] if draining else [])
     return resource(Kind.ENDPOINTS, target.cluster, message)
+
+
+def zone_of(release: int) -> str:
+    """Return what Envoy counts a release under."""
+    return f"r{release % SLOTS}"
 
 
 def virtual_host(host: str, routes: Sequence[tuple[str, Target]]) -> Resource:

@@ -15,12 +15,14 @@ from atoll.ingress.bootstrap import ACCESS_LOG, ADS_SOCKET
 from atoll.ingress.drain import Drainer
 from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
 from atoll.ingress.logs import keep_bounded
+from atoll.ingress.meter import Meter
 from atoll.ingress.resources import Kind, Resource
 from atoll.ingress.table import RoutingTable
 from atoll.model import records
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.control_plane import RoutingBatch
+from atoll.model.traffic import TrafficReport
 from atoll.model.worker import SERVICES
 
 RETRY_S = 0.2
@@ -42,6 +44,8 @@ class ControlPlane(Protocol):
     def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]: ...
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None: ...
+
+    async def traffic(self, report: TrafficReport) -> None: ...
 
 
 class Ingress:
@@ -82,6 +86,7 @@ class Ingress:
             directory, name=name, address=address, port=self.http_port, clock=self._clock, workers=workers, binary=binary
         )
         self._drainer = Drainer(self.table, self.ads, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
+        self._meter = Meter(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
 
     async def run(self) -> None:
         """Serve until cancelled; then Envoy ends too, with `stop_grace_s` for the requests that are active.
@@ -107,6 +112,7 @@ class Ingress:
             tasks.create_task(self._follow(), name="ingress-routing")
             tasks.create_task(self._become_ready(), name="ingress-ready")
             tasks.create_task(self._drainer.run(), name="ingress-drain")
+            tasks.create_task(self._meter.run(), name="ingress-meter")
             tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
 
     async def _follow(self) -> None:

@@ -70,9 +70,17 @@ class RoutingTable:
     def draining(self) -> Iterable[tuple[str, Endpoint]]:
         """Yield every endpoint that must lose its requests, with its app's key."""
         for key, routing in self._routings.items():
-            for endpoint in routing.endpoints:
+            for endpoint in _every(routing):
                 if endpoint.draining:
                     yield key, endpoint
+
+    def releases(self) -> Iterable[tuple[str, dict[str, int], bool]]:
+        """Yield for every cluster which release Envoy counts under which zone, and whether several of them serve."""
+        for key, routing in self._routings.items():
+            numbers = {endpoint.release for endpoint in _every(routing)} | routing.weights.keys()
+            zones = {resources.zone_of(number): number for number in sorted(numbers - {0})}
+            for cluster in self.clusters_of(key):
+                yield cluster, zones, len(zones) > 1
 
     def clusters_of(self, key: str) -> tuple[str, ...]:
         """Return the names of the app's clusters."""
@@ -85,18 +93,18 @@ class RoutingTable:
             return set()
         self._routings[key] = routing
         for target in _targets(routing):
-            for each in (resources.cluster(target), resources.endpoints(target, routing.endpoints)):
+            for each in (resources.cluster(target), _endpoints(target, routing)):
                 self._write(each)
-        if old is None or old.hosts != routing.hosts:
+        if old is None or _places(old) != _places(routing):
             return self._claim(key, old, routing)
         return set()
 
     def _claim(self, key: str, old: Routing | None, routing: Routing) -> set[str]:
         """Claim the app's places instead of those it had; return the hostnames that this may change."""
         wanted: dict[HostPath, Target] = {}
-        for host, path, port, http2 in routing.hosts:
-            if resources.check_host_path(host, path) is None and 0 < port < 65_536:
-                wanted.setdefault(HostPath(host, path), Target(routing.project, routing.app, port, http2))
+        for place, target in _places(routing):
+            if resources.check_host_path(place.host, place.path) is None and 0 < target.port < 65_536:
+                wanted.setdefault(place, target)
         changed = {place.host for place in wanted}
         for place in self._held(key, old):
             if place not in wanted:
@@ -122,17 +130,17 @@ class RoutingTable:
     def _problems_of(self, key: str) -> tuple[Problem, ...]:
         routing = self._routings[key]
         problems = []
-        for endpoint in routing.endpoints:
+        for endpoint in _every(routing):
             why = resources.check_address(endpoint.address)
             if why is not None:
                 problems.append(Problem(key, f"instance {endpoint.instance}: {why}"))
-        for host, path, port, _ in routing.hosts:
-            why = resources.check_host_path(host, path)
-            if why is None and not 0 < port < 65_536:
-                why = f"{port} is not a port"
+        for place, target in _places(routing):
+            why = resources.check_host_path(place.host, place.path)
+            if why is None and not 0 < target.port < 65_536:
+                why = f"{target.port} is not a port"
             if why is None:
-                owner = next(iter(self._claims[HostPath(host, path)]))
-                why = None if owner == key else f"{host}{path} belongs to {owner}"
+                owner = next(iter(self._claims[place]))
+                why = None if owner == key else f"{place.host}{place.path} belongs to {owner}"
             if why is not None:
                 problems.append(Problem(key, why))
         return tuple(problems)
@@ -151,7 +159,7 @@ class RoutingTable:
         """Return the places that the app claims by `routing`."""
         if routing is None:
             return []
-        places = dict.fromkeys(HostPath(host, path) for host, path, _, _ in routing.hosts)
+        places = dict.fromkeys(place for place, _ in _places(routing))
         return [place for place in places if key in self._claims.get(place, {})]
 
     def _write_host(self, host: str) -> None:
@@ -190,7 +198,29 @@ def key_of(routing: Routing) -> str:
 
 def _targets(routing: Routing) -> set[Target]:
     return {
-        Target(routing.project, routing.app, port, http2)
-        for host, path, port, http2 in routing.hosts
-        if resources.check_host_path(host, path) is None and 0 < port < 65_536
+        target
+        for place, target in _places(routing)
+        if resources.check_host_path(place.host, place.path) is None and 0 < target.port < 65_536
     }
+
+
+def _places(routing: Routing) -> list[tuple[HostPath, Target]]:
+    """Return where the app answers, its preview among it, and where each place leads."""
+    project, app, preview = routing.project, routing.app, routing.preview
+    found = [(HostPath(host, path), Target(project, app, port, http2)) for host, path, port, http2 in routing.hosts]
+    if preview is not None:
+        found.append((HostPath(preview.host, "/"), Target(project, app, preview.port, preview.http2, preview=True)))
+    return found
+
+
+def _endpoints(target: Target, routing: Routing) -> Resource:
+    if not target.preview:
+        return resources.endpoints(target, routing.endpoints, routing.weights)
+    return resources.endpoints(target, routing.preview.endpoints if routing.preview is not None else ())
+
+
+def _every(routing: Routing) -> tuple[Endpoint, ...]:
+    """Return all endpoints of the app, each once: those of its preview among them."""
+    preview = routing.preview.endpoints if routing.preview is not None else ()
+    known = {endpoint.instance for endpoint in routing.endpoints}
+    return (*routing.endpoints, *(endpoint for endpoint in preview if endpoint.instance not in known))

@@ -15,6 +15,7 @@ from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
+from atoll.model.traffic import TrafficReport
 from atoll.model.views import ErrorAnswer
 from atoll.sdk import answers
 from atoll.sdk.http import HttpTransport
@@ -92,6 +93,9 @@ class HttpControlPlane:
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         await self._call("POST", path("ingresses", ingress, "drained"), _Drained(instances))
+
+    async def traffic(self, report: TrafficReport) -> None:
+        await self._call("POST", path("ingresses", report.ingress, "traffic"), report)
 
     async def close(self) -> None:
         """Close the idle connections; streams that are open end with their iterators."""

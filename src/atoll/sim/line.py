@@ -10,6 +10,7 @@ from atoll.api.service.service import Service
 from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
+from atoll.model.traffic import TrafficReport
 from atoll.sim.faults import Faults, Life
 from atoll.sim.server import Server
 from atoll.sim.story import Story
@@ -119,6 +120,9 @@ class Line:
 
     def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]:
         return self._stream(lambda service: service.control_plane.routing(ingress, KEEPALIVE_S))
+
+    async def traffic(self, report: TrafficReport) -> None:
+        await self.call(lambda service: service.control_plane.traffic(report))
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         await self.call(lambda service: service.control_plane.drained(ingress, instances))

@@ -10,6 +10,7 @@ from msgspec import Struct
 from atoll.model.beats import BeatGrant
 from atoll.model.records import Assignment, Event, Heartbeat, Ingress, Node, Routing, Status
 from atoll.model.states import Desired
+from atoll.model.traffic import TrafficReport
 
 
 class AssignmentBatch(Struct, frozen=True):
@@ -107,3 +108,7 @@ class ControlPlane(Protocol):
         ...
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None: ...
+
+    async def traffic(self, report: TrafficReport) -> None:
+        """Take what an ingress counted. It may be lost: the next report says the same and more."""
+        ...
