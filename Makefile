@@ -1,5 +1,5 @@
 # The two commands: `make demo` runs a real app on real parts, `make test` runs every test.
-.PHONY: setup demo test lint lock bench clean
+.PHONY: setup demo test coverage lint lock bench clean
 
 setup:
 	@scripts/setup.sh
@@ -14,10 +14,14 @@ lint: setup
 	.venv/bin/lint-imports
 	@$(MAKE) --no-print-directory -s -C src/atoll/runtimes/native strict
 
+# Two at a time, a file of tests always whole: most of them wait for real parts rather than compute.
+PYTEST = .venv/bin/python -m pytest -m "not soak" -n 2 --dist loadfile
+
 test: lint
-	.venv/bin/coverage erase
-	.venv/bin/coverage run -m pytest -m "not soak"
-	.venv/bin/coverage combine -q
+	$(PYTEST)
+
+coverage: setup
+	$(PYTEST) --cov --cov-report=
 	.venv/bin/coverage report --format=total | sed 's/^/coverage: /; s/$$/ %/'
 
 lock:
