@@ -100,11 +100,13 @@ async def registries(session: Session) -> AsyncIterator[Registries]:
     from atoll.images.auth import Access
     from atoll.images.reference import CELL_HOST
     from atoll.images.registry import Registries
+    from atoll.sdk.http import pinned
 
-    address = session.context.address
+    address = session.context.address.split(",")[0].strip()
     if not address.startswith(("http://", "https://")):
         raise Unsupported(f"images cannot be pushed through {address}", mend="name the API by http:// or https://")
-    access = Access(url=address, token=session.context.token or "", insecure=True)
+    ca = await pinned(session.context.address, session.context.ca) if address.startswith("https://") else None
+    access = Access(url=address, token=session.context.token or "", insecure=True, ca=ca or "")
     found = Registries({CELL_HOST: access})
     try:
         yield found

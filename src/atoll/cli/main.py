@@ -50,6 +50,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "projects": ("projects:projects", "List and make projects."),
         "store": ("store:store", "Move the cell's state to another store; back it up, restore and check it."),
         "token": ("tokens:token", "Make and withdraw access tokens."),
+        "join-token": ("members:join_token", "Let new machines join: make and withdraw join tokens."),
+        "servers": ("members:servers", "Show the servers that run, and which of them leads."),
+        "authority": ("members:authority", "Show and rotate the cell's certificate authority."),
     },
     "More": {
         "sim": ("sim:sim", "Replay a trace through the scheduler, several policies side by side."),
@@ -72,7 +75,7 @@ First steps:
 \b
 Exit status: 0 done · 1 failed · 2 wrong usage or input · 3 the API does not answer
   4 not found · 5 not allowed · 6 conflict · 130 interrupted
-Environment: ATOLL_API, ATOLL_TOKEN, ATOLL_PROJECT, NO_COLOR, ATOLL_DEBUG=1 (show tracebacks)
+Environment: ATOLL_API, ATOLL_TOKEN, ATOLL_PROJECT, ATOLL_CA, NO_COLOR, ATOLL_DEBUG=1 (show tracebacks)
 """
 
 
@@ -136,12 +139,13 @@ def report_unexpected(error: BaseException) -> None:
 
 @click.group(cls=Root, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(atoll.__version__, message="%(version)s")
-def cli(as_json: bool, project: str | None, api: str | None) -> None:
+def cli(as_json: bool, project: str | None, api: str | None, ca: str | None) -> None:
     """Atoll makes many machines one computer: hand it an image, and it finds a place, runs it and keeps it alive."""
     session = click.get_current_context().ensure_object(Session)
     session.json = session.json or as_json
     session.project_given = project or session.project_given
     session.api_given = api or session.api_given
+    session.ca_given = ca or session.ca_given
 
 
 cli.params.extend(common_options())

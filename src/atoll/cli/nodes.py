@@ -186,6 +186,35 @@ async def reinstate(session: Session, name: str, gpu: str, reset: bool) -> None:
         session.output.say(f"[green]✓[/] {gpus.short(device.id)} of {name} {was} offered again")
 
 
+@command(example="atoll nodes revoke node-3")
+@names.argument("name", "nodes", metavar="NODE")
+@click.option("--ingress", is_flag=True, help="NODE is the name of an ingress.")
+async def revoke(session: Session, name: str, ingress: bool) -> None:
+    """Refuse a node's certificate and tokens from now on, at every server, also on streams that are open.
+
+    What runs there goes on there until the node counts as lost, and is replaced then. `atoll join-token create --node NODE` lets
+    it in again.
+    """
+    async with session.client() as client:
+        view = await (client.revoke_ingress(name) if ingress else client.revoke_node(name))
+    if session.json:
+        session.output.json(view)
+    else:
+        session.output.say(f"[green]✓[/] {name} is refused from now on")
+
+
+@command(example="atoll nodes remove node-3")
+@names.argument("name", "nodes", metavar="NODE")
+async def remove(session: Session, name: str) -> None:
+    """Forget a node that is lost or revoked, with its certificate and tokens."""
+    async with session.client() as client:
+        view = await client.remove_node(name)
+    if session.json:
+        session.output.json(view)
+    else:
+        session.output.say(f"[green]✓[/] {name} is forgotten")
+
+
 def _said(session: Session, view: NodeView, what: str) -> None:
     if session.json:
         session.output.json(view)
@@ -193,5 +222,5 @@ def _said(session: Session, view: NodeView, what: str) -> None:
         session.output.say(f"[green]✓[/] {view.node.name} {what}")
 
 
-for _each in (list_nodes, show, cordon, uncordon, reinstate):
+for _each in (list_nodes, show, cordon, uncordon, reinstate, revoke, remove):
     nodes.add_command(_each)

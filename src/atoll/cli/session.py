@@ -41,9 +41,9 @@ _EXIT_BY_STATUS = {
 
 
 def _dial(context: Context) -> Transport:
-    from atoll.sdk.http import HttpTransport
+    from atoll.sdk.failover import transport_to
 
-    return HttpTransport(context.address, context.token, agent="atoll-cli")
+    return transport_to(context.address, context.token, agent="atoll-cli", ca=context.ca)
 
 
 @dataclass
@@ -54,13 +54,14 @@ class Session:
     json: bool = False
     project_given: str | None = None
     api_given: str | None = None
+    ca_given: str | None = None
     stdin: Any = field(default_factory=lambda: sys.stdin)
 
     @cached_property
     def context(self) -> Context:
         from atoll.sdk import context
 
-        return context.resolve(self.api_given, project=self.project_given)
+        return context.resolve(self.api_given, project=self.project_given, ca=self.ca_given)
 
     @property
     def project(self) -> str:
@@ -115,15 +116,16 @@ def debugging() -> bool:
 def command(*, example: str, name: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """A command whose function gets the Session first, and may be a coroutine. `example` ends its help.
 
-    Every command takes --json, --project and --api, as `atoll` itself does.
+    Every command takes --json, --project, --api and --ca, as `atoll` itself does.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        def run(as_json: bool, project: str | None, api: str | None, **values: Any) -> None:
+        def run(as_json: bool, project: str | None, api: str | None, ca: str | None, **values: Any) -> None:
             session = click.get_current_context().find_object(Session) or Session()
             session.json = session.json or as_json
             session.project_given = project or session.project_given
             session.api_given = api or session.api_given
+            session.ca_given = ca or session.ca_given
             result = function(session, **values)
             if inspect.iscoroutine(result):
                 import asyncio  # takes 30 ms, and not every command waits for something
@@ -145,6 +147,7 @@ def common_options() -> list[click.Option]:
         click.Option(["--json", "as_json"], is_flag=True, help="Print JSON on stdout, for programs."),
         click.Option(["--project", "-p"], metavar="NAME", help="The project; else ATOLL_PROJECT, else 'default'."),
         click.Option(["--api"], metavar="URL", help="Where the API answers; else ATOLL_API, else what `atoll up` wrote."),
+        click.Option(["--ca"], metavar="FILE|PIN", help="The cell's authority: PEM, or its sha256 fingerprint; else ATOLL_CA."),
     ]
 
 

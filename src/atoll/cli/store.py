@@ -127,6 +127,35 @@ async def check(session: Session, file: Path | None, place: str | None, **files:
         )
 
 
+@command(name="forget-key", example="atoll store forget-key --yes")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_at
+async def forget_key(session: Session, yes: bool, place: str | None, **files: Path | None) -> None:
+    """Let the cell take a new key, because the old one is lost for good. Every server must be stopped.
+
+    The next server that starts makes the new key. Secrets must be set again, and machines that joined must join again: what the
+    lost key sealed can be opened by nobody.
+    """
+    from atoll.model import keys
+    from atoll.model.ports.clock import SystemClock
+    from atoll.model.ports.store import Delete
+    from atoll.store.place import name_of, open_place
+
+    where = _place(place, files)
+    if not yes:
+        click.confirm("Secrets and certificate authorities that the lost key sealed end for good. Go on?", abort=True, err=True)
+    opened = await open_place(where, SystemClock())
+    try:
+        ops = [Delete(keys.CELL_KEY), Delete(keys.AUTHORITIES, prefix=True), Delete(keys.IDENTITIES, prefix=True)]
+        await opened.txn((), ops)
+    finally:
+        await opened.close()
+    if session.json:
+        session.output.json({"forgotten": name_of(where)})
+    else:
+        session.output.say(f"[green]✓[/] {name_of(where)} takes the key of the next server that starts")
+
+
 def _place(text: str | None, files: dict[str, Any]) -> Place:
     from atoll.entry.config import DATA_DEFAULT, Config
 
@@ -144,5 +173,5 @@ def _say_filled(session: Session, done: Filled, source: str, target: str) -> Non
     )
 
 
-for _each in (migrate, backup, restore, check):
+for _each in (migrate, backup, restore, check, forget_key):
     store.add_command(_each)

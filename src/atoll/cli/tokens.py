@@ -28,7 +28,7 @@ async def create(session: Session, name: str, role: str, subject: str | None, ex
 
     everywhere = all_projects or role in ("admin", "agent", "ingress")
     project = session.project_given if session.project_given and not all_projects else "*" if everywhere else session.project
-    request = TokenRequest(name=name, role=Role(role), project=project, expires_in_s=_span(expires), subject=subject or "")
+    request = TokenRequest(name=name, role=Role(role), project=project, expires_in_s=span(expires), subject=subject or "")
     async with session.client() as client:
         view = await client.create_token(request)
     if session.json:
@@ -39,7 +39,8 @@ async def create(session: Session, name: str, role: str, subject: str | None, ex
     click.echo(view.token)
 
 
-def _span(text: str | None) -> float | None:
+def span(text: str | None) -> float | None:
+    """Return the seconds in `--expires`. Raises Invalid."""
     from atoll.model.units import Seconds
 
     if text is None:

@@ -56,13 +56,40 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _extra(*options: Callable[[Any], Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+serving_options = _extra(
+    click.option("--listen", metavar="HOST:PORT", help="Where the API listens.  [default: that of --api]"),
+    click.option("--tls", is_flag=True, help="Speak TLS also on loopback; elsewhere it is always spoken."),
+    click.option("--insecure-plain", is_flag=True, help="Speak plain HTTP although others than this machine may come."),
+    click.option("--advertise", metavar="URL", help="Where other machines reach this server.  [default: from --listen]"),
+    click.option(
+        "--key", type=click.Path(path_type=Path), help="The cell's key, the same at every server.  [default: DATA/server/key]"
+    ),
+    click.option("--certificate-life", metavar="SPAN", help="How long certificates live that are signed here.  [default: 24h]"),
+)
+joining_options = _extra(
+    click.option("--server", metavar="URL,…", help="The cell's servers, where this is another machine."),
+    click.option("--join", metavar="TOKEN", help="Join the cell first, with a token of `atoll join-token create`."),
+)
+
+
 def _config(session: Session, given: dict[str, Any]) -> Config:
     """Return the settings; --api is where the API listens here, not where it is called."""
     from atoll.entry.config import Config
 
     if session.api_given is not None:
         given["api"] = session.api_given.removeprefix("http://").rstrip("/")
-    for name in ("data", "store_ca", "store_cert", "store_key"):
+    if session.ca_given is not None:
+        given["ca"] = str(Path(session.ca_given).absolute()) if Path(session.ca_given).exists() else session.ca_given
+    for name in ("data", "key", "store_ca", "store_cert", "store_key"):
         if given.get(name) is not None:
             given[name] = given[name].absolute()
     return Config(**{name: value for name, value in given.items() if value})
@@ -70,6 +97,7 @@ def _config(session: Session, given: dict[str, Any]) -> Config:
 
 @command(example="atoll up --detach\natoll up --data /srv/atoll --ingress 0.0.0.0:80 --domain apps.example")
 @settings
+@serving_options
 @click.option("--detach", "-d", is_flag=True, help="Return when everything serves; it goes on in the background.")
 def up(session: Session, detach: bool, **given: Any) -> None:
     """Run everything on this machine: server, agent and ingress, over one data directory.
@@ -128,7 +156,7 @@ def _announce(session: Session, config: Config) -> None:
 
 def _places(config: Config) -> dict[str, str]:
     return {
-        "api": f"http://{config.api}",
+        "api": config.url,
         "ingress": f"http://{config.ingress}",
         "domain": config.domain,
         "token_file": str(config.client_file),
@@ -174,18 +202,35 @@ def down(session: Session, data: Path | None, keep_running: bool) -> None:
         session.output.say(f"  what is wanted and all data stay in {config.data}; `atoll up` brings it back")
 
 
-def _process(role: str, text: str, example: str) -> click.Command:
-    def start(session: Session, **given: Any) -> None:
+def _process(role: str, text: str, example: str, options: Callable[[Callable[..., Any]], Callable[..., Any]]) -> click.Command:
+    def start(session: Session, join: str | None = None, **given: Any) -> None:
+        if join is not None:
+            from atoll.entry.joining import JOIN_VARIABLE
+
+            os.environ[JOIN_VARIABLE] = join  # it is a secret, and arguments are shown to everyone for as long as the process runs
         config = _config(session, given)
         os.execv(sys.executable, [sys.executable, "-m", f"atoll.entry.{role}", *config.arguments()])  # noqa: S606 - becomes it
 
     start.__name__ = role
     start.__doc__ = text
-    return command(example=example, name=role)(settings(start))
+    return command(example=example, name=role)(settings(options(start)))
 
 
-server = _process("server", "Run the server alone: store, API, controllers and scheduler.", "atoll server --api 127.0.0.1:7600")
-agent = _process(
-    "agent", "Run the agent alone: it runs this node's instances. Its token is DATA/agent/token.", "atoll agent --node node-3"
+server = _process(
+    "server",
+    "Run a server alone: store, API, controllers and scheduler. Several over one etcd are one cell.",
+    "atoll server --listen 0.0.0.0:7600 --store etcd://10.0.0.1,10.0.0.2,10.0.0.3 --key /etc/atoll/key",
+    serving_options,
 )
-ingress = _process("ingress", "Run the ingress alone. Its token is DATA/ingress/token.", "atoll ingress --ingress 0.0.0.0:80")
+agent = _process(
+    "agent",
+    "Run the agent alone: it runs this node's instances. It joins once (--join), or its token is DATA/agent/token.",
+    "atoll agent --server https://10.0.0.1:7600,https://10.0.0.2:7600 --join TOKEN",
+    joining_options,
+)
+ingress = _process(
+    "ingress",
+    "Run the ingress alone. It joins once (--join), or its token is DATA/ingress/token.",
+    "atoll ingress --ingress 0.0.0.0:80 --server https://10.0.0.1:7600 --join TOKEN",
+    joining_options,
+)

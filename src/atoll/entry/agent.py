@@ -6,13 +6,14 @@ import signal
 
 from atoll.entry.config import Config
 from atoll.entry.gpus import node_devices
-from atoll.entry.process import Stop, read_token, run, run_until
+from atoll.entry.joining import kept, reach
+from atoll.entry.process import Stop, run, run_until
 from atoll.images.disk import spread_below
 from atoll.images.lazy.shown import LazyImages
 from atoll.images.reference import CELL_HOST
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
-from atoll.images.transport import Access
+from atoll.model.membership import MemberKind
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.model.ports.runtime import Runtime
 from atoll.model.worker import SERVICES
@@ -22,16 +23,15 @@ from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.offer import RUNTIMES, AnyRuntime
 from atoll.runtimes.workerd import WorkerdRuntime
-from atoll.sdk.control_plane import HttpControlPlane
 
 
 async def main(config: Config, stop: Stop) -> None:
     """Run the agent until `stop`; then let go of what runs; on SIGINT stop it first."""
     data = config.agent_data
-    token = await read_token(config.agent_data / "token", stop)
-    if token is None:
+    found = await reach(config, MemberKind.NODE, data, stop)
+    if found is None:
         return
-    access = {CELL_HOST: Access(url=f"http://{config.api}", username="agent", password=token)}
+    access = {CELL_HOST: found.registry()}
     registries = Registries(access, default=config.default_registry or None)
     lazy = LazyImages(data / "images" / "lazy", access)
     images = ImageStore(data / "images", registries, lazy=lazy)
@@ -39,9 +39,10 @@ async def main(config: Config, stop: Stop) -> None:
         busy.mkdir(parents=True, exist_ok=True, mode=0o711 if busy == RUNTIME_DIRECTORY else 0o700)
         spread_below(busy)  # a start makes a dozen files, and is not to wait for the disk's search for free ones
     clock = SystemClock()
+    control = found.control_plane(node=found.name)
     agent = Agent(
-        node=config.node_name,
-        control=HttpControlPlane(f"http://{config.api}", token, node=config.node_name),
+        node=found.name,
+        control=control,
         runtimes=tuple(_runtime(kind, config) for kind in RUNTIMES),
         images=images,
         network=LinkNetwork(config.subnet, data / "network"),
@@ -57,7 +58,8 @@ async def main(config: Config, stop: Stop) -> None:
         if stop.signal == signal.SIGINT:
             await agent.stop_instances()
 
-    await run_until(stop, agent.run(), last)
+    async with kept(found, MemberKind.NODE, control):
+        await run_until(stop, agent.run(), last)
     await images.close()
     if stop.signal == signal.SIGINT:
         lazy.end()

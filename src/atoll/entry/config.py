@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from dataclasses import dataclass
@@ -40,6 +41,53 @@ class Config:
     store_ca: Path | None = None
     store_cert: Path | None = None
     store_key: Path | None = None
+    listen: str = ""
+    """Where the server listens, if elsewhere than `api`."""
+    tls: bool = False
+    insecure_plain: bool = False
+    """Plain HTTP where others than this machine may come: whoever is on the way reads and changes everything."""
+    advertise: str = ""
+    """The URL by which other machines reach this server."""
+    key: Path | None = None
+    """The cell's key, the same at every server; without it `server/key` in the data directory."""
+    certificate_life: str = "24h"
+    server: str = ""
+    """URLs of the cell's servers, with commas, for an agent or ingress of another machine."""
+    ca: str = ""
+    """Their authority, as `--ca` takes it."""
+
+    @property
+    def listens(self) -> str:
+        return self.listen or self.api
+
+    @property
+    def secure(self) -> bool:
+        """Whether the server speaks TLS: when it is told, and where others than this machine may come. Raises Invalid."""
+        return self.tls or not (self.insecure_plain or is_loopback(split_address(self.listens, field="--listen")[0]))
+
+    @property
+    def url(self) -> str:
+        """Return where processes of this machine find the server."""
+        return f"{'https' if self.secure else 'http'}://{self.listens}"
+
+    @property
+    def advertised(self) -> str:
+        """Return where other machines find the server."""
+        if self.advertise:
+            return self.advertise.rstrip("/")
+        host, port = split_address(self.listens, field="--listen")
+        if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+            host = socket.getfqdn()
+        return f"{'https' if self.secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def key_file(self) -> Path:
+        return self.key or self.server_data / "key"
+
+    @property
+    def ca_file(self) -> Path:
+        """What processes of this machine know the server by."""
+        return self.server_data / "ca.pem"
 
     @property
     def node_name(self) -> str:
@@ -85,8 +133,16 @@ class Config:
             options.append(f"--nvproxy-driver={self.nvproxy_driver}")
         if self.log_json:
             options.append("--log-json")
-        given = {"store": self.store, "store-ca": self.store_ca, "store-cert": self.store_cert, "store-key": self.store_key}
+        given: dict[str, object] = {
+            "store": self.store,
+            "store-ca": self.store_ca,
+            "store-cert": self.store_cert,
+            "store-key": self.store_key,
+        }
+        given |= {"listen": self.listen, "advertise": self.advertise, "key": self.key, "server": self.server, "ca": self.ca}
+        given |= {"certificate-life": self.certificate_life if self.certificate_life != Config.certificate_life else ""}
         options += [f"--{name}={value}" for name, value in given.items() if value]
+        options += [f"--{name}" for name, on in {"tls": self.tls, "insecure-plain": self.insecure_plain}.items() if on]
         return options
 
 
@@ -94,6 +150,14 @@ def node_name_of(hostname: str) -> str:
     """Return a machine's hostname as a name that Atoll accepts."""
     kept = "".join(c if c.isalnum() else "-" for c in hostname.lower().split(".")[0]).strip("-")
     return ("n-" + kept if not kept[:1].isalpha() else kept)[:40].rstrip("-") or "node"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address or name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def split_address(address: str, *, field: str) -> tuple[str, int]:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 from atoll.entry.config import Config, split_address
-from atoll.entry.process import Stop, read_token, run, run_until
+from atoll.entry.joining import kept, reach
+from atoll.entry.process import Stop, run, run_until
 from atoll.ingress.service import Ingress
-from atoll.sdk.control_plane import HttpControlPlane
+from atoll.model.membership import MemberKind
 
 
 async def main(config: Config, stop: Stop) -> None:
     """Run the ingress until `stop`, and Envoy with it."""
-    token = await read_token(config.ingress_data / "token", stop)
-    if token is None:
+    found = await reach(config, MemberKind.INGRESS, config.ingress_data, stop)
+    if found is None:
         return
     address, port = split_address(config.ingress, field="--ingress")
+    control = found.control_plane()
     ingress = Ingress(
-        HttpControlPlane(f"http://{config.api}", token),
+        control,
         config.ingress_data,
-        name=config.node_name,
+        name=found.name,
         site=config.site,
         address=address,
         port=port,
         domain=config.domain,
     )
-    await run_until(stop, ingress.run())
+    async with kept(found, MemberKind.INGRESS, control):
+        await run_until(stop, ingress.run())
 
 
 if __name__ == "__main__":

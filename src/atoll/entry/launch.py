@@ -83,7 +83,7 @@ async def missing(config: Config) -> str | None:
     saved = load(config.client_file)
     if saved is None:
         return "the server"
-    async with Client.connect(saved.address, saved.token) as client:
+    async with Client.connect(saved.address, saved.token, ca=saved.ca) as client:
         if not (await client.info()).ingresses:
             return "the ingress"
         node = next((view for view in await client.nodes() if view.node.name == config.node_name), None)

@@ -65,6 +65,12 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--store", default="")
     for name in ("ca", "cert", "key"):
         parser.add_argument(f"--store-{name}", type=Path)
+    for name in ("listen", "advertise", "server", "ca"):
+        parser.add_argument(f"--{name}", default="")
+    parser.add_argument("--certificate-life", default=Config.certificate_life)
+    parser.add_argument("--key", type=Path)
+    parser.add_argument("--tls", action="store_true")
+    parser.add_argument("--insecure-plain", action="store_true")
     return Config(**vars(parser.parse_args(arguments)))
 
 

@@ -14,11 +14,16 @@ from atoll.api.registry.handlers import registry_handler
 from atoll.api.registry.registry import Registry
 from atoll.api.service import SYSTEM, Service
 from atoll.api.service.context import KINDS
+from atoll.api.service.sealing import KEY_BYTES
+from atoll.api.service.servers import check_key
 from atoll.control.controllers import run_control
-from atoll.entry.config import Config, split_address, write_private
+from atoll.entry.config import Config, is_loopback, split_address, write_private
 from atoll.entry.process import Stop, run, run_until, together
-from atoll.model.errors import Unauthenticated
+from atoll.entry.serving import ServerCertificate, certificate_life_s, peer_dial, server_id, server_record
+from atoll.model import keys
+from atoll.model.errors import Corrupt, Invalid, Unauthenticated
 from atoll.model.ports.clock import SystemClock, system_random
+from atoll.model.ports.store import Store
 from atoll.model.records import Role
 from atoll.model.views import TokenRequest
 from atoll.sdk.context import Saved, save
@@ -29,8 +34,15 @@ log = structlog.get_logger()
 
 
 async def main(config: Config, stop: Stop) -> None:
-    """Serve until `stop`. Raises Unavailable (the port is taken, etcd does not answer), Conflict (the data is in use), Corrupt."""
-    listener = listen(*split_address(config.api, field="--api"))
+    """Serve until `stop`.
+
+    Raises Unavailable (the port is taken, etcd does not answer), Conflict (the data or the server's id is in use), Corrupt (the
+    data, or the key is not the cell's), Invalid.
+    """
+    secure, life_s = config.secure, certificate_life_s(config)
+    listener = listen(*split_address(config.listens, field="--listen"))
+    if not secure and not is_loopback(split_address(config.listens, field="--listen")[0]):
+        log.warning("others than this machine may come, and nothing is encrypted", listen=config.listens)
     clock, random = SystemClock(), system_random()
     config.server_data.mkdir(parents=True, exist_ok=True, mode=0o700)
     place = config.store_place
@@ -38,14 +50,30 @@ async def main(config: Config, stop: Stop) -> None:
     store = await open_place(place, clock)
     try:
         async with State(store, KINDS) as state:
-            key = cell_key(config.server_data / "key")
-            service = Service(store, state, clock, random, key, config.domain, store_name=kind)
+            key = await cell_key(config, store)
+            id = server_id(config)
+            service = Service(
+                store,
+                state,
+                clock,
+                random,
+                key,
+                config.domain,
+                store_name=kind,
+                server=server_record(config, id),
+                dial=peer_dial(config.ca_file),
+                certificate_life_s=life_s,
+            )
+            await check_key(service.context)
             await service.start()
+            certificate = ServerCertificate(config, service, id, clock)
+            if secure:
+                await certificate.begin()
             await write_tokens(config, service)
             registry = Registry(config.server_data / "registry", service)
             app = create_app(service, mounts=[registry_handler(registry, service)])
-            async with serving(app, service, listener):
-                log.info("serving", api=f"http://{config.api}", store=kind)
+            async with serving(app, service, listener, tls=certificate.tls if secure else None):
+                log.info("serving", api=config.url, store=kind, server=id)
                 heartbeats = service.heartbeats
                 control = run_control(
                     store,
@@ -54,17 +82,27 @@ async def main(config: Config, stop: Stop) -> None:
                     random,
                     heartbeats.last_seen(),
                     heartbeats=heartbeats.all(),
-                    identity=config.node_name,
+                    identity=id,
                 )
-                await run_until(stop, together(control, registry.run()))
+                work = [control, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]
+                await run_until(stop, together(*work))
     finally:
         await store.close()
 
 
-def cell_key(path: Path) -> bytes:
-    """Return the key that seals secrets, made the first time."""
+async def cell_key(config: Config, store: Store) -> bytes:
+    """Return the key that seals secrets; a cell's first server makes it, any other is given it. Raises Corrupt, Invalid."""
+    path = config.key_file
     if not path.exists():
-        write_private(path, secrets.token_bytes(32))
+        if config.key is not None:
+            raise Invalid(f"--key: there is no {path}", field="key", mend="copy 'server/key' of another server there")
+        if await store.get(keys.CELL_KEY) is not None:
+            raise Corrupt(
+                f"this server has no key ({path}), and the cell has one already",
+                mend="copy 'server/key' of another server or of the backup here, or name it with --key FILE; "
+                "where it is lost for good: atoll store forget-key",
+            )
+        write_private(path, secrets.token_bytes(KEY_BYTES))
     return path.read_bytes()
 
 
@@ -74,7 +112,8 @@ async def write_tokens(config: Config, service: Service) -> None:
     admin = await _token_in(config.server_data / "admin-token", service, TokenRequest(name="admin", role=Role.ADMIN))
     await _token_in(config.agent_data / "token", service, TokenRequest(name="agent", role=Role.AGENT, subject=node))
     await _token_in(config.ingress_data / "token", service, TokenRequest(name="ingress", role=Role.INGRESS, subject=node))
-    save(config.client_file, Saved(address=f"http://{config.api}", token=admin))
+    ca = config.ca_file.read_text() if config.secure else None
+    save(config.client_file, Saved(address=config.url, token=admin, ca=ca))
 
 
 async def _token_in(path: Path, service: Service, wanted: TokenRequest) -> str:

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -108,11 +109,21 @@ class Supervisor:
         """Whether the server serves: from then on the tokens that agent and ingress will read are known to it."""
         with (
             contextlib.suppress(OSError),
-            socket.create_connection(split_address(self.config.api, field="--api"), timeout=1) as line,
+            socket.create_connection(split_address(self.config.listens, field="--listen"), timeout=1) as line,
+            self._secured(line) as secured,
         ):
-            line.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-            return line.recv(12).endswith(b" 200")
+            secured.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            return secured.recv(12).endswith(b" 200")
         return False
+
+    def _secured(self, line: socket.socket) -> socket.socket:
+        """Return the connection as the server speaks; whether it is ours is not asked, because nothing is told it."""
+        if not self.config.secure:
+            return line
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context.wrap_socket(line)
 
     def _start(self, child: _Child, now: float) -> None:
         environment = {**os.environ, "ATOLL_SUPERVISOR": str(os.getpid())}
@@ -222,7 +233,7 @@ def holder(config: Config) -> int | None:
 def check(config: Config) -> None:
     """Raise Unsupported or Conflict for what would keep `atoll up` from working, before anything is made."""
     check_root()
-    for option, address in (("--api", config.api), ("--ingress", config.ingress)):
+    for option, address in (("--listen" if config.listen else "--api", config.listens), ("--ingress", config.ingress)):
         host, port = split_address(address, field=option)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:

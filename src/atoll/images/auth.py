@@ -30,6 +30,10 @@ class Access(Struct, frozen=True, kw_only=True):
     token: str = ""
     insecure: bool = False
     """Plain http is allowed even though the host is not this machine."""
+    ca: str = ""
+    """PEM, or a file of it: its authority alone is trusted, and a server of the cell is expected (`model.tls`)."""
+    identity: str = ""
+    """With `ca`: a file (PEM) of the key and the certificate that are shown."""
 
     def __repr__(self) -> str:
         return f"Access(url={self.url!r}, username={self.username!r}, insecure={self.insecure})"

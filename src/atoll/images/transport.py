@@ -7,6 +7,7 @@ import contextlib
 import random
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -16,6 +17,7 @@ from atoll.images.answers import Retriable, is_loopback, network_errors, raise_f
 from atoll.images.auth import Access as Access
 from atoll.images.auth import Credentials
 from atoll.model.errors import ImageError
+from atoll.model.tls import trusting
 
 T = TypeVar("T")
 REDIRECTS_MAX = 5
@@ -49,7 +51,7 @@ class Transport:
         self.patience = patience or Patience()
         timeout = httpx.Timeout(self.patience.stall_s, connect=self.patience.connect_s, pool=None)
         self._http = http or httpx.AsyncClient(
-            follow_redirects=False, timeout=timeout, verify=ssl.create_default_context(), mounts=dict.fromkeys(_NEVER_PROXIED)
+            follow_redirects=False, timeout=timeout, verify=ssl.create_default_context(), mounts=_ways(access or {})
         )
         self._owns_http = http is None
         self._rng = rng or random.Random()
@@ -144,6 +146,17 @@ class Transport:
         if target.scheme not in ("http", "https") or (secure and target.scheme == "http" and not is_loopback(target.host)):
             raise ImageError(f"registry {host} redirects to an insecure address ({target.scheme}://{target.host})")
         return str(target)
+
+
+def _ways(access: Mapping[str, Access]) -> dict[str, httpx.AsyncBaseTransport | None]:
+    """Return what is reached in a way of its own: this machine by no proxy, the cell's registry by the cell's TLS."""
+    ways: dict[str, httpx.AsyncBaseTransport | None] = dict.fromkeys(_NEVER_PROXIED)
+    for one in access.values():
+        if one.ca and one.url is not None and one.url.startswith("https://"):
+            context = trusting(one.ca if "-----BEGIN" in one.ca else Path(one.ca), Path(one.identity) if one.identity else None)
+            origin = httpx.URL(one.url)
+            ways[f"https://{origin.netloc.decode()}"] = httpx.AsyncHTTPTransport(verify=context)
+    return ways
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:

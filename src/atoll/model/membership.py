@@ -22,6 +22,8 @@ SKEW_MAX = 1
 API_HEADER = "atoll-api"
 """Says the speaker's `API_VERSION`, in requests and in answers. Who says nothing is taken as he is: curl, a browser."""
 
+SERVER_NAME = "server.atoll.internal"
+"""The DNS name that every server's certificate has, so that clients can tell servers of the cell at any address."""
 JOIN_PREFIX = "atolljoin_"
 _ID_BYTES = 6
 _SECRET_BYTES = 24

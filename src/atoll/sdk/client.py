@@ -15,6 +15,14 @@ from atoll.model import codec
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import OutcomeUnknown, Unavailable
 from atoll.model.maintenance import MaintenanceSpec
+from atoll.model.membership import (
+    AuthorityView,
+    IdentityView,
+    JoinTokenRequest,
+    JoinTokenView,
+    RotateRequest,
+    ServerView,
+)
 from atoll.model.records import Event, Project, Release, Usage
 from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
@@ -42,7 +50,7 @@ from atoll.model.views import (
     WatchLine,
 )
 from atoll.sdk import answers, context, streams, watching
-from atoll.sdk.http import HttpTransport
+from atoll.sdk.failover import transport_to
 from atoll.sdk.transport import Answer, Transport, Unreachable, path
 
 TRIES_MAX = 3
@@ -66,10 +74,13 @@ class Client:
         self._transport = transport
 
     @classmethod
-    def connect(cls, address: str | None = None, token: str | None = None) -> Client:
-        """Return a client for what was given, or for what the environment and `atoll up`'s files say. Opens nothing yet."""
-        found = context.resolve(address, token)
-        return cls(HttpTransport(found.address, found.token, agent="atoll-client"))
+    def connect(cls, address: str | None = None, token: str | None = None, *, ca: str | None = None) -> Client:
+        """Return a client for what was given, or for what the environment and `atoll up`'s files say. Opens nothing yet.
+
+        `address` may name several servers with commas; `ca` is the cell's authority: a PEM file or text, or its `sha256:` pin.
+        """
+        found = context.resolve(address, token, ca=ca)
+        return cls(transport_to(found.address, found.token, agent="atoll-client", ca=found.ca))
 
     async def __aenter__(self) -> Client:
         return self
@@ -134,6 +145,42 @@ class Client:
         body = codec.encode(ReinstateRequest(reset=reset))
         where = path("nodes", node, "gpus", gpu, "reinstate")
         return answers.read(await self._transport.request("POST", where, body=body, timeout_s=REINSTATE_S), GpuDevice)
+
+    async def revoke_node(self, name: str) -> IdentityView:
+        """Have a node's certificate and tokens refused from now on."""
+        return await self._write(IdentityView, "POST", path("nodes", name, "revoke"))
+
+    async def revoke_ingress(self, name: str) -> IdentityView:
+        return await self._write(IdentityView, "POST", path("ingresses", name, "revoke"))
+
+    async def remove_node(self, name: str) -> IdentityView:
+        """Forget a node that is lost or revoked. Raises Conflict where it answers, or holds instances."""
+        return await self._write(IdentityView, "DELETE", path("nodes", name))
+
+    async def identities(self) -> list[IdentityView]:
+        """Return the machines that joined, with when their certificates end."""
+        return await self._get(list[IdentityView], path("identities"))
+
+    async def create_join_token(self, request: JoinTokenRequest) -> JoinTokenView:
+        """Return the new join token; its `token` is never shown again."""
+        return await self._write(JoinTokenView, "POST", path("join-tokens"), request)
+
+    async def join_tokens(self) -> list[JoinTokenView]:
+        return await self._get(list[JoinTokenView], path("join-tokens"))
+
+    async def delete_join_token(self, id: str) -> None:
+        await self._delete(path("join-tokens", id))
+
+    async def authorities(self) -> list[AuthorityView]:
+        return await self._get(list[AuthorityView], path("authorities"))
+
+    async def rotate_authority(self, *, at_once: bool = False) -> list[AuthorityView]:
+        """Make a new certificate authority; see `docs/identity.md` for what follows."""
+        return await self._write(list[AuthorityView], "POST", path("authorities", "rotate"), RotateRequest(at_once=at_once))
+
+    async def servers(self) -> list[ServerView]:
+        """Return the servers that run, and which leads."""
+        return await self._get(list[ServerView], path("servers"))
 
     async def usage(self, project: str | None = None) -> list[Usage]:
         """Return what every instance used at its node's last heartbeat."""

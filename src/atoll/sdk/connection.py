@@ -6,13 +6,15 @@ httpx does the same in ten times the memory and three times the time, and takes 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from typing import cast
 
 import httptools
 
-from atoll.model.errors import Unavailable
+from atoll.model.errors import Unauthenticated, Unavailable
 
+_REFUSED_MEND = "is this machine's clock right? Else let it join anew: atoll join-token create"
 BUFFER_BYTES_MAX = 256 << 10
 """What is read ahead of the consumer before the socket is paused."""
 
@@ -29,6 +31,8 @@ class Connection(asyncio.Protocol):
         self._wake: asyncio.Future[None] | None = None
         self._lost: Exception | None = None
         self._closed = False
+        self.generation = 0
+        """Which certificate it was made with (`Tls.generation`)."""
         self._reset()
 
     def _reset(self) -> None:
@@ -82,6 +86,9 @@ class Connection(asyncio.Protocol):
 
     async def _wait(self) -> None:
         if self._lost is not None:
+            if isinstance(self._lost, ssl.SSLError) and "ALERT" in (self._lost.reason or ""):
+                said = (self._lost.reason or "").partition("ALERT_")[2].replace("_", " ").lower()
+                raise Unauthenticated(f"the server refused our certificate: {said}", mend=_REFUSED_MEND)
             raise Unavailable(f"the connection broke: {self._lost}")
         self._wake = asyncio.get_running_loop().create_future()
         try:

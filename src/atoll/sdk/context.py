@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from atoll.model import codec
 from atoll.model.errors import Invalid, Unauthenticated
-from atoll.sdk.transport import ADDRESS_DEFAULT, Address
+from atoll.sdk.transport import ADDRESS_DEFAULT, addresses_of
 
 DATA_DEFAULT = Path("/var/lib/atoll")
 
@@ -24,6 +24,8 @@ class Saved(Struct, frozen=True, kw_only=True):
     address: str
     token: str | None = None
     project: str | None = None
+    ca: str | None = None
+    """The cell's authority, PEM or pins; see `trust.Tls`."""
 
 
 class Context(Struct, frozen=True, kw_only=True):
@@ -33,6 +35,7 @@ class Context(Struct, frozen=True, kw_only=True):
     token: str | None
     project: str
     source: str
+    ca: str | None = None
 
 
 def config_path(environment: Mapping[str, str] = os.environ) -> Path:
@@ -73,16 +76,22 @@ def resolve(
     token: str | None = None,
     project: str | None = None,
     *,
+    ca: str | None = None,
     environment: Mapping[str, str] = os.environ,
     data: Path | None = None,
 ) -> Context:
-    """Return the context; what is given outright beats ATOLL_API, ATOLL_TOKEN and ATOLL_PROJECT, and those beat the files."""
+    """Return the context; what is given outright beats ATOLL_API, ATOLL_TOKEN, ATOLL_PROJECT and ATOLL_CA, and those the files."""
     source = "what was given"
     address = address or None
     if address is None and environment.get("ATOLL_API"):
         address, source = environment["ATOLL_API"], "ATOLL_API"
     token = token or environment.get("ATOLL_TOKEN") or None
     project = project or environment.get("ATOLL_PROJECT") or None
+    ca = ca or environment.get("ATOLL_CA") or None
+    if ca is not None:
+        from atoll.sdk.trust import read_ca  # `ssl` takes 10 ms to import, and most addresses are plain ones of this machine
+
+        ca = read_ca(ca)
     for path in (config_path(environment), (data or Path(environment.get("ATOLL_DATA") or DATA_DEFAULT)) / "client.json"):
         if address is not None and token is not None:
             break
@@ -92,9 +101,10 @@ def resolve(
             if address is None and token is None:
                 raise
             continue
-        if saved is not None and (address is None or Address.parse(address) == Address.parse(saved.address)):
+        if saved is not None and (address is None or set(addresses_of(address)) <= set(addresses_of(saved.address))):
             if address is None:
                 address, source = saved.address, str(path)
             token = token or saved.token
             project = project or saved.project
-    return Context(address=address or ADDRESS_DEFAULT, token=token, project=project or "default", source=source)
+            ca = ca or saved.ca
+    return Context(address=address or ADDRESS_DEFAULT, token=token, project=project or "default", source=source, ca=ca)

@@ -13,12 +13,12 @@ import msgspec
 from atoll.model import codec
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
-from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
-from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
+from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
+from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.traffic import TrafficReport
 from atoll.model.views import ErrorAnswer
 from atoll.sdk import answers
-from atoll.sdk.http import HttpTransport
+from atoll.sdk.failover import transport_to
 from atoll.sdk.transport import Transport, path
 
 CALL_S = 10.0
@@ -43,7 +43,7 @@ class HttpControlPlane:
     """
 
     def __init__(self, address: str, token: str | None, *, node: str | None = None, transport: Transport | None = None) -> None:
-        self._transport: Transport = transport or HttpTransport(address, token, agent="atoll-agent")
+        self._transport: Transport = transport or transport_to(address, token, agent="atoll-agent")
         self._node = node
 
     async def register_node(self, node: Node) -> None:
@@ -90,6 +90,9 @@ class HttpControlPlane:
     def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]:
         """As `assignments`, for all apps that have routes."""
         return self._batches(path("ingresses", ingress, "routing"), RoutingBatch)
+
+    async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
+        return codec.decode(await self._call("POST", path("ingresses", heartbeat.ingress, "heartbeat"), heartbeat), Peers)
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         await self._call("POST", path("ingresses", ingress, "drained"), _Drained(instances))

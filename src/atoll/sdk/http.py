@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from atoll.model.errors import DeadlineExceeded, OutcomeUnknown, TooLarge, Unavailable
+from atoll.model.membership import API_HEADER, API_VERSION, Bundle, check_skew
 from atoll.sdk import answers
 from atoll.sdk.connection import Connection
-from atoll.sdk.transport import BODY_BYTES_MAX, CONNECT_S, LINE_BYTES_MAX, REQUEST_S, SILENCE_S, Address, Answer, Unreachable
+from atoll.sdk.transport import (
+    BODY_BYTES_MAX,
+    CONNECT_S,
+    LINE_BYTES_MAX,
+    REQUEST_S,
+    SILENCE_S,
+    Address,
+    Answer,
+    Unreachable,
+    addresses_of,
+)
+from atoll.sdk.trust import Tls, chosen, pins_of, unverified
 
 if TYPE_CHECKING:
     from atoll.model.ports.control_plane import Channel
@@ -23,12 +36,24 @@ IDLE_MAX = 8
 class HttpTransport:
     """Calls the API at `address` with `token`. Safe for many tasks of one event loop."""
 
-    def __init__(self, address: str | Address, token: str | None = None, *, agent: str = "atoll") -> None:
+    def __init__(
+        self,
+        address: str | Address,
+        token: str | None = None,
+        *,
+        agent: str = "atoll",
+        tls: Tls | None = None,
+        connect_s: float = CONNECT_S,
+        api_version: int = API_VERSION,
+    ) -> None:
         self.address = Address.parse(address) if isinstance(address, str) else address
         self._token = token
         self._idle: list[Connection] = []
-        self._tls = ssl.create_default_context() if self.address.scheme == "https" else None
+        self._tls = (tls or Tls()) if self.address.scheme == "https" else None
+        self._connect_s = connect_s
+        self._version = api_version
         fixed = [f"Host: {self.address.authority}", f"User-Agent: {agent}", "Accept: application/json"]
+        fixed.append(f"{API_HEADER}: {api_version}")
         if token:
             fixed.append(f"Authorization: Bearer {token}")
         self._fixed = "".join(f"{line}\r\n" for line in fixed)
@@ -74,6 +99,7 @@ class HttpTransport:
             try:
                 async with asyncio.timeout(REQUEST_S):
                     await connection.head()
+                    self._check_version(connection.headers)
                     if connection.status >= 400:
                         raise answers.from_answer(connection.status, await _body(connection))
             except TimeoutError:
@@ -86,29 +112,83 @@ class HttpTransport:
         """Open a WebSocket. Raises the error that the server answers with."""
         from atoll.sdk.websocket import dial  # takes 35 ms to import, and most commands need none
 
-        return await dial(self.address, self._token, path)
+        context = await self._context()
+        reached = await self._reach() if self._connect_s < CONNECT_S else None
+        return await dial(self.address, self._token, path, tls=context, api_version=self._version, reached=reached)
 
     async def close(self) -> None:
         while self._idle:
             self._idle.pop().close()
 
+    @property
+    def _generation(self) -> int:
+        return self._tls.generation if self._tls is not None else 0
+
+    async def _context(self) -> ssl.SSLContext | None:
+        return await self._tls.context(self._fetch_bundle) if self._tls is not None else None
+
+    async def _fetch_bundle(self, context: ssl.SSLContext) -> str:
+        """Return the server's bundle, over a connection that nothing is trusted of: the caller checks it against its pins."""
+        connection = await self._connect(context)
+        try:
+            connection.send(
+                f"GET {self.address.base}/v1/identity/bundle HTTP/1.1\r\nHost: {self.address.authority}\r\n\r\n".encode(), b""
+            )
+            async with asyncio.timeout(REQUEST_S):
+                await connection.head()
+                answer = Answer(connection.status, connection.headers, await _body(connection))
+        except TimeoutError:
+            raise Unavailable(f"{self.address} gave no answer within {REQUEST_S:.0f} s") from None
+        finally:
+            connection.close()
+        return answers.read(answer, Bundle).bundle
+
     async def _take(self, *, fresh: bool = False) -> tuple[Connection, bool]:
         while self._idle and not fresh:
             connection = self._idle.pop()
-            if connection.usable:
+            if connection.usable and connection.generation == self._generation:
                 return connection, False
+            connection.close()
+        return await self._connect(await self._context()), True
+
+    async def _connect(self, context: ssl.SSLContext | None) -> Connection:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(self._connect_s):
                 if self.address.socket:
                     _, connection = await loop.create_unix_connection(Connection, self.address.socket)
                 else:
-                    _, connection = await loop.create_connection(Connection, self.address.host, self.address.port, ssl=self._tls)
+                    _, connection = await loop.create_connection(Connection, self.address.host, self.address.port, ssl=context)
         except TimeoutError:
-            raise Unreachable(f"{self.address} does not answer (no connection within {CONNECT_S:.0f} s)", mend=_MEND) from None
+            waited = f"no connection within {self._connect_s:.0f} s"
+            raise Unreachable(f"{self.address} does not answer ({waited})", mend=_MEND) from None
+        except ssl.SSLCertVerificationError as error:
+            raise Unreachable(f"{self.address} is not trusted: {error.verify_message}", mend=_TRUST_MEND) from None
+        except ssl.SSLError as error:
+            raise Unreachable(f"{self.address} does not speak TLS as expected: {error.reason or error}", mend=_MEND) from None
         except OSError as error:
             raise Unreachable(f"{self.address} does not answer: {_words(error)}", mend=_MEND) from None
-        return connection, True
+        connection.generation = self._generation
+        return connection
+
+    async def _reach(self) -> socket.socket | None:
+        """Return a connected socket: to open a stream may take an agent some seconds, to see that nobody is there may not."""
+        if self.address.socket:
+            return None
+        loop = asyncio.get_running_loop()
+        reached: socket.socket | None = None
+        try:
+            async with asyncio.timeout(self._connect_s):
+                found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+                reached = socket.socket(found[0][0], found[0][1])
+                reached.setblocking(False)
+                await loop.sock_connect(reached, found[0][4])
+        except (TimeoutError, OSError) as error:
+            if reached is not None:
+                reached.close()
+            words = _words(error) if isinstance(error, OSError) else f"no connection within {self._connect_s:.0f} s"
+            raise Unreachable(f"{self.address} does not answer: {words}", mend=_MEND) from None
+        return reached
 
     async def _answer(self, connection: Connection) -> Answer:
         try:
@@ -122,7 +202,11 @@ class HttpTransport:
             self._idle.append(connection)
         else:
             connection.close()
+        self._check_version(answer.headers)
         return answer
+
+    def _check_version(self, headers: Mapping[str, str]) -> None:
+        check_skew(self._version, headers.get(API_HEADER), they=f"the server at {self.address}", we="this side")
 
     def _head(self, method: str, path: str, headers: Mapping[str, str] | None, body: bytes) -> bytes:
         lines = [f"{method} {self.address.base}{path} HTTP/1.1\r\n{self._fixed}"]
@@ -136,6 +220,24 @@ class HttpTransport:
         return "".join(lines).encode("latin-1")
 
 
+async def pinned(addresses: str, ca: str | None) -> str | None:
+    """Return the authority (PEM) that `ca` (as for `Tls`) means at the first server that answers; None for the system's.
+
+    Raises Unauthenticated: no server has what is pinned; Unavailable.
+    """
+    if ca is None or not (pins := pins_of(ca)):
+        return ca
+    error: Unavailable | None = None
+    for address in addresses_of(addresses):
+        try:
+            return "".join(chosen(await HttpTransport(address)._fetch_bundle(unverified()), pins))
+        except Unavailable as unavailable:
+            error = unavailable
+    assert error is not None  # noqa: S101 (there is at least one address)
+    raise error
+
+
+_TRUST_MEND = "name the cell's authority with --ca or ATOLL_CA, a PEM file or its sha256 fingerprint"
 _MEND = "start it with `atoll up`, or name another with --api or ATOLL_API"
 
 

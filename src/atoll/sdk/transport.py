@@ -22,6 +22,8 @@ SILENCE_S = 25.0
 LINE_BYTES_MAX = 128 << 20
 """The longest line of a stream: the first batch of an ingress with 10,000 apps has some tens of MiB."""
 BODY_BYTES_MAX = 64 << 20
+SERVERS_MAX = 32
+"""Addresses of one cell's servers."""
 
 
 class Address(Struct, frozen=True):
@@ -60,6 +62,16 @@ class Address(Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"unix://{self.socket}" if self.socket else f"{self.scheme}://{self.authority}{self.base}"
+
+
+def addresses_of(text: str) -> tuple[Address, ...]:
+    """Return the addresses in a list with commas, in order. Raises Invalid."""
+    found = tuple(dict.fromkeys(Address.parse(part.strip()) for part in text.split(",") if part.strip()))
+    if not found:
+        raise Invalid(f"api: {text!r} is not an address", field="api")
+    if len(found) > SERVERS_MAX:
+        raise Invalid(f"api: {len(found)} addresses; at most {SERVERS_MAX}", field="api")
+    return found
 
 
 _MEND = f"write it like {ADDRESS_DEFAULT} or unix:///run/atoll.sock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from typing import Any
 
@@ -9,6 +10,7 @@ from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from atoll.model.errors import Unavailable
+from atoll.model.membership import API_HEADER, API_VERSION
 from atoll.model.streams import MESSAGE_BYTES_MAX
 from atoll.sdk import answers
 from atoll.sdk.transport import CONNECT_S, Address
@@ -49,9 +51,20 @@ class WebSocketChannel:
         await self._socket.close()
 
 
-async def dial(address: Address, token: str | None, path: str) -> WebSocketChannel:
-    """Open `path`. Raises the error that the server answers with, or Unavailable."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+async def dial(
+    address: Address,
+    token: str | None,
+    path: str,
+    *,
+    tls: ssl.SSLContext | None = None,
+    api_version: int = API_VERSION,
+    reached: socket.socket | None = None,
+) -> WebSocketChannel:
+    """Open `path`, over `reached` where a connection is there already.
+
+    Raises the error that the server answers with, or Unavailable.
+    """
+    headers = {API_HEADER: str(api_version)} | ({"Authorization": f"Bearer {token}"} if token else {})
     uri = f"{'wss' if address.scheme == 'https' else 'ws'}://{address.authority}{address.base}{path}"
     options: dict[str, Any] = {
         "additional_headers": headers,
@@ -66,10 +79,14 @@ async def dial(address: Address, token: str | None, path: str) -> WebSocketChann
         "max_queue": QUEUE_MESSAGES_MAX,
     }
     if address.scheme == "https":
-        options["ssl"] = ssl.create_default_context()
+        options["ssl"] = tls or ssl.create_default_context()
+    if reached is not None:
+        options["sock"] = reached
     dialled = unix_connect(address.socket, uri, **options) if address.socket else connect(uri, **options)
     try:
         return WebSocketChannel(await dialled)
+    except ssl.SSLError as error:
+        raise Unavailable(f"{address}: no TLS: {getattr(error, 'verify_message', '') or error.reason}") from None
     except InvalidStatus as error:
         raise answers.from_answer(error.response.status_code, bytes(error.response.body or b"")) from None
     except (InvalidHandshake, EOFError) as error:

@@ -58,7 +58,7 @@ class Lines:
         sending = asyncio.create_task(self._send(send))
         leaving = asyncio.create_task(_left(receive))
         try:
-            waits = {sending, leaving} if self.ended is None else {sending, leaving, self.ended}
+            waits: set[asyncio.Future[Any]] = {sending, leaving} | ({self.ended} if self.ended is not None else set())
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if self.ended is not None and self.ended.done() and not sending.done() and not leaving.done():
                 sending.cancel()

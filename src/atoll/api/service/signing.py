@@ -14,13 +14,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Struct
 
 from atoll.model.errors import Invalid, Unauthenticated
-from atoll.model.membership import CSR_CHARS_MAX, uri_of
+from atoll.model.membership import CSR_CHARS_MAX, SERVER_NAME, uri_of
 
 AUTHORITY_LIFE_S = 10 * 365 * 86_400.0
 EARLY_S = 300.0
 """How much before its making a certificate begins to count, for clocks that are behind."""
-SERVER_NAME = "server.atoll.internal"
-"""The DNS name that every server's certificate has, so that clients can tell servers of the cell at any address."""
 _P256 = "secp256r1"
 
 

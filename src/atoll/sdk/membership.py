@@ -1,0 +1,216 @@
+"""A machine's identity: its key and certificate on disk, how it joins a cell, and how it renews without a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from msgspec import Struct
+
+from atoll.model import codec
+from atoll.model.errors import AtollError, Corrupt, OutcomeUnknown, Retry, Unauthenticated, Unavailable
+from atoll.model.membership import Certified, JoinRequest, RenewRequest, read_join_token, renewal_message
+from atoll.model.ports.clock import Clock
+from atoll.sdk import answers
+from atoll.sdk.failover import transport_to
+from atoll.sdk.transport import Transport
+from atoll.sdk.trust import Tls
+
+RENEW_AT = 2 / 3
+"""Of a certificate's life: a third is left for servers that do not answer."""
+LOOK_S = 60.0
+"""The longest wait between two looks at the clock, which may jump."""
+RETRY_FIRST_S = 1.0
+RETRY_MAX_S = 300.0
+JOIN_TRIES = 8
+JOIN_RETRY_MAX_S = 10.0
+
+Say = Callable[[str, str, bool], Awaitable[None]]
+"""`(code, message, bad)`: what is to be known of the certificate, as an event of the machine."""
+
+log = structlog.get_logger()
+
+
+class Held(Struct, frozen=True, kw_only=True):
+    """What a machine holds."""
+
+    name: str
+    begins_at: float
+    ends_at: float
+
+    @property
+    def renew_at(self) -> float:
+        return self.begins_at + RENEW_AT * (self.ends_at - self.begins_at)
+
+
+class Credentials:
+    """The files `identity.pem` (key and certificate, 0600) and `ca.pem` in a directory of mode 0700."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.file = directory / "identity.pem"
+        self.bundle = directory / "ca.pem"
+        self._joining = directory / "joining.pem"
+
+    def load(self) -> Held | None:
+        """Return what is held; None where nothing is. Raises Corrupt."""
+        try:
+            certificate = x509.load_pem_x509_certificate(self._certificate().encode())
+            self.bundle.read_text()
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise Corrupt(f"{self.file} holds no certificate: {error}", mend="remove it, and join anew with --join") from None
+        name = str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        return Held(name=name, begins_at=begins.timestamp(), ends_at=ends.timestamp())
+
+    def tls(self) -> Tls:
+        """Return what connections to the cell are made with. Raises Invalid."""
+        return Tls(self.bundle, self.file)
+
+    async def join(self, servers: str, token: str, name: str, choose: random.Random) -> Held:
+        """Make a key, have it certified at one of `servers` (URLs with commas), and keep both.
+
+        The servers are known by the authority that is pinned in the token. Raises Unauthenticated, Conflict, Forbidden: the
+        token is refused; Unavailable after `JOIN_TRIES`. Safe to repeat: the same key is used until it is certified.
+        """
+        pin = read_join_token(token).pin
+        key = self._joining_key()
+        request = JoinRequest(token=token, name=name, csr=_csr(key))
+        transport = transport_to(servers, None, agent="atoll-join", ca=pin)
+        try:
+            for tried in range(JOIN_TRIES):
+                try:
+                    certified = await _post(transport, "/v1/identity/join", request)
+                    break
+                except (Unavailable, OutcomeUnknown) as error:
+                    if tried == JOIN_TRIES - 1:
+                        raise Unavailable(f"could not join: {error}", mend=error.mend) from None
+                    log.warning("could not join; trying again", cause=error.message)
+                    await asyncio.sleep(min(JOIN_RETRY_MAX_S, 0.5 * 2**tried) * choose.uniform(0.5, 1.0))
+        finally:
+            await transport.close()
+        self._keep(key, certified)
+        self._joining.unlink()
+        held = self.load()
+        assert held is not None  # noqa: S101 (it was just written)
+        return held
+
+    async def renew(self, transport: Transport) -> Certified:
+        """Get another certificate for a new key, and keep both. Raises as the server answers; then what was held stays."""
+        old = serialization.load_pem_private_key(self.file.read_bytes(), None)
+        if not isinstance(old, ec.EllipticCurvePrivateKey):
+            raise Corrupt(f"{self.file} holds another kind of key", mend="remove it, and join anew with --join")
+        key = ec.generate_private_key(ec.SECP256R1())
+        csr = _csr(key)
+        proof = old.sign(renewal_message(csr), ec.ECDSA(hashes.SHA256()))
+        request = RenewRequest(certificate=self._certificate(), csr=csr, proof=proof)
+        certified = await _post(transport, "/v1/identity/renew", request)
+        self._keep(key, certified)
+        return certified
+
+    def _certificate(self) -> str:
+        """Return the certificate alone: the key stays here."""
+        text = self.file.read_text()
+        begin = text.find("-----BEGIN CERTIFICATE-----")
+        return text[begin:] if begin >= 0 else ""
+
+    def _joining_key(self) -> ec.EllipticCurvePrivateKey:
+        if self._joining.exists():
+            key = serialization.load_pem_private_key(self._joining.read_bytes(), None)
+            if isinstance(key, ec.EllipticCurvePrivateKey):
+                return key
+        key = ec.generate_private_key(ec.SECP256R1())
+        self._write(self._joining, _pem(key))
+        return key
+
+    def _keep(self, key: ec.EllipticCurvePrivateKey, certified: Certified) -> None:
+        # Key and certificate in one file, so that no crash leaves one without the other.
+        self._write(self.bundle, certified.bundle.encode())
+        self._write(self.file, _pem(key) + certified.certificate.encode())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        temporary = path.with_name(path.name + ".new")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+async def keep_renewed(
+    credentials: Credentials, anonymous: Callable[[], Transport], tls: Tls, clock: Clock, choose: random.Random, say: Say
+) -> None:
+    """Renew the certificate when two thirds of its life are over, for ever; `tls` shows the new one from then on.
+
+    `anonymous` gives a way to the servers that shows no certificate: one that has expired would end the handshake, and the
+    server takes it in a renewal all the same. What fails is said once, and tried again with growing waits.
+    """
+    failures = 0
+    while True:
+        held = credentials.load()
+        if held is None:
+            raise Corrupt("the machine's certificate is gone", mend="join anew with --join")
+        await asyncio.sleep(wait_s(held, clock.now(), failures, choose))
+        # A clock that was set back to before the certificate began is no reason: a new one would begin later still.
+        if clock.now() < held.renew_at:
+            continue
+        transport = anonymous()
+        try:
+            certified = await credentials.renew(transport)
+        except AtollError as error:
+            failures += 1
+            log.warning("the certificate could not be renewed", cause=error.message, mend=error.mend, failures=failures)
+            if failures == 1 or error.retry is Retry.NEVER:
+                await _said(say, "certificate-not-renewed", f"the certificate could not be renewed: {error.message}", True)
+        else:
+            failures = 0
+            tls.renewed()
+            log.info("the certificate was renewed", name=certified.name)
+        finally:
+            await transport.close()
+
+
+def wait_s(held: Held, now: float, failures: int, choose: random.Random) -> float:
+    """Return how long to wait before the next look: a little at random, so that machines which joined together spread out."""
+    if failures:
+        return min(RETRY_MAX_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 32)) * choose.uniform(0.5, 1.0)
+    due: float = held.renew_at - now + choose.uniform(0, 0.05) * (held.ends_at - held.begins_at)
+    return max(0.0, min(due, LOOK_S))
+
+
+async def _said(say: Say, code: str, message: str, bad: bool) -> None:
+    try:
+        await say(code, message, bad)
+    except AtollError as error:
+        log.info("an event could not be sent", code=code, cause=error.message)
+
+
+async def _post(transport: Transport, path: str, record: object) -> Certified:
+    answer = await transport.request("POST", path, body=codec.encode(record))
+    try:
+        return answers.read(answer, Certified)
+    except Unauthenticated as error:
+        mend = "make another join token with 'atoll join-token create' on a machine that may"
+        raise Unauthenticated(error.message, mend=mend) from None
+
+
+def _csr(key: ec.EllipticCurvePrivateKey) -> str:
+    """Return a signing request for `key`; the server alone says what the certificate names."""
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
