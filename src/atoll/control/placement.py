@@ -15,6 +15,7 @@ from atoll.model.records import (
     AppStatus,
     Heartbeat,
     Instance,
+    Job,
     Node,
     NodeLiveness,
     NodePolicy,
@@ -25,7 +26,8 @@ from atoll.model.records import (
     Status,
 )
 from atoll.model.states import Desired
-from atoll.scheduling.assembly import app_owner, group_of, holds_room, standing_of
+from atoll.scheduling.assembly import app_owner, ends_at, group_of, holds_room, standing_of
+from atoll.scheduling.bookings import Booking
 from atoll.scheduling.demand import Demand, Pending, demand_of, standing_by
 from atoll.scheduling.geography import Geography
 from atoll.scheduling.interface import View
@@ -69,6 +71,8 @@ class Placement:
         """Whether something has changed that may let a rejected one fit."""
         self._planned_at = 0.0
         self._claims: dict[str, Claim] = {}
+        self._bookings: tuple[Booking, ...] = ()
+        """What the last plan booked for the heads of the queue."""
         self.victims: dict[str, str] = {}
         """Instances that the last `place` found must leave → for which one."""
         self.gangs: dict[str, str] = {}
@@ -90,6 +94,7 @@ class Placement:
         self._new.clear()
         self._rejected.clear()
         self._claims.clear()
+        self._bookings = ()
         self._demands.clear()
         self._unplaced_gangs.clear()
         self._beats.clear()
@@ -183,7 +188,8 @@ class Placement:
             self._claims.pop(key, None)
             demand = self.demand(instance)
             if demand is not None:
-                self.snapshot.allocate(key, instance.node, group_of(instance), demand, instance.gpus)
+                until, since = self._ends_at(instance), instance.placed_at or 0.0
+                self.snapshot.allocate(key, instance.node, group_of(instance), demand, instance.gpus, until, since)
         elif instance.desired is not Desired.RUN:
             self._forget(key)
         elif key not in self._rejected:
@@ -258,8 +264,10 @@ class Placement:
             pending = self._whole_gangs(pending, fresh, waiting, skip)
         if not pending:
             return list(fresh.values()), []
+        self.snapshot.now = now
         self.before_plan(pending)
-        answer = plan(self.snapshot, pending, now)
+        answer = plan(self.snapshot, pending, now, [one for one in self._bookings if self._waits(one, waiting)])
+        self._bookings = answer.bookings
         result: dict[str, Instance] = {}
         self._preempt(pending, answer, fresh, skip, now)
         for placed in answer.placed:
@@ -397,7 +405,24 @@ class Placement:
         for key, instance in instances:
             demand = self.demand(instance)
             if demand is not None:
-                yield Pending(id=key, group=group_of(instance), demand=demand, created_at=instance.created_at)
+                yield Pending(
+                    id=key,
+                    group=group_of(instance),
+                    demand=demand,
+                    created_at=instance.created_at,
+                    ends_at=self._ends_at(instance),
+                )
+
+    def _waits(self, booking: Booking, planned: Container[str]) -> bool:
+        """Whether any of those that room is booked for has no place yet."""
+        return any(id in self._rejected or id in self._new or id in planned for id in booking.ids)
+
+    def _ends_at(self, instance: Instance) -> float | None:
+        job = None
+        if instance.owner_kind is OwnerKind.JOB:
+            held = self._world.state.get(Job, f"{instance.project}/{instance.owner}")
+            job = held.record if held is not None else None
+        return ends_at(instance, job)
 
     def _reject(self, key: str, instance: Instance, rejection: Rejection, now: float, result: dict[str, Instance]) -> None:
         last = instance.rejection

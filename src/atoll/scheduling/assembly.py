@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from msgspec import Struct
 
 from atoll.model.evacuation import Evacuation
-from atoll.model.records import AppStatus, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Project, Status
+from atoll.model.records import (
+    AppStatus,
+    Ingress,
+    IngressHeartbeat,
+    Instance,
+    Job,
+    Node,
+    NodeHealth,
+    NodeLiveness,
+    NodePolicy,
+    OwnerKind,
+    Project,
+    RoundTrips,
+    Site,
+    Status,
+)
 from atoll.model.spec import Workload
+from atoll.model.states import Desired
 from atoll.scheduling.demand import Demand, demand_of, standing_by
+from atoll.scheduling.geography import Geography
+from atoll.scheduling.ledger import SOME_DAY
 from atoll.scheduling.snapshot import Snapshot, Standing
+from atoll.scheduling.whereabouts import Layout, traffic_of
 
 _STANDING = {NodeHealth.READY: Standing.OPEN, NodeHealth.UNREACHABLE: Standing.UNREACHABLE, NodeHealth.LOST: Standing.LOST}
 
@@ -25,9 +44,15 @@ class Records(Struct, frozen=True, kw_only=True):
     statuses: Mapping[str, Status]
     app_statuses: Mapping[str, AppStatus]
     projects: Mapping[str, Project] = {}
+    jobs: Mapping[str, Job] = {}
     evacuations: Mapping[str, Evacuation] = {}
     images: Mapping[str, tuple[str, ...]] = {}
     """Node → digests of the images that it says it has."""
+    sites: Mapping[str, Site] = {}
+    round_trips: Mapping[str, RoundTrips] = {}
+    ingresses: Mapping[str, Ingress] = {}
+    ingress_heartbeats: Mapping[str, IngressHeartbeat] = {}
+    """The latest word of each, beside the store."""
 
 
 def standing_of(policy: NodePolicy | None, liveness: NodeLiveness | None) -> Standing:
@@ -50,10 +75,25 @@ def holds_room(status: Status | None) -> bool:
     return status is None or not status.phase.final
 
 
+def ends_at(instance: Instance, job: Job | None) -> float | None:
+    """Return when an instance will be gone at the latest, as `Allocation.ends_at`; `job` is its owner, where that is a job.
+
+    What was told to go is taken to be on its way: 0, whatever is left of its grace.
+    """
+    if instance.desired is not Desired.RUN:
+        return 0.0
+    if job is None:
+        return None if instance.owner_kind is OwnerKind.APP else SOME_DAY
+    if job.spec.deadline is None:
+        return SOME_DAY
+    return job.created_at + job.spec.deadline + job.spec.stop.grace
+
+
 def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | None]) -> Snapshot:
     """Return the snapshot that the leader's scheduler would plan on. A demand is made once for each group."""
     snapshot = Snapshot()
     snapshot.evacuations = dict(records.evacuations)
+    _set_whereabouts(snapshot, records)
     demands: dict[tuple[str, bool], Demand | None] = {}
     for name, node in records.nodes.items():
         snapshot.upsert_node(node, standing_of(records.policies.get(name), records.liveness.get(name)))
@@ -70,7 +110,23 @@ def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | Non
             demands[which] = standing_by(demand) if demand is not None and instance.standby else demand
         demand = demands[which]
         if demand is not None:
-            snapshot.allocate(key, instance.node, group, demand, instance.gpus)
+            until = ends_at(instance, records.jobs.get(f"{instance.project}/{instance.owner}"))
+            snapshot.allocate(key, instance.node, group, demand, instance.gpus, until, instance.placed_at or 0.0)
     snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
     snapshot.quotas = {name: project.quota for name, project in records.projects.items() if project.quota is not None}
     return snapshot
+
+
+def _set_whereabouts(snapshot: Snapshot, records: Records) -> None:
+    whereabouts = snapshot.whereabouts
+    snapshot.set_geography(Geography(records.sites.values(), records.round_trips.values()))
+    whereabouts.entrances = entrances_of(records.ingresses.values())
+    whereabouts.traffic = traffic_of(records.ingress_heartbeats.values())
+    whereabouts.layouts = {
+        app_owner(key): Layout(wanted=dict(status.sites)) for key, status in records.app_statuses.items() if status.sites
+    }
+
+
+def entrances_of(ingresses: Iterable[Ingress]) -> tuple[str, ...]:
+    """Return the sites with an ingress, by name."""
+    return tuple(sorted({ingress.site for ingress in ingresses}))

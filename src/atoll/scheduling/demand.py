@@ -85,6 +85,8 @@ class Pending(Struct, frozen=True, kw_only=True):
     """Owner and release: instances of one group are spread away from each other."""
     demand: Demand
     created_at: float = 0.0
+    ends_at: float | None = None
+    """When it will have ended at the latest, as `Allocation.ends_at`."""
 
     @property
     def order(self) -> tuple[int, float, str]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+from msgspec.structs import replace
 
 from atoll.model.records import Rejection
 from atoll.model.views import Candidate, Explanation
+from atoll.scheduling.bookings import Booking
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.filters import FILTERS, LIMITS
 from atoll.scheduling.gpu.words import wall_in_words
+from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.interface import Filter, Limit, Reason, View
+from atoll.scheduling.ledger import SOME_DAY
+from atoll.scheduling.moments import clock_time
+from atoll.scheduling.near import by_row, latency_by_site, wants_users
 from atoll.scheduling.placing import allowed
 from atoll.scheduling.ranking import STEPS, Ranking
 from atoll.scheduling.rules import RULES
@@ -17,6 +23,8 @@ from atoll.scheduling.scores import DOMAIN_SCORE, GROUP_SCORES, SCORES
 from atoll.scheduling.snapshot import Bools, Ints, Snapshot
 
 CANDIDATES_MAX = 10
+NAMES_MAX = 5
+"""Nodes that a reason names."""
 
 
 def turned_away(view: View, group: str, demand: Demand) -> dict[str, tuple[Ints, Reason]]:
@@ -67,6 +75,15 @@ def reject(view: View, group: str, demand: Demand) -> Rejection:
     )
 
 
+def booked(rejection: Rejection, booking: Booking) -> Rejection:
+    """Return the reason why a head of the queue waits, with what is booked for it."""
+    nodes = sorted(booking.nodes)
+    names = ", ".join(nodes[:NAMES_MAX]) + (f" and {len(nodes) - NAMES_MAX} more" if len(nodes) > NAMES_MAX else "")
+    at = booking.starts.at
+    when = f"free at {clock_time(at)} at the latest" if at < SOME_DAY else "free when what runs there ends, nobody knows when"
+    return replace(rejection, message=f"{rejection.message}; booked for it: room on {names}, {when}")
+
+
 def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDATES_MAX) -> Explanation:
     """Return what `plan` would find for one instance of `group` with this demand."""
     view = View(snapshot)
@@ -89,6 +106,9 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
     if label is not None:
         domains = ranking.domains(label)
         columns[domains.name] = np.array([domains.score(domain) / STEPS for domain in domains.of[rows].tolist()])
+    latency = latency_by_site(view, group, demand)
+    ms = by_row(view, latency)[rows] if latency is not None else np.full(len(rows), np.inf)
+    layout = snapshot.whereabouts.layouts.get(owner_of_group(group)) if wants_users(demand) else None
     total = sum(columns.values(), np.zeros(len(rows)))
     order = np.lexsort((snapshot.ranks()[rows], -total))[:limit]
     candidates = tuple(
@@ -98,6 +118,8 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
             scores={name: float(values[place]) for name, values in columns.items()},
             room=int(room[rows[place]]),
             gpus=(view.devices.preview(int(rows[place]), demand.gpu) or ()) if demand.gpu is not None else (),
+            site=snapshot.nodes[snapshot.names[rows[place]]].site,
+            latency_ms=round(float(ms[place]), 3) if np.isfinite(ms[place]) else None,
         )
         for place in order.tolist()
     )
@@ -108,4 +130,7 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
         failed=failed,
         rejection=None if len(rows) else reject(view, group, demand),
         wall=wall_in_words(demand.gpu) if demand.gpu is not None else "",
+        layout=dict(sorted(layout.wanted.items())) if layout is not None else {},
+        layout_ms=layout.latency_ms if layout is not None and layout.latency_ms else None,
+        unserved=layout.unserved if layout is not None else 0.0,
     )

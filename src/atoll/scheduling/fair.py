@@ -132,4 +132,4 @@ def _joined(classes: list[Class]) -> Iterator[Class]:
 
 def _same(one: Pending, other: Pending) -> bool:
     demand: Demand = one.demand
-    return not demand.placement.gang and one.group == other.group and demand == other.demand
+    return not demand.placement.gang and one.group == other.group and one.ends_at == other.ends_at and demand == other.demand

@@ -27,15 +27,23 @@ PLACES_MAX = 512
 
 def place_gang(view: View, group: str, demand: Demand, count: int) -> list[tuple[int, Grants]]:
     """Put `count` equal instances on `view`, and return the row and the devices of each; none of them where not all fit."""
+    rows = choose_gang(view, group, demand, count)
+    if not rows:
+        return []
+    return _put_joined(view, group, demand, rows) if _is_joined(demand) else put(view, group, demand, rows)
+
+
+def choose_gang(view: View, group: str, demand: Demand, count: int) -> list[int]:
+    """Return the rows that `count` equal instances would go to, none where not all fit; the view is left as it is."""
     label = demand.together
     if label is None:
         rows = choose_rows(view, group, demand, count)
-        return put(view, group, demand, rows) if len(rows) == count else []
+        return rows if len(rows) == count else []
     column = view.nodes.label(label)
     for place in _places(view, group, demand, count, label)[0][:PLACES_MAX]:
         rows = choose_rows(view, group, demand, count, column == place)
         if len(rows) == count:
-            return _put_joined(view, group, demand, rows) if _is_joined(demand) else put(view, group, demand, rows)
+            return rows
     return []
 
 

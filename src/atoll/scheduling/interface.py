@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from atoll.scheduling.bookings import Bookings
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.gpu.inventory import DevicesView
 from atoll.scheduling.groups import owner_of_group, project_of_group
@@ -30,6 +31,10 @@ class View:
         self._owned: dict[str, set[str]] = {}
         self._project_use: dict[str, list[int]] = {}
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
+        self.now = nodes.now
+        self.bookings = Bookings()
+        self.ends_at: float | None = None
+        """When the instances that are being placed will have ended at the latest (as `Allocation.ends_at`)."""
 
     def fork(self) -> View:
         """Return a view that stands where this one does, to try something out on."""
@@ -40,6 +45,8 @@ class View:
         other._owned = {owner: set(groups) for owner, groups in self._owned.items()}
         other._project_use = {project: list(use) for project, use in self._project_use.items()}
         other._repelled = {owner: dict(groups) for owner, groups in self._repelled.items()}
+        other.now, other.ends_at = self.now, self.ends_at
+        other.bookings = self.bookings.fork()
         return other
 
     @property
@@ -92,6 +99,8 @@ class View:
         self.free[:, at] -= np.outer(np.asarray(amounts_of(demand), dtype=np.int64), by)
         for row, count in zip(at.tolist(), by.tolist(), strict=True):
             added[row] = added.get(row, 0) + count
+        if len(self.bookings):
+            self.bookings.take(at.tolist(), by.tolist(), amounts_of(demand), demand.placement.priority, self.ends_at)
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Bools]) -> Bools:
         """Return the mask under `key`, made once until facts about nodes change."""

@@ -32,6 +32,8 @@ class Allocation(Struct, frozen=True):
     gpus: tuple[GpuGrant, ...] = ()
     ends_at: float | None = None
     """When it will be gone at the latest (`SOME_DAY`: not known when); None where it may stay for ever."""
+    since: float = 0.0
+    """When it was placed."""
 
 
 def amounts_of(demand: Demand) -> Amounts:

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from atoll.model.records import Rejection
 from atoll.scheduling import quotas
+from atoll.scheduling.bookings import BOOKINGS_MAX, Booking
 from atoll.scheduling.demand import Demand, Pending, Placed
-from atoll.scheduling.explain import reject
+from atoll.scheduling.explain import booked, reject
 from atoll.scheduling.fair import Turns
+from atoll.scheduling.future import Future
 from atoll.scheduling.gangs import place_gang, reject_gang
 from atoll.scheduling.interface import View
-from atoll.scheduling.placing import place_class
+from atoll.scheduling.placing import Grants, place_class
 from atoll.scheduling.snapshot import Snapshot
 
 PENDING_MAX = 100_000
@@ -31,38 +35,84 @@ class Plan(Struct, frozen=True):
 
     placed: tuple[Placed, ...]
     rejected: dict[str, Rejection]
+    bookings: tuple[Booking, ...] = ()
+    """What is booked for the first of those that were rejected; give it to the next plan that they are no part of."""
 
 
-def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float = 0.0) -> Plan:
+def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float | None = None, bookings: Iterable[Booking] = ()) -> Plan:
     """Place `pending` on the snapshot's nodes; the snapshot is left as it is, and the order of `pending` does not matter.
 
-    `now` (seconds since the epoch) is for rules that depend on time, of which there is none yet.
+    `now` (seconds since the epoch; the snapshot's where it is None) is what reservations go by. `bookings` are those of an
+    earlier plan: they hold back what comes after their heads as if these were planned, too; one whose head is in `pending` is made
+    anew.
     """
     view = View(snapshot)
+    if now is not None:
+        view.now = now
+    queue = _queue(pending)
+    _keep(view, queue, bookings)
     placed: list[Placed] = []
     rejected: dict[str, Rejection] = {}
-    turns = Turns(view, _queue(pending))
+    turns = Turns(view, queue)
+    future: Future | None = None
     for members in turns:
         first = members[0]
-        gang = first.demand.placement.gang
-        most = quotas.room(view, first.group, first.demand, len(members))
-        if gang:
-            rows = place_gang(view, first.group, first.demand, most) if most == len(members) else []
-        else:
-            rows = place_class(view, first.group, first.demand, most) if most else []
+        view.ends_at = first.ends_at
+        rows, within_quota = _place(view, members)
         turns.placed(first, len(rows))
         runtimes = {row: snapshot.runtime_for(row, first.demand.runtimes) for row in {row for row, _ in rows}}
         for member, (row, gpus) in zip(members, rows, strict=False):
             placed.append(Placed(id=member.id, node=snapshot.names[row], runtime=runtimes[row], gpus=gpus))
-        if len(rows) < len(members):
-            if gang:
-                why_not = quotas.over if most < len(members) else reject_gang
-                reason = why_not(view, first.group, first.demand, len(members))
-            else:
-                why = quotas.over if len(rows) == most else reject
-                reason = why(view, first.group, first.demand)
-            rejected.update((member.id, reason) for member in members[len(rows) :])
-    return Plan(tuple(placed), rejected)
+        if len(rows) == len(members):
+            continue
+        left = members[len(rows) :]
+        reason = _why(view, members, within_quota)
+        if within_quota and len(view.bookings) < BOOKINGS_MAX and snapshot.ledger.ends_any:
+            future = future or Future(view)
+            booking = future.book(left, len(left) if first.demand.placement.gang else 1)
+            if booking is not None:
+                _add(view, booking)
+                rejected.update((id, booked(reason, booking)) for id in booking.ids)
+                left = left[len(booking.ids) :]
+        rejected.update((member.id, reason) for member in left)
+    return Plan(tuple(placed), rejected, view.bookings.all())
+
+
+def _place(view: View, members: list[Pending]) -> tuple[list[tuple[int, Grants]], bool]:
+    """Put what fits of a class on the view; return where, and whether its quota has room for those that are left."""
+    first = members[0]
+    most = quotas.room(view, first.group, first.demand, len(members))
+    if first.demand.placement.gang:
+        enough = most == len(members)
+        return place_gang(view, first.group, first.demand, most) if enough else [], enough
+    rows = place_class(view, first.group, first.demand, most) if most else []
+    return rows, len(rows) < most
+
+
+def _why(view: View, members: list[Pending], within_quota: bool) -> Rejection:
+    first = members[0]
+    if first.demand.placement.gang:
+        return (reject_gang if within_quota else quotas.over)(view, first.group, first.demand, len(members))
+    return (reject if within_quota else quotas.over)(view, first.group, first.demand)
+
+
+def _keep(view: View, queue: list[list[Pending]], bookings: Iterable[Booking]) -> None:
+    """Keep those of `bookings` whose heads are not in the queue themselves."""
+    kept = list(bookings)[:BOOKINGS_MAX]
+    if kept:
+        there = {member.id for members in queue for member in members}
+        for booking in kept:
+            if there.isdisjoint(booking.ids):
+                _add(view, booking)
+
+
+def _add(view: View, booking: Booking) -> None:
+    """Book room on the view; on nodes that are gone there is none."""
+    rows = {node: row for node in booking.nodes if (row := view.nodes.row_of(node)) is not None}
+    if len(rows) < len(booking.nodes):
+        booking = replace(booking, nodes={node: times for node, times in booking.nodes.items() if node in rows})
+    at = np.fromiter(rows.values(), dtype=np.int64, count=len(rows))
+    view.bookings.add(booking, at, view.free[:, at], view.nodes.ledger)
 
 
 def _queue(pending: Iterable[Pending]) -> list[list[Pending]]:
@@ -90,9 +140,13 @@ def _classes(queue: list[Pending]) -> Iterator[list[Pending]]:
     """Yield runs of equal instances: neighbours only, since another class between them may change what they find."""
     members: list[Pending] = []
     for item in queue:
-        if members and (item.group != members[0].group or item.demand != members[0].demand):
+        if members and _differ(item, members[0]):
             yield members
             members = []
         members.append(item)
     if members:
         yield members
+
+
+def _differ(item: Pending, other: Pending) -> bool:
+    return item.group != other.group or item.ends_at != other.ends_at or item.demand != other.demand

@@ -92,13 +92,15 @@ class Snapshot:
         """Owner → its groups that are placed somewhere."""
         self.quotas: dict[str, Quota] = {}
         """Project → its quota, of those that have one."""
+        self.now = 0.0
+        """Seconds since the epoch, as whoever plans on it says."""
         self.homes: dict[str, tuple[str, ...]] = {}
         """Owner → names of the nodes that hold its volumes, beside those where it is placed."""
-        self._presence = Presence()
-        self._ranks: Ints | None = None
         self.evacuations: dict[str, Evacuation] = {}
         """Names of the nodes that instances are to leave → why, and until when."""
         self.whereabouts = Whereabouts()
+        self._presence = Presence()
+        self._ranks: Ints | None = None
         self._gpus = Inventory()
         self._stale: set[str] = set()
         """Nodes of which `_gpus` does not know yet what is held."""
@@ -167,14 +169,15 @@ class Snapshot:
         demand: Demand,
         gpus: tuple[GpuGrant, ...] = (),
         ends_at: float | None = None,
+        since: float = 0.0,
     ) -> None:
-        """Count an instance, with the devices that it was granted and when it will be gone (`Allocation.ends_at`), on its node.
+        """Count an instance, with the devices that it was granted and when it came and will be gone (`Allocation`), on its node.
 
         The same again changes nothing; another node or amount replaces the first. Where it asks for GPUs and was granted none (an
         older record), whole devices are counted.
         """
         away, priority = avoided(group, demand), demand.placement.priority
-        allocation = Allocation(node, group, amounts_of(demand), away, priority, demand.gpu, gpus, ends_at)
+        allocation = Allocation(node, group, amounts_of(demand), away, priority, demand.gpu, gpus, ends_at, since)
         before = self.ledger.get(id)
         if before == allocation:
             return

@@ -133,6 +133,11 @@ class Planning:
             app_statuses=plain(AppStatus),
             projects=plain(Project),
             evacuations=evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), self._context.clock.now()),
+            jobs=plain(Job),
+            sites=plain(Site),
+            round_trips=plain(RoundTrips),
+            ingresses=plain(Ingress),
+            ingress_heartbeats=dict(self._ingresses.all()),
             images={name: beat.images for name, beat in self._heartbeats.all().items()},
         )
         specs: dict[str, Workload | None] = {}

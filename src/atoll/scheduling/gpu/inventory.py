@@ -178,6 +178,12 @@ class DevicesView:
         self._given.setdefault(row, []).extend(parts)
         self._current[row] = self._states.number(self._states[int(self._current[row])].take(parts))
 
+    def hold_only(self, row: int, holdings: Iterable[Holding]) -> None:
+        """Count on a row just `holdings`, and what this plan gave."""
+        if row in self._inventory.ids and row < len(self._current):
+            state = self._inventory.state_with(row, holdings).take(self._given.get(row, ()))
+            self._current[row] = self._states.number(state)
+
     def grant_with(self, row: int, holdings: Iterable[Holding], gpu: Gpu) -> tuple[GpuGrant, ...] | None:
         """Return what an instance would get on a row where just `holdings`, and what this plan gave, are given away."""
         ids = self._inventory.ids.get(row)

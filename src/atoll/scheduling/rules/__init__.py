@@ -1,6 +1,7 @@
 """Hard rules that look at what is placed already, one per file. A class of instances that uses none of them pays for none."""
 
 from atoll.scheduling.rules.apart import Apart
+from atoll.scheduling.rules.backfill import Backfill
 from atoll.scheduling.rules.beside import Beside
 from atoll.scheduling.rules.caps import Caps
 from atoll.scheduling.rules.evacuation import Evacuations
@@ -11,6 +12,6 @@ from atoll.scheduling.rules.latency import Within
 from atoll.scheduling.rules.together import Together
 from atoll.scheduling.rules.volumes import Volumes
 
-RULES: tuple[Rule, ...] = (Evacuations(), Volumes(), Together(), Gang(), Beside(), Within(), Apart(), Caps(), Even())
+RULES: tuple[Rule, ...] = (Evacuations(), Volumes(), Together(), Gang(), Beside(), Within(), Apart(), Caps(), Even(), Backfill())
 
 __all__ = ["RULES", "Bound", "Rule"]
