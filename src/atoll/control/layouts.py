@@ -25,14 +25,14 @@ from atoll.model.evacuation import Evacuation
 from atoll.model.ports.clock import Clock
 from atoll.model.records import App, AppStatus, Ingress, IngressHeartbeat, Instance, Node, OwnerKind, RoundTrips, Site
 from atoll.model.states import Desired
-from atoll.scheduling.assembly import app_owner
+from atoll.scheduling.assembly import app_owner, entrances_of
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.geography import Geography
 from atoll.scheduling.interface import View
 from atoll.scheduling.layout import Question, ask, lay_out
 from atoll.scheduling.near import wants_users
 from atoll.scheduling.plan import plan
-from atoll.scheduling.whereabouts import Layout
+from atoll.scheduling.whereabouts import Layout, traffic_of
 from atoll.store.cache import Deltas
 
 LOOK_S = 10.0
@@ -201,17 +201,13 @@ class Layouts:
         sites = [held.record for held in state.records(Site).values()]
         measured = [held.record for held in state.records(RoundTrips).values()]
         self._placement.set_geography(Geography(sites, measured))
-        whereabouts = self._placement.snapshot.whereabouts
-        whereabouts.entrances = tuple(sorted({held.record.site for held in state.records(Ingress).values()}))
+        entrances = entrances_of(held.record for held in state.records(Ingress).values())
+        self._placement.snapshot.whereabouts.entrances = entrances
 
     def _sum_up(self) -> None:
         """Sum up the requests of apps that are near their users, by site."""
-        traffic: dict[str, dict[str, float]] = {}
-        for beat in self._heartbeats.values():
-            for key in self._world.near & beat.requests.keys():
-                rates = traffic.setdefault(app_owner(key), {})
-                rates[beat.site] = rates.get(beat.site, 0.0) + beat.requests[key]
-        self._placement.snapshot.whereabouts.traffic = traffic
+        beats = list(self._heartbeats.values())
+        self._placement.snapshot.whereabouts.traffic = traffic_of(beats, self._world.near)
 
     def _next_question(self, now: float) -> tuple[str, Question] | None:
         """Return what to ask about the app that has waited longest, if it is its time."""

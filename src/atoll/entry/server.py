@@ -17,6 +17,7 @@ from atoll.api.service.context import KINDS
 from atoll.api.service.sealing import KEY_BYTES
 from atoll.api.service.servers import check_key
 from atoll.control.controllers import run_control
+from atoll.control.optimiser import ProcessOptimiser
 from atoll.entry.config import Config, is_loopback, split_address, write_private
 from atoll.entry.process import Stop, run, run_until, together
 from atoll.entry.serving import ServerCertificate, certificate_life_s, peer_dial, server_id, server_record
@@ -82,6 +83,8 @@ async def main(config: Config, stop: Stop) -> None:
                     random,
                     heartbeats.last_seen(),
                     heartbeats=heartbeats.all(),
+                    ingresses=service.ingresses.all(),
+                    optimiser=ProcessOptimiser(config.server_data / "kernels"),
                     identity=id,
                 )
                 work = [control, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]

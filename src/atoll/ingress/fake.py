@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from atoll.model.errors import Unavailable
-from atoll.model.ports.control_plane import RoutingBatch
-from atoll.model.records import Ingress, Routing
+from atoll.model.ports.control_plane import Peers, RoutingBatch
+from atoll.model.records import Ingress, IngressHeartbeat, Routing
 from atoll.model.traffic import TrafficReport
 
 
@@ -18,6 +18,9 @@ class FakeRouting:
         self.ingresses: dict[str, Ingress] = {}
         self.drained_instances: list[str] = []
         self.reports: list[TrafficReport] = []
+        self.heartbeats: list[IngressHeartbeat] = []
+        self.peers = Peers()
+        """What every heartbeat is answered with."""
         self.watches = 0
         """How often a watch was begun."""
         self._available = True
@@ -71,6 +74,11 @@ class FakeRouting:
     async def traffic(self, report: TrafficReport) -> None:
         self._check()
         self.reports.append(report)
+
+    async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
+        self._check()
+        self.heartbeats.append(heartbeat)
+        return self.peers
 
     def _send(self, *, put: tuple[Routing, ...] = (), removed: tuple[str, ...] = ()) -> None:
         self._revision += 1

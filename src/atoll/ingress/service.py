@@ -14,14 +14,16 @@ from atoll.ingress.ads import AdsServer
 from atoll.ingress.bootstrap import ACCESS_LOG, ADS_SOCKET
 from atoll.ingress.drain import Drainer
 from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
+from atoll.ingress.heartbeat import Heart
 from atoll.ingress.logs import keep_bounded
 from atoll.ingress.meter import Meter
+from atoll.ingress.probe import Prober, own_address
 from atoll.ingress.resources import Kind, Resource
 from atoll.ingress.table import RoutingTable
 from atoll.model import records
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
-from atoll.model.ports.control_plane import RoutingBatch
+from atoll.model.ports.control_plane import Peers, RoutingBatch
 from atoll.model.traffic import TrafficReport
 from atoll.model.worker import SERVICES
 
@@ -45,6 +47,8 @@ class ControlPlane(Protocol):
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None: ...
 
+    async def ingress_heartbeat(self, heartbeat: records.IngressHeartbeat) -> Peers: ...
+
     async def traffic(self, report: TrafficReport) -> None: ...
 
 
@@ -52,6 +56,7 @@ class Ingress:
     """Serves HTTP at `address:port` for every app that has a route; `directory` is its own. Port 0 takes a free one.
 
     Without the control plane it serves what it last knew. `workers` are Envoy's threads, one for each core by default.
+    `reachable` is where other sites' ingresses measure the way to it; without it, what it finds out itself.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Ingress:
         stop_grace_s: float = STOP_GRACE_S,
         clock: Clock | None = None,
         binary: Path | None = None,
+        reachable: str | None = None,
     ) -> None:
         self.http_port = port or free_port(address)
         self.ready = asyncio.Event()
@@ -75,6 +81,7 @@ class Ingress:
         self._control_plane = control_plane
         self._directory = directory
         self._name, self._site, self._domain = name, site, domain
+        self._reachable = own_address(address) if reachable is None else reachable
         self._stop_grace_s = stop_grace_s
         self._clock = clock or SystemClock()
         self.table = RoutingTable()
@@ -87,6 +94,8 @@ class Ingress:
         )
         self._drainer = Drainer(self.table, self.ads, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
         self._meter = Meter(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
+        prober = Prober(site, self._clock)
+        self._heart = Heart(self.envoy.admin, control_plane, prober, ingress=name, site=site, clock=self._clock)
 
     async def run(self) -> None:
         """Serve until cancelled; then Envoy ends too, with `stop_grace_s` for the requests that are active.
@@ -137,6 +146,7 @@ class Ingress:
                 site=self._site,
                 http_port=self.http_port,
                 domain=self._domain,
+                address=self._reachable,
                 registered_at=self._clock.now(),
             )
         )

@@ -24,6 +24,7 @@ from atoll.model.records import (
     OwnerKind,
     Rejection,
     Role,
+    Site,
     Status,
 )
 from atoll.model.spec import REPLICAS_MAX, Name
@@ -164,6 +165,23 @@ class MaintenanceView(Struct, frozen=True, kw_only=True):
     revision: int
 
 
+class SiteView(Struct, frozen=True, kw_only=True):
+    """A site, with what is known of it beside what operators say."""
+
+    site: Site
+    described: bool = True
+    """Whether operators have said anything; else it is known by its nodes or ingresses only."""
+    nodes: int = 0
+    ingresses: tuple[str, ...] = ()
+    requests_per_s: float = 0.0
+    """That come in here, of all apps."""
+    measured_ms: dict[str, float] = {}
+    """Other site → round trip, as its ingresses measure it."""
+    round_trips_ms: dict[str, float] = {}
+    """Other site → what counts: measured, else known to operators, else estimated. Only when one site is asked for."""
+    revision: int
+
+
 class Candidate(Struct, frozen=True, kw_only=True):
     """A node that would take the instance, with what each score says of it (already times its weight)."""
 
@@ -174,6 +192,9 @@ class Candidate(Struct, frozen=True, kw_only=True):
     """How many of such instances it has room for."""
     gpus: tuple[GpuGrant, ...] = ()
     """The devices that it would get there."""
+    site: str = ""
+    latency_ms: float | None = None
+    """The round trip to what `placement.near` names (to users: the mean); None where it names nothing, or nobody knows."""
 
 
 class Explanation(Struct, frozen=True, kw_only=True):
@@ -187,6 +208,12 @@ class Explanation(Struct, frozen=True, kw_only=True):
     """Why no node is left, and what would change that."""
     wall: str = ""
     """Of GPUs: how they are given, and how hard the wall to others is."""
+    layout: dict[str, int] = {}
+    """With `near = "users"`: site → how many instances it should have."""
+    layout_ms: float | None = None
+    """The mean round trip of requests, were it so."""
+    unserved: float = 0.0
+    """The share of requests from places that no site may serve."""
     share: str = ""
     """What its project holds of what it holds most of, in words: among equal priorities, projects that hold less go first."""
 

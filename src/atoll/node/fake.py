@@ -11,9 +11,9 @@ from msgspec.structs import replace
 
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, NotFound, Unavailable
-from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
+from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.ports.runtime import Runtime
-from atoll.model.records import Assignment, Capacity, Event, Heartbeat, Ingress, Node, Status
+from atoll.model.records import Assignment, Capacity, Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.spec import Health
 from atoll.model.states import Desired
 from atoll.model.streams import LogLine, LogOptions
@@ -208,6 +208,10 @@ class FakeControlPlane:
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         self._check()
+
+    async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
+        self._check()
+        return Peers()
 
     def _check(self) -> None:
         if self._away:

@@ -14,8 +14,10 @@ from atoll.scheduling.assembly import group_of
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.explain import explain
 from atoll.scheduling.fair import Shares
-from atoll.scheduling.groups import project_of_group
+from atoll.scheduling.groups import owner_of_group, project_of_group
 from atoll.scheduling.interface import View
+from atoll.scheduling.layout import lay_out, sites_of
+from atoll.scheduling.near import wants_users
 from atoll.scheduling.plan import plan
 from atoll.scheduling.snapshot import Snapshot
 
@@ -56,6 +58,23 @@ def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Wor
         answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(waiting)))
         explanation = replace(explanation, rejection=next(iter(answer.rejected.values()), None))
     return InstanceExplanation(instance=instance, explanation=explanation)
+
+
+def _lay_out(snapshot: Snapshot, group: str, demand: Demand, least: int) -> None:
+    """See that there is a layout for at least so many, as the leader would before it places any, and what it comes to is known.
+
+    The leader's own is in the app's status; only what it is worth is worked out here.
+    """
+    if not wants_users(demand):
+        return
+    view, owner = View(snapshot), owner_of_group(group)
+    known = snapshot.whereabouts.layouts.get(owner)
+    current = known.wanted if known is not None else sites_of(view, group)
+    layout = lay_out(view, group, demand, max(least, sum(current.values())), current)
+    if layout is not None and known is not None and known.count >= least:
+        layout = replace(layout, wanted=known.wanted)
+    if layout is not None:
+        snapshot.whereabouts.layouts[owner] = layout
 
 
 def _explained(snapshot: Snapshot, group: str, demand: Demand) -> Explanation:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from msgspec import Struct
 
+from atoll.model.records import IngressHeartbeat, OwnerKind
 from atoll.scheduling.geography import Floats, Geography
 
 TRAFFIC_MIN = 0.01
@@ -57,3 +58,14 @@ class Whereabouts:
             return Users(sites, np.array([traffic[site] for site in sites], dtype=np.float64) / total, True)
         sites = tuple(sorted(set(self.entrances)))
         return Users(sites, np.full(len(sites), 1.0 / max(1, len(sites))), False)
+
+
+def traffic_of(beats: Iterable[IngressHeartbeat], apps: Collection[str] | None = None) -> dict[str, dict[str, float]]:
+    """Return owner → site → requests per second, as ingresses say; only of `apps` (`PROJECT/NAME`) where they are given."""
+    traffic: dict[str, dict[str, float]] = {}
+    for beat in beats:
+        keys = beat.requests.keys() if apps is None else [key for key in apps if key in beat.requests]
+        for key in keys:
+            rates = traffic.setdefault(f"{OwnerKind.APP}/{key}", {})
+            rates[beat.site] = rates.get(beat.site, 0.0) + beat.requests[key]
+    return traffic

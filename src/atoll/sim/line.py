@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from atoll.api.service.service import Service
-from atoll.model.errors import Unavailable
-from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
-from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
+from atoll.model.beats import BeatGrant
+from atoll.model.errors import AtollError, Unavailable
+from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
+from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.traffic import TrafficReport
 from atoll.sim.faults import Faults, Life
 from atoll.sim.server import Server
@@ -123,6 +124,9 @@ class Line:
 
     async def traffic(self, report: TrafficReport) -> None:
         await self.call(lambda service: service.control_plane.traffic(report))
+
+    async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
+        return await self.call(lambda service: service.control_plane.ingress_heartbeat(heartbeat))
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         await self.call(lambda service: service.control_plane.drained(ingress, instances))

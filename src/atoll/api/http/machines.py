@@ -13,8 +13,8 @@ from atoll.api.service import Need
 from atoll.model import codec
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import Invalid
-from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
-from atoll.model.records import Event, Heartbeat, Ingress, Node, Status
+from atoll.model.ports.control_plane import AssignmentBatch, Peers, RoutingBatch
+from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 
 KEEPALIVE_S = 5.0
 """After so long without news a stream carries an empty batch."""
@@ -77,6 +77,12 @@ async def drained(call: Call) -> None:
     await call.service.control_plane.drained(call.path["ingress"], call.body(DrainedReport).instances)
 
 
+async def ingress_heartbeat(call: Call) -> Peers:
+    beat = call.body(IngressHeartbeat)
+    _same("ingress", beat.ingress, call.path["ingress"])
+    return await call.service.control_plane.ingress_heartbeat(beat)
+
+
 async def _encoded(batches: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     async for batch in batches:
         yield codec.encode(batch) + b"\n"
@@ -105,5 +111,14 @@ ROUTES: tuple[Route, ...] = (
     _agent("GET", "/instances/{instance}/secrets", instance_secrets, "Variable → value for one instance", dict[str, str]),
     _ingress("PUT", "", put_ingress, "An ingress describes itself", body=Ingress),
     _ingress("GET", "/routing", routing, "All routes and endpoints, as they change", RoutingBatch, lines=True),
+    _ingress(
+        "POST",
+        "/heartbeat",
+        ingress_heartbeat,
+        "Who asks here, how far other sites are",
+        Peers,
+        body=IngressHeartbeat,
+        body_bytes_max=REPORT_BYTES_MAX,
+    ),
     _ingress("POST", "/drained", drained, "Which instances have no request left", body=DrainedReport),
 )

@@ -15,10 +15,10 @@ from atoll.api.service import Need, authorize
 from atoll.api.service.exposition import CONTENT_TYPE
 from atoll.model import codec
 from atoll.model.devices import GpuDevice
-from atoll.model.errors import NotFound
-from atoll.model.records import Usage
+from atoll.model.errors import Invalid, NotFound
+from atoll.model.records import Site, Usage
 from atoll.model.spec import AppSpec, JobSpec
-from atoll.model.views import Info, NodeView, Page, ReinstateRequest, TokenRequest, TokenView
+from atoll.model.views import Info, NodeView, Page, ReinstateRequest, SiteView, TokenRequest, TokenView
 
 
 class Healthy(Struct, frozen=True):
@@ -66,6 +66,25 @@ async def uncordon_node(call: Call) -> NodeView:
 async def reinstate_gpu(call: Call) -> GpuDevice:
     asked = call.body(ReinstateRequest) if call.has_body else ReinstateRequest()
     return await call.service.nodes.reinstate(call.path["node"], call.path["gpu"], reset=asked.reset, caller=call.caller)
+
+
+async def list_sites(call: Call) -> Page[SiteView]:
+    return call.service.sites.all(limit=call.limit, after=call.after)
+
+
+async def get_site(call: Call) -> SiteView:
+    return call.service.sites.get(call.path["site"])
+
+
+async def put_site(call: Call) -> SiteView:
+    site = call.body(Site)
+    if site.name != call.path["site"]:
+        raise Invalid(f"name: the body says '{site.name[:60]}', the path '{call.path['site'][:60]}'", field="name")
+    return await call.service.sites.put(site, request=call.request_key)
+
+
+async def delete_site(call: Call) -> Site:
+    return await call.service.sites.remove(call.path["site"], request=call.request_key)
 
 
 async def usage(call: Call) -> tuple[Usage, ...]:
@@ -116,6 +135,10 @@ ROUTES: tuple[Route, ...] = (
         GpuDevice,
         body=ReinstateRequest,
     ),
+    _route("GET", "/v1/sites", Need.READ, list_sites, "Sites", Page[SiteView], query=PAGED),
+    _route("GET", "/v1/sites/{site}", Need.READ, get_site, "A site, with the round trips to all others", SiteView),
+    _route("PUT", "/v1/sites/{site}", Need.ADMIN, put_site, "Describe a site", SiteView, body=Site, repeatable=True),
+    _route("DELETE", "/v1/sites/{site}", Need.ADMIN, delete_site, "Forget where a site is", Site, repeatable=True),
     _route(
         "GET",
         "/v1/usage",

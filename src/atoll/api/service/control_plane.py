@@ -9,14 +9,15 @@ from atoll.api.service.beat_keys import grant_of
 from atoll.api.service.context import Context
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.heartbeats import Heartbeats
+from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.secrets import Secrets
 from atoll.api.service.specs import spec_of
 from atoll.api.service.tunnels import Tunnels
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import NotFound
-from atoll.model.ports.control_plane import AssignmentBatch, Channel, RoutingBatch, StreamRequest
-from atoll.model.records import Event, Heartbeat, Ingress, Instance, Node, Status
+from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
+from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Instance, Node, Status
 from atoll.store.cache import Held
 
 
@@ -24,7 +25,14 @@ class LocalControlPlane:
     """See `ports.control_plane.ControlPlane`. `keepalive_s` asks for empty batches, which only a connection needs."""
 
     def __init__(
-        self, context: Context, feeds: Feeds, nodes: Nodes, secrets: Secrets, heartbeats: Heartbeats, tunnels: Tunnels
+        self,
+        context: Context,
+        feeds: Feeds,
+        nodes: Nodes,
+        secrets: Secrets,
+        heartbeats: Heartbeats,
+        tunnels: Tunnels,
+        ingresses: IngressHeartbeats,
     ) -> None:
         self._context = context
         self._feeds = feeds
@@ -32,6 +40,7 @@ class LocalControlPlane:
         self._secrets = secrets
         self._heartbeats = heartbeats
         self._tunnels = tunnels
+        self._ingresses = ingresses
 
     async def register_node(self, node: Node) -> None:
         await self._nodes.register(node)
@@ -65,6 +74,9 @@ class LocalControlPlane:
 
     def routing(self, ingress: str, keepalive_s: float | None = None) -> AsyncIterator[RoutingBatch]:
         return self._feeds.routing(keepalive_s)
+
+    async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
+        return await self._ingresses.note(heartbeat)
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         wanted = set(instances)

@@ -12,13 +12,29 @@ from typing import TypeVar
 from atoll.api.service.access import check_name
 from atoll.api.service.context import Context
 from atoll.api.service.heartbeats import Heartbeats
+from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.projects import require_project
 from atoll.api.service.specs import spec_of
 from atoll.api.service.workloads import check_constraints
 from atoll.model.errors import DeadlineExceeded, NotFound
 from atoll.model.evacuation import evacuations
 from atoll.model.maintenance import Maintenance
-from atoll.model.records import App, AppStatus, Instance, Node, NodeLiveness, NodePolicy, OwnerKind, Project, Release, Status
+from atoll.model.records import (
+    App,
+    AppStatus,
+    Ingress,
+    Instance,
+    Job,
+    Node,
+    NodeLiveness,
+    NodePolicy,
+    OwnerKind,
+    Project,
+    Release,
+    RoundTrips,
+    Site,
+    Status,
+)
 from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
 from atoll.model.states import Desired
 from atoll.model.views import DefragView, InstanceExplanation, PlanView
@@ -37,8 +53,9 @@ K = TypeVar("K")
 
 
 class Planning:
-    def __init__(self, context: Context, heartbeats: Heartbeats) -> None:
+    def __init__(self, context: Context, heartbeats: Heartbeats, ingresses: IngressHeartbeats) -> None:
         self._context = context
+        self._ingresses = ingresses
         self._heartbeats = heartbeats
         self._state = context.state
         self._one = asyncio.Lock()

@@ -20,6 +20,7 @@ from atoll.api.service.exposition import Exposition
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.housekeeping import Housekeeping
+from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.instances import Instances
 from atoll.api.service.jobs import Jobs
 from atoll.api.service.join_tokens import JoinTokens
@@ -31,6 +32,7 @@ from atoll.api.service.projects import Projects
 from atoll.api.service.sealing import Sealer
 from atoll.api.service.secrets import Secrets
 from atoll.api.service.servers import Dial, Servers
+from atoll.api.service.sites import Sites
 from atoll.api.service.standing import Standing
 from atoll.api.service.tokens import Tokens
 from atoll.api.service.tunnels import Tunnels
@@ -71,12 +73,14 @@ class Service:
         self.clock = clock
         self._store_name = store_name
         self.heartbeats = Heartbeats(clock)
+        self.ingresses = IngressHeartbeats(self.context)
+        self.sites = Sites(self.context, self.ingresses)
         self.tunnels = Tunnels(lambda: entropy(16).hex())
         self.projects = Projects(self.context)
         self.apps = Apps(self.context)
         self.jobs = Jobs(self.context)
         self.instances = Instances(self.context)
-        self.planning = Planning(self.context, self.heartbeats)
+        self.planning = Planning(self.context, self.heartbeats, self.ingresses)
         self.secrets = Secrets(self.context)
         self.tokens = Tokens(self.context)
         self.nodes = Nodes(self.context, self.heartbeats, self.tunnels)
@@ -86,7 +90,9 @@ class Service:
         self.exposition = Exposition(self.context, self.heartbeats)
         self.feeds = Feeds(self.context)
         self.watching = Watching(self.context)
-        self.control_plane = LocalControlPlane(self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels)
+        self.control_plane = LocalControlPlane(
+            self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels, self.ingresses
+        )
         self.authorities = Authorities(self.context, certificate_life_s)
         self.join_tokens = JoinTokens(self.context, self.authorities)
         self.membership = Membership(self.context, self.authorities)

@@ -26,6 +26,7 @@ WATCHED = {
     "instances",
     "statuses",
     "nodes",
+    "sites",
     "node-policies",
     "node-liveness",
     "maintenances",
@@ -33,7 +34,7 @@ WATCHED = {
     "ingresses",
 }
 """Kinds that may be watched: none that holds a secret or a token."""
-CELL_WIDE = {"nodes", "node-policies", "node-liveness", "maintenances", "ingresses"}
+CELL_WIDE = {"nodes", "sites", "node-policies", "node-liveness", "maintenances", "ingresses"}
 """Kinds that belong to no project."""
 BOOKMARK_S = 5.0
 """The longest silence of a stream."""

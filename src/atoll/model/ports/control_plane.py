@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from atoll.model.beats import BeatGrant
-from atoll.model.records import Assignment, Event, Heartbeat, Ingress, Node, Routing, Status
+from atoll.model.records import Assignment, Event, Heartbeat, Ingress, IngressHeartbeat, Node, Routing, Status
 from atoll.model.states import Desired
 from atoll.model.traffic import TrafficReport
 
@@ -39,6 +39,18 @@ class RoutingBatch(Struct, frozen=True):
     """`project/app`."""
     kept: tuple[str, ...] = ()
     """Apps of which no more can be told, because their record is damaged: what is known of them holds."""
+
+
+class Peer(Struct, frozen=True):
+    """Another site's ingress, for a round trip to be measured to."""
+
+    site: str
+    address: str
+    port: int
+
+
+class Peers(Struct, frozen=True):
+    peers: tuple[Peer, ...] = ()
 
 
 class StreamKind:
@@ -108,6 +120,10 @@ class ControlPlane(Protocol):
         ...
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None: ...
+
+    async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
+        """Tell who asks here and how far other sites are, and return whom to measure. It may be lost: the next says as much."""
+        ...
 
     async def traffic(self, report: TrafficReport) -> None:
         """Take what an ingress counted. It may be lost: the next report says the same and more."""
