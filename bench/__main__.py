@@ -16,6 +16,10 @@ BENCHES = {
     "standby": ("from a scale-up to ready: a parked instance that is woken beside a cold start", "3 min"),
     "gpu": ("GPUs in sandboxes beside a bare process, discovery, walls, MIG packing; without a GPU the fake's contract", "2 min"),
     "weights": ("start with 500 MB of weights: on the node, fetched ahead, fetched first", "3 min"),
+    "detection": (
+        "death of a node → replacement committed at 100 and 5,000 nodes, false alarms in an hour, cost",
+        "6 min",
+    ),
     "store": ("puts/s, put → watch and failover of memory, SQLite, etcd with one member and with three", "1 min"),
     "api": ("API reads/s and durable writes/s, idle memory and processor use", "1 min"),
 }

@@ -23,12 +23,12 @@ class Outages:
         self._told: set[Place] | None = None
         self._roundabout: frozenset[str] = frozenset()
 
-    def look(self, silent: set[str], decision: Decision, monotonic: float) -> None:
-        """Take in which nodes do not answer."""
+    def look(self, silent: set[str], doubted: int, decision: Decision, monotonic: float) -> None:
+        """Take in which nodes do not answer, and how many more are about to be believed silent."""
         self._places(silent, decision, monotonic)
         nodes = self._world.state.records(Node)
         gone = {name for name, since in self._world.lost_since.items() if monotonic - since >= brakes.RECENT_S}
-        counted = len(silent - gone)
+        counted = len(silent - gone) + doubted
         there = len(nodes) - len(gone & nodes.keys())
         held, release = self._world.state.get(Brake, KEY), self._world.state.get(BrakeRelease, KEY)
         # By the store's order, and not by anybody's clock: a release is for the brake that was on when it was given.

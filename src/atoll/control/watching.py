@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from atoll.control.actions import Decision
+from atoll.control.detection import brake
+from atoll.control.detection.decide import Standing
 from atoll.control.detection.exchange import Exchange
 from atoll.control.nodes import LastSeen, NodeFacts, decide_node, is_silent, is_to_be_lost
 from atoll.control.outages import Outages
@@ -71,7 +73,8 @@ class NodeWatch:
                 silence_s=(self._detection.silence_s(name) or 0.0) if self._detection is not None else 0.0,
             )
         silent = {name for name, facts in doubtful.items() if is_silent(facts, monotonic)}
-        self._outages.look(silent, decision, monotonic)
+        doubted = sum(facts.standing is Standing.SUSPECT and facts.silence_s >= brake.DOUBTED_S for facts in doubtful.values())
+        self._outages.look(silent, doubted, decision, monotonic)
         for facts in doubtful.values():
             may_lose = not is_to_be_lost(facts, monotonic) or self._outages.may_lose()
             decide_node(facts, monotonic, decision, may_lose=may_lose)

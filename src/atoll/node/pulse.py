@@ -20,7 +20,7 @@ from atoll.node.contact import Contact
 RATE_MIN = 2
 """Beats a second while none is lost."""
 RATE_MAX = 10
-MISS_ODDS = 1e-7
+MISS_ODDS = 1e-8
 """So unlikely it shall be that all beats of a second are lost; how many that takes depends on how many are lost."""
 EAGER_S = 3.0
 """A new agent beats at the full rate until it knows better."""
@@ -129,14 +129,18 @@ class Pulse:
             rate = RATE_MAX if now - self._began < EAGER_S else self.rate(now)
             self._burst = max(0, self._burst - 1)
             self._next = now + (BURST_GAP_S if self._burst else 1.0 / rate)
+        carries = self.carries_until(now)
+        return self._next if carries is None else min(self._next, carries)
+
+    def carries_until(self, now: float) -> float | None:
+        """Say of which probes nothing has come back, and return when to look again; None when none is carried."""
         for nonce, carried in list(self._carried.items()):
             if not carried.denied and now >= carried.denied_at:
                 self._hand_back(nonce, carried.server, b"")
                 self._carried[nonce] = Carried(carried.server, carried.denied_at, carried.until, True)
             elif now >= carried.until:
                 del self._carried[nonce]
-        waits = [carried.until if carried.denied else carried.denied_at for carried in self._carried.values()]
-        return min([self._next, *waits])
+        return min((one.until if one.denied else one.denied_at for one in self._carried.values()), default=None)
 
     def say_goodbye(self, now: float) -> None:
         """Tell every server that this agent ends in order and another will follow: three times, since it is the last word."""

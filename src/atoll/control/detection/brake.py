@@ -15,6 +15,9 @@ SHARE_MAX = 0.2
 NODES_MIN = 2
 RECENT_S = 600.0
 """A node that was given up longer ago counts neither as there nor as silent: it is simply gone."""
+DOUBTED_S = 3.0
+"""A node counts as silent for the brake this long after its last sign, though it is believed only later: of many that fell silent
+together, the first must not be given up before the others are counted."""
 HOLD_S = 600.0
 """So long the brake stays on by itself."""
 RATE_SHARE = 0.02
