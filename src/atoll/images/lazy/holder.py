@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
 
 
 def keep(fuse: int, lock: int, log: str, command: list[str]) -> int:
-    """Run the command, which gets both descriptors as its last arguments, until it says that the mount is gone."""
+    """Run the command until it says that the mount is gone. Its last arguments are both descriptors and this process's id."""
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("-900")
@@ -61,7 +61,8 @@ def keep(fuse: int, lock: int, log: str, command: list[str]) -> int:
         began = time.monotonic()
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if _size(log) > LOG_BYTES_MAX else os.O_APPEND)
         output = os.open(log, flags, 0o600)
-        child = subprocess.Popen([*command, str(fuse), str(lock)], pass_fds=(fuse, lock), stdin=0, stdout=output, stderr=output)
+        words = [*command, str(fuse), str(lock), str(os.getpid())]
+        child = subprocess.Popen(words, pass_fds=(fuse, lock), stdin=0, stdout=output, stderr=output)
         os.close(output)
         if child.wait() == 0:
             return 0

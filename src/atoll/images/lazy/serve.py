@@ -1,6 +1,6 @@
 """The process that answers the kernel for the tree at `mnt/`, and fetches what is read: one per node.
 
-    python -m atoll.images.lazy.serve LAZY FUSE LOCK_FD      run by `holder.py`
+    python -m atoll.images.lazy.serve LAZY FUSE LOCK_FD HOLDER      run by `holder.py`
 
 It keeps nothing in memory that its successor could not read from the disk. Should the one that holds the mount for it die, it
 takes that one's part, and so has a new one of itself started.
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import signal
 import sys
@@ -19,7 +20,6 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 import msgspec
-import structlog
 
 from atoll.images.lazy import fuse, holder
 from atoll.images.lazy.fetch import Fetcher
@@ -37,7 +37,7 @@ READS_MAX = 256
 PATIENCE = Patience(connect_s=5.0, stall_s=10.0, tries=2)
 _PR_SET_PDEATHSIG = 1
 
-log = structlog.get_logger()
+log = logging.getLogger("atoll.lazy")
 
 
 class Shown:
@@ -68,7 +68,7 @@ class Shown:
     async def _fill(self) -> None:
         await self.fetcher.fill()
         self.pieces.finish()
-        log.info("all of an image is here", digest=self.image.digest)
+        log.info("all of %s is here", self.image.digest)
 
     def _told(self, message: str | None) -> None:
         """Leave word for the agent, which may be away."""
@@ -78,15 +78,15 @@ class Shown:
         with contextlib.suppress(OSError):
             write_whole(self.directory / TROUBLE, msgspec.json.encode(Trouble(message or "", self._failures)))
         if message is not None:
-            log.warning("pieces of an image did not come", digest=self.image.digest, why=message, count=self._failures)
+            log.warning("pieces of %s did not come: %s (%d in a row)", self.image.digest, message, self._failures)
 
 
 class Server:
     def __init__(self, paths: LazyPaths, descriptor: int) -> None:
         self._paths = paths
         self._fd = descriptor
-        self._registries = Registries()
-        self._access_at = 0
+        self._registries = Registries(paths.read_access(), patience=PATIENCE)
+        self._access_at = paths.access.stat().st_mtime_ns
         """When the file that says how to reach registries was written: a new agent may have another token."""
         self._shown: dict[int, Shown] = {}
         self._reads = asyncio.Semaphore(READS_MAX)
@@ -150,7 +150,7 @@ class Server:
         except FileNotFoundError:
             return None  # it is being made
         except (OSError, msgspec.DecodeError, AtollError) as error:
-            log.warning("an image cannot be shown", directory=str(directory), why=str(error))
+            log.warning("%s cannot be shown: %s", directory, error)
             return None
         self._shown[image.number] = shown
         return shown
@@ -194,7 +194,7 @@ class Server:
             os.writev(self._fd, [fuse.header(request.unique, len(data), error), data])
         except OSError as failure:
             if failure.errno not in (errno.ENOENT, errno.ENODEV):  # who asked is gone; the mount is gone
-                log.warning("not answered", op=request.op, error=str(failure))
+                log.warning("request %d was not answered: %s", request.op, failure)
 
     def _reply(self, request: Request) -> bytes:
         """Return the answer to what needs no content. Raises OSError."""
@@ -261,7 +261,7 @@ class Server:
                 await shown.fetcher.need(shown.pieces.chunks_of(at, read.offset, read.size))
                 data = await asyncio.to_thread(shown.pieces.read, at, read.offset, read.size)
             except AtollError as error:
-                log.warning("a read failed", digest=shown.image.digest, why=str(error))
+                log.warning("a read of %s failed: %s", shown.image.digest, error)
                 self._answer(request, b"", errno.EIO)
             except OSError as error:
                 self._answer(request, b"", errno.ESTALE if error.errno == errno.ESTALE else errno.EIO)
@@ -283,19 +283,21 @@ def holder_command() -> list[str]:
 
 
 def server_command(paths: LazyPaths) -> list[str]:
-    """Without the two descriptors, which the holder appends."""
+    """Without the two descriptors and its own id, which the holder appends."""
     return [sys.executable, "-m", "atoll.images.lazy.serve", str(paths.directory)]
 
 
-async def _main(paths: LazyPaths, descriptor: int, lock: int) -> None:
-    parent = os.getppid()
+async def _main(paths: LazyPaths, descriptor: int, lock: int, parent: int) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, take_over, paths, descriptor, lock)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it died before that was asked for
         take_over(paths, descriptor, lock)
     await Server(paths, descriptor).run()
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(LazyPaths(Path(sys.argv[1])), int(sys.argv[2]), int(sys.argv[3])))
+    # Not the agent's structured log: its library takes a third of the time in which this process starts.
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    asyncio.run(_main(LazyPaths(Path(sys.argv[1])), *map(int, sys.argv[2:5])))
