@@ -30,8 +30,10 @@ from atoll.model.records import (
     Status,
     Usage,
 )
+from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import AppSpec, Metrics, Port, Scale
 from atoll.model.states import Phase
+from atoll.model.traffic import BOUNDS_MS, Counts, ReleaseTraffic, TrafficReport
 from atoll.model.views import TokenRequest
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -85,7 +87,10 @@ async def cell() -> AsyncIterator[Cell]:
         await made.put(keys.node("n1"), Node(name="n1", capacity=capacity))
         app = App(project="default", name="llm", spec=SPEC, release=1, replicas=1, created_at=1.0, updated_at=1.0)
         await made.put(keys.app("default", "llm"), app)
-        status = AppStatus(project="default", name="llm", phase=AppPhase.RUNNING, release=1, ready=2, scaled=3, parked=1)
+        canary = RolloutStatus(release=2, stable=1, weight=5)
+        status = AppStatus(
+            project="default", name="llm", phase=AppPhase.RUNNING, release=1, ready=2, scaled=3, parked=1, rollout=canary
+        )
         await made.put(keys.app_status("default", "llm"), status)
         await made.instance("llm-1", gpus=(GpuGrant(device="GPU-1", memory_bytes=150 << 30),))
         await made.instance("llm-2", project="shop", owner_kind=OwnerKind.JOB, owner="train")
@@ -100,6 +105,9 @@ async def cell() -> AsyncIterator[Cell]:
         sample = GpuSample(device="GPU-1", busy_milli=730, memory_bytes=1 << 31, power_milliwatts=350_500, temperature_c=61)
         beat = Heartbeat(node="n1", at=1.0, cpu_milli=1_500, memory_bytes=1 << 30, usage=(usage,), gpus=(sample,))
         service.heartbeats.note(beat)
+        classes = tuple(100 if bound == 10 else 0 for bound in BOUNDS_MS)
+        counted = ReleaseTraffic(project="default", app="llm", release=1, counts=Counts(100, 3, classes))
+        service.traffic.note(TrafficReport(ingress="g", started=1.0, releases=(counted,)))
         yield made
     await store.close()
 
@@ -121,6 +129,10 @@ async def test_nodes_devices_apps_and_instances_are_told(cell: Cell) -> None:
         'atoll_app_replicas_ready{project="default",app="llm"} 2',
         'atoll_app_replicas_most{project="default",app="llm"} 4',
         'atoll_app_parked{project="default",app="llm"} 1',
+        'atoll_app_requests_total{project="default",app="llm",release="1"} 100',
+        'atoll_app_errors_total{project="default",app="llm",release="1"} 3',
+        'atoll_app_latency_p50_seconds{project="default",app="llm",release="1"} 0.0085',
+        'atoll_app_weight_ratio{project="default",app="llm",release="2"} 0.05',
         'atoll_instance_ready{project="default",app="llm",instance="llm-1",node="n1"} 1',
         'atoll_instance_restarts_total{project="default",app="llm",instance="llm-1",node="n1"} 2',
         'atoll_instance_cpu_cores{project="default",app="llm",instance="llm-1",node="n1"} 0.25',

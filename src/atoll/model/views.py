@@ -27,6 +27,7 @@ from atoll.model.records import (
     Site,
     Status,
 )
+from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import REPLICAS_MAX, Name
 from atoll.model.spec.values import default
 from atoll.model.streams import ErrorBody
@@ -59,6 +60,35 @@ class AppView(Struct, frozen=True, kw_only=True):
 class InstanceView(Struct, frozen=True, kw_only=True):
     instance: Instance
     status: Status | None = None
+    revision: int
+
+
+class ReleaseView(Struct, frozen=True, kw_only=True):
+    """A release of an app that has instances or requests, with what ingresses counted of it in about the last minute."""
+
+    release: int
+    weight: int | None = None
+    """Percent of the requests; None where they go to every ready instance alike."""
+    instances: int = 0
+    ready: int = 0
+    requests: int = 0
+    errors: int = 0
+    """Answered with 500 to 599."""
+    per_second: float = 0.0
+    latency_p50_s: float | None = None
+    latency_p99_s: float | None = None
+
+
+class RolloutView(Struct, frozen=True, kw_only=True):
+    """How an app's last rollout stands; `status` is None of one that only replaces instances and that nobody steers."""
+
+    app: App
+    app_status: AppStatus | None = None
+    status: RolloutStatus | None = None
+    releases: tuple[ReleaseView, ...] = ()
+    """The newest first."""
+    preview: str | None = None
+    """Where a blue-green set answers before it is promoted."""
     revision: int
 
 

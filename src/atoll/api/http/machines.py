@@ -15,6 +15,7 @@ from atoll.model.beats import BeatGrant
 from atoll.model.errors import Invalid
 from atoll.model.ports.control_plane import AssignmentBatch, Peers, RoutingBatch
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
+from atoll.model.traffic import TrafficReport
 
 KEEPALIVE_S = 5.0
 """After so long without news a stream carries an empty batch."""
@@ -83,6 +84,12 @@ async def ingress_heartbeat(call: Call) -> Peers:
     return await call.service.control_plane.ingress_heartbeat(beat)
 
 
+async def traffic(call: Call) -> None:
+    report = call.body(TrafficReport)
+    _same("ingress", report.ingress, call.path["ingress"])
+    await call.service.control_plane.traffic(report)
+
+
 async def _encoded(batches: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     async for batch in batches:
         yield codec.encode(batch) + b"\n"
@@ -121,4 +128,7 @@ ROUTES: tuple[Route, ...] = (
         body_bytes_max=REPORT_BYTES_MAX,
     ),
     _ingress("POST", "/drained", drained, "Which instances have no request left", body=DrainedReport),
+    _ingress(
+        "POST", "/traffic", traffic, "Requests to each release, counted", body=TrafficReport, body_bytes_max=REPORT_BYTES_MAX
+    ),
 )

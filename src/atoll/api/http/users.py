@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from atoll.api.http.answers import Lines
@@ -20,6 +21,7 @@ from atoll.model.views import (
     Page,
     PlanView,
     RollbackRequest,
+    RolloutView,
     ScaleRequest,
     SecretRequest,
     SecretView,
@@ -86,6 +88,34 @@ async def rollback_app(call: Call) -> AppView:
     return await call.service.apps.rollback(
         call.caller, call.project, call.path["app"], wish.release, if_match=call.if_match, request=call.request_key
     )
+
+
+async def get_rollout(call: Call) -> RolloutView:
+    return call.service.rollouts.get(call.project, call.path["app"])
+
+
+async def pause_rollout(call: Call) -> AppView:
+    return await _steer(call, call.service.rollouts.pause)
+
+
+async def resume_rollout(call: Call) -> AppView:
+    return await _steer(call, call.service.rollouts.resume)
+
+
+async def promote_rollout(call: Call) -> AppView:
+    return await _steer(call, call.service.rollouts.promote)
+
+
+async def abort_rollout(call: Call) -> AppView:
+    return await _steer(call, call.service.rollouts.abort)
+
+
+async def undo_rollout(call: Call) -> AppView:
+    return await _steer(call, call.service.rollouts.undo)
+
+
+async def _steer(call: Call, ask: Callable[..., Awaitable[AppView]]) -> AppView:
+    return await ask(call.caller, call.project, call.path["app"], if_match=call.if_match, request=call.request_key)
 
 
 async def list_releases(call: Call) -> Page[Release]:
@@ -204,6 +234,12 @@ ROUTES: tuple[Route, ...] = (
     _write("POST", f"{_APP}/scale", scale_app, "Say how many instances an app has", AppView, ScaleRequest, conditional=True),
     _write("POST", f"{_APP}/restart", restart_app, "Replace every instance, as a rollout does", AppView, conditional=True),
     _write("POST", f"{_APP}/rollback", rollback_app, "Run an older release again", AppView, RollbackRequest, conditional=True),
+    _read(f"{_APP}/rollout", get_rollout, "How an app's last rollout stands, with numbers of each release", RolloutView),
+    _write("POST", f"{_APP}/rollout/pause", pause_rollout, "Have a rollout not go on by itself", AppView, conditional=True),
+    _write("POST", f"{_APP}/rollout/resume", resume_rollout, "Go on, or begin anew after a revert", AppView, conditional=True),
+    _write("POST", f"{_APP}/rollout/promote", promote_rollout, "Give the new release all requests", AppView, conditional=True),
+    _write("POST", f"{_APP}/rollout/abort", abort_rollout, "Give the release before all requests again", AppView, conditional=True),
+    _write("POST", f"{_APP}/rollout/undo", undo_rollout, "Go back to what served before", AppView, conditional=True),
     _read(f"{_APP}/releases", list_releases, "Releases of an app, newest first", Page[Release], PAGED),
     _read(
         f"{_P}/{{project}}/instances",

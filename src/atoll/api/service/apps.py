@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from msgspec import UNSET
 from msgspec.structs import replace
 
@@ -16,7 +18,8 @@ from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
 from atoll.model.records import App, AppStatus, Ingress, Instance, OwnerKind, Release
-from atoll.model.spec import AppSpec, check_app, check_gang_of
+from atoll.model.rollouts import RolloutOrder, RolloutPhase
+from atoll.model.spec import AppSpec, Strategy, check_app, check_gang_of
 from atoll.model.views import AppView, Page
 from atoll.store.cache import Held
 
@@ -91,20 +94,18 @@ class Apps:
         Raises Invalid (more than `scale.max`).
         """
 
-        def build() -> Draft[AppView]:
-            held = self._changeable(project, name, if_match)
+        def change(held: Held[App]) -> Draft[AppView]:
             old = held.record
             if old.replicas == replicas:
                 return Draft(answer=lambda _: self._view(held))
             _check_most(old.spec, replicas)
             _check_single(old.spec, replicas)
             check_gang_of(old.spec, replicas)
-            app = replace(old, replicas=replicas, updated_at=self._context.clock.now())
+            app = replace(old, replicas=replicas)
             what = f"the least was {old.replicas} and is {replicas}" if app.most else f"scaled from {old.replicas} to {replicas}"
-            told = told_by(self._context, caller, app, "app-scaled", what)
-            return self._draft(app, held, [], [told])
+            return self.changed(held, app, caller, "app-scaled", what)
 
-        return await self._context.write(AppView, build, request)
+        return await self.alter(project, name, change, if_match=if_match, request=request)
 
     async def restart(
         self,
@@ -115,15 +116,17 @@ class Apps:
         if_match: int | None = None,
         request: RequestKey | None = None,
     ) -> AppView:
-        """Have every instance replaced, as a rollout does. Without a request key, a repeat restarts once more."""
+        """Have every instance replaced, as a rollout does. Without a request key, a repeat restarts once more.
 
-        def build() -> Draft[AppView]:
-            held = self._changeable(project, name, if_match)
-            app = replace(held.record, generation=held.record.generation + 1, updated_at=self._context.clock.now())
-            told = told_by(self._context, caller, app, "app-restarted", "every instance is replaced")
-            return self._draft(app, held, [], [told])
+        Raises Conflict while a release is being rolled out by shares of the requests: both sets would be replaced at once.
+        """
 
-        return await self._context.write(AppView, build, request)
+        def change(held: Held[App]) -> Draft[AppView]:
+            self._check_no_shares(held.record)
+            app = replace(held.record, generation=held.record.generation + 1)
+            return self.changed(held, app, caller, "app-restarted", "every instance is replaced")
+
+        return await self.alter(project, name, change, if_match=if_match, request=request)
 
     async def rollback(
         self,
@@ -135,10 +138,12 @@ class Apps:
         if_match: int | None = None,
         request: RequestKey | None = None,
     ) -> AppView:
-        """Run release `number` again, or the one before the current. Raises NotFound when it is not kept, Conflict for a route."""
+        """Run release `number` again, or the one before the current. Raises NotFound when it is not kept, Conflict for a route.
 
-        def build() -> Draft[AppView]:
-            held = self._changeable(project, name, if_match)
+        To an older release one goes without the steps and waits of its rollout: it has been through them.
+        """
+
+        def change(held: Held[App]) -> Draft[AppView]:
             specs = {release.record.number: release.record.spec for release in self._releases(held.record)}
             numbers = sorted(specs)
             target = number or max((n for n in numbers if n < held.record.release), default=0)
@@ -153,11 +158,11 @@ class Apps:
             _check_single(spec, held.record.replicas)
             check_gang_of(spec, held.record.replicas)
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
-            app = replace(held.record, spec=spec, release=target, updated_at=self._context.clock.now())
+            app = replace(held.record, spec=spec, release=target, order=_order_back(held.record, spec, target))
             words = f"rolled back from release {held.record.release} to {target}"
-            return self._draft(app, held, compare, [*ops, told_by(self._context, caller, app, "app-rolled-back", words)])
+            return self.changed(held, app, caller, "app-rolled-back", words, compare, ops)
 
-        return await self._context.write(AppView, build, request)
+        return await self.alter(project, name, change, if_match=if_match, request=request)
 
     async def delete(
         self,
@@ -170,29 +175,75 @@ class Apps:
     ) -> AppView:
         """Mark the app for deletion; it is gone when its last instance is. Safe to repeat until then."""
 
+        def change(held: Held[App]) -> Draft[AppView]:
+            if held.record.deleting:
+                return Draft(answer=lambda _: self._view(held))
+            app = replace(held.record, deleting=True)
+            return self.changed(held, app, caller, "app-delete-asked", "is being deleted")
+
+        return await self.alter(project, name, change, if_match=if_match, request=request, deleting=True)
+
+    async def alter(
+        self,
+        project: str,
+        name: str,
+        change: Callable[[Held[App]], Draft[AppView]],
+        *,
+        if_match: int | None,
+        request: RequestKey | None,
+        deleting: bool = False,
+    ) -> AppView:
+        """Write what `change` makes of the app that is there; one that is being deleted only where `deleting` says so.
+
+        Raises NotFound, StaleRevision, Conflict, and what `change` does.
+        """
+
         def build() -> Draft[AppView]:
             held = self._held(project, name)
             check_match(held, if_match, f"app '{name}'")
-            if held.record.deleting:
-                return Draft(answer=lambda _: self._view(held))
-            app = replace(held.record, deleting=True, updated_at=self._context.clock.now())
-            told = told_by(self._context, caller, app, "app-delete-asked", "is being deleted")
-            return self._draft(app, held, [], [told])
+            if held.record.deleting and not deleting:
+                raise Conflict(f"app '{name}' is being deleted", mend="wait until it is gone, then deploy it again")
+            return change(held)
 
         return await self._context.write(AppView, build, request)
+
+    def changed(
+        self,
+        held: Held[App],
+        app: App,
+        caller: Caller,
+        code: str,
+        words: str,
+        compare: Sequence[Compare] = (),
+        ops: Sequence[Op] = (),
+    ) -> Draft[AppView]:
+        """Return the write that makes `app` of what is held, with the event that says who did it."""
+        app = replace(app, updated_at=self._context.clock.now())
+        return self._draft(app, held, list(compare), [*ops, told_by(self._context, caller, app, code, words)])
+
+    def unchanged(self, held: Held[App]) -> Draft[AppView]:
+        """Return the answer to a wish that is fulfilled already."""
+        return Draft(answer=lambda _: self._view(held))
+
+    def status(self, app: App) -> AppStatus | None:
+        held = self._state.get(AppStatus, f"{app.project}/{app.name}")
+        return held.record if held is not None else None
+
+    def _check_no_shares(self, app: App) -> None:
+        status = self.status(app)
+        rollout = status.rollout if status is not None else None
+        on = rollout is not None and (rollout.phase.under_way or rollout.phase is RolloutPhase.KEEPING)
+        if on and rollout is not None and rollout.weight is not None and rollout.release == app.release:
+            raise Conflict(
+                f"app '{app.name}' is in a {app.spec.rollout.strategy} rollout",
+                mend=f"end it first: atoll rollout promote {app.name}, or abort",
+            )
 
     def _held(self, project: str, name: str) -> Held[App]:
         held = self._state.get(App, f"{project}/{name}")
         if held is None:
             require_project(self._context, project)
             raise NotFound(f"no app '{name[:60]}' in project '{project}'", mend="'atoll apps' lists them")
-        return held
-
-    def _changeable(self, project: str, name: str, if_match: int | None) -> Held[App]:
-        held = self._held(project, name)
-        check_match(held, if_match, f"app '{name}'")
-        if held.record.deleting:
-            raise Conflict(f"app '{name}' is being deleted", mend="wait until it is gone, then deploy it again")
         return held
 
     def _releases(self, app: App) -> list[Held[Release]]:
@@ -228,8 +279,7 @@ class Apps:
         old = held.record
         if old.deleting:
             raise Conflict(f"app '{old.name}' is being deleted", mend="wait until it is gone, then deploy it again")
-        status = self._state.get(AppStatus, f"{old.project}/{old.name}")
-        running = old.wanted(status.record if status is not None else None)
+        running = old.wanted(self.status(old))
         app = replace(old, spec=spec, replicas=_replicas(spec, running), updated_at=self._context.clock.now())
         _check_single(spec, app.replicas)
         check_gang_of(spec, app.replicas)
@@ -237,7 +287,8 @@ class Apps:
         ops: list[Op] = []
         if replace(spec, scale=UNSET) != replace(old.spec, scale=UNSET) or _metric(spec) != _metric(old.spec):
             releases = self._releases(old)
-            app = replace(app, release=1 + max((release.record.number for release in releases), default=old.release))
+            self._check_ports(old, spec)
+            app = replace(app, order=None, release=1 + max((release.record.number for release in releases), default=old.release))
             compare, ops = claims.claim(self._context, caller, old.spec, spec)
             compare.append(absent(_key(app)))
             ops.append(self._release(caller, app))
@@ -245,6 +296,23 @@ class Apps:
         elif app.replicas == old.replicas and spec == old.spec:
             return Draft(answer=lambda _: self._view(held))
         return self._draft(app, held, compare, ops)
+
+    def _check_ports(self, old: App, spec: AppSpec) -> None:
+        """Raise Invalid where a canary would answer at another port than what serves: a share of the requests goes to one port."""
+        status = self.status(old)
+        served = status.served_release if status is not None else 0
+        held = self._state.get(Release, keys.release(old.project, old.name, served).removeprefix(keys.RELEASES))
+        if spec.rollout.strategy is not Strategy.CANARY or held is None:
+            return
+        before = held.record.spec
+        for host in claims.hosts_of(spec, self._context.domain):
+            port = before.port_named(host.port.name)
+            if port is not None and (port.port, port.http2) != (host.port.port, host.port.http2):
+                raise Invalid(
+                    f"ports: '{host.port.name}' changes from {port.port}, and a canary shares it with the release before",
+                    field="ports",
+                    mend="keep its number and http2, or deploy this release with rollout.strategy = 'rolling' or 'blue-green'",
+                )
 
     def _release(self, caller: Caller, app: App) -> Put:
         release = Release(
@@ -261,8 +329,10 @@ class Apps:
         """Delete the oldest releases over the bound, up to the first that something runs or that served last."""
         if len(releases) < RELEASES_MAX:
             return []
-        status = self._state.get(AppStatus, f"{app.project}/{app.name}")
-        needed = {app.release, status.record.served_release if status else 0}
+        status = self.status(app)
+        needed = {app.release, status.served_release if status else 0}
+        if status is not None and status.rollout is not None:
+            needed.add(status.rollout.stable)
         for held in self._state.records(Instance).values():
             instance = held.record
             if instance.owner == app.name and instance.project == app.project and instance.owner_kind is OwnerKind.APP:
@@ -285,8 +355,7 @@ class Apps:
 
     def _view(self, held: Held[App]) -> AppView:
         app = held.record
-        status = self._state.get(AppStatus, f"{app.project}/{app.name}")
-        return AppView(app=app, status=status.record if status else None, revision=held.revision, urls=self._urls(app))
+        return AppView(app=app, status=self.status(app), revision=held.revision, urls=self._urls(app))
 
     def _urls(self, app: App) -> tuple[str, ...]:
         ingress = min(self._state.records(Ingress).items(), default=None)
@@ -296,6 +365,16 @@ class Apps:
         suffix = "" if port == 80 else f":{port}"
         hosts = claims.hosts_of(app.spec, self._context.domain)
         return tuple(f"http://{host.host}{suffix}{host.path}" for host in hosts if not host.host.startswith("*"))
+
+
+def _order_back(old: App, spec: AppSpec, target: int) -> RolloutOrder | None:
+    """An older release goes past its steps and waits; a newer one, or the same again, begins anew."""
+    same = old.order is not None and old.order.release == target
+    rules = spec.rollout
+    if not same and rules.strategy is Strategy.ROLLING and rules.analysis is None and not rules.reverts:
+        return None
+    attempt = old.order.attempt + 1 if same and old.order is not None else 1
+    return RolloutOrder(release=target, attempt=attempt, promoted=target < old.release)
 
 
 def _replicas(spec: AppSpec, otherwise: int) -> int:

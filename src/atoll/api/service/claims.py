@@ -13,9 +13,11 @@ from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Forbidden, Invalid
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
 from atoll.model.records import App, Project, RouteClaim
-from atoll.model.spec import AppSpec, Port
+from atoll.model.spec import AppSpec, Port, Strategy
 
 DEFAULT_PROJECT = "default"
+PREVIEW = "preview--"
+"""Goes before the default hostname."""
 PATH_BYTES_MAX = 512
 _PATH = re.compile(r"/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*")
 
@@ -46,6 +48,20 @@ def hosts_of(spec: AppSpec, domain: str) -> tuple[Host, ...]:
     if port is None or any(host.place == (default, "/") for host in explicit):
         return tuple(explicit)
     return (Host(default, "/", port), *explicit)
+
+
+def preview_of(spec: AppSpec, domain: str) -> Host | None:
+    """Return where a release of the app answers before it has the app's requests: of a blue-green rollout."""
+    port = spec.port_named(None)
+    if port is None or spec.rollout.strategy is not Strategy.BLUE_GREEN:
+        return None
+    return Host(PREVIEW + default_host(spec.project, spec.name, domain), "/", port)
+
+
+def places_of(spec: AppSpec, domain: str) -> set[tuple[str, str]]:
+    """Return all that the app claims."""
+    preview = preview_of(spec, domain)
+    return {host.place for host in hosts_of(spec, domain)} | ({preview.place} if preview is not None else set())
 
 
 def check_hosts(context: Context, spec: AppSpec) -> None:
@@ -81,7 +97,7 @@ def claim(context: Context, caller: Caller, old: AppSpec | None, new: AppSpec) -
     """
     compare: list[Compare] = []
     ops: list[Op] = []
-    wanted = {host.place for host in hosts_of(new, context.domain)}
+    wanted = places_of(new, context.domain)
     for place in sorted(wanted):
         key = keys.route(*place)
         held = context.state.get(RouteClaim, key.removeprefix(keys.ROUTES))
@@ -104,7 +120,7 @@ def release(context: Context, spec: AppSpec, keep: set[tuple[str, str]] | None =
     """Return what gives the app's places back, but for those in `keep`."""
     compare: list[Compare] = []
     ops: list[Op] = []
-    for place in sorted({host.place for host in hosts_of(spec, context.domain)} - (keep or set())):
+    for place in sorted(places_of(spec, context.domain) - (keep or set())):
         key = keys.route(*place)
         held = context.state.get(RouteClaim, key.removeprefix(keys.ROUTES))
         if held is not None and (held.record.project, held.record.app) == (spec.project, spec.name):
@@ -135,7 +151,7 @@ def _take(context: Context, caller: Caller, claim: RouteClaim, place: tuple[str,
 
 def _wanted(context: Context, claim: RouteClaim, place: tuple[str, str]) -> bool:
     held = context.state.get(App, f"{claim.project}/{claim.app}")
-    return held is not None and any(host.place == place for host in hosts_of(held.record.spec, context.domain))
+    return held is not None and place in places_of(held.record.spec, context.domain)
 
 
 def _normal(path: str) -> str:

@@ -13,11 +13,13 @@ from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.secrets import Secrets
 from atoll.api.service.specs import spec_of
+from atoll.api.service.traffic import Traffic
 from atoll.api.service.tunnels import Tunnels
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import NotFound
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Instance, Node, Status
+from atoll.model.traffic import TrafficReport
 from atoll.store.cache import Held
 
 
@@ -40,6 +42,8 @@ class LocalControlPlane:
         self._secrets = secrets
         self._heartbeats = heartbeats
         self._tunnels = tunnels
+        self.counted = Traffic(context.clock)
+        """What ingresses say goes there."""
         self._ingresses = ingresses
 
     async def register_node(self, node: Node) -> None:
@@ -77,6 +81,9 @@ class LocalControlPlane:
 
     async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
         return await self._ingresses.note(heartbeat)
+
+    async def traffic(self, report: TrafficReport) -> None:
+        self.counted.note(report)
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         wanted = set(instances)

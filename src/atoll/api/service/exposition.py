@@ -9,6 +9,7 @@ from collections import defaultdict
 from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
 from atoll.api.service.heartbeats import Heartbeats
+from atoll.api.service.traffic import Traffic
 from atoll.model.devices import GpuHealth
 from atoll.model.records import (
     App,
@@ -49,6 +50,11 @@ FAMILIES = {
     "atoll_app_replicas_ready": ("gauge", "Instances that serve."),
     "atoll_app_parked": ("gauge", "Instances that stand by, parked; they are not among those that are wanted or ready."),
     "atoll_app_replicas_most": ("gauge", "The most that its metric may ask for, of an app that scales by one."),
+    "atoll_app_requests_total": ("counter", "Requests to the release that were answered, as ingresses counted them."),
+    "atoll_app_errors_total": ("counter", "Of them those answered with 500 to 599."),
+    "atoll_app_latency_p50_seconds": ("gauge", "Half of its requests of the last minute were answered within it."),
+    "atoll_app_latency_p99_seconds": ("gauge", "99 of 100 of its requests of the last minute were answered within it."),
+    "atoll_app_weight_ratio": ("gauge", "Share of the app's requests that the release is given, while it is not by instances."),
     "atoll_instance_ready": ("gauge", "1 where the instance serves."),
     "atoll_instance_restarts_total": ("counter", "Starts of its process after the first."),
     "atoll_instance_cpu_cores": ("gauge", "Cores in use."),
@@ -64,8 +70,9 @@ Labels = dict[str, str]
 
 
 class Exposition:
-    def __init__(self, context: Context, heartbeats: Heartbeats, instances_max: int = INSTANCES_MAX) -> None:
+    def __init__(self, context: Context, heartbeats: Heartbeats, traffic: Traffic, instances_max: int = INSTANCES_MAX) -> None:
         self.instances_max = instances_max
+        self._traffic = traffic
         self._context = context
         self._state = context.state
         self._heartbeats = heartbeats
@@ -131,6 +138,18 @@ class Exposition:
         page.add("atoll_app_parked", labels, status.parked if status is not None else 0)
         if app.most is not None:
             page.add("atoll_app_replicas_most", labels, app.most)
+        rollout = status.rollout if status is not None else None
+        for release, weight in sorted(rollout.weights.items() if rollout is not None else ()):
+            page.add("atoll_app_weight_ratio", {**labels, "release": str(release)}, weight / 100)
+        for release, counts in sorted(self._traffic.totals().get(key, {}).items()):
+            named = {**labels, "release": str(release)}
+            page.add("atoll_app_requests_total", named, counts.requests)
+            page.add("atoll_app_errors_total", named, counts.errors)
+        for release, (counts, _) in sorted(self._traffic.recent(key).items()):
+            for name, share in (("p50", 0.5), ("p99", 0.99)):
+                value = counts.quantile_s(share)
+                if value is not None:
+                    page.add(f"atoll_app_latency_{name}_seconds", {**labels, "release": str(release)}, value)
 
     def _instance(self, page: _Page, key: str, instance: Instance, usage: Usage | None) -> None:
         owner = "app" if instance.owner_kind is OwnerKind.APP else "job"

@@ -17,7 +17,19 @@ from atoll.api.service.routing import routing_of
 from atoll.api.service.specs import spec_of
 from atoll.model.errors import Compacted, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
-from atoll.model.records import App, Assignment, Instance, Node, NodeLiveness, OwnerKind, Prefetch, Release, Routing, Status
+from atoll.model.records import (
+    App,
+    AppStatus,
+    Assignment,
+    Instance,
+    Node,
+    NodeLiveness,
+    OwnerKind,
+    Prefetch,
+    Release,
+    Routing,
+    Status,
+)
 from atoll.model.states import Desired
 from atoll.store.cache import Delta, Deltas, Held
 
@@ -269,7 +281,7 @@ class Feeds:
             elif delta.kind is Prefetch:
                 for listener in self._agents.get(delta.key, ()):
                     listener.mark_prefetch()
-            elif delta.kind is App:
+            elif delta.kind is App or (delta.kind is AppStatus and _shares(delta.old) != _shares(delta.new)):
                 apps.add(delta.key)
             elif delta.kind is Release and delta.old is None and delta.new is not None:
                 self._apply_release(delta.new.record)
@@ -311,6 +323,12 @@ class Feeds:
                     del self._by_node[node]
             for listener in self._agents.get(node, ()):
                 listener.mark(key)
+
+
+def _shares(held: Held[AppStatus] | None) -> object:
+    """Return what the routing takes from an app's status."""
+    rollout = held.record.rollout if held is not None else None
+    return (rollout.weights, rollout.phase, rollout.serving) if rollout is not None else None
 
 
 def _moved(delta: Delta) -> bool:

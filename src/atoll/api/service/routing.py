@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from atoll.api.service.claims import Host, hosts_of
+from atoll.api.service.claims import Host, hosts_of, preview_of
 from atoll.api.service.specs import release_spec
-from atoll.model.records import App, Endpoint, Instance, Node, NodeHealth, NodeLiveness, Routing, Status
+from atoll.model.records import App, AppStatus, Endpoint, Instance, Node, NodeHealth, NodeLiveness, Preview, Routing, Status
+from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired, Phase
 from atoll.store.cache import State
@@ -20,24 +21,61 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
 
     Endpoints are instances that are ready; those that drain stay, marked, until they are told to stop, so that the ingress can
     say when they have no request left. While a rollout changes port numbers, the places lead to the ports of the release that
-    has the most endpoints, and only to instances that listen there.
+    has the most endpoints (of one that goes by shares: that serve), and only to instances that listen there.
     """
     hosts = hosts_of(app.spec, domain)
     if not hosts:
         return None
+    held = state.get(AppStatus, f"{app.project}/{app.name}")
+    rollout = held.record.rollout if held is not None else None
+    weights = rollout.weights if rollout is not None else {}
     groups: dict[Ports, list[tuple[int, Endpoint]]] = defaultdict(list)
     for instance in _reachable(state, instances):
         endpoint = endpoint_of(state, instance)
         spec = release_spec(state, app.project, app.name, instance.release) if endpoint is not None else None
         if endpoint is not None and spec is not None:
             groups[_ports(hosts, spec)].append((instance.release, endpoint))
+    preview = _preview(state, app, rollout, groups, domain)
+    if weights and not _holds_back(rollout) and not sum(_serving(group, weights) for group in groups.values()):
+        weights = {}  # rather a release that was taken back than none
     wanted = _ports(hosts, app.spec)
-    ports = max(groups, key=lambda key: (_serving(groups[key]), key == wanted, max(r for r, _ in groups[key])), default=wanted)
+    ports = max(
+        groups, key=lambda key: (_serving(groups[key], weights), key == wanted, max(r for r, _ in groups[key])), default=wanted
+    )
     endpoints = sorted((endpoint for _, endpoint in groups.get(ports, ())), key=lambda endpoint: endpoint.instance)
     places = tuple(
         (host.host, host.path, *(number or (host.port.port, host.port.http2))) for host, number in zip(hosts, ports, strict=True)
     )
-    return Routing(project=app.project, app=app.name, spec=app.spec, hosts=places, endpoints=tuple(endpoints))
+    return Routing(
+        project=app.project,
+        app=app.name,
+        spec=app.spec,
+        hosts=places,
+        endpoints=tuple(endpoints),
+        weights=weights,
+        preview=preview,
+    )
+
+
+def _holds_back(rollout: RolloutStatus | None) -> bool:
+    """Whether the new release must not get a request, come what may: nobody has promoted it."""
+    return rollout is not None and rollout.phase.under_way and rollout.weight == 0
+
+
+def _preview(
+    state: State, app: App, rollout: RolloutStatus | None, groups: dict[Ports, list[tuple[int, Endpoint]]], domain: str
+) -> Preview | None:
+    host = preview_of(app.spec, domain)
+    if host is None:
+        return None
+    number = rollout.serving if rollout is not None else app.release
+    spec = release_spec(state, app.project, app.name, number)
+    port = spec.port_named(None) if spec is not None else None
+    if port is None:
+        return None
+    found = [endpoint for group in groups.values() for release, endpoint in group if release == number]
+    endpoints = tuple(sorted(found, key=lambda endpoint: endpoint.instance))
+    return Preview(host=host.host, release=number, port=port.port, http2=port.http2, endpoints=endpoints)
 
 
 def endpoint_of(state: State, instance: Instance) -> Endpoint | None:
@@ -53,7 +91,14 @@ def endpoint_of(state: State, instance: Instance) -> Endpoint | None:
         return None
     node = state.get(Node, instance.node)
     site = node.record.site if node is not None else "local"
-    return Endpoint(instance=instance.id, node=instance.node, site=site, address=status.address, draining=draining)
+    return Endpoint(
+        instance=instance.id,
+        node=instance.node,
+        site=site,
+        address=status.address,
+        draining=draining,
+        release=instance.release,
+    )
 
 
 def _reachable(state: State, instances: Iterable[Instance]) -> list[Instance]:
@@ -81,5 +126,5 @@ def _ports(hosts: Iterable[Host], spec: AppSpec) -> Ports:
     return tuple(found)
 
 
-def _serving(group: list[tuple[int, Endpoint]]) -> int:
-    return sum(not endpoint.draining for _, endpoint in group)
+def _serving(group: list[tuple[int, Endpoint]], weights: dict[int, int]) -> int:
+    return sum(not endpoint.draining and (not weights or weights.get(release, 0) > 0) for release, endpoint in group)

@@ -29,12 +29,14 @@ from atoll.api.service.maintenances import Maintenances
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.planning import Planning
 from atoll.api.service.projects import Projects
+from atoll.api.service.rollouts import Rollouts
 from atoll.api.service.sealing import Sealer
 from atoll.api.service.secrets import Secrets
 from atoll.api.service.servers import Dial, Servers
 from atoll.api.service.sites import Sites
 from atoll.api.service.standing import Standing
 from atoll.api.service.tokens import Tokens
+from atoll.api.service.traffic import Traffic
 from atoll.api.service.tunnels import Tunnels
 from atoll.api.service.watching import Watching
 from atoll.model.membership import API_VERSION, Server
@@ -73,6 +75,7 @@ class Service:
         self.clock = clock
         self._store_name = store_name
         self.heartbeats = Heartbeats(clock)
+        self.traffic = Traffic(clock)
         self.ingresses = IngressHeartbeats(self.context)
         self.sites = Sites(self.context, self.ingresses)
         self.tunnels = Tunnels(lambda: entropy(16).hex())
@@ -87,12 +90,14 @@ class Service:
         self.drains = Drains(self.context, self.nodes)
         self.maintenances = Maintenances(self.context)
         self.events = Events(self.context)
-        self.exposition = Exposition(self.context, self.heartbeats)
+        self.exposition = Exposition(self.context, self.heartbeats, self.traffic)
+        self.rollouts = Rollouts(self.context, self.apps, self.traffic)
         self.feeds = Feeds(self.context)
         self.watching = Watching(self.context)
         self.control_plane = LocalControlPlane(
             self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels, self.ingresses
         )
+        self.control_plane.counted = self.traffic
         self.authorities = Authorities(self.context, certificate_life_s)
         self.join_tokens = JoinTokens(self.context, self.authorities)
         self.membership = Membership(self.context, self.authorities)
