@@ -1,13 +1,16 @@
-"""How long an app with large weights takes to its first answer: its node has them, fetched them ahead, or must fetch them first.
+"""How long an app with large weights takes to its first answer: its node has them, fetched them ahead, or has yet to fetch them;
+and what showing a volume before it is here saves, and costs, beside fetching it whole.
 
 The weights are one file of random bytes, as packed weights nearly are, in an image of the cell's own registry; a second agent on
 this machine is the node that is measured. A sample's clock runs from the deploy request to the first byte of the file through the
-ingress.
+ingress. Beside that the node's image store alone is measured, without an instance: in turn it fetches the image whole, and shows it
+lazily, each time in a new directory and with a new process that serves it.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import http.client
 import json
 import os
@@ -20,6 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from atoll.entry.scratch import ScratchAtoll, ScratchNode
+from atoll.images.lazy.mount import refusal
+from atoll.images.lazy.shown import LazyImages
+from atoll.images.reference import CELL_HOST
+from atoll.images.registry import Registries
+from atoll.images.store import ImageStore
+from atoll.images.transport import Access
 from bench.report import Report, Result, median
 
 SAMPLES = 5
@@ -82,10 +91,11 @@ class Weights:
         print(file=sys.stderr)
         start = f"deploy request → first byte of {self.size_mb} MB of weights, p50: "
         report = Report("weights", notes=[f"{samples} samples each; one machine is registry, both nodes and client"])
-        report.add(Result(start + "fetched first", median(absent), "s"))
-        report.add(Result(start + "here since an earlier start, beside fetched first", median(here), "s", median(absent)))
-        report.add(Result(start + "fetched ahead, beside fetched first", median(ahead), "s", median(absent)))
+        report.add(Result(start + "not on the node", median(absent), "s"))
+        report.add(Result(start + "here since an earlier start, beside not on the node", median(here), "s", median(absent)))
+        report.add(Result(start + "fetched ahead, beside not on the node", median(ahead), "s", median(absent)))
         report.add(Result("an app runs elsewhere → this node has its images too, p50", median(fetches), "s"))
+        Volumes(self).measure(report, samples)
         return report
 
     def _build(self, directory: Path, files: list[str], fill: Callable[[Path], object]) -> str:
@@ -192,3 +202,73 @@ class Weights:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"waited {WAIT_S:.0f} s for {what}\n{self.node.log[-3000:]}")
             time.sleep(poll_s)
+
+
+class Volumes:
+    """The node's image store, shown the image lazily and fetching it whole, in turn."""
+
+    def __init__(self, weights: Weights) -> None:
+        scratch = weights.scratch
+        self.image = weights.weights
+        self.middle = weights.size_mb * 500_000
+        self.size_mb = weights.size_mb
+        self.access = {CELL_HOST: Access(url=f"http://{scratch.api}", username="agent", password=scratch.token)}
+        self.directory = scratch.data / "stores"
+
+    def measure(self, report: Report, samples: int) -> None:
+        what = f"volume of {self.size_mb} MB wanted → "
+        if why := refusal():
+            report.add(Result(what + "first byte of its middle, lazily", None, "s", why=why))
+            return
+        taken: dict[str, list[float]] = {}
+        for number in range(samples):
+            for way in ("whole", "lazy"):
+                for name, value in asyncio.run(self._sample(self.directory / f"{way}{number}", way == "lazy")).items():
+                    taken.setdefault(f"{way} {name}", []).append(value)
+                shutil.rmtree(self.directory / f"{way}{number}", ignore_errors=True)
+        found = {name: median(values) for name, values in taken.items()}
+        report.notes.append("lazily: a new process that serves the volume is started each time, and is part of the time")
+        for name, unit, words, goal in (
+            ("first", "s", what + "first byte of its middle, p50: lazily, beside whole", "<= 0.5"),
+            ("all", "s", what + "all of it read, p50: lazily, beside whole", "<= 1.0"),
+            ("here", "s", what + "all of it here as plain files, p50: lazily, beside whole", None),
+            ("warm", "MB/s", "warm reads of 1 MiB, p50: through the mount, beside plain files", ">= 0.8"),
+        ):
+            report.add(Result(words, found[f"lazy {name}"], unit, found[f"whole {name}"], goal=goal))
+
+    async def _sample(self, directory: Path, lazily: bool) -> dict[str, float]:
+        directory.mkdir(parents=True)
+        registries = Registries(self.access)
+        lazy = LazyImages(directory / "lazy", self.access) if lazily else None
+        store = ImageStore(directory, registries, lazy=lazy)
+        began = time.monotonic()
+        tree = await store.tree(await store.ensure(self.image, lazily=True))
+        if lazily == tree.is_relative_to(directory / "layers"):
+            raise RuntimeError(f"it was to be shown {'lazily' if lazily else 'whole'}, and is at {tree}")
+        file = tree / "weights.bin"
+        taken = {}
+        await asyncio.to_thread(self._read, file, self.middle, 1)
+        taken["first"] = time.monotonic() - began
+        await asyncio.to_thread(self._read, file, 0, None)
+        taken["all"] = time.monotonic() - began
+        while await store.find(self.image) is None:  # noqa: ASYNC110 (another process brings it)
+            await asyncio.sleep(0.01)
+        taken["here"] = time.monotonic() - began
+        await asyncio.to_thread(self._read, file, 0, None)
+        warm = [await asyncio.to_thread(self._read, file, 0, None) for _ in range(3)]
+        taken["warm"] = self.size_mb / min(warm)
+        if lazy is not None:
+            lazy.end()
+        await store.close()
+        await registries.aclose()
+        return taken
+
+    def _read(self, path: Path, offset: int, size: int | None) -> float:
+        """Read all, or `size` bytes, in pieces of 1 MiB; return the seconds that took."""
+        began = time.monotonic()
+        buffer = bytearray(1 << 20 if size is None else size)
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while file.readinto(buffer) and size is None:
+                pass
+        return time.monotonic() - began

@@ -249,3 +249,15 @@ async def test_a_tree_has_the_files_of_all_layers_without_copies_survives_a_rest
     await again.collect([])
     assert not tree.exists()
     await world.http.aclose()
+
+
+async def test_an_image_that_cannot_be_shown_early_is_fetched_whole_by_who_takes_it_lazily(world: World) -> None:
+    image = await world.images.ensure(REFERENCE, lazily=True)
+    assert await world.images.find(REFERENCE) == image
+    assert await world.images.find(REFERENCE, lazily=True) == image
+    assert image == await world.images.ensure(REFERENCE)
+    assert world.pulls() == 1
+
+
+async def test_what_is_not_here_is_not_found_lazily_either(world: World) -> None:
+    assert await world.images.find(REFERENCE, lazily=True) is None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from atoll.cli import spec_file
-from atoll.images.fake import FakeImages
+from atoll.images.fake import SHOWN, FakeImages
 from atoll.model.errors import ImageError, Invalid
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.runtime import Mount
@@ -195,3 +195,26 @@ def test_a_reference_that_no_registry_can_have_is_refused_before_it_is_sent() ->
     with pytest.raises(Invalid, match="is not a repository name") as caught:
         spec_file.parse(data, AppSpec, None)
     assert (caught.value.field, caught.value.mend) == ("volumes[0].image", "names are in lower case")
+
+
+async def test_a_volume_is_shown_before_it_is_here_and_an_app_s_own_image_is_not(node: Node) -> None:
+    for reference in (WEIGHTS, "registry.example/web:1"):
+        node.images.show_early(reference)
+    async with node.agent():
+        node.app("web-1")
+        await node.runs("web-1")
+    assert node.mounts("web-1")["/models"].source.is_relative_to(SHOWN)
+    assert node.images.pulls == ["registry.example/web:1"]
+
+
+async def test_pieces_of_a_volume_that_do_not_come_are_an_event_of_the_node(node: Node) -> None:
+    node.images.show_early(WEIGHTS)
+    async with node.agent():
+        node.app("web-1")
+        await node.runs("web-1")
+        node.images.trouble(WEIGHTS, "registry away does not answer")
+        await node.control.until(lambda c: any(event.code == "volume-not-fetched" for event in c.events))
+    (event,) = (event for event in node.control.events if event.code == "volume-not-fetched")
+    assert event.subject == "node/n1"
+    assert WEIGHTS in event.message
+    assert "registry away does not answer" in event.message
