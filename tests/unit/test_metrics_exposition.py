@@ -131,7 +131,7 @@ async def test_nodes_devices_apps_and_instances_are_told(cell: Cell) -> None:
         'atoll_app_parked{project="default",app="llm"} 1',
         'atoll_app_requests_total{project="default",app="llm",release="1"} 100',
         'atoll_app_errors_total{project="default",app="llm",release="1"} 3',
-        'atoll_app_latency_p50_seconds{project="default",app="llm",release="1"} 0.0085',
+        'atoll_app_latency_seconds{project="default",app="llm",release="1",quantile="0.5"} 0.0085',
         'atoll_app_weight_ratio{project="default",app="llm",release="2"} 0.05',
         'atoll_instance_ready{project="default",app="llm",instance="llm-1",node="n1"} 1',
         'atoll_instance_restarts_total{project="default",app="llm",instance="llm-1",node="n1"} 2',

@@ -6,6 +6,7 @@ import random
 
 from atoll.control.detection.exchange import Exchange
 from atoll.control.layouts import IngressHeartbeats
+from atoll.control.judging import Traffic
 from atoll.control.leader import Term, lead
 from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen
@@ -28,6 +29,7 @@ async def run_control(
     detection: Exchange | None = None,
     ingresses: IngressHeartbeats | None = None,
     optimiser: Optimiser | None = None,
+    traffic: Traffic | None = None,
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
 
@@ -36,10 +38,11 @@ async def run_control(
     `detection` says which nodes are silent; without one their heartbeats over HTTP do, slowly.
     `ingresses` is read live too: ingress → its latest word, by which apps come near their users; `optimiser` says where they should
     be; without one the quick way does.
+    So is `traffic`: app → release → what ingresses counted, by which rollouts are judged.
     `identity` names this server across its restarts; no two servers may share one.
     """
 
     async def work(term: Term) -> None:
-        await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser).run()
+        await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic).run()
 
     await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None)

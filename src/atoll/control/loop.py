@@ -22,6 +22,7 @@ from atoll.control.emptying import Emptying
 from atoll.control.gc import GC_S, decide_gc
 from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.layouts import IngressHeartbeats, Layouts
+from atoll.control.judging import Judging, Traffic
 from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser, QuickOptimiser
@@ -79,6 +80,7 @@ class Loop:
         detection: Exchange | None = None,
         ingresses: IngressHeartbeats | None = None,
         optimiser: Optimiser | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -92,6 +94,7 @@ class Loop:
         self._nodes = NodeWatch(self._world, clock, last_seen, detection)
         self._heartbeats: Heartbeats = heartbeats if heartbeats is not None else {}
         self._readings = Readings(self._world, clock, self._heartbeats)
+        self._judging = Judging(self._world, clock, traffic if traffic is not None else {})
         self._prefetching = Prefetching(self._world, self._placement, clock, heartbeats if heartbeats is not None else {})
         self._layouts = Layouts(
             self._world,
@@ -292,6 +295,7 @@ class Loop:
             self._nodes.tick_due = True
             self._world.stale = True
             self._readings.look()
+            self._judging.look()
             self._placement.look(self._heartbeats)
             self._layouts.look()
             self._prefetch_due = True
@@ -337,7 +341,7 @@ class Loop:
                 app = self._world.app_facts(key)
                 if app is not None:
                     _await_loss(app.instances, decision)
-                    decide_app(self._layouts.join(self._readings.join(app)), decision)
+                    decide_app(self._judging.join(self._layouts.join(self._readings.join(app))), decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)
             case OwnerKind.JOB:

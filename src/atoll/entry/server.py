@@ -83,6 +83,7 @@ async def main(config: Config, stop: Stop) -> None:
                     random,
                     heartbeats.last_seen(),
                     heartbeats=heartbeats.all(),
+                    traffic=service.traffic.totals(),
                     ingresses=service.ingresses.all(),
                     optimiser=ProcessOptimiser(config.server_data / "kernels"),
                     identity=id,

@@ -52,8 +52,7 @@ FAMILIES = {
     "atoll_app_replicas_most": ("gauge", "The most that its metric may ask for, of an app that scales by one."),
     "atoll_app_requests_total": ("counter", "Requests to the release that were answered, as ingresses counted them."),
     "atoll_app_errors_total": ("counter", "Of them those answered with 500 to 599."),
-    "atoll_app_latency_p50_seconds": ("gauge", "Half of its requests of the last minute were answered within it."),
-    "atoll_app_latency_p99_seconds": ("gauge", "99 of 100 of its requests of the last minute were answered within it."),
+    "atoll_app_latency_seconds": ("gauge", "Within it so large a share of its requests of the last minute were answered."),
     "atoll_app_weight_ratio": ("gauge", "Share of the app's requests that the release is given, while it is not by instances."),
     "atoll_instance_ready": ("gauge", "1 where the instance serves."),
     "atoll_instance_restarts_total": ("counter", "Starts of its process after the first."),
@@ -146,10 +145,10 @@ class Exposition:
             page.add("atoll_app_requests_total", named, counts.requests)
             page.add("atoll_app_errors_total", named, counts.errors)
         for release, (counts, _) in sorted(self._traffic.recent(key).items()):
-            for name, share in (("p50", 0.5), ("p99", 0.99)):
+            for share in (0.5, 0.99):
                 value = counts.quantile_s(share)
                 if value is not None:
-                    page.add(f"atoll_app_latency_{name}_seconds", {**labels, "release": str(release)}, value)
+                    page.add("atoll_app_latency_seconds", {**labels, "release": str(release), "quantile": str(share)}, value)
 
     def _instance(self, page: _Page, key: str, instance: Instance, usage: Usage | None) -> None:
         owner = "app" if instance.owner_kind is OwnerKind.APP else "job"
