@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from atoll.control.detection.exchange import Exchange
-from atoll.control.layouts import IngressHeartbeats
 from atoll.control.judging import Traffic
+from atoll.control.layouts import IngressHeartbeats
 from atoll.control.leader import Term, lead
 from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen

@@ -21,8 +21,8 @@ from atoll.control.disruptions import take_away
 from atoll.control.emptying import Emptying
 from atoll.control.gc import GC_S, decide_gc
 from atoll.control.jobs import decide_job, decide_orphans
-from atoll.control.layouts import IngressHeartbeats, Layouts
 from atoll.control.judging import Judging, Traffic
+from atoll.control.layouts import IngressHeartbeats, Layouts
 from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser, QuickOptimiser
