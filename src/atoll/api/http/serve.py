@@ -191,6 +191,8 @@ class ApiServer(uvicorn.Server):
         self._stop = asyncio.Event()
 
     async def main_loop(self) -> None:
+        # uvicorn sets them at each of its ticks, of which there are none here.
+        self.server_state.default_headers = self.config.encoded_headers
         await self._stop.wait()
 
     def stop(self) -> None:

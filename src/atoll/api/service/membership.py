@@ -315,9 +315,9 @@ class Membership:
             severity=Severity.WARNING,
         )
         try:
-            await self._context.store.txn(
-                [absent(keys.event(CELL_PROJECT, id))], [Put(keys.event(CELL_PROJECT, id), codec.encode(event))]
-            )
+            key = keys.event(CELL_PROJECT, id)
+            result = await self._context.store.txn([absent(key)], [Put(key, codec.encode(event))])
+            await self._context.reach(result.revision)
         except AtollError as failed:
             log.warning("a refusal could not be written down", cause=failed.message)
 
