@@ -42,7 +42,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "jobs": ("jobs:jobs", "Run work that ends: run, list, show, logs, cancel, delete."),
     },
     "Cell": {
-        "nodes": ("nodes:nodes", "Show the machines; take one out of use with cordon."),
+        "nodes": ("nodes:nodes", "Show the machines; take one out of use with cordon or drain."),
+        "maintenance": ("maintenance:maintenance", "Plan when machines are taken out of use."),
+        "sites": ("sites:sites", "Say where sites are, and how far from each other."),
         "defrag": ("planning:defrag", "Say which instances could be moved, and what that would free."),
         "runtimes": ("runtimes:runtimes", "Show what each runtime can do, and which nodes offer it."),
         "secrets": ("secrets:secrets", "Keep values that specs name but never hold."),

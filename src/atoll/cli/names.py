@@ -50,6 +50,8 @@ async def _ask(client: Client, project: str, kind: str) -> set[str]:
             return {view.app.name for view in await client.apps(project)}
         case "jobs":
             return {view.job.name for view in await client.jobs(project)}
+        case "sites":
+            return {view.site.name for view in await client.sites()}
         case "nodes":
             return {view.node.name for view in await client.nodes()}
         case _:

@@ -98,10 +98,19 @@ def _details(session: Session, explanation: Explanation, rejection: Rejection | 
     gpus = any(candidate.gpus for candidate in explanation.candidates)
     if explanation.candidates:
         scores = list(dict.fromkeys(name for candidate in explanation.candidates for name in candidate.scores))
-        columns = ("CANDIDATE", "TOTAL>", *(f"{name.upper()}>" for name in scores), "ROOM>", *(["GPUS"] if gpus else []))
+        far = any(candidate.latency_ms is not None for candidate in explanation.candidates)
+        columns = (
+            "CANDIDATE",
+            *(("SITE", "ROUND TRIP>") if far else ()),
+            "TOTAL>",
+            *(f"{name.upper()}>" for name in scores),
+            "ROOM>",
+            *(["GPUS"] if gpus else []),
+        )
         rows = [
             (
                 one.node,
+                *((one.site, f"{one.latency_ms:.1f}ms" if one.latency_ms is not None else "unknown") if far else ()),
                 f"{one.total:g}",
                 *(f"{one.scores.get(name, 0):g}" for name in scores),
                 one.room,
@@ -110,6 +119,12 @@ def _details(session: Session, explanation: Explanation, rejection: Rejection | 
             for one in explanation.candidates
         ]
         output.table(columns, rows)
+    if explanation.layout:
+        where = ", ".join(f"{site} {count}" for site, count in explanation.layout.items())
+        mean = f", {explanation.layout_ms:.1f}ms on average to its users" if explanation.layout_ms is not None else ""
+        output.say(escape(f"near its users: {where}{mean}"))
+        if explanation.unserved:
+            output.say(escape(f"{explanation.unserved:.1%} of the requests come from places that no site may serve"))
     if explanation.wall:
         output.say(escape(f"GPUs: {explanation.wall}"))
     if explanation.share and rejection is not None:

@@ -23,7 +23,7 @@ from atoll.model.membership import (
     RotateRequest,
     ServerView,
 )
-from atoll.model.records import Event, Project, Release, Usage
+from atoll.model.records import Event, Project, Release, Site, Usage
 from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
 from atoll.model.views import (
@@ -45,6 +45,7 @@ from atoll.model.views import (
     ScaleRequest,
     SecretRequest,
     SecretView,
+    SiteView,
     TokenRequest,
     TokenView,
     WatchLine,
@@ -105,6 +106,21 @@ class Client:
 
     async def put_project(self, name: str) -> Project:
         return await self._write(Project, "PUT", path("projects", name))
+
+    async def sites(self) -> list[SiteView]:
+        """Return every site that is described, or that a node or ingress names."""
+        return await self._all(SiteView, "sites")
+
+    async def site(self, name: str) -> SiteView:
+        """Return one site, with the round trips to all others."""
+        return await self._get(SiteView, path("sites", name))
+
+    async def put_site(self, site: Site) -> SiteView:
+        """Describe a site: all that is known of it, not only what changes."""
+        return await self._write(SiteView, "PUT", path("sites", site.name), site)
+
+    async def remove_site(self, name: str) -> Site:
+        return await self._write(Site, "DELETE", path("sites", name))
 
     async def nodes(self) -> list[NodeView]:
         return await self._all(NodeView, "nodes")

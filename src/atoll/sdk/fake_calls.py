@@ -24,6 +24,7 @@ from atoll.model.records import (
     Release,
     Role,
     Secret,
+    Site,
     Usage,
 )
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
@@ -40,6 +41,7 @@ from atoll.model.views import (
     ScaleRequest,
     SecretRequest,
     SecretView,
+    SiteView,
     TokenRequest,
     TokenView,
 )
@@ -47,6 +49,7 @@ from atoll.scheduling.assembly import group_of
 from atoll.scheduling.defrag import propose
 from atoll.scheduling.demand import demand_of
 from atoll.scheduling.dry_run import explain_instance, plan_spec
+from atoll.scheduling.geography import UNKNOWN, Geography
 from atoll.sdk.fake_world import FakeWorld
 
 INGRESS_PORT = 8080
@@ -102,6 +105,8 @@ class FakeCalls(FakeWorld):
                 return self._secrets(method, project, rest, body)
             case "GET", ["projects", project, "events"]:
                 return self._events(project, query)
+            case _, ["sites", *rest]:
+                return self._sites(method, rest, body)
             case _, ["nodes", *rest]:
                 return self._nodes(method, rest, body)
             case "GET", ["usage"]:
@@ -248,6 +253,35 @@ class FakeCalls(FakeWorld):
         found = [event for event in found if after is None or event.id < after]
         rest = found[limit:]
         return Page(items=tuple(found[:limit]), revision=self.revision, next=found[limit - 1].id if rest else None)
+
+    def _sites(self, method: str, rest: list[str], body: bytes) -> object:
+        described = {site.name: site for site, _ in self.under("sites")}
+        names = sorted({*described, *(node.site for node, _ in self.under("nodes"))})
+        match (method, rest):
+            case "GET", []:
+                return self._page([self._site_view(name, described) for name in names])
+            case "GET", [name] if name in names:
+                return self._site_view(name, described)
+            case "PUT", [name]:
+                site = codec.decode(body, Site)
+                self.put("sites", name, site)
+                return self._site_view(name, {name: site})
+            case "DELETE", [name] if name in described:
+                self.remove("sites", name)
+                return described[name]
+            case _:
+                raise NotFound(f"no site '{'/'.join(rest)}'")
+
+    def _site_view(self, name: str, described: Mapping[str, Site]) -> SiteView:
+        others = [other for other in sorted(described) if other != name]
+        ms = Geography(described.values()).round_trips_ms([name], others)[0] if others else ()
+        return SiteView(
+            site=described.get(name, Site(name=name)),
+            described=name in described,
+            nodes=sum(node.site == name for node, _ in self.under("nodes")),
+            round_trips_ms={other: float(one) for other, one in zip(others, ms, strict=True) if one < UNKNOWN},
+            revision=self.revision,
+        )
 
     def _nodes(self, method: str, rest: list[str], body: bytes) -> object:
         match (method, rest):

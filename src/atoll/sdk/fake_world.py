@@ -142,6 +142,8 @@ class FakeWorld:
             instances=plain("instances"),
             statuses=plain("statuses"),
             app_statuses=plain("app-statuses"),
+            sites=plain("sites"),
+            ingresses=plain("ingresses"),
         )
         return snapshot_from(records, spec_of)
 
