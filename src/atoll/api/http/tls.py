@@ -19,16 +19,23 @@ log = structlog.get_logger()
 
 
 class _Side(ssl.SSLObject):
-    """A handshake that says in the log why it failed."""
+    """A handshake that says in the log why it failed, and lets a client whose certificate is refused know."""
+
+    _refused: ssl.SSLError | None = None
 
     def do_handshake(self) -> None:
+        if self._refused is not None:
+            raise self._refused
         try:
             super().do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except ssl.SSLCertVerificationError as error:
             log.warning("a client's certificate was refused", cause=error.verify_message)
-            raise
+            # OpenSSL has written an alert that says why. asyncio sends what is written only where more is waited for; the client
+            # hangs up when it has it, and the time limit of the handshake ends one that does not.
+            self._refused = error
+            raise ssl.SSLWantReadError from None
         except ssl.SSLError as error:
             log.info("a TLS handshake failed", cause=error.reason or str(error))
             raise
