@@ -19,7 +19,7 @@ from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.traffic import BOUNDS_MS, CLASSES, Counts, ReleaseTraffic, TrafficReport
 
-POLL_S = 2.0
+POLL_S = 1.0
 """How often apps are looked at of which several releases serve: a rollout is decided by these numbers."""
 POLL_ALL_S = 15.0
 """How often all are: with 10,000 apps Envoy's answer has some 15 MB."""

@@ -14,7 +14,7 @@ from atoll.model.units import Seconds
 
 STEPS_MAX = 20
 INTERVAL_MIN_S = 1.0
-"""The ingress says how many requests there were every two seconds; a shorter interval of the analysis would often see none."""
+"""The ingress says every second how many requests there were; a shorter interval of the analysis would often see none."""
 
 
 class Strategy(enum.StrEnum):
