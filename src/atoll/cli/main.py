@@ -67,6 +67,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
+ALIASES = {"node": "nodes", "job": "jobs"}
+"""What people type as well; not shown."""
 
 EPILOG = """\b
 First steps:
@@ -88,6 +90,7 @@ class Root(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        name = ALIASES.get(name, name)
         if name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[name][0].partition(":")

@@ -20,6 +20,14 @@ PATIENCE_S = 1.0
 Completer = Callable[[click.Context, click.Parameter, str], list[str]]
 
 
+def name_from(text: str) -> str:
+    """Return a name made of `text`: `site=fra` becomes `site-fra`."""
+    import re
+
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return (words if words[:1].isalpha() else f"all-{words}".strip("-"))[:40].strip("-")
+
+
 def argument(name: str, kind: str, **options: Any) -> Callable[[Any], Any]:
     """A `click.argument` whose values the shell completes; `kind` is `apps`, `jobs`, `nodes` or `running`."""
     return click.argument(name, shell_complete=_completer(kind), **options)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from atoll.cli import names
+from atoll.cli import draining, names
 from atoll.cli.session import Session, command, group
 from atoll.model.devices import GpuHealth
 
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     from atoll.model.views import NodeView
 
 
-@group(example="atoll nodes\natoll nodes cordon node-3")
+@group(example="atoll nodes\natoll nodes drain node-3 --wait")
 def nodes() -> None:
-    """Show the machines; take one out of use with cordon."""
+    """Show the machines; take one out of use with cordon or drain."""
 
 
 @command(name="list", example="atoll nodes list --json")
@@ -39,18 +40,37 @@ def word(view: NodeView) -> str:
     """Return the one word for how a node stands."""
     if view.health != "ready":
         return str(view.health)
+    if view.evacuation is not None:
+        if view.evacuation.maintenance is not None and view.since_window(time.time()):
+            return "maintenance"
+        return "draining" if view.instances else "drained"
     return "cordoned" if view.policy is not None and view.policy.cordoned else "ready"
+
+
+def _note(view: NodeView) -> str:
+    """Return what is to be said of a node's state."""
+    from atoll.cli.output import age
+    from atoll.model.evacuation import in_words
+
+    if view.health != "ready":
+        return f"for {age(view.since)}" if view.since else ""
+    if view.evacuation is None:
+        return view.policy.note if view.policy is not None else ""
+    left = f"{view.instances} left; " if view.instances else ""
+    if view.evacuation.start is not None and not view.since_window(time.time()):
+        return f"{left}{view.evacuation.why}, from {in_words(view.evacuation.start)}"
+    return f"{left}{view.evacuation.why}"
 
 
 def _row(view: NodeView) -> tuple[Any, ...]:
     from atoll.cli import gpus
-    from atoll.cli.output import age, bar, state
+    from atoll.cli.output import bar, state
     from atoll.model.units import format_bytes
 
     node = view.node
     return (
         node.name,
-        state(word(view), f"for {age(view.since)}" if view.health != "ready" and view.since else ""),
+        state(word(view), _note(view)),
         view.instances,
         bar(
             view.allocated_cpu_milli,
@@ -76,6 +96,7 @@ async def show(session: Session, name: str) -> None:
     """Show one node, its GPUs with who holds them, and the images that it fetches before they are needed."""
     async with session.client() as client:
         view = await client.node(name)
+        progress = await client.drain_of(name) if view.evacuation is not None else None
     if session.json:
         session.output.json(view)
         return
@@ -92,7 +113,7 @@ async def show(session: Session, name: str) -> None:
     grid.add_column(overflow="fold")
     lines: list[tuple[str, Any]] = [
         ("node", node.name),
-        ("state", state(word(view), view.policy.note if view.policy else "")),
+        ("state", state(word(view), _note(view))),
         ("place", f"site {node.site}, region {node.region}"),
         (
             "cpu",
@@ -122,6 +143,9 @@ async def show(session: Session, name: str) -> None:
     if view.prefetch:
         session.output.print("")
         session.output.table(("IMAGE FOR LATER", "STATE"), _later(view))
+    if progress is not None and progress.items:
+        session.output.print("")
+        session.output.table(draining.COLUMNS, draining.rows(progress))
     if node.capacity.gpus or view.gpus:
         session.output.print("")
         session.output.table(gpus.COLUMNS, gpus.rows(view))
@@ -222,5 +246,5 @@ def _said(session: Session, view: NodeView, what: str) -> None:
         session.output.say(f"[green]✓[/] {view.node.name} {what}")
 
 
-for _each in (list_nodes, show, cordon, uncordon, reinstate, revoke, remove):
+for _each in (list_nodes, show, draining.drain, draining.undrain, cordon, uncordon, reinstate, revoke, remove):
     nodes.add_command(_each)

@@ -133,6 +133,10 @@ class NodeView(Struct, frozen=True, kw_only=True):
     """Why instances are to leave it, and until when."""
     revision: int
 
+    def since_window(self, now: float) -> bool:
+        """Whether a window of maintenance has begun for it."""
+        return self.evacuation is not None and self.evacuation.start is not None and now >= self.evacuation.start
+
 
 class DrainState(enum.StrEnum):
     """How an instance of a node that is being emptied stands."""

@@ -11,6 +11,8 @@ from atoll.api.service.holdings import holdings_of
 from atoll.model import codec
 from atoll.model.devices import GpuDevice, GpuHealth, GpuSample
 from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
+from atoll.model.evacuation import evacuation_of, in_force, labels_of
+from atoll.model.maintenance import Drain, Maintenance, MaintenanceSpec, selects, window_at
 from atoll.model.records import (
     App,
     Event,
@@ -31,9 +33,12 @@ from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.views import (
     AppView,
     DefragView,
+    DrainRequest,
+    DrainView,
     Info,
     InstanceView,
     JobView,
+    MaintenanceView,
     NodeView,
     Page,
     ReinstateRequest,
@@ -67,6 +72,8 @@ class FakeCalls(FakeWorld):
         """Node → digests of the images that it has."""
         self.node_fetches: dict[str, str] = {}
         """Node → what it is fetching, in words."""
+        self.drain_views: dict[str, list[DrainView]] = {}
+        """Node → what is answered when it is asked how far it has been emptied, one after the other; the last stays."""
         self._tokens: dict[str, TokenView] = {}
 
     def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
@@ -109,6 +116,16 @@ class FakeCalls(FakeWorld):
                 return self._sites(method, rest, body)
             case _, ["nodes", *rest]:
                 return self._nodes(method, rest, body)
+            case "GET", ["maintenances"]:
+                return self._page([self._maintenance_view(each) for each, _ in self.under("maintenances")])
+            case "PUT", ["maintenances", name]:
+                spec = codec.decode(body, MaintenanceSpec)
+                self.put("maintenances", name, Maintenance(spec=spec, created_at=self.now))
+                return self._maintenance_view(self.get("maintenances", name)[0])
+            case "DELETE", ["maintenances", name]:
+                view = self._maintenance_view(self.get("maintenances", name)[0])
+                self.remove("maintenances", name)
+                return view
             case "GET", ["usage"]:
                 return self.usage
             case _, ["tokens", *rest]:
@@ -293,10 +310,27 @@ class FakeCalls(FakeWorld):
                 self.get("nodes", name)
                 self.put("node-policies", name, NodePolicy(name=name, cordoned=verb == "cordon"))
                 return self._node_view(name)
+            case "POST", [name, "drain"]:
+                wish = codec.decode(body, DrainRequest)
+                drain = Drain(since=self.now, deadline=self.now + wish.deadline, leave_volumes=wish.leave_volumes)
+                self.put("node-policies", name, NodePolicy(name=name, drain=drain))
+                return self._node_view(name)
+            case "POST", [name, "undrain"]:
+                self.put("node-policies", name, NodePolicy(name=name))
+                return self._node_view(name)
+            case "GET", [name, "drain"]:
+                views = self.drain_views.get(name, [])
+                if not views:
+                    return DrainView(node=name, evacuation=self._node_view(name).evacuation, left=0, kept=0, total=0, done=True)
+                return views.pop(0) if len(views) > 1 else views[0]
             case "POST", [name, "gpus", gpu, "reinstate"]:
                 return self._reinstate(name, gpu, codec.decode(body, ReinstateRequest).reset)
             case _:
                 raise NotFound("no such call")
+
+    def _maintenance_view(self, each: Maintenance) -> MaintenanceView:
+        nodes = [node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, labels_of(node))]
+        return MaintenanceView(maintenance=each, window=window_at(each.spec, self.now), nodes=tuple(nodes), revision=self.revision)
 
     def _reinstate(self, name: str, gpu: str, reset: bool) -> GpuDevice:
         node, _ = self.get("nodes", name)
@@ -327,7 +361,9 @@ class FakeCalls(FakeWorld):
             fetching=self.node_fetches.get(name, ""),
         )
         placed = [instance for instance, _ in self.under("instances") if instance.node == name]
+        windows = in_force([maintenance for maintenance, _ in self.under("maintenances")], self.now)
         return NodeView(
+            evacuation=evacuation_of(node, policy, windows),
             node=node,
             policy=policy,
             heartbeat=beat,
