@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+from atoll.entry.beats import beating, beating_of
 from atoll.entry.config import Config
 from atoll.entry.gpus import node_devices
 from atoll.entry.joining import kept, reach
@@ -40,25 +41,28 @@ async def main(config: Config, stop: Stop) -> None:
         spread_below(busy)  # a start makes a dozen files, and is not to wait for the disk's search for free ones
     clock = SystemClock()
     control = found.control_plane(node=found.name)
-    agent = Agent(
-        node=found.name,
-        control=control,
-        runtimes=tuple(_runtime(kind, config) for kind in RUNTIMES),
-        images=images,
-        network=LinkNetwork(config.subnet, data / "network"),
-        clock=clock,
-        random=system_random(),
-        data=data,
-        site=config.site,
-        region=config.region,
-        devices=await node_devices(data, clock, nvproxy_driver=config.nvproxy_driver),
-    )
+    pulse = beating_of(found, control, clock, data)
+    # Beats come first: looking at devices and runtimes may take longer than a node may be silent.
+    async with kept(found, MemberKind.NODE, control), beating(pulse):
+        agent = Agent(
+            node=found.name,
+            control=control,
+            runtimes=tuple(_runtime(kind, config) for kind in RUNTIMES),
+            images=images,
+            network=LinkNetwork(config.subnet, data / "network"),
+            clock=clock,
+            random=system_random(),
+            data=data,
+            site=config.site,
+            region=config.region,
+            devices=await node_devices(data, clock, nvproxy_driver=config.nvproxy_driver),
+            beating=pulse,
+        )
 
-    async def last() -> None:
-        if stop.signal == signal.SIGINT:
-            await agent.stop_instances()
+        async def last() -> None:
+            if stop.signal == signal.SIGINT:
+                await agent.stop_instances()
 
-    async with kept(found, MemberKind.NODE, control):
         await run_until(stop, agent.run(), last)
     await images.close()
     if stop.signal == signal.SIGINT:

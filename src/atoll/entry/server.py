@@ -17,13 +17,16 @@ from atoll.api.service.context import KINDS
 from atoll.api.service.sealing import KEY_BYTES
 from atoll.api.service.servers import check_key
 from atoll.control.controllers import run_control
+from atoll.control.detection.listening import listen_for_beats
 from atoll.control.optimiser import ProcessOptimiser
+from atoll.entry.beats import exchange_of
 from atoll.entry.config import Config, is_loopback, split_address, write_private
 from atoll.entry.process import Stop, run, run_until, together
 from atoll.entry.serving import ServerCertificate, certificate_life_s, peer_dial, server_id, server_record
 from atoll.model import keys
 from atoll.model.errors import Corrupt, Invalid, Unauthenticated
 from atoll.model.ports.clock import SystemClock, system_random
+from atoll.model.ports.datagrams import Udp
 from atoll.model.ports.store import Store
 from atoll.model.records import Role
 from atoll.model.views import TokenRequest
@@ -76,6 +79,8 @@ async def main(config: Config, stop: Stop) -> None:
             async with serving(app, service, listener, tls=certificate.tls if secure else None):
                 log.info("serving", api=config.url, store=kind, server=id)
                 heartbeats = service.heartbeats
+                detection = exchange_of(service, state, clock)
+                beats = listen_for_beats(detection, Udp(), split_address(config.listens, field="--listen"))
                 control = run_control(
                     store,
                     state,
@@ -87,8 +92,9 @@ async def main(config: Config, stop: Stop) -> None:
                     ingresses=service.ingresses.all(),
                     optimiser=ProcessOptimiser(config.server_data / "kernels"),
                     identity=id,
+                    detection=detection,
                 )
-                work = [control, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]
+                work = [control, beats, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]
                 await run_until(stop, together(*work))
     finally:
         await store.close()

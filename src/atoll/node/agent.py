@@ -20,9 +20,12 @@ from atoll.model.ports.devices import Devices
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
-from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind
+from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind, Severity
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired, Phase, advance
+from atoll.node.beating import Beating
+from atoll.node.contact import Contact
+from atoll.node.cutoff import CONTACT_LOOK_S, overdue
 from atoll.node.directories import Directories
 from atoll.node.gpus import Gpus
 from atoll.node.health import NetworkProber
@@ -88,6 +91,7 @@ class Agent:
         machine: Machine | None = None,
         devices: Devices | None = None,
         arch: str | None = None,
+        beating: Beating | None = None,
     ) -> None:
         self._node = node
         self._control = control
@@ -114,6 +118,8 @@ class Agent:
             address=address,
         )
         self._reporter = Reporter(node, control, clock, random)
+        self._beating = beating
+        self._contact = beating.contact if beating is not None else Contact(self._directories.contact)
         self._gpus: Gpus | None = None
         if devices is not None:
             file = self._directories.gpus
@@ -160,7 +166,10 @@ class Agent:
                 gpus=self._gpus,
                 peer_digest=self._peer_digest,
             )
-            self._vitals = Vitals(self._description, self._tools, self._machine, self.runners, self._prefetch)
+            self._vitals = Vitals(
+                self._description, self._tools, self._machine, self.runners, self._prefetch, self._contact, self._beating
+            )
+            self._contact.load(self._clock.monotonic())
             entries = record.load()
             async with asyncio.TaskGroup() as self._group:
                 for entry, event in await recover(entries, self._tools, self._random):
@@ -169,6 +178,7 @@ class Agent:
                 self._spawn(self._follow(self._follow_assignments, "assignments"))
                 self._spawn(self._follow(self._follow_streams, "tunnel"))
                 self._spawn(self._vitals.beat())
+                self._spawn(self._watch_contact())
                 self._spawn(self._vitals.collect())
                 self._spawn(self._prefetch.run())
                 self._spawn(tell_troubles(self._node, self._images, self._reporter))
@@ -295,6 +305,17 @@ class Agent:
                 if not runner.state.removed:
                     runner.report()
 
+    async def _watch_contact(self) -> None:
+        """Stop what must not run twice once nobody is known to have heard this node for too long; for ever."""
+        while True:
+            now = self._clock.monotonic()
+            for runner, limit_s in overdue(self.runners.values(), self._contact.cut_off_s(now)):
+                runner.handle(Wanted(Desired.STOP))
+                text = f"stopped: this node has had no contact to the leader for {limit_s:g} s, and it must not run twice"
+                self._reporter.event(runner.project, f"instance/{runner.id}", "stopped-cut-off", text, Severity.WARNING)
+            self._contact.save()
+            await asyncio.sleep(CONTACT_LOOK_S)
+
     def _preparing(self) -> bool:
         return any(runner.state.phase in (Phase.PREPARING, Phase.STARTING) for runner in self.runners.values())
 
@@ -327,6 +348,8 @@ class Agent:
         if runner is not None:
             runner.update(assignment)
             return
+        if self._contact.at is None:
+            self._contact.prove(self._clock.monotonic())  # who gives us work has heard of us
         self._begin(new_entry(assignment), recorded=False).handle(Wanted(assignment.instance.desired, assignment.instance.standby))
 
     async def _follow_streams(self) -> None:

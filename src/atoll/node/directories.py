@@ -29,6 +29,11 @@ class Directories:
         return self.data / "record.db"
 
     @property
+    def contact(self) -> Path:
+        """When the leader was last known to have heard of this node."""
+        return self.data / "contact"
+
+    @property
     def gpus(self) -> Path:
         """The devices as they were last known."""
         return self.data / "gpus.json"

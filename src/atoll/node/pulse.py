@@ -30,6 +30,8 @@ STALL_S = 0.5
 """Being so much too late means that this process was paused: it says at once, and more than once, that it is back."""
 BURST = 3
 BURST_GAP_S = 0.05
+PLACE_BITS = 46
+"""Counters of one server are so far from those of the next; milliseconds since the epoch take 41 bits until 2039."""
 SPAN_MIN = 5
 """Beats that must have counted before a loss is made of them."""
 SENT_MAX = 128
@@ -83,6 +85,7 @@ class Pulse:
         self._counter = counter
         self._grant: BeatGrant | None = None
         self._servers: dict[Address, Server] = {}
+        self._places = 0
         self._began: float | None = None
         self._next = 0.0
         self._burst = 0
@@ -96,7 +99,14 @@ class Pulse:
     def serve(self, grant: BeatGrant, servers: list[Address]) -> None:
         """Beat with this key, to these."""
         self._grant = grant
-        self._servers = {address: self._servers.get(address) or Server(self._counter) for address in servers}
+        known = self._servers
+        self._servers = {}
+        for address in servers:
+            if address not in known:
+                # Counters say which server an ACK is of; one with several addresses may answer from another than was asked.
+                known[address] = Server(self._counter + (self._places << PLACE_BITS))
+                self._places += 1
+            self._servers[address] = known[address]
 
     def rate(self, now: float) -> int:
         """Return how many beats a second are due: as many as the worst path asks for. Where nobody has ever answered, few."""
@@ -175,7 +185,7 @@ class Pulse:
             kind, flags = beats.kind_of(data)
             match kind:
                 case Kind.ACK:
-                    self._ack(beats.read_ack(grant.key, data, flags), sender, now)
+                    self._ack(beats.read_ack(grant.key, data, flags), now)
                 case Kind.PING:
                     nonce = beats.nonce_of(data)
                     beats.opened(grant.key, data)
@@ -192,9 +202,9 @@ class Pulse:
         except NotOurs:
             pass
 
-    def _ack(self, ack: beats.Ack, sender: Address, now: float) -> None:
-        server = self._servers.get(sender)
-        if server is None or ack.counter not in server.sent:
+    def _ack(self, ack: beats.Ack, now: float) -> None:
+        server = next((server for server in self._servers.values() if ack.counter in server.sent), None)
+        if server is None:
             return  # an answer to nothing that was asked: old, or made up
         sent_at = server.sent[ack.counter]
         for counter in [counter for counter in server.sent if counter <= ack.counter]:

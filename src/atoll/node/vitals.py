@@ -12,6 +12,8 @@ from msgspec.structs import replace
 from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
 from atoll.model.records import Heartbeat, Node, Usage
+from atoll.node.beating import Beating
+from atoll.node.contact import Contact
 from atoll.node.gpu_usage import owners_of, usage_of
 from atoll.node.metrics import Scrapes, target_of, with_metrics
 from atoll.node.prefetch import Prefetch
@@ -19,6 +21,8 @@ from atoll.node.runner import Runner
 from atoll.node.tools import Machine, Tools
 
 HEARTBEAT_S = 5.0
+DEAF_S = 2.0
+"""The same while datagrams do not get through: then it is these that say that the node lives."""
 CALL_S = 10.0
 """Deadline of a registration or a heartbeat."""
 USAGE_S = 2.0
@@ -37,7 +41,14 @@ class Vitals:
     """`node` is the record that is registered, but for the capacity and the runtimes, which are looked up each time."""
 
     def __init__(
-        self, node: Node, tools: Tools, machine: Machine, runners: Mapping[str, Runner], prefetch: Prefetch | None = None
+        self,
+        node: Node,
+        tools: Tools,
+        machine: Machine,
+        runners: Mapping[str, Runner],
+        prefetch: Prefetch | None = None,
+        contact: Contact | None = None,
+        beating: Beating | None = None,
     ) -> None:
         self._node = node
         self._tools = tools
@@ -45,7 +56,11 @@ class Vitals:
         self._runners = runners
         self._prefetch = prefetch
         self._scrapes = Scrapes(tools.scraper, tools.reporter)
+        self._contact = contact or Contact()
+        self._beating = beating
         self._registered = asyncio.Event()
+        if beating is not None:
+            beating.on_deaf = self._registered.set
 
     async def register(self) -> None:
         """Tell the control plane what this node is. Safe to repeat."""
@@ -79,7 +94,8 @@ class Vitals:
                 log.exception("heartbeat failed", node=self._node.name)
             self._registered.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_S):
+                deaf = self._beating is not None and self._beating.deaf
+                async with asyncio.timeout(DEAF_S if deaf else HEARTBEAT_S):
                     await self._registered.wait()
 
     async def _beat_once(self) -> None:
@@ -99,8 +115,11 @@ class Vitals:
             images=tuple(self._tools.images.digests()[:IMAGES_MAX]),
             fetching=self._prefetch.fetching if self._prefetch is not None else "",
         )
+        sent_at = self._tools.clock.monotonic()
         async with asyncio.timeout(CALL_S):
             await self._tools.control.heartbeat(heartbeat)
+        if self._beating is None or self._beating.http_counts:
+            self._contact.prove(sent_at)
 
     async def _usage(self, samples: tuple[GpuSample, ...]) -> tuple[Usage, ...]:
         found = []
