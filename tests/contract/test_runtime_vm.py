@@ -145,7 +145,7 @@ async def test_a_fork_bomb_stays_inside_and_commands_go_on(shared: Shared) -> No
 
 async def test_a_disk_bomb_gets_enospc_and_the_node_is_unharmed(shared: Shared) -> None:
     code, out = await shared.sh(
-        "dd if=/dev/zero of=/tmp/big bs=1M count=100; echo after; echo x > /dev/shm/still; cat /dev/shm/still"
+        "exec 2>&1; dd if=/dev/zero of=/tmp/big bs=1M count=100; echo after; echo x > /dev/shm/still; cat /dev/shm/still"
     )
     assert "No space left" in out
     assert out.endswith("after\nx\n")

@@ -173,9 +173,9 @@ async def test_names_can_be_asked_for_but_only_with_ones_own_address(network: Li
     resolver = subnet.replace(".0/24", ".1")
     with closing(socket.socket(type=socket.SOCK_DGRAM)) as server:
         server.bind((resolver, 53))
-        server.settimeout(TIMEOUT_S)
-        assert question(one, resolver, one.address, server)
         server.settimeout(PATIENCE_S)
+        # The kernel drops what is sent in the moment before it has seen that a link made just now is up.
+        assert any(question(one, resolver, one.address, server) for _ in range(10))
         for forged in (other.address, "192.0.2.77", "127.0.0.1", resolver):
             assert not question(one, resolver, forged, server), forged
 
