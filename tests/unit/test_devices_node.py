@@ -927,3 +927,82 @@ async def test_mps_is_not_offered_without_its_program(tmp_path: Path) -> None:
 
 def test_mps_without_its_program_says_what_is_missing(tmp_path: Path) -> None:
     assert "nvidia-cuda-mps-control is not installed" in NvidiaMps(tmp_path, binary=tmp_path / "none").missing()
+
+
+# claims soon after a look
+
+
+class Counting(FakeHardware):
+    """Counts how often it is asked what there is."""
+
+    looks = 0
+
+    async def discover(self) -> tuple[GpuDevice, ...]:
+        self.looks += 1
+        return await super().discover()
+
+
+def in_counting_world(directory: Path, story: Callable[[World, Counting], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        hardware = Counting(count=2, clock=VirtualClock(asyncio.get_running_loop()))
+        async with world(directory, hardware) as made:
+            await asyncio.sleep(1.0)
+            await story(made, hardware)
+
+    run_virtual(main, random.Random(7))
+
+
+def test_a_claim_soon_after_a_look_does_not_look_again_and_the_first_of_an_agent_does(tmp_path: Path) -> None:
+    async def story(w: World, hardware: Counting) -> None:
+        before = hardware.looks
+        await w.claim("web-1", w.whole(0))
+        assert hardware.looks == before
+        await w.claim("web-1", w.whole(0))  # a repeat has no samples to go by: what runs there may be its own
+        assert hardware.looks == before + 1
+        await w.devices.close()
+        w.begin()
+        before = hardware.looks
+        await w.claim("web-2", w.whole(1))
+        assert hardware.looks == before + 1
+
+    in_counting_world(tmp_path, story)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_device_that_vanished_since_the_look_is_refused(tmp_path: Path, told: bool) -> None:
+    async def story(w: World, hardware: Counting) -> None:
+        hardware.vanish(hardware.ids[0], told=told)
+        with pytest.raises(Unavailable):
+            await w.claim("web-1", w.whole(0))
+        await w.claim("web-2", w.whole(1))
+
+    in_counting_world(tmp_path, story)
+
+
+def test_a_device_that_was_cut_into_partitions_since_the_look_is_refused_as_a_whole(tmp_path: Path) -> None:
+    async def story(w: World, hardware: Counting) -> None:
+        hardware.change(hardware.ids[0], mig=True)
+        with pytest.raises(Unavailable, match="MIG mode"):
+            await w.claim("web-1", w.whole(0))
+
+    in_counting_world(tmp_path, story)
+
+
+def test_a_driver_that_was_replaced_since_the_look_is_refused(tmp_path: Path) -> None:
+    async def story(w: World, hardware: Counting) -> None:
+        hardware.driver_change("999.1")
+        with pytest.raises(Unavailable, match="driver"):
+            await w.claim("web-1", w.whole(0))
+
+    in_counting_world(tmp_path, story)
+
+
+def test_what_uses_a_device_since_the_look_is_in_the_way(tmp_path: Path) -> None:
+    async def story(w: World, hardware: Counting) -> None:
+        before = hardware.looks
+        hardware.use(hardware.ids[0], 4711, 10 * GIB)
+        with pytest.raises(Unavailable, match="4711"):
+            await w.claim("web-1", w.whole(0))
+        assert hardware.looks == before
+
+    in_counting_world(tmp_path, story)

@@ -335,4 +335,6 @@ class FakeHardware:
             power_milliwatts=70_000 + 600 * busy,
             temperature_c=30 + busy // 25,
             processes=mine,
+            mig=self._devices[id].mig,
+            driver=self._devices[id].driver,
         )

@@ -80,6 +80,8 @@ class Watch:
         self.looked = False
         """It was found out what there is, or that the driver is silent."""
         self._silent_at = float("-inf")
+        self._seen_at = float("-inf")
+        """When the last look that was answered began."""
         self._looking: asyncio.Task[None] | None = None
         self._looking_since = 0.0
         self._touched: set[str] = set()
@@ -121,6 +123,11 @@ class Watch:
         task.add_done_callback(ended)
         task.cancel()
 
+    @property
+    def is_fresh(self) -> bool:
+        """It was looked at within `look_s`, and answers: what changed since without a word is found by the next look."""
+        return not self.silent and self._clock.monotonic() - self._seen_at < self._patience.look_s
+
     async def look(self, *, wait_s: float | None = None) -> None:
         """Ask what there is, and fold it in. Raises nothing: a driver that does not answer makes its devices `silent`.
 
@@ -156,7 +163,7 @@ class Watch:
         except AtollError as error:
             self._fall_silent(error)
             return
-        self.silent = ""
+        self.silent, self._seen_at = "", self._looking_since
         self.partitions = {id: self.partitions.get(id, ()) if id in self._noted else there for id, there in partitions.items()}
         for device in found:
             if device.id not in self.states:

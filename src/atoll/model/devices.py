@@ -183,3 +183,7 @@ class GpuSample(_Record, frozen=True, kw_only=True):
     temperature_c: int = 0
     processes: dict[int, int] = {}
     """Process (as the node sees it) → bytes of device memory."""
+    mig: bool = False
+    """MIG mode is on."""
+    driver: str = ""
+    """Version of the kernel driver that said this; empty where it is not said."""

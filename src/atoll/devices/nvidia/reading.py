@@ -183,8 +183,9 @@ def samples(nvml: Any) -> list[dict[str, Any]]:
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            found.append(_sample(nvml, handle))
+            found.append(_sample(nvml, handle) | {"driver": nvml.nvmlSystemGetDriverVersion()})
             if nvml.nvmlDeviceGetMigMode(handle)[0]:
+                found[-1]["mig"] = True
                 found.extend(_sample(nvml, part) for part in mig_devices(nvml, handle))
         except nvml.NVMLError as error:
             if error.value not in (GPU_IS_LOST, *_ABSENT):
