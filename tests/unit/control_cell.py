@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from msgspec import structs
 
 from atoll.control.controllers import run_control
+from atoll.control.detection.exchange import Exchange
+from atoll.control.optimiser import InlineOptimiser, Optimiser
 from atoll.control.world import KINDS
 from atoll.model import codec, keys
 from atoll.model.records import (
@@ -22,6 +24,7 @@ from atoll.model.records import (
     Exit,
     Heartbeat,
     Ingress,
+    IngressHeartbeat,
     Instance,
     Job,
     JobStatus,
@@ -94,6 +97,9 @@ class Cell:
         self.state = State(self.store, KINDS)
         self.last_seen: dict[str, float] = {}
         self.heartbeats: dict[str, Heartbeat] = {}
+        self.detection: Exchange | None = None
+        self.ingresses: dict[str, IngressHeartbeat] = {}
+        self.optimiser: Optimiser = InlineOptimiser()
         self.metrics: Callable[[Instance], dict[str, float]] = lambda instance: {}
         """What instances that are ready say of themselves with each heartbeat."""
         self.silent: set[str] = set()
@@ -136,6 +142,9 @@ class Cell:
             self.last_seen,
             heartbeats=self.heartbeats,
             identity=identity,
+            detection=self.detection,
+            ingresses=self.ingresses,
+            optimiser=self.optimiser,
         )
         task = asyncio.ensure_future(control)
         self._tasks.append(task)

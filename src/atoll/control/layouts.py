@@ -152,7 +152,11 @@ class Layouts:
 
     def ensure(self, pending: Iterable[Pending]) -> None:
         """See that the apps of which something is to be placed have a layout with room for all that they should have."""
-        for group, demand in dict.fromkeys((item.group, item.demand) for item in pending if wants_users(item.demand)):
+        classes = dict.fromkeys((item.group, item.demand) for item in pending if wants_users(item.demand))
+        if classes:
+            # One that is new may have been asked for already; the cache may show it before `world` has taken it over.
+            self._sum_up({"/".join(group.split("/")[1:3]) for group, _ in classes})
+        for group, demand in classes:
             key = "/".join(group.split("/")[1:3])
             held = self._world.state.get(App, key)
             if held is None or not group.startswith(f"{OwnerKind.APP}/"):
@@ -204,10 +208,10 @@ class Layouts:
         entrances = entrances_of(held.record for held in state.records(Ingress).values())
         self._placement.snapshot.whereabouts.entrances = entrances
 
-    def _sum_up(self) -> None:
+    def _sum_up(self, new: Iterable[str] = ()) -> None:
         """Sum up the requests of apps that are near their users, by site."""
         beats = list(self._heartbeats.values())
-        self._placement.snapshot.whereabouts.traffic = traffic_of(beats, self._world.near)
+        self._placement.snapshot.whereabouts.traffic = traffic_of(beats, self._world.near.union(new))
 
     def _next_question(self, now: float) -> tuple[str, Question] | None:
         """Return what to ask about the app that has waited longest, if it is its time."""
