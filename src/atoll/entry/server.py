@@ -19,6 +19,7 @@ from atoll.api.service.servers import check_key
 from atoll.control.controllers import run_control
 from atoll.control.detection.listening import listen_for_beats
 from atoll.control.optimiser import ProcessOptimiser
+from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.entry.beats import exchange_of
 from atoll.entry.config import Config, is_loopback, split_address, write_private
 from atoll.entry.process import Stop, run, run_until, together
@@ -53,7 +54,7 @@ async def main(config: Config, stop: Stop) -> None:
     kind = "sqlite" if isinstance(place, Path) else "etcd"
     store = await open_place(place, clock)
     try:
-        async with State(store, KINDS) as state:
+        async with State(store, {**KINDS, **CONTROL_KINDS}) as state:
             key = await cell_key(config, store)
             id = server_id(config)
             service = Service(
