@@ -123,6 +123,8 @@ class Seen(Struct, frozen=True, kw_only=True):
     """Since when its node is lost (or was never known), once the app's patience is over."""
     lost_in_s: float | None = None
     """Its node is lost, and in so long it will be, too; infinite where it waits for its node."""
+    returned: bool = False
+    """Its node was lost, and has just been heard again."""
     drained: frozenset[str] = frozenset()
     """Ingresses that have no request to it any more."""
     ailment: Ailment | None = None

@@ -139,6 +139,8 @@ def _phase(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing, no
 
 def _fresh(seen: Seen, deadline_s: float, now: float) -> bool:
     """Whether the instance is on its first way to being ready, as after a scale-up."""
+    if seen.away:
+        return False
     if seen.idle:
         return True  # it is being woken
     young = now - seen.instance.created_at < deadline_s

@@ -18,6 +18,7 @@ from atoll.control.facts import AppFacts as AppFacts
 from atoll.control.leaving import leave, retire
 from atoll.control.making import UNPLACED_MAX as UNPLACED_MAX
 from atoll.control.making import Kind, Maker, retry_at
+from atoll.control.reconciling import reconciled
 from atoll.control.rollouts import Plan, RolloutFacts, decide_rollout, is_steered
 from atoll.control.standby import Standbys, served_a_while
 from atoll.model.records import AppPhase, Severity
@@ -286,8 +287,9 @@ class _Step:
             self.new,
             key=lambda s: (s.instance.node is not None, s.ready, -s.instance.created_at, s.instance.id),
         )
+        why = reconciled(self.app, order[surplus:], order[:surplus], self.decision) or f"only {self.plan.new} wanted"
         for seen in order[:surplus]:
-            self._retire(seen, f"only {self.plan.new} wanted")
+            self._retire(seen, why)
         self._forget(order[:surplus])
         self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
 

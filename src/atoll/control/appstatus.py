@@ -66,6 +66,8 @@ def why_not_ready(unready: Iterable[Seen]) -> str:
 
 def _reason(seen: Seen) -> tuple[int, str]:
     instance, status = seen.instance, seen.status
+    if seen.away:
+        return 5, f"{instance.id}: node {instance.node} is lost, and it waits for it"
     if seen.phase is Phase.LOST:
         return 2, f"{instance.id}: node {instance.node} is lost"
     if instance.rejection is not None and instance.node is None:

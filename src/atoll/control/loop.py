@@ -57,6 +57,7 @@ PAUSE_S_PER_INSTANCE = 10e-6
 """Its pause between two decisions, for each of its instances."""
 SUFFIX_BITS = 30
 """Random bits in an id that is given out."""
+LOSS_SLACK_S = 0.05
 ERROR_PAUSE_MIN_S = 0.1
 ERROR_PAUSE_MAX_S = 5.0
 PLACED_EVENTS_MAX = 100
@@ -424,7 +425,8 @@ def _await_loss(instances: Iterable[Seen], decision: Decision) -> None:
     """Decide again when the patience with what is on a lost node ends."""
     for seen in instances:
         if seen.lost_in_s is not None and not math.isinf(seen.lost_in_s):
-            decision.wake(decision.now + seen.lost_in_s)
+            # A little later, so that what is left then is nothing for certain: two clocks are at work.
+            decision.wake(decision.now + seen.lost_in_s + LOSS_SLACK_S)
 
 
 def _created(action: Action) -> Instance:

@@ -97,6 +97,8 @@ class World:
         self._monotonic = monotonic
         self.lost_since: dict[str, float] = {}
         """Node → since when it has been lost, as long as this process knows: spans are measured by that, not by a wall clock."""
+        self.returning: set[str] = set()
+        """Nodes that were lost and answer again, until they get anything new."""
         self.revision = Revision(0)
         """Up to which the joins are current."""
         self.dirty: dict[Owner, None] = {}
@@ -207,9 +209,12 @@ class World:
             case Node() | NodeLiveness():
                 if isinstance(record, NodeLiveness):
                     if delta.new is None or record.health is not NodeHealth.LOST:
-                        self.lost_since.pop(delta.key, None)
+                        if self.lost_since.pop(delta.key, None) is not None:
+                            self.returning.add(delta.key)
                     else:
                         self.lost_since.setdefault(delta.key, self._monotonic())
+                    if delta.new is None or record.health is not NodeHealth.UNREACHABLE:
+                        self.returning.discard(delta.key)
                 # A node's own words (its labels, say) change nothing for owners; that it is there, or is lost, or what becomes
                 # of its GPUs, does.
                 if not isinstance(record, Node) or _gpus(delta.old) != _gpus(delta.new):
@@ -287,6 +292,7 @@ class World:
             status=status.record if status else None,
             lost_at=lost_at,
             lost_in_s=lost_in_s,
+            returned=instance.node in self.returning,
             ailment=self._ailment(instance) if instance.gpus and lost[instance.node] is None else None,
             drained=frozenset(self._drained.get(instance.id, ())),
             evacuation=self._evacuation(instance) if instance.node in self.evacuations else None,
