@@ -43,6 +43,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Cell": {
         "nodes": ("nodes:nodes", "Show the machines; take one out of use with cordon or drain."),
+        "reserve": ("reservations:reserve", "Keep machines, or room on them, for one project for a time."),
         "maintenance": ("maintenance:maintenance", "Plan when machines are taken out of use."),
         "sites": ("sites:sites", "Say where sites are, and how far from each other."),
         "defrag": ("planning:defrag", "Say which instances could be moved, and what that would free."),

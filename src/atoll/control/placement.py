@@ -25,6 +25,7 @@ from atoll.model.records import (
     Release,
     Status,
 )
+from atoll.model.reservation import Reservation
 from atoll.model.states import Desired
 from atoll.scheduling.assembly import app_owner, ends_at, group_of, holds_room, standing_of
 from atoll.scheduling.bookings import Booking
@@ -71,6 +72,8 @@ class Placement:
         """Whether something has changed that may let a rejected one fit."""
         self._planned_at = 0.0
         self._claims: dict[str, Claim] = {}
+        self._edge: float | None = None
+        """When a reservation begins or ends next."""
         self._bookings: tuple[Booking, ...] = ()
         """What the last plan booked for the heads of the queue."""
         self.victims: dict[str, str] = {}
@@ -106,6 +109,7 @@ class Placement:
             self._homes(key)
         for key in self._world.state.records(Project):
             self._quota(key)
+        self._reservations()
 
     def apply(self, deltas: Deltas) -> None:
         """Take over one revision's changes."""
@@ -124,6 +128,8 @@ class Placement:
             self._homes(delta.key)
         elif delta.kind is Project:
             self._quota(delta.key)
+        elif delta.kind is Reservation:
+            self._reservations()
         elif delta.kind is Release:
             # An app may be deleted and made again under the same name.
             gone = (delta.new or delta.old).record  # type: ignore[union-attr]  # one of the two is there
@@ -173,6 +179,14 @@ class Placement:
                 self.snapshot.quotas[name] = quota
             else:
                 del self.snapshot.quotas[name]
+
+    def _reservations(self) -> None:
+        self.snapshot.reservations = {name: held.record for name, held in self._world.state.records(Reservation).items()}
+        self._room = True
+
+    def _edges(self) -> Iterable[float]:
+        """Return when what is reserved changes."""
+        return (at for held in self.snapshot.reservations.values() for at in (held.start, held.spec.end))
 
     def _instance(self, key: str) -> None:
         state = self._world.state
@@ -241,6 +255,8 @@ class Placement:
 
     def due(self, now: float) -> float | None:
         """Return when to plan: now, later, or None while nothing can be placed."""
+        if self._edge is not None and now >= self._edge:
+            self._edge, self._room = None, True
         if any(at <= now for at in self._new.values()) or any(self._settled(claim, now) for claim in self._claims.values()):
             return now
         later = min(self._new.values(), default=None)
@@ -265,6 +281,7 @@ class Placement:
         if not pending:
             return list(fresh.values()), []
         self.snapshot.now = now
+        self._edge = min((at for at in self._edges() if at > now), default=None)
         self.before_plan(pending)
         answer = plan(self.snapshot, pending, now, [one for one in self._bookings if self._waits(one, waiting)])
         self._bookings = answer.bookings

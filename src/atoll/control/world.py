@@ -43,6 +43,7 @@ from atoll.model.records import (
     Site,
     Status,
 )
+from atoll.model.reservation import Reservation
 from atoll.model.spec import AppSpec, NearKind, Workload
 from atoll.model.states import Desired
 from atoll.store.cache import Delta, Deltas, Held, State
@@ -59,6 +60,7 @@ KINDS: dict[str, type[Any]] = {
     keys.NODE_POLICIES: NodePolicy,
     keys.NODE_LIVENESS: NodeLiveness,
     keys.MAINTENANCES: Maintenance,
+    keys.RESERVATIONS: Reservation,
     keys.PREFETCHES: Prefetch,
     keys.BRAKES: Brake,
     keys.BRAKE_RELEASES: BrakeRelease,

@@ -19,6 +19,7 @@ PREFETCHES = "prefetches/"
 BRAKES = "brakes/"
 BRAKE_RELEASES = "brake-releases/"
 MAINTENANCES = "maintenances/"
+RESERVATIONS = "reservations/"
 TOKENS = "tokens/"
 SECRETS = "secrets/"
 EVENTS = "events/"
@@ -104,6 +105,10 @@ def prefetch(node: str) -> str:
 
 def maintenance(name: str) -> str:
     return f"{MAINTENANCES}{name}"
+
+
+def reservation(name: str) -> str:
+    return f"{RESERVATIONS}{name}"
 
 
 def token(digest: str) -> str:

@@ -27,6 +27,7 @@ from atoll.model.records import (
     Site,
     Status,
 )
+from atoll.model.reservation import Reservation
 from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import REPLICAS_MAX, Name
 from atoll.model.spec.values import default
@@ -194,6 +195,13 @@ class MaintenanceView(Struct, frozen=True, kw_only=True):
     maintenance: Maintenance
     window: Window | None = None
     """The one in force, or the next; None when all are over."""
+    nodes: tuple[str, ...] = ()
+    """Those that it concerns now."""
+    revision: int
+
+
+class ReservationView(Struct, frozen=True, kw_only=True):
+    reservation: Reservation
     nodes: tuple[str, ...] = ()
     """Those that it concerns now."""
     revision: int

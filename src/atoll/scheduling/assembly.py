@@ -23,6 +23,7 @@ from atoll.model.records import (
     Site,
     Status,
 )
+from atoll.model.reservation import Reservation
 from atoll.model.spec import Workload
 from atoll.model.states import Desired
 from atoll.scheduling.demand import Demand, demand_of, standing_by
@@ -45,6 +46,8 @@ class Records(Struct, frozen=True, kw_only=True):
     app_statuses: Mapping[str, AppStatus]
     projects: Mapping[str, Project] = {}
     jobs: Mapping[str, Job] = {}
+    reservations: Mapping[str, Reservation] = {}
+    now: float = 0.0
     evacuations: Mapping[str, Evacuation] = {}
     images: Mapping[str, tuple[str, ...]] = {}
     """Node → digests of the images that it says it has."""
@@ -92,6 +95,8 @@ def ends_at(instance: Instance, job: Job | None) -> float | None:
 def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | None]) -> Snapshot:
     """Return the snapshot that the leader's scheduler would plan on. A demand is made once for each group."""
     snapshot = Snapshot()
+    snapshot.now = records.now
+    snapshot.reservations = dict(records.reservations)
     snapshot.evacuations = dict(records.evacuations)
     _set_whereabouts(snapshot, records)
     demands: dict[tuple[str, bool], Demand | None] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
+from atoll.model.evacuation import in_words
 from atoll.model.records import Rejection
 from atoll.model.views import Candidate, Explanation
 from atoll.scheduling.bookings import Booking
@@ -14,7 +15,6 @@ from atoll.scheduling.gpu.words import wall_in_words
 from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.interface import Filter, Limit, Reason, View
 from atoll.scheduling.ledger import SOME_DAY
-from atoll.scheduling.moments import clock_time
 from atoll.scheduling.near import by_row, latency_by_site, wants_users
 from atoll.scheduling.placing import allowed
 from atoll.scheduling.ranking import STEPS, Ranking
@@ -80,7 +80,7 @@ def booked(rejection: Rejection, booking: Booking) -> Rejection:
     nodes = sorted(booking.nodes)
     names = ", ".join(nodes[:NAMES_MAX]) + (f" and {len(nodes) - NAMES_MAX} more" if len(nodes) > NAMES_MAX else "")
     at = booking.starts.at
-    when = f"free at {clock_time(at)} at the latest" if at < SOME_DAY else "free when what runs there ends, nobody knows when"
+    when = f"free at {in_words(at)} at the latest" if at < SOME_DAY else "free when what runs there ends, nobody knows when"
     return replace(rejection, message=f"{rejection.message}; booked for it: room on {names}, {when}")
 
 

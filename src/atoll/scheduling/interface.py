@@ -13,6 +13,7 @@ from atoll.scheduling.bookings import Bookings
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.gpu.inventory import DevicesView
 from atoll.scheduling.groups import owner_of_group, project_of_group
+from atoll.scheduling.reserved import Reserved
 from atoll.scheduling.snapshot import MASKS_MAX, Bools, Ints, Snapshot, amounts_of, avoided
 
 Floats = npt.NDArray[np.float64]
@@ -33,6 +34,7 @@ class View:
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
         self.now = nodes.now
         self.bookings = Bookings()
+        self._reserved: Reserved | None = None
         self.ends_at: float | None = None
         """When the instances that are being placed will have ended at the latest (as `Allocation.ends_at`)."""
 
@@ -47,6 +49,7 @@ class View:
         other._repelled = {owner: dict(groups) for owner, groups in self._repelled.items()}
         other.now, other.ends_at = self.now, self.ends_at
         other.bookings = self.bookings.fork()
+        other._reserved = self._reserved.fork() if self._reserved is not None else None
         return other
 
     @property
@@ -55,6 +58,13 @@ class View:
         if self._devices is None:
             self._devices = self.nodes.devices()
         return self._devices
+
+    @property
+    def reserved(self) -> Reserved:
+        """What reservations leave to others, as the plan has left it."""
+        if self._reserved is None:
+            self._reserved = Reserved(self.nodes, self.nodes.reservations, self.now)
+        return self._reserved
 
     def counts(self, group: str) -> Ints:
         """Return how many instances of `group` each row has."""
@@ -99,6 +109,8 @@ class View:
         self.free[:, at] -= np.outer(np.asarray(amounts_of(demand), dtype=np.int64), by)
         for row, count in zip(at.tolist(), by.tolist(), strict=True):
             added[row] = added.get(row, 0) + count
+        if self.nodes.reservations:
+            self.reserved.place(group, at.tolist(), by.tolist(), amounts_of(demand))
         if len(self.bookings):
             self.bookings.take(at.tolist(), by.tolist(), amounts_of(demand), demand.placement.priority, self.ends_at)
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from atoll.model.devices import MILLI, GpuGrant, GpuHealth
 from atoll.model.evacuation import Evacuation
 from atoll.model.records import Node
+from atoll.model.reservation import Reservation
 from atoll.model.spec import Quota, RuntimeName
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.geography import Geography
@@ -92,6 +93,8 @@ class Snapshot:
         """Owner → its groups that are placed somewhere."""
         self.quotas: dict[str, Quota] = {}
         """Project → its quota, of those that have one."""
+        self.reservations: dict[str, Reservation] = {}
+        """By name."""
         self.now = 0.0
         """Seconds since the epoch, as whoever plans on it says."""
         self.homes: dict[str, tuple[str, ...]] = {}

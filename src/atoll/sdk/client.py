@@ -24,6 +24,7 @@ from atoll.model.membership import (
     ServerView,
 )
 from atoll.model.records import Event, Project, Release, Site, Usage
+from atoll.model.reservation import ReservationSpec
 from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
 from atoll.model.views import (
@@ -41,6 +42,7 @@ from atoll.model.views import (
     Page,
     PlanView,
     ReinstateRequest,
+    ReservationView,
     RollbackRequest,
     ScaleRequest,
     SecretRequest,
@@ -154,6 +156,15 @@ class Client:
 
     async def remove_maintenance(self, name: str) -> None:
         await self._delete(path("maintenances", name))
+
+    async def reservations(self) -> list[ReservationView]:
+        return await self._all(ReservationView, "reservations")
+
+    async def put_reservation(self, spec: ReservationSpec) -> ReservationView:
+        return await self._write(ReservationView, "PUT", path("reservations", spec.name), spec)
+
+    async def remove_reservation(self, name: str) -> None:
+        await self._delete(path("reservations", name))
 
     async def reinstate(self, node: str, gpu: str, *, reset: bool = False) -> GpuDevice:
         """Have a node offer a GPU again that was taken out for an error (`reset`: reset it before); return how it then stands.

@@ -29,6 +29,7 @@ from atoll.model.records import (
     Site,
     Usage,
 )
+from atoll.model.reservation import Reservation, ReservationSpec
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.views import (
     AppView,
@@ -42,6 +43,7 @@ from atoll.model.views import (
     NodeView,
     Page,
     ReinstateRequest,
+    ReservationView,
     RollbackRequest,
     ScaleRequest,
     SecretRequest,
@@ -116,6 +118,17 @@ class FakeCalls(FakeWorld):
                 return self._sites(method, rest, body)
             case _, ["nodes", *rest]:
                 return self._nodes(method, rest, body)
+            case "GET", ["reservations"]:
+                return self._page([self._reservation_view(each) for each, _ in self.under("reservations")])
+            case "PUT", ["reservations", name]:
+                wish = codec.decode(body, ReservationSpec)
+                wish = replace(wish, start=self.now if wish.start is None else wish.start)
+                self.put("reservations", name, Reservation(spec=wish, created_at=self.now))
+                return self._reservation_view(self.get("reservations", name)[0])
+            case "DELETE", ["reservations", name]:
+                gone = self._reservation_view(self.get("reservations", name)[0])
+                self.remove("reservations", name)
+                return gone
             case "GET", ["maintenances"]:
                 return self._page([self._maintenance_view(each) for each, _ in self.under("maintenances")])
             case "PUT", ["maintenances", name]:
@@ -327,6 +340,10 @@ class FakeCalls(FakeWorld):
                 return self._reinstate(name, gpu, codec.decode(body, ReinstateRequest).reset)
             case _:
                 raise NotFound("no such call")
+
+    def _reservation_view(self, each: Reservation) -> ReservationView:
+        nodes = sorted(node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, labels_of(node)))
+        return ReservationView(reservation=each, nodes=tuple(nodes[: each.spec.count]), revision=self.revision)
 
     def _maintenance_view(self, each: Maintenance) -> MaintenanceView:
         nodes = [node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, labels_of(node))]

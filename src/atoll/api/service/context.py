@@ -41,6 +41,7 @@ from atoll.model.records import (
     Status,
     Token,
 )
+from atoll.model.reservation import Reservation
 from atoll.store.cache import Held, State
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ KINDS: dict[str, type] = {
     keys.NODE_POLICIES: NodePolicy,
     keys.NODE_LIVENESS: NodeLiveness,
     keys.MAINTENANCES: Maintenance,
+    keys.RESERVATIONS: Reservation,
     keys.PREFETCHES: Prefetch,
     keys.TOKENS: Token,
     keys.SECRETS: Secret,

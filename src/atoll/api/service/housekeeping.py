@@ -1,4 +1,4 @@
-"""What the API removes by itself: routes that no app wants, tokens long expired. Several servers may do it."""
+"""What the API removes by itself: routes that no app wants, tokens and reservations long over. Several servers may do it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from atoll.model import keys
 from atoll.model.errors import AtollError
 from atoll.model.ports.store import Delete, unchanged
 from atoll.model.records import Token
+from atoll.model.reservation import Reservation
 
 INTERVAL_S = 30.0
 ORPHANS_EVERY = 10
@@ -57,3 +58,7 @@ class Housekeeping:
             await store.txn((), [Delete(key) for key in stale[:DELETES_MAX]])
         if expired:
             await store.txn((), [Delete(keys.token(token.digest)) for token in expired[:DELETES_MAX]])
+        for name, held in self._context.state.records(Reservation).items():
+            if held.record.spec.end < horizon:
+                key = keys.reservation(name)
+                await store.txn((unchanged(key, held.revision),), (Delete(key),))

@@ -35,6 +35,7 @@ from atoll.model.records import (
     Site,
     Status,
 )
+from atoll.model.reservation import Reservation
 from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
 from atoll.model.states import Desired
 from atoll.model.views import DefragView, InstanceExplanation, PlanView
@@ -151,6 +152,8 @@ class Planning:
             projects=plain(Project),
             evacuations=evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), self._context.clock.now()),
             jobs=plain(Job),
+            reservations=plain(Reservation),
+            now=self._context.clock.now(),
             sites=plain(Site),
             round_trips=plain(RoundTrips),
             ingresses=plain(Ingress),

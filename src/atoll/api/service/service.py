@@ -29,6 +29,7 @@ from atoll.api.service.maintenances import Maintenances
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.planning import Planning
 from atoll.api.service.projects import Projects
+from atoll.api.service.reservations import Reservations
 from atoll.api.service.rollouts import Rollouts
 from atoll.api.service.sealing import Sealer
 from atoll.api.service.secrets import Secrets
@@ -89,6 +90,7 @@ class Service:
         self.nodes = Nodes(self.context, self.heartbeats, self.tunnels)
         self.drains = Drains(self.context, self.nodes)
         self.maintenances = Maintenances(self.context)
+        self.reservations = Reservations(self.context)
         self.events = Events(self.context)
         self.exposition = Exposition(self.context, self.heartbeats, self.traffic)
         self.rollouts = Rollouts(self.context, self.apps, self.traffic)

@@ -30,11 +30,12 @@ WATCHED = {
     "node-policies",
     "node-liveness",
     "maintenances",
+    "reservations",
     "events",
     "ingresses",
 }
 """Kinds that may be watched: none that holds a secret or a token."""
-CELL_WIDE = {"nodes", "sites", "node-policies", "node-liveness", "maintenances", "ingresses"}
+CELL_WIDE = {"nodes", "sites", "node-policies", "node-liveness", "maintenances", "reservations", "ingresses"}
 """Kinds that belong to no project."""
 BOOKMARK_S = 5.0
 """The longest silence of a stream."""

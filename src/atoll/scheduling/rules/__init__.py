@@ -9,9 +9,22 @@ from atoll.scheduling.rules.even import Even
 from atoll.scheduling.rules.gang import Gang
 from atoll.scheduling.rules.interface import Bound, Rule
 from atoll.scheduling.rules.latency import Within
+from atoll.scheduling.rules.reserved import ReservedNodes
 from atoll.scheduling.rules.together import Together
 from atoll.scheduling.rules.volumes import Volumes
 
-RULES: tuple[Rule, ...] = (Evacuations(), Volumes(), Together(), Gang(), Beside(), Within(), Apart(), Caps(), Even(), Backfill())
+RULES: tuple[Rule, ...] = (
+    Evacuations(),
+    Volumes(),
+    Together(),
+    Gang(),
+    Beside(),
+    Within(),
+    Apart(),
+    Caps(),
+    Even(),
+    ReservedNodes(),
+    Backfill(),
+)
 
 __all__ = ["RULES", "Bound", "Rule"]

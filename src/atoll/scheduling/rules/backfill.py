@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from atoll.model.evacuation import in_words
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.interface import Reason, View
 from atoll.scheduling.ledger import SOME_DAY
-from atoll.scheduling.moments import clock_time
 from atoll.scheduling.rules.interface import Still
 from atoll.scheduling.snapshot import Bools, Ints
 
@@ -28,7 +28,7 @@ class Backfill(Still):
         waiting = sum(len(booking.ids) for booking in holders)
         soonest = min((booking.starts.at for booking in holders), default=SOME_DAY)
         first = "its turn" if waiting == 1 else "their turn"
-        known = f", {clock_time(soonest)} at the latest" if soonest < SOME_DAY else ""
+        known = f", {in_words(soonest)} at the latest" if soonest < SOME_DAY else ""
         return Reason(
             f"booked for {waiting} before it in the queue whose room is not all free yet ({first}{known})",
             "it goes there if it ends before that: set a job's deadline; or raise placement.priority, or add a node",
