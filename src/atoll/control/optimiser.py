@@ -64,6 +64,11 @@ class ProcessOptimiser:
         self._process: Process | None = None
         self._one = asyncio.Lock()
 
+    @property
+    def pid(self) -> int | None:
+        """The process that answers; None while there is none."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
     async def solve(self, question: Question) -> Layout:
         async with self._one:
             try:

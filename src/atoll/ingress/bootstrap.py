@@ -74,6 +74,7 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
                     ]
                     + [
                         {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_rq_(total|pending_active|retry|5xx)"}},
+                        {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_cx_none_healthy"}},
                         {"safe_regex": {"regex": rf"cluster\.[^.]*\.zone\.{ZONE}\.[^.]*\.{COUNTED}"}},
                     ]
                 }
