@@ -16,11 +16,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
+from atoll.images.auth import Access
 from atoll.images.lazy import fuse, holder
 from atoll.images.lazy.fetch import Fetcher
 from atoll.images.lazy.fuse import Op, Request
@@ -85,9 +86,10 @@ class Server:
     def __init__(self, paths: LazyPaths, descriptor: int) -> None:
         self._paths = paths
         self._fd = descriptor
-        self._registries = Registries(paths.read_access(), patience=PATIENCE)
-        self._access_at = paths.access.stat().st_mtime_ns
-        """When the file that says how to reach registries was written: a new agent may have another token."""
+        access = paths.read_access()
+        self._registries = Registries(access, patience=PATIENCE)
+        self._access_at = self._written(access)
+        """When what says how to reach registries was written: a new agent may have another token, a certificate be renewed."""
         self._shown: dict[int, Shown] = {}
         self._reads = asyncio.Semaphore(READS_MAX)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -114,10 +116,14 @@ class Server:
 
     def _read_access(self) -> None:
         with contextlib.suppress(OSError, msgspec.DecodeError):
-            written = self._paths.access.stat().st_mtime_ns
-            if written != self._access_at:
+            access = self._paths.read_access()
+            if (written := self._written(access)) != self._access_at:
                 # The former one is left to what still uses it.
-                self._access_at, self._registries = written, Registries(self._paths.read_access(), patience=PATIENCE)
+                self._access_at, self._registries = written, Registries(access, patience=PATIENCE)
+
+    def _written(self, access: Mapping[str, Access]) -> tuple[int, ...]:
+        files = [self._paths.access, *(Path(one.identity) for one in access.values() if one.identity)]
+        return tuple(file.stat().st_mtime_ns for file in files)
 
     async def _look_again(self) -> None:
         while True:
