@@ -10,9 +10,11 @@ import click
 from atoll.cli import draining, names
 from atoll.cli.session import Session, command, group
 from atoll.model.devices import GpuHealth
+from atoll.model.errors import NotFound
 
 if TYPE_CHECKING:
-    from atoll.model.views import NodeView
+    from atoll.model.views import BrakeView, NodeView
+    from atoll.sdk.client import Client
 
 
 @group(example="atoll nodes\natoll nodes drain node-3 --wait")
@@ -25,6 +27,7 @@ async def list_nodes(session: Session) -> None:
     """List the nodes, with what is reserved on each."""
     async with session.client() as client:
         views = await client.nodes()
+        braked = await _brake(client) if any(view.health != "ready" for view in views) else None
     if session.json:
         session.output.json(views)
         return
@@ -34,6 +37,44 @@ async def list_nodes(session: Session) -> None:
         at = columns.index("GPUS")
         columns, rows = columns[:at] + columns[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
     session.output.table(columns, rows, empty="no nodes; start one: atoll agent, or all: atoll up")
+    if braked is not None:
+        session.output.say(_braked(braked))
+
+
+async def _brake(client: Client) -> BrakeView | None:
+    """Return the brake if it is on; None too for a server that is older than it."""
+    try:
+        view = await client.brake()
+    except NotFound:
+        return None
+    return view if view.brake is not None else None
+
+
+def _braked(view: BrakeView) -> str:
+    from atoll.cli.output import age
+
+    brake = view.brake
+    if brake is None:
+        return "[green]✓[/] the brake is not on"
+    if view.released:
+        return "[green]✓[/] the brake lets go: nodes that do not answer are given up, and what they ran is replaced"
+    many = f"{brake.silent} of {brake.nodes} nodes stopped to answer at once, {age(brake.since)} ago"
+    return f"[yellow]![/] {many}: none is given up and nothing replaced meanwhile. If they are gone: atoll nodes release-brake"
+
+
+@command(name="release-brake", example="atoll nodes release-brake")
+async def release_brake(session: Session) -> None:
+    """Give up nodes that do not answer though they are many.
+
+    When many nodes stop to answer at once, it is mostly the network, and nothing is replaced until they are back or 10 minutes have
+    passed. Say this when you know that they are gone.
+    """
+    async with session.client() as client:
+        view = await client.release_brake()
+    if session.json:
+        session.output.json(view)
+    else:
+        session.output.say(_braked(view))
 
 
 def word(view: NodeView) -> str:
@@ -246,5 +287,5 @@ def _said(session: Session, view: NodeView, what: str) -> None:
         session.output.say(f"[green]✓[/] {view.node.name} {what}")
 
 
-for _each in (list_nodes, show, draining.drain, draining.undrain, cordon, uncordon, reinstate, revoke, remove):
+for _each in (list_nodes, show, draining.drain, draining.undrain, cordon, uncordon, release_brake, reinstate, revoke, remove):
     nodes.add_command(_each)

@@ -13,6 +13,7 @@ from atoll.api.service import Service
 from atoll.api.service.beat_keys import beat_key
 from atoll.control.detection.exchange import Exchange
 from atoll.entry.joining import Reach
+from atoll.model.membership import Identity, MemberKind
 from atoll.model.ports.clock import Clock, system_random
 from atoll.model.ports.control_plane import ControlPlane
 from atoll.model.ports.datagrams import Udp
@@ -28,11 +29,14 @@ log = structlog.get_logger()
 
 
 def exchange_of(service: Service, state: State, clock: Clock) -> Exchange:
-    """Return a server's side of the beats. A node that is not in the store has no site, and is not listened to."""
+    """Return a server's side of the beats. A node that is not in the store, or that is revoked, is not listened to."""
 
     def site_of(node: str) -> str | None:
         held = state.get(Node, node)
-        return held.record.site if held is not None else None
+        identity = state.get(Identity, f"{MemberKind.NODE}/{node}")
+        if held is None or (identity is not None and identity.record.revoked_at is not None):
+            return None
+        return held.record.site
 
     return Exchange(
         key_of=lambda node, epoch: beat_key(service.context, node, epoch),

@@ -13,6 +13,7 @@ from atoll.model.maintenance import DRAIN_DEADLINE_S, Drain, Maintenance, Window
 from atoll.model.records import (
     App,
     AppStatus,
+    Brake,
     Heartbeat,
     Ingress,
     Instance,
@@ -137,6 +138,14 @@ class NodeView(Struct, frozen=True, kw_only=True):
     def since_window(self, now: float) -> bool:
         """Whether a window of maintenance has begun for it."""
         return self.evacuation is not None and self.evacuation.start is not None and now >= self.evacuation.start
+
+
+class BrakeView(Struct, frozen=True, kw_only=True):
+    """Whether nodes that do not answer are kept from being given up, since too many do not at once."""
+
+    brake: Brake | None = None
+    released: bool = False
+    """An operator has let go of it; the leader follows within a second."""
 
 
 class DrainState(enum.StrEnum):

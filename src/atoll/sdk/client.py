@@ -30,6 +30,7 @@ from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppView,
+    BrakeView,
     DefragView,
     DrainRequest,
     DrainView,
@@ -129,6 +130,14 @@ class Client:
 
     async def node(self, name: str) -> NodeView:
         return await self._get(NodeView, path("nodes", name))
+
+    async def brake(self) -> BrakeView:
+        """Return whether nodes that do not answer are kept from being given up, since too many do not at once."""
+        return await self._get(BrakeView, path("brake"))
+
+    async def release_brake(self) -> BrakeView:
+        """Have them given up, and what they ran replaced. Raises Conflict: the brake is not on."""
+        return await self._write(BrakeView, "POST", path("brake", "release"))
 
     async def cordon(self, name: str) -> NodeView:
         """Let the scheduler put nothing new on the node."""

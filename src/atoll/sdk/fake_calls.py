@@ -15,6 +15,7 @@ from atoll.model.evacuation import evacuation_of, in_force, labels_of
 from atoll.model.maintenance import Drain, Maintenance, MaintenanceSpec, selects, window_at
 from atoll.model.records import (
     App,
+    Brake,
     Event,
     Heartbeat,
     Ingress,
@@ -33,6 +34,7 @@ from atoll.model.reservation import Reservation, ReservationSpec
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.views import (
     AppView,
+    BrakeView,
     DefragView,
     DrainRequest,
     DrainView,
@@ -74,6 +76,7 @@ class FakeCalls(FakeWorld):
         """Node → digests of the images that it has."""
         self.node_fetches: dict[str, str] = {}
         """Node → what it is fetching, in words."""
+        self.brake: Brake | None = None
         self.drain_views: dict[str, list[DrainView]] = {}
         """Node → what is answered when it is asked how far it has been emptied, one after the other; the last stays."""
         self._tokens: dict[str, TokenView] = {}
@@ -116,6 +119,12 @@ class FakeCalls(FakeWorld):
                 return self._events(project, query)
             case _, ["sites", *rest]:
                 return self._sites(method, rest, body)
+            case "GET", ["brake"]:
+                return BrakeView(brake=self.brake)
+            case "POST", ["brake", "release"]:
+                if self.brake is None:
+                    raise Conflict("the brake is not on")
+                return BrakeView(brake=self.brake, released=True)
             case _, ["nodes", *rest]:
                 return self._nodes(method, rest, body)
             case "GET", ["reservations"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from atoll.api.http import evacuations, reservations
+from atoll.api.http import brakes, evacuations, reservations
 from atoll.api.http.answers import NO_STORE, Answer
 from atoll.api.http.calls import Call, Query, Route
 from atoll.api.http.users import PAGED
@@ -171,6 +171,7 @@ ROUTES: tuple[Route, ...] = (
         repeatable=True,
     ),
     _route("DELETE", "/v1/tokens/{token}", Need.ADMIN_OF_PROJECT, delete_token, "Withdraw a token", TokenView, repeatable=True),
+    *brakes.ROUTES,
     *evacuations.ROUTES,
     *reservations.ROUTES,
 )

@@ -12,6 +12,7 @@ from atoll import __version__
 from atoll.api.service.access import Caller
 from atoll.api.service.apps import Apps
 from atoll.api.service.authorities import LIFE_S, Authorities
+from atoll.api.service.brakes import Brakes
 from atoll.api.service.context import Context, ImageResolver
 from atoll.api.service.control_plane import LocalControlPlane
 from atoll.api.service.drains import Drains
@@ -90,6 +91,7 @@ class Service:
         self.nodes = Nodes(self.context, self.heartbeats, self.tunnels)
         self.drains = Drains(self.context, self.nodes)
         self.maintenances = Maintenances(self.context)
+        self.brakes = Brakes(self.context)
         self.reservations = Reservations(self.context)
         self.events = Events(self.context)
         self.exposition = Exposition(self.context, self.heartbeats, self.traffic)
