@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import Struct, structs
 
 from atoll.model.evacuation import Evacuation
-from atoll.model.records import AppStatus, Brake, Event, Instance, JobStatus, NodeLiveness, Prefetch, Severity, Status
+from atoll.model.records import AppStatus, Brake, Event, Instance, Job, JobStatus, NodeLiveness, Prefetch, Severity, Status
 from atoll.model.states import Desired, Phase
 
 EVENTS_PER_DECISION_MAX = 100
@@ -41,6 +41,19 @@ class WriteJobStatus(Struct, frozen=True):
     """Write the status if the job is still at `revision`: it may have been deleted, and another made under its name."""
 
     status: JobStatus
+    revision: int
+
+
+class CreateJob(Struct, frozen=True):
+    """Make a run of a job with a schedule, if no job has its name."""
+
+    job: Job
+
+
+class UpdateJob(Struct, frozen=True):
+    """Write the run of a job with a schedule if it is still at `revision`."""
+
+    job: Job
     revision: int
 
 
@@ -92,6 +105,8 @@ Action = (
     | Remove
     | WriteAppStatus
     | WriteJobStatus
+    | CreateJob
+    | UpdateJob
     | WriteLiveness
     | WriteBrake
     | WritePrefetch

@@ -14,6 +14,7 @@ from atoll.control.actions import Create, Decision, Remove, RemoveJob, Seen, Wri
 from atoll.control.apps import UNPLACED_MAX
 from atoll.control.appstatus import exit_in_words
 from atoll.control.leaving import leave, retire
+from atoll.control.schedules import Run, decide_schedule
 from atoll.model.records import Instance, Job, JobPhase, JobStatus, OwnerKind, Severity
 from atoll.model.states import Desired, Phase
 from atoll.model.units import format_seconds
@@ -35,10 +36,20 @@ class JobFacts(Struct, frozen=True, kw_only=True):
     """The revision that made the job."""
     status: JobStatus | None
     instances: tuple[Seen, ...]
+    runs: tuple[Run, ...] = ()
+    """Of a job with a schedule: what there is of its runs."""
+    due_taken: bool = False
+    """Of a job with a schedule: another job has the name of the run that is due."""
+    stays: bool | None = None
+    """Of a run: whether it is among those that its schedule keeps when they have finished; None for what is kept by time."""
 
 
 def decide_job(facts: JobFacts, decision: Decision) -> None:
     """Compare the job with its instances and add to `decision` what is missing or too much."""
+    if facts.job.spec.schedule is not None:
+        decide_orphans(facts.instances, decision)
+        decide_schedule(facts.job, facts.revision, facts.status, facts.runs, decision, facts.due_taken)
+        return
     before = tuple(seen for seen in facts.instances if seen.created < facts.created)
     if before:
         # Left of an earlier job of this name.
@@ -215,7 +226,10 @@ class _Step:
             self._write(self.last.phase, self.last.message, 0)
         finished_at = self.last.finished_at or self.decision.now
         at = finished_at + self.spec.keep
-        if self.decision.now < at:
+        if self.facts.stays:
+            self._trim()
+            return
+        if self.facts.stays is None and self.decision.now < at:
             self.decision.wake(at)
             self._trim()
             return

@@ -346,7 +346,7 @@ class Loop:
                 else:
                     decide_orphans(self._world.instances(owner), decision)
             case OwnerKind.JOB:
-                job = self._world.job_facts(key)
+                job = self._world.job_facts(key, now)
                 if job is not None:
                     _await_loss(job.instances, decision)
                     decide_job(job, decision)

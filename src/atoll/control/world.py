@@ -14,6 +14,7 @@ from atoll.control.evacuation import kept
 from atoll.control.gpus import ailment_of
 from atoll.control.jobs import JobFacts
 from atoll.control.patience import patience_s
+from atoll.control.runs import Runs
 from atoll.model import keys
 from atoll.model.devices import GpuDevice
 from atoll.model.evacuation import Evacuation, evacuations
@@ -114,6 +115,7 @@ class World:
         """Apps (`project/name`) that scale by a metric."""
         self.near: set[str] = set()
         """Apps that are near their users."""
+        self.runs = Runs(state)
         self.evacuations: dict[str, Evacuation] = {}
         """Nodes that instances are to leave → why, and until when; as of the last `look`."""
         self.stale = True
@@ -134,6 +136,7 @@ class World:
             self._drained[drained.record.instance].add(drained.record.ingress)
         self.dirty.update((owner, None) for owner in self.owners())
         self.revision = self.state.revision
+        self.runs.rebuild()
         self.stale = True
         lost = {name for name, held in self.state.records(NodeLiveness).items() if held.record.health is NodeHealth.LOST}
         self.lost_since = {name: self.lost_since.get(name, self._monotonic()) for name in lost}
@@ -193,8 +196,11 @@ class World:
                 self.dirty[(OwnerKind.APP, delta.key)] = None
             case AppStatus():
                 self.dirty[(OwnerKind.APP, delta.key)] = None
-            case Job() | JobStatus():
-                self.dirty[(OwnerKind.JOB, delta.key)] = None
+            case Job():
+                self.runs.apply(delta)
+                self._touch_job(delta.key)
+            case JobStatus():
+                self._touch_job(delta.key)
             case Release():
                 self.dirty[(OwnerKind.APP, f"{record.project}/{record.app}")] = None
             case Instance():
@@ -256,6 +262,11 @@ class World:
         for key in self.draining:
             if key.endswith("/" + record.instance):
                 self._touch(key)
+
+    def _touch_job(self, key: str) -> None:
+        """Have a job decided about; and of a run its schedule, and the other runs, of which only some are kept."""
+        for name in (key, *self.runs.family(key)):
+            self.dirty[(OwnerKind.JOB, name)] = None
 
     def _touch(self, key: str) -> None:
         held = self.state.get(Instance, key)
@@ -351,7 +362,7 @@ class World:
             ingresses=frozenset(self.state.records(Ingress)),
         )
 
-    def job_facts(self, key: str) -> JobFacts | None:
+    def job_facts(self, key: str, now: float = 0.0) -> JobFacts | None:
         held = self.state.get(Job, key)
         if held is None:
             return None
@@ -362,6 +373,9 @@ class World:
             created=held.created,
             status=status.record if status else None,
             instances=self.instances((OwnerKind.JOB, key)),
+            runs=self.runs.of(key) if held.record.spec.schedule is not None else (),
+            due_taken=self.runs.taken(held.record, now),
+            stays=self.runs.stays(held.record) if held.record.parent else None,
         )
 
     def release_spec(self, app: App, number: int) -> AppSpec | None:

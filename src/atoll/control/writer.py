@@ -10,12 +10,14 @@ from msgspec import Struct
 from atoll.control.actions import (
     Action,
     Create,
+    CreateJob,
     Forget,
     Remove,
     RemoveApp,
     RemoveJob,
     Tell,
     Update,
+    UpdateJob,
     WriteAppStatus,
     WriteBrake,
     WriteJobStatus,
@@ -85,6 +87,14 @@ def _translate(action: Action, state: State) -> tuple[list[Compare], list[Op]]:
         case WriteJobStatus(job_status, revision):
             job = keys.job(job_status.project, job_status.name)
             return [unchanged(job, revision)], [Put(keys.job_status(job_status.project, job_status.name), codec.encode(job_status))]
+        case CreateJob(job_made):
+            # What an earlier job of this name left would be taken for the new one's.
+            key = keys.job(job_made.project, job_made.name)
+            stale = Delete(keys.job_status(job_made.project, job_made.name))
+            return [absent(key)], [Put(key, codec.encode(job_made)), stale]
+        case UpdateJob(job_changed, revision):
+            key = keys.job(job_changed.project, job_changed.name)
+            return [unchanged(key, revision)], [Put(key, codec.encode(job_changed))]
         case WriteLiveness(liveness):
             return [], [Put(keys.node_liveness(liveness.name), codec.encode(liveness))]
         case WriteBrake(brake):
