@@ -19,7 +19,6 @@ from atoll.model.devices import (
     GpuSharing,
     GpuVendor,
     LinkKind,
-    compatibility_key,
 )
 from atoll.model.records import Capacity, Node
 from atoll.model.spec import AppSpec, Gpu, GpuTopology, Isolation, Placement, Quota, Resources, RuntimeName
@@ -399,11 +398,3 @@ def test_fits_counts_what_grant_would_give() -> None:
     assert fits(devices(mig=[0]), (), Gpu(profile="2g.20gb")) == 3
     assert fits(plain(2), (), Gpu(count=0.3)) == 6
     assert fits(plain(8), (GpuGrant(device="d0"),), Gpu(count=2)) == 3
-
-
-def test_snapshots_go_together_by_vendor_model_capability_and_driver() -> None:
-    one, other = devices(count=2)
-    assert compatibility_key(one) == compatibility_key(other) == "nvidia/nvidia-h100-80gb-hbm3/9.0/580.159.04"
-    assert compatibility_key(structs.replace(other, driver="570.1")) != compatibility_key(one)
-    assert compatibility_key(structs.replace(other, compute_capability="9.1")) != compatibility_key(one)
-    assert compatibility_key(GpuDevice(id="", model="a/b", memory_bytes=0)) == "nvidia/a-b//"

@@ -13,6 +13,7 @@ from atoll.devices.drivers import Drivers
 from atoll.devices.edits import merge_edits
 from atoll.devices.handed import HandedOver
 from atoll.devices.ledger import LedgerFile, Made
+from atoll.devices.libraries_directory import LibraryDirectories
 from atoll.devices.mps import Mps
 from atoll.devices.passthrough import MACHINES
 from atoll.devices.slices import Slices
@@ -36,8 +37,10 @@ class Holdings:
         handed: HandedOver | None,
         mps: Mps | None,
         patience: Patience,
+        libraries: LibraryDirectories,
         offers: Callable[[RuntimeName], str],
     ) -> None:
+        self._libraries = libraries
         self._drivers = drivers
         self._file = file
         self._slices = slices
@@ -160,7 +163,7 @@ class Holdings:
                     edits = merge_edits(edits, await self._join(watch.states[grant.device].seen, grant))
         if runtime is RuntimeName.GVISOR and not edits.gvisor_driver:
             raise Unsupported("gVisor's proxy cannot hand on what was granted", mend="use runc or crun")
-        return Claim(edits=edits, partitions=tuple(partitions))
+        return Claim(edits=self._libraries.gather(edits), partitions=tuple(partitions))
 
     async def _join(self, device: GpuDevice, grant: GpuGrant) -> Edits:
         if self._mps is None:

@@ -14,6 +14,7 @@ from atoll.devices.drivers import Drivers
 from atoll.devices.handed import HandedOver
 from atoll.devices.holdings import Holdings
 from atoll.devices.ledger import LedgerFile, boot_id
+from atoll.devices.libraries_directory import LibraryDirectories
 from atoll.devices.mps import Mps
 from atoll.devices.news import News
 from atoll.devices.passthrough import MACHINES, Passthrough
@@ -27,6 +28,8 @@ from atoll.model.spec import Gpu, RuntimeName
 
 TICK_S = 30.0
 """Between two moments at which storms are summed up, at most."""
+LIBRARIES = "gpu-libraries"
+"""Below the directory of what was made."""
 
 log = structlog.get_logger()
 
@@ -65,8 +68,11 @@ class NodeDevices:
         self._news = News()
         self._tasks: list[asyncio.Task[None]] = []
         self._watches = tuple(Watch(one, clock, self._patience, tell=self._news.tell, changed=self._remember) for one in hardware)
+        self._libraries = LibraryDirectories(directory / LIBRARIES)
         self._drivers = Drivers(self._watches, self._file, self._patience, mps)
-        self._holdings = Holdings(self._drivers, self._file, self._slices, self._handed, mps, self._patience, self.offers)
+        self._holdings = Holdings(
+            self._drivers, self._file, self._slices, self._handed, mps, self._patience, self._libraries, self.offers
+        )
         for known in self._file.now.known:
             watch = next((watch for watch in self._watches if watch.vendor is known.device.vendor), None)
             if watch is not None:
@@ -136,6 +142,8 @@ class NodeDevices:
             self._holdings.disown(instance)
         ledger = replace(self._file.now, holdings={instance: tuple(grants) for instance, grants in held.items()})
         self._file.write(ledger)
+        if not held:
+            self._libraries.clear()
         for instance, grants in held.items():
             self._holdings.adopt(instance, grants)
         for watch in self._watches:

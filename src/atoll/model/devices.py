@@ -149,13 +149,6 @@ WALLS = {
 """How hard the wall is between those that hold a device this way."""
 
 
-def compatibility_key(device: GpuDevice) -> str:
-    """Return what must be equal for a snapshot of work on one device to be continued on another: vendor, model, compute
-    capability and driver, in a form that is fit for a label or a key. Pure; unknown parts stay empty."""
-    parts = (device.vendor, device.model, device.compute_capability, device.driver)
-    return "/".join("".join(char if char.isalnum() or char in ".+" else "-" for char in part.casefold().strip()) for part in parts)
-
-
 class GpuGrant(_Record, frozen=True, kw_only=True):
     """What an instance holds of one device. Chosen by the scheduler with the node; the agent carries it out or says why not."""
 
