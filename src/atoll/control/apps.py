@@ -161,7 +161,9 @@ class _Step:
             )
         under_way = not complete and (served != self.app.release or bool(self.old))
         deadline = self.progressed_at + self.rules.deadline
-        failed = under_way and self.decision.now >= deadline
+        # All there is of it serves: it has come round, or only its time was too short, and it goes on.
+        stuck = len(self.ready_new) < len(self.new) or not self.new
+        failed = under_way and stuck and self.decision.now >= deadline
         if under_way and not failed:
             self.decision.wake(deadline)
         served = self.app.release if complete else served

@@ -263,6 +263,8 @@ class Status(_Record, frozen=True, kw_only=True):
     ready_at: float | None = None
     parked: bool = False
     """It is frozen, and off its devices where they can do that, or is on its way back. Never while ready."""
+    word: int = 0
+    """Which word of its agent this is: a newer one has a higher number, so that one that arrives late is known. 0: not told."""
 
 
 class Capacity(_Record, frozen=True, kw_only=True):

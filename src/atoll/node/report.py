@@ -7,8 +7,9 @@ import random
 from collections import deque
 
 import structlog
+from msgspec.structs import replace
 
-from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge
+from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, TooLarge
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import ControlPlane
 from atoll.model.records import Event, Severity, Status, new_suffix
@@ -27,6 +28,8 @@ RETRY_FIRST_S = 0.05
 RETRY_GROWTH = 1.5
 """Slow enough that a server which is back after a second is found within half of one."""
 RETRY_MAX_S = 5.0
+SKIP_FIRST = 86_400_000
+"""Words to skip at first when the control plane has heard later ones: the date was set back, here by up to a day."""
 
 log = structlog.get_logger()
 
@@ -46,6 +49,10 @@ class Reporter:
         self._choose = choose
         self._statuses: dict[str, Status] = {}
         self._sending: dict[str, Status] = {}
+        self._last: dict[str, Status] = {}
+        self._word = int(clock.now() * 1000)
+        """The number of the newest word; above those of an earlier agent, which spoke less than a thousand times a second."""
+        self._skip = SKIP_FIRST
         self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self._wake = asyncio.Event()
         self._lazy: asyncio.TimerHandle | None = None
@@ -57,11 +64,25 @@ class Reporter:
         return not self._statuses and not self._events
 
     def status(self, status: Status) -> None:
-        self._statuses[status.instance] = status
+        last = self._last.get(status.instance)
+        # What was said before is the same word, however often it is said.
+        again = last is not None and replace(last, word=0) == status
+        self._last[status.instance] = self._statuses[status.instance] = last if last and again else self._numbered(status)
         if status.phase in (Phase.PREPARING, Phase.STARTING):
             self._wake_soon()
         else:
             self._wake.set()
+
+    def _numbered(self, status: Status) -> Status:
+        self._word += 1
+        return replace(status, word=self._word)
+
+    def _skip_words(self) -> None:
+        """Speak louder: the control plane has heard words of higher numbers from an earlier agent, whose date was later."""
+        self._word += self._skip
+        self._skip *= 2
+        for told in (self._last, self._sending, self._statuses):
+            told.update({id: self._numbered(status) for id, status in told.items()})
 
     def _wake_soon(self) -> None:
         if self._lazy is None and not self._wake.is_set():
@@ -74,8 +95,8 @@ class Reporter:
 
     def forget(self, instance: str) -> None:
         """Say nothing more of an instance whose assignment is gone."""
-        self._statuses.pop(instance, None)
-        self._sending.pop(instance, None)
+        for told in (self._statuses, self._sending, self._last):
+            told.pop(instance, None)
 
     def event(self, project: str, subject: str, code: str, message: str, severity: Severity = Severity.INFO) -> None:
         at = self._clock.now()
@@ -117,6 +138,8 @@ class Reporter:
             log.warning("report failed", node=self._node, error=str(error) or "timed out", statuses=len(statuses))
             if isinstance(error, NotFound):
                 self.unknown_node.set()
+            if isinstance(error, Conflict):
+                self._skip_words()
             self._put_back(events)
             return False
         except Exception:  # the outer edge: a surprise must not end the agent

@@ -241,7 +241,7 @@ class Runner:
             case Clean():
                 await self._clean(step.all)
             case Erase():
-                self._erase()
+                await self._erase()
             case _:
                 assert_never(step)
 
@@ -341,10 +341,12 @@ class Runner:
             self._tools.logs.drain(self.id)
         await remove(self._tools, self.runtime, self.id, all=all, holds=bool(self.assignment.instance.gpus))
 
-    def _erase(self) -> None:
+    async def _erase(self) -> None:
         self.let_go()
         self._tools.logs.remove(self.project, self.id)
-        self._save(lambda: self._tools.record.remove(self.id))
+        while not self._save(lambda: self._tools.record.remove(self.id)):
+            # As long as the disk is full: a row that is left behind would be an instance to the next agent.
+            await asyncio.sleep(RECORD_RETRY_S)
         self._tools.reporter.forget(self.id)
 
 

@@ -6,6 +6,7 @@ Time is the event loop's, so that on a loop with virtual time nothing here waits
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 from collections.abc import Awaitable, Callable
 
@@ -98,6 +99,7 @@ class FakeHost:
         self.script = script
         self.before = before
         self.processes: dict[str, FakeProcess] = {}
+        self._context = contextvars.copy_context()
         self.calls: list[tuple[str, str]] = []
         """The newest calls as (name, id), at most CALLS_MAX."""
         self._next_pid = 1000
@@ -152,7 +154,8 @@ class FakeHost:
             else:
                 action()
 
-        process.timers.append(asyncio.get_running_loop().call_later(delay_s, fire))
+        # In the host's context: a process goes on though the agent that started it stands still.
+        process.timers.append(asyncio.get_running_loop().call_later(delay_s, fire, context=self._context))
 
     def signal(self, process: FakeProcess, name: str) -> None:
         number = signal_number(name)

@@ -1,27 +1,35 @@
-"""The larger faults: processes, machines, lines and disks, one after another, until all is healed."""
+"""The larger faults, one after another, until all is healed: here those of machines; the others are in `cuts`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from atoll.api.service.access import SYSTEM
 from atoll.devices.xid import classify_xid
-from atoll.model.errors import AtollError, Compacted, Unavailable
+from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.devices import Trouble
 from atoll.model.records import Instance
+from atoll.sim import cuts
+from atoll.sim.cuts import Cuts, pairs
 from atoll.sim.gpus import XIDS
 from atoll.sim.machine import SimMachine
+from atoll.sim.server import Server
 
 if TYPE_CHECKING:
     from atoll.sim.world import World
 
 DOWN_S = 8.0
 """The longest that a killed process usually stays away."""
-RIVAL_S = 25.0
+PAUSE_S = 9.0
+FULL_S = 20.0
+"""The longest that a machine's disk is full."""
 SILENT_S = 40.0
 """The longest that a GPU driver hangs."""
+DEAD_MAX = 2
+"""Machines outside a core: more that are silent at once, and nobody is given up for a while (`control/detection/brake.py`)."""
 GIVEN_UP_S = 65.0
 """Sometimes a machine is away for longer than it takes to be given up."""
 
@@ -31,6 +39,7 @@ class Chaos:
         self._world = world
         self._choose = world.choose
         self._story = world.story
+        self._cuts = Cuts(world)
         self._cordoned: set[str] = set()
 
     async def run(self) -> None:
@@ -45,25 +54,63 @@ class Chaos:
                 self._story.mark(f"chaos: {kind}")
                 group.create_task(self._do(kind))
 
+    async def heal_core(self) -> None:
+        """Undo all harm to a core (a majority of the store, one server, some machines), and leave the others for dead."""
+        world = self._world
+        members = self._choose.sample(list(world.cluster.members), world.cluster.quorum)
+        world.net.mend_all()
+        while not all(world.cluster.can_lose(name) for name in world.cluster.members if name not in members):
+            # Who is to be left must know everything that counts: what only the others have would be lost with them.
+            world.cluster.heal(list(world.cluster.members))
+            await asyncio.sleep(1.0)
+        server = self._choose.choice(world.servers)
+        dead = self._choose.sample(list(world.machines.values()), self._choose.randint(0, min(DEAD_MAX, len(world.machines) - 1)))
+        self._story.tell("a core is healed", members=members, server=server.name, dead=[machine.name for machine in dead])
+        for name in world.cluster.members:
+            if name not in members:
+                world.cluster.crash(name)
+        for other in world.servers:
+            if other is not server:
+                await other.crash()
+        for machine in dead:
+            await machine.restart()
+            world.dead.add(machine.name)
+        await self._heal_all(members, [server])
+
     async def heal(self) -> None:
         """Undo everything, so that from now on nothing fails any more."""
+        self._world.net.mend_all()
+        self._world.dead.clear()
+        await self._heal_all(list(self._world.cluster.members), self._world.servers)
+
+    async def _heal_all(self, members: Sequence[str], servers: Sequence[Server]) -> None:
         world = self._world
         world.faults.heal()
-        world.server.start()
-        world.server.kill_rivals()
-        if world.server.store is not None:
-            world.server.store.stalled_until = 0.0
-        world.ingress.line.mend()
+        world.cluster.heal(members)
+        for server in servers:
+            server.resume()
+            server.start()
+            server.kill_rivals()
+            server.clock.skew_s = 0.0
+            if server.store is not None:
+                server.store.stalled_until = 0.0
         for machine in world.machines.values():
-            machine.line.mend()
             machine.sick.clear()
+            machine.disk.full = False
+            machine.resume_agent()
+            machine.clock.skew_s = 0.0
             if machine.rack is not None:
                 machine.rack.hardware.answer()  # what has vanished stays away: its work must do without
-            machine.start_agent()
+            if machine.name not in world.dead:
+                machine.start_agent()
         for name in sorted(self._cordoned):
             await self._cordon(name, False)
+        self._cordoned.clear()
 
     async def _do(self, kind: str) -> None:
+        if kind in cuts.KINDS:
+            await self._cuts.do(kind)
+            return
         world = self._world
         machine = self._choose.choice(list(world.machines.values()))
         match kind:
@@ -75,19 +122,31 @@ class Chaos:
                 await machine.restart()
                 await self._wait_long()
                 machine.start_agent()
-            case "server-crash":
-                await world.server.crash()
+            case "agent-pause":
+                if not machine.paused and machine.life.alive:
+                    machine.pause_agent()
+                    await self._wait(PAUSE_S)
+                    machine.resume_agent()
+            case "disk-full":
+                machine.disk.full = True
+                await self._wait(FULL_S)
+                machine.disk.full = False
+            case "record-lost":
+                await machine.restart(forgets=True)
                 await self._wait(DOWN_S)
-                world.server.start()
+                machine.start_agent()
             case "partition":
-                self._story.tell("a line is cut", node=machine.name)
-                machine.line.cut()
+                self._story.tell("a node is cut off from the servers", node=machine.name)
+                links = pairs(machine.name, [server.name for server in world.servers])
+                world.net.cut(links)
                 await self._wait_long()
-                machine.line.mend()
+                world.net.mend(links)
             case "ingress-cut":
-                world.ingress.line.cut()
+                ingress = self._choose.choice(world.ingresses)
+                links = pairs(ingress.name, [server.name for server in world.servers])
+                world.net.cut(links)
                 await self._wait(DOWN_S)
-                world.ingress.line.mend()
+                world.net.mend(links)
             case "process-crash" | "sick":
                 self._hurt(machine, kind)
             case "pull-fails":
@@ -95,14 +154,8 @@ class Chaos:
                     machine.images.fail(reference, Unavailable("the registry hangs"), times=2)
                 await machine.images.collect(())
             case "compaction":
-                with contextlib.suppress(Compacted):
-                    await world.disk.compact(await world.disk.revision())
-            case "stall":
-                self._story.tell("the server's disk hangs")
-                world.server.stall()
-            case "rival":
-                self._story.tell("a second server stands for leader")
-                await world.server.rival(RIVAL_S)
+                with contextlib.suppress(AtollError):
+                    await world.store.compact(await world.store.revision())
             case "cordon":
                 self._cordoned.add(machine.name)
                 await self._cordon(machine.name, True)

@@ -9,7 +9,7 @@ EPOCH = 1_800_000_000.0
 
 
 class VirtualClock:
-    """Reads the loop's time; `skew_s` is how far this machine's idea of the date is off."""
+    """Reads the loop's time; `skew_s` is how far this machine's idea of the date is off, and changes when its date is set."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, skew_s: float = 0.0) -> None:
         self._loop = loop
@@ -20,3 +20,7 @@ class VirtualClock:
 
     def monotonic(self) -> float:
         return self._loop.time()
+
+    def jump(self, span_s: float) -> None:
+        """Set the date forward, or back where `span_s` is negative."""
+        self.skew_s += span_s

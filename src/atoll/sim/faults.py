@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from msgspec import Struct
 
@@ -16,6 +18,11 @@ class Profile(Struct, frozen=True, kw_only=True):
     calm: bool
     """No faults at all: then also what only holds without them is checked."""
     nodes: int
+    sites: int
+    """Places far apart; machines, servers, members of the store and one ingress each are spread over them."""
+    servers: int
+    members: int
+    """Of the store; an odd number."""
     apps: int
     jobs: int
     gpus: bool
@@ -29,6 +36,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     """Requests that never arrive."""
     lost_reply: float
     """Requests that are carried out, but whose answer never arrives."""
+    repeated: float
+    """Requests that arrive a second time, later than others that were made after them."""
     store_fails: float
     slow_watch: float
     """Batches of a watch that come late."""
@@ -36,6 +45,10 @@ class Profile(Struct, frozen=True, kw_only=True):
     chaos: tuple[str, ...]
     """Kinds of larger faults that happen."""
     chaos_every_s: float
+    skew_s: float
+    """The most that a machine's date is off at first, either way."""
+    core_only: bool
+    """At the end only a core is healed at first: a majority of the store, one server, some machines."""
 
 
 KINDS_OF_CHAOS = (
@@ -55,6 +68,18 @@ KINDS_OF_CHAOS = (
     "gpu-vanish",
     "gpu-xid",
     "gpu-silent",
+    "agent-pause",
+    "server-pause",
+    "member-crash",
+    "member-pause",
+    "member-disk",
+    "member-cut",
+    "server-cut",
+    "one-way",
+    "site-cut",
+    "clock-jump",
+    "disk-full",
+    "record-lost",
 )
 
 
@@ -68,6 +93,9 @@ def profile_of(choose: random.Random) -> Profile:
     return Profile(
         calm=calm,
         nodes=choose.randint(2, 4),
+        sites=choose.choice((1, 1, 2, 3)),
+        servers=choose.choice((1, 1, 2, 3)),
+        members=choose.choice((1, 1, 3)),
         apps=choose.randint(1, 3),
         jobs=choose.randint(0, 2),
         gpus=choose.random() < 0.35,
@@ -76,11 +104,14 @@ def profile_of(choose: random.Random) -> Profile:
         latency_s=choose.choice((0.0, 0.003, 0.03)) if calm else choose.choice((0.001, 0.01, 0.2)),
         lost=rate(0.05),
         lost_reply=rate(0.05),
+        repeated=rate(0.05),
         store_fails=rate(0.03),
         slow_watch=rate(0.2),
         runtime_fails=rate(0.05),
-        chaos=() if calm else tuple(kind for kind in KINDS_OF_CHAOS if choose.random() < 0.5),
+        chaos=() if calm else tuple(kind for kind in KINDS_OF_CHAOS if choose.random() < 0.4),
         chaos_every_s=choose.uniform(2, 12),
+        skew_s=0.0 if calm else choose.choice((0.5, 0.5, 30.0)),
+        core_only=not calm and choose.random() < 0.3,
     )
 
 
@@ -114,11 +145,26 @@ class Life:
     def __init__(self, name: str) -> None:
         self.name = name
         self.alive = True
-        self.ended = asyncio.Event()
+        self._watchers: dict[asyncio.Future[None], None] = {}
 
     def end(self) -> None:
         self.alive = False
-        self.ended.set()
+        for watcher in self._watchers:
+            if not watcher.done():
+                watcher.set_result(None)
+
+    @contextmanager
+    def ending(self) -> Iterator[asyncio.Future[None]]:
+        """Give a future that is done once the process was killed."""
+        watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers[watcher] = None
+        if not self.alive:
+            watcher.set_result(None)
+        try:
+            yield watcher
+        finally:
+            del self._watchers[watcher]
+            watcher.cancel()
 
     def check(self) -> None:
         """Raise Unavailable when the process was killed: whatever it still asks for does not happen."""

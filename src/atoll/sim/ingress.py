@@ -1,37 +1,32 @@
-"""A stand-in for the ingress: it follows routing, sends requests to endpoints, and says when one is drained."""
+"""A stand-in for a site's ingress: it follows routing, sends requests to endpoints, and says when one is drained."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from atoll.model.errors import AtollError
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Ingress, Routing
-from atoll.sim.faults import Faults, Life
 from atoll.sim.line import Line
-from atoll.sim.server import Server
-from atoll.sim.story import Story
 
-NAME = "edge"
 RETRY_S = 0.5
 SILENCE_S = 30.0
 
 
 class SimIngress:
-    """`routed` is called with each batch before it is used."""
+    """`routed` is called with each batch before it is used. A subclass that breaks a rule is a planted bug."""
 
-    def __init__(
-        self, server: Server, choose: random.Random, faults: Faults, story: Story, routed: Callable[[RoutingBatch], None]
-    ) -> None:
-        self.line = Line(server, Life(NAME), faults, story)
+    def __init__(self, name: str, site: str, line: Line, choose: random.Random, routed: Callable[[RoutingBatch], None]) -> None:
+        self.name = name
+        self.site = site
+        self.line = line
         self._choose = choose
         self._routed = routed
         self.routings: dict[str, Routing] = {}
         self.active: Counter[str] = Counter()
-        self._told: set[str] = set()
 
     async def run(self) -> None:
         """Serve for ever."""
@@ -39,17 +34,21 @@ class SimIngress:
             group.create_task(self._follow())
             group.create_task(self._drain())
 
-    def pick(self, app: str) -> Endpoint | None:
-        """Return an endpoint that a new request may go to."""
+    def pick(self, app: str, tried: Collection[str] = ()) -> Endpoint | None:
+        """Return an endpoint that a request may go to, and that it has not tried."""
         routing = self.routings.get(app)
-        open = [endpoint for endpoint in routing.endpoints if not endpoint.draining] if routing else []
+        open = [each for each in routing.endpoints if self.takes(each) and each.instance not in tried] if routing else []
         return self._choose.choice(open) if open else None
+
+    def takes(self, endpoint: Endpoint) -> bool:
+        """Whether new requests may go there."""
+        return not endpoint.draining
 
     async def _follow(self) -> None:
         while True:
             try:
-                await self.line.register_ingress(Ingress(name=NAME, http_port=8080))
-                batches = self.line.routing(NAME)
+                await self.line.register_ingress(Ingress(name=self.name, site=self.site, http_port=8080))
+                batches = self.line.routing(self.name)
                 while True:
                     async with asyncio.timeout(SILENCE_S):
                         self._apply(await anext(batches))
@@ -59,7 +58,9 @@ class SimIngress:
     def _apply(self, batch: RoutingBatch) -> None:
         self._routed(batch)
         if batch.complete:
+            kept = {name: self.routings[name] for name in batch.kept if name in self.routings}
             self.routings.clear()
+            self.routings.update(kept)
         for routing in batch.put:
             self.routings[f"{routing.project}/{routing.app}"] = routing
         for name in batch.removed:
@@ -69,10 +70,12 @@ class SimIngress:
         """Say what has no request any more, until it is no endpoint any more."""
         while True:
             await asyncio.sleep(RETRY_S)
-            draining = [e.instance for r in self.routings.values() for e in r.endpoints if e.draining]
-            idle = sorted(id for id in draining if not self.active[id])
+            idle = sorted(id for id in self.draining() if not self.active[id])
             if idle:
                 try:
-                    await self.line.drained(NAME, idle)
+                    await self.line.drained(self.name, idle)
                 except AtollError:
                     continue
+
+    def draining(self) -> list[str]:
+        return [e.instance for r in self.routings.values() for e in r.endpoints if e.draining]

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from atoll.model.errors import RuntimeFailed, Unavailable
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Box, Found, Started
-from atoll.model.records import Assignment, Exit, Usage
+from atoll.model.records import Exit, Usage
 from atoll.model.spec import Port
 from atoll.network.fake import FakeNetwork, FakeNetworkState
-from atoll.node.record import Entry, MemoryRecord
-from atoll.node.transitions import State
 from atoll.runtimes.fake import FakeRuntime
 from atoll.runtimes.fake_host import FakeHost
 from atoll.sim.faults import Faults, Life
@@ -133,33 +131,3 @@ class SimNetwork(FakeNetwork):
     async def recover(self, keep: Sequence[str]) -> Sequence[Link]:
         await self._before("recover")
         return await super().recover(keep)
-
-
-class SimRecord:
-    """The disk's record, as an agent's life can reach it. Implements `LocalRecord`."""
-
-    def __init__(self, disk: MemoryRecord, life: Life) -> None:
-        self._disk = disk
-        self._life = life
-
-    def load(self) -> list[Entry]:
-        self._life.check()
-        return self._disk.load()
-
-    def put_assignment(self, assignment: Assignment) -> None:
-        self._life.check()
-        self._disk.put_assignment(assignment)
-
-    def put_state(self, id: str, state: State) -> None:
-        self._life.check()
-        self._disk.put_state(id, state)
-
-    def put_secrets(self, id: str, secrets: dict[str, str]) -> None:
-        self._life.check()
-        self._disk.put_secrets(id, secrets)
-
-    def remove(self, id: str) -> None:
-        self._life.check()
-        self._disk.remove(id)
-
-    def close(self) -> None: ...

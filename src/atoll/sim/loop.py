@@ -1,8 +1,11 @@
 """An asyncio event loop without time, threads or sockets: the clock jumps to the next timer, and a seed chooses what runs first.
 
-Two runs from one seed do the same steps in the same order. For that, tasks and futures hash by their number and not by their
-address, since sets of them are iterated inside asyncio; the garbage collector must be off (`run.py` sees to it), and text must hash
-alike (`PYTHONHASHSEED`, see `__main__.py`).
+Two runs from one seed do the same steps in the same order. For that, tasks and futures hash by the order in which they were first
+hashed and not by their address, since sets of them are iterated inside asyncio; the garbage collector must be off (`run.py` sees to
+it), and text must hash alike (`PYTHONHASHSEED`, see `__main__.py`).
+
+Everything that one simulated process does runs in a context of its own (`process_context`), so that it can be stopped and continued
+as a whole: what became due meanwhile runs when it goes on, late and all at once, as after a long collection of garbage.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextvars
+import heapq
 import random
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar, TypeVarTuple
@@ -17,10 +21,12 @@ from typing import Any, TypeVar, TypeVarTuple
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-STEPS_MAX = 500_000
+STEPS_MAX = 3_000_000
 """Passes of the loop after which a run counts as livelocked."""
 STILL_STEPS_MAX = 50_000
 """Passes without the clock moving after which a run counts as livelocked."""
+
+_PROCESS: contextvars.ContextVar[str] = contextvars.ContextVar("process", default="")
 
 
 class Deadlock(BaseException):
@@ -31,38 +37,57 @@ class Livelock(BaseException):
     """Something goes on for ever without time passing, or far beyond what any run needs."""
 
 
-class NumberedTask(asyncio.Task[Any]):
-    """A task that hashes by its number, and runs beside the others in an order that repeats."""
+def process_context(name: str) -> contextvars.Context:
+    """Return a context for a process: tasks that begin in it, and what they begin, can be stopped by `VirtualLoop.stop_process`."""
+    context = contextvars.copy_context()
+    context.run(_PROCESS.set, name)
+    return context
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], *, loop: VirtualLoop, **rest: Any) -> None:
-        self.number = loop.next_number()
-        super().__init__(coroutine, loop=loop, **rest)
+
+def running_process() -> str:
+    """Return the name of the process whose code runs now; empty outside of all."""
+    return _PROCESS.get()
+
+
+class _Numbered:
+    """Hashes by the order of first use in a set or a dict, which repeats, unlike an address."""
 
     def __hash__(self) -> int:
-        return self.number
+        number = getattr(self, "number", 0)
+        if not number:
+            loop: VirtualLoop = self.get_loop()  # type: ignore[attr-defined]
+            self.number = number = loop.next_number()
+        return int(number)
 
 
-class NumberedFuture(asyncio.Future[Any]):
-    def __init__(self, *, loop: VirtualLoop) -> None:
-        self.number = loop.next_number()
-        super().__init__(loop=loop)
-
-    def __hash__(self) -> int:
-        return self.number
+class NumberedTask(_Numbered, asyncio.Task[Any]):
+    __hash__ = _Numbered.__hash__
 
 
-class _Selector:
-    """Stands where the loop waits for the world: nothing ever comes from there, so the wait is over at once."""
+class NumberedFuture(_Numbered, asyncio.Future[Any]):
+    __hash__ = _Numbered.__hash__
 
-    def __init__(self, loop: VirtualLoop) -> None:
-        self._loop = loop
 
-    def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None:
-            raise Deadlock
-        if timeout > 0:
-            self._loop.advance(timeout)
-        return []
+class _Handle:
+    """What `call_soon` and `call_at` return, as far as asyncio uses it."""
+
+    __slots__ = ("_args", "_callback", "_when", "context", "dead")
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context | None, when: float):
+        self._callback = callback
+        self._args = args
+        self.context = contextvars.copy_context() if context is None else context
+        self._when = when
+        self.dead = False
+
+    def cancel(self) -> None:
+        self.dead = True
+
+    def cancelled(self) -> bool:
+        return self.dead
+
+    def when(self) -> float:
+        return self._when
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -75,43 +100,100 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self._at = 0.0
         self._number = 0
         self._still = 0
+        self._order = 0
         self.steps = 0
-        self._selector = _Selector(self)
-        self._clock_resolution = 1e-9
+        self._handles: collections.deque[_Handle] = collections.deque()
+        self._timers: list[tuple[float, int, _Handle]] = []
+        self._stopped: dict[str, list[_Handle]] = {}
+        """Process that does not run → what it will have to do."""
         self.set_task_factory(_new_task)
 
     def time(self) -> float:
         return self._at
 
-    def advance(self, span_s: float) -> None:
-        self._at += span_s
-        self._still = 0
-
     def begin_anew(self) -> None:
-        """Count steps from 0 again, so that what went on too long can be ended."""
+        """Count steps from 0 again, and let every process run, so that what went on too long can be ended."""
         self.steps = self._still = 0
+        for name in list(self._stopped):
+            self.continue_process(name)
 
     def next_number(self) -> int:
         self._number += 1
         return self._number
 
+    def stop_process(self, name: str) -> None:
+        """Let nothing of the process run until `continue_process`; its timers become due, but wait."""
+        self._stopped.setdefault(name, [])
+
+    def continue_process(self, name: str) -> None:
+        self._handles.extend(self._stopped.pop(name, ()))
+
+    def is_stopped(self, name: str) -> bool:
+        return name in self._stopped
+
     def create_future(self) -> asyncio.Future[Any]:
         return NumberedFuture(loop=self)
 
-    def _run_once(self) -> None:
-        self.steps += 1
-        self._still += 1
-        if self.steps > STEPS_MAX or self._still > STILL_STEPS_MAX:
-            raise Livelock(f"{self.steps} steps, {self._still} of them at {self._at:.3f} s")
-        ready: collections.deque[Any] = self._ready  # type: ignore[attr-defined]
-        if len(ready) > 1 and self._shuffle and self._choose.random() < self._shuffle:
-            self._choose.shuffle(ready)
-        super()._run_once()  # type: ignore[misc]
-
-    def call_soon_threadsafe(
+    def call_soon(  # type: ignore[override]  # a handle of our own, with what asyncio asks of one
         self, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
-        return self.call_soon(callback, *args, context=context)
+    ) -> _Handle:
+        handle = _Handle(callback, args, context, 0.0)
+        self._handles.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
+    ) -> _Handle:
+        handle = _Handle(callback, args, context, when)
+        self._order += 1
+        heapq.heappush(self._timers, (when, self._order, handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
+    ) -> _Handle:
+        return self.call_at(self._at + delay, callback, *args, context=context)
+
+    def _run_once(self) -> None:
+        """Run passes until the loop is told to stop: one call of this for the whole of a run, for speed."""
+        ready, timers, choose, shuffle = self._handles, self._timers, self._choose, self._shuffle
+        while True:
+            self.steps += 1
+            self._still += 1
+            if self.steps > STEPS_MAX or self._still > STILL_STEPS_MAX:
+                raise Livelock(f"{self.steps} steps, {self._still} of them at {self._at:.3f} s")
+            while timers and timers[0][2].dead:
+                heapq.heappop(timers)
+            if not ready:
+                if not timers:
+                    raise Deadlock
+                if timers[0][0] > self._at:
+                    self._at = timers[0][0]
+                    self._still = 0
+            while timers and timers[0][0] <= self._at:
+                handle = heapq.heappop(timers)[2]
+                if not handle.dead:
+                    ready.append(handle)
+            count = len(ready)
+            if count > 1 and shuffle and choose.random() < shuffle:
+                choose.shuffle(ready)
+            for _ in range(count):
+                handle = ready.popleft()
+                if handle.dead:
+                    continue
+                if self._stopped and (waiting := self._stopped.get(handle.context.get(_PROCESS, ""))) is not None:
+                    waiting.append(handle)
+                    continue
+                try:
+                    handle.context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:  # noqa: BLE001 - as asyncio's own handles do
+                    self.call_exception_handler({"message": f"in {handle._callback!r}", "exception": error})
+            if self._stopping:  # type: ignore[attr-defined]
+                return
 
     def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Run `func` now: what a thread would do takes no virtual time."""
@@ -122,16 +204,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
             future.set_exception(error)
         return future
 
-    def _process_events(self, event_list: list[Any]) -> None: ...
-
-    def _write_to_self(self) -> None: ...
-
 
 def _new_task(
     loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T] | Generator[Any, None, T], **rest: Any
 ) -> NumberedTask:
-    assert isinstance(loop, VirtualLoop)  # noqa: S101 - it is the factory of this loop alone
-    return NumberedTask(coroutine, loop=loop, **rest)  # type: ignore[arg-type]
+    return NumberedTask(coroutine, loop=loop, **rest)
 
 
 def run_virtual(main: Callable[[], Coroutine[Any, Any, T]], choose: random.Random, *, shuffle: float = 0.0) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atoll.images.fake import FakeImages
@@ -13,13 +13,15 @@ from atoll.model.spec import Health
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
 from atoll.node.fake import FakeMachine, MemoryLogs
-from atoll.node.record import MemoryRecord
 from atoll.runtimes.fake_host import Behaviour, FakeHost, behaviour_of
 from atoll.sim.clock import VirtualClock
 from atoll.sim.faults import Faults, Life
 from atoll.sim.gpus import Bays, Rack, make_hardware
 from atoll.sim.line import Line
-from atoll.sim.lives import SimNetwork, SimRecord, SimRuntime
+from atoll.sim.lives import SimNetwork, SimRuntime
+from atoll.sim.loop import VirtualLoop, process_context
+from atoll.sim.net import Net
+from atoll.sim.record import Disk, SimRecord
 from atoll.sim.server import Server
 from atoll.sim.story import Story
 
@@ -52,7 +54,9 @@ class SimMachine:
         self,
         name: str,
         *,
-        server: Server,
+        site: str,
+        servers: Sequence[Server],
+        net: Net,
         clock: VirtualClock,
         choose: random.Random,
         faults: Faults,
@@ -65,8 +69,11 @@ class SimMachine:
     ) -> None:
         self.name = name
         self.capacity = (cpu_milli, memory_bytes)
-        self._server = server
-        self._clock = clock
+        self.site = site
+        self.clock = clock
+        self._servers = servers
+        self._net = net
+        self._context = process_context(name)
         self._choose = choose
         self._faults = faults
         self._story = story
@@ -74,7 +81,7 @@ class SimMachine:
         self._started = started
         self.host = FakeHost(clock=clock, script=self._script)
         self.links = FakeNetworkState()
-        self.record = MemoryRecord()
+        self.disk = Disk(choose, story)
         self.images = FakeImages(delay_s=0.2)
         self._machine = FakeMachine(cpu_milli=cpu_milli, memory_bytes=memory_bytes)
         hardware = make_hardware(name, bays, clock)
@@ -84,7 +91,7 @@ class SimMachine:
         self.sick: set[tuple[str, int | None]] = set()
         self.life = Life(name)
         self.life.end()
-        self.line = Line(server, self.life, faults, story)
+        self.line = self._make_line()
         self.agent: Agent | None = None
         self._task: asyncio.Task[None] | None = None
         self._lives = 0
@@ -94,28 +101,56 @@ class SimMachine:
             return
         self._lives += 1
         self.life = Life(f"agent {self.name} life {self._lives}")
-        was_cut = self.line.is_cut
-        self.line = Line(self._server, self.life, self._faults, self._story)
-        if was_cut:
-            self.line.cut()
+        self.line = self._make_line()
         self._story.tell("the agent starts", node=self.name, life=self._lives)
         self.agent = Agent(
             node=self.name,
+            site=self.site,
+            region=self.site,
             control=self.line,
-            runtimes=[SimRuntime(self.host, self.life, self._faults, self._story, self._choose)],
+            runtimes=[self.make_runtime()],
             images=self.images,
             network=self.make_network(),
-            clock=self._clock,
+            clock=self.clock,
             random=self._choose,
             data=self._data,
-            record=SimRecord(self.record, self.life),
+            record=self.make_record(),
             logs=MemoryLogs(self._data),
             prober=SimProber(self, self._faults),
             machine=self._machine,
             devices=self.rack.devices(self.life, self._faults, self._story) if self.rack is not None else None,
             arch="amd64",
         )
-        self._task = asyncio.create_task(self._run(self.agent, self.life), name=f"agent {self.name} {self._lives}")
+        self._task = asyncio.get_running_loop().create_task(
+            self._run(self.agent, self.life), name=f"agent {self.name} {self._lives}", context=self._context
+        )
+
+    def _make_line(self) -> Line:
+        return Line(self.name, self._servers, self._net, self.life, self._faults, self._story, self._choose)
+
+    def make_record(self) -> SimRecord:
+        return SimRecord(self.disk, self.life)
+
+    def make_runtime(self) -> SimRuntime:
+        return SimRuntime(self.host, self.life, self._faults, self._story, self._choose)
+
+    def pause_agent(self) -> None:
+        """Let the agent stand still: what it started runs on."""
+        self._story.tell("an agent stands still", node=self.name)
+        self._loop.stop_process(self.name)
+
+    def resume_agent(self) -> None:
+        self._loop.continue_process(self.name)
+
+    @property
+    def paused(self) -> bool:
+        return self._loop.is_stopped(self.name)
+
+    @property
+    def _loop(self) -> VirtualLoop:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)  # noqa: S101 - nothing here runs on another
+        return loop
 
     def make_network(self) -> FakeNetwork:
         return SimNetwork(self.links, self.life, self._faults, self._story)
@@ -138,14 +173,16 @@ class SimMachine:
             self._story.mark(f"agent killed while {state}")
         self._story.tell("the agent is killed", node=self.name)
         self.life.end()
+        self.resume_agent()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         self.agent = None
 
-    async def restart(self) -> None:
-        """Lose power: every process and link is gone, the disk stays."""
+    async def restart(self, *, forgets: bool = False) -> None:
+        """Lose power: every process and link is gone, the disk stays, but for its newest writes where it `forgets`."""
         await self.crash_agent()
+        self.disk.lose_power(forgets=forgets)
         self._story.tell("the machine loses power", node=self.name)
         self.host.crash_all()
         self.host.processes.clear()

@@ -15,9 +15,11 @@ import numpy as np
 from msgspec import Struct
 
 from atoll.model.devices import GpuGrant
+from atoll.model.errors import Invalid
 from atoll.scheduling.demand import Demand, Pending
 from atoll.scheduling.plan import plan
 from atoll.scheduling.snapshot import CPU, GPU, MEMORY, Snapshot, Standing, amounts_of
+from atoll.sim.replay_places import Places, near_group
 from atoll.sim.replay_trace import Task, Trace
 
 SAMPLES = 240
@@ -31,6 +33,7 @@ POLICIES = {
     "pack": "fullest node that fits; whatever fits may pass what waits",
     "spread": "node with fewest instances; whatever fits may pass what waits",
     "pack-fifo": "fullest node that fits; nothing passes what waits",
+    "near": "where requests come from (sites need coordinates), then the node with fewest; whatever fits may pass what waits",
 }
 
 
@@ -47,6 +50,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     running: int
     oldest_s: float
     """How long the one that waits longest has waited."""
+    latency_ms: float = 0.0
+    """The round trip from where requests come from to the nearest instance, weighted by demand; 0 where nobody knows."""
 
 
 class Report(Struct, frozen=True, kw_only=True):
@@ -69,6 +74,8 @@ class Report(Struct, frozen=True, kw_only=True):
     fragmentation_mean: float
     waiting_max: int
     plans: int
+    latency_ms_mean: float
+    """Over the samples at which anything ran."""
     samples: tuple[Sample, ...]
 
 
@@ -100,6 +107,9 @@ class _Replay:
         self._typical = Counter(task.demand for task in trace.tasks).most_common(TYPICAL_MAX)
         for node in trace.nodes:
             self._snapshot.upsert_node(node)
+        self._places = Places(trace, self._snapshot)
+        if policy == "near" and not self._places.users:
+            raise Invalid("the policy 'near' needs sites with coordinates", mend="--sites FILE with latitude, longitude and demand")
         for task in trace.tasks:
             self._push(task.arrive_s, "arrive", task)
         for failure in trace.failures:
@@ -162,6 +172,7 @@ class _Replay:
         return [node for node in self._trace.nodes if failure.name == (node.name if failure.kind == "node" else node.site)]
 
     def _free(self, name: str) -> None:
+        self._places.count(self._tasks[name].owner, self._node_of[name], -1)
         del self._on[self._node_of.pop(name)][name]
         self._snapshot.release(name)
         self._room = True
@@ -189,8 +200,9 @@ class _Replay:
         for name, node, gpus in self._planned(names, now):
             self._waits.append(now - self._waiting.pop(name))
             task = self._tasks[name]
-            self._snapshot.allocate(name, node, self._group(name), task.demand, gpus)
+            self._snapshot.allocate(name, node, self._group(name), self._demand(name), gpus)
             self._node_of[name] = node
+            self._places.count(task.owner, node, 1)
             self._on[node][name] = None
             self._runs[name] = self._runs.get(name, 0) + 1
             if math.isfinite(task.run_s):
@@ -198,9 +210,10 @@ class _Replay:
 
     def _planned(self, names: list[str], now: float) -> list[tuple[str, str, tuple[GpuGrant, ...]]]:
         pending = [
-            Pending(id=name, group=self._group(name), demand=self._tasks[name].demand, created_at=self._waiting[name])
-            for name in names
+            Pending(id=name, group=self._group(name), demand=self._demand(name), created_at=self._waiting[name]) for name in names
         ]
+        if self._policy == "near":
+            self._places.lay_out(pending)
         answer = plan(self._snapshot, pending, now)
         if self._policy == "pack-fifo" and answer.rejected:
             # Up to the first that does not fit: the plan goes by the same order, so that what came before it stands.
@@ -210,8 +223,14 @@ class _Replay:
         return [(placed.id, placed.node, placed.gpus) for placed in answer.placed]
 
     def _group(self, name: str) -> str:
-        """Instances of one group are kept apart: all of them to spread, each alone to pack."""
+        """Instances of one group are kept apart: all of them to spread, each alone to pack, those of an owner to be near."""
+        if self._policy == "near":
+            return near_group(self._tasks[name].owner)
         return "all" if self._policy == "spread" else name
+
+    def _demand(self, name: str) -> Demand:
+        demand = self._tasks[name].demand
+        return self._places.near(demand) if self._policy == "near" else demand
 
     def _sample(self, now: float) -> None:
         snapshot = self._snapshot
@@ -228,6 +247,7 @@ class _Replay:
                 waiting=len(self._waiting),
                 running=len(self._node_of),
                 oldest_s=now - min(self._waiting.values(), default=now),
+                latency_ms=self._places.latency_ms(),
             )
         )
 
@@ -269,5 +289,6 @@ class _Replay:
             fragmentation_mean=mean["fragmentation"],
             waiting_max=max(one.waiting for one in self._samples),
             plans=self._plans,
+            latency_ms_mean=float(np.mean([one.latency_ms for one in self._samples if one.running] or [0.0])),
             samples=tuple(self._samples),
         )

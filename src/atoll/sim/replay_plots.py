@@ -14,7 +14,8 @@ _STYLES = ("-", "--", "-.", ":", "-")
 
 
 def draw(reports: Sequence[Report], directory: Path, *, title: str, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write `utilisation`, `fragmentation`, `queueing` and `latency` into `directory`, and return the files.
+    """Write `utilisation`, `fragmentation`, `queueing` and `latency`, and `round-trips` where sites have coordinates, into
+    `directory`, and return the files.
 
     Raises Unsupported where matplotlib is not installed.
     """
@@ -29,6 +30,8 @@ def draw(reports: Sequence[Report], directory: Path, *, title: str, formats: Seq
         ("queueing", [("instances that wait", "instances", "waiting", 1.0), ("instances that run", "instances", "running", 1.0)]),
         ("latency", [("the longest that anyone waiting has waited for a node", unit, "oldest_s", 1.0 / seconds)]),
     ]
+    if any(sample.latency_ms for report in reports for sample in report.samples):
+        charts.append(("round-trips", [("from users to the nearest instance, weighted by demand", "ms", "latency_ms", 1.0)]))
     written: list[Path] = []
     for name, rows in charts:
         figure, axes = plot.subplots(

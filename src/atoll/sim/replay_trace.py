@@ -2,7 +2,7 @@
 
     nodes   name,cpu_milli,memory_mib[,gpus,model,site,region]          openb: sn,cpu_milli,memory_mib,gpu,model
     work    name,arrive_s,run_s,cpu_milli,memory_mib[,gpus,model,owner]  openb: name,cpu_milli,memory_mib,num_gpu,gpu_milli,…
-    sites   name[,region]
+    sites   name[,region,country,latitude,longitude,demand]             demand: how much of all requests comes from there
 
 JSON is a list of objects with the same names. `gpus` may be a fraction; `model` may name several, as `A|B`. Work without
 `run_s` never ends. An openb list without times arrives one a second, in its order.
@@ -23,7 +23,7 @@ from msgspec import Struct
 
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import Invalid, NotFound
-from atoll.model.records import Capacity, Node
+from atoll.model.records import Capacity, Node, Site
 from atoll.model.spec import Constraint, Gpu, Operator, Placement, RuntimeName
 from atoll.scheduling.demand import Demand
 
@@ -59,6 +59,9 @@ class Trace(Struct, frozen=True, kw_only=True):
     nodes: tuple[Node, ...]
     tasks: tuple[Task, ...]
     failures: tuple[Failure, ...] = ()
+    sites: tuple[Site, ...] = ()
+    demand: dict[str, float] = {}
+    """Site → how much of the requests comes from there; empty where sites have no coordinates."""
 
 
 def load(
@@ -79,7 +82,9 @@ def load(
         raise Invalid(f"{work}: a name is there twice")
     known = {node.name for node in machines}, {node.site for node in machines}
     breaks = tuple(_failure(text, *known) for text in failures)
-    return Trace(nodes=machines, tasks=tuple(sorted(tasks, key=lambda task: (task.arrive_s, task.name))), failures=breaks)
+    known_sites, demand = _places(sites)
+    ordered = tuple(sorted(tasks, key=lambda task: (task.arrive_s, task.name)))
+    return Trace(nodes=machines, tasks=ordered, failures=breaks, sites=known_sites, demand=demand)
 
 
 class _Row:
@@ -108,6 +113,16 @@ class _Row:
             value = math.nan
         if not 0 <= value <= NUMBER_MAX:
             raise Invalid(f"{self._where}: {names[0]} is {text!r}; a number of 0 or more is wanted", field=names[0])
+        return value
+
+    def degrees(self, name: str, most: float) -> float:
+        text = self.text(name)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not -most <= value <= most:
+            raise Invalid(f"{self._where}: {name} is {text!r}; degrees from -{most:g} to {most:g} are wanted", field=name)
         return value
 
     def has(self, name: str) -> bool:
@@ -142,6 +157,20 @@ def _sites(path: Path | None) -> list[tuple[str, str]]:
     if not rows:
         raise Invalid(f"{path}: no site in it")
     return [(row.text("name", "site"), row.text("region", default="local")) for row in rows]
+
+
+def _places(path: Path | None) -> tuple[tuple[Site, ...], dict[str, float]]:
+    """Return the sites with coordinates, and where requests come from: `demand`, or alike where nobody says."""
+    rows = [_Row(path, number, row) for number, row in enumerate(_rows(path))] if path is not None else []
+    sites, demand = [], {}
+    for row in rows:
+        if not row.has("latitude") or not row.has("longitude"):
+            continue
+        name = row.text("name", "site")
+        latitude, longitude = row.degrees("latitude", 90.0), row.degrees("longitude", 180.0)
+        sites.append(Site(name=name, country=row.text("country", default=""), latitude=latitude, longitude=longitude))
+        demand[name] = row.number("demand", default=1.0)
+    return tuple(sites), demand
 
 
 def _node(row: _Row, sites: list[tuple[str, str]], number: int) -> Node:

@@ -1,14 +1,15 @@
-"""Requests that clients send through the ingress all the time. In a calm run none of them may fail."""
+"""Requests that clients send through the sites' ingresses all the time. In a calm run none of them may fail."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from atoll.model.records import Endpoint
 from atoll.sim.ingress import SimIngress
 from atoll.sim.machine import SimMachine
-from atoll.sim.rules import Rules
+from atoll.sim.net import Net
 from atoll.sim.story import Story
 from atoll.sim.users import PROJECT
 
@@ -16,55 +17,84 @@ EVERY_S = 0.7
 LASTS_S = 1.5
 """The longest that a request takes."""
 ACTIVE_MAX = 100
+TRIES_MAX = 5
+"""Endpoints that a request is sent to, one after another, where none has begun to work on it: Envoy's four retries."""
 
 
 class Requests:
+    """`must_serve` says whether an app is sure to have a ready instance; then nobody's being there is a failure too."""
+
     def __init__(
         self,
-        ingress: SimIngress,
+        ingresses: Sequence[SimIngress],
         machines: Mapping[str, SimMachine],
-        rules: Rules,
+        net: Net,
+        must_serve: Callable[[str], bool],
         story: Story,
         choose: random.Random,
         *,
         strict: bool,
+        every_s: float = EVERY_S,
     ) -> None:
-        self._ingress = ingress
+        self._ingresses = ingresses
         self._machines = machines
-        self._rules = rules
+        self._net = net
+        self._must_serve = must_serve
         self._story = story
         self._choose = choose
-        self._strict = strict
+        self.strict = strict
+        """Without any fault: no request fails, not even at first."""
+        self.sure = False
+        """Processes crash and sites are cut off, but each app has another instance at the site: no request fails in the end."""
+        self._every_s = every_s
+        self.failed = 0
+        self.answered = 0
 
     async def run(self, apps: Sequence[str]) -> None:
         """Ask for ever."""
         async with asyncio.TaskGroup() as group:
             active: set[asyncio.Task[None]] = set()
             while True:
-                await asyncio.sleep(self._choose.random() * EVERY_S)
+                await asyncio.sleep(self._choose.random() * self._every_s)
                 if len(active) < ACTIVE_MAX:
-                    task = group.create_task(self._ask(f"{PROJECT}/{self._choose.choice(apps)}"))
+                    ingress = self._choose.choice(self._ingresses)
+                    task = group.create_task(self._ask(ingress, f"{PROJECT}/{self._choose.choice(apps)}"))
                     active.add(task)
                     task.add_done_callback(active.discard)
 
-    async def _ask(self, app: str) -> None:
-        endpoint = self._ingress.pick(app)
-        if endpoint is None:
-            if self._strict and self._rules.least_ready.get(app, 0) > 0:
-                self._story.breaks(f"a request to {app} found nobody, though it serves")
-            self._story.mark("request: nobody there")
-            return
+    async def _ask(self, ingress: SimIngress, app: str) -> None:
+        tried: dict[str, str] = {}
+        while len(tried) < TRIES_MAX:
+            endpoint = ingress.pick(app, tried)
+            if endpoint is None:
+                break
+            why = await self._send(ingress, endpoint)
+            if not why:
+                self.answered += 1
+                self._story.mark("request: answered" if not tried else "request: answered by another instance")
+                return
+            tried[endpoint.instance] = why
+            if self.strict:
+                self._story.breaks(f"a request to {app} at {endpoint.instance} failed without any fault: {why}")
+        self.failed += 1
+        self._story.mark("request: failed" if tried else "request: nobody there")
+        if not tried and self.strict and self._must_serve(app):
+            self._story.breaks(f"a request to {app} found nobody, though it serves")
+        elif self.sure:
+            self._story.breaks(f"a request to {app} through {ingress.name} failed: {tried or 'nobody there'}")
+
+    async def _send(self, ingress: SimIngress, endpoint: Endpoint) -> str:
+        """Return why it was not answered, or nothing."""
         machine = self._machines[endpoint.node]
+        if not self._net.talk(ingress.name, machine.name):
+            return "no route to the site"
         refused = machine.refuses(endpoint.address)
+        if refused:
+            return refused
         process = machine.host.processes.get(endpoint.instance)
-        self._ingress.active[endpoint.instance] += 1
+        ingress.active[endpoint.instance] += 1
         try:
-            if not refused:
-                await asyncio.sleep(self._choose.random() * LASTS_S)
-                if process is None or not process.running:
-                    refused = "the connection broke"
+            await asyncio.sleep(self._choose.random() * LASTS_S)
         finally:
-            self._ingress.active[endpoint.instance] -= 1
-        self._story.mark("request: failed" if refused else "request: answered")
-        if refused and self._strict:
-            self._story.breaks(f"a request to {app} at {endpoint.instance} failed without any fault: {refused}")
+            ingress.active[endpoint.instance] -= 1
+        return "the connection broke" if process is None or not process.running else ""

@@ -9,14 +9,16 @@ from typing import Any
 
 from atoll.model import codec, keys
 from atoll.model.devices import GpuGrant
+from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.ports.runtime import Box
-from atoll.model.ports.store import Change, Revision, Store, WatchBatch
+from atoll.model.ports.store import Change, Revision, WatchBatch
 from atoll.model.records import App, Event, Instance, Job, Node, OwnerKind, Release, Status
 from atoll.model.spec import Workload
 from atoll.model.states import TRANSITIONS, Desired, Phase, advance
 from atoll.sim.gpus import overcommitted
 from atoll.sim.machine import SimMachine
+from atoll.sim.members import Cluster
 from atoll.sim.server import KINDS
 from atoll.sim.story import Story
 
@@ -42,10 +44,15 @@ class Rules:
         self._ready_since: dict[str, tuple[int, float]] = {}
         """App → how many are ready, and since when it is so many."""
 
-    async def watch(self, disk: Store) -> None:
+    async def watch(self, cluster: Cluster) -> None:
         """Follow every revision for ever."""
-        async for batch in disk.watch("", start=Revision(1)):
-            self._take(batch)
+        while True:
+            try:
+                async for batch in cluster.machine.watch("", start=Revision(self.revision + 1)):
+                    self._take(batch)
+            except Unavailable:
+                self._story.breaks("the store has forgotten what it had acknowledged")
+                await asyncio.sleep(1.0)
 
     def _take(self, batch: WatchBatch) -> None:
         if batch.revision != self.revision + 1:

@@ -75,6 +75,8 @@ def run_seed(seed: int, parts: Parts | None = None, shape: Callable[[Profile], P
     # A collection at an unforeseen moment would close generators at that moment.
     collecting = gc.isenabled()
     gc.disable()
+    if not gc.get_freeze_count():
+        gc.freeze()  # what was loaded stays: to look through it after each seed would take longer than the seed's own
     listen(story)
     try:
         run_virtual(main, choose, shuffle=profile.shuffle)

@@ -70,6 +70,7 @@ def listen(story: Story) -> None:
 
     def take(logger: Any, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         what = str(event.pop("event", ""))
+        story.marks[f"log: {what}"] += 1
         if event.pop("exc_info", None):
             story.breaks(f"a surprise was logged: {what} {_exception()}")
         elif method in ("warning", "error", "critical", "info"):

@@ -13,8 +13,7 @@ from msgspec import Struct, structs
 
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
-from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
-from atoll.model.membership import Authority, Identity, JoinToken, Server
+from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.maintenance import Maintenance
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Compare, LeaseId, Op, Put, Revision, Store, absent
@@ -143,16 +142,32 @@ class Context:
     async def write(self, kind: type[T], build: Callable[[], Draft[T]], request: RequestKey | None = None) -> T:
         """Make the write that `build` decides from the cache, and return its answer once the cache shows it.
 
-        `build` is called again when something that it read has changed meanwhile; what it raises is raised. A repeat under
+        `build` is called again when something that it read has changed meanwhile; what it raises is raised, once this server is
+        sure to have seen all that was written before (others may have answered the caller until now). A repeat under
         the same `request` gets the first answer. Raises Conflict: others changed it too often, or the key was used for
         something else. OutcomeUnknown: repeat with the same request key, or read first.
         """
         for _ in range(TRIES_MAX):
+        certain = False
             if request is not None:
                 kept = await self._kept(kind, request)
                 if kept is not None:
                     return kept
-            draft = build()
+            try:
+                draft = build()
+            except AtollError:
+                if certain:
+                    raise
+                draft = None
+            if not certain and (draft is None or not draft.ops):
+                # Refused, or done already: as far as this server has heard. Another may have written what it has not seen.
+                certain = True
+                newest = await self.store.revision()
+                if self.state.revision < newest:
+                    await self.reach(newest)
+                    continue
+            if draft is None:
+                draft = build()
             compare, ops = list(draft.compare), list(draft.ops)
             if request is not None:
                 compare.append(absent(keys.request(request.caller, request.key)))

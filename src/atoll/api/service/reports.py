@@ -11,7 +11,7 @@ from atoll.api.service.access import check_id, check_name
 from atoll.api.service.context import Context, Draft
 from atoll.api.service.events import MESSAGE_CHARS_MAX, bounded
 from atoll.model import codec, keys
-from atoll.model.errors import Forbidden, Invalid, NotFound, TooLarge
+from atoll.model.errors import Conflict, Forbidden, Invalid, NotFound, TooLarge
 from atoll.model.ports.store import Compare, Op, Put, Target, absent, unchanged
 from atoll.model.records import Drained, Event, Ingress, Instance, Node, Status
 from atoll.model.states import TRANSITIONS, Desired, Phase
@@ -38,7 +38,9 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
     """Write what `node` says of its instances. Safe to repeat.
 
     What concerns an instance that is gone, or would go back from an end, is left out: the agent is told of removals by its
-    assignments. Raises NotFound for a node that has not registered, Forbidden for another node's instance, Invalid, TooLarge.
+    assignments. So is a word that comes after a newer one of the same node: a report may have been on its way for long.
+    Raises NotFound for a node that has not registered, Forbidden for another node's instance, Conflict when all else is written
+    and some of it was not the newest word (an agent whose date was set back says it again, with higher numbers), Invalid, TooLarge.
     """
     if context.state.get(Node, node) is None:
         raise NotFound(f"no node '{node[:60]}'", mend="register it first")
@@ -54,10 +56,19 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
             raise Invalid("statuses.phase: only the control plane says that an instance is lost", field="statuses.phase")
     event_ops = {op.key: op for event in events if (op := _event(context, node, event)) is not None}
 
+    if any(context.state.get(Instance, f"{status.project}/{status.instance}") is None for status in newest.values()):
+        # Gone, or this server has not heard of it yet: the agent may have come from one that has.
+        await context.reach(await context.store.revision())
+    late: set[str] = set()
+
     def build() -> Draft[None]:
         compare: list[Compare] = []
         ops: list[Op] = list(event_ops.values())
+        late.clear()
         for status in newest.values():
+            if _is_late(context, status):
+                late.add(status.instance)
+                continue
             part = _status(context, node, status)
             if part is not None:
                 compare.extend(part[0])
@@ -65,6 +76,14 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
         return Draft(compare=compare, ops=ops, answer=lambda _: None)
 
     await context.write(type(None), build)
+    if late:
+        log.warning("a report came late", node=node, instances=sorted(late))
+        raise Conflict(f"newer words of node '{node}' are known: {', '.join(sorted(late))}", mend="say it again as a newer one")
+
+
+def _is_late(context: Context, status: Status) -> bool:
+    old = context.state.get(Status, f"{status.project}/{status.instance}")
+    return old is not None and 0 < status.word < old.record.word
 
 
 def _status(context: Context, node: str, status: Status) -> tuple[list[Compare], Op] | None:
