@@ -172,7 +172,7 @@ def test_status_shows_state_instances_and_events(atoll: Atoll) -> None:
     for part in ("registry.example/web:1", "2 of 2", "web-110abc", "rolled-out", "0.1 cores · 128.0MiB memory"):
         assert part in text
     found = atoll.json("status", "web")
-    assert set(found) == {"app", "instances", "events"}
+    assert set(found) == {"app", "instances", "events", "releases"}
 
 
 def test_an_app_that_is_not_there_exits_4(atoll: Atoll) -> None:

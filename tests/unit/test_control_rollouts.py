@@ -142,6 +142,8 @@ def test_the_surge_bounds_both_sets_and_the_old_one_shrinks_only_as_far_as_it_mu
         (None, {"ready": 9}, (RolloutPhase.PROGRESSING, 0)),
         (None, {"ready": 10}, (RolloutPhase.WAITING, 0)),
         ({"since": NOW - 5}, {"ready": 10, "order": order(promoted=True)}, (RolloutPhase.KEEPING, 100)),
+        ({"since": NOW - 5}, {"ready": 10, "order": order(step=1)}, (RolloutPhase.KEEPING, 100)),
+        ({"since": NOW - 5}, {"ready": 10, "order": order(step=1, paused=True)}, (RolloutPhase.WAITING, 0)),
         ({"since": NOW - 5}, {"ready": 9, "order": order(promoted=True)}, (RolloutPhase.PROGRESSING, 0)),
         ({"since": NOW - 5}, {"ready": 10, "order": order(aborted=True)}, (RolloutPhase.REVERTED, None)),
         ({"weight": 100, "phase": RolloutPhase.KEEPING, "since": NOW - 5}, {"ready": 10}, (RolloutPhase.KEEPING, 100)),

@@ -91,13 +91,19 @@ async def status(session: Session, app: str) -> None:
     project = session.project
     async with session.client() as client:
         view = await client.app(project, app)
-        instances, events = await asyncio.gather(
-            client.instances(project, app=app), client.events(project, subject=f"app/{app}", limit=EVENTS_SHOWN)
+        instances, events, rollout = await asyncio.gather(
+            client.instances(project, app=app),
+            client.events(project, subject=f"app/{app}", limit=EVENTS_SHOWN),
+            client.rollout(project, app),
         )
     if session.json:
-        session.output.json({"app": view, "instances": instances, "events": events.items})
+        session.output.json({"app": view, "instances": instances, "events": events.items, "releases": rollout.releases})
         return
     _show_app(session, view)
+    if len(rollout.releases) > 1 or any(each.requests for each in rollout.releases):
+        from atoll.cli import rollouts
+
+        session.output.print("", rollouts.releases(rollout))
     from atoll.cli import events as event_lines
     from atoll.cli import instances as instance_lines
 

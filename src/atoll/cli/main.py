@@ -27,6 +27,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "restart": ("apps:restart", "Replace every instance of an app while it serves."),
         "releases": ("apps:releases", "List what was deployed, newest first."),
         "rollback": ("apps:rollback", "Go back to an earlier release."),
+        "rollout": ("rollouts:rollout", "Steer how a new release replaces the old one."),
         "delete": ("apps:delete", "Delete an app and all its instances."),
     },
     "Instances": {

@@ -7,6 +7,7 @@ from msgspec import Struct
 from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict, NotFound, Unsupported
 from atoll.model.records import App, AppPhase, AppStatus, Event, Instance, Status
+from atoll.model.rollouts import RolloutPhase
 from atoll.model.states import Desired, Phase
 from atoll.model.views import AppView, InstanceView, WatchLine
 
@@ -123,6 +124,12 @@ class Progress:
         return instance.release == self.app.release and instance.generation == self.app.generation
 
     @property
+    def waits(self) -> bool:
+        """Whether the rollout goes on only when a person says so."""
+        rollout = self.status.rollout if self.status is not None else None
+        return rollout is not None and rollout.release == self.app.release and rollout.phase is RolloutPhase.WAITING
+
+    @property
     def ready(self) -> int:
         return sum(1 for view in self.wanted if view.status is not None and view.status.ready)
 
@@ -143,6 +150,8 @@ class Progress:
             settled = self.status is not None and self.status.phase in (AppPhase.RUNNING, AppPhase.STOPPED)
             if settled or not self.old:
                 return Verdict()
+        if self.waits:
+            return Verdict()
         if self.status is not None and self.status.phase is AppPhase.FAILED and self._status_revision > view.revision:
             return Verdict(self._failure(self.status.message or "the rollout made no progress before its deadline"))
         for each in wanted:

@@ -11,6 +11,7 @@ from atoll.cli.output import state, table
 from atoll.cli.progress import KINDS, Progress, RolloutFailed, Verdict
 from atoll.cli.session import Session
 from atoll.model.errors import AtollError, NotFound
+from atoll.model.rollouts import RolloutPhase
 from atoll.model.streams import LogOptions
 from atoll.model.units import format_seconds
 
@@ -189,6 +190,12 @@ def show_result(session: Session, view: AppView, took_s: float) -> None:
         return
     app = view.app
     wanted = app.wanted(view.status)
+    rollout = view.status.rollout if view.status is not None else None
+    if rollout is not None and rollout.release == app.release and rollout.phase is RolloutPhase.WAITING:
+        share = f" with {rollout.weight} % of the requests" if rollout.weight is not None else ""
+        session.output.say(f"[yellow]◐[/] {app.name} release {app.release}{share} {rollout.message}")
+        session.output.say(f"[dim]see: atoll rollout status {app.name}[/]")
+        return
     what = f"{wanted} ready" if wanted else "no instances wanted"
     session.output.say(f"[green]✓[/] {app.name} release {app.release}: {what} after {format_seconds(took_s)}")
     for url in view.urls:

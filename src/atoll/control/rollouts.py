@@ -317,7 +317,7 @@ class _Step:
             self._tell("rollout-ready", f"release {self.facts.release} is ready beside release {self.status.stable}")
         after = self.rules.promote_after
         at = math.inf if after is None else self.status.since + after
-        if not self.order.promoted:
+        if not self.order.promoted and (self.order.paused or self.order.step <= self.status.step):
             if self._waits_for_a_person(after is None):
                 return self._end(**self._sets(wanted))
             if self.now < at:

@@ -45,6 +45,7 @@ from atoll.model.views import (
     ReinstateRequest,
     ReservationView,
     RollbackRequest,
+    RolloutView,
     ScaleRequest,
     SecretRequest,
     SecretView,
@@ -263,6 +264,30 @@ class Client:
     async def rollback(self, project: str, name: str, release: int | None = None) -> AppView:
         """Go back to an earlier release; without `release`, to the one before the current."""
         return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollback"), RollbackRequest(release))
+
+    async def rollout(self, project: str, name: str) -> RolloutView:
+        """Return how the app's last rollout stands, with what was counted of each release."""
+        return await self._get(RolloutView, path("projects", project, "apps", name, "rollout"))
+
+    async def pause_rollout(self, project: str, name: str) -> AppView:
+        """Have the rollout not go on by itself. Raises Conflict: none is under way."""
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollout", "pause"))
+
+    async def resume_rollout(self, project: str, name: str) -> AppView:
+        """Go on after a pause or past a step that waits, or begin anew after a revert. Raises Conflict."""
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollout", "resume"))
+
+    async def promote_rollout(self, project: str, name: str) -> AppView:
+        """Give the new release all requests. Raises Conflict."""
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollout", "promote"))
+
+    async def abort_rollout(self, project: str, name: str) -> AppView:
+        """Give the release before all requests again, at once. Raises Conflict."""
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollout", "abort"))
+
+    async def undo_rollout(self, project: str, name: str) -> AppView:
+        """Go back to what served before. Raises Conflict, NotFound."""
+        return await self._write(AppView, "POST", path("projects", project, "apps", name, "rollout", "undo"))
 
     async def releases(self, project: str, name: str) -> list[Release]:
         """Return the app's releases, newest first."""

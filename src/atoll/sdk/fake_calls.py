@@ -31,6 +31,7 @@ from atoll.model.records import (
     Usage,
 )
 from atoll.model.reservation import Reservation, ReservationSpec
+from atoll.model.rollouts import RolloutOrder
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.views import (
     AppView,
@@ -45,8 +46,10 @@ from atoll.model.views import (
     NodeView,
     Page,
     ReinstateRequest,
+    ReleaseView,
     ReservationView,
     RollbackRequest,
+    RolloutView,
     ScaleRequest,
     SecretRequest,
     SecretView,
@@ -70,6 +73,8 @@ class FakeCalls(FakeWorld):
     def __init__(self) -> None:
         super().__init__()
         self.usage: list[Usage] = []
+        self.release_views: dict[str, tuple[ReleaseView, ...]] = {}
+        """App (`project/name`) → its releases, as a rollout shows them."""
         self.gpu_samples: dict[str, tuple[GpuSample, ...]] = {}
         """Node → what its devices do."""
         self.node_images: dict[str, tuple[str, ...]] = {}
@@ -192,6 +197,16 @@ class FakeCalls(FakeWorld):
                 wanted = codec.decode(body, RollbackRequest).release or app.release - 1
                 release, _ = self.get("releases", f"{project}/{name}/{wanted:08d}")
                 self.put("apps", f"{project}/{name}", replace(app, spec=release.spec, release=wanted, updated_at=self.now))
+            case "GET", [name, "rollout"]:
+                view = self._app_view(project, name)
+                status = view.status.rollout if view.status is not None else None
+                found = self.release_views.get(f"{project}/{name}", ())
+                return RolloutView(app=view.app, app_status=view.status, status=status, releases=found, revision=view.revision)
+            case "POST", [name, "rollout", what]:
+                app, _ = self.get("apps", f"{project}/{name}")
+                before = app.order if app.order is not None and app.order.release == app.release else None
+                order = _ordered(before or RolloutOrder(release=app.release), what)
+                self.put("apps", f"{project}/{name}", replace(app, order=order))
             case "GET", [name, "releases"]:
                 self.get("apps", f"{project}/{name}")
                 return self._page([record for record, _ in reversed(self.under("releases", f"{project}/{name}/"))])
@@ -418,3 +433,18 @@ class FakeCalls(FakeWorld):
                 return {}
             case _:
                 raise NotFound("no such call")
+
+
+def _ordered(order: RolloutOrder, what: str) -> RolloutOrder:
+    """Return what is asked of a rollout after one more wish."""
+    match what:
+        case "pause":
+            return replace(order, paused=True)
+        case "resume":
+            return replace(order, paused=False, step=order.step + (not order.paused))
+        case "promote":
+            return replace(order, promoted=True, paused=False)
+        case "abort" | "undo":
+            return replace(order, aborted=True, paused=False)
+        case _:
+            raise NotFound("no such call")
