@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ LAST_LINES_S = 10.0
 
 @group(example="atoll jobs run -f job.toml\natoll jobs run --image HOST/tool:1 --name hello -- echo hello\natoll jobs")
 def jobs() -> None:
-    """Run work that ends: once, or as an array of indices."""
+    """Run work that ends: once, as an array of indices, or again and again by a schedule."""
 
 
 class JobFailed(AtollError):
@@ -54,7 +55,10 @@ async def run(
     detach: bool,
     argv: tuple[str, ...],
 ) -> None:
-    """Run a job and follow its log to its end; exits 1 when it fails. Ctrl-C leaves it running."""
+    """Run a job and follow its log to its end; exits 1 when it fails. Ctrl-C leaves it running.
+
+    A spec with a `schedule` is kept instead, and runs at its times; again with other words it changes the schedule.
+    """
     from atoll.cli import spec_file
     from atoll.cli.execute import variables
     from atoll.model.spec import JobSpec
@@ -73,6 +77,9 @@ async def run(
     spec = spec_file.parse(data, JobSpec, file)
     session.use_project(spec.project)
     async with session.client() as client:
+        if spec.schedule is not None:
+            _said_schedule(session, await client.put_job(spec))
+            return
         view = await client.create_job(spec)
         if not detach:
             view = await _follow(session, client, view)
@@ -80,6 +87,54 @@ async def run(
         session.output.json(view)
     elif detach:
         session.output.say(f"{spec.name} is started; follow it with: atoll jobs logs -f {spec.name}")
+    _finish(session, view, detach=detach)
+
+
+def _said_schedule(session: Session, view: JobView) -> None:
+    if session.json:
+        session.output.json(view)
+        return
+    from atoll.cli.output import clock
+    from atoll.model.cron import tick_after
+
+    job = view.job
+    following = tick_after(job.spec.schedule or "", job.spec.timezone, time.time())
+    if job.suspended:
+        session.output.say(f"[green]✓[/] {job.name} is suspended; make runs again with: atoll jobs resume {job.name}")
+    else:
+        at = f", next at {clock(following)}" if following is not None else ""
+        session.output.say(f"[green]✓[/] {job.name} runs at {job.spec.schedule} ({job.spec.timezone}){at}")
+
+
+@command(example="atoll jobs suspend report")
+@names.argument("name", "jobs", metavar="JOB")
+async def suspend(session: Session, name: str) -> None:
+    """Have a schedule make no runs for now; what runs goes on."""
+    async with session.client() as client:
+        _said_schedule(session, await client.suspend_job(session.project, name))
+
+
+@command(example="atoll jobs resume report")
+@names.argument("name", "jobs", metavar="JOB")
+async def resume(session: Session, name: str) -> None:
+    """Have a schedule make runs again; times that came meanwhile are not caught up."""
+    async with session.client() as client:
+        _said_schedule(session, await client.resume_job(session.project, name))
+
+
+@command(example="atoll jobs trigger report")
+@names.argument("name", "jobs", metavar="JOB")
+@click.option("--detach", "-d", is_flag=True, help="Return at once; do not wait for its end.")
+async def trigger(session: Session, name: str, detach: bool) -> None:
+    """Make a run of a schedule now and follow its log to its end; exits 1 when it fails."""
+    async with session.client() as client:
+        view = await client.trigger_job(session.project, name)
+        if not detach:
+            view = await _follow(session, client, view)
+    if session.json:
+        session.output.json(view)
+    elif detach:
+        session.output.say(f"{view.job.name} is started; follow it with: atoll jobs logs -f {view.job.name}")
     _finish(session, view, detach=detach)
 
 
@@ -155,6 +210,8 @@ def _row(view: JobView) -> tuple[Any, ...]:
     from atoll.model.units import format_seconds
 
     job, status = view.job, view.status
+    if job.spec.schedule is not None:
+        return _schedule_row(view)
     done = len(status.succeeded) if status else 0
     failures = sum(status.failures.values()) if status else 0
     took = format_seconds(status.finished_at - (status.started_at or job.created_at)) if status and status.finished_at else "–"
@@ -170,12 +227,27 @@ def _row(view: JobView) -> tuple[Any, ...]:
     )
 
 
+def _schedule_row(view: JobView) -> tuple[Any, ...]:
+    from atoll.cli.output import age, clock, dim, state
+
+    job, status = view.job, view.status
+    parts = [f"{job.spec.schedule} {job.spec.timezone}"]
+    if status is not None:
+        parts += [f"next at {clock(status.next_at)}"] if status.next_at else []
+        parts += [f"{status.missed} missed"] if status.missed else []
+        parts += [f"{status.skipped} skipped"] if status.skipped else []
+    word = "suspended" if job.suspended else "scheduled"
+    active = status.active if status else 0
+    return (job.name, state(word), "–", active, "", age(job.created_at), "–", dim(", ".join(parts)))
+
+
 @command(example="atoll jobs show sum")
 @names.argument("name", "jobs", metavar="JOB")
 async def show(session: Session, name: str) -> None:
     """Show one job, its instances and its events."""
     async with session.client() as client:
         view = await client.job(session.project, name)
+        runs = [each for each in await client.jobs(session.project) if each.job.parent == name] if view.job.spec.schedule else []
         instances, events = await asyncio.gather(
             client.instances(session.project, job=name), client.events(session.project, subject=f"job/{name}", limit=8)
         )
@@ -185,9 +257,10 @@ async def show(session: Session, name: str) -> None:
     from atoll.cli import events as event_lines
     from atoll.cli import instances as instance_lines
 
-    session.output.table(COLUMNS, [_row(view)])
-    session.output.print("")
-    session.output.table(*instance_lines.lines(instances), empty="no instances")
+    session.output.table(COLUMNS, [_row(view), *(_row(run) for run in sorted(runs, key=lambda run: -run.job.created_at))])
+    if view.job.spec.schedule is None:
+        session.output.print("")
+        session.output.table(*instance_lines.lines(instances), empty="no instances")
     if events.items:
         session.output.print("")
         session.output.table(event_lines.COLUMNS, [event_lines.row(each) for each in reversed(events.items)])
@@ -234,5 +307,5 @@ async def delete(session: Session, name: str, yes: bool) -> None:
         session.output.say(f"[green]✓[/] {name} is deleted")
 
 
-for _each in (run, list_jobs, show, logs, cancel, delete):
+for _each in (run, list_jobs, show, logs, trigger, suspend, resume, cancel, delete):
     jobs.add_command(_each)

@@ -365,6 +365,20 @@ class Client:
         """Raises Conflict when a job of that name is there."""
         return await self._write(JobView, "POST", path("projects", spec.project, "jobs"), spec)
 
+    async def put_job(self, spec: JobSpec) -> JobView:
+        """Make or change a job with a schedule."""
+        return await self._write(JobView, "PUT", path("projects", spec.project, "jobs", spec.name), spec)
+
+    async def suspend_job(self, project: str, name: str) -> JobView:
+        return await self._write(JobView, "POST", path("projects", project, "jobs", name, "suspend"))
+
+    async def resume_job(self, project: str, name: str) -> JobView:
+        return await self._write(JobView, "POST", path("projects", project, "jobs", name, "resume"))
+
+    async def trigger_job(self, project: str, name: str) -> JobView:
+        """Make a run of a job with a schedule now, and return it."""
+        return await self._write(JobView, "POST", path("projects", project, "jobs", name, "trigger"))
+
     async def cancel_job(self, project: str, name: str) -> JobView:
         return await self._write(JobView, "POST", path("projects", project, "jobs", name, "cancel"))
 

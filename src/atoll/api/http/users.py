@@ -170,6 +170,22 @@ async def delete_job(call: Call) -> JobView:
     return await call.service.jobs.delete(call.project, call.path["job"], request=call.request_key)
 
 
+async def put_job(call: Call) -> JobView:
+    return await call.service.jobs.put(call.caller, call.spec(JobSpec, call.path["job"]), request=call.request_key)
+
+
+async def suspend_job(call: Call) -> JobView:
+    return await call.service.jobs.suspend(call.project, call.path["job"], True, request=call.request_key)
+
+
+async def resume_job(call: Call) -> JobView:
+    return await call.service.jobs.suspend(call.project, call.path["job"], False, request=call.request_key)
+
+
+async def trigger_job(call: Call) -> JobView:
+    return await call.service.jobs.trigger(call.project, call.path["job"], request=call.request_key)
+
+
 async def list_secrets(call: Call) -> Page[SecretView]:
     return call.service.secrets.all(call.project, limit=call.limit, after=call.after)
 
@@ -271,7 +287,11 @@ ROUTES: tuple[Route, ...] = (
     _read(f"{_P}/{{project}}/jobs", list_jobs, "Jobs", Page[JobView], PAGED),
     _write("POST", f"{_P}/{{project}}/jobs", create_job, "Make a job", JobView, JobSpec, status=201),
     _read(_JOB, get_job, "A job", JobView),
+    _write("PUT", _JOB, put_job, "Make or change a job with a schedule", JobView, JobSpec),
     _write("POST", f"{_JOB}/cancel", cancel_job, "Stop a job", JobView),
+    _write("POST", f"{_JOB}/suspend", suspend_job, "Have a schedule make no runs", JobView),
+    _write("POST", f"{_JOB}/resume", resume_job, "Have a schedule make runs again", JobView),
+    _write("POST", f"{_JOB}/trigger", trigger_job, "Make a run of a schedule now", JobView, status=201),
     _write("DELETE", _JOB, delete_job, "Forget a job that has finished", JobView),
     Route(
         method="GET",

@@ -10,10 +10,10 @@ from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_secrets, pin, require_image
 from atoll.model import codec, keys
-from atoll.model.errors import Conflict, NotFound
-from atoll.model.ports.store import Delete, Put, absent, unchanged
-from atoll.model.records import Instance, Job, JobStatus, OwnerKind
-from atoll.model.spec import JobSpec, check_job
+from atoll.model.errors import Conflict, Invalid, NotFound
+from atoll.model.ports.store import Delete, Op, Put, absent, unchanged
+from atoll.model.records import Instance, Job, JobStatus, OwnerKind, new_suffix
+from atoll.model.spec import RUN_SUFFIX_CHARS, JobSpec, check_job
 from atoll.model.views import JobView, Page
 from atoll.store.cache import Held
 
@@ -52,7 +52,9 @@ class Jobs:
                 raise Conflict(f"instances of an earlier job '{spec.name}' are still being removed", field="name", mend=mend)
             check_secrets(self._context, spec)
             pinned = pin(self._context, caller, spec)
-            job = Job(project=spec.project, name=spec.name, spec=pinned, created_at=self._context.clock.now())
+            now = self._context.clock.now()
+            since = now if spec.schedule is not None else None
+            job = Job(project=spec.project, name=spec.name, spec=pinned, created_at=now, scheduled_from=since)
             key = keys.job(job.project, job.name)
             # The status of an earlier job of this name would be taken for the new one's.
             status = keys.job_status(job.project, job.name)
@@ -64,11 +66,82 @@ class Jobs:
 
         return await self._context.write(JobView, build, request)
 
+    async def put(self, caller: Caller, spec: JobSpec, *, request: RequestKey | None = None) -> JobView:
+        """Make or change a job with a schedule; what runs of it goes on as it was. Safe to repeat.
+
+        Raises what `create` does; Conflict for a job that is there and has none.
+        """
+        check_job(spec)
+        check_constraints(spec)
+        require_image(spec)
+        if spec.schedule is None:
+            raise Invalid("schedule: missing; only what has one can be changed", field="schedule", mend="make it with POST")
+
+        def build() -> Draft[JobView]:
+            require_project(self._context, spec.project)
+            held = self._state.get(Job, f"{spec.project}/{spec.name}")
+            if held is not None and held.record.spec.schedule is None:
+                raise Conflict(f"job '{spec.name}' has no schedule", field="name", mend="delete it, or use another name")
+            check_secrets(self._context, spec)
+            pinned = pin(self._context, caller, spec)
+            if held is not None and held.record.spec == pinned:
+                return Draft(answer=lambda _: self._view(held))
+            now = self._context.clock.now()
+            # Times that the old schedule would have had are none of the new one's.
+            job = (
+                replace(held.record, spec=pinned, scheduled_from=now)
+                if held is not None
+                else Job(project=spec.project, name=spec.name, spec=pinned, created_at=now, scheduled_from=now)
+            )
+            return self._written(job, held)
+
+        return await self._context.write(JobView, build, request)
+
+    async def suspend(self, project: str, name: str, suspended: bool, *, request: RequestKey | None = None) -> JobView:
+        """Have a schedule make no runs, or make them again; times that come meanwhile are not caught up. Safe to repeat."""
+
+        def build() -> Draft[JobView]:
+            held = self._scheduled(project, name)
+            if held.record.suspended is suspended:
+                return Draft(answer=lambda _: self._view(held))
+            return self._written(replace(held.record, suspended=suspended, scheduled_from=self._context.clock.now()), held)
+
+        return await self._context.write(JobView, build, request)
+
+    async def trigger(self, project: str, name: str, *, request: RequestKey | None = None) -> JobView:
+        """Make a run of a job with a schedule now, beside what runs, and return it. A repeat makes another."""
+
+        def build() -> Draft[JobView]:
+            held = self._scheduled(project, name)
+            run = f"{name}-{new_suffix(self._context.random.choice, RUN_SUFFIX_CHARS - 1)}"
+            spec = replace(held.record.spec, name=run, schedule=None)
+            job = Job(project=project, name=run, spec=spec, created_at=self._context.clock.now(), parent=name)
+            return self._written(job, None)
+
+        return await self._context.write(JobView, build, request)
+
+    def _scheduled(self, project: str, name: str) -> Held[Job]:
+        held = self._held(project, name)
+        if held.record.spec.schedule is None:
+            raise Conflict(f"job '{name}' has no schedule", mend="it runs once; run it again under another name")
+        return held
+
+    def _written(self, job: Job, held: Held[Job] | None) -> Draft[JobView]:
+        key = keys.job(job.project, job.name)
+        return Draft(
+            compare=[absent(key) if held is None else unchanged(key, held.revision)],
+            ops=[Put(key, codec.encode(job))],
+            answer=lambda revision: self._view(Held(job, revision, held.created if held is not None else revision)),
+        )
+
     async def cancel(self, project: str, name: str, *, request: RequestKey | None = None) -> JobView:
         """Have all its instances stopped. A job that has finished, or is cancelled already, stays as it is. Safe to repeat."""
 
         def build() -> Draft[JobView]:
             held = self._held(project, name)
+            if held.record.spec.schedule is not None:
+                mend = f"suspend it (atoll jobs suspend {name}), or cancel one of its runs"
+                raise Conflict(f"job '{name}' is a schedule, which does not run itself", mend=mend)
             if held.record.cancelled or self._finished(held.record):
                 return Draft(answer=lambda _: self._view(held))
             job = replace(held.record, cancelled=True)
@@ -82,10 +155,12 @@ class Jobs:
         return await self._context.write(JobView, build, request)
 
     async def delete(self, project: str, name: str, *, request: RequestKey | None = None) -> JobView:
-        """Forget a job that has finished. Raises Conflict while it has not."""
+        """Forget a job that has finished, or a schedule, whose runs are cancelled. Raises Conflict while it has not finished."""
 
         def build() -> Draft[JobView]:
             held = self._held(project, name)
+            if held.record.spec.schedule is not None:
+                return self._forget_schedule(held)
             if not self._finished(held.record):
                 raise Conflict(f"job '{name}' has not finished", mend=f"cancel it first: atoll jobs cancel {name}")
             key = keys.job(project, name)
@@ -93,6 +168,19 @@ class Jobs:
             return Draft(compare=[unchanged(key, held.revision)], ops=[Delete(key)], answer=lambda _: view)
 
         return await self._context.write(JobView, build, request)
+
+    def _forget_schedule(self, held: Held[Job]) -> Draft[JobView]:
+        """Finished runs go by and by, as other jobs do; the others are cancelled in the same write."""
+        job = held.record
+        compare, ops = [unchanged(keys.job(job.project, job.name), held.revision)], list[Op]()
+        for each in self._state.records(Job).values():
+            run = each.record
+            if (run.project, run.parent) == (job.project, job.name) and not run.cancelled and not self._finished(run):
+                key = keys.job(run.project, run.name)
+                compare.append(unchanged(key, each.revision))
+                ops.append(Put(key, codec.encode(replace(run, cancelled=True))))
+        view = self._view(held)
+        return Draft(compare=compare, ops=[*ops, Delete(keys.job(job.project, job.name))], answer=lambda _: view)
 
     def _held(self, project: str, name: str) -> Held[Job]:
         held = self._state.get(Job, f"{project}/{name}")
