@@ -62,7 +62,7 @@ class Meter:
         while True:
             try:
                 await self.look()
-                await self._tell()
+                await self.tell()
             except AtollError as error:
                 log.info("ingress.traffic-not-told", message=str(error), retry_in_s=POLL_S)
             await asyncio.sleep(POLL_S)
@@ -113,7 +113,8 @@ class Meter:
             self._unsaid.pop(place, None)
         return busy
 
-    async def _tell(self) -> None:
+    async def tell(self) -> None:
+        """Report what has changed. Raises what the control plane does; then it is told again."""
         while self._unsaid:
             places = list(self._unsaid)[:RELEASES_PER_REPORT]
             releases = tuple(
