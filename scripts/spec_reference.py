@@ -155,6 +155,11 @@ MEANING: dict[str, tuple[str, str]] = {
         'protocol = "http"',
     ),
     "Port.http2": ("The instance speaks HTTP/2 without TLS (gRPC).", "http2 = true"),
+    "Port.host": (
+        "The port of its node, on all IPv4 addresses but loopback, that leads here, for all. One instance of a node can have it. "
+        "Below 1024 only where the project's quota allows it (`host_port_min`).",
+        "host = 8053",
+    ),
     "Route.host": ("A hostname, or `*.` and one. One owner in the cell.", 'host = "www.example.com"'),
     "Route.path": ("Path prefix; the longest that matches wins. `/api` does not match `/apis`.", 'path = "/api"'),
     "Route.port": ("The name of an `http` port; the first where absent.", 'port = "http"'),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from atoll.model.errors import Exhausted
+from atoll.model.errors import Exhausted, Unavailable
 from atoll.model.ports.network import Network
-from atoll.model.spec import Port
+from atoll.model.spec import Port, PortProtocol
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.network.links import LinkNetwork
 
@@ -56,6 +56,18 @@ async def test_attach_is_safe_to_repeat(node: Open) -> None:
     first = await network.attach("i-1", project="default", ports=WEB)
     assert await network.attach("i-1", project="default", ports=WEB) == first
     assert await network.attach("i-1", project="default", ports=()) == first
+
+
+async def test_a_port_of_the_node_is_one_instances_until_it_is_detached(node: Open) -> None:
+    network = node()
+    published = (Port(port=8000, host=8153),)
+    await network.attach("a", project="default", ports=published)
+    assert (await network.attach("a", project="default", ports=published)).id == "a"
+    with pytest.raises(Unavailable, match="tcp/8153 of this node is taken: instance a has it"):
+        await network.attach("b", project="default", ports=published)
+    await network.attach("b", project="default", ports=(Port(port=8000, host=8153, protocol=PortProtocol.UDP),))
+    await network.detach("a")
+    await network.attach("c", project="default", ports=published)
 
 
 async def test_detach_is_safe_to_repeat_and_knows_no_error_for_strangers(node: Open) -> None:

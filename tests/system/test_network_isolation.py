@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from atoll.model.errors import Conflict, Exhausted
+from atoll.model.errors import Conflict, Exhausted, Unavailable
 from atoll.model.ports.network import Link
 from atoll.model.spec import Port, PortProtocol
 from atoll.network import namespaces, slots
@@ -232,6 +232,54 @@ async def outside() -> AsyncIterator[Link]:
     finally:
         await asyncio.to_thread(subprocess.run, ["ip", "netns", "del", name], check=False, timeout=20)
         await asyncio.to_thread(subprocess.run, ["ip", "link", "del", name], check=False, timeout=20, stderr=subprocess.DEVNULL)
+
+
+async def test_a_published_port_leads_from_another_machine_to_the_instance_and_is_closed_with_it(
+    network: LinkNetwork, outside: Link, tmp_path: Path, subnet: str
+) -> None:
+    address = outside.id
+    ports = (
+        Port(port=8000, host=8153),
+        Port(name="dns", port=5353, host=8153, protocol=PortProtocol.UDP),
+        Port(name="inner", port=9000),
+    )
+    assert not connects(socket_in(outside), address, 8153)
+    link = await network.attach("a", project="p", ports=ports)
+    other = await network.attach("b", project="p", ports=(WEB,))
+    with listening(link, 8000) as server, listening(link, 9000), listening(link, 5353, socket.SOCK_DGRAM) as names:
+        with closing(socket_in(outside)) as client:
+            client.connect((address, 8153))
+            accepted, peer = server.accept()
+            accepted.sendall(b"hello")
+            accepted.close()
+            assert client.recv(16) == b"hello"
+            assert peer[0] == outside.address  # who asks is not hidden behind the node
+        with closing(socket_in(outside, kind=socket.SOCK_DGRAM)) as client:
+            client.sendto(b"ask", (address, 8153))
+            question, peer = names.recvfrom(16)
+            names.sendto(b"answer", peer)
+            assert (question, client.recvfrom(16)) == (b"ask", (b"answer", (address, 8153)))
+        assert from_node(address, 8153)
+        # What is not published stays closed, to other instances the published one, too.
+        assert not connects(socket_in(outside), address, 9000)
+        assert not connects(socket_in(other), address, 8153)
+        with pytest.raises(Unavailable, match="instance a has it"):
+            await network.attach("c", project="p", ports=ports[:1])
+        # Rules that are written afresh have it, and so does the next agent.
+        await network.close()
+        later = LinkNetwork(subnet, tmp_path / "network", prepared=0)
+        await later.recover(("a",))
+        assert connects(socket_in(outside), address, 8153)
+        await later.attach("a", project="p", ports=(Port(port=9000, host=8153),))
+        assert connects(socket_in(outside), address, 8153)
+        await later.detach("a")
+        assert not connects(socket_in(outside), address, 8153)
+        with closing(socket.socket()) as program:
+            program.bind(("0.0.0.0", 8153))
+            program.listen()
+            with pytest.raises(Unavailable, match="a program of this machine listens on it"):
+                await later.attach("d", project="p", ports=ports[:1])
+        await later.close()
 
 
 async def test_instances_reach_the_outside_with_the_nodes_address(network: LinkNetwork, outside: Link) -> None:

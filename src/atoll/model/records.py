@@ -287,6 +287,8 @@ class Node(_Record, frozen=True, kw_only=True):
     arch: str = "amd64"
     version: str = ""
     address: str = ""
+    ports_taken: tuple[str, ...] = ()
+    """Ports of the machine that programs of its own listen on (`tcp/22`), and that no instance can be published on."""
     registered_at: float = 0.0
 
 

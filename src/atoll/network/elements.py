@@ -28,8 +28,8 @@ _INET = 1
 _NESTED = 0x8000
 _ERROR = 2
 
-Elements = tuple[str, Sequence[bytes]]
-"""A set's name, and keys in it."""
+Elements = tuple[str, Sequence[bytes | tuple[bytes, bytes]]]
+"""A set's name, and keys in it; a map's, and keys with their values."""
 
 
 def inbound(address: str, ports: Sequence[Port]) -> Elements:
@@ -39,9 +39,28 @@ def inbound(address: str, ports: Sequence[Port]) -> Elements:
     return "inbound", [packed + struct.pack("!BxxxHxx", protocol, port) for protocol, port in sorted(numbers)]
 
 
+def published(address: str, ports: Sequence[Port]) -> Elements:
+    """Return what a map of `inet_proto . inet_service : ipv4_addr . inet_service` has for ports that are published on the node."""
+    packed = socket.inet_aton(address)
+    found = {
+        (socket.IPPROTO_UDP if port.protocol is PortProtocol.UDP else socket.IPPROTO_TCP, port.host, port.port)
+        for port in ports
+        if port.host is not None
+    }
+    return "published", [
+        (struct.pack("!BxxxHxx", protocol, host), packed + struct.pack("!Hxx", inside)) for protocol, host, inside in sorted(found)
+    ]
+
+
 def source(interface: str, address: str) -> Elements:
     """Return the key of a set of `ifname . ipv4_addr`."""
     return "sources", [interface.encode().ljust(16, b"\0") + socket.inet_aton(address)]
+
+
+def _element(key: bytes | tuple[bytes, bytes]) -> bytes:
+    if isinstance(key, bytes):
+        return attribute(1 | _NESTED, attribute(1, key))
+    return attribute(1 | _NESTED, attribute(1, key[0])) + attribute(2 | _NESTED, attribute(1, key[1]))
 
 
 class ElementSocket:
@@ -98,7 +117,7 @@ class ElementSocket:
 
     def _body(self, elements: Elements) -> bytes:
         name, keys = elements
-        listed = b"".join(attribute(1 | _NESTED, attribute(1 | _NESTED, attribute(1, key))) for key in keys)
+        listed = b"".join(attribute(1 | _NESTED, _element(key)) for key in keys)
         return self._table + attribute(2, name.encode() + b"\0") + attribute(3 | _NESTED, listed)
 
     def _result(self, first: int, expected: int) -> int:

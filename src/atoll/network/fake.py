@@ -7,7 +7,7 @@ from pathlib import Path
 
 from atoll.model.errors import Exhausted, Unavailable
 from atoll.model.ports.network import Link
-from atoll.model.spec import Port
+from atoll.model.spec import Port, host_ports
 from atoll.network.addresses import AddressPool
 
 
@@ -27,6 +27,10 @@ class FakeNetworkState:
         """So many of the next calls raise Unavailable, having changed nothing."""
         self.attached_total = 0
 
+    def published(self) -> dict[str, str]:
+        """Return port of the node → the instance that answers there."""
+        return {port: id for id, ports in self.ports.items() for port in host_ports(ports)}
+
     def reachable(self, id: str, port: int) -> bool:
         """Return whether the node's ingress would reach `port` of the instance."""
         return id in self.links and any(declared.port == port for declared in self.ports[id])
@@ -41,6 +45,10 @@ class FakeNetwork:
     async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
         state = self.state
         self._fail_if_told()
+        for port in host_ports(ports):
+            other = next((other for other, theirs in state.ports.items() if other != id and port in host_ports(theirs)), None)
+            if other is not None:
+                raise Unavailable(f"the port {port} of this node is taken: instance {other} has it", mend="wait until it is gone")
         link = state.links.get(id)
         if link is None:
             if state.exhausted:

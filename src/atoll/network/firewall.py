@@ -41,6 +41,7 @@ delete table inet {table}
 table inet {table} {{
   set sources {{ type ifname . ipv4_addr; }}
   set inbound {{ type ipv4_addr . inet_proto . inet_service; }}
+  map published {{ type inet_proto . inet_service : ipv4_addr . inet_service; }}
   set resolvers {{ type ipv4_addr; {f"elements = {{ {named} }}" if named else ""} }}
   set closed {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {", ".join((*CLOSED, subnet))} }} }}
   chain refused {{
@@ -63,6 +64,7 @@ table inet {table} {{
     type filter hook forward priority filter; policy accept;
     iifname {links} oifname {links} jump refused
     oifname {links} ct state established,related accept
+    oifname {links} ct status dnat ip daddr . meta l4proto . th dport @inbound accept
     oifname {links} drop
     iifname != {links} accept
     ct state established,related accept
@@ -76,6 +78,15 @@ table inet {table} {{
     ip daddr . meta l4proto . th dport @inbound accept
     jump refused
   }}
+  chain published_to_others {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname {links} accept
+    meta l4proto {{ tcp, udp }} ip daddr != 127.0.0.0/8 fib daddr type local dnat ip to meta l4proto . th dport map @published
+  }}
+  chain published_to_node {{
+    type nat hook output priority -100; policy accept;
+    meta l4proto {{ tcp, udp }} ip daddr != 127.0.0.0/8 fib daddr type local dnat ip to meta l4proto . th dport map @published
+  }}
   chain outward {{
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr {subnet} ip saddr != {node_address} oifname != {links} masquerade
@@ -87,6 +98,17 @@ table inet {table} {{
 def inbound(address: str, ports: Sequence[Port]) -> list[str]:
     """Return the elements of `inbound` for an instance's declared ports."""
     return sorted({f"{address} . {'udp' if port.protocol is PortProtocol.UDP else 'tcp'} . {port.port}" for port in ports})
+
+
+def published(address: str, ports: Sequence[Port]) -> list[str]:
+    """Return the elements of `published` for those of an instance's ports that are published on the node."""
+    return sorted(
+        {
+            f"{'udp' if port.protocol is PortProtocol.UDP else 'tcp'} . {port.host} : {address} . {port.port}"
+            for port in ports
+            if port.host is not None
+        }
+    )
 
 
 def add(table: str, name: str, elements: Sequence[str]) -> str:

@@ -11,11 +11,12 @@ from msgspec import Struct, structs
 
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.network import Link
-from atoll.model.spec import Port
+from atoll.model.spec import Port, host_ports
 from atoll.network import elements, firewall, resolvers
 from atoll.network.addresses import AddressPool
 from atoll.network.elements import ElementSocket
 from atoll.network.ledger import Entry, Ledger
+from atoll.network.listening import taken_ports
 from atoll.network.pool import SlotPool
 from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
 
@@ -79,13 +80,15 @@ class LinkNetwork:
         opened = await self._open()
         held = self._held.get(id)
         if held is not None:
+            self._check_published(id, ports)
             return self._link(self._change_ports(opened, held, tuple(ports)))
+        self._check_published(id, ports)
         slot = await opened.pool.take()
         entry = Entry(id=id, project=project, number=slot.number, ports=tuple(ports))
         try:
             # The ledger first: a slot that nobody is known to have is removed by the next agent.
             self._ledger.write(entry)
-            opened.sets.change(add=[elements.inbound(slot.address, ports)])
+            opened.sets.change(add=[elements.inbound(slot.address, ports), elements.published(slot.address, ports)])
         except (AtollError, OSError) as error:
             self._ledger.remove(slot.number)
             await opened.pool.remove(slot.number)
@@ -134,7 +137,9 @@ class LinkNetwork:
 
     def _write_rules(self, maker: SlotMaker, nftables: firewall.Nftables, held: Iterable[_Held], slots: Iterable[Slot]) -> None:
         """Replace the whole table: `slots` may send, and the ports of `held` are open."""
+        held = list(held)
         ports = [element for each in held for element in firewall.inbound(each.slot.address, each.entry.ports)]
+        published = [element for each in held for element in firewall.published(each.slot.address, each.entry.ports)]
         nftables.run(
             firewall.ruleset(
                 table=self._table,
@@ -145,6 +150,7 @@ class LinkNetwork:
                 elements=[
                     firewall.add(self._table, "sources", [f'"{slot.interface}" . {slot.address}' for slot in slots]),
                     firewall.add(self._table, "inbound", ports),
+                    firewall.add(self._table, "published", published),
                 ],
             )
         )
@@ -173,6 +179,19 @@ class LinkNetwork:
             resolv_conf=self._resolv_conf if self._resolves else None,
         )
 
+    def _check_published(self, id: str, ports: Sequence[Port]) -> None:
+        """Raise Unavailable where a port of the node is another instance's, or a program's of the machine."""
+        wanted = host_ports(ports)
+        if not wanted:
+            return
+        others = {port: other for other, held in self._held.items() if other != id for port in host_ports(held.entry.ports)}
+        programs = taken_ports()
+        for port in wanted:
+            if port in others or port in programs:
+                who = f"instance {others[port]} has it" if port in others else "a program of this machine listens on it"
+                mend = "wait until it is gone" if port in others else "stop the program, or choose another ports.host"
+                raise Unavailable(f"the port {port} of this node is taken: {who}", mend=mend)
+
     def _change_ports(self, opened: _Open, held: _Held, ports: tuple[Port, ...]) -> _Held:
         """Open `ports` instead of those that were; the same again costs nothing."""
         if held.entry.ports == ports:
@@ -181,8 +200,11 @@ class LinkNetwork:
         self._ledger.write(entry)
         name, old = elements.inbound(held.slot.address, held.entry.ports)
         _, new = elements.inbound(held.slot.address, ports)
+        # A port that leads elsewhere now must go before it comes again.
+        opened.sets.change(delete=[elements.published(held.slot.address, held.entry.ports)])
         opened.sets.change(
-            add=[(name, [key for key in new if key not in old])], delete=[(name, [key for key in old if key not in new])]
+            add=[(name, [key for key in new if key not in old]), elements.published(held.slot.address, ports)],
+            delete=[(name, [key for key in old if key not in new])],
         )
         changed = self._held[entry.id] = _Held(held.slot, entry)
         return changed
@@ -191,7 +213,14 @@ class LinkNetwork:
         """Let nothing through any more, and forget whose the slot was. From here on a crash cannot give it to anybody."""
         self._ledger.remove(held.slot.number)
         slot = held.slot
-        opened.sets.change(delete=[elements.inbound(slot.address, held.entry.ports), elements.source(slot.interface, slot.address)])
+        ports = held.entry.ports
+        opened.sets.change(
+            delete=[
+                elements.published(slot.address, ports),
+                elements.inbound(slot.address, ports),
+                elements.source(slot.interface, slot.address),
+            ]
+        )
         del self._held[held.entry.id]  # only now: what could not be shut can be tried again
 
     async def _open(self) -> _Open:

@@ -237,6 +237,9 @@ class FakeMachine:
     def sample(self) -> tuple[int, int]:
         return 100, 1 << 30
 
+    def ports_taken(self) -> tuple[str, ...]:
+        return ()
+
     def disk_used(self) -> float:
         return self.disk_used_fraction
 

@@ -92,6 +92,10 @@ class Machine(Protocol):
         """Return how full the disk with the agent's data is, 0 to 1."""
         ...
 
+    def ports_taken(self) -> tuple[str, ...]:
+        """Return the ports of the machine that its own programs listen on, as `tcp/22`."""
+        ...
+
     def groups(self, pid: int) -> Sequence[str]:
         """Return the names of the control groups that a process is in, outermost first; none for one that is gone."""
         ...

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atoll.model.records import Capacity
+from atoll.network.listening import taken_ports
 
 CPU_RESERVE_MILLI = 100
 """Kept for the system and Atoll itself, in thousandths of a core."""
@@ -50,6 +51,9 @@ class LinuxMachine:
         disk = self._disk()
         # As df(1) does: what the file system sets aside for its own use is neither used nor free.
         return disk.used / (disk.used + disk.free) if disk.used else 0.0
+
+    def ports_taken(self) -> tuple[str, ...]:
+        return taken_ports()
 
     def groups(self, pid: int) -> Sequence[str]:
         try:

@@ -72,6 +72,7 @@ class Vitals:
             self._node,
             capacity=replace(self._machine.capacity(), gpus=devices),
             runtimes=tuple(tools.runtimes),
+            ports_taken=self._machine.ports_taken(),
             registered_at=tools.clock.now(),
         )
         async with asyncio.timeout(CALL_S):

@@ -6,7 +6,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.model.devices import GpuGrant
-from atoll.model.spec import GPU_RUNTIMES, NVLINK, AppSpec, Gpu, Placement, RuntimeName, Workload
+from atoll.model.spec import DEVICE_RUNTIMES, GPU_RUNTIMES, NVLINK, AppSpec, Gpu, Placement, RuntimeName, Workload, host_ports
 from atoll.scheduling.gpu.asks import milli_of
 
 STANDBY_PRIORITY = -1
@@ -28,6 +28,11 @@ class Demand(Struct, frozen=True, kw_only=True, cache_hash=True):
 
     images: tuple[str, ...] = ()
     """Digests of the images that it shows, of those that the spec names by digest."""
+    host_ports: tuple[str, ...] = ()
+    """Ports of its node that it is published on, as `tcp/8053`."""
+
+    devices: tuple[str, ...] = ()
+    """Of CDI specs, by their full names."""
 
     @property
     def gpu_milli(self) -> int:
@@ -47,6 +52,8 @@ def demand_of(spec: Workload) -> Demand:
     runtimes = spec.runtimes
     if resources.gpu is not None:
         runtimes = tuple(name for name in runtimes if name in GPU_RUNTIMES) or runtimes
+    if resources.devices:
+        runtimes = tuple(name for name in runtimes if name in DEVICE_RUNTIMES) or runtimes
     return Demand(
         cpu_milli=resources.cpu.milli,
         memory_bytes=int(resources.memory),
@@ -56,6 +63,8 @@ def demand_of(spec: Workload) -> Demand:
         placement=spec.placement,
         pinned=holds_volumes(spec),
         images=_digests(spec),
+        devices=resources.devices,
+        host_ports=host_ports(spec.ports) if isinstance(spec, AppSpec) else (),
     )
 
 

@@ -30,10 +30,12 @@ class View:
         self._devices: DevicesView | None = None
         self._added: dict[str, dict[int, int]] = {}
         self._owned: dict[str, set[str]] = {}
+        self._on_device: dict[str, set[int]] = {}
         self._project_use: dict[str, list[int]] = {}
         self._repelled: dict[str, dict[str, dict[str, int]]] = {}
         self.now = nodes.now
         self.bookings = Bookings()
+        self._on_port: dict[str, set[int]] = {}
         self._reserved: Reserved | None = None
         self.ends_at: float | None = None
         """When the instances that are being placed will have ended at the latest (as `Allocation.ends_at`)."""
@@ -45,10 +47,12 @@ class View:
         other._devices = self._devices.fork() if self._devices is not None else None
         other._added = {group: dict(rows) for group, rows in self._added.items()}
         other._owned = {owner: set(groups) for owner, groups in self._owned.items()}
+        other._on_device = {device: set(rows) for device, rows in self._on_device.items()}
         other._project_use = {project: list(use) for project, use in self._project_use.items()}
         other._repelled = {owner: dict(groups) for owner, groups in self._repelled.items()}
         other.now, other.ends_at = self.now, self.ends_at
         other.bookings = self.bookings.fork()
+        other._on_port = {port: set(rows) for port, rows in self._on_port.items()}
         other._reserved = self._reserved.fork() if self._reserved is not None else None
         return other
 
@@ -65,6 +69,16 @@ class View:
         if self._reserved is None:
             self._reserved = Reserved(self.nodes, self.nodes.reservations, self.now)
         return self._reserved
+
+    def rows_with_port(self, port: str) -> set[int]:
+        """Return the rows on which an instance has `port` of its node."""
+        nodes = self.nodes
+        before = {row for name in nodes.ledger.nodes_with_port(port) if (row := nodes.row_of(name)) is not None}
+        return before | self._on_port.get(port, set())
+
+    def rows_with_device(self, name: str) -> set[int]:
+        """Return the rows on which the plan has given a device of a CDI spec to an instance."""
+        return self._on_device.get(name, set())
 
     def counts(self, group: str) -> Ints:
         """Return how many instances of `group` each row has."""
@@ -109,6 +123,10 @@ class View:
         self.free[:, at] -= np.outer(np.asarray(amounts_of(demand), dtype=np.int64), by)
         for row, count in zip(at.tolist(), by.tolist(), strict=True):
             added[row] = added.get(row, 0) + count
+        for port in demand.host_ports:
+            self._on_port.setdefault(port, set()).update(at.tolist())
+        for device in demand.devices:
+            self._on_device.setdefault(device, set()).update(at.tolist())
         if self.nodes.reservations:
             self.reserved.place(group, at.tolist(), by.tolist(), amounts_of(demand))
         if len(self.bookings):

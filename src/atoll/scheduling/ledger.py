@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from msgspec import Struct
 
@@ -34,6 +34,10 @@ class Allocation(Struct, frozen=True):
     """When it will be gone at the latest (`SOME_DAY`: not known when); None where it may stay for ever."""
     since: float = 0.0
     """When it was placed."""
+    host_ports: tuple[str, ...] = ()
+    """Ports of the node, as `tcp/8053`."""
+    devices: tuple[str, ...] = ()
+    """Of CDI specs, by their full names."""
 
 
 def amounts_of(demand: Demand) -> Amounts:
@@ -60,6 +64,8 @@ class Ledger:
         self._priorities: Counter[int] = Counter()
         self._project_use: dict[str, list[int]] = {}
         """Project → what its instances hold: the four resources (GPUs in thousandths), and how many they are."""
+        self._on_port: dict[str, Counter[str]] = {}
+        """Port of the node → node → how many have it there."""
         self._ending: dict[str, float] = {}
         """Instance → when it ends, of those that do."""
 
@@ -77,6 +83,8 @@ class Ledger:
         self._on.setdefault(allocation.node, set()).add(id)
         if allocation.ends_at is not None:
             self._ending[id] = allocation.ends_at
+        for port in allocation.host_ports:
+            self._on_port.setdefault(port, Counter())[allocation.node] += 1
 
     def remove(self, id: str) -> Allocation | None:
         """Return what an instance held until now; None for one that did not count."""
@@ -88,6 +96,10 @@ class Ledger:
         if not on:
             del self._on[allocation.node]
         self._ending.pop(id, None)
+        for port in allocation.host_ports:
+            self._on_port[port] -= Counter({allocation.node: 1})
+            if not self._on_port[port]:
+                del self._on_port[port]
         self._repel_no_more(allocation)
         self._priorities[allocation.priority] -= 1
         self._use(allocation, -1)
@@ -127,6 +139,10 @@ class Ledger:
         for id, held in self.on(node):
             if (held.gpus or held.gpu is not None) and id not in but:
                 yield Holding(id, held.gpus, held.gpu)
+
+    def nodes_with_port(self, port: str) -> Iterable[str]:
+        """Return the nodes on which an instance has `port`."""
+        return self._on_port.get(port, ())
 
     def ending(self) -> Iterator[tuple[str, Allocation, float]]:
         """Yield what will end, and when, in no order."""

@@ -103,6 +103,8 @@ class Snapshot:
         """Names of the nodes that instances are to leave → why, and until when."""
         self.whereabouts = Whereabouts()
         self._presence = Presence()
+        self._machine_ports: dict[str, set[str]] = {}
+        """Port → nodes of which a program of the machine has it."""
         self._ranks: Ints | None = None
         self._gpus = Inventory()
         self._stale: set[str] = set()
@@ -121,6 +123,7 @@ class Snapshot:
             return
         if row is None:
             row = self._new_row(node.name)
+        self._set_machine_ports(node.name, node.ports_taken)
         self.nodes[node.name] = node
         self.present[row] = True
         self.standing[row] = standing
@@ -154,6 +157,7 @@ class Snapshot:
             return
         for _, allocation in self.ledger.on(name):
             self._count(allocation, row, -1)
+        self._set_machine_ports(name, ())
         del self.nodes[name]
         self.present[row] = False
         self.used[:, row] = 0
@@ -180,7 +184,9 @@ class Snapshot:
         older record), whole devices are counted.
         """
         away, priority = avoided(group, demand), demand.placement.priority
-        allocation = Allocation(node, group, amounts_of(demand), away, priority, demand.gpu, gpus, ends_at, since)
+        allocation = Allocation(
+            node, group, amounts_of(demand), away, priority, demand.gpu, gpus, ends_at, since, demand.host_ports, demand.devices
+        )
         before = self.ledger.get(id)
         if before == allocation:
             return
@@ -251,6 +257,19 @@ class Snapshot:
     def rows_with_image(self, digest: str) -> list[int]:
         """Return the rows of nodes that have an image."""
         return [row for name in self._presence.with_image(digest) if (row := self._rows.get(name)) is not None]
+
+    def machines_with_port(self, port: str) -> set[str]:
+        """Return the nodes on which a program of the machine listens on `port` (`tcp/22`)."""
+        return self._machine_ports.get(port, set())
+
+    def _set_machine_ports(self, name: str, ports: tuple[str, ...]) -> None:
+        before = self.nodes[name].ports_taken if name in self.nodes else ()
+        for port in set(before).difference(ports):
+            self._machine_ports[port].discard(name)
+            if not self._machine_ports[port]:
+                del self._machine_ports[port]
+        for port in ports:
+            self._machine_ports.setdefault(port, set()).add(name)
 
     def row_of(self, name: str) -> int | None:
         return self._rows.get(name)

@@ -13,7 +13,7 @@ from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.events import told_by
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
-from atoll.api.service.workloads import check_constraints, check_secrets, pin
+from atoll.api.service.workloads import check_constraints, check_host_ports, check_secrets, pin
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
@@ -73,6 +73,7 @@ class Apps:
             held = self._state.get(App, f"{spec.project}/{spec.name}")
             check_match(held, if_match, f"app '{spec.name}'")
             claims.check_hosts(self._context, spec)
+            check_host_ports(self._context, spec)
             check_secrets(self._context, spec)
             pinned = pin(self._context, caller, spec)
             return self._create(caller, pinned) if held is None else self._change(caller, held, pinned)

@@ -10,8 +10,8 @@ from msgspec.structs import replace
 from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
 from atoll.model.errors import Forbidden, ImageError, Invalid, NotFound
-from atoll.model.records import Secret
-from atoll.model.spec import Workload
+from atoll.model.records import Ingress, Project, Secret
+from atoll.model.spec import HOST_PORT_MIN, AppSpec, PortProtocol, Workload
 from atoll.scheduling.constraints import problem
 
 W = TypeVar("W", bound=Workload)
@@ -37,6 +37,24 @@ def check_constraints(spec: Workload) -> None:
         if wrong is not None:
             field = f"placement.constraints[{index}].value"
             raise Invalid(f"{field}: {wrong.message}", field=field, mend=wrong.mend or None)
+
+
+def check_host_ports(context: Context, spec: AppSpec) -> None:
+    """Raise Invalid for a port of nodes that an ingress of the cell has, Forbidden for one below what the project may publish."""
+    project = context.state.get(Project, spec.project)
+    quota = project.record.quota if project is not None else None
+    least = quota.host_port_min if quota is not None else HOST_PORT_MIN
+    of_ingresses = {held.record.http_port: name for name, held in context.state.records(Ingress).items()}
+    for index, port in enumerate(spec.ports):
+        field = f"ports[{index}].host"
+        if port.host is None:
+            continue
+        if port.host < least:
+            mend = f"use {least} or above, or have an admin set the project's quota with host_port_min = {port.host}"
+            raise Forbidden(f"{field}: project '{spec.project}' may not publish port {port.host}", field=field, mend=mend)
+        if port.protocol is not PortProtocol.UDP and port.host in of_ingresses:
+            what = f"{port.host} is where ingress '{of_ingresses[port.host]}' answers"
+            raise Invalid(f"{field}: {what}", field=field, mend="choose another; http ports need none: the ingress routes to them")
 
 
 def pin(context: Context, caller: Caller, spec: W) -> W:

@@ -25,9 +25,10 @@ class Link(Struct, frozen=True, kw_only=True):
 
 class Network(Protocol):
     async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
-        """Return the instance's link: out through NAT, in only to `ports` from the node's ingress. Safe to repeat.
+        """Return the instance's link: out through NAT, in only to `ports` from the node's ingress, and from anywhere by the node's
+        own IPv4 addresses to those that are published (`Port.host`), until `detach`. Safe to repeat.
 
-        Raises Exhausted when no address is free; then nothing is left behind.
+        Raises Unavailable when a port of the node is taken, Exhausted when no address is free; then nothing is left behind.
         """
         ...
 

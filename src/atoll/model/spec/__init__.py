@@ -52,6 +52,7 @@ from atoll.model.spec.rollout import Rollout as Rollout
 from atoll.model.spec.rollout import Strategy as Strategy
 from atoll.model.spec.scale import STANDBY_MAX as STANDBY_MAX
 from atoll.model.spec.scale import Scale as Scale
+from atoll.model.spec.serving import HOST_PORT_MIN as HOST_PORT_MIN
 from atoll.model.spec.serving import METRIC_PATTERN as METRIC_PATTERN
 from atoll.model.spec.serving import Health as Health
 from atoll.model.spec.serving import HealthKind as HealthKind
@@ -60,6 +61,7 @@ from atoll.model.spec.serving import Metrics as Metrics
 from atoll.model.spec.serving import Port as Port
 from atoll.model.spec.serving import PortProtocol as PortProtocol
 from atoll.model.spec.serving import Route as Route
+from atoll.model.spec.serving import host_ports as host_ports
 from atoll.model.spec.values import REPLICAS_MAX as REPLICAS_MAX
 from atoll.model.spec.values import AbsolutePath as AbsolutePath
 from atoll.model.spec.values import Argument as Argument

@@ -16,7 +16,7 @@ from atoll.model.spec.lifecycle import Restart, Stop
 from atoll.model.spec.placement import check_gang
 from atoll.model.spec.rollout import Rollout, Strategy, check_rollout
 from atoll.model.spec.scale import Scale, check_scale
-from atoll.model.spec.serving import Health, HealthKind, Metrics, Port, PortProtocol, Route, check_metrics
+from atoll.model.spec.serving import Health, HealthKind, Metrics, Port, PortProtocol, Route, check_metrics, host_ports
 from atoll.model.spec.values import check_unique, default
 from atoll.model.spec.volumes import Volume
 from atoll.model.spec.workload import Workload, check_workload
@@ -101,6 +101,7 @@ def check_app(spec: AppSpec) -> None:
         )
     check_unique([port.name for port in spec.ports], "ports", "name")
     check_unique([f"{port.port}/{'udp' if port.protocol is PortProtocol.UDP else 'tcp'}" for port in spec.ports], "ports", "port")
+    check_unique(list(host_ports(spec.ports)), "ports", "host")
     check_unique([f"{route.host}{route.path}" for route in spec.routes], "routes", "host and path")
     for index, route in enumerate(spec.routes):
         port = spec.port_named(route.port)

@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from atoll.model.names import SpecRecord
+from atoll.model.spec.serving import HOST_PORT_MIN
 from atoll.model.units import Bytes, Cores
 
 
@@ -18,5 +19,7 @@ class Quota(SpecRecord, frozen=True, kw_only=True):
     gpu: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     """Whole devices."""
     instances: Annotated[int, Meta(ge=0, le=10_000_000)] | None = None
+    host_port_min: Annotated[int, Meta(ge=1, le=65_535)] = HOST_PORT_MIN
+    """No limit on amounts: the lowest port of nodes that the project's apps may be published on (`ports[].host`)."""
     weight: Annotated[int, Meta(ge=1, le=1000)] = 1
     """No limit: how much the project counts beside others when there is not room for all that wait (fair shares)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 from msgspec import Meta
@@ -40,6 +41,17 @@ class Port(SpecRecord, frozen=True, kw_only=True):
     protocol: PortProtocol = PortProtocol.HTTP
     http2: bool = False
     """The instance speaks HTTP/2 without TLS (gRPC)."""
+    host: PortNumber | None = None
+    """The port is published as this one of its node's IPv4 addresses, for anyone; no other instance of the node can have it."""
+
+
+HOST_PORT_MIN = 1024
+"""The lowest host port that a project may publish where its quota says nothing."""
+
+
+def host_ports(ports: Iterable[Port]) -> tuple[str, ...]:
+    """Return the ports of the node that `ports` are published on, as `tcp/8053`."""
+    return tuple(f"{'udp' if port.protocol is PortProtocol.UDP else 'tcp'}/{port.host}" for port in ports if port.host is not None)
 
 
 class Route(SpecRecord, frozen=True, kw_only=True):
