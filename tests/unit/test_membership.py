@@ -15,9 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.authorities import LIFE_S, RENEW_LATE_S
-from atoll.api.service.membership import Peer
 from atoll.api.service.servers import TOKEN_LIFE_S, check_key
-from atoll.api.service.signing import Subject
+from atoll.api.service.signing import Shown, Subject
 from atoll.entry.config import Config
 from atoll.entry.serving import server_id
 from atoll.model import codec, keys
@@ -83,13 +82,13 @@ class Machine:
         return RenewRequest(certificate=self.certified.certificate, csr=csr, proof=proof)
 
     @property
-    def peer(self) -> Peer:
+    def shown(self) -> Shown:
         """What TLS would have verified."""
         assert self.certified is not None
         certificate = x509.load_pem_x509_certificate(self.certified.certificate.encode())
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         subject = {one.oid._name: str(one.value) for one in (*certificate.subject, *certificate.issuer) if one.oid._name}
-        return Peer(
+        return Shown(
             uri=names.get_values_for_type(x509.UniformResourceIdentifier)[0],
             enrolment=subject["serialNumber"],
             authority=str(next(iter(certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME))).value),
@@ -138,9 +137,9 @@ async def cell() -> AsyncIterator[Cell]:
 
 async def test_a_machine_joins_with_a_token_and_is_known_by_its_certificate(cell: Cell) -> None:
     machine = await cell.join("n7")
-    caller = cell.members.caller(machine.peer)
+    caller = cell.members.caller(machine.shown)
     assert (caller.role, caller.subject) == (Role.AGENT, "n7")
-    assert machine.peer.uri == uri_of("node", "n7") == "spiffe://main/node/n7"
+    assert machine.shown.uri == uri_of("node", "n7") == "spiffe://main/node/n7"
     assert machine.certified is not None
     leaf = x509.load_pem_x509_certificate(machine.certified.certificate.encode())
     leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(machine.certified.bundle.encode()))
@@ -148,7 +147,7 @@ async def test_a_machine_joins_with_a_token_and_is_known_by_its_certificate(cell
     assert list(uses) == [x509.ExtendedKeyUsageOID.CLIENT_AUTH], "a node's certificate serves nobody"
     assert [event.subject for event in cell.events("node-joined")] == ["node/n7"]
     edge = await cell.join("edge", await cell.token("edge", MemberKind.INGRESS))
-    assert cell.members.caller(edge.peer).role is Role.INGRESS
+    assert cell.members.caller(edge.shown).role is Role.INGRESS
 
 
 async def test_a_token_counts_once_and_the_replay_is_refused_with_an_event_and_harms_nobody(cell: Cell) -> None:
@@ -158,17 +157,17 @@ async def test_a_token_counts_once_and_the_replay_is_refused_with_an_event_and_h
         with pytest.raises(Conflict, match="used already, by 'n1'"):
             await cell.join(name, token)
     assert [event.severity for event in cell.events("join-refused")] == ["warning"], "of many alike one is an event"
-    assert cell.members.caller(first.peer).subject == "n1"
+    assert cell.members.caller(first.shown).subject == "n1"
     assert [view.name for view in cell.members.identities()] == ["n1"]
 
 
 async def test_the_same_machine_may_ask_again_when_the_answer_was_lost(cell: Cell) -> None:
     token, machine = await cell.token(), Machine()
     await cell.join("n1", token, machine)
-    lost = machine.peer
+    lost = machine.shown
     await cell.join("n1", token, machine)
-    assert cell.members.caller(machine.peer).subject == "n1"
-    assert machine.peer.enrolment == lost.enrolment
+    assert cell.members.caller(machine.shown).subject == "n1"
+    assert machine.shown.enrolment == lost.enrolment
     with pytest.raises(Conflict, match="as 'n1'"):
         await cell.join("n2", token, machine)
 
@@ -214,9 +213,9 @@ async def test_a_name_that_is_taken_needs_a_token_that_names_it(cell: Cell) -> N
     with pytest.raises(Forbidden, match="for 'n1', not 'n9'"):
         await cell.join("n9", await cell.token("n1"))
     new = await cell.join("n1", await cell.token("n1"))
-    assert cell.members.caller(new.peer).subject == "n1"
+    assert cell.members.caller(new.shown).subject == "n1"
     with pytest.raises(Unauthenticated, match="another machine has joined as node 'n1' since"):
-        cell.members.caller(old.peer)
+        cell.members.caller(old.shown)
 
 
 @pytest.mark.parametrize("name", ["", "N1", "a/b", "../x", "n" * 200, "n1\n"])
@@ -251,7 +250,7 @@ async def test_names_that_a_request_asks_for_are_not_read(cell: Cell) -> None:
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).add_extension(wish, critical=False)
     csr = request.sign(machine.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
     machine.certified = await cell.members.join(JoinRequest(token=await cell.token(), name="n1", csr=csr))
-    assert machine.peer.uri == uri_of("node", "n1")
+    assert machine.shown.uri == uri_of("node", "n1")
     assert "server.atoll.internal" not in str(x509.load_pem_x509_certificate(machine.certified.certificate.encode()).extensions)
 
 
@@ -262,12 +261,12 @@ async def test_a_certificate_is_renewed_by_who_holds_its_key_also_some_days_afte
         key = ec.generate_private_key(ec.SECP256R1())
         certified = await cell.members.renew(machine.renewal(machine.csr(key)))
         machine.key, machine.certified = key, certified
-        assert cell.members.caller(machine.peer).subject == "n1"
+        assert cell.members.caller(machine.shown).subject == "n1"
     cell.clock.time += LIFE_S + RENEW_LATE_S + 1
     with pytest.raises(Unauthenticated, match="expired too long ago"):
         await cell.members.renew(machine.renewal())
     with pytest.raises(Unauthenticated, match="has expired"):
-        cell.members.caller(machine.peer)
+        cell.members.caller(machine.shown)
     assert len(cell.events("certificate-renewed")) == 2
     assert len(cell.events("renewal-refused")) == 1
 
@@ -283,7 +282,7 @@ async def test_nobody_renews_a_certificate_that_is_not_his(cell: Cell) -> None:
     foreign = MemoryStore(cell.clock)
     async with State(foreign, KINDS) as state, Service(foreign, state, cell.clock, random.Random(2), bytes(32)) as other:
         key = thief.key.public_key()
-        signed = await other.authorities.sign(Subject(kind="node", name="n1", enrolment=machine.peer.enrolment), key)
+        signed = await other.authorities.sign(Subject(kind="node", name="n1", enrolment=machine.shown.enrolment), key)
     await foreign.close()
     thief.certified = Certified(name="n1", certificate=signed.certificate, bundle="")
     with pytest.raises(Unauthenticated, match="no authority that this cell trusts"):
@@ -300,7 +299,7 @@ async def test_a_revoked_node_is_refused_by_certificate_token_and_renewal_until_
     before = await cell.token("n1")
     await cell.members.revoke(MemberKind.NODE, "n1", SYSTEM)
     with pytest.raises(Revoked):
-        cell.members.caller(machine.peer)
+        cell.members.caller(machine.shown)
     with pytest.raises(Revoked):
         await cell.members.renew(machine.renewal())
     with pytest.raises(Unauthenticated):
@@ -315,9 +314,9 @@ async def test_a_revoked_node_is_refused_by_certificate_token_and_renewal_until_
         cell.members.check(cell.service.tokens.authenticate(again.token))
     assert [event.severity for event in cell.events("node-revoked")] == ["warning"]
     back = await cell.join("n1", await cell.token("n1"))
-    assert cell.members.caller(back.peer).subject == "n1"
+    assert cell.members.caller(back.shown).subject == "n1"
     with pytest.raises(Unauthenticated):
-        cell.members.caller(machine.peer)
+        cell.members.caller(machine.shown)
 
 
 async def test_a_revoked_machine_cannot_ask_again_with_the_token_that_let_it_in(cell: Cell) -> None:
@@ -346,10 +345,10 @@ async def test_a_node_is_removed_only_when_it_is_gone_and_holds_nothing(cell: Ce
     for key in (keys.node("n1"), keys.node_liveness("n1"), keys.identity("node", "n1")):
         assert await cell.store.get(key) is None
     with pytest.raises(Unauthenticated, match="may have been removed"):
-        cell.members.caller(machine.peer)
+        cell.members.caller(machine.shown)
     with pytest.raises(NotFound):
         await cell.members.remove_node("n1", SYSTEM)
-    assert (await cell.join("n1")).peer.uri == uri_of("node", "n1"), "its name is free again"
+    assert (await cell.join("n1")).shown.uri == uri_of("node", "n1"), "its name is free again"
 
 
 async def test_a_new_authority_is_trusted_before_it_signs_and_the_old_ends_when_what_it_signed_has_ended(cell: Cell) -> None:
@@ -357,11 +356,11 @@ async def test_a_new_authority_is_trusted_before_it_signs_and_the_old_ends_when_
     await cell.service.authorities.rotate()
     certified = await cell.members.renew(old.renewal())
     assert certified.bundle.count("BEGIN CERTIFICATE") == 2
-    first = old.peer.authority
-    assert (await cell.join("n2")).peer.authority == first, "the new one does not sign before everyone knows it"
+    first = old.shown.authority
+    assert (await cell.join("n2")).shown.authority == first, "the new one does not sign before everyone knows it"
     cell.clock.time += LIFE_S + 1
     young = await cell.join("n3")
-    assert young.peer.authority != first
+    assert young.shown.authority != first
     assert cell.service.authorities.trusts(first)
     cell.clock.time += LIFE_S + RENEW_LATE_S
     assert not cell.service.authorities.trusts(first)
@@ -373,11 +372,11 @@ async def test_a_rotation_at_once_trusts_nothing_of_before(cell: Cell) -> None:
     old = await cell.join("n1")
     await cell.service.authorities.rotate(at_once=True)
     with pytest.raises(Unauthenticated, match="retired"):
-        cell.members.caller(old.peer)
+        cell.members.caller(old.shown)
     with pytest.raises(Unauthenticated, match="no authority"):
         await cell.members.renew(old.renewal())
     new = await cell.join("n1", await cell.token("n1"))
-    assert cell.members.caller(new.peer).subject == "n1"
+    assert cell.members.caller(new.shown).subject == "n1"
 
 
 async def test_the_authority_s_key_lies_sealed_and_a_server_with_another_key_says_so(cell: Cell) -> None:
@@ -407,7 +406,7 @@ async def test_a_certificate_s_holder_is_no_server_and_a_server_s_is_no_machine(
     )
     machine.certified = Certified(name="s1", certificate=signed.certificate, bundle="")
     with pytest.raises(Unauthenticated, match="no machine's of this cell"):
-        cell.members.caller(machine.peer)
+        cell.members.caller(machine.shown)
 
 
 async def test_what_servers_show_each_other_needs_the_cell_s_key_and_ends(cell: Cell) -> None:

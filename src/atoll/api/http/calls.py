@@ -14,8 +14,8 @@ from msgspec import UNSET, Struct, UnsetType
 from atoll.api.service import Caller, Need, RequestKey, Service, authorize
 from atoll.api.service.access import check_id, check_name
 from atoll.api.service.context import revision_of
-from atoll.api.service.membership import Peer
 from atoll.api.service.pages import limit_of
+from atoll.api.service.signing import Shown
 from atoll.model import codec
 from atoll.model.errors import AtollError, Invalid, Unauthenticated
 from atoll.model.membership import API_HEADER, check_skew
@@ -28,8 +28,8 @@ Connection = ASGIConnection[Any, Any, Any, Any]
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _GPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9:.-]{0,119}")
 _NAMES = frozenset({"project", "app", "job", "secret"})
-PEER = "atoll.peer"
-"""In a connection's `extensions`: the `Peer` that TLS has verified."""
+SHOWN = "atoll.shown"
+"""In a connection's `extensions`: what of the client's certificate TLS has verified."""
 QUERY_BYTES_MAX = 60_000
 """A command to run in an instance comes in the query."""
 
@@ -197,9 +197,9 @@ def identify(service: Service, connection: Any, token: Callable[[], str]) -> Cal
 
     `token` returns the token that was sent. Raises Unauthenticated, Revoked.
     """
-    peer: Peer | None = (connection.get("extensions") or {}).get(PEER)
-    if peer is not None and not any(name == b"authorization" for name, _ in connection["headers"]):
-        return service.membership.caller(peer)
+    shown: Shown | None = (connection.get("extensions") or {}).get(SHOWN)
+    if shown is not None and not any(name == b"authorization" for name, _ in connection["headers"]):
+        return service.membership.caller(shown)
     caller = service.tokens.authenticate(token())
     service.membership.check(caller)
     return caller

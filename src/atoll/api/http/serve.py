@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
@@ -16,10 +17,10 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets import http11
 
 from atoll.api.http.answers import SLOW_READER_S
-from atoll.api.http.calls import PEER
-from atoll.api.http.tls import ListenerTls, peer_of
+from atoll.api.http.calls import SHOWN
+from atoll.api.http.tls import ListenerTls, shown_by
 from atoll.api.service import Service
-from atoll.api.service.membership import Peer
+from atoll.api.service.signing import Shown
 from atoll.model.errors import Unavailable
 from atoll.model.membership import API_HEADER
 from atoll.model.streams import MESSAGE_BYTES_MAX
@@ -52,6 +53,17 @@ class _Impatient:
     transport: asyncio.Transport
     _stuck: asyncio.TimerHandle | None = None
 
+    def have_the_kernel_watch(self) -> None:
+        """Over TLS a whole piece may lie in the layer below, which tells nobody that it is stuck; the kernel knows.
+
+        See tcp(7), TCP_USER_TIMEOUT: it counts while the peer's window is closed, too.
+        """
+        line = self.transport.get_extra_info("socket")
+        if self.transport.get_extra_info("ssl_object") is None or line is None or line.family == socket.AF_UNIX:
+            return
+        with socket.socket(fileno=os.dup(line.fileno())) as own:
+            own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self.patience_s * 1000))
+
     def pause_writing(self) -> None:
         super().pause_writing()  # type: ignore[misc]
         self._stuck = self.loop.call_later(self.patience_s, self._hang_up)
@@ -79,15 +91,16 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     """uvicorn's WebSockets; someone who pauses the output of a command is given longer."""
 
     patience_s = PAUSED_S
-    _peer: Peer | None = None
+    _shown: Shown | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._peer = peer_of(transport)
+        self._shown = shown_by(transport)
+        self.have_the_kernel_watch()
 
     async def run_asgi(self) -> None:
-        if self._peer is not None:
-            cast(Any, self.scope)["extensions"][PEER] = self._peer
+        if self._shown is not None:
+            cast(Any, self.scope)["extensions"][SHOWN] = self._shown
         await super().run_asgi()
 
     async def send(self, message: Any) -> None:
@@ -104,11 +117,12 @@ class BoundedProtocol(_Impatient, HttpToolsProtocol):
     _header_bytes = 0
     _too_long = False
     _deadline: asyncio.TimerHandle | None = None
-    _peer: Peer | None = None
+    _shown: Shown | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._peer = peer_of(transport)
+        self._shown = shown_by(transport)
+        self.have_the_kernel_watch()
         self._deadline = self.loop.call_later(self.header_s, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -117,8 +131,8 @@ class BoundedProtocol(_Impatient, HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        if self._peer is not None:
-            cast(Any, self.scope)["extensions"] = {PEER: self._peer}
+        if self._shown is not None:
+            cast(Any, self.scope)["extensions"] = {SHOWN: self._shown}
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))

@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from atoll.api.service.membership import Peer
+from atoll.api.service.signing import Shown
 from atoll.model.errors import Corrupt
 
 log = structlog.get_logger()
@@ -70,17 +70,17 @@ class ListenerTls:
             os.close(descriptor)
 
 
-def peer_of(transport: Any) -> Peer | None:
+def shown_by(transport: Any) -> Shown | None:
     """Return what the client of a TLS connection has shown; None for one that showed nothing, or speaks plainly."""
-    shown = transport.get_extra_info("ssl_object")
-    certificate = shown.getpeercert() if shown is not None else None
+    side = transport.get_extra_info("ssl_object")
+    certificate = side.getpeercert() if side is not None else None
     if not certificate:
         return None
     subject = {name: value for part in certificate.get("subject", ()) for name, value in part}
     issuer = {name: value for part in certificate.get("issuer", ()) for name, value in part}
     uri = next((value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"), "")
     ends = datetime.datetime.strptime(certificate["notAfter"], "%b %d %H:%M:%S %Y GMT").replace(tzinfo=datetime.UTC)
-    return Peer(
+    return Shown(
         uri=uri,
         enrolment=subject.get("serialNumber", ""),
         authority=issuer.get("commonName", ""),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hmac
 
 import structlog
-from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.api.service.access import Caller, check_id
 from atoll.api.service.authorities import RENEW_LATE_S, Authorities
 from atoll.api.service.context import Context, Draft, RequestKey
-from atoll.api.service.signing import Signed, Subject, key_digest, proved, requested_key
+from atoll.api.service.signing import Shown, Signed, Subject, key_digest, proved, requested_key
 from atoll.model import codec, keys
 from atoll.model.errors import AtollError, Conflict, Forbidden, Invalid, NotFound, Revoked, Unauthenticated
 from atoll.model.membership import (
@@ -48,28 +47,19 @@ _ROLES = {MemberKind.NODE: Role.AGENT, MemberKind.INGRESS: Role.INGRESS}
 log = structlog.get_logger()
 
 
-class Peer(Struct, frozen=True, kw_only=True):
-    """What the TLS layer has verified of a client: one of our authorities signed it, and it had not expired then."""
-
-    uri: str
-    enrolment: str
-    authority: str
-    expires_at: float
-
-
 class Membership:
     def __init__(self, context: Context, authorities: Authorities) -> None:
         self._context = context
         self._state = context.state
         self._authorities = authorities
 
-    def caller(self, peer: Peer) -> Caller:
+    def caller(self, shown: Shown) -> Caller:
         """Return who holds a verified certificate. Raises Unauthenticated, Revoked. Neither waits nor reads the store."""
-        kind, name = _named(peer.uri)
-        identity = self._standing(kind, name, peer.enrolment)
-        if peer.expires_at <= self._context.clock.now():
+        kind, name = _named(shown.uri)
+        identity = self._standing(kind, name, shown.enrolment)
+        if shown.expires_at <= self._context.clock.now():
             raise Unauthenticated(f"the certificate of {kind} '{name}' has expired", mend="renew it; the agent does by itself")
-        if not self._authorities.trusts(peer.authority):
+        if not self._authorities.trusts(shown.authority):
             raise Unauthenticated("the certificate's authority has been retired", mend="renew it, or join anew")
         return Caller(id=f"{kind}/{name}/{identity.enrolment}", role=_ROLES[kind], subject=name, name=name)
 

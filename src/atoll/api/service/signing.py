@@ -121,7 +121,7 @@ def fingerprint(certificate: str) -> bytes:
 
 
 class Shown(Struct, frozen=True, kw_only=True):
-    """A certificate that an authority of the cell has signed, as far as rules need it."""
+    """What a client's certificate says, as far as rules need it: an authority of the cell has signed it, and its key is the client's."""
 
     uri: str
     enrolment: str
