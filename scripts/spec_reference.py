@@ -139,6 +139,10 @@ MEANING: dict[str, tuple[str, str]] = {
     "Resources.disk": ("Writable space of the root; a hard bound (ENOSPC), not reserved: disks are sparse.", 'disk = "2GiB"'),
     "Resources.pids": ("Processes and threads at most. Below 32 the limit is set only after the start.", "pids = 256"),
     "Resources.gpu": ("GPUs; the table below, and [gpu.md](gpu.md).", "[resources.gpu]"),
+    "Resources.devices": (
+        "Devices of the node's CDI specs that its operator allowed ([gpu.md](gpu.md#other-devices-cdi)).",
+        'devices = ["vendor.com/class=name"]',
+    ),
     "Gpu.model": ("Words of the device's name, whatever their case.", 'model = "h200"'),
     "Gpu.vendor": ("Whose device it must be.", 'vendor = "nvidia"'),
     "Gpu.count": ("Whole devices; below 1 a share of one; with `profile` how many partitions.", "count = 1"),

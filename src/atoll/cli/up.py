@@ -43,6 +43,11 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--region", metavar="NAME", help="The group of sites.  [default: local]"),
         click.option("--default-registry", metavar="HOST", help="Where images without a host come from."),
         click.option(
+            "--cdi-devices",
+            metavar="KIND,…",
+            help="Devices of CDI specs that specs may ask for, e.g. vendor.com/class or vendor.com/class:shared.",
+        ),
+        click.option(
             "--nvproxy-driver",
             metavar="VERSION",
             help="NVIDIA driver that gVisor takes the node's for, where it does not know it; of the same series, at your own risk.",

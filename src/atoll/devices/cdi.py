@@ -86,7 +86,7 @@ def read_spec(data: bytes, source: str) -> CdiSpec:
 def checked(body: object, source: str) -> CdiSpec:
     """As `read_spec`, of what was decoded already."""
     spec = check(body, source)
-    _check_kind(spec["kind"], source)
+    check_kind(spec["kind"], source)
     if not spec["devices"]:
         raise wrong(source, "devices", "it names no device")
     seen: set[str] = set()
@@ -102,7 +102,8 @@ def checked(body: object, source: str) -> CdiSpec:
     return CdiSpec(source=source, kind=spec["kind"], body=spec)
 
 
-def _check_kind(kind: str, source: str) -> None:
+def check_kind(kind: str, source: str) -> None:
+    """Raise Invalid, naming the source, for what is not of the form vendor.com/class."""
     vendor, slash, name = kind.partition("/")
     if not slash or len(vendor) > _VENDOR_MAX or not _VENDOR.fullmatch(vendor) or not _CLASS.fullmatch(name):
         raise wrong(source, "kind", f"{kind!r} is not of the form vendor.com/class")

@@ -6,7 +6,7 @@ import signal
 
 from atoll.entry.beats import beating, beating_of
 from atoll.entry.config import Config
-from atoll.entry.gpus import node_devices
+from atoll.entry.gpus import foreign_devices, node_devices
 from atoll.entry.joining import kept, reach
 from atoll.entry.process import Stop, run, run_until
 from atoll.images.disk import spread_below
@@ -56,6 +56,7 @@ async def main(config: Config, stop: Stop) -> None:
             site=config.site,
             region=config.region,
             devices=await node_devices(data, clock, nvproxy_driver=config.nvproxy_driver),
+            foreign=foreign_devices(config.cdi_devices),
             beating=pulse,
         )
 

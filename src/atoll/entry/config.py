@@ -35,6 +35,8 @@ class Config:
     default_registry: str = ""
     nvproxy_driver: str = ""
     """The driver version that gVisor shall take the node's NVIDIA driver for; at the operator's own risk."""
+    cdi_devices: str = ""
+    """Kinds of CDI devices that may be asked for: `vendor.com/class`, with `:shared` where any number may have one; by commas."""
     log_json: bool = False
     store: str = ""
     """`etcd://HOST:PORT,…` or `sqlite:PATH`; without it ATOLL_STORE, and then a file in the data directory. No secrets in it."""
@@ -131,6 +133,8 @@ class Config:
             options.append(f"--default-registry={self.default_registry}")
         if self.nvproxy_driver:
             options.append(f"--nvproxy-driver={self.nvproxy_driver}")
+        if self.cdi_devices:
+            options.append(f"--cdi-devices={self.cdi_devices}")
         if self.log_json:
             options.append("--log-json")
         given: dict[str, object] = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from atoll.model.ports.clock import Clock
 
 if TYPE_CHECKING:
+    from atoll.devices.foreign import ForeignDevices
     from atoll.entry.described import DescribedDevices
 
 NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
@@ -44,6 +45,15 @@ async def node_devices(
         return known | {driver_version(root)} if nvproxy_driver in known else known
 
     return DescribedDevices(drivers(clock, root), directory=data, clock=clock, known_to_gvisor=known_now, root=root)
+
+
+def foreign_devices(allowed: str) -> ForeignDevices | None:
+    """Return the devices of CDI specs of the allowed kinds (as `--cdi-devices`); None where none is. Raises Invalid."""
+    if not allowed:
+        return None
+    from atoll.devices.foreign import ForeignDevices, parse_allowed
+
+    return ForeignDevices(parse_allowed(allowed))
 
 
 def _text(path: Path) -> str:

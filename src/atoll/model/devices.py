@@ -165,6 +165,14 @@ class GpuGrant(_Record, frozen=True, kw_only=True):
     """With `mig`: memory slices."""
 
 
+class OfferedDevice(_Record, frozen=True, kw_only=True):
+    """A device of a CDI spec that the node's operator allowed: `vendor.com/class=name`."""
+
+    name: str
+    shared: bool = False
+    """Any number of instances may have it at a time; else one."""
+
+
 class GpuSample(_Record, frozen=True, kw_only=True):
     """What one device does now."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import UNSET, Struct
 
-from atoll.model.devices import GpuDevice, GpuGrant, GpuSample
+from atoll.model.devices import GpuDevice, GpuGrant, GpuSample, OfferedDevice
 from atoll.model.maintenance import Drain
 from atoll.model.rollouts import RolloutOrder, RolloutStatus
 from atoll.model.spec import AppSpec, JobSpec, Quota, RuntimeName, Workload
@@ -272,6 +272,8 @@ class Capacity(_Record, frozen=True, kw_only=True):
     memory_bytes: int
     disk_bytes: int
     gpus: tuple[GpuDevice, ...] = ()
+    devices: tuple[OfferedDevice, ...] = ()
+    """Of CDI specs, as far as the node's operator allowed them."""
 
 
 class Node(_Record, frozen=True, kw_only=True):

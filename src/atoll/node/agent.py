@@ -16,7 +16,7 @@ from atoll.model.devices import GpuGrant
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import AssignmentBatch, ControlPlane, StreamRequest
-from atoll.model.ports.devices import Devices
+from atoll.model.ports.devices import Devices, ForeignDevices
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
@@ -90,6 +90,7 @@ class Agent:
         scraper: Scraper | None = None,
         machine: Machine | None = None,
         devices: Devices | None = None,
+        foreign: ForeignDevices | None = None,
         arch: str | None = None,
         beating: Beating | None = None,
     ) -> None:
@@ -120,6 +121,7 @@ class Agent:
         self._reporter = Reporter(node, control, clock, random)
         self._beating = beating
         self._contact = beating.contact if beating is not None else Contact(self._directories.contact)
+        self._foreign = foreign
         self._gpus: Gpus | None = None
         if devices is not None:
             file = self._directories.gpus
@@ -164,6 +166,7 @@ class Agent:
                 directories=self._directories,
                 reporter=self._reporter,
                 gpus=self._gpus,
+                foreign=self._foreign,
                 peer_digest=self._peer_digest,
             )
             self._vitals = Vitals(

@@ -129,9 +129,18 @@ class Preparation:
 
     async def _claim(self, runtime: Runtime) -> Edits:
         instance, gpu = self._assignment.instance, self._assignment.workload.resources.gpu
-        if not instance.gpus or gpu is None or self._tools.gpus is None:
-            return Edits()
-        return await self._tools.gpus.claim(instance, gpu, runtime.name)
+        edits = Edits()
+        if instance.gpus and gpu is not None and self._tools.gpus is not None:
+            edits = await self._tools.gpus.claim(instance, gpu, runtime.name)
+        if names := self._assignment.workload.resources.devices:
+            if self._tools.foreign is None:
+                raise Unsupported(
+                    f"resources.devices: this node hands on no device of a CDI spec; the instance asks for {', '.join(names)}",
+                    field="resources.devices",
+                    mend="start its agent with --cdi-devices",
+                )
+            edits = await asyncio.to_thread(self._tools.foreign.add, edits, names)
+        return edits
 
     async def _image(self) -> Image:
         reference = self._assignment.workload.image

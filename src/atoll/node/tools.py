@@ -10,6 +10,7 @@ from typing import Protocol
 
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import ControlPlane
+from atoll.model.ports.devices import ForeignDevices
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
@@ -118,6 +119,8 @@ class Tools:
     reporter: Reporter
     gpus: Gpus | None = None
     """None on a node without any."""
+    foreign: ForeignDevices | None = None
+    """Devices of CDI specs; None where the operator allowed none."""
     peer_digest: Callable[[Instance, str | None], str | None] = lambda instance, volume: None
     """The digest of the image that another instance of the same release has here; of a volume, where one is named."""
     launches: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(LAUNCHES_MAX))

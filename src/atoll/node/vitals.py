@@ -68,9 +68,10 @@ class Vitals:
         devices: tuple[GpuDevice, ...] = ()
         if tools.gpus is not None:
             devices = tools.gpus.known if tools.gpus.announced is not None else await tools.gpus.look()
+        foreign = await asyncio.to_thread(tools.foreign.offered) if tools.foreign is not None else ()
         node = replace(
             self._node,
-            capacity=replace(self._machine.capacity(), gpus=devices),
+            capacity=replace(self._machine.capacity(), gpus=devices, devices=foreign),
             runtimes=tuple(tools.runtimes),
             ports_taken=self._machine.ports_taken(),
             registered_at=tools.clock.now(),

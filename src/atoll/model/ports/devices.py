@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
-from atoll.model.devices import GpuDevice, GpuGrant, GpuPartition, GpuSample, GpuVendor
+from atoll.model.devices import GpuDevice, GpuGrant, GpuPartition, GpuSample, GpuVendor, OfferedDevice
 from atoll.model.spec import Gpu, GpuCapability, RuntimeName
 
 
@@ -233,6 +233,21 @@ class Devices(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class ForeignDevices(Protocol):
+    """Devices of CDI specs that others wrote, as far as the node's operator allowed them."""
+
+    def offered(self) -> tuple[OfferedDevice, ...]:
+        """Return those that can be asked for now, by name. Blocking, but bounded: it reads small files."""
+        ...
+
+    def add(self, edits: Edits, names: Sequence[str]) -> Edits:
+        """Return `edits` with what makes the devices of these full names appear. Blocking, as above.
+
+        Raises Forbidden (a kind that is not allowed), NotFound (names what exists), Invalid or Unsupported (cannot be done).
+        """
+        ...
 
 
 CDI_DIRECTORY = Path("cdi")

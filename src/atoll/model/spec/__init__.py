@@ -67,6 +67,7 @@ from atoll.model.spec.values import AbsolutePath as AbsolutePath
 from atoll.model.spec.values import Argument as Argument
 from atoll.model.spec.values import EnvValue as EnvValue
 from atoll.model.spec.volumes import Volume as Volume
+from atoll.model.spec.workload import DEVICE_RUNTIMES as DEVICE_RUNTIMES
 from atoll.model.spec.workload import Resources as Resources
 from atoll.model.spec.workload import Workload as Workload
 from atoll.model.spec.workload import check_workload as check_workload

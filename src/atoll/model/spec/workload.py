@@ -15,9 +15,14 @@ from atoll.model.spec.gpu import Gpu, check_gpu
 from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION, Isolation, RuntimeName
 from atoll.model.spec.lifecycle import Lost, Stop, check_lost
 from atoll.model.spec.placement import Placement, check_placement
-from atoll.model.spec.values import AbsolutePath, Argument, EnvValue, default
+from atoll.model.spec.values import AbsolutePath, Argument, EnvValue, check_unique, default
 from atoll.model.spec.volumes import Volume, check_volumes
 from atoll.model.units import Bytes, Cores
+
+DeviceName = Annotated[str, Meta(pattern=r"^[a-z0-9A-Z][-.a-z0-9A-Z]*/[-_.a-z0-9A-Z]+=[-_.:a-z0-9A-Z]+$", max_length=320)]
+"""CDI's fully qualified name of a device."""
+DEVICE_RUNTIMES = (RuntimeName.RUNC, RuntimeName.CRUN, RuntimeName.LXC)
+"""Runtimes that can hand on a device of a CDI spec."""
 
 
 class Resources(SpecRecord, frozen=True, kw_only=True):
@@ -29,6 +34,8 @@ class Resources(SpecRecord, frozen=True, kw_only=True):
     """Writable space of the instance's root; images and volumes do not count."""
     pids: Annotated[int, Meta(ge=1, le=4_194_304)] = 1024
     gpu: Gpu | None = None
+    devices: Annotated[tuple[DeviceName, ...], Meta(max_length=16)] = ()
+    """Of CDI specs of the node, by their full names: `vendor.com/class=name`."""
 
 
 class Workload(SpecRecord, frozen=True, kw_only=True):
@@ -82,6 +89,14 @@ def check_workload(spec: Workload) -> None:
         raise Invalid("resources.memory: below 4MiB nothing starts", field="resources.memory", mend="ask for 16MiB or more")
     if spec.resources.gpu is not None:
         check_gpu(spec.resources.gpu, spec.runtimes)
+    if spec.resources.devices:
+        check_unique(list(spec.resources.devices), "resources.devices", "name")
+        if not set(spec.runtimes) & set(DEVICE_RUNTIMES):
+            raise Invalid(
+                f"resources.devices: {', '.join(spec.runtimes)} cannot hand on a device of a CDI spec",
+                field="resources.devices",
+                mend=f"use isolation 'container' with {', '.join(DEVICE_RUNTIMES)}",
+            )
     check_lost(spec.lost)
     check_volumes(spec.volumes)
     check_placement(spec)

@@ -1,6 +1,7 @@
 """Hard rules, one per file. Nodes are asked in the order of these lists, cheapest and plainest reason first."""
 
 from atoll.scheduling.filters.capacity import CPU_ROOM, DISK_SIZE, MEMORY_ROOM
+from atoll.scheduling.filters.devices import Devices
 from atoll.scheduling.filters.gpu import GpuModel, GpuRoom
 from atoll.scheduling.filters.labels import LabelRules
 from atoll.scheduling.filters.regions import Regions
@@ -10,5 +11,15 @@ from atoll.scheduling.filters.standing import Standings
 from atoll.scheduling.filters.taints import Taints
 from atoll.scheduling.interface import Filter, Limit
 
-FILTERS: tuple[Filter, ...] = (Standings(), Regions(), Residency(), LabelRules(), Taints(), Runtimes(), GpuModel(), DISK_SIZE)
+FILTERS: tuple[Filter, ...] = (
+    Standings(),
+    Regions(),
+    Residency(),
+    LabelRules(),
+    Taints(),
+    Runtimes(),
+    GpuModel(),
+    Devices(),
+    DISK_SIZE,
+)
 LIMITS: tuple[Limit, ...] = (GpuRoom(), MEMORY_ROOM, CPU_ROOM)
