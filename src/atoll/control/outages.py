@@ -10,6 +10,9 @@ from atoll.model.records import CELL_PROJECT, Brake, BrakeRelease, Node, NodeHea
 
 DARK_S = 1.0
 """A place must have been dark for so long before it is told: of a region its sites go dark one after the other."""
+UNREACHABLE = {"site": "site-unreachable", "region": "region-unreachable"}
+READY = {"site": "site-ready", "region": "region-ready"}
+"""Codes of events."""
 KEY = "cell"
 """Behind the kinds' prefixes: there is one brake."""
 
@@ -73,20 +76,20 @@ class Outages:
             if all(name in silent for name in here):
                 continue  # one word for one cause: of a region that is dark, its sites are not listed any more
             self._told = self._told - {place}
-            self._tell(f"{place[0]}/{place[1]}", f"{place[0]}-ready", f"{place[0]} {place[1]} answers again", decision)
+            self._tell(f"{place[0]}/{place[1]}", READY[place[0]], f"{place[0]} {place[1]} answers again", decision)
 
     def _tell_dark(self, place: Place, decision: Decision) -> None:
         kind, name = place
         nodes = [held.record for held in self._world.state.records(Node).values() if getattr(held.record, kind) == name]
         what = f"{len({node.site for node in nodes})} sites, {len(nodes)} nodes" if kind == "region" else f"{len(nodes)} nodes"
         text = f"{kind} {name} does not answer: {what}, all at once or one after the other"
-        self._tell(f"{kind}/{name}", f"{kind}-unreachable", text, decision, Severity.ERROR, nodes=len(nodes))
+        self._tell(f"{kind}/{name}", UNREACHABLE[kind], text, decision, Severity.ERROR, nodes=len(nodes))
 
     def tell_roundabout(self, names: set[str], decision: Decision) -> None:
         """Tell of nodes that only others hear: they are well, but the way to the leader is not."""
         for name in sorted(names - self._roundabout):
             text = f"node {name} is heard through other nodes only; the way between it and the leader is broken"
-            decision.tell(CELL_PROJECT, f"node/{name}", "node-path-broken", text, Severity.WARNING, node=name)
+            decision.tell(CELL_PROJECT, f"node/{name}", "path-broken", text, Severity.WARNING, node=name)
         self._roundabout = frozenset(names)
 
     def _tell(
