@@ -52,6 +52,8 @@ class Beating:
         self._deaf = False
         self.contact = contact
         self.pulse = Pulse(node, contact=contact, counter=int(clock.now() * 1000))
+        self.orderly = True
+        """Whether the end of `run` is told to the servers; a process that is killed tells nobody (for the simulator)."""
         self.on_deaf: Callable[[], None] = lambda: None
         """Called when servers that did answer do not any more."""
 
@@ -84,7 +86,8 @@ class Beating:
                     grant = await self._ask()
                     addresses = await self._addresses(grant) or addresses
         finally:
-            self.pulse.say_goodbye(self._clock.monotonic())
+            if self.orderly:
+                self.pulse.say_goodbye(self._clock.monotonic())
             self.contact.save()
             end.close()
 

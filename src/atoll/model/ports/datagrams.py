@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import socket
 from collections.abc import Callable
 from typing import Protocol
@@ -145,8 +146,11 @@ class MemoryNet:
 
     def carry(self, data: bytes, sender: Address, to: Address) -> None:
         self.sent += 1
+        end = self._ends.get(to)
+        # In the context of who receives: what a simulated process is sent while it stands still waits for it.
+        context = end.context if end is not None else None
         for delay_s in self.fate(sender, to):
-            asyncio.get_running_loop().call_later(delay_s, self._arrive, data, sender, to)
+            asyncio.get_running_loop().call_later(delay_s, self._arrive, data, sender, to, context=context)
 
     def _arrive(self, data: bytes, sender: Address, to: Address) -> None:
         end = self._ends.get(to)
@@ -160,6 +164,7 @@ class MemoryNet:
 class MemoryDatagrams:
     def __init__(self, net: MemoryNet, address: Address, receive: Receive) -> None:
         self._net = net
+        self.context = contextvars.copy_context()
         self.address = address
         self.receive = receive
 
