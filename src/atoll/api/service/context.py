@@ -15,6 +15,7 @@ from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.maintenance import Maintenance
+from atoll.model.membership import Authority, Identity, JoinToken, Server
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Compare, LeaseId, Op, Put, Revision, Store, absent
 from atoll.model.records import (
@@ -147,8 +148,8 @@ class Context:
         the same `request` gets the first answer. Raises Conflict: others changed it too often, or the key was used for
         something else. OutcomeUnknown: repeat with the same request key, or read first.
         """
-        for _ in range(TRIES_MAX):
         certain = False
+        for _ in range(TRIES_MAX):
             if request is not None:
                 kept = await self._kept(kind, request)
                 if kept is not None:
