@@ -77,6 +77,11 @@ def _scaling(view: AppView) -> str:
     return f", by {scale.metric} ≤ {scale.target:g} each" if scale and scale.target and view.app.most is not None else ""
 
 
+def _dependency(name: str, view: AppView) -> str:
+    waits = view.status is not None and name in view.status.waits_for
+    return f"{name} (waits for it)" if waits else name
+
+
 def word(view: AppView) -> str:
     """Return the one word for how an app stands."""
     if view.app.deleting:
@@ -136,6 +141,7 @@ def _show_app(session: Session, view: AppView) -> None:
             + _standby(view),
         ),
         ("release", f"{app.release}, {age(app.updated_at)} ago"),
+        *([("depends on", ", ".join(_dependency(name, view) for name in spec.depends_on))] if spec.depends_on else []),
         ("image", spec.image or "–"),
         ("isolation", f"{spec.isolation}" + (f" ({spec.runtime})" if spec.runtime else "")),
         ("resources", f"{spec.resources.cpu:g} cores · {format_bytes(spec.resources.memory)} memory{_gpu(spec.resources)}"),

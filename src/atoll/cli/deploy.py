@@ -41,7 +41,8 @@ async def deploy(
 ) -> None:
     """Build and run an app, and follow it until it serves; print its URL.
 
-    DIR holds an atoll.toml, and what to build where that has a [build] table. When the new release does not come up,
+    DIR holds an atoll.toml, and what to build where that has a [build] table. A spec with [[apps]] is several apps, written
+    together or not at all, which start in the order of their depends_on. When the new release does not come up,
     this says why, with the last lines of its log, and exits 1; what served before still serves.
     Ctrl-C leaves the deployment running.
     """
@@ -49,6 +50,13 @@ async def deploy(
     from atoll.cli.execute import variables
 
     path, data = _read(directory, file, image)
+    if "apps" in data:
+        from atoll.cli import groups
+
+        if any(value for value in (image, name, port, replicas, env)):
+            raise Invalid(f"{path}: several apps, and an option that is for one", mend="write it into the file")
+        await groups.deploy(session, data, path or Path(), detach=detach)
+        return
     data |= {key: value for key, value in {"image": image, "name": name}.items() if value is not None}
     if session.project_given or "project" not in data:
         data["project"] = session.project

@@ -14,6 +14,7 @@ from atoll.control import evacuation, gpus
 from atoll.control.actions import Decision, Remove, RemoveApp, Seen
 from atoll.control.appreport import Standing, report_app, tell, write_status
 from atoll.control.appstatus import Rollout, has_crashed, settled, status_of, why_not_ready
+from atoll.control.dependencies import in_order
 from atoll.control.facts import AppFacts as AppFacts
 from atoll.control.leaving import leave, retire
 from atoll.control.making import UNPLACED_MAX as UNPLACED_MAX
@@ -29,7 +30,11 @@ from atoll.scheduling.quotas import CODE as OVER_QUOTA
 
 
 def decide_app(facts: AppFacts, decision: Decision) -> None:
-    """Compare the app with its instances and add to `decision` what is missing or too much."""
+    """Compare the app with its instances, and with those that it depends on, and add to `decision` what is missing or too much."""
+    in_order(facts, decision, _decide)
+
+
+def _decide(facts: AppFacts, decision: Decision) -> None:
     for seen in facts.instances:
         if seen.instance.desired is not Desired.RUN:
             leave(decision, seen, drain_s=facts.drain_s(seen), ingresses=facts.ingresses)

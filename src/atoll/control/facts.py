@@ -21,6 +21,10 @@ class AppFacts(Struct, frozen=True, kw_only=True):
     specs: Mapping[int, AppSpec] = {}
     """Release → spec, of those that are still held."""
     ingresses: frozenset[str] = frozenset()
+    waits_for: tuple[str, ...] = ()
+    """Apps that it depends on and that are not ready at their wanted release."""
+    stops_after: tuple[str, ...] = ()
+    """It is to stop, and these depend on it, are to stop too, and are still there."""
     choice: Choice | None = None
     """What the app's metric asks for, where it scales by one."""
     verdict: Verdict | None = None

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from atoll.control.actions import Ailment, Seen
 from atoll.control.apps import AppFacts
+from atoll.control.dependencies import Dependencies
 from atoll.control.evacuation import kept
 from atoll.control.gpus import ailment_of
 from atoll.control.jobs import JobFacts
@@ -116,6 +117,7 @@ class World:
         self.near: set[str] = set()
         """Apps that are near their users."""
         self.runs = Runs(state)
+        self.dependencies = Dependencies(state, lambda owner: owner in self.owned)
         self.evacuations: dict[str, Evacuation] = {}
         """Nodes that instances are to leave → why, and until when; as of the last `look`."""
         self.stale = True
@@ -137,6 +139,7 @@ class World:
         self.dirty.update((owner, None) for owner in self.owners())
         self.revision = self.state.revision
         self.runs.rebuild()
+        self.dependencies.rebuild()
         self.stale = True
         lost = {name for name, held in self.state.records(NodeLiveness).items() if held.record.health is NodeHealth.LOST}
         self.lost_since = {name: self.lost_since.get(name, self._monotonic()) for name in lost}
@@ -194,8 +197,12 @@ class World:
                 near = delta.new is not None and _near_users(record)
                 (self.near.add if near else self.near.discard)(delta.key)
                 self.dirty[(OwnerKind.APP, delta.key)] = None
+                self._touch_beside(delta.key)
+                self.dependencies.apply(delta)
+                self._touch_beside(delta.key)
             case AppStatus():
                 self.dirty[(OwnerKind.APP, delta.key)] = None
+                self._touch_beside(delta.key)
             case Job():
                 self.runs.apply(delta)
                 self._touch_job(delta.key)
@@ -262,6 +269,11 @@ class World:
         for key in self.draining:
             if key.endswith("/" + record.instance):
                 self._touch(key)
+
+    def _touch_beside(self, key: str) -> None:
+        """Have those decided about that depend on an app, or that it depends on."""
+        for name in self.dependencies.beside(key):
+            self.dirty[(OwnerKind.APP, name)] = None
 
     def _touch_job(self, key: str) -> None:
         """Have a job decided about; and of a run its schedule, and the other runs, of which only some are kept."""
@@ -360,6 +372,8 @@ class World:
             instances=instances,
             specs=specs,
             ingresses=frozenset(self.state.records(Ingress)),
+            waits_for=self.dependencies.waits_for(held.record),
+            stops_after=self.dependencies.stops_after(key, held.record),
         )
 
     def job_facts(self, key: str, now: float = 0.0) -> JobFacts | None:

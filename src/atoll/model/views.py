@@ -30,7 +30,7 @@ from atoll.model.records import (
 )
 from atoll.model.reservation import Reservation
 from atoll.model.rollouts import RolloutStatus
-from atoll.model.spec import REPLICAS_MAX, Name
+from atoll.model.spec import REPLICAS_MAX, AppSpec, Name
 from atoll.model.spec.values import default
 from atoll.model.streams import ErrorBody
 from atoll.model.units import Seconds
@@ -57,6 +57,21 @@ class AppView(Struct, frozen=True, kw_only=True):
     revision: int
     """Of `app`: pass it as `If-Match` to change only what was read."""
     urls: tuple[str, ...] = ()
+
+
+GROUP_MAX = 64
+"""Apps in one write."""
+
+
+class AppGroup(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Apps that are written together, all or none."""
+
+    apps: Annotated[tuple[AppSpec, ...], Meta(min_length=1, max_length=GROUP_MAX)]
+
+
+class GroupView(Struct, frozen=True, kw_only=True):
+    apps: tuple[AppView, ...]
+    revision: int
 
 
 class InstanceView(Struct, frozen=True, kw_only=True):

@@ -29,11 +29,13 @@ from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
+    AppGroup,
     AppView,
     BrakeView,
     DefragView,
     DrainRequest,
     DrainView,
+    GroupView,
     Info,
     InstanceExplanation,
     InstanceView,
@@ -249,6 +251,10 @@ class Client:
         """
         where = path("projects", spec.project, "apps", spec.name)
         return await self._write(AppView, "PUT", where, spec, if_revision=if_revision)
+
+    async def put_apps(self, project: str, specs: Sequence[AppSpec]) -> GroupView:
+        """Make or change several apps of a project: all of them, or none where one cannot be."""
+        return await self._write(GroupView, "PUT", path("projects", project, "apps"), AppGroup(apps=tuple(specs)))
 
     async def delete_app(self, project: str, name: str) -> None:
         """Ask for the end of the app; it is gone when its last instance is."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from atoll.api.http.answers import Lines
 from atoll.api.http.calls import Call, Query, Route
 from atoll.api.service import Need, authorize
@@ -13,8 +15,10 @@ from atoll.model.records import Event, Project, Release
 from atoll.model.spec import AppSpec, JobSpec, Quota
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
+    AppGroup,
     AppView,
     DefragView,
+    GroupView,
     InstanceExplanation,
     InstanceView,
     JobView,
@@ -61,6 +65,13 @@ async def get_app(call: Call) -> AppView:
 async def put_app(call: Call) -> AppView:
     spec = call.spec(AppSpec, call.path["app"])
     return await call.service.apps.put(call.caller, spec, if_match=call.if_match, request=call.request_key)
+
+
+async def put_group(call: Call) -> GroupView:
+    specs = call.body(AppGroup).apps
+    # A spec that names no project is for the one of the path.
+    specs = tuple(replace(spec, project=call.project) if spec.project == "default" else spec for spec in specs)
+    return await call.service.groups.put(call.caller, call.project, specs, request=call.request_key)
 
 
 async def delete_app(call: Call) -> AppView:
@@ -244,6 +255,7 @@ ROUTES: tuple[Route, ...] = (
         repeatable=True,
     ),
     _read(f"{_P}/{{project}}/apps", list_apps, "Apps", Page[AppView], PAGED),
+    _write("PUT", f"{_P}/{{project}}/apps", put_group, "Make or change several apps, all of them or none", GroupView, AppGroup),
     _read(_APP, get_app, "An app", AppView),
     _write("PUT", _APP, put_app, "Make or change an app; the same spec again makes no release", AppView, AppSpec, conditional=True),
     _write("DELETE", _APP, delete_app, "Delete an app; gone when its last instance is", AppView, conditional=True, status=202),

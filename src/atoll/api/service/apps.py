@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from atoll.api.service import claims
 from atoll.api.service.access import SYSTEM, Caller, check_name
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
+from atoll.api.service.dependencies import check_dependencies, dependents_of
 from atoll.api.service.events import told_by
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
@@ -60,6 +61,11 @@ class Apps:
         Raises Invalid, NotFound (project, secret), ImageError (not in the cell's registry), Conflict (a route is taken, the app
         is being deleted), StaleRevision.
         """
+        self.check(spec)
+        return await self._context.write(AppView, lambda: self.draft(caller, spec, if_match), request)
+
+    def check(self, spec: AppSpec) -> None:
+        """Raise Invalid for what can be told from the spec alone."""
         check_name(spec.project, "project")
         check_app(spec)
         check_constraints(spec)
@@ -68,17 +74,23 @@ class Apps:
                 "image: missing; the server does not build", field="image", mend="'atoll deploy' builds, pushes and sets it"
             )
 
-        def build() -> Draft[AppView]:
-            require_project(self._context, spec.project)
-            held = self._state.get(App, f"{spec.project}/{spec.name}")
-            check_match(held, if_match, f"app '{spec.name}'")
-            claims.check_hosts(self._context, spec)
-            check_host_ports(self._context, spec)
-            check_secrets(self._context, spec)
-            pinned = pin(self._context, caller, spec)
-            return self._create(caller, pinned) if held is None else self._change(caller, held, pinned)
-
-        return await self._context.write(AppView, build, request)
+    def draft(
+        self, caller: Caller, spec: AppSpec, if_match: int | None, beside: Mapping[str, AppSpec] | None = None
+    ) -> Draft[AppView]:
+        """Return the write that makes or changes an app, decided from the cache as it is; `beside` are specs of the same write."""
+        require_project(self._context, spec.project)
+        held = self._state.get(App, f"{spec.project}/{spec.name}")
+        check_match(held, if_match, f"app '{spec.name}'")
+        claims.check_hosts(self._context, spec)
+        check_host_ports(self._context, spec)
+        check_secrets(self._context, spec)
+        check_dependencies(self._context, spec, beside or {})
+        pinned = pin(self._context, caller, spec)
+        drafted = self._create(caller, pinned) if held is None else self._change(caller, held, pinned)
+        # None of them may be deleted in between, which is refused while something depends on it.
+        needed = [f"{spec.project}/{name}" for name in spec.depends_on if name not in (beside or {})]
+        there = [unchanged(keys.APPS + key, found.revision) for key in needed if (found := self._state.get(App, key)) is not None]
+        return replace(drafted, compare=[*drafted.compare, *there]) if drafted.ops else drafted
 
     async def scale(
         self,
@@ -156,6 +168,7 @@ class Apps:
             if _metric(spec) == _metric(held.record.spec):
                 # How many there are is the app's and no release's, unless the release gives another metric away.
                 spec = replace(spec, scale=held.record.spec.scale)
+            spec = replace(spec, disruption=held.record.spec.disruption, depends_on=held.record.spec.depends_on)
             _check_single(spec, held.record.replicas)
             check_gang_of(spec, held.record.replicas)
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
@@ -179,6 +192,10 @@ class Apps:
         def change(held: Held[App]) -> Draft[AppView]:
             if held.record.deleting:
                 return Draft(answer=lambda _: self._view(held))
+            dependents = dependents_of(self._context, held.record)
+            if dependents:
+                mend = f"delete {dependents[0]} first, or deploy it without depends_on"
+                raise Conflict(f"app '{name}' is what {', '.join(dependents[:5])} depends on", mend=mend)
             app = replace(held.record, deleting=True)
             return self.changed(held, app, caller, "app-delete-asked", "is being deleted")
 
@@ -286,7 +303,7 @@ class Apps:
         check_gang_of(spec, app.replicas)
         compare: list[Compare] = []
         ops: list[Op] = []
-        if replace(spec, scale=UNSET) != replace(old.spec, scale=UNSET) or _metric(spec) != _metric(old.spec):
+        if _of_release(spec) != _of_release(old.spec) or _metric(spec) != _metric(old.spec):
             releases = self._releases(old)
             self._check_ports(old, spec)
             app = replace(app, order=None, release=1 + max((release.record.number for release in releases), default=old.release))
@@ -381,6 +398,11 @@ def _order_back(old: App, spec: AppSpec, target: int) -> RolloutOrder | None:
 def _replicas(spec: AppSpec, otherwise: int) -> int:
     """A spec without `scale` leaves the number as it is."""
     return otherwise if spec.scale is UNSET else spec.scale.replicas
+
+
+def _of_release(spec: AppSpec) -> AppSpec:
+    """Return what instances run by: changing the rest makes no release."""
+    return replace(spec, scale=UNSET, disruption=None, depends_on=())
 
 
 def _metric(spec: AppSpec) -> str | None:

@@ -19,6 +19,7 @@ from atoll.api.service.drains import Drains
 from atoll.api.service.events import Events
 from atoll.api.service.exposition import Exposition
 from atoll.api.service.feeds import Feeds
+from atoll.api.service.groups import Groups
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.housekeeping import Housekeeping
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
@@ -83,6 +84,7 @@ class Service:
         self.tunnels = Tunnels(lambda: entropy(16).hex())
         self.projects = Projects(self.context)
         self.apps = Apps(self.context)
+        self.groups = Groups(self.context, self.apps)
         self.jobs = Jobs(self.context)
         self.instances = Instances(self.context)
         self.planning = Planning(self.context, self.heartbeats, self.ingresses)
