@@ -57,9 +57,14 @@ def test_nothing_passes_what_waits_first_in_first_out(files: tuple[Path, Path]) 
     assert strict.placed == passing.placed == 5
 
 
+SITES = "name,region,country,latitude,longitude,demand\ns1,weur,NL,52.31,4.76,9\ns2,enam,US,38.94,-77.46,1\n"
+
+
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_a_replay_has_one_answer_and_never_uses_more_than_there_is(files: tuple[Path, Path], policy: str) -> None:
-    trace = load(*files)
+    sites = files[0].with_name("sites.csv")
+    sites.write_text(SITES)
+    trace = load(*files, sites)
     first = replay(trace, policy)
     assert first == replay(trace, policy)
     assert all(0 <= share <= 1 for one in first.samples for share in (one.cpu, one.memory, one.gpu, one.fragmentation))
@@ -122,3 +127,27 @@ def test_plots_are_written(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert {path.name for path in written} == {"utilisation.svg", "fragmentation.svg", "queueing.svg", "latency.svg"}
     assert all(path.stat().st_size > 5_000 for path in written)
     assert "matplotlib" in sys.modules
+
+
+def test_near_users_the_weighted_round_trip_is_shorter_than_under_any_other_policy(tmp_path: Path) -> None:
+    nodes, work, sites = tmp_path / "n.csv", tmp_path / "w.csv", tmp_path / "s.csv"
+    sites.write_text(SITES + "s3,apac,SG,1.36,103.99,5\n")
+    nodes.write_text("name,cpu_milli,memory_mib,site\n" + "".join(f"n{i},4000,8192,s{1 + i % 3}\n" for i in range(6)))
+    rows = "".join(f"t{i},{i},1000,1000,1024,app{i % 2}\n" for i in range(6))
+    work.write_text("name,arrive_s,run_s,cpu_milli,memory_mib,owner\n" + rows)
+    trace = load(nodes, work, sites)
+    reports = {policy: replay(trace, policy) for policy in POLICIES}
+    near = reports["near"]
+    assert near.placed == 6
+    assert all(near.latency_ms_mean < other.latency_ms_mean for name, other in reports.items() if name != "near")
+    # Three of each app, at s1 twice and at s3: only those at s2 are not at home.
+    assert near.samples[-1].latency_ms == pytest.approx((14 * 0.5 + 98.6) / 15, rel=0.01)
+    with pytest.raises(Invalid, match="coordinates"):
+        replay(load(nodes, work), "near")
+
+
+@pytest.mark.parametrize("row", ["a,weur,NL,north,4", "a,weur,NL,91,4", "a,weur,NL,nan,4", "a,weur,NL,52,181"])
+def test_a_site_that_is_nowhere_is_refused_with_its_row(files: tuple[Path, Path], tmp_path: Path, row: str) -> None:
+    (tmp_path / "s.csv").write_text(f"name,region,country,latitude,longitude\n{row}\n")
+    with pytest.raises(Invalid, match=r"row 1: (latitude|longitude)"):
+        load(*files, tmp_path / "s.csv")

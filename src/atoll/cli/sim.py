@@ -8,7 +8,7 @@ import click
 
 from atoll.cli.session import Session, command
 
-POLICIES = ("pack", "spread", "pack-fifo")
+POLICIES = ("pack", "spread", "pack-fifo", "near")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -18,7 +18,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--nodes", type=_FILE, required=True, help="The machines: CSV or JSON, openb's form or ours.")
 @click.option("--work", type=_FILE, required=True, help="What arrives and departs: CSV or JSON, openb's form or ours.")
-@click.option("--sites", type=_FILE, help="The sites that nodes without one are dealt to.")
+@click.option(
+    "--sites", type=_FILE, help="The sites that nodes without one are dealt to; with coordinates, where requests come from."
+)
 @click.option("--policy", "policies", multiple=True, type=click.Choice(POLICIES), help="May be repeated.  [default: pack, spread]")
 @click.option("--fail", "failures", multiple=True, metavar="KIND:NAME@AT[+FOR]", help="A node or site that fails; seconds.")
 @click.option("--limit", type=click.IntRange(1), help="Only so many rows of --work.")
@@ -65,6 +67,7 @@ def sim(
         "MEMORY>?",
         "GPU>",
         "FRAGMENTED>",
+        *(("ROUND TRIP>",) if trace.demand else ()),
     )
     session.output.table(
         heads,
@@ -82,6 +85,7 @@ def sim(
                 f"{one.memory_mean:.1%}",
                 f"{one.gpu_mean:.1%}",
                 f"{one.fragmentation_mean:.1%}",
+                *((f"{one.latency_ms_mean:.1f}ms",) if trace.demand else ()),
             )
             for one in reports
         ],

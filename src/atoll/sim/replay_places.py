@@ -55,6 +55,9 @@ class Places:
         demands = {item.group: item.demand for item in pending}
         for group, count in Counter(item.group for item in pending).items():
             owner, current = owner_of_group(group), sites_of(view, group)
+            before = whereabouts.layouts.get(owner)
+            if before is not None and before.count >= sum(current.values()) + count:
+                continue
             whereabouts.traffic = {**whereabouts.traffic, owner: self.users}
             layout = lay_out(view, group, demands[group], sum(current.values()) + count, current)
             if layout is not None:
