@@ -35,6 +35,7 @@ from atoll.model.records import (
 )
 from atoll.model.spec import AppSpec, JobSpec, RuntimeName
 from atoll.model.states import Desired, Phase
+from atoll.model.traffic import Counts
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
 
@@ -100,6 +101,8 @@ class Cell:
         self.detection: Exchange | None = None
         self.ingresses: dict[str, IngressHeartbeat] = {}
         self.optimiser: Optimiser = InlineOptimiser()
+        self.traffic: dict[str, dict[int, Counts]] = {}
+        """What ingresses have counted: app → release → all of it."""
         self.metrics: Callable[[Instance], dict[str, float]] = lambda instance: {}
         """What instances that are ready say of themselves with each heartbeat."""
         self.silent: set[str] = set()
@@ -145,6 +148,7 @@ class Cell:
             detection=self.detection,
             ingresses=self.ingresses,
             optimiser=self.optimiser,
+            traffic=self.traffic,
         )
         task = asyncio.ensure_future(control)
         self._tasks.append(task)
