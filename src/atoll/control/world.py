@@ -172,16 +172,6 @@ class World:
                 kept, left = kept + stays, left + (not stays)
         return left, kept
 
-    def left_on(self, name: str) -> tuple[int, int]:
-        """Return how many instances are to leave a node still, and how many are kept there by their volumes."""
-        left = kept = 0
-        for key in self.on_node.get(name, ()):
-            seen = self.seen(key, {})
-            if seen is not None and not seen.ended:
-                stays = seen.evacuation is None and seen.instance.desired is Desired.RUN
-                kept, left = kept + stays, left + (not stays)
-        return left, kept
-
     def apply(self, deltas: Deltas) -> None:
         """Take over one revision's changes and mark the owners that they touch."""
         for delta in deltas.deltas:
