@@ -179,6 +179,18 @@ def test_a_helper_cannot_make_an_answer_nor_hand_on_an_old_one() -> None:
     on_net(test)
 
 
+@pytest.mark.parametrize("inside", ["", "nonsense", "10.0.0.1:", "10.0.0.1:99999", "10.0.0.1:²", ":7000", "10.0.0.1:" + "9" * 90])
+def test_a_node_that_says_nonsense_of_where_it_is_is_heard_and_harms_nobody(inside: str) -> None:
+    async def test(net: Net) -> None:
+        await fleet(net, 3)
+        net.pulses["n1"].inside = inside
+        await asyncio.sleep(3)
+        await net.kill("n1")
+        assert await net.until_silent("n1") < GOAL_S
+
+    on_net(test)
+
+
 def test_foreign_keys_and_unknown_nodes_are_not_heard() -> None:
     async def test(net: Net) -> None:
         await fleet(net, 3)

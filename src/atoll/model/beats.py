@@ -220,7 +220,7 @@ def read_relay(key: bytes, data: bytes) -> Relay:
         raise NotOurs("cut short")
     where, at = _take(body, _PING.size)
     host, _, port = where.partition(" ")
-    if not port.isdigit() or not 0 < int(port) < 65_536:
+    if not port.isascii() or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65_536:
         raise NotOurs("no address")
     return Relay(_PING.unpack_from(body)[0], (host, int(port)), body[at:])
 

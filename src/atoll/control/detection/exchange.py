@@ -278,4 +278,5 @@ class Exchange:
 
 def _address(text: str) -> Address | None:
     host, _, port = text.rpartition(":")
-    return (host.strip("[]"), int(port)) if host and port.isdigit() and 0 < int(port) < 65_536 else None
+    good = host and port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 65_536
+    return (host.strip("[]"), int(port)) if good else None
