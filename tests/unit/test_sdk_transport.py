@@ -15,6 +15,7 @@ from atoll.model.ports.control_plane import AssignmentBatch
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
 from atoll.model.spec import AppSpec, JobSpec, Port
 from atoll.model.states import Phase
+from atoll.model.traffic import TrafficReport
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.http import HttpTransport
 from atoll.sdk.transport import Address, path
@@ -295,3 +296,18 @@ async def test_an_unknown_path_is_not_found_even_from_a_proxy() -> None:
     async with serving(proxy) as server:
         with pytest.raises(NotFound, match="answered 404"):
             await HttpControlPlane(server.address, None, node="n").instance_secrets("i")
+
+
+async def test_what_an_ingress_counted_is_told_to_every_server_and_is_lost_only_if_none_takes_it() -> None:
+    async def broken(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"{}", "503 Service Unavailable"))
+
+    report = TrafficReport(ingress="g", started=1.0)
+    async with serving(ok) as one, serving(broken) as two, serving(ok) as three:
+        control = HttpControlPlane(",".join(each.address for each in (one, two, three)), None)
+        await control.traffic(report)
+        assert [len(each.requests) for each in (one, two, three)] == [1, 1, 1]
+        one.handler = three.handler = broken
+        with pytest.raises(Unavailable):
+            await control.traffic(report)
+        await control.close()

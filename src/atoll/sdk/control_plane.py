@@ -5,6 +5,7 @@ Calls go over a few persistent connections; each watch has its own, which counts
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Nod
 from atoll.model.traffic import TrafficReport
 from atoll.model.views import ErrorAnswer
 from atoll.sdk import answers
-from atoll.sdk.failover import transport_to
+from atoll.sdk.failover import Failover, transport_to
 from atoll.sdk.transport import Transport, path
 
 CALL_S = 10.0
@@ -98,16 +99,22 @@ class HttpControlPlane:
         await self._call("POST", path("ingresses", ingress, "drained"), _Drained(instances))
 
     async def traffic(self, report: TrafficReport) -> None:
-        await self._call("POST", path("ingresses", report.ingress, "traffic"), report)
+        """Tell every server, for only the one that leads decides by it. Raises what the first did when none has taken it."""
+        where = path("ingresses", report.ingress, "traffic")
+        each: Sequence[Transport] = self._transport.each if isinstance(self._transport, Failover) else (self._transport,)
+        told = await asyncio.gather(*(self._call("POST", where, report, one) for one in each), return_exceptions=True)
+        failed = [one for one in told if isinstance(one, BaseException)]
+        if len(failed) == len(told):
+            raise failed[0]
 
     async def close(self) -> None:
         """Close the idle connections; streams that are open end with their iterators."""
         await self._transport.close()
 
-    async def _call(self, method: str, where: str, record: object | None = None) -> bytes:
+    async def _call(self, method: str, where: str, record: object | None = None, transport: Transport | None = None) -> bytes:
         body = b"" if record is None else codec.encode(record)
         try:
-            answer = await self._transport.request(method, where, body=body, timeout_s=CALL_S)
+            answer = await (transport or self._transport).request(method, where, body=body, timeout_s=CALL_S)
         except (OutcomeUnknown, DeadlineExceeded) as error:
             raise Unavailable(str(error)) from None  # every call of this port may be repeated
         if answer.status >= 400:

@@ -55,6 +55,11 @@ class Failover:
         """Of the server in use."""
         return self._transports[self._at].address
 
+    @property
+    def each(self) -> tuple[HttpTransport, ...]:
+        """All of the servers, for what each must hear."""
+        return self._transports
+
     async def request(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float = REQUEST_S
     ) -> Answer:
