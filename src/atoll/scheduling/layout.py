@@ -25,8 +25,10 @@ from atoll.scheduling.whereabouts import Layout
 SLACK = 1.25
 MOVE_MS = 5.0
 """What the requests of one replica must gain each, on average, for it to be worth moving."""
-STEPS_MAX = 64
+STEPS_MAX, STEPS_MIN = 64, 16
 """Steps of `quick`: of many replicas several are added at a time."""
+PAIRS_MAX = 2_000_000
+"""Pairs of a place and a site that are looked at in all steps together; with more, several replicas are added at a time."""
 SITES_MAX = 2_000
 COUNT_MAX = 100_000
 UNSERVED_FACTOR = 100.0
@@ -97,29 +99,28 @@ def quick(question: Question) -> list[int]:
     replicas = np.minimum(question.current, room)
     while replicas.sum() > question.count:
         replicas[np.flatnonzero(replicas == replicas.max())[-1]] -= 1
-    size = question.replica_capacity
-    order = np.argsort(cost, axis=0, kind="stable").T
-    sorted_cost = np.take_along_axis(cost.T, order, axis=1)
-    regret = _regret(cost, room, question.count)[order]
-    gain_per_unit = np.where(np.isfinite(sorted_cost), regret - np.where(np.isfinite(sorted_cost), sorted_cost, 0.0), 0.0)
-    left = question.demand.copy()
-    for site in np.flatnonzero(replicas).tolist():
-        left[order[site]] -= _taken(left[order[site]], size * int(replicas[site]), sorted_cost[site])
     missing = int(min(question.count, room.sum()) - replicas.sum())
-    at_once = max(1, missing // STEPS_MAX)
+    finite = cost[np.isfinite(cost)]
+    unserved = UNSERVED_FACTOR * (1.0 + float(finite.max(initial=0.0)))
+    at_once = max(1, missing // min(STEPS_MAX, max(STEPS_MIN, PAIRS_MAX // cost.size)))
+    open_ = np.flatnonzero(room > 0)
+    ways = cost[:, open_]
     while missing > 0:
-        if left.sum() <= 1e-9:
-            left = question.demand.copy()
-        free = room - replicas
-        many = np.minimum(free, min(at_once, missing))
-        there = left[order]
-        taken = np.clip(size * many[:, None] - (np.cumsum(there, axis=1) - there), 0.0, there)
-        gain = np.where(np.isfinite(sorted_cost), taken * gain_per_unit, 0.0).sum(axis=1) - question.site_cost * many
-        gain = np.where(many > 0, gain / np.maximum(many, 1), -np.inf)
-        best = int(gain.argmax())
-        replicas[best] += many[best]
+        # A few serve more each than many will: what comes first has its place in the middle of more.
+        size = SLACK * float(question.demand.sum()) / min(question.count, int(replicas.sum()) + at_once)
+        flow = _nearest_flow(question, replicas.tolist(), size)
+        # What each place's requests cost on average; what nobody serves costs more than anything.
+        left = np.maximum(question.demand - flow.sum(axis=1), 0.0)
+        paid = ((flow * np.where(flow > 0, question.latency_ms, 0.0)).sum(axis=1) + left * unserved) / question.demand
+        saves = np.clip(paid[:, None] - ways, 0.0, None)
+        order = np.argsort(-saves, axis=0, kind="stable")
+        many = np.minimum((room - replicas)[open_], min(at_once, missing))
+        demand = question.demand[order]
+        taken = np.clip(size * many[None, :] - (np.cumsum(demand, axis=0) - demand), 0.0, demand)
+        gain = (taken * np.take_along_axis(saves, order, axis=0)).sum(axis=0) - question.site_cost[open_] * many
+        best = int(np.where(many > 0, gain / np.maximum(many, 1), -np.inf).argmax())
+        replicas[open_[best]] += many[best]
         missing -= int(many[best])
-        left[order[best]] -= _taken(left[order[best]], size * int(many[best]), sorted_cost[best])
     answer: list[int] = replicas.tolist()
     return answer
 
@@ -127,7 +128,7 @@ def quick(question: Question) -> list[int]:
 def layout_of(question: Question, replicas: Sequence[int], flow: Floats | None = None) -> Layout:
     """Return the layout that `replicas` by site make. `flow` (places, sites) says who serves whom; without it, the nearest with
     room left, place by place."""
-    served = _nearest_flow(question, replicas) if flow is None else flow
+    served = _nearest_flow(question, replicas, question.replica_capacity) if flow is None else flow
     total, all_demand = float(served.sum()), float(question.demand.sum())
     weighted = float((served * np.where(served > 0, question.latency_ms, 0.0)).sum())
     return Layout(
@@ -178,37 +179,21 @@ def _region_costs(view: View, demand: Demand, sites: Sequence[int], latency_ms: 
     return np.array([step * (listed.index(region) if region in listed else fallback) for region in places], dtype=np.float64)
 
 
-def _regret(cost: Floats, room: Ints, count: int) -> Floats:
-    """Return what a unit of each place would cost elsewhere: at about as many sites away as one replica stands for."""
-    usable = cost[:, room > 0]
-    if not usable.shape[1]:
-        return np.zeros(len(cost))
-    rank = min(usable.shape[1] - 1, 2 * usable.shape[1] // max(1, count) + 1)
-    reach = np.sort(usable, axis=1)[:, : rank + 1]
-    last = np.where(np.isfinite(reach), reach, -np.inf).max(axis=1)
-    # A unit that is not served costs more than any way of serving it.
-    answer: Floats = np.where(np.isfinite(last), last, 0.0) + 1.0
-    return answer
-
-
-def _taken(left: Floats, free: float, cost: Floats) -> Floats:
-    """Return what a site with `free` room takes of `left`, both nearest first."""
-    reach = np.where(np.isfinite(cost), left, 0.0)
-    answer: Floats = np.clip(free - (np.cumsum(reach) - reach), 0.0, reach)
-    return answer
-
-
-def _nearest_flow(question: Question, replicas: Sequence[int]) -> Floats:
-    there = np.asarray(replicas, dtype=np.float64)
-    free = there * question.replica_capacity
+def _nearest_flow(question: Question, replicas: Sequence[int], size: float) -> Floats:
+    """Return (places, sites) who serves whom when the shortest ways are taken first, each replica serving up to `size`."""
     flow, left = np.zeros_like(question.latency_ms), question.demand.copy()
-    cost = np.where((question.latency_ms <= question.latency_ms_max) & (there > 0), question.latency_ms, np.inf)
-    for place, site in zip(*np.unravel_index(np.argsort(cost, axis=None, kind="stable"), cost.shape), strict=True):
-        if not np.isfinite(cost[place, site]):
+    there = np.flatnonzero(replicas)
+    free = np.asarray(replicas, dtype=np.float64) * size
+    ways = question.latency_ms[:, there]
+    order = np.argsort(ways, axis=None, kind="stable")
+    for place, column in zip(*(part.tolist() for part in np.unravel_index(order, ways.shape)), strict=True):
+        site = int(there[column])
+        if left[place] <= 0.0 or free[site] <= 0.0:
+            continue
+        if ways[place, column] > question.latency_ms_max:
             break
         amount = min(float(left[place]), float(free[site]))
-        if amount > 0.0:
-            flow[place, site] = amount
-            left[place] -= amount
-            free[site] -= amount
+        flow[place, site] = amount
+        left[place] -= amount
+        free[site] -= amount
     return flow
