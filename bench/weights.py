@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import http.client
 import json
+import logging
 import os
 import shutil
 import sys
@@ -21,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from atoll.entry.scratch import ScratchAtoll, ScratchNode
 from atoll.images.lazy.mount import refusal
@@ -34,6 +37,8 @@ from bench.report import Report, Result, median
 SAMPLES = 5
 SIZE_MB = 500
 WAIT_S = 300.0
+WARM_READS = 7
+"""Of the whole file, each way."""
 BUSYBOX = Path("/bin/busybox")
 
 
@@ -220,6 +225,7 @@ class Volumes:
         if why := refusal():
             report.add(Result(what + "first byte of its middle, lazily", None, "s", why=why))
             return
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))  # stdout is the report's
         taken: dict[str, list[float]] = {}
         for number in range(samples):
             for way in ("whole", "lazy"):
@@ -232,9 +238,10 @@ class Volumes:
             ("first", "s", what + "first byte of its middle, p50: lazily, beside whole", "<= 0.5"),
             ("all", "s", what + "all of it read, p50: lazily, beside whole", "<= 1.0"),
             ("here", "s", what + "all of it here as plain files, p50: lazily, beside whole", None),
-            ("warm", "MB/s", "warm reads of 1 MiB, p50: through the mount, beside plain files", ">= 0.8"),
         ):
             report.add(Result(words, found[f"lazy {name}"], unit, found[f"whole {name}"], goal=goal))
+        words = "warm reads of 1 MiB, p50: through the mount, beside plain files, in turn"
+        report.add(Result(words, found["lazy warm"], "MB/s", found["lazy warm plain"], goal=">= 0.8"))
 
     async def _sample(self, directory: Path, lazily: bool) -> dict[str, float]:
         directory.mkdir(parents=True)
@@ -254,10 +261,14 @@ class Volumes:
         while await store.find(self.image) is None:  # noqa: ASYNC110 (another process brings it)
             await asyncio.sleep(0.01)
         taken["here"] = time.monotonic() - began
-        await asyncio.to_thread(self._read, file, 0, None)
-        warm = [await asyncio.to_thread(self._read, file, 0, None) for _ in range(3)]
-        taken["warm"] = self.size_mb / min(warm)
         if lazy is not None:
+            plain = (await store.tree(await store.ensure(self.image))) / "weights.bin"
+            await asyncio.to_thread(self._read, plain, 0, None)
+            both = [
+                (await asyncio.to_thread(self._read, file, 0, None), await asyncio.to_thread(self._read, plain, 0, None))
+                for _ in range(WARM_READS)
+            ]
+            taken["warm"], taken["warm plain"] = (self.size_mb / median(list(times)) for times in zip(*both, strict=True))
             lazy.end()
         await store.close()
         await registries.aclose()
