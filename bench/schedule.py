@@ -11,6 +11,7 @@ import asyncio
 import gc
 import multiprocessing
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from atoll.scheduling.demand import Pending, demand_of
 from atoll.scheduling.plan import plan
 from atoll.scheduling.snapshot import Snapshot
 from bench.report import Report, Result, median, percentile
-from bench.schedule_cell import Cell, Wave, node
+from bench.schedule_cell import ETCD, SQLITE, Cell, Wave, node
 
 NODES = 5_000
 INSTANCES = 50_000
@@ -33,7 +34,7 @@ SITES = 350
 NODES_MAX = 100_000
 GROWTH = (1_000, 3_000, 10_000, 30_000, 100_000)
 PLANNED = "planned only (snapshot in memory, nothing written)"
-COMMITTED = "planned, durably committed (SQLite, fsync), seen by each node's agent; making the instance records included"
+COMMITTED = "planned, durably committed ({}), seen by each node's agent; making the instance records included"
 
 Case = dict[str, Any]
 SELF = "self"
@@ -89,13 +90,13 @@ def planned(more: Case, nodes: int, count: int, rounds: int, gpus: int) -> list[
     return rates
 
 
-def committed(more: Case, nodes: int, count: int, rounds: int, gpus: int) -> list[Wave]:
+def committed(more: Case, nodes: int, count: int, rounds: int, gpus: int, store: str) -> list[Wave]:
     """Return the waves of `rounds` cells, each begun empty."""
 
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is the report's
 
     async def one() -> Wave:
-        async with Cell([node(index, SITES, gpus=gpus) for index in range(nodes)]) as cell:
+        async with Cell([node(index, SITES, gpus=gpus) for index in range(nodes)], store) as cell:
             return await cell.deploy([spec(f"a{app}", count // APPS, more) for app in range(APPS)])
 
     return [asyncio.run(one()) for _ in range(rounds)]
@@ -165,20 +166,26 @@ def _rates(report: Report, rounds: int, count: int, cases: list[str]) -> None:
         _say(f"{what}: planned")
         rates = apart(planned, more, NODES, number, rounds, gpus)
         report.add(Result(f"{what}, {size}: {PLANNED}", median(rates), "1/s"))
-        _say(f"{what}: committed")
-        waves = apart(committed, more, NODES, number, rounds, gpus)
-        rate = median([wave.instances / wave.observed_s for wave in waves])
-        report.add(
-            Result(
-                f"{what}, {size}: {COMMITTED}",
-                rate,
-                "1/s",
-                goal=goal,
-                why="beside other load a process waits for its core: "
-                f"{median([wave.instances / wave.processor_s for wave in waves]):,.0f} for each second of processor time. "
-                f"Kubernetes' CI floor for the like case is {floor:g}/s; ours is {rate / floor:.0f} times it",
+        for store in (SQLITE, ETCD):
+            _say(f"{what}: committed, {store}")
+            name = f"{what}, {size}: {COMMITTED.format(store)}"
+            if store == ETCD and shutil.which("etcd") is None:
+                report.add(Result(name, None, "1/s", goal=goal, why="there is no etcd on this machine"))
+                continue
+            waves = apart(committed, more, NODES, number, rounds, gpus, store)
+            rate = median([wave.instances / wave.observed_s for wave in waves])
+            report.add(
+                Result(
+                    name,
+                    rate,
+                    "1/s",
+                    goal=goal,
+                    why="beside other load a process waits for its core: "
+                    f"{median([wave.instances / wave.processor_s for wave in waves]):,.0f} for each second of processor time"
+                    f"{' (ours, not the etcd process)' if store == ETCD else ''}. "
+                    f"Kubernetes' CI floor for the like case is {floor:g}/s; ours is {rate / floor:.0f} times it",
+                )
             )
-        )
 
 
 def _latencies(report: Report) -> None:

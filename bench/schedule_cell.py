@@ -1,4 +1,4 @@
-"""A leader on SQLite with thousands of simulated agents, all in one process: what the scheduling benchmark drives."""
+"""A leader on SQLite, or on an etcd of its own, with thousands of simulated agents in one process: for the scheduling benchmark."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ from atoll.model.ports.store import TXN_OPS_MAX, Op, Put
 from atoll.model.records import App, Capacity, Instance, Node, Release
 from atoll.model.spec import AppSpec, RuntimeName
 from atoll.store.cache import State
+from atoll.store.etcd.private import PrivateEtcd
+from atoll.store.etcd.store import EtcdStore
 from atoll.store.sqlite import SqliteStore
 
+SQLITE, ETCD = "SQLite, fsync", "etcd, one member"
+"""What a cell may be built on."""
 WITHIN_S = 300.0
 """For one wave of instances to be seen by their agents."""
 _GIB = 1 << 30
@@ -114,8 +118,9 @@ class Agents:
 class Cell:
     """Store, cache, leader and agents; `deploy` measures one wave of apps."""
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
+    def __init__(self, nodes: Sequence[Node], store: str = SQLITE) -> None:
         self._nodes = nodes
+        self._kind = store
         self._work = Path(tempfile.mkdtemp(prefix="atoll-bench-"))
         self._stack = contextlib.AsyncExitStack()
         self._total = 0
@@ -123,7 +128,7 @@ class Cell:
     async def __aenter__(self) -> Cell:
         self._stack.callback(shutil.rmtree, self._work, ignore_errors=True)
         clock = SystemClock()
-        self.store = await SqliteStore.open(self._work / "state.db", clock)
+        self.store = await self._open(clock)
         self._stack.push_async_callback(self.store.close)
         await self.put_all((keys.node(one.name), one) for one in self._nodes)
         self.state = await self._stack.enter_async_context(State(self.store, KINDS))
@@ -136,6 +141,14 @@ class Cell:
         self._stack.push_async_callback(_end, [beat, lead])
         await asyncio.sleep(1.0)
         return self
+
+    async def _open(self, clock: SystemClock) -> SqliteStore | EtcdStore:
+        if self._kind == SQLITE:
+            return await SqliteStore.open(self._work / "state.db", clock)
+        (self._work / "etcd").mkdir()
+        # One member, with its data on this machine's disk and synced as it is by itself.
+        etcd = await asyncio.to_thread(self._stack.enter_context, PrivateEtcd(1, data=self._work / "etcd"))
+        return await EtcdStore.open(etcd.address)
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
