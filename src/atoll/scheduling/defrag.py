@@ -175,6 +175,8 @@ def _even_over(demand: Demand) -> Iterator[str]:
     """Yield labels over whose values the class must stay even: it only moves within one."""
     if demand.placement.max_skew is not None:
         yield str(demand.placement.spread)
+    if demand.placement.near is not None:
+        yield "site"
     yield from (rule.label for rule in demand.placement.constraints if rule.operator is Operator.GROUP_BY)
 
 
