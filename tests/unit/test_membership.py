@@ -218,6 +218,13 @@ async def test_a_name_that_is_taken_needs_a_token_that_names_it(cell: Cell) -> N
         cell.members.caller(old.shown)
 
 
+async def test_a_machine_without_a_name_gets_that_of_its_token_or_of_its_host(cell: Cell) -> None:
+    bound, free = await cell.token("n7"), await cell.token()
+    for token, name in ((bound, "n7"), (free, "host")):
+        certified = await cell.members.join(JoinRequest(token=token, hostname="host", csr=Machine().csr()))
+        assert certified.name == name
+
+
 @pytest.mark.parametrize("name", ["", "N1", "a/b", "../x", "n" * 200, "n1\n"])
 async def test_a_name_that_is_no_name_is_refused(cell: Cell, name: str) -> None:
     with pytest.raises(Invalid):

@@ -125,10 +125,11 @@ class Config:
             f"--ingress={self.ingress}",
             f"--subnet={self.subnet}",
             f"--domain={self.domain}",
-            f"--node={self.node_name}",
             f"--site={self.site}",
             f"--region={self.region}",
         ]
+        if self.node:  # a machine that joins may get its name by its token
+            options.append(f"--node={self.node}")
         if self.default_registry:
             options.append(f"--default-registry={self.default_registry}")
         if self.nvproxy_driver:

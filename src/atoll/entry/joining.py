@@ -71,7 +71,7 @@ async def reach(config: Config, kind: MemberKind, data: Path, stop: Stop) -> Rea
     if held is None and join:
         if not config.server:
             raise Invalid("--join: at which server?", field="server", mend="give --server https://HOST:7600")
-        held = await credentials.join(config.server, join, config.node, system_random())
+        held = await credentials.join(config.server, join, config.node, system_random(), hostname=config.node_name)
         log.info("joined", name=held.name, kind=kind.value)
     if held is not None:
         if config.node and config.node != held.name:

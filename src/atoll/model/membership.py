@@ -123,7 +123,8 @@ class JoinTokenView(Struct, frozen=True, kw_only=True):
 class JoinRequest(Struct, frozen=True, kw_only=True):
     token: str
     name: str = ""
-    """Empty: the one that the token is for."""
+    """Empty: the one that the token is for, and where it is for any, `hostname`."""
+    hostname: str = ""
     csr: str
     """A certificate signing request (PEM) for the machine's own key; nothing but the key is taken from it."""
 

@@ -77,15 +77,16 @@ class Credentials:
         """Return what connections to the cell are made with. Raises Invalid."""
         return Tls(self.bundle, self.file)
 
-    async def join(self, servers: str, token: str, name: str, choose: random.Random) -> Held:
+    async def join(self, servers: str, token: str, name: str, choose: random.Random, *, hostname: str = "") -> Held:
         """Make a key, have it certified at one of `servers` (URLs with commas), and keep both.
 
-        The servers are known by the authority that is pinned in the token. Raises Unauthenticated, Conflict, Forbidden: the
-        token is refused; Unavailable after `JOIN_TRIES`. Safe to repeat: the same key is used until it is certified.
+        `name` may be empty: then it is the one that the token is for, and where that is for any, `hostname`. The servers are
+        known by the authority that is pinned in the token. Raises Unauthenticated, Conflict, Forbidden: the token is refused;
+        Unavailable after `JOIN_TRIES`. Safe to repeat: the same key is used until it is certified.
         """
         pin = read_join_token(token).pin
         key = self._joining_key()
-        request = JoinRequest(token=token, name=name, csr=_csr(key))
+        request = JoinRequest(token=token, name=name, hostname=hostname, csr=_csr(key))
         transport = transport_to(servers, None, agent="atoll-join", ca=pin)
         try:
             for tried in range(JOIN_TRIES):

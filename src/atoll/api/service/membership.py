@@ -78,13 +78,13 @@ class Membership:
             token = self._token(request.token)
             key = requested_key(request.csr)
             digest = key_digest(key)
-            name = check_id(request.name or token.subject, "name")
+            name = check_id(request.name or token.subject or request.hostname, "name")
             self._may_join(token, name, digest)
             again = self._state.get(Identity, f"{token.kind}/{name}") if token.used_key == digest else None
             enrolment = again.record.enrolment if again is not None else new_suffix(self._context.random.choice, 12)
             signed = await self._authorities.sign(Subject(kind=token.kind, name=name, enrolment=enrolment), key)
         except (Unauthenticated, Conflict, Forbidden, Invalid) as error:
-            await self._refused("join-refused", request.name, error)
+            await self._refused("join-refused", request.name or request.hostname, error)
             raise
 
         def build() -> Draft[Certified]:
@@ -105,7 +105,7 @@ class Membership:
         try:
             return await self._context.write(Certified, build)
         except (Unauthenticated, Conflict, Forbidden) as error:  # someone else was faster
-            await self._refused("join-refused", request.name, error)
+            await self._refused("join-refused", request.name or request.hostname, error)
             raise
 
     async def renew(self, request: RenewRequest) -> Certified:
