@@ -108,7 +108,7 @@ def changes_in_words(changed: Mapping[str, Evacuation | None], now: float) -> It
     """Yield what happens to nodes. Who leads next says it again under the same id, so that nothing is told twice."""
     for name, evacuation in changed.items():
         if evacuation is None:
-            yield _told(name, now, now, "node-used-again", f"node {name} is used again")
+            yield _told(name, now, now, "back-in-use", f"node {name} is used again")
         else:
             text = f"node {name} is to be empty by {in_words(evacuation.deadline)}: {evacuation.why}"
             yield _told(name, evacuation.since, now, "node-evacuated", text)
