@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 
 from msgspec.structs import replace
@@ -26,7 +27,9 @@ CHUNK = 4
 def main() -> int:
     """Return 0 when every seed held (and, of enough of them, every mark was met; or every planted bug was caught), 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m atoll.sim", description="Run Atoll on a virtual clock with faults from seeds.")
-    parser.add_argument("--seeds", type=int, default=300, help="how many seeds to run")
+    parser.add_argument(
+        "--seeds", type=int, help=f"how many seeds to run: {marks.SEEDS_ENOUGH}, or until a bug is caught {SEEDS_MAX}"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="run only this one, and tell its story")
     parser.add_argument("--lines", type=int, default=120, help="how many of the story's last lines to print")
@@ -35,13 +38,14 @@ def main() -> int:
     parser.add_argument("--mutant", choices=[mutant.name for mutant in MUTANTS], help="plant only this one")
     options = parser.parse_args()
     if options.mutants or options.mutant:
-        return mutants([options.mutant] if options.mutant else [mutant.name for mutant in MUTANTS], options.workers, options.lines)
+        names = [options.mutant] if options.mutant else [mutant.name for mutant in MUTANTS]
+        return mutants(names, options.seeds or SEEDS_MAX, options.workers, options.lines)
     if options.seed is not None:
         outcome = run_seed(options.seed)
         print("\n".join(outcome.story[max(0, len(outcome.story) - options.lines) :]))
         report(outcome)
         return 1 if outcome.broken else 0
-    return seeds(range(options.first, options.first + options.seeds), options.workers)
+    return seeds(range(options.first, options.first + (options.seeds or marks.SEEDS_ENOUGH)), options.workers)
 
 
 def seeds(numbers: range, workers: int) -> int:
@@ -73,14 +77,14 @@ def seeds(numbers: range, workers: int) -> int:
     return 1 if failed or (unmet and len(numbers) >= marks.SEEDS_ENOUGH) else 0
 
 
-def mutants(names: list[str], workers: int, lines: int) -> int:
+def mutants(names: list[str], count: int, workers: int, lines: int) -> int:
     """Plant each bug until a seed notices; print caught/planted."""
     caught = 0
     whats = {mutant.name: mutant.what for mutant in MUTANTS}
     with _mapping(workers, chunk=1) as mapped:
-        for name, outcome in zip(names, mapped(_catch, names), strict=True):
+        for name, outcome in zip(names, mapped(partial(_catch, seeds=count), names), strict=True):
             if outcome is None:
-                print(f"NOT CAUGHT  {name}: {whats[name]}; {SEEDS_MAX} seeds did not notice", flush=True)
+                print(f"NOT CAUGHT  {name}: {whats[name]}; {count} seeds did not notice", flush=True)
                 continue
             caught += 1
             if len(names) == 1:
@@ -90,8 +94,8 @@ def mutants(names: list[str], workers: int, lines: int) -> int:
     return 0 if caught == len(names) else 1
 
 
-def _catch(name: str) -> Outcome | None:
-    return catch(next(mutant for mutant in MUTANTS if mutant.name == name))
+def _catch(name: str, seeds: int) -> Outcome | None:
+    return catch(next(mutant for mutant in MUTANTS if mutant.name == name), seeds)
 
 
 def _briefly(seed: int) -> Outcome:

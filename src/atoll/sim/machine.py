@@ -12,6 +12,8 @@ from atoll.model.ports.runtime import Box, Runtime
 from atoll.model.spec import Health
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
+from atoll.node.beating import Beating
+from atoll.node.contact import Contact
 from atoll.node.fake import FakeMachine, MemoryLogs
 from atoll.runtimes.fake_host import Behaviour, FakeHost, behaviour_of
 from atoll.sim.clock import VirtualClock
@@ -22,7 +24,7 @@ from atoll.sim.lives import SimNetwork, SimRuntime
 from atoll.sim.loop import VirtualLoop, process_context
 from atoll.sim.net import Net
 from atoll.sim.record import Disk, SimRecord
-from atoll.sim.server import Server
+from atoll.sim.server import BEATS_PORT, Server
 from atoll.sim.story import Story
 
 LISTEN_S = 0.3
@@ -95,6 +97,7 @@ class SimMachine:
         self.agent: Agent | None = None
         self._task: asyncio.Task[None] | None = None
         self._lives = 0
+        self.boots = 1
 
     def start_agent(self) -> None:
         if self.life.alive:
@@ -103,6 +106,7 @@ class SimMachine:
         self.life = Life(f"agent {self.name} life {self._lives}")
         self.line = self._make_line()
         self._story.tell("the agent starts", node=self.name, life=self._lives)
+        beating = self._beating() if self._faults.profile.beats else None
         self.agent = Agent(
             node=self.name,
             site=self.site,
@@ -120,9 +124,10 @@ class SimMachine:
             machine=self._machine,
             devices=self.rack.devices(self.life, self._faults, self._story) if self.rack is not None else None,
             arch="amd64",
+            beating=beating,
         )
         self._task = asyncio.get_running_loop().create_task(
-            self._run(self.agent, self.life), name=f"agent {self.name} {self._lives}", context=self._context
+            self._run(self.agent, beating, self.life), name=f"agent {self.name} {self._lives}", context=self._context
         )
 
     def _make_line(self) -> Line:
@@ -155,13 +160,34 @@ class SimMachine:
     def make_network(self) -> FakeNetwork:
         return SimNetwork(self.links, self.life, self._faults, self._story)
 
-    async def _run(self, agent: Agent, life: Life) -> None:
+    def _beating(self) -> Beating:
+        servers = [f"{server.name}:{BEATS_PORT}" for server in self._servers]
+        contact = Contact(self._data / "contact", boot_id=str(self.boots))
+        # Its own end, so that a datagram comes from a place of the network.
+        bind = (self.name, 0)
+        return Beating(
+            self.name,
+            control=self.line,
+            opener=self._net.datagrams,
+            clock=self.clock,
+            servers=servers,
+            contact=contact,
+            bind=bind,
+        )
+
+    async def _run(self, agent: Agent, beating: Beating | None, life: Life) -> None:
+        beats = asyncio.create_task(beating.run(), name=f"beats of {self.name}") if beating is not None else None
         try:
             await agent.run()
         except Exception as error:  # noqa: BLE001 - the promise is that nothing ends it
             if life.alive:
                 self._story.breaks(f"the agent of {self.name} ended: {error!r}")
             return
+        finally:
+            if beats is not None and beating is not None:
+                beating.orderly = life.alive  # who is killed says no goodbye
+                beats.cancel()
+                await asyncio.gather(beats, return_exceptions=True)
         self._story.breaks(f"the agent of {self.name} returned")
 
     async def crash_agent(self) -> None:
@@ -184,6 +210,7 @@ class SimMachine:
         await self.crash_agent()
         self.disk.lose_power(forgets=forgets)
         self._story.tell("the machine loses power", node=self.name)
+        self.boots += 1
         self.host.crash_all()
         self.host.processes.clear()
         self.links = FakeNetworkState()

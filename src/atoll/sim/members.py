@@ -143,7 +143,9 @@ class Figures(Struct):
 class Cluster:
     """The store of a cell. Servers come in by `door(member)`. A subclass that breaks a rule is a planted bug."""
 
-    def __init__(self, clock: Clock, net: Net, choose: random.Random, story: Story, *, members: int, sites: Sequence[str]) -> None:
+    def __init__(
+        self, clock: Clock, net: Net, choose: random.Random, story: Story, *, members: int, site_of: Callable[[str, int], str]
+    ) -> None:
         self._clock = clock
         self._net = net
         self._choose = choose
@@ -153,7 +155,7 @@ class Cluster:
         self.machine = Machine(clock)
         self.members = {f"m{n}": Member(f"m{n}") for n in range(members)}
         for number, name in enumerate(self.members):
-            net.place(name, sites[number % len(sites)])
+            net.place(name, site_of(name, number))
         self.leader: Member | None = next(iter(self.members.values()))
         self.term = 1
         self.committed = 0

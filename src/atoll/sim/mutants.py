@@ -16,13 +16,16 @@ from msgspec.structs import replace
 
 from atoll.api.service import reports
 from atoll.control import nodes
+from atoll.control.detection.exchange import Exchange
 from atoll.control.leader import Term
+from atoll.control.loop import Loop
 from atoll.devices.node import NodeDevices
 from atoll.model.devices import GpuDevice, GpuHealth
 from atoll.model.ports.store import Store
 from atoll.model.records import Assignment, Endpoint
 from atoll.model.states import Desired
 from atoll.network.fake import FakeNetwork
+from atoll.node import agent
 from atoll.node.fake import FakeMachine
 from atoll.node.record import Entry
 from atoll.node.transitions import State as NodeState
@@ -101,11 +104,10 @@ class WithWork(Parts):
 
 
 class _Impatient:
-    """The cache as a leader sees it who does not wait for it: not at first, or not later."""
+    """The cache as a leader sees it who does not wait for it at first."""
 
-    def __init__(self, state: State, *, at_first: bool) -> None:
+    def __init__(self, state: State) -> None:
         self._state = state
-        self._at_first = at_first
         self._asked = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -113,16 +115,26 @@ class _Impatient:
 
     async def reach(self, revision: int) -> int:
         self._asked += 1
-        if (self._asked == 1) is self._at_first:
+        if self._asked == 1:
             return self._state.revision
         return await self._state.reach(revision)  # type: ignore[arg-type]
 
 
-def _impatiently(*, at_first: bool) -> Work:
+async def _not_awaited(loop: Loop, revision: int) -> None:
+    """Stands for `Loop._reach`."""
+
+
+def _impatiently() -> Work:
     async def work(
-        store: Store, state: State, clock: VirtualClock, choose: random.Random, heard: Mapping[str, float], term: Term
+        store: Store,
+        state: State,
+        clock: VirtualClock,
+        choose: random.Random,
+        heard: Mapping[str, float],
+        term: Term,
+        detection: Exchange | None,
     ) -> None:
-        await control(store, _Impatient(state, at_first=at_first), clock, choose, heard, term)  # type: ignore[arg-type]
+        await control(store, _Impatient(state), clock, choose, heard, term, detection)  # type: ignore[arg-type]
 
     return work
 
@@ -255,6 +267,23 @@ def members_fall(profile: Profile) -> Profile:
     return replace(profile, calm=False, members=3, chaos=chaos, chaos_every_s=2.0, latency_s=0.01)
 
 
+def servers_lag(profile: Profile) -> Profile:
+    """Make a run of several servers that hear late of what the others write."""
+    return replace(profile, calm=False, servers=3, slow_watch=0.5, chaos=("server-crash", "compaction"), chaos_every_s=6.0)
+
+
+def leaders_change(profile: Profile) -> Profile:
+    """Make a run of servers that stand still, crash and lag."""
+    chaos = ("server-pause", "server-crash", "stall", "rival")
+    return replace(profile, calm=False, servers=3, slow_watch=0.5, chaos=chaos, chaos_every_s=3.0, latency_s=0.01, nodes=2, apps=3)
+
+
+def nodes_cut_off(profile: Profile) -> Profile:
+    """Make a run of nodes that lose the servers for long."""
+    chaos = ("partition", "one-way")
+    return replace(profile, calm=False, span_s=150.0, chaos=chaos, chaos_every_s=15.0, beats=True, latency_s=0.01, lost=0.0)
+
+
 def agents_die(profile: Profile) -> Profile:
     """Make a run of agents that are killed."""
     return replace(profile, calm=False, chaos=("agent-crash", "stop-instance"), chaos_every_s=1.5, latency_s=0.05)
@@ -271,21 +300,29 @@ MUTANTS = (
         name="revision-unchecked",
         what="writes ignore what has changed since it was read",
         parts=lambda: WithStore(planted.Unchecked),
+        shape=servers_lag,
     ),
     Mutant(
         name="cache-not-awaited",
         what="the leader decides before it sees what it wrote",
-        parts=lambda: WithWork(_impatiently(at_first=False)),
+        patches=((Loop, "_reach", _not_awaited),),
     ),
     Mutant(
         name="take-over-not-awaited",
         what="a new leader decides before it sees what the one before it wrote",
-        parts=lambda: WithWork(_impatiently(at_first=True)),
+        parts=lambda: WithWork(_impatiently()),
+        shape=leaders_change,
     ),
     Mutant(
         name="lost-too-early",
         what="nodes are given up after a second of silence",
         patches=((nodes, "UNREACHABLE_S", 0.5), (nodes, "LOST_S", 1.0)),
+    ),
+    Mutant(
+        name="disconnect-ignored",
+        what="a node that is cut off goes on with what must not run twice",
+        shape=nodes_cut_off,
+        patches=((agent, "overdue", lambda runners, cut_off_s: []),),
     ),
     Mutant(
         name="acknowledged-early",

@@ -11,17 +11,25 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from atoll.model.ports.datagrams import Address, MemoryNet
+from atoll.sim.faults import Faults
 from atoll.sim.story import Story
 
 RESET_SHARE = 0.5
 """Share of connections that a cut breaks at once; the others fall silent, until the link is back or their end loses patience."""
 
+DATAGRAM_LOSS = 4.0
+"""Datagrams are lost so much more often than requests, which are sent again underneath."""
+
 
 class Net:
     """`place` enters every process with its site; `changed` callbacks run after each cut and each mend."""
 
-    def __init__(self, choose: random.Random, story: Story) -> None:
+    def __init__(self, choose: random.Random, faults: Faults, story: Story) -> None:
         self._choose = choose
+        self._faults = faults
+        self.datagrams = MemoryNet(self._fate)
+        """Carries beats."""
         self._story = story
         self._sites: dict[str, str] = {}
         self._cut: dict[tuple[str, str], int] = {}
@@ -31,6 +39,14 @@ class Net:
         self._open: dict[asyncio.Future[None], tuple[str, str]] = {}
         self._waiting: dict[asyncio.Future[None], tuple[str, str]] = {}
         self.changed: list[Callable[[], None]] = []
+
+    def _fate(self, sender: Address, to: Address) -> tuple[float, ...]:
+        """Lose a datagram, deliver it once, or twice; one may overtake another."""
+        profile = self._faults.profile
+        if not self.reaches(sender[0], to[0]) or self._faults.hit(profile.lost * DATAGRAM_LOSS):
+            return ()
+        copies = 2 if self._faults.hit(profile.repeated) else 1
+        return tuple(self._choose.random() * profile.latency_s for _ in range(copies))
 
     def place(self, name: str, site: str) -> None:
         self._sites[name] = site

@@ -26,6 +26,8 @@ class Disk:
     def __init__(self, choose: random.Random, story: Story) -> None:
         self.record = MemoryRecord()
         self.full = False
+        self.forgot = False
+        """It has lost writes: what was reported may be done again (`docs/simulator.md` says why that is not mended)."""
         self._choose = choose
         self._story = story
         self._undo: list[tuple[str, Entry | None]] = []
@@ -47,6 +49,7 @@ class Disk:
             else:
                 self.record.entries[id] = entry
         if lost:
+            self.forgot = True
             self._story.mark("record: newest writes lost")
         self._undo.clear()
 

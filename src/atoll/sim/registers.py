@@ -21,7 +21,7 @@ from atoll.sim.story import Story
 
 APP = "register"
 PROJECT = "default"
-PAUSE_S = 6.0
+PAUSE_S = 2.5
 TRIES_MAX = 6
 """Tries of one write with one key; then its outcome stays unknown."""
 RETRY_S = 0.7
@@ -68,10 +68,16 @@ class _Client:
         while self._count < OPERATIONS_MAX:
             await asyncio.sleep(self._choose.random() * PAUSE_S)
             self._count += 1
-            if self._known is not None and self._choose.random() < 0.4:
-                await self._read()
-            else:
-                await self._write(self._known if self._choose.random() < 0.5 else None)
+            match self._choose.randrange(4):
+                case 0:
+                    await self._read()
+                case 1:
+                    await self._write(None)
+                case 2:
+                    await self._write(self._known)
+                case _:
+                    await self._read()
+                    await self._write(self._known)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -50,6 +50,10 @@ class Requests:
         self.failed = 0
         self.answered = 0
 
+    def enter_by(self, ingresses: Sequence[SimIngress]) -> None:
+        """Let requests enter by these alone from now on."""
+        self._ingresses = ingresses
+
     async def run(self, apps: Sequence[str]) -> None:
         """Ask for ever."""
         async with asyncio.TaskGroup() as group:

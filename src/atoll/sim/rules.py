@@ -13,7 +13,7 @@ from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.ports.runtime import Box
 from atoll.model.ports.store import Change, Revision, WatchBatch
-from atoll.model.records import App, Event, Instance, Job, Node, OwnerKind, Release, Status
+from atoll.model.records import App, Event, Instance, Job, Node, NodeHealth, NodeLiveness, OwnerKind, Release, Status
 from atoll.model.spec import Workload
 from atoll.model.states import TRANSITIONS, Desired, Phase, advance
 from atoll.sim.gpus import overcommitted
@@ -24,6 +24,8 @@ from atoll.sim.story import Story
 
 _FIXED = ("id", "project", "owner_kind", "owner", "release", "generation", "index", "attempt", "created_at")
 """Fields of an instance that never change."""
+WELL_S = 12.0
+"""A machine that was well, and reached by every server, for so long is not given up."""
 SETTLED_S = 1.0
 """How long a number of ready instances must last until it may not be fallen below."""
 
@@ -41,6 +43,10 @@ class Rules:
         """Instance → revision at which it was told to stop, or removed."""
         self.least_ready: dict[str, int] = {}
         """App → ready instances below which a calm run never falls."""
+        self.once: dict[str, str] = {}
+        """Instance → owner, of those that must never run twice."""
+        self.unwell_at: dict[str, float] = {}
+        """Machine → when it was last away, paused, or out of some server's reach."""
         self._ready_since: dict[str, tuple[int, float]] = {}
         """App → how many are ready, and since when it is so many."""
 
@@ -82,6 +88,8 @@ class Rules:
             self._check_instance(key, old, new)
             if new is not None and new.node is not None and (old is None or old.node is None):
                 placed.append(new)
+        elif kind is NodeLiveness and new is not None and new.health is NodeHealth.LOST:
+            self._check_lost(key)
         elif kind is Status and new is not None:
             self._check_status(key, old, new)
         elif kind is Release and old is not None and new is not None and old != new:
@@ -100,6 +108,9 @@ class Rules:
         self._story.tell("instance", id=new.id, desired=new.desired, node=new.node, release=new.release, generation=new.generation)
         if new.desired is Desired.STOP:
             self.stopped_at.setdefault(new.id, self.revision)
+        spec = self.spec_of(new) if old is None else None
+        if spec is not None and spec.lost.stop_after_disconnect is not None:
+            self.once[new.id] = f"{new.project}/{new.owner}"
         if old is None:
             if new.id in self.stopped_at:
                 self._story.breaks(f"instance {new.id} was made again")
@@ -203,10 +214,14 @@ class Rules:
             if box.id in other.host.running():
                 self._story.breaks(f"{box.id} starts on {machine.name} while it runs on {other.name}")
         instance = next((i for i in self.records[Instance].values() if i.id == box.id), None)
+        said: Status | None = self.records[Status].get(f"{instance.project}/{box.id}") if instance is not None else None
+        if said is not None and said.phase.final and not machine.disk.forgot:
+            self._story.breaks(f"{box.id} starts on {machine.name} after its end was reported: {said.phase}")
         if instance is not None and instance.node != machine.name:
             self._story.breaks(f"{box.id} starts on {machine.name}, but its node is {instance.node}")
         # What is no longer wanted at all does not count: a node that was given up runs it on until it hears of that.
         known = {i.id: i for i in self.records[Instance].values()}
+        self._check_once(machine, box)
         running = Counter[str]()
         grants: list[GpuGrant] = []
         for id in (*machine.host.running(), box.id):
@@ -219,6 +234,25 @@ class Rules:
             self._story.breaks(f"{machine.name} runs more than it has: {why}")
         if running["cpu"] > machine.capacity[0] or running["memory"] > machine.capacity[1]:
             self._story.breaks(f"{machine.name} runs more than it has: {dict(running)}")
+
+    def _check_once(self, machine: SimMachine, box: Box) -> None:
+        """What must not run twice never does: who is replaced has ended, though its machine may be cut off."""
+        owner = self.once.get(box.id)
+        if owner is None:
+            return
+        for other in self._machines.values():
+            for id in other.host.running():
+                if other is not machine and self.once.get(id) == owner and id not in self._known():
+                    self._story.breaks(f"{box.id} starts on {machine.name} while {id}, which it replaces, runs on {other.name}")
+
+    def _known(self) -> set[str]:
+        return {instance.id for instance in self.records[Instance].values()}
+
+    def _check_lost(self, name: str) -> None:
+        """A machine that is well, and that every server reaches, is not given up."""
+        well_s = asyncio.get_running_loop().time() - self.unwell_at.get(name, 0.0)
+        if well_s > WELL_S:
+            self._story.breaks(f"node {name} was given up, though it has been well, and reached, for {well_s:.1f} s")
 
 
 def _reachable(phase: Phase) -> frozenset[Phase]:

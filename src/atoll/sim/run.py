@@ -52,10 +52,15 @@ async def _until_broken(world: World, story: Story) -> None:
         raise results[0]
 
 
-def run_seed(seed: int, parts: Parts | None = None, shape: Callable[[Profile], Profile] = lambda profile: profile) -> Outcome:
+def run_seed(
+    seed: int,
+    parts: Parts | None = None,
+    shape: Callable[[Profile], Profile] = lambda profile: profile,
+    world: type[World] = World,
+) -> Outcome:
     """Run one seed to its end. Deterministic within one process as well as across processes with one PYTHONHASHSEED.
 
-    `shape` may change what the seed's run is made of, to look for something in particular.
+    `shape` may change what the seed's run is made of, and `world` its course, to look for something in particular.
     """
     choose = random.Random(seed)
     profile = shape(profile_of(choose))
@@ -67,7 +72,7 @@ def run_seed(seed: int, parts: Parts | None = None, shape: Callable[[Profile], P
         loop = asyncio.get_running_loop()
         story.clock(loop.time)
         try:
-            await _until_broken(World(profile, choose, data, story, parts or Parts()), story)
+            await _until_broken(world(profile, choose, data, story, parts or Parts()), story)
         finally:
             facts["virtual_s"] = loop.time()
             facts["steps"] = getattr(loop, "steps", 0)

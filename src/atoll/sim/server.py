@@ -7,13 +7,17 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from atoll.api.service.beat_keys import beat_key
 from atoll.api.service.context import KINDS as API_KINDS
 from atoll.api.service.service import Service
+from atoll.control.detection.exchange import Exchange
+from atoll.control.detection.listening import listen_for_beats
 from atoll.control.leader import Term, lead
 from atoll.control.loop import Loop
 from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.store import Store
+from atoll.model.records import Node
 from atoll.sim.clock import VirtualClock
 from atoll.sim.faults import Faults, Life
 from atoll.sim.loop import VirtualLoop, process_context
@@ -28,14 +32,22 @@ KINDS: dict[str, type[Any]] = {**API_KINDS, **CONTROL_KINDS}
 SECRET_KEY = bytes(range(32))
 START_RETRY_S = 0.5
 
-Work = Callable[[Store, State, VirtualClock, random.Random, Mapping[str, float], Term], Awaitable[None]]
+BEATS_PORT = 7600
+
+Work = Callable[[Store, State, VirtualClock, random.Random, Mapping[str, float], Term, Exchange | None], Awaitable[None]]
 
 
 async def control(
-    store: Store, state: State, clock: VirtualClock, choose: random.Random, heard: Mapping[str, float], term: Term
+    store: Store,
+    state: State,
+    clock: VirtualClock,
+    choose: random.Random,
+    heard: Mapping[str, float],
+    term: Term,
+    detection: Exchange | None = None,
 ) -> None:
     """Run one term of the leader's loop, as a server does."""
-    await Loop(store, state, clock, choose, heard, term).run()
+    await Loop(store, state, clock, choose, heard, term, detection=detection).run()
 
 
 class Server:
@@ -125,6 +137,12 @@ class Server:
     def paused(self) -> bool:
         return self._loop.is_stopped(self.name)
 
+    @property
+    def well(self) -> bool:
+        """Whether it serves, and nothing holds it up."""
+        stalled = self.store is not None and self.store.stalled_until > asyncio.get_running_loop().time()
+        return self.service is not None and not self.paused and not stalled
+
     def kill_rivals(self) -> None:
         """Kill them; what they still try has no effect."""
         for life in self._rivals:
@@ -145,7 +163,7 @@ class Server:
 
         async def work(term: Term) -> None:
             self._story.mark("leader: rival's term")
-            await self._work(store, state, self.clock, self._choose, self.heard(), term)
+            await self._work(store, state, self.clock, self._choose, self.heard(), term, None)
 
         try:
             async with asyncio.timeout(span_s), State(store, KINDS) as state:
@@ -182,12 +200,31 @@ class Server:
                 async def work(term: Term) -> None:
                     self._story.mark("leader: term")
                     self._story.tell("a server leads", server=self.name)
-                    await self._work(store, state, self.clock, self._choose, self.heard(), term)
+                    await self._work(store, state, self.clock, self._choose, self.heard(), term, exchange)
 
+                exchange = self._exchange(service, state) if self._faults.profile.beats else None
+                listening = (
+                    self.spawn(listen_for_beats(exchange, self._net.datagrams, (self.name, BEATS_PORT))) if exchange else None
+                )
                 try:
-                    await lead(store, self.clock, self.name, work)
+                    await lead(store, self.clock, self.name, work, exchange.affirm if exchange else lambda until: None)
                 finally:
                     self.service = None
+                    if listening is not None:
+                        listening.cancel()
+
+    def _exchange(self, service: Service, state: State) -> Exchange:
+        def site_of(node: str) -> str | None:
+            held = state.get(Node, node)
+            return held.record.site if held is not None else None
+
+        return Exchange(
+            key_of=lambda node, epoch: beat_key(service.context, node, epoch),
+            site_of=site_of,
+            last_seen=service.heartbeats.last_seen(),
+            clock=self.clock,
+            chance=self._choose,
+        )
 
 
 class Heard(Mapping[str, float]):

@@ -14,7 +14,7 @@ from atoll.api.service.context import RequestKey
 from atoll.api.service.service import Service
 from atoll.model.errors import Conflict, DeadlineExceeded, NotFound, OutcomeUnknown, Unavailable
 from atoll.model.records import App, Job, JobPhase, JobStatus
-from atoll.model.spec import AppSpec, Gpu, Health, HealthKind, JobSpec, Port, Resources, Restart, Rollout, Scale, Stop
+from atoll.model.spec import AppSpec, Gpu, Health, HealthKind, JobSpec, Lost, Port, Resources, Restart, Rollout, Scale, Stop
 from atoll.model.units import Bytes, Cores, Seconds
 from atoll.model.views import AppView
 from atoll.sim.line import Line
@@ -34,6 +34,8 @@ WORSE = (("exit", "1", "0.5"), ("exit", "0", "4"))
 """What gets ready and then dies: that an app then serves less than it should is its own fault."""
 
 
+ONCE = Lost(stop_after_disconnect=Seconds(8))
+"""What an app that must never run twice asks for."""
 STAND_BY = ("app1",)
 """Apps of which an instance more stands by, parked."""
 
@@ -106,6 +108,7 @@ class AppUser(User):
             deadline=Seconds(20),
         )
         self.stands_by = name in STAND_BY
+        self.lost = ONCE if choose.random() < 0.3 else Lost()
         self.health = choose.choice((None, Health(kind=HealthKind.TCP, interval=Seconds(2), start=Seconds(10))))
 
     def spec(self, *, good: bool, scale: int | None) -> AppSpec:
@@ -123,6 +126,7 @@ class AppUser(User):
             rollout=self.rollout,
             stop=Stop(grace=Seconds(3)),
             restart=Restart(delay_max=Seconds(8)),
+            lost=self.lost,
             scale=scaled,
         )
 

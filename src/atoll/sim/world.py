@@ -33,6 +33,7 @@ SPARE = (64_000, 64 << 30)
 LOOK_S = 2.0
 """How often one looks whether it has; it must be so twice in a row."""
 REGISTER_CLIENTS = 2
+SAMPLE_S = 1.0
 USERS = "users"
 """Where users are: no cut of a site reaches them."""
 
@@ -66,9 +67,9 @@ class World:
         self._parts = parts
         self.faults = Faults(profile, choose)
         self.clock = VirtualClock(asyncio.get_running_loop())
-        self.net = Net(choose, story)
+        self.net = Net(choose, self.faults, story)
         self.sites = [f"site{n}" for n in range(profile.sites)]
-        self.cluster = parts.cluster(self.clock, self.net, choose, story, members=profile.members, sites=self.sites)
+        self.cluster = parts.cluster(self.clock, self.net, choose, story, members=profile.members, site_of=self.site_of)
         self.store = self.cluster.door("m0")
         self.servers: list[Server] = []
         self._make_servers()
@@ -99,10 +100,14 @@ class World:
         self.chaos = Chaos(self)
         self.rest = Rest(self)
 
+    def site_of(self, place: str, number: int) -> str:
+        """Return where a process is; `number` counts those of its kind."""
+        return self.sites[number % len(self.sites)]
+
     def _make_servers(self) -> None:
         for number in range(self.profile.servers):
             name = f"s{number}"
-            self.net.place(name, self.sites[number % len(self.sites)])
+            self.net.place(name, self.site_of(name, number))
             clock = VirtualClock(asyncio.get_running_loop(), skew_s=self._skew_s() if number else 0.0)
             server = self._parts.server(
                 name, self.cluster, clock, self.net, self.choose, self.faults, self.story, through=self._parts.store
@@ -127,7 +132,7 @@ class World:
         return self.choose.choice((Gpu(), *WISHES) if first else WISHES)
 
     def _add_machine(self, name: str, number: int, cpu_milli: int, memory_bytes: int, bays: Bays) -> SimMachine:
-        site = self.sites[number % len(self.sites)]
+        site = self.site_of(name, number)
         self.net.place(name, site)
         self.machines[name] = machine = self._parts.machine(
             name,
@@ -149,19 +154,25 @@ class World:
     def user_line(self) -> Line:
         return Line(USERS, self.servers, self.net, Life("a user"), self.faults, self.story, self.choose)
 
-    async def run(self) -> None:
-        """Live through it all. What was broken is in `story`."""
-        observing = asyncio.create_task(self.rules.watch(self.cluster), name="rules")
+    def set_going(self) -> set[asyncio.Task[None]]:
+        """Start servers, agents, ingresses and who looks at it all; return what lasts as long as the run."""
+        lasting = {asyncio.create_task(self.rules.watch(self.cluster), name="rules")}
         for server in self.servers:
             server.start()
         for machine in self.machines.values():
             machine.start_agent()
-        serving = [asyncio.create_task(ingress.run(), name=ingress.name) for ingress in self.ingresses]
+        lasting |= {asyncio.create_task(ingress.run(), name=ingress.name) for ingress in self.ingresses}
+        lasting.add(asyncio.create_task(self._sample(), name="sampling"))
+        return lasting
+
+    async def run(self) -> None:
+        """Live through it all. What was broken is in `story`."""
+        lasting = self.set_going()
         asking = asyncio.create_task(self.requests.run([user.app for user in self.app_users]), name="requests")
         wishing = [asyncio.create_task(user.run(), name=user.name) for user in (*self.app_users, *self.job_users)]
         writing = asyncio.create_task(self.register.run(), name="register")
         breaking = asyncio.create_task(self.chaos.run(), name="chaos")
-        lasting = {observing, *serving, asking}
+        lasting.add(asking)
         await asyncio.wait({*lasting, breaking}, timeout=self.profile.span_s, return_when=asyncio.FIRST_COMPLETED)
         for task in (*lasting, breaking):
             if task.done():
@@ -189,6 +200,17 @@ class World:
         for task in lasting:
             task.cancel()
         await asyncio.gather(*lasting, return_exceptions=True)
+
+    async def _sample(self) -> None:
+        """Note, again and again, which machines are not well, or out of a server's reach: of those only may any be given up."""
+        while True:
+            now = self.clock.monotonic()
+            whole = all(server.well for server in self.servers)
+            for machine in self.machines.values():
+                well = whole and machine.life.alive and not machine.paused
+                if not (well and all(self.net.talk(machine.name, server.name) for server in self.servers)):
+                    self.rules.unwell_at[machine.name] = now
+            await asyncio.sleep(SAMPLE_S)
 
     async def _finish(self, wishing: list[asyncio.Task[None]]) -> None:
         """Let each user get the answer to the last wish, and then wish only for what works."""
