@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from atoll.entry.config import Config
 from atoll.entry.scratch import free_port
@@ -17,10 +18,12 @@ from atoll.model import codec
 from atoll.model.errors import Conflict, Forbidden, NotFound, StaleRevision, Unauthenticated, Unavailable
 from atoll.model.ports.control_plane import StreamKind, StreamRequest
 from atoll.model.records import Capacity, Heartbeat, Ingress, Node, Role, Status, Usage
-from atoll.model.spec import AppSpec, JobSpec, Port, RuntimeName
+from atoll.model.rollouts import RolloutOrder, RolloutPhase
+from atoll.model.spec import AppSpec, CanaryStep, JobSpec, Port, Rollout, RuntimeName, Strategy
 from atoll.model.states import Phase
 from atoll.model.streams import ErrorBody, ExecOptions, Kind, LogLine, LogOptions, pack, unpack
-from atoll.model.views import TokenRequest
+from atoll.model.traffic import Counts, ReleaseTraffic, TrafficReport
+from atoll.model.views import RolloutView, TokenRequest
 from atoll.sdk.client import Client
 from atoll.sdk.context import load
 from atoll.sdk.control_plane import HttpControlPlane
@@ -264,3 +267,46 @@ async def test_a_report_takes_a_few_milliseconds(world: World) -> None:
         )
         took.append(time.perf_counter() - began)
     assert sorted(took)[10] < 0.1
+
+
+async def test_a_rollout_is_steered_and_seen_with_what_ingresses_counted(world: World) -> None:
+    client = world.client
+
+    async def until(phase: RolloutPhase, attempt: int = 0) -> RolloutView:
+        async with asyncio.timeout(15):
+            while True:
+                view = await client.rollout("default", "web")
+                if view.status is not None and (view.status.phase, view.status.attempt) == (phase, attempt):
+                    return view
+                await asyncio.sleep(0.05)
+
+    await world.run_one()
+    async with asyncio.timeout(15):
+        while True:
+            status = (await client.app("default", "web")).status
+            if status is not None and status.served_release == 1:
+                break
+            await asyncio.sleep(0.05)
+    with pytest.raises(Conflict):
+        await client.pause_rollout("default", "web")
+    rules = Rollout(strategy=Strategy.CANARY, steps=(CanaryStep(weight=5),))
+    await client.put_app(replace(SPEC, env={"V": "2"}, rollout=rules))
+    await until(RolloutPhase.PROGRESSING)
+    counted = ReleaseTraffic(project="default", app="web", release=1, counts=Counts(200, 3, (0, 200)))
+    await world.ingress.traffic(TrafficReport(ingress="n1", started=1.0, releases=(counted,)))
+    with pytest.raises(Forbidden):
+        await world.agent.traffic(TrafficReport(ingress="n1", started=1.0))
+    releases = {each.release: each for each in (await client.rollout("default", "web")).releases}
+    assert (releases[1].requests, releases[1].errors, releases[1].weight) == (200, 3, 100)
+    assert (releases[2].weight, releases[2].ready) == (0, 0)
+    assert (await client.pause_rollout("default", "web")).app.order == RolloutOrder(release=2, paused=True, by="admin")
+    await client.abort_rollout("default", "web")
+    view = await until(RolloutPhase.REVERTED)
+    assert view.status is not None
+    assert "aborted by admin" in view.status.message
+    await client.resume_rollout("default", "web")
+    await until(RolloutPhase.PROGRESSING, attempt=1)
+    await client.promote_rollout("default", "web")
+    await until(RolloutPhase.PROMOTING, attempt=1)
+    await client.undo_rollout("default", "web")
+    await until(RolloutPhase.REVERTED, attempt=1)

@@ -187,7 +187,7 @@ def settle(model: Shared, chance: random.Random, release: int) -> None:
 
 
 @given(worlds, orders, st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_shares_are_whole_enough_serve_and_a_promoted_rollout_ends_at_the_new_release(
     model: Shared, todo: list[str], seed: int
 ) -> None:
@@ -205,7 +205,7 @@ def test_shares_are_whole_enough_serve_and_a_promoted_rollout_ends_at_the_new_re
 
 
 @given(worlds.filter(lambda model: model.spec.rollout.reverts), orders, st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_failed_analysis_always_ends_at_the_old_release_with_all_requests(model: Shared, todo: list[str], seed: int) -> None:
     chance = random.Random(seed)
     for what in ("step", *todo):

@@ -1,4 +1,4 @@
-"""How a rollout stands, and what people ask of it. Parts of an app's record and of its status. Times are seconds since the epoch."""
+"""How a rollout stands, and what people ask of it: parts of an app's record and its status. Times are seconds since the epoch."""
 
 from __future__ import annotations
 
