@@ -150,6 +150,7 @@ def example(path: str) -> str:
     known = {"project": "default", "app": "web", "job": "crunch", "secret": "key", "node": "n1", "ingress": "edge", "kind": "app"}
     path = path.replace("{maintenance}", "m1")
     path = path.replace("{reservation}", "r1")
+    path = path.replace("{site}", "AMS_1")
     for name in ("project", "app", "job", "secret", "node", "ingress", "kind"):
         path = path.replace(f"{{{name}}}", known[name])
     return path.replace("{instance}", "web-1").replace("{token}", "t1").replace("{gpu}", "GPU-1")

@@ -19,13 +19,14 @@ from atoll.api.service.signing import Shown
 from atoll.model import codec
 from atoll.model.errors import AtollError, Invalid, Unauthenticated
 from atoll.model.membership import API_HEADER, check_skew
-from atoll.model.spec import AppSpec, JobSpec
+from atoll.model.spec import SITE_PATTERN, AppSpec, JobSpec
 
 T = TypeVar("T")
 W = TypeVar("W", AppSpec, JobSpec)
 Connection = ASGIConnection[Any, Any, Any, Any]
 
 _KEY = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_SITE = re.compile(SITE_PATTERN)
 _GPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9:.-]{0,119}")
 _NAMES = frozenset({"project", "app", "job", "secret"})
 SHOWN = "atoll.shown"
@@ -223,6 +224,9 @@ def admit(service: Service, connection: Connection, need: Need) -> tuple[Caller,
         elif field == "gpu":
             if _GPU.fullmatch(value) is None:
                 raise Invalid(f"gpu: {value[:60]!r} is not the id of a GPU, nor the beginning of one", field="gpu")
+        elif field == "site":
+            if _SITE.fullmatch(value) is None:
+                raise Invalid(f"site: {value[:60]!r} is no site's name", field="site")
         else:
             check_id(value, field)
     project = path.get("project")
