@@ -24,7 +24,7 @@ def least_ready(spec: AppSpec, wanted: int) -> int:
 
 
 def least_in_rollout(spec: AppSpec, wanted: int) -> int:
-    """Return how many stay ready while a release replaces another: what `rollout.max_unavailable` says, and `[disruption]` if given."""
+    """Return how many stay ready while a release replaces another: by `rollout.max_unavailable`, and `[disruption]` if given."""
     least = max(0, wanted - spec.rollout.max_unavailable)
     return least if spec.disruption is None else max(least, least_ready(spec, wanted))
 
