@@ -120,8 +120,11 @@ class Ledger:
     def _use(self, allocation: Allocation, sign: int) -> None:
         project = project_of_group(allocation.group)
         use = self._project_use.setdefault(project, [0] * 5)
-        for place, amount in enumerate(allocation.amounts):
-            use[place] += sign * amount
+        cpu, memory, disk, gpu = allocation.amounts
+        use[0] += sign * cpu
+        use[1] += sign * memory
+        use[2] += sign * disk
+        use[3] += sign * gpu
         use[4] += sign
         if not use[4]:
             del self._project_use[project]
