@@ -7,7 +7,7 @@ import random
 from atoll.control.detection.exchange import Exchange
 from atoll.control.judging import Traffic
 from atoll.control.layouts import IngressHeartbeats
-from atoll.control.leader import Term, lead
+from atoll.control.leader import Ended, Term, lead
 from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser
@@ -30,6 +30,7 @@ async def run_control(
     ingresses: IngressHeartbeats | None = None,
     optimiser: Optimiser | None = None,
     traffic: Traffic | None = None,
+    ended: Ended | None = None,
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
 
@@ -39,10 +40,10 @@ async def run_control(
     `ingresses` is read live too: ingress → its latest word, by which apps come near their users; `optimiser` says where they should
     be; without one the quick way does.
     So is `traffic`: app → release → what ingresses counted, by which rollouts are judged.
-    `identity` names this server across its restarts; no two servers may share one.
+    `identity` names this server across its restarts; no two servers may share one. `ended` tells of the death of another.
     """
 
     async def work(term: Term) -> None:
         await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic).run()
 
-    await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None)
+    await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None, ended)

@@ -1,6 +1,7 @@
 """One leader at a time: a key under a lease, and a fence that every write of the leader carries.
 
-The lease makes a new leader possible; only the fence makes an old one harmless, however late its last write arrives.
+The lease makes a new leader possible; only the fence makes an old one harmless, however late its last write arrives. So the lease
+may be ended early by one who sees the leader's process die: were that wrong, the old leader would lose its term, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from msgspec import Struct
 from atoll.model import keys
 from atoll.model.errors import AtollError, Fenced, NotFound
 from atoll.model.ports.clock import Clock
-from atoll.model.ports.store import Compare, LeaseId, Put, Store, Target, absent
+from atoll.model.ports.store import Compare, KeyValue, LeaseId, Put, Store, Target, absent
 
 LEASE_S = 5.0
 """How long a leader that died holds up the next."""
@@ -34,6 +35,8 @@ class Term(Struct, frozen=True):
 
 
 Affirm = Callable[[float], None]
+Ended = Callable[[str], Awaitable[None]]
+"""`(identity)`: returns when the process of that server has ended; not at all where that cannot be known. It raises nothing."""
 
 
 async def lead(
@@ -42,17 +45,18 @@ async def lead(
     identity: str,
     work: Callable[[Term], Awaitable[None]],
     affirm: Affirm = lambda until: None,
+    ended: Ended | None = None,
 ) -> None:
     """Run `work` whenever this server leads, for ever; it is cancelled when the lease is lost.
 
     `identity` names this server across its restarts: an earlier run's lease is taken over at once, so no two servers may share
     one. `affirm` is told until when, on the monotonic clock, nobody else can lead. When `work` ends or raises, leadership is given
-    up and sought again.
+    up and sought again. With `ended`, a leader whose process has died is replaced at once; else when its lease has run out.
     """
     while True:
         pause_s = ERROR_PAUSE_S
         try:
-            pause_s = await _try(store, clock, identity, work, affirm)
+            pause_s = await _try(store, clock, identity, work, affirm, ended)
         except* AtollError as group:
             log.warning("leading was interrupted", server=identity, causes=[str(error) for error in group.exceptions])
         except* Exception:  # the outer edge: a server that waits to lead must not end for one loop's fault
@@ -61,9 +65,16 @@ async def lead(
 
 
 async def _try(
-    store: Store, clock: Clock, identity: str, work: Callable[[Term], Awaitable[None]], affirm: Affirm = lambda until: None
+    store: Store,
+    clock: Clock,
+    identity: str,
+    work: Callable[[Term], Awaitable[None]],
+    affirm: Affirm,
+    ended: Ended | None,
 ) -> float:
     """Lead if nobody else does; return how long to wait before the next try."""
+    if ended is not None:
+        await _wait_for_end(store, identity, ended)
     asked = clock.monotonic()
     term = await _acquire(store, identity)
     if term is None:
@@ -77,6 +88,36 @@ async def _try(
     log.info("not leading any more", server=identity)
     # Also after an orderly end: whatever ended the term must not make a hot loop.
     return ERROR_PAUSE_S
+
+
+async def _wait_for_end(store: Store, identity: str, ended: Ended) -> None:
+    """Return when nobody else leads: at the end of another's term, which is ended here when its process is dead."""
+    held = await store.get(keys.LEADER)
+    if held is None or held.value == identity.encode():
+        return
+    leader = held.value.decode(errors="replace")
+    dying = asyncio.ensure_future(ended(leader))
+    try:
+        while not dying.done():
+            await asyncio.wait({dying}, timeout=POLL_S)
+            if not dying.done() and not await _leads(store, held):
+                return
+        log.warning("the leader's process has ended", leader=leader, server=identity)
+        # This term's lease and no other's: where somebody leads meanwhile, he goes on.
+        await store.lease_revoke(held.lease)
+    finally:
+        dying.cancel()
+        await asyncio.gather(dying, return_exceptions=True)
+
+
+async def _leads(store: Store, held: KeyValue) -> bool:
+    """Whether that term goes on, as far as can be seen."""
+    try:
+        now = await store.get(keys.LEADER)
+    except AtollError as error:
+        log.info("the store does not say who leads", cause=error.message)
+        return True
+    return now is not None and now.create_revision == held.create_revision
 
 
 async def _acquire(store: Store, identity: str) -> Term | None:

@@ -22,6 +22,7 @@ from atoll.control.optimiser import ProcessOptimiser
 from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.entry.beats import exchange_of
 from atoll.entry.config import Config, is_loopback, split_address, write_private
+from atoll.entry.deaths import Deaths
 from atoll.entry.process import Stop, run, run_until, together
 from atoll.entry.serving import ServerCertificate, certificate_life_s, peer_dial, server_id, server_record
 from atoll.model import keys
@@ -94,6 +95,7 @@ async def main(config: Config, stop: Stop) -> None:
                     optimiser=ProcessOptimiser(config.server_data / "kernels"),
                     identity=id,
                     detection=detection,
+                    ended=Deaths(state).of,
                 )
                 work = [control, beats, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]
                 await run_until(stop, together(*work))

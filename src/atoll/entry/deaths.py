@@ -1,0 +1,82 @@
+"""How one server learns within milliseconds that another's process has died: its kernel says so.
+
+An idle connection to the other server breaks when the process ends, and where its port then refuses another, nobody is there any
+more. Anything else (silence, a host without power, a cut, a proxy) says nothing, and the lease decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from atoll.model.membership import Server
+from atoll.sdk.transport import Address
+from atoll.store.cache import State
+
+CONNECT_S = 1.0
+"""The longest wait for a connection."""
+RETRY_S = 0.5
+"""Between two tries to connect, and between two connections, whatever ends them."""
+READ_BYTES = 4_096
+
+Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Deaths:
+    """`state` holds the records of the servers."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    async def of(self, id: str) -> None:
+        """Return when the process of the server `id` has ended, if it was seen to run before. Raises nothing; cancel it."""
+        while True:
+            address = self._address(id)
+            if address is not None and await _saw_it_die(address):
+                return
+            await asyncio.sleep(RETRY_S)
+
+    def _address(self, id: str) -> Address | None:
+        held = self._state.get(Server, id)
+        return Address.parse(held.record.urls[0]) if held is not None and held.record.urls else None
+
+
+async def _saw_it_die(address: Address) -> bool:
+    """Return True when the process that first answered there has died; False where it cannot be told any more."""
+    loop = asyncio.get_running_loop()
+    line: Line | None = None
+    try:
+        line = await _connect(address)
+        while line is not None:
+            began = loop.time()
+            await _end_of(line)
+            if loop.time() - began < RETRY_S:
+                await asyncio.sleep(RETRY_S)
+            # A server that lives hangs up, too, on one who says nothing: after 15 s, or with TLS after 60 s.
+            line = await _connect(address)
+    except ConnectionRefusedError:
+        # Refused from the start is no death that was seen: a rule of a firewall refuses, too.
+        return line is not None
+    return False
+
+
+async def _connect(address: Address) -> Line | None:
+    """Return a connection, or None where there is none in time. Raises ConnectionRefusedError."""
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            return await asyncio.open_connection(address.host, address.port)
+    except ConnectionRefusedError:
+        raise
+    except (OSError, TimeoutError):
+        return None
+
+
+async def _end_of(line: Line) -> None:
+    reader, writer = line
+    try:
+        # Without a deadline: the other server ends it, by hanging up or by its death.
+        while await reader.read(READ_BYTES):
+            pass
+    except OSError:
+        pass
+    finally:
+        writer.close()
