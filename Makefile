@@ -15,13 +15,13 @@ lint: setup
 	@$(MAKE) --no-print-directory -s -C src/atoll/runtimes/native strict
 
 # Two at a time, a file of tests always whole: most of them wait for real parts rather than compute.
-PYTEST = .venv/bin/python -m pytest -m "not soak" -n 2 --dist loadfile
-
 test: lint
-	$(PYTEST)
+	.venv/bin/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 coverage: setup
-	$(PYTEST) --cov --cov-report=
+	.venv/bin/coverage erase
+	.venv/bin/coverage run -m pytest -m "not soak"
+	.venv/bin/coverage combine -q
 	.venv/bin/coverage report --format=total | sed 's/^/coverage: /; s/$$/ %/'
 
 lock:
