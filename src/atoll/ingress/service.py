@@ -122,6 +122,7 @@ class Ingress:
             tasks.create_task(self._become_ready(), name="ingress-ready")
             tasks.create_task(self._drainer.run(), name="ingress-drain")
             tasks.create_task(self._meter.run(), name="ingress-meter")
+            tasks.create_task(self._heart.run(), name="ingress-heart")
             tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
 
     async def _follow(self) -> None:

@@ -34,6 +34,7 @@ def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, 
         count = replicas if spec.scale is UNSET else spec.scale.replicas
     group = f"{kind}/{spec.project}/{spec.name}/{release}/{generation}"
     demand = demand_of(spec)
+    _lay_out(snapshot, group, demand, count)
     answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(count)))
     return PlanView(
         project=spec.project,
@@ -53,6 +54,7 @@ def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Wor
     """
     snapshot.release(key)
     group, demand = group_of(instance), demand_of(spec)
+    _lay_out(snapshot, group, demand, 1)
     explanation = _explained(snapshot, group, demand)
     if demand.placement.gang and instance.node is None:
         answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(waiting)))

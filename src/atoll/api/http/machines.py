@@ -128,7 +128,5 @@ ROUTES: tuple[Route, ...] = (
         body_bytes_max=REPORT_BYTES_MAX,
     ),
     _ingress("POST", "/drained", drained, "Which instances have no request left", body=DrainedReport),
-    _ingress(
-        "POST", "/traffic", traffic, "Requests to each release, counted", body=TrafficReport, body_bytes_max=REPORT_BYTES_MAX
-    ),
+    _ingress("POST", "/traffic", traffic, "Requests to each release, counted", body=TrafficReport, body_bytes_max=REPORT_BYTES_MAX),
 )

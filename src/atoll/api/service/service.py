@@ -18,6 +18,7 @@ from atoll.api.service.control_plane import LocalControlPlane
 from atoll.api.service.drains import Drains
 from atoll.api.service.events import Events
 from atoll.api.service.exposition import Exposition
+from atoll.api.service.fabric import Fabrics
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.groups import Groups
 from atoll.api.service.heartbeats import Heartbeats
@@ -26,8 +27,8 @@ from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.instances import Instances
 from atoll.api.service.jobs import Jobs
 from atoll.api.service.join_tokens import JoinTokens
-from atoll.api.service.membership import Membership
 from atoll.api.service.maintenances import Maintenances
+from atoll.api.service.membership import Membership
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.planning import Planning
 from atoll.api.service.projects import Projects
@@ -99,6 +100,7 @@ class Service:
         self.exposition = Exposition(self.context, self.heartbeats, self.traffic)
         self.rollouts = Rollouts(self.context, self.apps, self.traffic)
         self.feeds = Feeds(self.context)
+        self.fabrics = Fabrics(self.context)
         self.watching = Watching(self.context)
         self.control_plane = LocalControlPlane(
             self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels, self.ingresses
@@ -118,6 +120,7 @@ class Service:
     async def start(self) -> None:
         """Begin to follow the cache and to tidy up."""
         self.feeds.start()
+        self.fabrics.start()
         self._tasks.append(asyncio.create_task(self.housekeeping.run(), name="api housekeeping"))
         self._tasks.append(asyncio.create_task(self.standing.run(), name="api standing"))
 
@@ -125,6 +128,7 @@ class Service:
         """End every stream and task. Safe to repeat; the store and the cache stay open, they are the caller's."""
         self.watching.close()
         await self.feeds.close()
+        await self.fabrics.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
