@@ -64,7 +64,8 @@ class Images(Protocol):
         """Return the image, pulled if it is not here. Concurrent calls for one image share one pull. Safe to repeat.
 
         With `lazily` it may be returned before its files are here, without layers: only `tree` shows it then, and whoever
-        reads there waits for what is read. With `digest`, as `current` gave it, an image that is here under this name counts only if it has that digest.
+        reads there waits for what is read. With `digest`, as `current` gave it, an image that is here under this name counts
+        only if it has that digest.
 
         Raises ImageError: absent, refused, damaged (a wrong digest), for another machine; DeadlineExceeded: the registry
         hangs. What had been fetched and verified is kept, so that a repeat resumes.
