@@ -47,6 +47,8 @@ class Profile(Struct, frozen=True, kw_only=True):
     chaos_every_s: float
     skew_s: float
     """The most that a machine's date is off at first, either way."""
+    once: float
+    """Share of the apps that must never run twice."""
     beats: bool
     """Agents beat, and silent nodes are found within seconds; without, by their heartbeats over HTTP alone."""
     core_only: bool
@@ -113,6 +115,7 @@ def profile_of(choose: random.Random) -> Profile:
         chaos=() if calm else tuple(kind for kind in KINDS_OF_CHAOS if choose.random() < 0.4),
         chaos_every_s=choose.uniform(2, 12),
         skew_s=0.0 if calm else choose.choice((0.5, 0.5, 30.0)),
+        once=0.3,
         beats=choose.random() < 0.2,
         core_only=not calm and choose.random() < 0.3,
     )

@@ -145,6 +145,10 @@ def _impatiently() -> Work:
 class EagerCluster(Cluster):
     """Acknowledges what only its leader has."""
 
+    async def led(self, member: Member) -> None:
+        if not self.hears(member):
+            await super().led(member)
+
     def propose(self, apply: Apply) -> Any:
         answer = super().propose(apply)
         leader = self.leader
@@ -269,7 +273,9 @@ def members_fall(profile: Profile) -> Profile:
 
 def servers_lag(profile: Profile) -> Profile:
     """Make a run of several servers that hear late of what the others write."""
-    return replace(profile, calm=False, servers=3, slow_watch=0.5, chaos=("server-crash", "compaction"), chaos_every_s=6.0)
+    return replace(
+        profile, calm=False, servers=3, slow_watch=0.5, chaos=("stop-instance", "stop-instance", "server-crash"), chaos_every_s=0.7
+    )
 
 
 def leaders_change(profile: Profile) -> Profile:
@@ -281,7 +287,13 @@ def leaders_change(profile: Profile) -> Profile:
 def nodes_cut_off(profile: Profile) -> Profile:
     """Make a run of nodes that lose the servers for long."""
     chaos = ("partition", "one-way")
-    return replace(profile, calm=False, span_s=150.0, chaos=chaos, chaos_every_s=15.0, beats=True, latency_s=0.01, lost=0.0)
+    calmer = replace(profile, calm=False, latency_s=0.01, lost=0.0, beats=True, once=1.0)
+    return replace(calmer, span_s=150.0, chaos=chaos, chaos_every_s=15.0)
+
+
+def words_late(profile: Profile) -> Profile:
+    """Make a run of requests that arrive again, late."""
+    return replace(profile, calm=False, repeated=0.5, latency_s=0.01, span_s=60.0)
 
 
 def agents_die(profile: Profile) -> Profile:
@@ -351,6 +363,7 @@ MUTANTS = (
     Mutant(
         name="late-word-counts",
         what="a report that comes late overwrites a newer one",
+        shape=words_late,
         patches=((reports, "_is_late", lambda context, status: False),),
     ),
     Mutant(

@@ -12,7 +12,7 @@ import random
 
 from atoll.api.service.access import SYSTEM
 from atoll.api.service.context import RequestKey
-from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, OutcomeUnknown, StaleRevision, Unavailable
+from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, NotFound, OutcomeUnknown, StaleRevision, Unavailable
 from atoll.model.spec import AppSpec, Scale
 from atoll.model.views import AppView
 from atoll.sim.line import Line
@@ -98,7 +98,7 @@ class _Client:
                     ended = self._now()
                     self._story.mark("history: a stale write was refused")
                     break
-                except (Unavailable, OutcomeUnknown, DeadlineExceeded):
+                except (Conflict, Unavailable, OutcomeUnknown, DeadlineExceeded):
                     await asyncio.sleep(RETRY_S)
                 else:
                     ended, self._known = self._now(), view.revision

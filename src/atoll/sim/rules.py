@@ -242,11 +242,14 @@ class Rules:
             return
         for other in self._machines.values():
             for id in other.host.running():
-                if other is not machine and self.once.get(id) == owner and id not in self._known():
+                if other is not machine and self.once.get(id) == owner and self._given_up(id, other.name):
                     self._story.breaks(f"{box.id} starts on {machine.name} while {id}, which it replaces, runs on {other.name}")
 
-    def _known(self) -> set[str]:
-        return {instance.id for instance in self.records[Instance].values()}
+    def _given_up(self, id: str, node: str) -> bool:
+        """Whether an instance is gone from the store, or stays there only in case its lost node comes back."""
+        liveness: NodeLiveness | None = self.records[NodeLiveness].get(node)
+        lost = liveness is not None and liveness.health is NodeHealth.LOST
+        return lost or all(instance.id != id for instance in self.records[Instance].values())
 
     def _check_lost(self, name: str) -> None:
         """A machine that is well, and that every server reaches, is not given up."""

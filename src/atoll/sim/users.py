@@ -85,7 +85,9 @@ class User:
 class AppUser(User):
     """Owns one app. What is expected of it is kept here and compared with every answer."""
 
-    def __init__(self, name: str, line: Line, choose: random.Random, story: Story, *, calm: bool, gpu: Gpu | None = None) -> None:
+    def __init__(
+        self, name: str, line: Line, choose: random.Random, story: Story, *, calm: bool, gpu: Gpu | None = None, once: float = 0.0
+    ) -> None:
         super().__init__(f"user of {name}", line, choose, story)
         self.app = name
         self.calm = calm
@@ -108,7 +110,7 @@ class AppUser(User):
             deadline=Seconds(20),
         )
         self.stands_by = name in STAND_BY
-        self.lost = ONCE if choose.random() < 0.3 else Lost()
+        self.lost = ONCE if choose.random() < once else Lost()
         self.health = choose.choice((None, Health(kind=HealthKind.TCP, interval=Seconds(2), start=Seconds(10))))
 
     def spec(self, *, good: bool, scale: int | None) -> AppSpec:

@@ -83,7 +83,7 @@ class World:
             self._add_machine(name, number, choose.choice((2_000, 4_000, 8_000)), choose.choice((2, 4)) << 30, bays)
         self.ingresses = [self._make_ingress(site) for site in self.sites]
         self.app_users = [
-            AppUser(f"app{n}", self.user_line(), choose, story, calm=profile.calm, gpu=self._gpu(first=n == 0))
+            AppUser(f"app{n}", self.user_line(), choose, story, calm=profile.calm, gpu=self._gpu(first=n == 0), once=profile.once)
             for n in range(profile.apps)
         ]
         self.job_users = [JobUser(f"job{n}", self.user_line(), choose, story, gpu=self._gpu()) for n in range(profile.jobs)]
