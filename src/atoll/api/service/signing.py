@@ -121,7 +121,7 @@ def fingerprint(certificate: str) -> bytes:
 
 
 class Shown(Struct, frozen=True, kw_only=True):
-    """What a client's certificate says, as far as rules need it. An authority of the cell has signed it; its key is the client's."""
+    """What a client's certificate says, as far as rules need it. An authority of the cell signed it; its key is the client's."""
 
     uri: str
     enrolment: str
