@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from every_runtime import Row, answer_of_each, runtime_table
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +43,7 @@ class Demo:
         self.scratch = atoll
         self.atoll, self.atoll_json = atoll.atoll, atoll.atoll_json
         self.rows: list[tuple[str, float, str]] = []
+        self.runtimes: list[Row] = []
 
     @contextmanager
     def step(self, what: str) -> Iterator[list[str]]:
@@ -54,12 +56,12 @@ class Demo:
         self.rows.append((what, took, " ".join(found)))
         console.print(f"[green]✓[/] {what} [dim]{took:,.0f} ms[/] {' '.join(found)}")
 
-    def get(self, path: str = "/") -> tuple[int, str]:
+    def get(self, hostname: str = HOST, path: str = "/") -> tuple[int, str]:
         """Ask the ingress, by hostname, and return status and body."""
         host, port = self.scratch.ingress.rsplit(":", 1)
         connection = http.client.HTTPConnection(host, int(port), timeout=10)
         try:
-            connection.request("GET", path, headers={"Host": HOST})
+            connection.request("GET", path, headers={"Host": hostname})
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
         finally:
@@ -103,6 +105,8 @@ class Demo:
             status, _ = self.get()
             expect(status == 404, f"the ingress answers {status} for a deleted app")
             found.append("ingress answers 404")
+        with self.step("deploy it on every runtime of this machine, and ask each through the ingress") as found:
+            found.append(self.every_runtime(str(built["image"])))
 
     def answer(self) -> str:
         status, body = self.get()
@@ -135,6 +139,19 @@ class Demo:
             )
         expect(not load.failures, f"{len(load.failures)} of {load.total} requests failed: {load.failures[:3]}")
         return f"2 of 2 replaced; {load.total} requests, 0 failed"
+
+    def every_runtime(self, image: str) -> str:
+        """Leave them running: what ends `atoll up` has something of every kind to clean up."""
+        for row in answer_of_each(self.scratch, image, self.get):
+            self.runtimes.append(row)
+            time_words = "" if row.cold_start_ms is None else f"[dim]{row.cold_start_ms:,.0f} ms[/] "
+            mark = "[red]✗[/]" if row.failed else "[dim]–[/]" if row.why_not else "[green]✓[/]"
+            console.print(f"  {mark} {row.runtime} {time_words}", end="")
+            console.print(row.answer or row.why_not, markup=False)
+        failed = [row.runtime for row in self.runtimes if row.failed]
+        expect(not failed, f"no answer from {', '.join(failed)}")
+        answered = sum(1 for row in self.runtimes if row.answer)
+        return f"{answered} of {len(self.runtimes)} answered, each cold start below"
 
     def stop(self) -> None:
         """End what this demo started, and see that nothing is left of it."""
@@ -203,6 +220,8 @@ def main() -> int:
     if failed:
         console.print("".join(scratch.log.splitlines(keepends=True)[-40:]), markup=False)
     console.print(demo.table())
+    if demo.runtimes:
+        console.print(runtime_table(demo.runtimes))
     with console.status("removing its data"):
         scratch.remove()
     return 1 if failed else 0

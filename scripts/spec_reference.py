@@ -39,11 +39,11 @@ MEANING: dict[str, tuple[str, str]] = {
     "Workload.user": ("`USER`, `UID`, `USER:GROUP` or `UID:GID`, looked up in the image; else the image's.", 'user = "1000:1000"'),
     "Workload.resources": ("What each instance may use; the table below.", "[resources]"),
     "Workload.isolation": (
-        "How much stands between it and its neighbours. `container`, `sandbox` and, for a worker, `isolate` run in this version.",
+        "How much stands between it and its neighbours. `isolate` is for workers.",
         'isolation = "container"',
     ),
     "Workload.runtime": (
-        "Pins one runtime of that isolation. Nodes offer `runc`, `crun`, `lxc`, `gvisor` and `workerd`, as far as they can.",
+        "Pins one runtime of that isolation. It runs on the nodes that offer it (`atoll runtimes`).",
         'runtime = "runc"',
     ),
     "Workload.placement": ("Where it may and should run; the table below.", "[placement]"),

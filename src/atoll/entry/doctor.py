@@ -208,7 +208,8 @@ def runtimes() -> Iterator[Finding]:
         yield runc(MISSING, str(error), error.mend or "apt-get install runc")
     for name, command, why, mend in RUNTIMES:
         optional = Part("runtimes", name, why if name in FEATURES else f"{why}; this version does not use it yet")
-        version = version_of(*command)
+        beside = shutil.which(command[0], path=str(Path(sys.executable).parent))  # workerd comes with this virtual environment
+        version = version_of(beside or command[0], *command[1:])
         if version is None:
             yield optional(MISSING, "not installed", f"{mend}; optional")
         else:
