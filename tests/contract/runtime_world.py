@@ -41,6 +41,7 @@ _SCRIPTS = {
 }
 _APPLETS = (
     "sh cat sleep echo true false id ls ping stty dd head mount umount mkdir touch rm chmod kill test seq wc grep nc ln stat env"
+    " ip od tr cut date"
 )
 
 

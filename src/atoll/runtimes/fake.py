@@ -9,17 +9,26 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
+from msgspec import structs
+
+from atoll.model.codec import decode, encode
 from atoll.model.errors import AtollError, Conflict, NotFound
-from atoll.model.ports.runtime import Box, Execution, Feature, Found, Started
+from atoll.model.ports.runtime import Box, Compatibility, Execution, Feature, Found, Snapshot, Started
 from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.fake_exec import run_command
 from atoll.runtimes.fake_host import Behaviour, FakeHost, FakeProcess, behaviour_of
+from atoll.runtimes.snapshots import EMULATED, abandon, begin, check_content, check_fit, load, seal
 
 __all__ = ["FAKE_FEATURES", "Behaviour", "FakeHost", "FakeProcess", "FakeRuntime", "behaviour_of", "failing"]
 
-FAKE_FEATURES = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
+FAKE_FEATURES = frozenset(
+    {Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU, Feature.SNAPSHOT, Feature.FORK}
+)
+
+_STATE = "state"
 
 
 class FakeRuntime:
@@ -97,6 +106,41 @@ class FakeRuntime:
         if not process.running:
             raise Conflict(f"instance {id} does not run")
         self.host.resume(process)
+
+    async def snapshot(self, id: str, directory: Path) -> Snapshot:
+        process = await self._find("snapshot", id)
+        if not process.running:
+            raise Conflict(f"instance {id} does not run")
+        begin(directory)
+        try:
+            (directory / _STATE).write_bytes(encode(process.box.argv))
+            return seal(
+                directory,
+                (_STATE,),
+                compatibility=self._here(),
+                image=process.box.image.digest,
+                limits=process.box.limits,
+                networked=process.box.netns is not None,
+            )
+        except BaseException:
+            abandon(directory)
+            raise
+
+    async def restore(self, box: Box, directory: Path) -> Started:
+        snapshot = load(directory)
+        check_fit(snapshot, self._here(), box)
+        check_content(directory, snapshot)
+        argv = decode((directory / _STATE).read_bytes(), tuple[str, ...])
+        await self.create(structs.replace(box, argv=argv))
+        try:
+            await self.host.enter("restore", box.id)
+            return self.host.launch(self.host.process(box.id))
+        except BaseException:
+            await self.delete(box.id)
+            raise
+
+    def _here(self) -> Compatibility:
+        return Compatibility(self.name, "fake 1.0", EMULATED, "")
 
     async def usage(self, id: str) -> Usage:
         process = await self._find("usage", id)

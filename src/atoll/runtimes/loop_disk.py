@@ -38,7 +38,7 @@ class Template:
             _format(path, size_bytes)
             with path.open("rb") as file:
                 self.blocks = [
-                    (start, os.pread(file.fileno(), end - start, start)) for start, end in _extents(file.fileno(), size_bytes)
+                    (start, os.pread(file.fileno(), end - start, start)) for start, end in extents(file.fileno(), size_bytes)
                 ]
         finally:
             path.unlink(missing_ok=True)
@@ -66,8 +66,9 @@ def _format(path: Path, size_bytes: int) -> None:
         raise RuntimeFailed(f"mkfs.ext4 failed: {result.stderr.decode(errors='replace').strip()}")
 
 
-def _extents(fd: int, size_bytes: int) -> list[tuple[int, int]]:
-    extents = []
+def extents(fd: int, size_bytes: int) -> list[tuple[int, int]]:
+    """Return where the file has data, as (start, end)."""
+    found = []
     end = 0
     while end < size_bytes:
         try:
@@ -77,8 +78,8 @@ def _extents(fd: int, size_bytes: int) -> list[tuple[int, int]]:
                 break
             raise
         end = os.lseek(fd, start, os.SEEK_HOLE)
-        extents.append((start, end))
-    return extents
+        found.append((start, end))
+    return found
 
 
 class LoopDisks:

@@ -17,7 +17,7 @@ import structlog
 from msgspec import structs
 
 from atoll.model.errors import AtollError, Conflict, Exhausted, Invalid, NotFound, RuntimeFailed, Unsupported
-from atoll.model.ports.runtime import Box, Execution, Feature, Found, Started
+from atoll.model.ports.runtime import Box, Execution, Feature, Found, Snapshot, Started
 from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.box_record import BoxRecord, check_id
@@ -29,6 +29,7 @@ from atoll.runtimes.oci_exec import OciExecution, start_execution
 from atoll.runtimes.oci_filter import BUNDLE, PRESERVE, handed, has_bundle
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
+from atoll.runtimes.snapshots import refuse, why_no_checkpoints
 
 T = TypeVar("T")
 
@@ -122,8 +123,11 @@ class OciRuntime:
 
     async def create(self, box: Box) -> None:
         boxes = await self._boxes()
+        await self._create(boxes, box, boxes.make)
+
+    async def _create(self, boxes: OciBoxes, box: Box, make: Callable[[Box], BoxRecord]) -> None:
         check_id(box.id)
-        making = asyncio.ensure_future(self._in_thread(boxes.make, box))
+        making = asyncio.ensure_future(self._in_thread(make, box))
         try:
             record = await asyncio.shield(making)
         except asyncio.CancelledError:
@@ -238,6 +242,13 @@ class OciRuntime:
 
     async def resume(self, id: str) -> None:
         await self._in_thread((await self._running(id)).group.thaw)
+
+    async def snapshot(self, id: str, directory: Path) -> Snapshot:
+        await self._find(id)
+        raise refuse(self.name, await asyncio.to_thread(why_no_checkpoints))
+
+    async def restore(self, box: Box, directory: Path) -> Started:
+        raise refuse(self.name, await asyncio.to_thread(why_no_checkpoints))
 
     async def usage(self, id: str) -> Usage:
         boxes, container = await self._find(id)

@@ -17,23 +17,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from atoll.model.errors import Unsupported
+from atoll.model.errors import AtollError, RuntimeFailed, Unsupported
 from atoll.model.ports.devices import DeviceNode
-from atoll.model.ports.runtime import Box, Feature
+from atoll.model.ports.runtime import Box, Compatibility, Feature, Started
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.cgroup import Group
 from atoll.runtimes.native import jail_path
-from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
+from atoll.runtimes.oci_box import RUNTIME_DIRECTORY, OciBoxes
+from atoll.runtimes.oci_container import Container
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
+from atoll.runtimes.snapshots import EMULATED, processor
 from atoll.runtimes.trial import run_once
-from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
+from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan, load_plan
 from atoll.runtimes.vm.jail import INSIDE, STDERR_FD, STDOUT_FD, TAP_FD, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.pci import check_devices, check_locking, locked_bytes, shown_of
+from atoll.runtimes.vm.qemu_snapshot import (
+    DESCRIPTORS,
+    OWN_DESCRIPTORS,
+    RAM,
+    RAM_FD,
+    STATE,
+    STATE_FD,
+    SharedMemories,
+    go_on,
+    memory_budget_bytes,
+    save,
+    shared_memory,
+)
 from atoll.runtimes.vm.qmp import command as qmp
-from atoll.runtimes.vm.runtime import VmRuntime
+from atoll.runtimes.vm.runtime import VmContainer, VmRuntime, last_words
 from atoll.runtimes.vm.sockets import open_socket
 from atoll.runtimes.vm.tap import TAP
+from atoll.runtimes.vm.told import file_bytes
 
 VERSION_MIN = (7, 0)
 KVM_S_MAX = 10.0
@@ -61,7 +77,7 @@ class QemuRuntime(VmRuntime):
     name = RuntimeName.QEMU
     slots = range(SLOT_MIN, SLOT_MIN + 2048)
     modules = ("virtio_mmio", "virtio_pci", "virtio_console", *MODULES)
-    features = VmRuntime.features | {Feature.GPU}
+    features = VmRuntime.features | {Feature.GPU, Feature.SNAPSHOT, Feature.FORK}
 
     def __init__(
         self,
@@ -79,6 +95,8 @@ class QemuRuntime(VmRuntime):
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns, kernels=kernels, cache=cache)
         self._accelerator = accelerator
         self._without_devices = machine
+        self._version = ""
+        self._memories = SharedMemories(memory_budget_bytes())
 
     async def probe(self) -> str:
         return await asyncio.to_thread(self._probe)
@@ -137,17 +155,58 @@ class QemuRuntime(VmRuntime):
                 (kernel.initramfs, Path("/initramfs")),
                 (plan.image_disk, Path("/image")),
                 *shown_of(plan),
+                *(((OWN_DESCRIPTORS, DESCRIPTORS),) if plan.snapshot else ()),
             ),
             nodes=(*((KVM_NODE,) if self.accelerator == "kvm" else ()), *plan.nodes),
             locked_bytes=locked_bytes(plan),
             tap=TAP if plan.link else None,
-            file_bytes=plan.disk.stat().st_size,
+            opened=self._opened(plan),
+            file_bytes=file_bytes(plan),
             groups=tuple(path for path in group.directories if (path / "cgroup.procs").exists()),
         )
 
     def monitor(self, plan: VmPlan) -> list[str]:
         check_locking(locked_bytes(plan))
         return [f"/usr/bin/{self._binary}", *machine(plan, self.accelerator, self._without_devices)]
+
+    def compatibility(self) -> Compatibility:
+        if not self._version:
+            self._version = version_of(self._binary, package="qemu-system-x86", oldest=VERSION_MIN)
+        version = f"{self._version} {self.accelerator} {self._without_devices}"
+        if self.accelerator == "tcg":
+            return Compatibility(self.name, version, EMULATED, "")
+        return Compatibility(self.name, version, processor(), os.uname().release)
+
+    async def save_machine(self, plan: VmPlan, directory: Path) -> Sequence[str]:
+        await save(plan, directory, memory_name(self._without_devices))
+        return (STATE, RAM)
+
+    async def load_machine(self, container: VmContainer, plan: VmPlan) -> None:
+        assert container.shim is not None  # noqa: S101 - it has just been started
+        try:
+            await go_on(Path(plan.directory) / "vm" / MONITOR, container.shim.event)
+        except AtollError as error:
+            words = await self._in_thread(last_words, Path(plan.directory))
+            raise RuntimeFailed(f"the copy does not go on: {error}. {words}", mend="see vmm.log; take the snapshot again") from None
+
+    def _opened(self, plan: VmPlan) -> tuple[tuple[str, int], ...]:
+        if not plan.snapshot:
+            return ()
+        return ((self._memories.path(plan.snapshot), RAM_FD), (str(Path(plan.snapshot) / STATE), STATE_FD))
+
+    async def _start(self, boxes: OciBoxes, container: Container) -> Started:
+        plan = await self._in_thread(load_plan, container.record.directory)
+        if not plan.snapshot:
+            return await super()._start(boxes, container)
+        await self._in_thread(self._memories.take, plan.snapshot)
+        try:
+            return await super()._start(boxes, container)
+        finally:
+            self._memories.give(plan.snapshot)
+
+    async def close(self) -> None:
+        await super().close()
+        self._memories.close()
 
     async def reach(self, directory: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await open_socket(directory / "vm" / AGENT)
@@ -176,7 +235,10 @@ def machine(plan: VmPlan, accelerator: str, without_devices: Machine = "microvm"
     else:
         words += ["-accel", f"tcg,thread=multi,tb-size={TCG_CODE_MIB}", "-cpu", "max"]
     words += ["-m", f"{plan.ram_bytes >> 20}M", "-smp", str(plan.vcpus), "-global", "virtio-mmio.force-legacy=false"]
-    words += ["-kernel", "/kernel", "-initrd", "/initramfs", "-append", kernel_line(accelerator)]
+    if plan.snapshot:
+        words += shared_memory(plan, memory_name(kind))
+    else:
+        words += ["-kernel", "/kernel", "-initrd", "/initramfs", "-append", kernel_line(accelerator)]
     words += ["-chardev", f"socket,id=qmp,path={INSIDE / MONITOR},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
     words += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
     words += ["-device", f"virtio-serial-{bus},max_ports=4{modern}"]
@@ -193,6 +255,11 @@ def machine(plan: VmPlan, accelerator: str, without_devices: Machine = "microvm"
         rom = "" if kind == "microvm" else ",romfile="  # no start from the network
         words += ["-netdev", f"tap,id=net,fd={TAP_FD}", "-device", f"virtio-net-{bus},netdev=net,mac={plan.link.mac}{modern}{rom}"]
     return words + pci_devices(plan.pci, plan.pci_window_bytes)
+
+
+def memory_name(machine: Machine) -> str:
+    """Return QEMU's name for the guest's memory, by which a snapshot knows it."""
+    return "microvm.ram" if machine == "microvm" else "pc.ram"
 
 
 def pci_devices(addresses: Sequence[str], window_bytes: int = 0) -> list[str]:

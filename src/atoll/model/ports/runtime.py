@@ -97,6 +97,39 @@ class Started(Struct, frozen=True):
     at: float
 
 
+class Compatibility(Struct, frozen=True):
+    """What a snapshot depends on: it is restored where all of it is the same."""
+
+    runtime: RuntimeName
+    version: str
+    cpu: str
+    """The processor's model and abilities in a word; `emulated` where it is not the node's."""
+    kernel: str
+    """The node's; empty where a machine does not depend on it."""
+
+
+class SnapshotFile(Struct, frozen=True):
+    name: str
+    size_bytes: int
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """A snapshot's manifest: what is in its directory, and what may be made of it."""
+
+    digest: str
+    """`sha256:…` of what its files hold."""
+    compatibility: Compatibility
+    image: str
+    """The digest of the image that it was made from."""
+    limits: Limits
+    """Those of the instance: a copy has the same."""
+    networked: bool
+    files: tuple[SnapshotFile, ...]
+    stored_bytes: int
+    """What it takes on the node's disk."""
+    taken_at: float
+
+
 class Found(Struct, frozen=True):
     """An instance that `recover` found on the node, running or ended."""
 
@@ -188,6 +221,27 @@ class Runtime(Protocol):
     async def pause(self, id: str) -> None: ...
 
     async def resume(self, id: str) -> None: ...
+
+    async def snapshot(self, id: str, directory: Path) -> Snapshot:
+        """Write the state of the running or paused instance into `directory`, which does not exist yet; it then goes on, or stays
+        paused.
+
+        The directory is a snapshot only when its manifest is there, which is written last; on an error it is gone. Raises
+        Unsupported, Conflict (it does not run), Exhausted, RuntimeFailed. A retry is safe.
+        """
+        ...
+
+    async def restore(self, box: Box, directory: Path) -> Started:
+        """Make and start an instance that goes on where the snapshot in `directory` was taken, under the names of `box`.
+
+        Any number can be made of one snapshot; each has its own disk, address, hardware address, hostname, machine id, clock and
+        randomness. Its processes are the snapshot's: `argv` and `env` count for commands beside them.
+
+        Raises Unsupported (of another runtime, version, processor or kernel), Invalid (it does not fit the box), Corrupt, NotFound,
+        Conflict, RuntimeFailed; nothing is left then, and a retry is safe. The directory is only read, and may go once this has
+        returned.
+        """
+        ...
 
     async def usage(self, id: str) -> Usage:
         """Return what it uses; `cpu_milli` is the average since the last call."""

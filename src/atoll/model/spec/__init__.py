@@ -18,6 +18,7 @@ from atoll.model.spec.gpu import Gpu as Gpu
 from atoll.model.spec.gpu import GpuCapability as GpuCapability
 from atoll.model.spec.gpu import GpuTopology as GpuTopology
 from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION as RUNTIMES_BY_ISOLATION
+from atoll.model.spec.isolation import SNAPSHOT_RUNTIMES as SNAPSHOT_RUNTIMES
 from atoll.model.spec.isolation import Isolation as Isolation
 from atoll.model.spec.isolation import RuntimeName as RuntimeName
 from atoll.model.spec.job import RUN_SUFFIX_CHARS as RUN_SUFFIX_CHARS

@@ -13,6 +13,7 @@
  *     -f BYTES           the size that no file it writes may be larger than
  *     -m BYTES           how much memory it may lock
  *     -t NAME            a tap of the network namespace that this is started in, as descriptor 5
+ *     -o FILE=NUMBER     a file, open for reading, as descriptor NUMBER (14 to 19)
  *   atoll-jail tsc
  *     Says how fast this processor's time stamp counter runs, in kHz.
  *
@@ -44,7 +45,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NEWS = 3, TAP = 5, FIFOS = 10, FIRST_FREE = 20, ITEMS_MAX = 64, WORDS_MAX = 512, FAILED = 125, CAPABILITIES = 64 };
+enum { NEWS = 3, TAP = 5, FIFOS = 10, FIRST_OPENED = 14, FIRST_FREE = 20, ITEMS_MAX = 64, WORDS_MAX = 512, FAILED = 125, CAPABILITIES = 64 };
 
 static struct {
     const char *pid_file, *log, *root, *tap, *groups[ITEMS_MAX];
@@ -81,7 +82,7 @@ static _Noreturn void die(const char *what) {
 }
 
 static void parse(int argc, char **argv) {
-    for (int option; (option = getopt(argc, argv, "+p:l:r:u:b:w:d:g:t:f:m:")) != -1;) {
+    for (int option; (option = getopt(argc, argv, "+p:l:r:u:b:w:d:g:t:f:m:o:")) != -1;) {
         switch (option) {
         case 'p': jail.pid_file = optarg; break;
         case 'l': jail.log = optarg; break;
@@ -93,7 +94,7 @@ static void parse(int argc, char **argv) {
         case 'g':
             if (jail.group_count < ITEMS_MAX) jail.groups[jail.group_count++] = optarg;
             break;
-        case 'b': case 'w': case 'd': {
+        case 'b': case 'w': case 'd': case 'o': {
             char *equals = strchr(optarg, '=');
             if (equals == NULL || jail.item_count == ITEMS_MAX) _exit(2);
             *equals = 0;
@@ -123,6 +124,14 @@ static void take_descriptors(void) {
     move_to(log, 1);
     move_to(log, 2);
     move_to(null, 0);
+    for (struct item *item = jail.items; item < jail.items + jail.item_count; item++) {
+        int number = item->kind == 'o' ? atoi(item->place) : 0;
+        if (item->kind != 'o') continue;
+        if (number < FIRST_OPENED || number >= FIRST_FREE) _exit(2);
+        int file = open(item->source, O_RDONLY | O_CLOEXEC);
+        if (file < 0) die(item->source);
+        move_to(file, number);
+    }
     if (jail.tap == NULL) return;
     struct ifreq request = {.ifr_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR};
     int tap = open("/dev/net/tun", O_RDWR | O_CLOEXEC);
@@ -157,6 +166,7 @@ static void furnish(void) {
     if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0) die("private mounts");
     if (mount("jail", jail.root, "tmpfs", MS_NOSUID, "mode=755,size=256k") < 0) die(jail.root);
     for (struct item *item = jail.items; item < jail.items + jail.item_count; item++) {
+        if (item->kind == 'o') continue;
         char place[PATH_MAX];
         struct stat info;
         int major_number, minor_number, flags = MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV | (item->kind == 'b' ? MS_RDONLY : MS_NOEXEC);

@@ -32,6 +32,7 @@ from atoll.runtimes.oci_devices import environment
 from atoll.runtimes.rootfs import remove_root
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
+from atoll.runtimes.snapshots import copy_written
 from atoll.runtimes.users import User, resolve_user
 from atoll.runtimes.vm.config import GuestConfig, process_words, write_config
 from atoll.runtimes.vm.image import FILE, ImageDisks
@@ -39,6 +40,8 @@ from atoll.runtimes.vm.tap import GuestLink, connect
 
 PLAN = "plan.json"
 DISK = "disk.img"
+SNAPSHOT_DISK = "disk"
+"""A machine's disk in a snapshot."""
 KERNEL_RESERVE_BYTES = 64 << 20
 """What a guest's kernel takes for itself: a machine gets as much more than its instance's limit, which the guest enforces."""
 SLOT_MIN = 65_536
@@ -74,6 +77,9 @@ class VmPlan(Struct, frozen=True, kw_only=True):
     pci: tuple[str, ...] = ()
     pci_window_bytes: int = 0
     nodes: tuple[DeviceNode, ...] = ()
+    snapshot: str = ""
+    """The directory of the snapshot that it goes on from; empty for a machine that boots."""
+    image_digest: str = ""
 
     @property
     def disk(self) -> Path:
@@ -129,7 +135,8 @@ class VmBoxes(OciBoxes):
         for path in (directory, self.state, directory / "scratch"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def make(self, box: Box) -> BoxRecord:
+    def make(self, box: Box, *, snapshot: Path | None = None) -> BoxRecord:
+        """As for containers; from `snapshot`, it has that one's disk and goes on from there when it is started."""
         check_box(box)
         if self.records.exists(box.id):
             raise Conflict(f"instance {box.id} exists already", mend="delete it first")
@@ -140,7 +147,7 @@ class VmBoxes(OciBoxes):
         try:
             self.records.write(record)
             (self.state / box.id).mkdir(exist_ok=True)
-            self._plan(box, machine_uid(slot))
+            self._plan(box, machine_uid(slot), snapshot)
         except BaseException as error:
             self.remove(record)
             if isinstance(error, OSError):
@@ -148,7 +155,7 @@ class VmBoxes(OciBoxes):
             raise
         return record
 
-    def _plan(self, box: Box, uid: int) -> None:
+    def _plan(self, box: Box, uid: int, snapshot: Path | None) -> None:
         box.directory.mkdir(parents=True, mode=0o700)
         image = self.images.ensure(box.image)
         user = user_of(image, box.user)
@@ -172,6 +179,8 @@ class VmBoxes(OciBoxes):
             pci=box.devices.pci,
             pci_window_bytes=box.devices.pci_window_bytes,
             nodes=box.devices.nodes,
+            snapshot=str(snapshot) if snapshot else "",
+            image_digest=box.image.digest,
         )
         write_private(box.directory / PLAN, msgspec.json.encode(plan))
         (box.directory / "jail").mkdir(mode=0o700)
@@ -182,6 +191,11 @@ class VmBoxes(OciBoxes):
         own = Path(plan.directory) / "vm"
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(mode=0o700)
+        if plan.snapshot:
+            copy_written(Path(plan.snapshot) / SNAPSHOT_DISK, plan.disk)
+            for path in (own, plan.disk):
+                os.chown(path, plan.uid, plan.uid)
+            return
         self._template(plan.disk_bytes).copy(plan.disk)
         config = GuestConfig(
             hostname=plan.hostname,

@@ -5,6 +5,7 @@ The disk: an empty ext4 of `disk_bytes`, the words, 4,096 bytes of trailer. So a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Sequence
@@ -80,6 +81,19 @@ def config_words(config: GuestConfig) -> bytes:
             field="env",
         )
     return words
+
+
+def refreshing(instance: str, hostname: str, address: str, mac: str, *, entropy: bytes, now_ns: int) -> bytes:
+    """Return what makes a copy of a machine one of its own, as the guest reads it: `entropy` are 64 random bytes of the node's.
+
+    Without a network, address and hardware address are empty.
+    """
+    return entropy + now_ns.to_bytes(8, "little") + _words([machine_id(instance, entropy), hostname, address, mac])
+
+
+def machine_id(instance: str, entropy: bytes) -> str:
+    """Return a new machine id (machine-id(5)), which tells nothing of the entropy that it is made with."""
+    return hashlib.sha256(b"atoll-machine-id" + instance.encode() + entropy).hexdigest()[:32]
 
 
 def write_config(disk: Path, disk_bytes: int, config: GuestConfig) -> None:

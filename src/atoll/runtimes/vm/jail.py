@@ -36,6 +36,8 @@ class Jail(Struct, frozen=True, kw_only=True):
     uid: int
     shown: tuple[tuple[Path, Path], ...]
     nodes: tuple[DeviceNode, ...] = ()
+    opened: tuple[tuple[str, int], ...] = ()
+    """Files that it is handed open for reading, each with its descriptor there (14 to 19)."""
     tap: str | None = None
     file_bytes: int = 0
     """The size that no file it writes, its log included, may be larger than."""
@@ -52,6 +54,8 @@ def jail_command(jail: Jail, pid_file: Path, command: Sequence[str]) -> list[str
         line += ["-b", f"{source}={place}"]
     for node in jail.nodes:
         line += ["-d", f"{node.path}={node.major},{node.minor}"]
+    for path, number in jail.opened:
+        line += ["-o", f"{path}={number}"]
     for group in jail.groups:
         line += ["-g", str(group)]
     if jail.file_bytes:

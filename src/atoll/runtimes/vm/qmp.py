@@ -1,4 +1,4 @@
-"""QEMU's machine protocol (QMP): one command over one connection, with a deadline; its answers are bounded.
+"""QEMU's machine protocol (QMP): commands over a connection, with a deadline; its answers are bounded.
 
 QEMU documentation: interop/qmp-spec. A monitor may have been taken over by its guest: nothing that it says is trusted to end.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,53 @@ LINES_MAX = 1_000
 """Events that are read past while waiting for an answer."""
 
 
-async def command(
-    path: Path, name: str, arguments: Mapping[str, Any] | None = None, *, deadline_s: float = ANSWER_S_MAX
-) -> dict[str, Any]:
-    """Return what the command `name` returned. Raises Unavailable (nobody listens), DeadlineExceeded, RuntimeFailed (refused)."""
+Opening = Callable[[Path], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+
+
+class Session:
+    """One connection, which the monitor has greeted. Each call raises Unavailable (it went away), RuntimeFailed (refused)."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def ask(self, name: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return what the command `name` returned."""
+        return await _ask(self._reader, self._writer, name, arguments or {})
+
+
+@contextlib.asynccontextmanager
+async def session(
+    path: Path, *, deadline_s: float = ANSWER_S_MAX, what: str = "", opening: Opening = open_socket
+) -> AsyncIterator[Session]:
+    """Give a connection for several commands, within one deadline. Raises Unavailable (nobody listens), DeadlineExceeded.
+
+    `opening` connects, and may wait for a monitor that does not listen yet.
+    """
     try:
         async with asyncio.timeout(deadline_s):
             try:
-                reader, writer = await open_socket(path)
+                reader, writer = await opening(path)
             except OSError as error:
                 raise Unavailable(f"the machine's monitor does not listen: {error}") from None
             try:
                 await _answer(reader, "QMP")
                 await _ask(reader, writer, "qmp_capabilities", {})
-                return await _ask(reader, writer, name, arguments or {})
+                yield Session(reader, writer)
             finally:
                 writer.close()
                 with contextlib.suppress(OSError):
                     await writer.wait_closed()
     except TimeoutError:
-        raise DeadlineExceeded(f"the machine's monitor did not answer {name} within {deadline_s:.0f} s") from None
+        raise DeadlineExceeded(f"the machine's monitor did not answer {what} within {deadline_s:.0f} s") from None
+
+
+async def command(
+    path: Path, name: str, arguments: Mapping[str, Any] | None = None, *, deadline_s: float = ANSWER_S_MAX
+) -> dict[str, Any]:
+    """Return what the command `name` returned. Raises Unavailable (nobody listens), DeadlineExceeded, RuntimeFailed (refused)."""
+    async with session(path, deadline_s=deadline_s, what=name) as monitor:
+        return await monitor.ask(name, arguments)
 
 
 async def _ask(

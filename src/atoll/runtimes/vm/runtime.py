@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import struct
 import time
@@ -28,7 +29,7 @@ from atoll.model.errors import (
     Unavailable,
     Unsupported,
 )
-from atoll.model.ports.runtime import Box, Execution, Feature, Started
+from atoll.model.ports.runtime import Box, Compatibility, Execution, Feature, Snapshot, Started
 from atoll.model.records import Exit, Usage
 from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.cgroup import Cgroups, Group
@@ -38,10 +39,12 @@ from atoll.runtimes.oci_container import UNKNOWN_CODE, Container, failure
 from atoll.runtimes.oci_runtime import EXECUTIONS_MAX, START_S_MAX, OciRuntime
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_name, signal_number
+from atoll.runtimes.snapshots import abandon, begin, check_fit, copy_written, load, refuse, seal
+from atoll.runtimes.snapshots import failure as failure_to_write
 from atoll.runtimes.users import User
-from atoll.runtimes.vm.boxes import VmBoxes, VmPlan, load_plan, user_of
+from atoll.runtimes.vm.boxes import SNAPSHOT_DISK, VmBoxes, VmPlan, load_plan, user_of
 from atoll.runtimes.vm.channel import GuestChannel, Kind
-from atoll.runtimes.vm.config import process_words, read_ending
+from atoll.runtimes.vm.config import process_words, read_ending, refreshing
 from atoll.runtimes.vm.execution import GuestExecution, cannot_run, start_beside
 from atoll.runtimes.vm.jail import LOG, Jail, jail_command
 from atoll.runtimes.vm.kernel import PLACES, GuestKernel, find_kernel, prepare_kernel
@@ -151,6 +154,18 @@ class VmRuntime(OciRuntime):
     @abstractmethod
     async def resume_machine(self, directory: Path) -> None: ...
 
+    def compatibility(self) -> Compatibility:
+        """Return what this node's snapshots depend on. Blocking."""
+        raise refuse(self.name)
+
+    async def save_machine(self, plan: VmPlan, directory: Path) -> Sequence[str]:
+        """Write the paused machine without its disk into files of `directory`, and return their names. Raises RuntimeFailed."""
+        raise refuse(self.name)
+
+    async def load_machine(self, container: VmContainer, plan: VmPlan) -> None:
+        """Have the monitor, which has just been started, go on from `plan.snapshot`. Raises RuntimeFailed."""
+        raise refuse(self.name)
+
     def check(self, box: Box) -> None:
         """Raises Unsupported for what this kind of machine cannot give."""
         if box.devices:
@@ -179,8 +194,13 @@ class VmRuntime(OciRuntime):
             if news is None or news[0] != "pid":
                 raise failure(record.directory / LOG, self._binary)
             container.watch(launch.ending, news[1])
-            await self.configure(plan)
+            if plan.snapshot:
+                await self.load_machine(container, plan)
+            else:
+                await self.configure(plan)
             await self._await_process(container, plan)
+            if plan.snapshot:
+                await self._refresh(container, plan)
             self._settle(container)
         except (AtollError, OSError, asyncio.CancelledError) as error:
             await asyncio.shield(self._undo(boxes, container, launch))
@@ -232,6 +252,16 @@ class VmRuntime(OciRuntime):
                 raise RuntimeFailed(f"cannot run {name!r}: the machine ended before it ran. {words}", mend=mend)
             if not ending.started:
                 raise cannot_run(name, ending.text or why)
+
+    async def _refresh(self, container: VmContainer, plan: VmPlan) -> None:
+        """Make a copy one of its own: it woke with its origin's randomness, clock, names and addresses. Raises RuntimeFailed."""
+        try:
+            channel = await self._open_channel(container, CHANNEL_S_MAX)
+            address, mac = (plan.link.address, plan.link.mac) if plan.link else ("", "")
+            told = refreshing(plan.id, plan.hostname, address, mac, entropy=os.urandom(64), now_ns=time.time_ns())
+            await channel.ask(Kind.REFRESH, Kind.REFRESHED, told, deadline_s=CHANNEL_S_MAX)
+        except (Unavailable, DeadlineExceeded) as error:
+            raise RuntimeFailed(f"the copy could not be made one of its own: {error}", mend="see vmm.log") from None
 
     async def _undo(self, boxes: VmBoxes, container: VmContainer, launch: Launch | None) -> None:
         if launch is not None:
@@ -316,6 +346,61 @@ class VmRuntime(OciRuntime):
         if container.channel is not None:
             # Frames that came meanwhile are there, but the interrupt that tells of them was lost with the machine standing.
             await container.channel.send(Kind.NOTHING)
+
+    async def snapshot(self, id: str, directory: Path) -> Snapshot:
+        container = await self._machine(id)
+        await self._running(id)
+        plan = await self._in_thread(load_plan, container.record.directory)
+        compatibility = await self._in_thread(self.compatibility)
+        if plan.pci:
+            raise Unsupported("a machine with a device of the node cannot be written down", mend="take it without the device")
+        await self._in_thread(begin, directory)
+        try:
+            names = await self._save(container, plan, directory)
+            sealing = functools.partial(
+                seal,
+                directory,
+                names,
+                compatibility=compatibility,
+                image=plan.image_digest,
+                limits=plan.limits,
+                networked=plan.link is not None,
+            )
+            return await self._in_thread(sealing)
+        except BaseException as error:
+            await asyncio.shield(self._in_thread(abandon, directory))
+            if isinstance(error, OSError):
+                raise failure_to_write(error) from None
+            if isinstance(error, Unavailable | DeadlineExceeded):
+                raise RuntimeFailed(f"the machine could not be written down: {error}", mend="see vmm.log") from None
+            raise
+
+    async def _save(self, container: VmContainer, plan: VmPlan, directory: Path) -> Sequence[str]:
+        """Write machine and disk while it stands still, which it does no longer than that takes."""
+        was_paused = container.paused
+        if not was_paused:
+            await self.pause_machine(container.record.directory)
+            container.paused = True
+        try:
+            names = await self.save_machine(plan, directory)
+            await self._in_thread(copy_written, plan.disk, directory / SNAPSHOT_DISK)
+        finally:
+            if not was_paused:
+                await asyncio.shield(self.resume(plan.id))
+        return (*names, SNAPSHOT_DISK)
+
+    async def restore(self, box: Box, directory: Path) -> Started:
+        self.check(box)
+        snapshot = await self._in_thread(load, directory)
+        check_fit(snapshot, await self._in_thread(self.compatibility), box)
+        boxes = await self._boxes()
+        assert isinstance(boxes, VmBoxes)  # noqa: S101 - `_make_boxes` says so
+        await self._create(boxes, box, functools.partial(boxes.make, snapshot=directory))
+        try:
+            return await self.start(box.id)
+        except BaseException:
+            await asyncio.shield(self.delete(box.id))
+            raise
 
     async def usage(self, id: str) -> Usage:
         container = await self._machine(id)

@@ -49,7 +49,7 @@ enum kind {
     CLOSE = 5,    /* kill the command if it runs, and forget the stream */
     STATS = 6,
     CREDIT = 7,   /* bytes (4); in both directions */
-    REFRESH = 8,  /* after a restore: entropy (64), time in ns (8), then words: machine id, hostname, address */
+    REFRESH = 8,  /* after a restore: entropy (64), time in ns (8), then words: machine id, hostname, address, hardware address */
     /* from the guest */
     STARTED = 16,
     FAILED = 17,  /* why, in words */
@@ -97,6 +97,7 @@ void boot(struct machine *machine);
 void write_ending(const struct ending *ending);
 _Noreturn void power_off(void);
 int set_address(const char *address);
+int set_hardware_address(const char *mac);
 long long disk_bytes_used(void);
 int open_port(const char *name);
 

@@ -227,7 +227,7 @@ static void refresh(const unsigned char *bytes, size_t count) {
         return;
     }
     struct words words = {.at = (char *)bytes + REFRESH_BYTES, .end = (char *)bytes + count};
-    char *machine_id = next_word(&words), *hostname = next_word(&words), *address = next_word(&words);
+    char *machine_id = next_word(&words), *hostname = next_word(&words), *address = next_word(&words), *mac = next_word(&words);
     memcpy(pool.info.buf, bytes, 64);
     int fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
     if (fd < 0 || ioctl(fd, RNDADDENTROPY, &pool) < 0 || ioctl(fd, RNDRESEEDCRNG) < 0) perror("entropy");
@@ -236,6 +236,7 @@ static void refresh(const unsigned char *bytes, size_t count) {
     const struct timespec now = {.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
     if (clock_settime(CLOCK_REALTIME, &now) < 0) perror("the clock");
     if (hostname && machine_id) rename_host(hostname, machine_id);
+    if (mac && mac[0] && set_hardware_address(mac) < 0) perror("the hardware address");
     if (address && address[0] && set_address(address) < 0) perror("the address");
     send_frame(REFRESHED, 0, NULL, 0);
 }
