@@ -41,6 +41,8 @@ READY_S = 0.2
 REVIVE_S = 20.0
 """A node that died is back so long after its work was replaced."""
 WAIT_S = 120.0
+CPU_MILLI = 350
+"""Room for three instances, so that work does not gather on a few nodes while others die."""
 
 
 class _Selector(selectors.SelectSelector):
@@ -116,7 +118,7 @@ class Cell:
         ops: list[Op] = []
         now = self.clock.now()
         for number, name in enumerate(self.field.names):
-            capacity = Capacity(cpu_milli=8_000, memory_bytes=32 << 30, disk_bytes=1 << 40)
+            capacity = Capacity(cpu_milli=CPU_MILLI, memory_bytes=32 << 30, disk_bytes=1 << 40)
             site = self.field.site_of(name) or ""
             node = Node(name=name, site=site, region=f"r{number % 4}", capacity=capacity, runtimes=(RuntimeName.RUNC,))
             app = f"a{number}"
@@ -223,26 +225,28 @@ class Cell:
 
 
 async def deaths(nodes: int, weather: Weather, count: int, every_s: float, seed: int) -> tuple[list[float], float, float]:
-    """Kill `count` nodes, one after another at random times; return the times to the replacement's commit, the processor time of
-    leader, scheduler, store and cache per virtual second, and that of the detection's fleet and network."""
+    """Kill `count` nodes, one after another at random times; return for each the time to the commit of its last replacement, the
+    processor time of leader, scheduler, store and cache per virtual second, and that of the fleet and the network."""
     async with Cell(nodes, weather, seed) as cell:
         await asyncio.sleep(10.0)
         began_at, began_s, began_field_s = cell.clock.at, time.process_time(), cell._field_s
         dying: list[asyncio.Task[list[float]]] = []
         for _ in range(count):
             await asyncio.sleep(cell.chance.expovariate(1 / every_s))
-            dying.append(asyncio.create_task(cell.die(_with_work(cell, nodes))))
-        times = [one for task in dying for one in await task]
+            number = _with_work(cell, nodes)
+            if number is not None:
+                dying.append(asyncio.create_task(cell.die(number)))
+        times = [max(await task) for task in dying]
         span = cell.clock.at - began_at
         field_s = cell._field_s - began_field_s
         return times, (time.process_time() - began_s - field_s) / span, field_s / span
 
 
-def _with_work(cell: Cell, nodes: int) -> int:
-    while True:
-        number = cell.chance.randrange(nodes)
-        if cell.field.dead_at[number] == float("inf") and cell.apps_on(cell.field.names[number]):
-            return number
+def _with_work(cell: Cell, nodes: int) -> int | None:
+    """Return a node that lives and runs something; None where none does now."""
+    busy = {held.record.node for held in cell.state.records(Instance).values()}
+    alive = [n for n in range(nodes) if cell.field.dead_at[n] == float("inf") and cell.field.names[n] in busy]
+    return cell.chance.choice(alive) if alive else None
 
 
 async def many_at_once(nodes: int, share: float, weather: Weather, seed: int, for_s: float) -> dict[str, Any]:
