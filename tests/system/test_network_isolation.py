@@ -116,12 +116,16 @@ async def test_the_instance_sees_the_node_by_an_address_of_the_subnet(network: L
         assert peer[0] == subnet.replace(".0/24", ".1")
 
 
-async def test_instances_cannot_reach_each_other(network: LinkNetwork) -> None:
+async def test_instances_of_one_project_reach_each_others_declared_ports_and_no_other_projects(network: LinkNetwork) -> None:
     one = await network.attach("a", project="p", ports=(WEB,))
     other = await network.attach("b", project="p", ports=(WEB,))
-    with listening(other, 8000):
-        assert from_node(other.address, 8000)
-        assert not connects(socket_in(one), other.address, 8000)
+    foreign = await network.attach("c", project="q", ports=(WEB,))
+    with listening(other, 8000), listening(other, 9000), listening(foreign, 8000):
+        assert from_node(foreign.address, 8000)
+        assert connects(socket_in(one), other.address, 8000)
+        assert not connects(socket_in(one), other.address, 9000)
+        assert not connects(socket_in(one), foreign.address, 8000)
+        assert not connects(socket_in(foreign), other.address, 8000)
 
 
 async def test_the_nodes_own_services_are_closed_to_instances(network: LinkNetwork, subnet: str) -> None:
@@ -398,7 +402,7 @@ async def test_rules_that_somebody_removed_are_back_within_seconds(tmp_path: Pat
     network = LinkNetwork(subnet, directory, prepared=1, rules_check_s=0.1)
     try:
         one = await network.attach("a", project="p", ports=(WEB,))
-        other = await network.attach("b", project="p", ports=(WEB,))
+        other = await network.attach("b", project="q", ports=(WEB,))
         remove = ["nft", "delete", "table", "inet", f"atoll_{slots.tag_of(directory)}"]
         await asyncio.to_thread(subprocess.run, remove, check=True, timeout=20)
         await asyncio.sleep(1)

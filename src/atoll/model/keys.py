@@ -28,6 +28,8 @@ INGRESSES = "ingresses/"
 ROUTES = "routes/"
 """`routes/HOST/PATH` → the app that owns it, so that two apps cannot claim one."""
 REQUESTS = "requests/"
+FABRICS = "fabrics/"
+FABRIC_NODES = "fabric-nodes/"
 AUTHORITIES = "authorities/"
 JOIN_TOKENS = "join-tokens/"
 IDENTITIES = "identities/"
@@ -137,6 +139,14 @@ def route(host: str, path: str) -> str:
 
 def request(token_id: str, key: str) -> str:
     return f"{REQUESTS}{token_id}/{key}"
+
+
+def fabric() -> str:
+    return f"{FABRICS}cell"
+
+
+def fabric_node(name: str) -> str:
+    return f"{FABRIC_NODES}{name}"
 
 
 def authority(id: str) -> str:

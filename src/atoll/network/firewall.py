@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from atoll.model.errors import RuntimeFailed, Unsupported
+from atoll.model.fabric import PROBE_PORT, VXLAN_PORT
 from atoll.model.spec import Port, PortProtocol
 
 CLOSED = (
@@ -23,18 +24,32 @@ CLOSED = (
     "240.0.0.0/4",
 )
 """Where no instance may go; a resolver of the node that lies there can be asked for names, and nothing else."""
+CONNECTIONS_MAX = 16_384
+"""Connections that one instance may have open at a time: a flood of one does not fill the kernel's table for all."""
+CONNECTIONS_TRACKED_MAX = 65_535
 
 
 def ruleset(
-    *, table: str, prefix: str, subnet: str, node_address: str, resolvers: Iterable[str], elements: Iterable[str] = ()
+    *,
+    table: str,
+    prefix: str,
+    subnet: str,
+    node_address: str,
+    resolvers: Iterable[str],
+    elements: Iterable[str] = (),
+    tunnels: Sequence[str] = (),
+    names: bool = False,
 ) -> str:
-    """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link.
+    """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link, `tunnels`
+    are those to other nodes, and with `names` instances may ask the node itself for names.
 
     Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our business. What is
     refused is answered, so that nobody waits for it: with a reset where that is possible, as the kernel limits ICMP.
     """
     links = f'"{prefix}*"'
     named = ", ".join(resolvers)
+    fabric = "{ " + ", ".join(f'"{tunnel}"' for tunnel in tunnels or ("atoll-none",)) + " }"
+    ask = f"ip daddr {node_address} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
     return f"""
 table inet {table}
 delete table inet {table}
@@ -44,6 +59,16 @@ table inet {table} {{
   map published {{ type inet_proto . inet_service : ipv4_addr . inet_service; }}
   set resolvers {{ type ipv4_addr; {f"elements = {{ {named} }}" if named else ""} }}
   set closed {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {", ".join((*CLOSED, subnet))} }} }}
+  map project_of {{ type ipv4_addr : mark; }}
+  set member {{ type ipv4_addr . mark; }}
+  set peers {{ type ipv4_addr; flags interval; }}
+  set nodes {{ type ipv4_addr; }}
+  set endpoints {{ type ipv4_addr; }}
+  set guarded {{ type ipv4_addr; }}
+  set admitted {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
+  set fenced {{ type ipv4_addr; }}
+  set permitted {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
+  set connections {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic; }}
   chain refused {{
     meta l4proto tcp reject with tcp reset
     reject
@@ -52,24 +77,69 @@ table inet {table} {{
     type filter hook prerouting priority raw; policy accept;
     iifname {links} iifname . ip saddr != @sources drop
     iifname {links} meta nfproto ipv6 drop
+    iifname {fabric} ip saddr != @peers drop
+    iifname {fabric} meta nfproto ipv6 drop
+  }}
+  chain crowded {{
+    ct state new add @connections {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop
   }}
   chain to_node {{
     type filter hook input priority filter; policy accept;
+    iifname {fabric} jump from_tunnel
     iifname != {links} accept
+    jump crowded
     ct state established,related accept
+    {ask}
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
+    jump refused
+  }}
+  chain from_tunnel {{
+    ct state established,related accept
+    ip saddr @nodes udp dport {PROBE_PORT} accept
+    ip saddr @nodes icmp type echo-request accept
+    jump refused
+  }}
+  chain private {{
+    meta mark set 0
+    meta mark set ip saddr map @project_of
+    ip daddr . meta mark @member goto same_project
+    meta mark set 0
+    jump refused
+  }}
+  chain same_project {{
+    meta mark set 0
+    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted jump refused
+    oifname {fabric} accept
+    goto open_ports
+  }}
+  chain open_ports {{
+    ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted jump refused
+    ip daddr . meta l4proto . th dport @inbound accept
+    icmp type echo-request accept
     jump refused
   }}
   chain between {{
     type filter hook forward priority filter; policy accept;
-    iifname {links} oifname {links} jump refused
+    iifname {links} jump crowded
+    oifname {fabric} tcp flags & (syn|rst) == syn tcp option maxseg size set rt mtu
+    iifname {fabric} oifname {fabric} ip daddr @peers accept
+    iifname {fabric} oifname != {links} drop
+    oifname {fabric} ct state established,related accept
+    oifname {fabric} iifname != {links} drop
+    iifname {links} udp dport {VXLAN_PORT} ip daddr @endpoints jump refused
     oifname {links} ct state established,related accept
+    iifname {links} oifname {links} jump private
+    iifname {links} oifname {fabric} jump private
+    iifname {fabric} ip saddr @nodes goto open_ports
+    iifname {fabric} jump private
     oifname {links} ct status dnat ip daddr . meta l4proto . th dport @inbound accept
     oifname {links} drop
     iifname != {links} accept
     ct state established,related accept
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
     ip daddr @closed jump refused
+    ip daddr @peers jump refused
+    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted jump refused
   }}
   chain from_node {{
     type filter hook output priority filter; policy accept;
@@ -89,7 +159,7 @@ table inet {table} {{
   }}
   chain outward {{
     type nat hook postrouting priority srcnat; policy accept;
-    ip saddr {subnet} ip saddr != {node_address} oifname != {links} masquerade
+    ip saddr {subnet} ip saddr != {node_address} oifname != {links} oifname != {fabric} masquerade
   }}
 }}
 """ + "\n".join(elements)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
 from msgspec import Struct, structs
 
 from atoll.model.errors import AtollError, Unavailable
+from atoll.model.fabric import FabricNode, Member
 from atoll.model.ports.network import Link
 from atoll.model.spec import Port, host_ports
 from atoll.network import elements, firewall, resolvers
@@ -18,7 +19,9 @@ from atoll.network.elements import ElementSocket
 from atoll.network.ledger import Entry, Ledger
 from atoll.network.listening import taken_ports
 from atoll.network.pool import SlotPool
+from atoll.network.private import Private, of_nodes
 from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
+from atoll.network.tunnels import names_of
 
 PREPARED_DEFAULT = 8
 """Slots made ahead. One costs about 2 ms to make, and some kernel memory."""
@@ -58,8 +61,9 @@ class LinkNetwork:
         prepared: int = PREPARED_DEFAULT,
         resolver_sources: Sequence[Path] = resolvers.SOURCES,
         rules_check_s: float = RULES_CHECK_S,
+        names: bool = False,
     ) -> None:
-        """Raises Invalid for a subnet that is none."""
+        """With `names`, instances ask the node itself for names, at `node_address`. Raises Invalid for a subnet that is none."""
         self._addresses = AddressPool(subnet)
         self._directory = directory
         self._prepared = prepared
@@ -75,6 +79,55 @@ class LinkNetwork:
         self._servers: tuple[str, ...] = ()
         self._keeper: asyncio.Task[None] | None = None
         self._rules_check_s = rules_check_s
+        self._names = names
+        self._forwarders: tuple[str, ...] = ()
+        self._projects: dict[str, str] = {}
+        """Address → project, of this node's instances."""
+        self._private = Private(self._addresses.network)
+        self._around: dict[str, Sequence[str]] = {}
+        """Set → elements that say who the other nodes are."""
+        self._policies: dict[str, Sequence[str]] = {}
+        """Set → elements of what apps' own rules let through."""
+
+    @property
+    def node_address(self) -> str:
+        return self._addresses.node_address
+
+    @property
+    def forwarders(self) -> tuple[str, ...]:
+        """The node's own name servers, as far as an instance could ask them."""
+        return self._forwarders
+
+    def project_at(self, address: str) -> str | None:
+        """Return the project of this node's instance that has `address`."""
+        return self._projects.get(address)
+
+    def links(self) -> dict[str, tuple[str, str]]:
+        """Return instance → its address and the node's end of its link."""
+        return {id: (held.slot.address, held.slot.interface) for id, held in self._held.items()}
+
+    async def see(
+        self,
+        own: FabricNode,
+        nodes: Mapping[str, FabricNode],
+        members: Iterable[Member],
+        policies: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Let pass what the other nodes' instances and this one's of the same project send each other, and what apps' own rules
+        (set → elements) allow. What is left out of `nodes` and `members` is shut out. Safe to repeat. Raises RuntimeFailed."""
+        opened = await self._open()
+        new, gone = self._private.see(nodes, members)
+        around, rules = of_nodes(own, nodes), dict(policies or {})
+        if gone:  # an address that is another project's now must go before it comes again
+            opened.sets.change(delete=gone)
+        opened.sets.change(add=new)
+        if (around, rules) != (self._around, self._policies):
+            commands = []
+            for name, values in {**around, **rules}.items():
+                if values != {**self._around, **self._policies}.get(name, ()):
+                    commands += [f"flush set inet {self._table} {name}", firewall.add(self._table, name, values)]
+            opened.nftables.run(*commands)
+            self._around, self._policies = around, rules
 
     async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
         opened = await self._open()
@@ -88,9 +141,17 @@ class LinkNetwork:
         try:
             # The ledger first: a slot that nobody is known to have is removed by the next agent.
             self._ledger.write(entry)
-            opened.sets.change(add=[elements.inbound(slot.address, ports), elements.published(slot.address, ports)])
+            opened.sets.change(
+                add=[
+                    elements.inbound(slot.address, ports),
+                    elements.published(slot.address, ports),
+                    *self._private.admit(slot.address, project),
+                ]
+            )
+            self._projects[slot.address] = project
         except (AtollError, OSError) as error:
             self._ledger.remove(slot.number)
+            self._private.gone(slot.address)
             await opened.pool.remove(slot.number)
             if isinstance(error, OSError):
                 raise Unavailable(f"cannot note down the link of {id}: {error}", mend="free space on the disk") from error
@@ -147,7 +208,13 @@ class LinkNetwork:
                 subnet=str(self._addresses.network),
                 node_address=self._addresses.node_address,
                 resolvers=self._servers,
+                tunnels=tuple(names_of(tag_of(self._directory)).values()),
+                names=self._names,
                 elements=[
+                    *(
+                        firewall.add(self._table, name, values)
+                        for name, values in {**self._private.text(), **self._around, **self._policies}.items()
+                    ),
                     firewall.add(self._table, "sources", [f'"{slot.interface}" . {slot.address}' for slot in slots]),
                     firewall.add(self._table, "inbound", ports),
                     firewall.add(self._table, "published", published),
@@ -219,8 +286,11 @@ class LinkNetwork:
                 elements.published(slot.address, ports),
                 elements.inbound(slot.address, ports),
                 elements.source(slot.interface, slot.address),
+                *self._private.forget(slot.address),
             ]
         )
+        self._private.gone(slot.address)
+        self._projects.pop(slot.address, None)
         del self._held[held.entry.id]  # only now: what could not be shut can be tried again
 
     async def _open(self) -> _Open:
@@ -264,12 +334,18 @@ class LinkNetwork:
             write_sysctl(FORWARDING, "1")
             log.warning("network.forwarding-on", message="IPv4 forwarding was off on this node and has been turned on")
         named = resolvers.read(self._sources)
+        self._forwarders = named.servers
+        if self._names:
+            named = resolvers.asking(self._addresses.node_address, named)
         self._resolves = bool(named.servers)
         if not self._resolves:
             log.warning("network.no-resolver", message="no name server of this node can be reached from an instance")
         self._resolv_conf.write_text(named.text)
         held = [_Held(slot, entries[number]) for number, slot in whole.items() if number in entries]
-        self._servers = named.servers
+        self._servers = self._forwarders
+        for each in held:
+            self._private.admit(each.slot.address, each.entry.project)
+            self._projects[each.slot.address] = each.entry.project
         self._write_rules(maker, nftables, held, [each.slot for each in held])
         maker.open_subnet()
         for each in held:

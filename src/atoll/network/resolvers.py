@@ -43,6 +43,13 @@ def parse(texts: Sequence[str]) -> Resolvers:
     return Resolvers((), "# This node has no name server that can be reached from an instance.\n")
 
 
+def asking(address: str, named: Resolvers) -> Resolvers:
+    """Return the resolvers of instances that ask the node itself, at `address`; what else the node's files say is kept."""
+    kept = [line for line in named.text.splitlines() if line.split(" ")[0] in _KEPT]
+    # One second, so that a name server that starts anew is hardly missed.
+    return Resolvers((address,), "\n".join([f"nameserver {address}", *kept, "options timeout:1 attempts:5", ""]))
+
+
 def read(sources: Sequence[Path] = SOURCES) -> Resolvers:
     """Return the resolvers that the files of this node name; a file that is not there names none."""
     texts = []

@@ -14,6 +14,7 @@ import msgspec
 from atoll.model import codec
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
+from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.traffic import TrafficReport
@@ -106,6 +107,13 @@ class HttpControlPlane:
         failed = [one for one in told if isinstance(one, BaseException)]
         if len(failed) == len(told):
             raise failed[0]
+
+    async def join_fabric(self, node: str, offer: FabricOffer) -> FabricGrant:
+        return codec.decode(await self._call("PUT", path("nodes", node, "fabric"), offer), FabricGrant)
+
+    def fabric(self, node: str) -> AsyncIterator[FabricBatch]:
+        """See `ports.fabric.FabricControl`."""
+        return self._batches(path("nodes", node, "fabric"), FabricBatch)
 
     async def close(self) -> None:
         """Close the idle connections; streams that are open end with their iterators."""

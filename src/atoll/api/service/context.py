@@ -14,6 +14,7 @@ from msgspec import Struct, structs
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, StaleRevision
+from atoll.model.fabric import Fabric, FabricNode
 from atoll.model.maintenance import Maintenance
 from atoll.model.membership import Authority, Identity, JoinToken, Server
 from atoll.model.ports.clock import Clock
@@ -73,6 +74,8 @@ KINDS: dict[str, type] = {
     keys.DRAINED: Drained,
     keys.INGRESSES: Ingress,
     keys.ROUTES: RouteClaim,
+    keys.FABRICS: Fabric,
+    keys.FABRIC_NODES: FabricNode,
     keys.AUTHORITIES: Authority,
     keys.JOIN_TOKENS: JoinToken,
     keys.IDENTITIES: Identity,

@@ -194,6 +194,7 @@ class Membership:
                     compare.append(unchanged(key, record.revision))
                     ops.append(Delete(key))
             ops += [Delete(keys.node_policy(name)), Delete(keys.node_liveness(name)), Delete(keys.prefetch(name))]
+            ops.append(Delete(keys.fabric_node(name)))
             ops += [Delete(keys.join_token(id)) for id in self._invitations(MemberKind.NODE, name)]
             who = caller.name or caller.id
             ops.append(self._event(MemberKind.NODE, name, "node-removed", f"node {name} was removed, by {who}"))

@@ -1,0 +1,284 @@
+"""Nodes join the fabric here, and hear who else is in it. The API is the one writer of prefixes, so that no two overlap."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import TypeVar
+
+import structlog
+from msgspec.structs import replace
+
+from atoll.api.service.access import check_id
+from atoll.api.service.context import Context, Draft
+from atoll.api.service.feeds import Listener
+from atoll.model import codec, keys
+from atoll.model.errors import Compacted, Conflict, Exhausted, Invalid, Unavailable
+from atoll.model.fabric import (
+    PREFIX_LENGTH,
+    Fabric,
+    FabricBatch,
+    FabricGrant,
+    FabricNode,
+    FabricOffer,
+    Member,
+    network_of,
+)
+from atoll.model.ports.store import Compare, Op, Put, absent, unchanged
+from atoll.model.records import Instance, Node, OwnerKind, Status
+from atoll.store.cache import Deltas
+
+GATHER_S = 0.02
+"""News within so long is told together: a hundred instances that start at once are a few messages."""
+RETRY_S = 1.0
+KEY_LIFE_S = 30 * 86_400.0
+"""A node's key that is older is replaced."""
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+class Fabrics:
+    """`start` before use; `close` ends every stream."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._state = context.state
+        self._listeners: dict[str, set[Listener]] = defaultdict(set)
+        self._members: dict[str, dict[str, Member]] = defaultdict(dict)
+        """Project → instance → member."""
+        self._present: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        """Node → project → instances of it there."""
+        self._placed: dict[str, tuple[str, str]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def join(self, name: str, offer: FabricOffer) -> FabricGrant:
+        """See `FabricControl.join_fabric`."""
+        check_id(name, "node")
+        if offer.endpoint:
+            try:
+                ipaddress.IPv4Address(offer.endpoint)
+            except ValueError as error:
+                raise Invalid(f"endpoint: {error}", field="endpoint") from None
+        number = int.from_bytes(self._context.entropy(3)) or 1
+
+        def build() -> Draft[FabricGrant]:
+            compare: list[Compare] = []
+            ops: list[Op] = []
+            cell = self._state.get(Fabric, "cell")
+            fabric = cell.record if cell is not None else Fabric(number=number)
+            held = self._state.get(FabricNode, name)
+            prefix = self._prefix(name, offer, fabric, held.record if held is not None else None)
+            node = FabricNode(
+                name=name,
+                site=offer.site,
+                region=offer.region,
+                prefix=prefix,
+                endpoint=offer.endpoint,
+                public_key=offer.public_key,
+                key_made_at=offer.key_made_at,
+                vxlan_port=offer.vxlan_port,
+                wireguard_port=offer.wireguard_port,
+            )
+            grant = FabricGrant(network=fabric.network, number=fabric.number, prefix=prefix)
+            if held is not None and held.record == node:
+                return Draft(answer=lambda _: grant)
+            key = keys.fabric_node(name)
+            compare.append(absent(key) if held is None else unchanged(key, held.revision))
+            ops.append(Put(key, codec.encode(node)))
+            if held is None or held.record.prefix != prefix:
+                compare.append(absent(keys.fabric()) if cell is None else unchanged(keys.fabric(), cell.revision))
+                ops.append(Put(keys.fabric(), codec.encode(replace(fabric, allocations=fabric.allocations + 1))))
+            return Draft(compare=compare, ops=ops, answer=lambda _: grant)
+
+        return await self._context.write(FabricGrant, build)
+
+    async def rotate(self) -> Fabric:
+        """Have every node make a new key; returns what holds then. Safe to repeat, but then they do it twice."""
+
+        def build() -> Draft[Fabric]:
+            held = self._state.get(Fabric, "cell")
+            if held is None:
+                raise Invalid("no node has joined the fabric yet")
+            fabric = replace(held.record, keys_after=self._context.clock.now())
+            ops = [Put(keys.fabric(), codec.encode(fabric))]
+            return Draft(compare=[unchanged(keys.fabric(), held.revision)], ops=ops, answer=lambda _: fabric)
+
+        return await self._context.write(Fabric, build)
+
+    def nodes(self) -> tuple[FabricNode, ...]:
+        return tuple(held.record for _, held in sorted(self._state.records(FabricNode).items()))
+
+    async def feed(self, node: str, keepalive_s: float | None = None) -> AsyncIterator[FabricBatch]:
+        """See `FabricControl.fabric`."""
+        if self._closed:
+            raise Unavailable("the server is stopping", mend="connect again")
+        self.start()
+        listener = Listener()
+        self._listeners[node].add(listener)
+        nodes: dict[str, FabricNode] = {}
+        members: dict[str, Member] = {}
+        try:
+            while True:
+                complete, listener.everything = listener.everything, False
+                listener.dirty.clear()
+                if complete:
+                    nodes, members = {}, {}
+                wanted_nodes = {name: held.record for name, held in self._state.records(FabricNode).items()}
+                wanted = {
+                    id: member
+                    for project, count in list(self._present.get(node, {}).items())
+                    if count > 0
+                    for id, member in self._members.get(project, {}).items()
+                }
+                cell = self._state.get(Fabric, "cell")
+                batch = FabricBatch(
+                    revision=int(self._state.revision),
+                    complete=complete,
+                    keys_after=max(cell.record.keys_after if cell is not None else 0.0, self._context.clock.now() - KEY_LIFE_S),
+                    nodes=_news(nodes, wanted_nodes),
+                    nodes_removed=tuple(nodes.keys() - wanted_nodes.keys()),
+                    members=_news(members, wanted),
+                    members_removed=tuple(members.keys() - wanted.keys()),
+                )
+                nodes, members = wanted_nodes, wanted
+                yield batch
+                await listener.wait(keepalive_s)
+                await asyncio.sleep(GATHER_S)
+        finally:
+            self._listeners[node].discard(listener)
+            if not self._listeners[node]:
+                del self._listeners[node]
+
+    def start(self) -> None:
+        """Begin to follow; safe to repeat."""
+        if self._task is None and not self._closed:
+            changes = self._state.changes()
+            self._rebuild()
+            self._task = asyncio.create_task(self._run(changes), name="api fabric")
+
+    async def close(self) -> None:
+        self._closed = True
+        for group in self._listeners.values():
+            for listener in group:
+                listener.end()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def _prefix(self, name: str, offer: FabricOffer, fabric: Fabric, held: FabricNode | None) -> str:
+        """Return the prefix that the node has, wants, or the first that is free. Raises Conflict, Exhausted, Invalid."""
+        others = {n: ipaddress.IPv4Network(h.record.prefix) for n, h in self._state.records(FabricNode).items() if n != name}
+        if offer.subnet:
+            wanted = network_of(offer.subnet, "subnet")
+            for other, network in others.items():
+                if network.overlaps(wanted):
+                    raise Conflict(
+                        f"the subnet {wanted} overlaps {network} of node '{other}'",
+                        mend="give this node another --subnet, or none so that the cell chooses",
+                        field="subnet",
+                    )
+            return str(wanted)
+        if held is not None:
+            return held.prefix
+        taken = sorted(others.values())
+        for candidate in ipaddress.IPv4Network(fabric.network).subnets(new_prefix=PREFIX_LENGTH):
+            if not any(candidate.overlaps(one) for one in taken):
+                return str(candidate)
+        raise Exhausted(f"every prefix of {fabric.network} is taken", mend="remove nodes that are gone: atoll nodes remove NAME")
+
+    def _rebuild(self) -> None:
+        self._members.clear()
+        self._present.clear()
+        self._placed.clear()
+        for key, held in self._state.records(Instance).items():
+            self._look(key, held.record)
+        self._mark(self._listeners, everything=True)
+
+    def _mark(self, nodes: Iterable[str], *, everything: bool = False) -> None:
+        for node in list(nodes):
+            for listener in self._listeners.get(node, ()):
+                if everything:
+                    listener.mark_everything()
+                else:
+                    listener.mark("")
+
+    def _look(self, key: str, instance: Instance | None) -> bool:
+        """Take in how the instance under `key` stands now; return whether somebody must hear of it."""
+        project, _, id = key.partition("/")
+        changed = False
+        place = (instance.node, project) if instance is not None and instance.node is not None else None
+        before = self._placed.get(key)
+        if place != before:
+            changed = True
+            if before is not None:
+                self._present[before[0]][before[1]] -= 1
+                del self._placed[key]
+                self._mark([before[0]])
+            if place is not None:
+                self._present[place[0]][place[1]] += 1
+                self._placed[key] = place
+        member = self._member(key, instance) if instance is not None else None
+        members = self._members[project]
+        if member != members.get(id):
+            changed = True
+            if member is None:
+                del members[id]
+            else:
+                members[id] = member
+        return changed
+
+    def _member(self, key: str, instance: Instance) -> Member | None:
+        status = self._state.get(Status, key)
+        if status is None or status.record.address is None or instance.node is None or status.record.phase.final:
+            return None
+        node = self._state.get(Node, instance.node)
+        return Member(
+            id=instance.id,
+            project=instance.project,
+            owner=instance.owner,
+            app=instance.owner_kind is OwnerKind.APP,
+            index=instance.index,
+            node=instance.node,
+            site=node.record.site if node is not None else "local",
+            region=node.record.region if node is not None else "local",
+            address=status.record.address,
+            ready=status.record.ready and instance.desired == "run",
+        )
+
+    def _apply(self, deltas: Deltas) -> None:
+        projects = set()
+        for delta in deltas.deltas:
+            if delta.kind is Instance or delta.kind is Status:
+                held = self._state.get(Instance, delta.key)
+                if self._look(delta.key, held.record if held is not None else None):
+                    projects.add(delta.key.partition("/")[0])
+            elif delta.kind is FabricNode or delta.kind is Fabric:
+                self._mark(self._listeners)
+        if projects:
+            self._mark([node for node, there in self._present.items() if any(there.get(one) for one in projects)])
+
+    async def _run(self, changes: AsyncIterator[Deltas]) -> None:
+        while True:
+            try:
+                async for deltas in changes:
+                    self._apply(deltas)
+            except Unavailable:
+                return
+            except Compacted:
+                log.warning("the fabric's feed fell behind the cache and tells everything anew")
+            except Exception:
+                # The outer edge: nodes must go on hearing, whatever one record did.
+                log.exception("the fabric's feed tripped and tells everything anew", retry_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+            changes = self._state.changes()
+            self._rebuild()
+
+
+def _news(before: Mapping[str, T], now: Mapping[str, T]) -> tuple[T, ...]:
+    return tuple(one for name, one in now.items() if before.get(name) != one)

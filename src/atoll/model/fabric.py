@@ -1,0 +1,117 @@
+"""The fabric: one private network for each project over all nodes of a cell, and what nodes must know of each other for it."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from atoll.model.errors import Invalid
+
+NETWORK_DEFAULT = "10.64.0.0/10"
+"""What nodes get their prefixes from, where the cell has none of its own."""
+PREFIX_LENGTH = 20
+"""Of a prefix that the cell gives: 4,093 instances; 1,024 nodes in the default network."""
+VXLAN_PORT = 7605
+WIREGUARD_PORT = 7606
+PROBE_PORT = 7607
+"""Of UDP: between nodes' own addresses, and the last one inside of the tunnels only."""
+DOMAIN = "internal"
+"""What names of the fabric end in: `APP.PROJECT.internal`."""
+
+Endpoint = Annotated[str, Meta(max_length=45)]
+PublicKey = Annotated[str, Meta(pattern=r"^([A-Za-z0-9+/]{43}=)?$(?!\n)", max_length=44)]
+
+
+class Fabric(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The cell's, one record. Its writer is the API."""
+
+    network: str = NETWORK_DEFAULT
+    number: int
+    """The VXLAN's, so that several cells may share wires."""
+    keys_after: float = 0.0
+    """Keys that were made before are replaced."""
+    allocations: int = 0
+    """Prefixes given so far: each one changes this record, so that no two can overlap."""
+
+
+class FabricNode(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How one node is reached. The API writes it, when the node asks to join."""
+
+    name: str
+    site: str = "local"
+    region: str = "local"
+    prefix: str
+    """Of its instances; the node itself has the first address."""
+    endpoint: str = ""
+    """IPv4 address; where it is empty nobody can reach the node's instances."""
+    public_key: str = ""
+    """WireGuard's; where it is empty the node has no WireGuard."""
+    key_made_at: float = 0.0
+    vxlan_port: int = VXLAN_PORT
+    wireguard_port: int = WIREGUARD_PORT
+
+
+class FabricOffer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a node asks to join with."""
+
+    site: Annotated[str, Meta(max_length=64)] = "local"
+    region: Annotated[str, Meta(max_length=64)] = "local"
+    subnet: Annotated[str, Meta(max_length=18)] = ""
+    """The prefix that it wants; empty for any, or the one that it had."""
+    endpoint: Endpoint = ""
+    public_key: PublicKey = ""
+    key_made_at: float = 0.0
+    vxlan_port: Annotated[int, Meta(ge=1, le=65_535)] = VXLAN_PORT
+    wireguard_port: Annotated[int, Meta(ge=1, le=65_535)] = WIREGUARD_PORT
+
+
+class FabricGrant(Struct, frozen=True, kw_only=True):
+    """What it then has."""
+
+    network: str
+    number: int
+    prefix: str
+
+
+class Member(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An instance, as its project's others see it."""
+
+    id: str
+    project: str
+    owner: str
+    """The app or job."""
+    app: bool = True
+    index: int = 0
+    node: str
+    site: str = "local"
+    region: str = "local"
+    address: str
+    ready: bool = False
+
+
+class FabricBatch(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """With `complete`, `nodes` and `members` are all that the node is to know, and whatever else it knows is gone."""
+
+    revision: int
+    complete: bool = False
+    keys_after: float = 0.0
+    nodes: tuple[FabricNode, ...] = ()
+    nodes_removed: tuple[str, ...] = ()
+    members: tuple[Member, ...] = ()
+    """Of the projects that have an instance on the node."""
+    members_removed: tuple[str, ...] = ()
+
+
+def network_of(text: str, field: str) -> ipaddress.IPv4Network:
+    """Raises Invalid for what is no private IPv4 network."""
+    try:
+        return ipaddress.IPv4Network(text)
+    except ValueError as error:
+        raise Invalid(f"{field}: {error}", field=field, mend="write a network such as 10.64.0.0/16") from None
+
+
+def node_address(prefix: str) -> str:
+    """Return the address that a node has in its own prefix."""
+    return str(ipaddress.IPv4Network(prefix).network_address + 1)

@@ -1,0 +1,254 @@
+"""Names of the fabric, answered from what this node knows: `APP.PROJECT.internal`, `ID.APP.PROJECT.internal` (an instance, by its
+id or its number), `SITE.site.APP.PROJECT.internal`. Who asks for another project's is told that there is none.
+
+All other names are asked of the node's own name servers, and their answers passed on as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Iterable, Sequence
+
+import dns.exception
+import dns.flags
+import dns.message
+import dns.name
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
+import structlog
+from msgspec import Struct
+
+from atoll.model.fabric import DOMAIN, Member
+
+TTL_S = 2
+"""So soon does who holds a name look again."""
+ANSWERS_MAX = 16
+"""Addresses in one answer: they fit a datagram of 512 bytes."""
+FORWARD_S = 3.0
+PENDING_MAX = 512
+"""Questions for the node's name servers that are under way; more are refused."""
+TCP_MAX = 64
+TCP_IDLE_S = 10.0
+MESSAGE_MAX = 65_535
+
+log = structlog.get_logger()
+
+
+class Found(Struct, frozen=True):
+    """`known`: there is such a name, even if nobody healthy answers to it now."""
+
+    known: bool
+    addresses: tuple[str, ...] = ()
+
+
+class Directory:
+    """Who answers to which name, nearest first, as seen from `node` of `site` in `region`."""
+
+    def __init__(self, node: str, site: str, region: str) -> None:
+        self._here = (node, site, region)
+        self._apps: dict[tuple[str, str], list[Member]] = {}
+
+    def see(self, members: Iterable[Member], away: frozenset[str] = frozenset()) -> None:
+        """Take in all members; those on nodes that are `away` count as unhealthy."""
+        apps: dict[tuple[str, str], list[Member]] = {}
+        for member in members:
+            if member.app:
+                healthy = member.ready and member.node not in away
+                entry = member if healthy == member.ready else _unready(member)
+                apps.setdefault((member.project, member.owner), []).append(entry)
+        for found in apps.values():
+            found.sort(key=self._distance)
+        self._apps = apps
+
+    def find(self, name: Sequence[str], project: str) -> Found:
+        """Return who answers to the labels of `name`, without its last one, for somebody of `project`."""
+        if len(name) < 2 or name[-1] != project:
+            return Found(False)
+        members = self._apps.get((project, name[-2]))
+        if members is None:
+            return Found(False)
+        match list(name[:-2]):
+            case []:
+                return Found(True, tuple(m.address for m in members if m.ready)[:ANSWERS_MAX])
+            case [one]:
+                chosen = [m for m in members if m.id == one or str(m.index) == one]
+                return Found(bool(chosen), tuple(m.address for m in chosen if m.ready)[:ANSWERS_MAX])
+            case [site, "site"]:
+                chosen = [m for m in members if m.site.lower() == site]
+                return Found(bool(chosen), tuple(m.address for m in chosen if m.ready)[:ANSWERS_MAX])
+            case _:
+                return Found(False)
+
+    def _distance(self, member: Member) -> tuple[int, str]:
+        node, site, region = self._here
+        if member.node == node:
+            return 0, member.id
+        if (member.site, member.region) == (site, region):
+            return 1, member.id
+        return (2 if member.region == region else 3), member.id
+
+
+def _unready(member: Member) -> Member:
+    return Member(
+        id=member.id,
+        project=member.project,
+        owner=member.owner,
+        index=member.index,
+        node=member.node,
+        site=member.site,
+        region=member.region,
+        address=member.address,
+        ready=False,
+    )
+
+
+class NameServer:
+    """Answers on port 53 of `address`, UDP and TCP. `project_at` says whose an instance's address is."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        address: str,
+        project_at: Callable[[str], str | None],
+        forwarders: Callable[[], Sequence[str]],
+        *,
+        port: int = 53,
+    ) -> None:
+        self._directory = directory
+        self._address = (address, port)
+        self._project_at = project_at
+        self._forwarders = forwarders
+        self._pending = 0
+        self._connections = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._transport: asyncio.DatagramTransport | None = None
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Raises OSError where the port is taken."""
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_datagram_endpoint(lambda: _Datagrams(self), local_addr=self._address)
+        self._server = await asyncio.start_server(self._serve, *self._address)
+
+    async def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def answer(self, wire: bytes, source: str) -> bytes | None:
+        """Return the answer to a question about the fabric's names; None for any other, which is to be passed on.
+
+        Raises dns.exception.DNSException for what is no question.
+        """
+        query = dns.message.from_wire(wire)
+        if query.flags & dns.flags.QR or len(query.question) != 1:
+            raise dns.exception.FormError
+        question = query.question[0]
+        labels = [label.decode("ascii", "replace").lower() for label in question.name.labels if label]
+        if not labels or labels[-1] != DOMAIN:
+            return None
+        answer = dns.message.make_response(query, recursion_available=True)
+        answer.flags |= dns.flags.AA
+        project = self._project_at(source)
+        found = self._directory.find(labels[:-1], project) if project is not None else Found(False)
+        if not found.known:
+            answer.set_rcode(dns.rcode.NXDOMAIN)
+        elif found.addresses and question.rdtype in (dns.rdatatype.A, dns.rdatatype.ANY):
+            answer.answer.append(dns.rrset.from_text(question.name, TTL_S, "IN", "A", *found.addresses))
+        return answer.to_wire()
+
+    def take(self, wire: bytes, source: tuple[str, int]) -> None:
+        """Answer a datagram, at once or when the node's name server has."""
+        if self._transport is None:
+            return
+        try:
+            answer = self.answer(wire, source[0])
+        except (dns.exception.DNSException, ValueError):
+            return
+        if answer is not None:
+            self._transport.sendto(answer, source)
+        elif self._pending < PENDING_MAX:
+            task = asyncio.get_running_loop().create_task(self._pass_on(wire, source))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pass_on(self, wire: bytes, source: tuple[str, int]) -> None:
+        answer = await self._ask(wire)
+        if answer is not None and self._transport is not None and not self._transport.is_closing():
+            self._transport.sendto(answer, source)
+
+    async def _ask(self, wire: bytes, *, tcp: bool = False) -> bytes | None:
+        """Return what the first of the node's name servers that answers says; None when none does."""
+        self._pending += 1
+        try:
+            for server in self._forwarders():
+                try:
+                    async with asyncio.timeout(FORWARD_S):
+                        return await (_ask_tcp(server, wire) if tcp else _ask_udp(server, wire))
+                except (OSError, TimeoutError, asyncio.IncompleteReadError):
+                    continue
+            return None
+        finally:
+            self._pending -= 1
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
+        try:
+            source = writer.get_extra_info("peername")[0]
+            while self._connections <= TCP_MAX:
+                async with asyncio.timeout(TCP_IDLE_S):
+                    length = struct.unpack("!H", await reader.readexactly(2))[0]
+                    wire = await reader.readexactly(length)
+                answer = self.answer(wire, source)
+                if answer is None:
+                    answer = await self._ask(wire, tcp=True) if self._pending < PENDING_MAX else None
+                if answer is None:
+                    return
+                writer.write(struct.pack("!H", len(answer)) + answer)
+                await writer.drain()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, dns.exception.DNSException, ValueError):
+            return
+        finally:
+            self._connections -= 1
+            writer.close()
+
+
+class _Datagrams(asyncio.DatagramProtocol):
+    def __init__(self, server: NameServer) -> None:
+        self._server = server
+
+    def datagram_received(self, data: bytes, addr: tuple[str | int, ...]) -> None:
+        try:
+            self._server.take(data, (str(addr[0]), int(addr[1])))
+        except Exception:
+            # The outer edge: no datagram may end the names of all others.
+            log.exception("a question for a name was not answered")
+
+
+async def _ask_udp(server: str, wire: bytes) -> bytes:
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.setblocking(False)
+        asking.connect((server, 53))
+        await loop.sock_sendall(asking, wire)
+        while True:
+            answer = await loop.sock_recv(asking, MESSAGE_MAX)
+            if answer[:2] == wire[:2]:
+                return answer
+
+
+async def _ask_tcp(server: str, wire: bytes) -> bytes:
+    reader, writer = await asyncio.open_connection(server, 53)
+    try:
+        writer.write(struct.pack("!H", len(wire)) + wire)
+        await writer.drain()
+        return await reader.readexactly(struct.unpack("!H", await reader.readexactly(2))[0])
+    finally:
+        writer.close()
