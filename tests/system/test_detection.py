@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from pathlib import Path
 
@@ -30,10 +31,24 @@ from atoll.store.memory import MemoryStore
 CAPACITY = Capacity(cpu_milli=4_000, memory_bytes=8 << 30, disk_bytes=1 << 40)
 
 
+def _listener() -> socket.socket:
+    """Return a listening socket at whose port nobody takes datagrams either."""
+    for _ in range(50):
+        listener = listen("127.0.0.1", 0)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind(listener.getsockname())
+            except OSError:
+                listener.close()
+            else:
+                return listener
+    raise RuntimeError("no port is free for both")
+
+
 async def test_an_agent_that_dies_is_found_by_its_silence_and_its_work_has_another_place_in_five_seconds(tmp_path: Path) -> None:
     clock = SystemClock()
     store = MemoryStore(clock)
-    listener = listen("127.0.0.1", 0)
+    listener = _listener()
     host, port = listener.getsockname()[:2]
     tasks: list[asyncio.Task[None]] = []
     agents: dict[str, Beating] = {}
