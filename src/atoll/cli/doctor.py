@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @command(example="sudo atoll doctor\natoll doctor --json | jq -r '.findings[] | select(.level != \"ok\") | .mend'")
 @click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]")
 @click.option("--ingress", metavar="HOST:PORT", help="Where apps would be served.  [default: 127.0.0.1:8080]")
-@click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: 10.64.0.0/16]")
+@click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]")
 def doctor(session: Session, data: Path | None, ingress: str | None, subnet: str | None) -> None:
     """Say what this machine can and cannot run, and how to mend each. Changes nothing; best run as root.
 

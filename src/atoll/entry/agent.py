@@ -6,6 +6,7 @@ import signal
 
 from atoll.entry.beats import beating, beating_of
 from atoll.entry.config import Config
+from atoll.entry.fabric import enter
 from atoll.entry.gpus import foreign_devices, node_devices
 from atoll.entry.joining import kept, reach
 from atoll.entry.process import Stop, run, run_until
@@ -18,7 +19,6 @@ from atoll.model.membership import MemberKind
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.model.ports.runtime import Runtime
 from atoll.model.worker import SERVICES
-from atoll.network.links import LinkNetwork
 from atoll.node.agent import Agent
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
@@ -42,14 +42,18 @@ async def main(config: Config, stop: Stop) -> None:
     clock = SystemClock()
     control = found.control_plane(node=found.name)
     pulse = beating_of(found, control, clock, data)
+    entered = await enter(config, control, found.servers, found.name, data / "network", clock, stop)
+    if entered is None:
+        return
+    network, fabric = entered
     # Beats come first: looking at devices and runtimes may take longer than a node may be silent.
-    async with kept(found, MemberKind.NODE, control), beating(pulse):
+    async with kept(found, MemberKind.NODE, control), beating(pulse), fabric:
         agent = Agent(
             node=found.name,
             control=control,
             runtimes=tuple(_runtime(kind, config) for kind in RUNTIMES),
             images=images,
-            network=LinkNetwork(config.subnet, data / "network"),
+            network=network,
             clock=clock,
             random=system_random(),
             data=data,
@@ -65,6 +69,7 @@ async def main(config: Config, stop: Stop) -> None:
                 await agent.stop_instances()
 
         await run_until(stop, agent.run(), last)
+        fabric.remove = stop.signal == signal.SIGINT
     await images.close()
     if stop.signal == signal.SIGINT:
         lazy.end()

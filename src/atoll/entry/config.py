@@ -14,7 +14,8 @@ from atoll.store.place import SQLITE, Place, place_of
 DATA_DEFAULT = Path("/var/lib/atoll")
 API_DEFAULT = "127.0.0.1:7600"
 INGRESS_DEFAULT = "127.0.0.1:8080"
-SUBNET_DEFAULT = "10.64.0.0/16"
+SUBNET_FORMER = "10.64.0.0/16"
+"""What every node had before cells gave prefixes; a node whose instances still run keeps it."""
 DOMAIN_DEFAULT = "localhost"
 EXIT_HOPELESS = 78
 """EX_CONFIG of sysexits.h: the supervisor does not start such a process again, but ends."""
@@ -27,7 +28,10 @@ class Config:
     data: Path = DATA_DEFAULT
     api: str = API_DEFAULT
     ingress: str = INGRESS_DEFAULT
-    subnet: str = SUBNET_DEFAULT
+    subnet: str = ""
+    """Of this node's instances; empty for the prefix that the cell gives."""
+    fabric_address: str = ""
+    """The IPv4 address by which other nodes reach this one; empty for the one towards the servers."""
     domain: str = DOMAIN_DEFAULT
     node: str = ""
     site: str = "local"
@@ -123,7 +127,6 @@ class Config:
             f"--data={self.data}",
             f"--api={self.api}",
             f"--ingress={self.ingress}",
-            f"--subnet={self.subnet}",
             f"--domain={self.domain}",
             f"--site={self.site}",
             f"--region={self.region}",
@@ -144,6 +147,7 @@ class Config:
             "store-cert": self.store_cert,
             "store-key": self.store_key,
         }
+        given |= {"subnet": self.subnet, "fabric-address": self.fabric_address}
         given |= {"listen": self.listen, "advertise": self.advertise, "key": self.key, "server": self.server, "ca": self.ca}
         given |= {"certificate-life": self.certificate_life if self.certificate_life != Config.certificate_life else ""}
         options += [f"--{name}={value}" for name, value in given.items() if value]

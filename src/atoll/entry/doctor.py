@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from atoll.entry.config import Config, split_address
+from atoll.entry.config import SUBNET_FORMER, Config, split_address
 from atoll.entry.doctor_gpus import gpus
 from atoll.entry.findings import PROBE_S, Finding, Level, Part, version_of, works_in_child
 from atoll.entry.preflight import CAPABILITIES, held_capabilities
@@ -179,7 +179,7 @@ def network(config: Config) -> Iterator[Finding]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
         words = done.stderr.strip().splitlines()[-1:] or ["made one"]
         yield veth(OK if done.returncode == 0 else MISSING, words[0], "modprobe veth; run outside of a restricted container")
-    for check in check_network(config.subnet):
+    for check in check_network(config.subnet or SUBNET_FORMER):
         level = OK if check.ok else DEGRADED if check.ok is None else MISSING
         yield Part("network", check.name, "instances' links, addresses and way out", core=check.ok is False)(
             level, check.detail, check.mend

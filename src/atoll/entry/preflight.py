@@ -34,7 +34,8 @@ def check_settings(config: Config, *, held: int | None = None) -> None:
 
     `held` are the capabilities, one bit each; None for this process's own.
     """
-    AddressPool(config.subnet)
+    if config.subnet:
+        AddressPool(config.subnet)
     config.store_place  # noqa: B018 - raises
     held = held_capabilities() if held is None else held
     lacking = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]

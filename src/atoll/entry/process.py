@@ -23,7 +23,6 @@ from atoll.entry.config import (
     DOMAIN_DEFAULT,
     EXIT_HOPELESS,
     INGRESS_DEFAULT,
-    SUBNET_DEFAULT,
     Config,
 )
 from atoll.entry.unbreakable import guard_stderr
@@ -54,7 +53,8 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--data", type=Path, default=DATA_DEFAULT)
     parser.add_argument("--api", default=API_DEFAULT)
     parser.add_argument("--ingress", default=INGRESS_DEFAULT)
-    parser.add_argument("--subnet", default=SUBNET_DEFAULT)
+    parser.add_argument("--subnet", default="")
+    parser.add_argument("--fabric-address", default="")
     parser.add_argument("--domain", default=DOMAIN_DEFAULT)
     parser.add_argument("--node", default="")
     parser.add_argument("--site", default="local")
