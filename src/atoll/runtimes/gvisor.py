@@ -8,34 +8,69 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
+from typing import Any
 
 from msgspec import structs
 
 from atoll.model.errors import Conflict, DeadlineExceeded, Invalid, RuntimeFailed, Unsupported
-from atoll.model.ports.runtime import Box, Feature, Started
+from atoll.model.ports.runtime import Box, Compatibility, Execution, Feature, Snapshot, Started
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.exec_tool import Inner
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.netns_link import keep_link
 from atoll.runtimes.nvproxy import check_edits, gvisor_drivers, options, proxied
 from atoll.runtimes.oci_box import OciBoxes
+from atoll.runtimes.oci_container import Container
+from atoll.runtimes.oci_exec import OciExecution
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, run_once, version_of
-from atoll.runtimes.oci_runtime import OciRuntime
+from atoll.runtimes.oci_runtime import END_S_MAX, START_S_MAX, OciRuntime
 from atoll.runtimes.signals import signal_number
+from atoll.runtimes.snapshots import (
+    SNAPSHOT_DISK,
+    abandon,
+    begin,
+    check_content,
+    check_fit,
+    failure,
+    give_machine_id,
+    load,
+    processor,
+    seal,
+)
 
 MEMORY_BYTES_MIN = 48 << 20
 """The sandbox's own memory, some 20 to 30 MiB, counts against an instance's limit."""
 THREADS_BESIDE = 192
 """Threads of gVisor's kernel and file server, and a process of theirs for each address space inside."""
-TOOL_S_MAX = 10.0
+TOOL_S_MAX, CHECKPOINT_S_MAX = 10.0, 60.0
 _WORDS_MAX = 300
 _END_S = 1.0
-_NETNS_FILE = "netns"
+_NETNS_FILE, _IMAGE_FILE, _RESTORE_FILE = "netns", "image", "restore"
+"""In the box's directory: its namespace, the digest of its image, the snapshot that its next start goes on from."""
 _COVERED = Path("/proc/sys/net")
 """Since Linux 6.11 every network namespace shows files here by which runsc knows the node's own, where it will not run."""
+
+
+class Sandbox(Container):
+    """A sandbox that is written down ends with that, and another goes on in its place: for its users there was no end."""
+
+    between: asyncio.Event | None = None
+    """Set when the one that goes on runs, or does not."""
+
+    @property
+    def running(self) -> bool:
+        return self.between is not None or super().running
+
+    async def ended(self) -> None:
+        await super().ended()
+        while self.between is not None:
+            await self.between.wait()
+            await super().ended()
 
 
 class GvisorRuntime(OciRuntime):
@@ -45,8 +80,9 @@ class GvisorRuntime(OciRuntime):
     """
 
     name = RuntimeName.GVISOR
-    features = OciRuntime.features - {Feature.RESIZE}
+    features = OciRuntime.features - {Feature.RESIZE} | {Feature.SNAPSHOT, Feature.FORK}
     """runsc of 2022 does not tell the size of a terminal inside; and after a probe, one without nvproxy hands on no GPU."""
+    container_kind = Sandbox
     slots = range(2560, 3072)
     threads_beside = THREADS_BESIDE
     own_tmp = True
@@ -66,6 +102,8 @@ class GvisorRuntime(OciRuntime):
             raise Unsupported("gVisor has no user namespaces beside its own", mend="use runc, crun or lxc")
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=False)
         self._nvproxy_driver = nvproxy_driver
+        self._paused: set[str] = set()
+        self._beside: dict[str, set[OciExecution]] = {}
         self._held_back: dict[str, list[int]] = {}  # signals to what is paused, which runsc refuses
 
     async def probe(self) -> str:
@@ -99,8 +137,7 @@ class GvisorRuntime(OciRuntime):
             check_edits(box.devices, drivers, self._nvproxy_driver)
             box = structs.replace(box, devices=proxied(box.devices))
         await super().create(box)
-        if box.netns is not None:
-            (box.directory / _NETNS_FILE).write_text(str(box.netns))
+        await self._note(box)
 
     async def start(self, id: str) -> Started:
         _, container = await self._find(id)
@@ -124,7 +161,7 @@ class GvisorRuntime(OciRuntime):
         return [str(shim_path()), "private", *covered, "--", *self.command(state, log_path)]
 
     def inner(self, boxes: OciBoxes, id: str) -> Inner | None:
-        return _Sandbox(self, boxes, id)
+        return _Signals(self, boxes, id)
 
     async def ends(self, id: str) -> bool:
         """Return whether the instance has ended, or does so in this moment."""
@@ -151,17 +188,125 @@ class GvisorRuntime(OciRuntime):
 
     async def pause(self, id: str) -> None:
         await self._running(id)
-        await self.ask((await self._find(id))[0], id, "pause", id)
+        boxes, _ = await self._find(id)
+        await self.ask(boxes, id, "pause", id)
+        self._paused.add(id)
 
     async def resume(self, id: str) -> None:
         await self._running(id)
         boxes, _ = await self._find(id)
         await self.ask(boxes, id, "resume", id)
+        self._paused.discard(id)
         for number in self._held_back.pop(id, ()):
             await self.ask(boxes, id, "kill", id, str(number))
 
+    async def exec(self, id: str, argv: Sequence[str], **options: Any) -> Execution:
+        _, container = await self._find(id)
+        between = container.between if isinstance(container, Sandbox) else None
+        if between is not None:
+            await asyncio.wait_for(between.wait(), START_S_MAX)
+        execution = await super().exec(id, argv, **options)
+        assert isinstance(execution, OciExecution)  # noqa: S101 - the base makes no other
+        self._beside[id] = {execution, *(other for other in self._beside.get(id, ()) if not other.closed)}
+        return execution
+
+    def run_command(self, boxes: OciBoxes, container: Container, extra: Sequence[str]) -> list[str]:
+        line = super().run_command(boxes, container, extra)
+        file = container.record.directory / _RESTORE_FILE
+        if file.exists():
+            at = line.index("run")
+            line[at : at + 1] = ["restore", f"--image-path={file.read_text()}"]
+        return line
+
+    def _compatibility(self) -> Compatibility:
+        version = version_of(self._binary, package="runsc", oldest=(0, 0))
+        return Compatibility(self.name, version, processor(), os.uname().release)
+
+    async def snapshot(self, id: str, directory: Path) -> Snapshot:
+        boxes, container = await self._find(id)
+        await self._running(id)
+        assert isinstance(container, Sandbox)  # noqa: S101 - `container_kind` says so
+        if any(not execution.closed for execution in self._beside.get(id, ())):
+            raise Conflict(
+                "commands run beside the instance, which gVisor cannot write down", mend="end them first, then try again"
+            )
+        box = container.record.directory
+        compatibility = await self._in_thread(self._compatibility)
+        await self._in_thread(begin, directory)
+        try:
+            await self._write_down(boxes, container, directory)
+            sealing = functools.partial(
+                seal,
+                directory,
+                sorted(path.name for path in directory.iterdir()),
+                compatibility=compatibility,
+                image=(box / _IMAGE_FILE).read_text(),
+                limits=container.record.limits,
+                networked=(box / _NETNS_FILE).exists(),
+            )
+            return await self._in_thread(sealing)
+        except BaseException as error:
+            await asyncio.shield(self._in_thread(abandon, directory))
+            if isinstance(error, OSError):
+                raise failure(error) from None
+            raise
+
+    async def _write_down(self, boxes: OciBoxes, container: Sandbox, directory: Path) -> None:
+        """Checkpoint, which ends the sandbox, take its disk, and have another go on in its place."""
+        id = container.record.id
+        paused = id in self._paused
+        container.between = between = asyncio.Event()
+        try:
+            await self.ask(boxes, id, "checkpoint", f"--image-path={directory}", id, deadline_s=CHECKPOINT_S_MAX)
+            await asyncio.wait_for(Container.ended(container), END_S_MAX)
+            await self._in_thread(boxes.scratch.write_down, container.record.disk, directory / SNAPSHOT_DISK)
+            await asyncio.shield(self._go_on(boxes, container, directory, paused=paused))
+        finally:
+            container.between = None
+            between.set()
+
+    async def _go_on(self, boxes: OciBoxes, container: Sandbox, directory: Path, *, paused: bool) -> None:
+        box = container.record.directory
+        container.close()
+        await self._in_thread(boxes.clean, container.record)
+        (box / _RESTORE_FILE).write_text(str(directory))
+        if (box / _NETNS_FILE).exists():
+            await self._in_thread(keep_link, Path((box / _NETNS_FILE).read_text()), self._directory / "links")
+        try:
+            async with self._starts:
+                await self._start(boxes, container)
+        finally:
+            (box / _RESTORE_FILE).unlink(missing_ok=True)
+        if paused:
+            await self.ask(boxes, container.record.id, "pause", container.record.id)
+
+    async def restore(self, box: Box, directory: Path) -> Started:
+        snapshot = await self._in_thread(load, directory)
+        check_fit(snapshot, await self._in_thread(self._compatibility), box)
+        await self._in_thread(check_content, directory, snapshot)
+        boxes = await self._boxes()
+        await self._create(boxes, box, functools.partial(boxes.make, snapshot=directory))
+        try:
+            await self._note(box)
+            await self._in_thread(give_machine_id, boxes.root(box.id), box.id)
+            (box.directory / _RESTORE_FILE).write_text(str(directory))
+            started = await self.start(box.id)
+            (box.directory / _RESTORE_FILE).unlink(missing_ok=True)
+            return started
+        except BaseException:
+            await asyncio.shield(self.delete(box.id))
+            raise
+
+    async def _note(self, box: Box) -> None:
+        """Write down what a later start or snapshot needs to know of a box."""
+        (box.directory / _IMAGE_FILE).write_text(box.image.digest)
+        if box.netns is not None:
+            (box.directory / _NETNS_FILE).write_text(str(box.netns))
+
     async def delete(self, id: str) -> None:
         self._held_back.pop(id, None)
+        self._paused.discard(id)
+        self._beside.pop(id, None)
         await super().delete(id)
 
     async def root(self, id: str) -> int:
@@ -171,15 +316,15 @@ class GvisorRuntime(OciRuntime):
         except OSError as error:
             raise RuntimeFailed(f"cannot open the root of instance {id}: {error}") from None
 
-    async def ask(self, boxes: OciBoxes, id: str, *arguments: str) -> None:
+    async def ask(self, boxes: OciBoxes, id: str, *arguments: str, deadline_s: float = TOOL_S_MAX) -> None:
         """Have the tool do something with the running instance. One that has ended meanwhile is no error."""
         command = [*self.command(boxes.state, Path("/dev/null")), *arguments]
         process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE)
         try:
-            async with asyncio.timeout(TOOL_S_MAX):
+            async with asyncio.timeout(deadline_s):
                 _, words = await process.communicate()
         except TimeoutError:
-            raise DeadlineExceeded(f"the sandbox of instance {id} did not answer within {TOOL_S_MAX:.0f} s") from None
+            raise DeadlineExceeded(f"the sandbox of instance {id} did not answer within {deadline_s:.0f} s") from None
         finally:
             if process.returncode is None:
                 process.kill()
@@ -189,7 +334,7 @@ class GvisorRuntime(OciRuntime):
             raise RuntimeFailed(f"runsc {arguments[0]} failed: {words.decode(errors='replace').strip()[-_WORDS_MAX:]}")
 
 
-class _Sandbox:
+class _Signals:
     """How commands in one sandbox get signals."""
 
     def __init__(self, runtime: GvisorRuntime, boxes: OciBoxes, id: str) -> None:

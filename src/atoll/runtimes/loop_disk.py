@@ -6,6 +6,8 @@ than its instance, so it has no journal: after a crash of the machine it is thro
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -21,6 +23,8 @@ from atoll.runtimes.mounts import MNT_DETACH, MS_NOATIME, MS_NODEV, MS_NOSUID, d
 DISK_BYTES_MIN = 4 << 20
 TEMPLATES_MAX = 8
 _ATTACH_TRIES_MAX = 64
+_FICLONE = 0x40049409
+_libc = ctypes.CDLL(None, use_errno=True)
 _MKFS_S_MAX = 60.0
 _BUSY_S_MAX = 1.0
 _LOOP_CONFIGURE, _LOOP_CTL_GET_FREE = 0x4C0A, 0x4C82
@@ -82,6 +86,29 @@ def extents(fd: int, size_bytes: int) -> list[tuple[int, int]]:
     return found
 
 
+def copy_written(source: Path, target: Path) -> None:
+    """Copy a file's written blocks into a new one of the same size: shared where the file system can, else one by one."""
+    with descriptor(os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as given:
+        with descriptor(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)) as made:
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(made, _FICLONE, given)
+                return
+            fill(given, made)
+
+
+def fill(source: int, target: int) -> None:
+    """Copy the written blocks of one open file into another that is empty. Raises OSError."""
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    for start, end in extents(source, size):
+        os.lseek(target, start, os.SEEK_SET)
+        while start < end:
+            sent = os.sendfile(target, source, start, end - start)
+            if sent == 0:
+                raise OSError(errno.EIO, "the file became shorter")
+            start += sent
+
+
 class LoopDisks:
     """Makes, mounts and removes disks; `directory` holds the images. Blocking: call it from a thread."""
 
@@ -90,12 +117,18 @@ class LoopDisks:
         self._templates: dict[int, Template] = {}
         self._lock = threading.Lock()
 
-    def make(self, name: str, size_bytes: int) -> Path:
-        """Return the mount point of a new, empty disk of at least `size_bytes`. Raises Exhausted or RuntimeFailed."""
+    def make(self, name: str, size_bytes: int, source: Path | None = None) -> Path:
+        """Return the mount point of a new disk of at least `size_bytes`: empty, or with what is in the image `source` of that size.
+
+        Raises Exhausted or RuntimeFailed.
+        """
         size_bytes = max(DISK_BYTES_MIN, -(-size_bytes // 4096) * 4096)
         image, point = self.directory / f"{name}.img", self.directory / name
         try:
-            self._template(size_bytes).copy(image)
+            if source is None:
+                self._template(size_bytes).copy(image)
+            else:
+                copy_written(source, image)
             point.mkdir()
             with descriptor(_attach(image)) as device:
                 number = os.minor(os.fstat(device).st_rdev)
@@ -106,6 +139,13 @@ class LoopDisks:
                 raise Exhausted("the node's disk is full", mend=f"free space below {self.directory}") from None
             raise RuntimeFailed(f"cannot make a disk of {size_bytes} bytes: {error}") from None
         return point
+
+    def write_down(self, name: str, target: Path) -> None:
+        """Copy a disk that nobody writes to at the moment into the new file `target`. Raises OSError."""
+        with descriptor(os.open(self.directory / name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+            if _libc.syncfs(fd) != 0:
+                raise OSError(ctypes.get_errno(), "the disk cannot be written out")
+        copy_written(self.directory / f"{name}.img", target)
 
     def remove(self, name: str) -> None:
         """Unmount and delete; safe to repeat."""

@@ -31,6 +31,7 @@ from atoll.runtimes.oci_filter import Filter, is_reached, open_filter, write_bun
 from atoll.runtimes.rootfs import drop_mounts, make_root, place_mounts, remove_root, show_mounts
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
+from atoll.runtimes.snapshots import SNAPSHOT_DISK
 from atoll.runtimes.sysfs import mount_sysfs
 from atoll.runtimes.users import User, resolve_user
 
@@ -105,15 +106,18 @@ class OciBoxes:
     def group(self, id: str) -> Group:
         return self._cgroups.group(f"{self._cgroup}/{id}")
 
-    def make(self, box: Box) -> BoxRecord:
-        """Make all of `box`. Raises Conflict, Invalid, ImageError, RuntimeFailed or Exhausted; nothing is left then."""
+    def make(self, box: Box, *, snapshot: Path | None = None) -> BoxRecord:
+        """Make all of `box`, with the disk of the snapshot in `snapshot` if there is one.
+
+        Raises Conflict, Invalid, ImageError, RuntimeFailed or Exhausted; nothing is left then.
+        """
         check_box(box)
         if self.records.exists(box.id):
             raise Conflict(f"instance {box.id} exists already", mend="delete it first")
         slot = self.idmaps.take() if self.userns else None
         disk = ""
         try:
-            disk, point = self.scratch.take(box.limits.disk_bytes)
+            disk, point = self.scratch.take(box.limits.disk_bytes, snapshot / SNAPSHOT_DISK if snapshot else None)
             record = BoxRecord(id=box.id, path=str(box.directory), boot_id=self.boot_id, slot=slot, disk=disk, limits=box.limits)
             self.records.write(record)
             self._fill(box, record, point)

@@ -52,8 +52,9 @@ def make_root(root: Path, directory: Path, layers: Sequence[Path], disk: Path, *
     RuntimeFailed; the caller then calls `remove_root`.
     """
     upper, work = disk / "upper", disk / "work"
-    for path in (root, upper, work):
-        path.mkdir(mode=0o755)
+    root.mkdir(mode=0o755)
+    for path in (upper, work):
+        path.mkdir(mode=0o755, exist_ok=True)  # the disk may be a copy of another instance's
     os.chown(upper, base_id, base_id)
     points: list[Path] = []
     with ExitStack() as stack:

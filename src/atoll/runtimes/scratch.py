@@ -35,8 +35,11 @@ class ScratchPool:
             elif name.isdecimal():
                 self._serial = max(self._serial, int(name))
 
-    def take(self, size_bytes: int) -> tuple[str, Path]:
-        """Return the name and mount point of an empty disk. Raises Exhausted, RuntimeFailed."""
+    def take(self, size_bytes: int, source: Path | None = None) -> tuple[str, Path]:
+        """Return the name and mount point of a disk, empty or as in the file `source`. Raises Exhausted, RuntimeFailed."""
+        if source is not None:
+            name = self._new_name()
+            return name, self._disks.make(name, size_bytes, source)
         with self._lock:
             for at, (size, name) in enumerate(self._spares):
                 if size == size_bytes:
@@ -69,6 +72,10 @@ class ScratchPool:
         for _, surplus in old:
             self._disks.remove(surplus)
         return bool(self._wanted)
+
+    def write_down(self, name: str, target: Path) -> None:
+        """As LoopDisks.write_down."""
+        self._disks.write_down(name, target)
 
     def release(self, name: str) -> None:
         """Remove a disk that was taken; safe to repeat."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Sequence
@@ -25,12 +25,13 @@ from atoll.model.errors import AtollError, Conflict, Corrupt, Exhausted, Invalid
 from atoll.model.ports.runtime import Box, Compatibility, Limits, Snapshot, SnapshotFile
 from atoll.model.spec import SNAPSHOT_RUNTIMES, RuntimeName
 from atoll.runtimes.loop_disk import extents
-from atoll.runtimes.mounts import descriptor
+from atoll.runtimes.mounts import descriptor, open_beneath
 
 MANIFEST = "manifest.json"
+SNAPSHOT_DISK = "disk"
+"""The instance's own disk in a snapshot."""
 MANIFEST_BYTES_MAX = 64 << 10
 EMULATED = "emulated"
-_FICLONE = 0x40049409
 _CHUNK_BYTES = 64 << 10
 _CRIU_S_MAX = 10.0
 _CPUINFO = Path("/proc/cpuinfo")
@@ -162,6 +163,21 @@ def check_fit(snapshot: Snapshot, here: Compatibility, box: Box) -> None:
         raise Invalid(f"the snapshot is of an instance with {had}, and the copy differs in it", field="network")
 
 
+def machine_id(instance: str, entropy: bytes) -> str:
+    """Return a new machine id (machine-id(5)), which tells nothing of the entropy that it is made with."""
+    return hashlib.sha256(b"atoll-machine-id" + instance.encode() + entropy).hexdigest()[:32]
+
+
+def give_machine_id(root: Path, instance: str) -> None:
+    """Give an instance whose root is reached from the node a machine id of its own, where it has one at all."""
+    with descriptor(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
+        with contextlib.suppress(OSError):
+            with descriptor(open_beneath(fd, "etc/machine-id", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+                if stat.S_ISREG(os.fstat(file).st_mode):
+                    os.ftruncate(file, 0)
+                    os.write(file, f"{machine_id(instance, os.urandom(32))}\n".encode())
+
+
 @functools.cache
 def processor() -> str:
     """Return the node's processor in a word: its model, and a digest of what it can do."""
@@ -189,26 +205,3 @@ def digest_of(directory: Path, names: Sequence[str]) -> str:
                         total.update(at.to_bytes(8, "little"))
                         total.update(data)
     return f"sha256:{total.hexdigest()}"
-
-
-def copy_written(source: Path, target: Path) -> None:
-    """Copy a file's written blocks into a new one of the same size: shared where the file system can, else one by one."""
-    with descriptor(os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as given:
-        with descriptor(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)) as made:
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(made, _FICLONE, given)
-                return
-            fill(given, made)
-
-
-def fill(source: int, target: int) -> None:
-    """Copy the written blocks of one open file into another that is empty. Raises OSError."""
-    size = os.fstat(source).st_size
-    os.ftruncate(target, size)
-    for start, end in extents(source, size):
-        os.lseek(target, start, os.SEEK_SET)
-        while start < end:
-            sent = os.sendfile(target, source, start, end - start)
-            if sent == 0:
-                raise OSError(errno.EIO, "the file became shorter")
-            start += sent

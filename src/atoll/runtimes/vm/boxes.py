@@ -24,7 +24,7 @@ from atoll.model.ports.runtime import Box, Limits
 from atoll.runtimes.box_record import BoxRecord, BoxRecords, boot_id
 from atoll.runtimes.cgroup import Cgroups, Group
 from atoll.runtimes.idmap import IdMaps
-from atoll.runtimes.loop_disk import DISK_BYTES_MIN, Template
+from atoll.runtimes.loop_disk import DISK_BYTES_MIN, Template, copy_written
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.oci import process as oci_process
 from atoll.runtimes.oci_box import HOSTS, OciBoxes, check_box, explain, write_private
@@ -32,7 +32,7 @@ from atoll.runtimes.oci_devices import environment
 from atoll.runtimes.rootfs import remove_root
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
-from atoll.runtimes.snapshots import copy_written
+from atoll.runtimes.snapshots import SNAPSHOT_DISK
 from atoll.runtimes.users import User, resolve_user
 from atoll.runtimes.vm.config import GuestConfig, process_words, write_config
 from atoll.runtimes.vm.image import FILE, ImageDisks
@@ -40,8 +40,6 @@ from atoll.runtimes.vm.tap import GuestLink, connect
 
 PLAN = "plan.json"
 DISK = "disk.img"
-SNAPSHOT_DISK = "disk"
-"""A machine's disk in a snapshot."""
 KERNEL_RESERVE_BYTES = 64 << 20
 """What a guest's kernel takes for itself: a machine gets as much more than its instance's limit, which the guest enforces."""
 SLOT_MIN = 65_536

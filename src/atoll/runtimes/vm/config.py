@@ -5,7 +5,6 @@ The disk: an empty ext4 of `disk_bytes`, the words, 4,096 bytes of trailer. So a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from msgspec import Struct
 
 from atoll.model.errors import Invalid
 from atoll.runtimes.mounts import descriptor
+from atoll.runtimes.snapshots import machine_id
 
 TRAILER_BYTES = 4096
 ENDING_AT = 2048
@@ -89,11 +89,6 @@ def refreshing(instance: str, hostname: str, address: str, mac: str, *, entropy:
     Without a network, address and hardware address are empty.
     """
     return entropy + now_ns.to_bytes(8, "little") + _words([machine_id(instance, entropy), hostname, address, mac])
-
-
-def machine_id(instance: str, entropy: bytes) -> str:
-    """Return a new machine id (machine-id(5)), which tells nothing of the entropy that it is made with."""
-    return hashlib.sha256(b"atoll-machine-id" + instance.encode() + entropy).hexdigest()[:32]
 
 
 def write_config(disk: Path, disk_bytes: int, config: GuestConfig) -> None:

@@ -19,8 +19,9 @@ import threading
 from pathlib import Path
 
 from atoll.model.errors import Exhausted, RuntimeFailed
+from atoll.runtimes.loop_disk import fill
 from atoll.runtimes.mounts import descriptor
-from atoll.runtimes.snapshots import check_content, fill, load
+from atoll.runtimes.snapshots import check_content, load
 from atoll.runtimes.vm.boxes import VmPlan
 from atoll.runtimes.vm.jail import INSIDE
 from atoll.runtimes.vm.qemu_stream import split

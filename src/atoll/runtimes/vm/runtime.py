@@ -33,16 +33,17 @@ from atoll.model.ports.runtime import Box, Compatibility, Execution, Feature, Sn
 from atoll.model.records import Exit, Usage
 from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.cgroup import Cgroups, Group
+from atoll.runtimes.loop_disk import copy_written
 from atoll.runtimes.oci import process as oci_process
 from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_container import UNKNOWN_CODE, Container, failure
 from atoll.runtimes.oci_runtime import EXECUTIONS_MAX, START_S_MAX, OciRuntime
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_name, signal_number
-from atoll.runtimes.snapshots import abandon, begin, check_fit, copy_written, load, refuse, seal
+from atoll.runtimes.snapshots import SNAPSHOT_DISK, abandon, begin, check_fit, load, refuse, seal
 from atoll.runtimes.snapshots import failure as failure_to_write
 from atoll.runtimes.users import User
-from atoll.runtimes.vm.boxes import SNAPSHOT_DISK, VmBoxes, VmPlan, load_plan, user_of
+from atoll.runtimes.vm.boxes import VmBoxes, VmPlan, load_plan, user_of
 from atoll.runtimes.vm.channel import GuestChannel, Kind
 from atoll.runtimes.vm.config import process_words, read_ending, refreshing
 from atoll.runtimes.vm.execution import GuestExecution, cannot_run, start_beside
