@@ -136,8 +136,10 @@ class Chaos:
                 await self._wait(DOWN_S)
                 machine.start_agent()
             case "partition":
-                self._story.tell("a node is cut off from the servers", node=machine.name)
-                links = pairs(machine.name, [server.name for server in world.servers])
+                # Sometimes from the other nodes, too, through which it would still be heard.
+                others = [name for name in world.machines if name != machine.name] if self._choose.random() < 0.6 else []
+                self._story.tell("a node is cut off from the servers", node=machine.name, others=others)
+                links = pairs(machine.name, [*(server.name for server in world.servers), *others])
                 world.net.cut(links)
                 await self._wait_long()
                 world.net.mend(links)

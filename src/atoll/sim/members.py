@@ -182,7 +182,9 @@ class Cluster:
         self._story.tell("a member of the store is killed", member=name, leads=member is self.leader, disk_lost=disk_lost)
         self._story.mark("store: leader killed" if member is self.leader else "store: follower killed")
         if member is self.leader:
+            # Also one that is back at once begins as a follower: others may have what it had not on its disk yet.
             self._step_down(member)
+            self.leader = None
         member.alive = False
         member.life += 1
         if disk_lost:

@@ -24,6 +24,9 @@ from atoll.sim.story import Story
 
 _FIXED = ("id", "project", "owner_kind", "owner", "release", "generation", "index", "attempt", "created_at")
 """Fields of an instance that never change."""
+STOPPED_S = 25.0
+"""What must not run twice has been stopped by its node when that has been lost for so long: `stop_after_disconnect` (8 s), the
+grace (3 s), the longest standstill of an agent, and what is left of the leader's margin (`control/patience.py`)."""
 WELL_S = 12.0
 """A machine that was well, and reached by every server, for so long is not given up."""
 SETTLED_S = 1.0
@@ -45,6 +48,8 @@ class Rules:
         """App → ready instances below which a calm run never falls."""
         self.once: dict[str, str] = {}
         """Instance → owner, of those that must never run twice."""
+        self.lost_at: dict[str, float] = {}
+        """Node → since when it is lost."""
         self.unwell_at: dict[str, float] = {}
         """Machine → when it was last away, paused, or out of some server's reach."""
         self._ready_since: dict[str, tuple[int, float]] = {}
@@ -88,8 +93,12 @@ class Rules:
             self._check_instance(key, old, new)
             if new is not None and new.node is not None and (old is None or old.node is None):
                 placed.append(new)
-        elif kind is NodeLiveness and new is not None and new.health is NodeHealth.LOST:
-            self._check_lost(key)
+        elif kind is NodeLiveness and new is not None:
+            if new.health is not NodeHealth.LOST:
+                self.lost_at.pop(key, None)
+            elif key not in self.lost_at:
+                self.lost_at[key] = asyncio.get_running_loop().time()
+                self._check_lost(key)
         elif kind is Status and new is not None:
             self._check_status(key, old, new)
         elif kind is Release and old is not None and new is not None and old != new:
@@ -242,14 +251,13 @@ class Rules:
             return
         for other in self._machines.values():
             for id in other.host.running():
-                if other is not machine and self.once.get(id) == owner and self._given_up(id, other.name):
+                if other is not machine and self.once.get(id) == owner and self._given_up(other.name):
                     self._story.breaks(f"{box.id} starts on {machine.name} while {id}, which it replaces, runs on {other.name}")
 
-    def _given_up(self, id: str, node: str) -> bool:
-        """Whether an instance is gone from the store, or stays there only in case its lost node comes back."""
-        liveness: NodeLiveness | None = self.records[NodeLiveness].get(node)
-        lost = liveness is not None and liveness.health is NodeHealth.LOST
-        return lost or all(instance.id != id for instance in self.records[Instance].values())
+    def _given_up(self, node: str) -> bool:
+        """Whether a node has been lost for so long that it must have stopped such work by itself."""
+        since = self.lost_at.get(node)
+        return since is not None and asyncio.get_running_loop().time() - since > STOPPED_S
 
     def _check_lost(self, name: str) -> None:
         """A machine that is well, and that every server reaches, is not given up."""

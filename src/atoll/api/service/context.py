@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
-from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, StaleRevision
+from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, StaleRevision, Unavailable
 from atoll.model.fabric import Fabric, FabricNode
 from atoll.model.maintenance import Maintenance
 from atoll.model.membership import Authority, Identity, JoinToken, Server
@@ -166,9 +166,7 @@ class Context:
             if not certain and (draft is None or not draft.ops):
                 # Refused, or done already: as far as this server has heard. Another may have written what it has not seen.
                 certain = True
-                newest = await self.store.revision()
-                if self.state.revision < newest:
-                    await self.reach(newest)
+                if await self.be_current():
                     continue
             if draft is None:
                 draft = build()
@@ -190,6 +188,19 @@ class Context:
             if result.succeeded:
                 return draft.answer(result.revision)
         raise Conflict("others change the same thing all the time; nothing was written", mend="try again")
+
+    async def be_current(self) -> bool:
+        """Make sure that the cache shows all that was written before this call; return whether it did not.
+
+        Raises Unavailable when it falls too far behind: nobody may be told what is only what this server has missed.
+        """
+        newest = await self.store.revision()
+        if self.state.revision >= newest:
+            return False
+        await self.reach(newest)
+        if self.state.revision < newest:
+            raise Unavailable("this server has not heard of all that was written", mend="try again, or ask another server")
+        return True
 
     async def reach(self, revision: Revision) -> None:
         """Wait until the cache has seen `revision`, so that who wrote can read it here; give up after `REACH_S`."""

@@ -40,7 +40,8 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
     What concerns an instance that is gone, or would go back from an end, is left out: the agent is told of removals by its
     assignments. So is a word that comes after a newer one of the same node: a report may have been on its way for long.
     Raises NotFound for a node that has not registered, Forbidden for another node's instance, Conflict when all else is written
-    and some of it was not the newest word (an agent whose date was set back says it again, with higher numbers), Invalid, TooLarge.
+    and some of it was not the newest word (an agent whose date was set back says it again, with higher numbers), Invalid, TooLarge,
+    Unavailable when this server's cache is too far behind to tell.
     """
     if context.state.get(Node, node) is None:
         raise NotFound(f"no node '{node[:60]}'", mend="register it first")
@@ -58,7 +59,7 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
 
     if any(context.state.get(Instance, f"{status.project}/{status.instance}") is None for status in newest.values()):
         # Gone, or this server has not heard of it yet: the agent may have come from one that has.
-        await context.reach(await context.store.revision())
+        await context.be_current()
     late: set[str] = set()
 
     def build() -> Draft[None]:
