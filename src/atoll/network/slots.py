@@ -7,10 +7,12 @@ on the node a /32 route leads to the link. Neither side ever asks for a hardware
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import ipaddress
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ GATEWAY_MAC = bytes.fromhex("02617400fffe")
 """The node's end of every link; each link is a world of its own, so one address serves all."""
 MTU_DEFAULT = 1500
 _LOOPBACK_INDEX = 1
+_SIOCGIFMTU = 0x8921
 _SYSCTL = Path("/proc/sys/net")
 _INSIDE = (
     ("ipv6/conf/default/disable_ipv6", "1"),  # for eth0; ::1 stays, so that an app may listen on `::`
@@ -206,10 +209,13 @@ def uplink_mtu() -> int:
     """Return the MTU of the link of the default route, so that what instances send need not be cut on its way out."""
     for interface, network in routes():
         if network.prefixlen == 0:
-            try:
-                return int(Path(f"/sys/class/net/{interface}/mtu").read_text())
-            except (OSError, ValueError):
-                break
+            # Not from /sys, which shows the links of whoever mounted it.
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+                try:
+                    answer = fcntl.ioctl(asking, _SIOCGIFMTU, struct.pack("16sI12x", interface.encode(), 0))
+                except OSError:
+                    break
+            return int(struct.unpack_from("I", answer, 16)[0])
     return MTU_DEFAULT
 
 

@@ -6,6 +6,7 @@ Packets go on while no agent runs.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import ipaddress
 import socket
@@ -128,9 +129,12 @@ class Tunnels:
             raise trouble
 
     def _make(self, kind: Kind, own: FabricNode, number: int) -> None:
-        if kind in self._made:
-            return
         name, mtu = self.names[kind], self.mtu(kind)
+        if kind in self._made:
+            with contextlib.suppress(OSError):
+                if socket.if_nametoindex(name) == self._made[kind]:
+                    return
+            self._forget(kind)  # somebody removed it, or its program ended
         if kind is Kind.WIREGUARD:
             wireguard.make_device(name, self._routes, mtu=mtu)
         else:
@@ -140,6 +144,14 @@ class Tunnels:
         write_sysctl(f"ipv4/conf/{name}/rp_filter", "2")  # a relayed answer may come by another tunnel
         self._routes.send(netlink.set_up(index))
         self._made[kind] = index
+
+    def _forget(self, kind: Kind) -> None:
+        self._made.pop(kind, None)
+        self._ways = {network: way for network, way in self._ways.items() if way.kind is not kind}
+        if kind is Kind.VXLAN:
+            self._neighbours = {}
+        else:
+            self._wireguard = None
 
     def _make_vxlan(self, name: str, own: FabricNode, number: int, mtu: int) -> None:
         alias = f"{number}:{own.vxlan_port}:{own.endpoint}:{own.prefix}"

@@ -88,8 +88,9 @@ def make_device(name: str, routes: netlink.RouteSocket, *, mtu: int) -> None:
         if program is None:
             why = f"{error}; and wireguard-go is not installed"
             raise Unsupported(f"no WireGuard: {why}", mend="apt-get install wireguard-go wireguard-tools") from None
-    environment = {"PATH": os.environ.get("PATH", ""), "LOG_LEVEL": "error", "WG_PROCESS_FOREGROUND": "0"}
-    _run([program, name], environment=environment)
+    # Its words go nowhere: what it inherits stays open for as long as it runs, and it outlives us.
+    environment = {"PATH": os.environ.get("PATH", ""), "LOG_LEVEL": "silent"}
+    _run([program, name], environment=environment, heard=False)
     routes.send(tunnel_requests.set_mtu(socket.if_nametoindex(name), mtu))
 
 
@@ -110,13 +111,14 @@ def configure(name: str, key: Key, port: int, peers: Mapping[str, tuple[FabricNo
     _run(["wg", "syncconf", name, "/dev/stdin"], text="\n".join([*lines, ""]))
 
 
-def _run(command: Sequence[str], *, text: str = "", environment: Mapping[str, str] | None = None) -> None:
+def _run(command: Sequence[str], *, text: str = "", environment: Mapping[str, str] | None = None, heard: bool = True) -> None:
     try:
         done = subprocess.run(
             command,
+            start_new_session=not heard,
             input=text.encode(),
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.PIPE if heard else subprocess.DEVNULL,
             timeout=COMMAND_S,
             env=environment,
             check=False,
@@ -124,4 +126,5 @@ def _run(command: Sequence[str], *, text: str = "", environment: Mapping[str, st
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeFailed(f"{command[0]}: {error}") from None
     if done.returncode != 0:
-        raise RuntimeFailed(f"{command[0]}: {done.stderr.decode(errors='replace').strip()[:300]}")
+        words = (done.stderr or b"").decode(errors="replace").strip()[:300]
+        raise RuntimeFailed(f"{command[0]}: {words or f'ended with {done.returncode}'}")
