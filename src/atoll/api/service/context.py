@@ -179,9 +179,10 @@ class Context:
             try:
                 result = await self.store.txn(compare, ops)
             except NotFound:
-                if request is None or self._lease is None:
+                if request is None:
                     raise
-                # The lease under which request keys are kept has ended early, as after a long standstill.
+                # The lease under which request keys are kept has ended early, as after a long standstill. Another write may have
+                # found that out just before this one.
                 self._lease = None
                 continue
             await self.reach(result.revision)
