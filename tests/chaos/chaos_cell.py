@@ -34,7 +34,7 @@ OTHER_RUNTIMES = ("qemu", "runsc", "crun", "lxc", "firecracker", "cloud-hypervis
 API_PORT = 7600
 INGRESS_PORT = 8080
 DOMAIN = "localhost"
-START_S = 40.0
+START_S = 90.0
 STOP_S = 20.0
 ATOLL = str(Path(sys.executable).with_name("atoll"))
 WEB = "mkdir -p /www; echo {name} > /www/index.html; exec httpd -f -p $PORT -h /www"
@@ -102,10 +102,10 @@ class Cell:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(32))
         self.urls = {host.name: f"https://{host.address}:{API_PORT}" for host in self.control}
-        store = "etcd://" + ",".join(f"{host.address}:2379" for host in self.control)
+        self.store = "etcd://" + ",".join(f"{host.address}:2379" for host in self.control)
         self.servers: dict[str, Part] = {}
         for host in self.control:
-            config = Config(data=data / host.name, listen=f"{host.address}:{API_PORT}", store=store, key=key, domain=DOMAIN)
+            config = Config(data=data / host.name, listen=f"{host.address}:{API_PORT}", store=self.store, key=key, domain=DOMAIN)
             self.servers[host.name] = self._part(host, "server", config)
         self.agents: dict[str, Part] = {}
         self.ingresses: dict[str, Part] = {}
@@ -134,6 +134,14 @@ class Cell:
         where = self.small_disks.get(name) or self.data / "disks" / name
         where.mkdir(parents=True, exist_ok=True)
         return where
+
+    def directory_of(self, name: str) -> Path:
+        """Return where a member of etcd has its data."""
+        return self._disk(name) / "etcd"
+
+    def data_of(self, site: str) -> Path:
+        """Return the data directory of a site's machine."""
+        return self._disk(site) / "atoll"
 
     def _member(self, host: Host) -> Part:
         client, peer = f"http://{host.address}:2379", f"http://{host.address}:2380"
@@ -312,3 +320,14 @@ async def until(holds: Callable[[], object] | Callable[[], Awaitable[object]], w
             return
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
         await asyncio.sleep(0.05)
+
+
+def fill(where: Path) -> None:
+    """Leave no byte free."""
+    with open(where / "fill", "ab", buffering=0) as file:
+        piece = bytes(1 << 20)
+        while piece:
+            try:
+                file.write(piece)
+            except OSError:
+                piece = piece[: len(piece) // 2]

@@ -18,7 +18,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import structlog
-from chaos_cell import INGRESS_PORT, Cell, Part, until
+from chaos_cell import INGRESS_PORT, Cell, Part, fill, until
+from chaos_runbook import walk
 from chaos_users import History, Requests, beside
 from chaos_world import World
 
@@ -216,19 +217,16 @@ async def disk(cell: Cell, seconds: float) -> Figures:
     return figures | none_failed(requests)
 
 
-def fill(where: Path) -> None:
-    """Leave no byte free."""
-    with open(where / "fill", "ab", buffering=0) as file:
-        piece = bytes(1 << 20)
-        while piece:
-            try:
-                file.write(piece)
-            except OSError:
-                piece = piece[: len(piece) // 2]
+async def runbook(cell: Cell, seconds: float) -> Figures:
+    """Go through docs/runbook.md; `seconds` is of no account."""
+    requests = requests_of(cell)
+    async with beside(*requests.values()):
+        await walk(cell, requests)
+    return none_failed(requests)
 
 
 async def storm(cell: Cell, seconds: float) -> Figures:
-    """Faults drawn at random, one after the other, each mended before the next; users see none of them at the data path."""
+    """Faults drawn at random, one or two at a time, mended before the next; users see none of them at the data path."""
     seed = int(time.time())
     choose = random.Random(seed)
     requests = requests_of(cell)
@@ -237,10 +235,10 @@ async def storm(cell: Cell, seconds: float) -> Figures:
     async with cell.client() as client, beside(*requests.values(), history):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            what = choose.choice(sorted(FAULTS))
-            done[what] = done.get(what, 0) + 1
+            what = choose.sample(sorted(FAULTS), choose.choice((1, 2)))
+            done.update({name: done.get(name, 0) + 1 for name in what})
             try:
-                await FAULTS[what](cell, choose)
+                await asyncio.gather(*(FAULTS[name](cell, choose) for name in what))
             finally:
                 cell.world.heal()
                 cell.revive()
@@ -298,6 +296,7 @@ SCENARIOS: dict[str, Callable[[Cell, float], Awaitable[Figures]]] = {
     "upgrade": upgrade,
     "disk": disk,
     "storm": storm,
+    "runbook": runbook,
 }
 
 

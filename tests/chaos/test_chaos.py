@@ -106,6 +106,12 @@ def test_three_minutes_of_faults_drawn_at_random_lose_no_request_and_no_write(tm
     assert figures["converged_s"] <= 30
 
 
+@pytest.mark.soak
+def test_what_the_runbook_says_helps(tmp_path: Path) -> None:
+    figures = suffer(tmp_path, "runbook", 0, longest=420)
+    assert figures["requests_failed"] == 0
+
+
 def _until(holds: Any, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "SPECIFICATION.md").read_text(encoding="utf-8")
-NAMED = re.compile(r"`((?:unit|property|contract|system|sim)/test_\w+\.py)(?:::(\w+))?`")
+NAMED = re.compile(r"`((?:unit|property|contract|system|sim|chaos)/test_\w+\.py)(?:::(\w+))?`")
 
 
 def test_every_test_that_is_named_exists() -> None:
