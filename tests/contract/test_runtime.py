@@ -13,6 +13,7 @@ from vmm_world import STAND_INS, stand_in_world
 
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Feature
+from atoll.model.spec import RUNTIMES_BY_ISOLATION, Isolation
 from atoll.runtimes.fake import FakeHost, FakeRuntime
 
 
@@ -203,7 +204,8 @@ async def test_usage_is_told(world: World) -> None:
 
 async def test_files_go_in_and_out_by_the_root(world: World) -> None:
     await world.launch("a", "run")
-    if Feature.FILES not in world.runtime.features:
+    assert (await world.runtime.copier("a") is not None) == (world.runtime.name in RUNTIMES_BY_ISOLATION[Isolation.VM])
+    if await world.runtime.copier("a") is not None or Feature.FILES not in world.runtime.features:
         with pytest.raises(Unsupported) as raised:
             await world.runtime.root("a")
         assert raised.value.mend

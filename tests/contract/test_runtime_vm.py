@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
 from collections.abc import AsyncIterator
@@ -62,12 +65,23 @@ async def shared(kind: str, layer: Path, tmp_path_factory: pytest.TempPathFactor
     network = LinkNetwork(f"10.93.{os.getpid() % 256}.0/24", directory / "network", prepared=1, resolver_sources=())
     try:
         link = await network.attach("shared", project="p", ports=[Port(name="http", port=8080)])
-        pid = await world.launch("shared", "run", netns=link.netns)
+        pid = await world.launch("shared", "run", netns=link.netns, mounts=_volumes(world))
         yield Shared(world, link, pid)
     finally:
         await world.close()
         await network.detach("shared")
         await network.close()
+
+
+def _volumes(world: World) -> tuple[Mount, ...]:
+    """Return one to write to, and inside of it one that is an image's: read-only. None where the kind takes none."""
+    if not world.runtime.takes_volumes:  # type: ignore[attr-defined]
+        return ()
+    own, image = world.directory / "own", world.directory / "volume-image"
+    for path in (own, image):
+        path.mkdir()
+    (image / "file").write_text("image\n")
+    return Mount(source=image, target="/data/in/ner", read_only=True), Mount(source=own, target="/data")
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -120,6 +134,104 @@ async def test_its_init_and_disks_are_out_of_reach(shared: Shared) -> None:
     assert out.endswith("end\n")
     assert int(out.split()[0]) <= 6
     assert "atoll" not in out
+
+
+async def test_volumes_keep_their_files_and_owners_and_the_read_only_one_is_so_on_the_node(shared: Shared) -> None:
+    if not shared.world.runtime.takes_volumes:  # type: ignore[attr-defined]
+        pytest.skip("this kind takes no volumes")
+    _, out = await shared.sh(
+        "exec 2>/dev/null; echo kept > /data/file; chmod 600 /data/file; chown 1234:1235 /data/file; cat /data/in/ner/file;"
+        "(echo x > /data/in/ner/new) || echo refused; busybox mknod /data/device c 1 3 || echo no device;"
+        "echo '#!/bin/sh' > /data/root; chmod 4755 /data/root; grep -c virtiofs /proc/mounts"
+    )
+    assert out == "image\nrefused\nno device\n2\n"
+    own = shared.world.directory / "own"
+    about = (own / "file").stat()
+    assert ((own / "file").read_text(), about.st_uid, about.st_gid, about.st_mode & 0o777) == ("kept\n", 1234, 1235, 0o600)
+    (own / "from-the-node").write_text("new\n")
+    assert (await shared.sh("cat /data/from-the-node; cat /data/file", user="app"))[1] == "new\nkept\n"
+    servers = _servers(shared.world)
+    assert len(servers) == 4  # each has a process that waits for it
+    roots = {line.split()[5].split(",")[0] for pid in servers for line in _mounts(pid) if line.split()[4] == "/"}
+    assert roots >= {"ro", "rw"}
+    for pid in servers:
+        status = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+        if int(status["NSpid"].split()[-1]) != int(pid):  # the one that serves is in namespaces of its own
+            assert int(status["CapEff"], 16) & (1 << 21 | 1 << 27 | 1 << 31) == 0  # SYS_ADMIN, MKNOD, SETFCAP
+            assert status["Seccomp"] == "2"
+            assert Path(f"/proc/{pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
+
+
+def _mounts(pid: str) -> list[str]:
+    return Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
+
+
+def _servers(world: World) -> list[str]:
+    """Return the processes that serve this world's volumes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes()
+            if words.startswith(b"/usr/lib/qemu/virtiofsd") and os.fsencode(world.directory) in words:
+                found.append(path.parent.name)
+    return found
+
+
+async def test_files_are_copied_out_and_in_as_the_instance_sees_them(shared: Shared) -> None:
+    await shared.sh(
+        "mkdir -p /tmp/x/y; ln -s /etc/passwd /tmp/x/y/link; dd if=/dev/urandom of=/tmp/x/big bs=1000 count=300 2>/dev/null;"
+        "chown 1234:1235 /tmp/x/big; chmod 640 /tmp/x/big; busybox mkfifo /tmp/x/fifo; ln -s /tmp/x /srv/to"
+    )
+    copier = await shared.world.runtime.copier("shared")
+    assert copier is not None
+    packed = io.BytesIO()
+    await asyncio.to_thread(copier.pack, "/srv/to", packed)
+    packed.seek(0)
+    with tarfile.open(fileobj=packed) as archive:
+        members = {member.name: member for member in archive}
+        big = archive.extractfile("to/big")
+        assert big is not None
+        data = big.read()
+    assert sorted(members) == ["to", "to/big", "to/y", "to/y/link"]  # a pipe is not copied
+    about = members["to/big"]
+    assert (about.uid, about.gid, about.mode, len(data)) == (1234, 1235, 0o640, 300_000)
+    assert members["to/y/link"].linkname == "/etc/passwd"
+    packed.seek(0)
+    await asyncio.to_thread(copier.unpack, "/srv/made/deep", packed)
+    _, out = await shared.sh("cd /srv/made/deep/to; cmp big /tmp/x/big 2>&1; stat -c '%u:%g %a' big; ls; ls /srv/made/deep")
+    assert out.replace("sh: cmp: not found\n", "") == "1234:1235 640\nbig\ny\nto\n"
+    again = io.BytesIO()
+    await asyncio.to_thread(copier.pack, "/srv/made/deep/to/big", again)
+    with tarfile.open(fileobj=io.BytesIO(again.getvalue())) as archive:
+        copied = archive.extractfile("big")
+        assert copied is not None
+        assert copied.read() == data
+    await shared.sh("rm -r /tmp/x /srv/made")
+
+
+async def test_copies_that_cannot_be_say_why_and_lead_nowhere_else(shared: Shared) -> None:
+    copier = await shared.world.runtime.copier("shared")
+    assert copier is not None
+    for path, number in (("/no/such", errno.ENOENT), ("/etc/passwd/x", errno.ENOTDIR)):
+        with pytest.raises(OSError, match=path) as raised:
+            await asyncio.to_thread(copier.pack, path, io.BytesIO())
+        assert raised.value.errno == number
+    for name, kind, error in (
+        ("../out", tarfile.REGTYPE, Invalid),
+        ("device", tarfile.CHRTYPE, Invalid),
+        ("fine", tarfile.REGTYPE, OSError),
+    ):
+        packed = io.BytesIO()
+        with tarfile.open(mode="w", fileobj=packed) as archive:
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            archive.addfile(member)
+        packed.seek(0)
+        with pytest.raises(error):
+            await asyncio.to_thread(copier.unpack, "/tmp" if error is Invalid else "/proc/there", packed)
+    with pytest.raises(Invalid, match="tar"):
+        await asyncio.to_thread(copier.unpack, "/tmp", io.BytesIO(b"garbage" * 1000))
+    assert (await shared.sh("ls /tmp | grep -c -E 'out|device'; ls / | grep -c -E '^out'"))[1] == "0\n0\n"
 
 
 async def test_open_files_have_a_limit_and_no_core_is_dumped(shared: Shared) -> None:
@@ -325,7 +437,9 @@ async def test_memory_beyond_the_limit_ends_it_and_is_told_to_the_next_agent_too
 
 
 async def test_processor_time_is_bounded_and_delete_leaves_no_trace(world: World) -> None:
-    pid = await world.launch("a", "sh", "-c", "while :; do :; done", limits=limits(cpu_milli=200))
+    mounts = _volumes(world)
+    pid = await world.launch("a", "sh", "-c", "while :; do :; done", limits=limits(cpu_milli=200), mounts=mounts)
+    assert bool(_servers(world)) == bool(mounts)
     await world.runtime.usage("a")
     await asyncio.sleep(2.0)
     assert 100 <= (await world.runtime.usage("a")).cpu_milli <= 300
@@ -337,6 +451,7 @@ async def test_processor_time_is_bounded_and_delete_leaves_no_trace(world: World
     assert _traces(world, "a") == []
     assert not Path(f"/proc/{pid}").exists()
     assert list(mounts_below(world.directory)) == []
+    assert _servers(world) == []
 
 
 def _traces(world: World, id: str) -> list[str]:
@@ -348,10 +463,13 @@ def _traces(world: World, id: str) -> list[str]:
 
 
 async def test_what_it_cannot_do_is_refused_before_anything_is_made(world: World) -> None:
-    volume = (Mount(source=world.directory, target="/data"),)
+    takes_volumes = world.runtime.takes_volumes  # type: ignore[attr-defined]
+    gone = (Mount(source=world.directory / "gone", target="/data"),)
+    kernel_s = (Mount(source=world.directory, target="/proc/x"),)
     device = Edits(nodes=(DeviceNode(path="/dev/x", host_path="/dev/null", major=1, minor=3),))
     for id, error, changes in (
-        ("volume", Unsupported, {"mounts": volume}),
+        ("gone", RuntimeFailed if takes_volumes else Unsupported, {"mounts": gone}),
+        ("kernel-s", Invalid if takes_volumes else Unsupported, {"mounts": kernel_s}),
         ("device", Unsupported, {"devices": device}),
         ("user", ImageError, {"user": "nobody-here"}),
         ("netns", RuntimeFailed, {"netns": Path("/run/netns/gone")}),

@@ -10,26 +10,12 @@ import errno
 import os
 import stat
 import tarfile
-from typing import Protocol
 
+from atoll.model.copying import COPY_BYTES_MAX, DEPTH_MAX, ENTRIES_MAX, PART_BYTES, Sink, Source, parts_of, top_of
 from atoll.model.errors import AtollError, Exhausted, Invalid, NotFound, RuntimeFailed, TooLarge
 from atoll.node.in_root import IdMap, acting_as, open_directory, open_in_root
 
-COPY_BYTES_MAX = 16 << 30
-"""In one copy."""
-ENTRIES_MAX = 1_000_000
-DEPTH_MAX = 200
-"""Directories below each other; each costs a descriptor."""
-PART_BYTES = 64 << 10
 _TEMPORARY = ".atoll-copy"
-
-
-class Sink(Protocol):
-    def write(self, data: bytes, /) -> object: ...
-
-
-class Source(Protocol):
-    def read(self, size: int, /) -> bytes: ...
 
 
 class Ids:
@@ -61,7 +47,7 @@ def pack_files(root: int, path: str, ids: Ids, sink: Sink) -> None:
 
     Raises NotFound, Invalid, TooLarge, RuntimeFailed.
     """
-    name = path.rstrip("/").rpartition("/")[2] or "."
+    name = top_of(path)
     try:
         with tarfile.open(mode="w|", fileobj=sink, format=tarfile.PAX_FORMAT, bufsize=PART_BYTES) as archive:  # type: ignore[call-overload]
             top = open_in_root(root, path, os.O_PATH)
@@ -153,15 +139,8 @@ def _unpack_all(root: int, path: str, ids: Ids, source: Source) -> None:
             _unpack(root, path, archive, member, ids)
 
 
-def _parts(name: str) -> list[str]:
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if ".." in parts or "\0" in name:
-        raise Invalid(f"{name!r} leads out of the directory that it is to be unpacked in")
-    return parts
-
-
 def _unpack(root: int, path: str, archive: tarfile.TarFile, member: tarfile.TarInfo, ids: Ids) -> None:
-    parts = _parts(member.name)
+    parts = parts_of(member.name)
     owner = ids.to_node(member.uid, member.gid)
     if not parts:
         return  # the directory itself
@@ -216,7 +195,7 @@ def _write(parent: int, archive: tarfile.TarFile, member: tarfile.TarInfo, owner
 
 
 def _link(root: int, path: str, parent: int, member: tarfile.TarInfo) -> None:
-    target = _parts(member.linkname)
+    target = parts_of(member.linkname)
     if not target:
         raise Invalid(f"{member.name}: a link to nothing")
     beside = open_directory(root, "/".join((path.rstrip("/"), *target[:-1])) or "/")

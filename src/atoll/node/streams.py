@@ -13,6 +13,7 @@ import structlog
 from msgspec.structs import replace
 
 from atoll.model import codec
+from atoll.model.copying import Copier
 from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Exhausted, Invalid, NotFound, Unavailable
 from atoll.model.ports.control_plane import Channel, ControlPlane, StreamKind, StreamRequest
 from atoll.model.ports.runtime import Execution, Runtime
@@ -28,7 +29,7 @@ from atoll.model.streams import (
     pack,
     unpack,
 )
-from atoll.node.files import Ids, pack_files, unpack_files
+from atoll.node.files import Ids, error_in_words, pack_files, unpack_files
 from atoll.node.gpus import Gpus
 from atoll.node.in_root import IdMap
 from atoll.node.runner import Runner
@@ -259,27 +260,42 @@ class _ChannelSource:
                 raise Invalid(f"a files stream takes no {kind.name}")
 
 
-async def _copy(runner: Runner, work: Callable[[int, Ids], None], bridge: _Bridge) -> None:
-    """Run `work` in a thread with the instance's root and id maps."""
+async def _copy(
+    runner: Runner, path: str, work: Callable[[int, Ids], None], beyond: Callable[[Copier], None], bridge: _Bridge
+) -> None:
+    """Run `work` in a thread with the instance's root and id maps; `beyond` where its files are beyond the node's reach."""
     runtime, pid = _running(runner)
+    copier = await runtime.copier(runner.id)
+    if copier is not None:
+        try:
+            await _in_thread(lambda: beyond(copier), bridge)
+        except OSError as error:
+            raise error_in_words(error, error.filename or path) from None
+        return
     try:
         ids = Ids(IdMap.of(pid, "uid"), IdMap.of(pid, "gid"))
     except OSError:
         raise Conflict(f"instance {runner.id} has just ended") from None
     root = await runtime.root(runner.id)
-    copying = asyncio.get_running_loop().run_in_executor(_copiers, lambda: work(root, ids))
+    try:
+        await _in_thread(lambda: work(root, ids), bridge)
+    finally:
+        os.close(root)
+
+
+async def _in_thread(work: Callable[[], None], bridge: _Bridge) -> None:
+    copying = asyncio.get_running_loop().run_in_executor(_copiers, work)
     try:
         await asyncio.shield(copying)
     finally:
         bridge.close()
         await asyncio.gather(copying, return_exceptions=True)
-        os.close(root)
 
 
 async def _get_files(channel: Channel, runner: Runner, path: str) -> None:
     bridge = _Bridge()
     sink = _ChannelSink(channel, bridge)
-    await _copy(runner, lambda root, ids: pack_files(root, path, ids, sink), bridge)
+    await _copy(runner, path, lambda root, ids: pack_files(root, path, ids, sink), lambda copier: copier.pack(path, sink), bridge)
     await channel.send(pack(Kind.END))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(FILES_IDLE_S):
@@ -289,7 +305,9 @@ async def _get_files(channel: Channel, runner: Runner, path: str) -> None:
 async def _put_files(channel: Channel, runner: Runner, path: str) -> None:
     bridge = _Bridge()
     source = _ChannelSource(channel, bridge)
-    await _copy(runner, lambda root, ids: unpack_files(root, path, ids, source), bridge)
+    await _copy(
+        runner, path, lambda root, ids: unpack_files(root, path, ids, source), lambda copier: copier.unpack(path, source), bridge
+    )
     try:
         async with asyncio.timeout(FILES_IDLE_S):
             while not source.ended:

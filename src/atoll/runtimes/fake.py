@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec import structs
 
 from atoll.model.codec import decode, encode
+from atoll.model.copying import Copier
 from atoll.model.errors import AtollError, Conflict, NotFound
 from atoll.model.ports.runtime import Box, Compatibility, Execution, Feature, Found, Snapshot, Started
 from atoll.model.records import Exit, Usage
@@ -148,6 +149,9 @@ class FakeRuntime:
             return Usage(instance=id)
         memory_bytes = min(10 << 20, process.box.limits.memory_bytes)
         return Usage(instance=id, cpu_milli=1, memory_bytes=memory_bytes, pids=1, disk_bytes=4096)
+
+    async def copier(self, id: str) -> Copier | None:
+        return None
 
     async def root(self, id: str) -> int:
         process = await self._find("root", id)

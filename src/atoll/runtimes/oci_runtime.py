@@ -16,6 +16,7 @@ from typing import TypeVar
 import structlog
 from msgspec import structs
 
+from atoll.model.copying import Copier
 from atoll.model.errors import AtollError, Conflict, Exhausted, Invalid, NotFound, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Box, Execution, Feature, Found, Snapshot, Started
 from atoll.model.records import Exit, Usage
@@ -253,6 +254,9 @@ class OciRuntime:
     async def usage(self, id: str) -> Usage:
         boxes, container = await self._find(id)
         return await self._in_thread(container.usage, boxes.directory / "scratch" / container.record.disk)
+
+    async def copier(self, id: str) -> Copier | None:
+        return None
 
     async def root(self, id: str) -> int:
         boxes, container = await self._find(id)

@@ -50,6 +50,7 @@ from atoll.runtimes.vm.runtime import VmContainer, VmRuntime, last_words
 from atoll.runtimes.vm.sockets import open_socket
 from atoll.runtimes.vm.tap import TAP
 from atoll.runtimes.vm.told import file_bytes
+from atoll.runtimes.vm.volumes import volume_devices
 
 VERSION_MIN = (7, 0)
 KVM_S_MAX = 10.0
@@ -76,8 +77,9 @@ class QemuRuntime(VmRuntime):
 
     name = RuntimeName.QEMU
     slots = range(SLOT_MIN, SLOT_MIN + 2048)
-    modules = ("virtio_mmio", "virtio_pci", "virtio_console", *MODULES)
+    modules = ("virtio_mmio", "virtio_pci", "virtio_console", *MODULES, "virtiofs")
     features = VmRuntime.features | {Feature.GPU, Feature.SNAPSHOT, Feature.FORK}
+    takes_volumes = True
 
     def __init__(
         self,
@@ -254,6 +256,7 @@ def machine(plan: VmPlan, accelerator: str, without_devices: Machine = "microvm"
     if plan.link is not None:
         rom = "" if kind == "microvm" else ",romfile="  # no start from the network
         words += ["-netdev", f"tap,id=net,fd={TAP_FD}", "-device", f"virtio-net-{bus},netdev=net,mac={plan.link.mac}{modern}{rom}"]
+    words += volume_devices(plan.volumes, plan.ram_bytes, INSIDE, bus=bus)
     return words + pci_devices(plan.pci, plan.pci_window_bytes)
 
 

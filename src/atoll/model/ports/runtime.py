@@ -13,6 +13,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from atoll.model.copying import Copier
 from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image
 from atoll.model.records import Exit, Usage
@@ -252,6 +253,10 @@ class Runtime(Protocol):
 
         Names below it are the tenant's: resolve them with RESOLVE_IN_ROOT only.
         """
+        ...
+
+    async def copier(self, id: str) -> Copier | None:
+        """Return what copies files of a running instance whose `root` cannot be had; None where it can."""
         ...
 
     async def delete(self, id: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from atoll.model.errors import Conflict, RuntimeFailed, Unsupported
+from atoll.model.errors import Conflict, RuntimeFailed
 from atoll.model.ports.devices import DeviceNode
 from atoll.model.ports.runtime import Box, Limits
 from atoll.runtimes.box_record import BoxRecord, BoxRecords, boot_id
@@ -37,6 +37,7 @@ from atoll.runtimes.users import User, resolve_user
 from atoll.runtimes.vm.config import GuestConfig, process_words, write_config
 from atoll.runtimes.vm.image import FILE, ImageDisks
 from atoll.runtimes.vm.tap import GuestLink, connect
+from atoll.runtimes.vm.volumes import VmVolume, volumes_of
 
 PLAN = "plan.json"
 DISK = "disk.img"
@@ -78,6 +79,7 @@ class VmPlan(Struct, frozen=True, kw_only=True):
     snapshot: str = ""
     """The directory of the snapshot that it goes on from; empty for a machine that boots."""
     image_digest: str = ""
+    volumes: tuple[VmVolume, ...] = ()
 
     @property
     def disk(self) -> Path:
@@ -138,8 +140,6 @@ class VmBoxes(OciBoxes):
         check_box(box)
         if self.records.exists(box.id):
             raise Conflict(f"instance {box.id} exists already", mend="delete it first")
-        if box.mounts:
-            raise Unsupported("no volumes in virtual machines yet", mend="use isolation 'container' or 'sandbox'", field="volumes")
         slot = self.idmaps.take()
         record = BoxRecord(id=box.id, path=str(box.directory), boot_id=self.boot_id, slot=slot, disk="", limits=box.limits)
         try:
@@ -179,6 +179,7 @@ class VmBoxes(OciBoxes):
             nodes=box.devices.nodes,
             snapshot=str(snapshot) if snapshot else "",
             image_digest=box.image.digest,
+            volumes=volumes_of(box.mounts),
         )
         write_private(box.directory / PLAN, msgspec.json.encode(plan))
         (box.directory / "jail").mkdir(mode=0o700)
@@ -202,6 +203,7 @@ class VmBoxes(OciBoxes):
             address=plan.link.address if plan.link else "",
             mtu=plan.link.mtu if plan.link else 0,
             read_only_root=plan.read_only_root,
+            volumes=plan.volumes,
             pids=plan.limits.pids,
             memory_bytes=plan.limits.memory_bytes,
             entropy=os.urandom(64),

@@ -41,6 +41,7 @@ class Kind(enum.IntEnum):
     STATS = 6
     CREDIT = 7
     REFRESH = 8
+    COPY = 9
     STARTED = 16
     FAILED = 17
     OUTPUT = 18

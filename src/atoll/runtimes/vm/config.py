@@ -16,6 +16,7 @@ from msgspec import Struct
 from atoll.model.errors import Invalid
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.snapshots import machine_id
+from atoll.runtimes.vm.volumes import VmVolume
 
 TRAILER_BYTES = 4096
 ENDING_AT = 2048
@@ -35,6 +36,7 @@ class GuestConfig(Struct, frozen=True, kw_only=True):
     address: str = ""
     mtu: int = 0
     read_only_root: bool = False
+    volumes: tuple[VmVolume, ...] = ()
     pids: int
     memory_bytes: int
     entropy: bytes
@@ -73,6 +75,9 @@ def config_words(config: GuestConfig) -> bytes:
     """Return all that the guest is told, secrets included. Raises Invalid for more than CONFIG_BYTES_MAX."""
     head = ["atoll-guest-1", config.hostname, config.hosts, config.resolv_conf, config.address, str(config.mtu)]
     head += ["1" if config.read_only_root else "0", str(config.pids), str(config.memory_bytes), config.entropy.hex()]
+    head.append(str(len(config.volumes)))
+    for volume in config.volumes:
+        head += [volume.tag, volume.target, "1" if volume.read_only else "0"]
     words = _words(head) + config.process
     if len(words) > CONFIG_BYTES_MAX:
         raise Invalid(

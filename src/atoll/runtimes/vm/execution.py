@@ -32,6 +32,11 @@ class GuestExecution:
         self._input_ended = False
 
     @property
+    def ended(self) -> bool:
+        """Whether its end is known."""
+        return self._stream.status.done()
+
+    @property
     def closed(self) -> bool:
         return self._closed
 
@@ -125,7 +130,9 @@ def _size(rows: int, columns: int) -> bytes:
     return min(rows, 0xFFFF).to_bytes(2, "little") + min(columns, 0xFFFF).to_bytes(2, "little")
 
 
-async def start_beside(channel: GuestChannel, process: bytes, name: str, size: tuple[int, int] | None) -> GuestExecution:
+async def start_beside(
+    channel: GuestChannel, process: bytes, name: str, size: tuple[int, int] | None, *, kind: Kind = Kind.EXEC
+) -> GuestExecution:
     """Start `process` (words, see config.py) in the guest; with `size` (rows, columns) it gets a terminal.
 
     Raises RuntimeFailed, with the command's name, for one that cannot be started; DeadlineExceeded; Exhausted.
@@ -133,7 +140,7 @@ async def start_beside(channel: GuestChannel, process: bytes, name: str, size: t
     id, stream = channel.stream()
     execution = GuestExecution(channel, id, stream, tty=size is not None)
     try:
-        await channel.send(Kind.EXEC, id, (_size(*size) if size else bytes(4)) + process)
+        await channel.send(kind, id, (_size(*size) if size else bytes(4)) + process)
         async with asyncio.timeout(EXEC_S_MAX):
             why = await asyncio.shield(stream.started)
     except TimeoutError:

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import structlog
 
+from atoll.model.copying import Copier
 from atoll.model.errors import (
     AtollError,
     Conflict,
@@ -47,8 +48,10 @@ from atoll.runtimes.vm.boxes import VmBoxes, VmPlan, load_plan, user_of
 from atoll.runtimes.vm.channel import GuestChannel, Kind
 from atoll.runtimes.vm.config import process_words, read_ending, refreshing
 from atoll.runtimes.vm.execution import GuestExecution, cannot_run, start_beside
+from atoll.runtimes.vm.files import GuestFiles
 from atoll.runtimes.vm.jail import LOG, Jail, jail_command
 from atoll.runtimes.vm.kernel import PLACES, GuestKernel, find_kernel, prepare_kernel
+from atoll.runtimes.vm.volumes import start_server
 
 BOOT_S_MAX = 60.0
 """From the monitor's start to the guest's first word, and as long again to the instance's process."""
@@ -103,9 +106,10 @@ def last_words(directory: Path) -> str:
 class VmRuntime(OciRuntime):
     """A kind gives `name`, `slots`, `modules`, `probe`, what is abstract here, and `configure` where its monitor has an API."""
 
-    features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE})
+    features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES})
     container_kind = VmContainer
     monitor_pids: ClassVar[int] = MONITOR_PIDS_MAX
+    takes_volumes: ClassVar[bool] = False
     modules: ClassVar[tuple[str, ...]]
     """The kernel's modules that a guest of this kind needs."""
 
@@ -174,6 +178,8 @@ class VmRuntime(OciRuntime):
 
     async def create(self, box: Box) -> None:
         self.check(box)
+        if box.mounts and not self.takes_volumes:
+            raise Unsupported(f"{self.name} takes no volumes", mend="use qemu, runc, crun, lxc or gvisor", field="volumes")
         await super().create(box)
 
     def kernel(self) -> GuestKernel:
@@ -216,6 +222,9 @@ class VmRuntime(OciRuntime):
     def _command(self, boxes: VmBoxes, plan: VmPlan) -> list[str]:
         group = boxes.open_group(plan.id, plan.limits)
         files = Path(plan.directory)
+        groups = tuple(path for path in group.directories if (path / "cgroup.procs").exists())
+        for volume in plan.volumes:
+            start_server(volume, files, owner=plan.uid, groups=groups)
         jail = jail_command(self.jail(plan, self.kernel(), group), files / "pid", self.monitor(plan))
         shim = [
             "run",
@@ -355,6 +364,10 @@ class VmRuntime(OciRuntime):
         compatibility = await self._in_thread(self.compatibility)
         if plan.pci:
             raise Unsupported("a machine with a device of the node cannot be written down", mend="take it without the device")
+        if plan.volumes:
+            raise Unsupported(
+                "a machine with volumes cannot be written down: their files are the node's", mend="take it without them"
+            )
         await self._in_thread(begin, directory)
         try:
             names = await self._save(container, plan, directory)
@@ -392,6 +405,8 @@ class VmRuntime(OciRuntime):
 
     async def restore(self, box: Box, directory: Path) -> Started:
         self.check(box)
+        if box.mounts:
+            raise Unsupported("a copy of a snapshot takes no volumes", mend="make it without them", field="volumes")
         snapshot = await self._in_thread(load, directory)
         check_fit(snapshot, await self._in_thread(self.compatibility), box)
         boxes = await self._boxes()
@@ -427,9 +442,20 @@ class VmRuntime(OciRuntime):
     async def root(self, id: str) -> int:
         await self._machine(id)
         raise Unsupported(
-            f"the files of a virtual machine ({self.name}) cannot be reached from its node",
-            mend="run tar in it by exec, or use runc, crun, lxc or gvisor",
+            f"the files of a virtual machine ({self.name}) cannot be reached from its node", mend="copy them, or use exec"
         )
+
+    async def copier(self, id: str) -> Copier | None:
+        container = await self._machine(id)
+        if not container.running:
+            raise Conflict(f"instance {id} does not run")
+
+        async def start(way: str, path: str) -> GuestExecution:
+            channel = await self._open_channel(container, CHANNEL_S_MAX)
+            words = process_words(oci_process((way, path), (), "/", User(0, 0, ())), make_directory=False)
+            return await start_beside(channel, words, f"a copy of {path}", None, kind=Kind.COPY)
+
+        return GuestFiles(start, asyncio.get_running_loop())
 
     async def delete(self, id: str) -> None:
         container = self._containers.get(id)

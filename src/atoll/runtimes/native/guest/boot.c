@@ -58,12 +58,16 @@ static _Noreturn void die(const char *what) {
     power_off();
 }
 
-static void load_modules(void) {
+/* Those of volumes are loaded where there are any. */
+static int is_for_volumes(const char *name) { return strcmp(name, "fuse.ko") == 0 || strcmp(name, "virtiofs.ko") == 0; }
+
+static void load_modules(int for_volumes) {
     char name[128];
     FILE *list = fopen("/modules/order", "re");
     while (list && fgets(name, sizeof name, list)) {
         char path[160];
         name[strcspn(name, "\n")] = 0;
+        if (is_for_volumes(name) != for_volumes) continue;
         snprintf(path, sizeof path, "/modules/%s", name);
         int fd = open(path, O_RDONLY | O_CLOEXEC);
         if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST)) perror(path);
@@ -238,6 +242,18 @@ static int said_to_kernel(const char *word) {
     return strstr(line, word) != NULL;
 }
 
+static void read_volumes(struct machine *machine) {
+    machine->volume_count = next_number(&machine->config);
+    if (machine->volume_count < 0 || machine->volume_count > VOLUMES_MAX) die("the configuration's volumes");
+    for (struct volume *volume = machine->volumes; volume < machine->volumes + machine->volume_count; volume++) {
+        volume->tag = next_word(&machine->config);
+        volume->target = next_word(&machine->config);
+        volume->read_only = next_number(&machine->config);
+        if (volume->target == NULL) die("the configuration's volumes");
+    }
+    if (machine->volume_count) load_modules(1);
+}
+
 void boot(struct machine *machine) {
     mkdir("/proc", 0755), mkdir("/sys", 0755), mkdir("/dev", 0755);
     mount("proc", "/proc", "proc", 0, NULL);
@@ -247,7 +263,7 @@ void boot(struct machine *machine) {
     for (int fd = 0; console >= 0 && fd < 3; fd++) dup2(console, fd);
     restarts = said_to_kernel(" atoll.end=restart");
     machine->vsock = said_to_kernel(" atoll.channel=vsock");
-    load_modules();
+    load_modules(0);
     if (mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, NULL) < 0) perror("cgroup2");
     mount_root(machine);
     char *version = next_word(&machine->config);
@@ -262,6 +278,7 @@ void boot(struct machine *machine) {
     machine->memory_bytes = next_number(&machine->config);
     char *entropy = next_word(&machine->config);
     if (entropy == NULL) die("the configuration is cut off");
+    read_volumes(machine);
     stir(entropy);
     make_memory();
     make_network(machine, mtu);

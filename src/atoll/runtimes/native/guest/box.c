@@ -144,7 +144,7 @@ static void run(const struct process *process) {
 }
 
 /* Becomes the process; the pipe closes when it has. */
-static _Noreturn void become(const struct process *process, int pipe) {
+static _Noreturn void become(const struct process *process, int pipe, int copies) {
     const struct rlimit core = {0, 0};
     sigset_t none;
     for (int number = 1; number < NSIG; number++) signal(number, SIG_DFL);
@@ -162,6 +162,7 @@ static _Noreturn void become(const struct process *process, int pipe) {
     }
     if (chdir(process->directory) < 0) give_up(pipe, "cannot enter the working directory");
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0) give_up(pipe, "cannot give up privileges");
+    if (copies) copy_files(process->argv);
     run(process);
     give_up(pipe, "cannot be executed");
 }
@@ -283,6 +284,11 @@ static void furnish(const struct machine *machine, int pipe) {
     if (symlink("pts/ptmx", "/dev/ptmx") < 0 || symlink("/proc/self/fd", "/dev/fd") < 0 || symlink("/proc/self/fd/0", "/dev/stdin") < 0 ||
         symlink("/proc/self/fd/1", "/dev/stdout") < 0 || symlink("/proc/self/fd/2", "/dev/stderr") < 0)
         give_up(pipe, "/dev");
+    for (const struct volume *volume = machine->volumes; volume < machine->volumes + machine->volume_count; volume++) {
+        make_directory(volume->target);
+        if (mount(volume->tag, volume->target, "virtiofs", MS_NOSUID | MS_NODEV | (volume->read_only ? MS_RDONLY : 0), NULL) < 0)
+            give_up(pipe, volume->target);
+    }
     show(hosts, "/etc/hosts", pipe);
     show(name, "/etc/hostname", pipe);
     if (machine->resolv_conf[0]) show(resolver, "/etc/resolv.conf", pipe);
@@ -346,7 +352,7 @@ int start_first(const struct machine *machine, struct command *command) {
         take_pipes(&pipes, &process, words[1]);
         int null = open("/dev/null", O_RDWR | O_CLOEXEC);
         if (null < 0 || dup2(null, 0) < 0) give_up(words[1], "/dev/null");
-        become(&process, words[1]);
+        become(&process, words[1], 0);
     }
     close(words[1]);
     to_command(command, &pipes);
@@ -418,7 +424,7 @@ int start_beside(struct words words, int rows, int columns, struct command *comm
             take_terminal(terminal, &process, said[1]);
         else
             take_pipes(&pipes, &process, said[1]);
-        become(&process, said[1]);
+        become(&process, said[1], command->copies);
     }
     close(said[1]);
     if (command->pid < 0) {

@@ -50,6 +50,7 @@ enum kind {
     STATS = 6,
     CREDIT = 7,   /* bytes (4); in both directions */
     REFRESH = 8,  /* after a restore: entropy (64), time in ns (8), then words: machine id, hostname, address, hardware address */
+    COPY = 9,     /* as EXEC, but the arguments are "out" or "in" and a path, and init does it: see files.c */
     /* from the guest */
     STARTED = 16,
     FAILED = 17,  /* why, in words */
@@ -85,13 +86,21 @@ static inline long next_number(struct words *from) {
     return word ? atol(word) : -1;
 }
 
+enum { VOLUMES_MAX = 16 };
+
+struct volume {
+    char *tag, *target;
+    int read_only;
+};
+
 /* boot.c */
 struct machine {
     int vsock;
     struct words config; /* see config.py for its words; what is left in it after boot() is the first process */
     char *hostname, *hosts, *resolv_conf, *address;
     int read_only_root;
-    long pids, memory_bytes;
+    long pids, memory_bytes, volume_count;
+    struct volume volumes[VOLUMES_MAX];
 };
 void boot(struct machine *machine);
 void write_ending(const struct ending *ending);
@@ -104,6 +113,7 @@ int open_port(const char *name);
 /* box.c */
 struct command {
     pid_t pid;
+    int copies;               /* it is no program, but files.c */
     int input, output, error; /* this side of its pipes; the terminal is all three */
     char text[TEXT_BYTES_MAX];
 };
@@ -112,6 +122,9 @@ int start_first(const struct machine *machine, struct command *command);
 int start_beside(struct words process, int rows, int columns, struct command *command);
 void statistics(uint64_t into[5]);
 void rename_host(const char *hostname, const char *machine_id);
+
+/* files.c */
+_Noreturn void copy_files(char *const *words);
 
 extern int testing; /* without a machine of its own: commands run as they are, nothing is mounted */
 

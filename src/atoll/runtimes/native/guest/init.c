@@ -154,9 +154,9 @@ static void lose_channel(void) {
     input_bytes = queue_first = queue_bytes = 0;
 }
 
-static void execute(uint16_t id, unsigned char *bytes, size_t count) {
+static void execute(uint16_t id, unsigned char *bytes, size_t count, int copies) {
     struct stream *stream = streams;
-    struct command command = {.input = -1, .output = -1, .error = -1};
+    struct command command = {.copies = copies, .input = -1, .output = -1, .error = -1};
     while (stream < streams + STREAMS_MAX && stream->used) stream++;
     if (id == 0 || find(id) || stream == streams + STREAMS_MAX || count < 4 || over || (!ending.started && !testing)) {
         const char *why = over || !ending.started ? "the instance does not run" : "too many commands, or one of this number";
@@ -253,7 +253,10 @@ static void obey(enum kind kind, uint16_t id, unsigned char *bytes, size_t count
     struct stream *stream = find(id);
     switch (kind) {
     case EXEC:
-        execute(id, bytes, count);
+        execute(id, bytes, count, 0);
+        break;
+    case COPY:
+        execute(id, bytes, count, 1);
         break;
     case STATS:
         tell_statistics();
