@@ -50,6 +50,28 @@ MEANING: dict[str, tuple[str, str]] = {
     "Workload.stop": ("How it is told to end; the table below.", "[stop]"),
     "Workload.lost": ("What happens when its node is lost; the table below.", "[lost]"),
     "Workload.volumes": ("Directories that outlive instances; the table below.", "[[volumes]]"),
+    "Workload.network": ("What it may send and be sent; the table below, and [network.md](network.md).", "[network]"),
+    "NetworkRules.ingress": (
+        "Who may come to its declared ports, beside the ingresses. Left out: its project, and whom a published port lets in.",
+        'ingress = [{ app = "web" }]',
+    ),
+    "NetworkRules.egress": (
+        "Where it may go. Left out: to its project and the world outside. Name servers can always be asked.",
+        'egress = [{ cidr = "192.0.2.0/24", ports = [443] }]',
+    ),
+    "NetworkRules.bandwidth": (
+        "Bytes per second that each instance may send, and as many that it may be sent; what is more is dropped. 8KiB or more.",
+        'bandwidth = "10MiB"',
+    ),
+    "NetworkRules.packets": ("Packets per second, likewise.", "packets = 20000"),
+    "Allow.app": ("Instances of this app or job of the project. One of `app`, `cidr` and `host`.", 'app = "db"'),
+    "Allow.cidr": ("IPv4 addresses.", 'cidr = "192.0.2.0/24"'),
+    "Allow.host": (
+        "The addresses that the node's name servers say for this name; `*.` means every name below it. Only in `egress`.",
+        'host = "*.example.org"',
+    ),
+    "Allow.ports": ("Only these; of the instance itself in `ingress`, of where it goes in `egress`.", "ports = [443]"),
+    "Allow.protocol": ("`tcp` (which `http` means too) or `udp`; both where it is left out.", 'protocol = "tcp"'),
     "Workload.read_only_root": ("The root is read-only; volumes, /dev/shm and /dev stay writable.", "read_only_root = true"),
     "Workload.labels": ("Your own words on it; kept, and used by nothing yet.", 'labels = { team = "web" }'),
     "AppSpec.kind": ("Says that this is an app's spec; may be left out.", 'kind = "app"'),
@@ -347,6 +369,8 @@ INTRO = """# The spec: every key
 
 A spec is TOML (`atoll.toml`), JSON or YAML, with the same keys, at most 1 MiB. `atoll schema app` and `atoll schema job` print the
 JSON Schema; `GET /v1/schema/app` serves it. An unknown key is refused by name. A release keeps the whole spec with every default
+    ("NetworkRules", "`[network]`", "", "AppSpec"),
+    ("Allow", "`[[network.ingress]]`, `[[network.egress]]` (at most 32 each)", "", "AppSpec"),
 filled in, so that it keeps its meaning when a later Atoll has other defaults.
 
 A *name* has lower-case letters, digits and `-`, begins with a letter, and has at most 40 characters. A *size* is a number of bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import pytest
 
 from atoll.model.errors import Conflict, Exhausted, Unavailable
 from atoll.model.ports.network import Link
-from atoll.model.spec import Port, PortProtocol
+from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
 from atoll.network import namespaces, slots
 from atoll.network.links import LinkNetwork
 
@@ -451,3 +452,44 @@ async def test_taking_a_prepared_slot_costs_less_than_making_one(network: LinkNe
         took_ms.append((time.perf_counter() - started) * 1000)
     # Half a millisecond on an idle machine; a quarter of the samples must show it even on a busy one.
     assert sorted(took_ms)[len(took_ms) // 4] < 3, took_ms
+
+
+async def test_an_apps_own_rules_narrow_who_comes_in_and_where_it_goes(network: LinkNetwork, outside: Link) -> None:
+    one = await network.attach("a", project="p", ports=(WEB,))
+    other = await network.attach("b", project="p", ports=(WEB,))
+    world = NetworkRules(egress=(Allow(cidr=f"{outside.address}/32", ports=(8000,)),))
+    fenced = await network.attach("c", project="p", ports=(WEB,), rules=world)
+    guarded = await network.attach("d", project="p", ports=(WEB,), rules=NetworkRules(ingress=(Allow(cidr=f"{one.address}/32"),)))
+    with listening(guarded, 8000), listening(other, 8000), listening(outside, 8000), listening(outside, 9000):
+        assert connects(socket_in(one), guarded.address, 8000)
+        assert not connects(socket_in(other), guarded.address, 8000)
+        assert from_node(guarded.address, 8000)
+        assert connects(socket_in(fenced), outside.address, 8000)
+        assert not connects(socket_in(fenced), outside.address, 9000)
+        assert not connects(socket_in(fenced), other.address, 8000)
+        assert connects(socket_in(one), outside.address, 9000)
+        await network.attach("c", project="p", ports=(WEB,))
+        assert connects(socket_in(fenced), other.address, 8000)
+
+
+async def test_packets_beyond_an_instances_limit_are_dropped(network: LinkNetwork) -> None:
+    one = await network.attach("a", project="p", ports=(), rules=NetworkRules(packets=50))
+    free = await network.attach("b", project="p", ports=())
+    port = Port(name="dns", port=5353, protocol=PortProtocol.UDP)
+    sink = await network.attach("c", project="p", ports=(port,))
+
+    def received(link: Link) -> int:
+        with listening(sink, 5353, socket.SOCK_DGRAM) as server, closing(socket_in(link, kind=socket.SOCK_DGRAM)) as client:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            for _ in range(400):
+                client.sendto(b"x", (sink.address, 5353))
+            server.settimeout(PATIENCE_S)
+            count = 0
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    server.recv(16)
+                    count += 1
+            return count
+
+    assert received(one) < 200
+    assert received(free) == 400

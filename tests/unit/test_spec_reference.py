@@ -57,6 +57,9 @@ def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | t
 
 
 _BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
+    (("[egress]",), "ports"): {"app": "db"},
+    (("[egress]",), "protocol"): {"app": "db"},
+    ((), "snapshot"): {"sandbox": True},
     (("gpu",), "sharing"): {"count": 0.5},
     (("gpu",), "topology"): {"count": 2},
     (("placement",), "together"): {"gang": True},
@@ -90,5 +93,7 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[placement]`": (("placement",), AppSpec, {}),
     "`[[placement.constraints]]`": (("placement", "[constraints]"), AppSpec, {"label": "disk", "operator": "in", "value": ["ssd"]}),
     "`[[placement.affinity]]`, `[[placement.anti_affinity]]`": (("placement", "[anti_affinity]"), AppSpec, {"app": "db"}),
+    "`[network]`": (("network",), AppSpec, {}),
+    "`[[network.ingress]]`, `[[network.egress]]` (at most 32 each)": (("network", "[egress]"), AppSpec, {}),
     "`[[volumes]]` (at most 32)": (("[volumes]",), AppSpec, {"name": "data", "path": "/data"}),
 }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -153,7 +153,11 @@ class NodeFabric:
         self.paths = Paths(self.own)
         self._names = Directory(node, offer.site, offer.region)
         address = node_address(subnet)
-        self._server = NameServer(self._names, address, network.project_at, lambda: network.forwarders) if names else None
+        self._server = (
+            NameServer(self._names, address, network.project_at, lambda: network.forwarders, passed_on=self._passed_on)
+            if names
+            else None
+        )
         self._prober = Prober(address)
         self._asked_at = 0.0
         self._changed = asyncio.Event()
@@ -218,6 +222,11 @@ class NodeFabric:
         self.paths.own = self.own
         self._offer = replace(self._offer, public_key=key.public, key_made_at=key.made_at)
         return True
+
+    def _passed_on(self, source: str, name: str, addresses: Sequence[str]) -> None:
+        host = self._network.wants_name(source, name)
+        if host is not None:
+            self._network.learn_name(source, host, addresses)
 
     # What the control plane says
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from atoll.model.errors import Exhausted, Unavailable
 from atoll.model.ports.network import Link
-from atoll.model.spec import Port, host_ports
+from atoll.model.spec import NetworkRules, Port, host_ports
 from atoll.network.addresses import AddressPool
 
 
@@ -21,6 +21,7 @@ class FakeNetworkState:
         self.projects: dict[str, str] = {}
         self.ports: dict[str, tuple[Port, ...]] = {}
         """Instance → what of it can be reached."""
+        self.rules: dict[str, NetworkRules | None] = {}
         self.exhausted = False
         """Set it, and every new `attach` raises Exhausted."""
         self.failures = 0
@@ -42,7 +43,7 @@ class FakeNetwork:
     def __init__(self, state: FakeNetworkState | None = None) -> None:
         self.state = state if state is not None else FakeNetworkState()
 
-    async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
+    async def attach(self, id: str, *, project: str, ports: Sequence[Port], rules: NetworkRules | None = None) -> Link:
         state = self.state
         self._fail_if_told()
         for port in host_ports(ports):
@@ -65,6 +66,7 @@ class FakeNetwork:
             state.projects[id] = project
             state.attached_total += 1
         state.ports[id] = tuple(ports)
+        state.rules[id] = rules
         return link
 
     async def detach(self, id: str) -> None:
@@ -86,6 +88,7 @@ class FakeNetwork:
             state.addresses.give_back(state.numbers.pop(id))
             state.projects.pop(id)
             state.ports.pop(id)
+            state.rules.pop(id, None)
 
     def _fail_if_told(self) -> None:
         if self.state.failures > 0:

@@ -68,6 +68,10 @@ table inet {table} {{
   set admitted {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
   set fenced {{ type ipv4_addr; }}
   set permitted {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
+  set bytes_out {{ type ipv4_addr; limit rate over 1 mbytes/second; }}
+  set bytes_in {{ type ipv4_addr; limit rate over 1 mbytes/second; }}
+  set packets_out {{ type ipv4_addr; limit rate over 1000/second; }}
+  set packets_in {{ type ipv4_addr; limit rate over 1000/second; }}
   set connections {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic; }}
   chain refused {{
     meta l4proto tcp reject with tcp reset
@@ -77,8 +81,16 @@ table inet {table} {{
     type filter hook prerouting priority raw; policy accept;
     iifname {links} iifname . ip saddr != @sources drop
     iifname {links} meta nfproto ipv6 drop
+    iifname {links} ip saddr @packets_out drop
+    iifname {links} ip saddr @bytes_out drop
     iifname {fabric} ip saddr != @peers drop
     iifname {fabric} meta nfproto ipv6 drop
+  }}
+  chain inward {{
+    type filter hook postrouting priority filter; policy accept;
+    oifname != {links} accept
+    ip daddr @packets_in drop
+    ip daddr @bytes_in drop
   }}
   chain crowded {{
     ct state new add @connections {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop
@@ -130,8 +142,10 @@ table inet {table} {{
     oifname {links} ct state established,related accept
     iifname {links} oifname {links} jump private
     iifname {links} oifname {fabric} jump private
-    iifname {fabric} ip saddr @nodes goto open_ports
+    iifname {fabric} ip saddr @nodes ip daddr . meta l4proto . th dport @inbound accept
+    iifname {fabric} ip saddr @nodes jump refused
     iifname {fabric} jump private
+    oifname {links} ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted drop
     oifname {links} ct status dnat ip daddr . meta l4proto . th dport @inbound accept
     oifname {links} drop
     iifname != {links} accept

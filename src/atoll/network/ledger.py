@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict
-from atoll.model.spec import Port
+from atoll.model.spec import NetworkRules, Port
 
 
 class Entry(Struct, frozen=True, kw_only=True):
@@ -21,6 +21,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     project: str
     number: int
     ports: tuple[Port, ...] = ()
+    rules: NetworkRules | None = None
 
 
 class Ledger:

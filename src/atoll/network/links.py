@@ -12,7 +12,7 @@ from msgspec import Struct, structs
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.fabric import FabricNode, Member
 from atoll.model.ports.network import Link
-from atoll.model.spec import Port, host_ports
+from atoll.model.spec import NetworkRules, Port, host_ports
 from atoll.network import elements, firewall, resolvers
 from atoll.network.addresses import AddressPool
 from atoll.network.elements import ElementSocket
@@ -20,6 +20,7 @@ from atoll.network.ledger import Entry, Ledger
 from atoll.network.listening import taken_ports
 from atoll.network.pool import SlotPool
 from atoll.network.private import Private, of_nodes
+from atoll.network.rules import Ruled, elements_of
 from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
 from atoll.network.tunnels import names_of
 
@@ -27,6 +28,8 @@ PREPARED_DEFAULT = 8
 """Slots made ahead. One costs about 2 ms to make, and some kernel memory."""
 RULES_CHECK_S = 2.0
 """Seconds within which rules that somebody removed are back."""
+LEARNED_MAX = 64
+"""Addresses of one name of a rule."""
 FORWARDING = "ipv4/ip_forward"
 
 log = structlog.get_logger()
@@ -84,10 +87,13 @@ class LinkNetwork:
         self._projects: dict[str, str] = {}
         """Address → project, of this node's instances."""
         self._private = Private(self._addresses.network)
-        self._around: dict[str, Sequence[str]] = {}
+        self._around: dict[str, list[str]] = {}
         """Set → elements that say who the other nodes are."""
-        self._policies: dict[str, Sequence[str]] = {}
+        self._policies: dict[str, list[str]] = {}
         """Set → elements of what apps' own rules let through."""
+        self._ruled: dict[str, Ruled] = {}
+        self._members: dict[tuple[str, str], list[str]] = {}
+        self._learned: dict[tuple[str, str], list[str]] = {}
 
     @property
     def node_address(self) -> str:
@@ -106,41 +112,79 @@ class LinkNetwork:
         """Return instance → its address and the node's end of its link."""
         return {id: (held.slot.address, held.slot.interface) for id, held in self._held.items()}
 
-    async def see(
-        self,
-        own: FabricNode,
-        nodes: Mapping[str, FabricNode],
-        members: Iterable[Member],
-        policies: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        """Let pass what the other nodes' instances and this one's of the same project send each other, and what apps' own rules
-        (set → elements) allow. What is left out of `nodes` and `members` is shut out. Safe to repeat. Raises RuntimeFailed."""
+    async def see(self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member]) -> None:
+        """Let pass what the other nodes' instances and this one's of the same project send each other.
+
+        What is left out of `nodes` and `members` is shut out. Safe to repeat. Raises RuntimeFailed.
+        """
         opened = await self._open()
+        members = list(members)
         new, gone = self._private.see(nodes, members)
-        around, rules = of_nodes(own, nodes), dict(policies or {})
         if gone:  # an address that is another project's now must go before it comes again
             opened.sets.change(delete=gone)
         opened.sets.change(add=new)
-        if (around, rules) != (self._around, self._policies):
-            commands = []
-            for name, values in {**around, **rules}.items():
-                if values != {**self._around, **self._policies}.get(name, ()):
-                    commands += [f"flush set inet {self._table} {name}", firewall.add(self._table, name, values)]
-            opened.nftables.run(*commands)
-            self._around, self._policies = around, rules
+        self._around = self._flush(opened, self._around, of_nodes(own, nodes))
+        by_app: dict[tuple[str, str], list[str]] = {}
+        for member in members:
+            by_app.setdefault((member.project, member.owner), []).append(member.address)
+        self._members = by_app
+        self._write_policies(opened)
 
-    async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
+    def wants_name(self, address: str, name: str) -> str | None:
+        """Return the `host` of a rule of the instance at `address` that `name` falls under."""
+        ruled = self._ruled.get(address)
+        for allow in (ruled.rules.egress or ()) if ruled is not None else ():
+            if allow.host == name or (allow.host and allow.host.startswith("*.") and name.endswith(allow.host[1:])):
+                return allow.host
+        return None
+
+    def learn_name(self, address: str, host: str, addresses: Sequence[str]) -> None:
+        """Let the instance go to what a name of its rules means; the last `LEARNED_MAX` addresses of each count."""
+        known = self._learned.get((address, host), [])
+        merged = [*(one for one in known if one not in addresses), *addresses][-LEARNED_MAX:]
+        if set(merged) != set(known) and self._state is not None:
+            self._learned[(address, host)] = merged
+            self._write_policies(self._state)
+
+    def _rule(self, opened: _Open, address: str, project: str, rules: NetworkRules | None) -> None:
+        before = self._ruled.pop(address, None)
+        if rules is not None:
+            self._ruled[address] = Ruled(address, project, rules)
+        for key in [key for key in self._learned if key[0] == address]:
+            del self._learned[key]
+        if before is not None or rules is not None:
+            self._write_policies(opened)
+
+    def _write_policies(self, opened: _Open) -> None:
+        if self._ruled or any(self._policies.values()):
+            self._policies = self._flush(opened, self._policies, elements_of(self._ruled.values(), self._members, self._learned))
+
+    def _flush(self, opened: _Open, before: Mapping[str, list[str]], now: dict[str, list[str]]) -> dict[str, list[str]]:
+        """Replace the sets that differ, all in one transaction."""
+        commands = []
+        for name, values in now.items():
+            if values != before.get(name, []):
+                commands += [f"flush set inet {self._table} {name}", firewall.add(self._table, name, values)]
+        opened.nftables.run(*commands)
+        return now
+
+    async def attach(self, id: str, *, project: str, ports: Sequence[Port], rules: NetworkRules | None = None) -> Link:
         opened = await self._open()
         held = self._held.get(id)
         if held is not None:
             self._check_published(id, ports)
+            if held.entry.rules != rules:
+                held = self._held[id] = _Held(held.slot, structs.replace(held.entry, rules=rules))
+                self._ledger.write(held.entry)
+                self._rule(opened, held.slot.address, project, rules)
             return self._link(self._change_ports(opened, held, tuple(ports)))
         self._check_published(id, ports)
         slot = await opened.pool.take()
-        entry = Entry(id=id, project=project, number=slot.number, ports=tuple(ports))
+        entry = Entry(id=id, project=project, number=slot.number, ports=tuple(ports), rules=rules)
         try:
             # The ledger first: a slot that nobody is known to have is removed by the next agent.
             self._ledger.write(entry)
+            self._rule(opened, slot.address, project, rules)  # before anything is open
             opened.sets.change(
                 add=[
                     elements.inbound(slot.address, ports),
@@ -152,6 +196,7 @@ class LinkNetwork:
         except (AtollError, OSError) as error:
             self._ledger.remove(slot.number)
             self._private.gone(slot.address)
+            self._ruled.pop(slot.address, None)
             await opened.pool.remove(slot.number)
             if isinstance(error, OSError):
                 raise Unavailable(f"cannot note down the link of {id}: {error}", mend="free space on the disk") from error
@@ -291,6 +336,7 @@ class LinkNetwork:
         )
         self._private.gone(slot.address)
         self._projects.pop(slot.address, None)
+        self._rule(opened, slot.address, held.entry.project, None)
         del self._held[held.entry.id]  # only now: what could not be shut can be tried again
 
     async def _open(self) -> _Open:
@@ -346,6 +392,9 @@ class LinkNetwork:
         for each in held:
             self._private.admit(each.slot.address, each.entry.project)
             self._projects[each.slot.address] = each.entry.project
+            if each.entry.rules is not None:
+                self._ruled[each.slot.address] = Ruled(each.slot.address, each.entry.project, each.entry.rules)
+        self._policies = elements_of(self._ruled.values(), self._members, self._learned)
         self._write_rules(maker, nftables, held, [each.slot for each in held])
         maker.open_subnet()
         for each in held:

@@ -116,11 +116,14 @@ class NameServer:
         forwarders: Callable[[], Sequence[str]],
         *,
         port: int = 53,
+        passed_on: Callable[[str, str, Sequence[str]], None] | None = None,
     ) -> None:
+        """`passed_on` hears, before the instance does, which addresses other servers gave it for a name."""
         self._directory = directory
         self._address = (address, port)
         self._project_at = project_at
         self._forwarders = forwarders
+        self._passed_on = passed_on
         self._pending = 0
         self._connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -181,8 +184,22 @@ class NameServer:
 
     async def _pass_on(self, wire: bytes, source: tuple[str, int]) -> None:
         answer = await self._ask(wire)
+        if answer is not None:
+            self._tell(answer, source[0])
         if answer is not None and self._transport is not None and not self._transport.is_closing():
             self._transport.sendto(answer, source)
+
+    def _tell(self, wire: bytes, source: str) -> None:
+        if self._passed_on is None:
+            return
+        try:
+            answer = dns.message.from_wire(wire)
+            name = answer.question[0].name.to_text(omit_final_dot=True).lower()
+            found = [str(one) for rrset in answer.answer if rrset.rdtype == dns.rdatatype.A for one in rrset]
+        except (dns.exception.DNSException, IndexError, ValueError):
+            return
+        if found:
+            self._passed_on(source, name, found)
 
     async def _ask(self, wire: bytes, *, tcp: bool = False) -> bytes | None:
         """Return what the first of the node's name servers that answers says; None when none does."""
@@ -209,6 +226,8 @@ class NameServer:
                 answer = self.answer(wire, source)
                 if answer is None:
                     answer = await self._ask(wire, tcp=True) if self._pending < PENDING_MAX else None
+                    if answer is not None:
+                        self._tell(answer, source)
                 if answer is None:
                     return
                 writer.write(struct.pack("!H", len(answer)) + answer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from atoll.model.fabric import FabricNode, Member, node_address
 from atoll.network.elements import Elements
@@ -80,7 +80,7 @@ class Private:
         return self._numbers.setdefault(project, len(self._numbers) + 1)
 
 
-def of_nodes(own: FabricNode, nodes: Mapping[str, FabricNode]) -> dict[str, Sequence[str]]:
+def of_nodes(own: FabricNode, nodes: Mapping[str, FabricNode]) -> dict[str, list[str]]:
     """Return set → elements that say who the other nodes are."""
     mine = ipaddress.IPv4Network(own.prefix)
     others = [node for node in nodes.values() if not ipaddress.IPv4Network(node.prefix).overlaps(mine)]

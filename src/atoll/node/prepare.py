@@ -90,7 +90,7 @@ class Preparation:
         stdout, stderr = self._tools.logs.open(instance.project, instance.id)
         image, link, secrets, devices = await _together(
             self._image(),
-            self._tools.network.attach(instance.id, project=instance.project, ports=ports_of(workload)),
+            self._tools.network.attach(instance.id, project=instance.project, ports=ports_of(workload), rules=workload.network),
             self._fetch_secrets(),
             self._claim(runtime),
         )

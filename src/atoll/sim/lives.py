@@ -10,7 +10,7 @@ from atoll.model.errors import RuntimeFailed, Unavailable
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Box, Found, Started
 from atoll.model.records import Exit, Usage
-from atoll.model.spec import Port
+from atoll.model.spec import NetworkRules, Port
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.runtimes.fake import FakeRuntime
 from atoll.runtimes.fake_host import FakeHost
@@ -117,9 +117,9 @@ class SimNetwork(FakeNetwork):
             self._story.mark(f"network: {call} fails")
             raise Unavailable(f"{call} was told to fail")
 
-    async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
+    async def attach(self, id: str, *, project: str, ports: Sequence[Port], rules: NetworkRules | None = None) -> Link:
         await self._before("attach")
-        link = await super().attach(id, project=project, ports=ports)
+        link = await super().attach(id, project=project, ports=ports, rules=rules)
         await self._faults.pause()
         self._life.check()
         return link

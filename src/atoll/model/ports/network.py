@@ -8,7 +8,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from atoll.model.spec import Port
+from atoll.model.spec import NetworkRules, Port
 
 
 class Link(Struct, frozen=True, kw_only=True):
@@ -24,9 +24,10 @@ class Link(Struct, frozen=True, kw_only=True):
 
 
 class Network(Protocol):
-    async def attach(self, id: str, *, project: str, ports: Sequence[Port]) -> Link:
+    async def attach(self, id: str, *, project: str, ports: Sequence[Port], rules: NetworkRules | None = None) -> Link:
         """Return the instance's link: out through NAT, in only to `ports` from the node's ingress, and from anywhere by the node's
-        own IPv4 addresses to those that are published (`Port.host`), until `detach`. Safe to repeat.
+        own IPv4 addresses to those that are published (`Port.host`), until `detach`. Instances of one project reach each
+        other's `ports`. `rules` narrow all that, the node's ingress excepted. Safe to repeat.
 
         Raises Unavailable when a port of the node is taken, Exhausted when no address is free; then nothing is left behind.
         """

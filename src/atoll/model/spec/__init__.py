@@ -37,6 +37,8 @@ from atoll.model.spec.locality import SITE_PATTERN as SITE_PATTERN
 from atoll.model.spec.locality import Near as Near
 from atoll.model.spec.locality import NearKind as NearKind
 from atoll.model.spec.locality import near_of as near_of
+from atoll.model.spec.network import Allow as Allow
+from atoll.model.spec.network import NetworkRules as NetworkRules
 from atoll.model.spec.placement import COUNTING as COUNTING
 from atoll.model.spec.placement import GANG_MAX as GANG_MAX
 from atoll.model.spec.placement import NVLINK as NVLINK

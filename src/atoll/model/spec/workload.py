@@ -14,6 +14,7 @@ from atoll.model.spec.build import Build
 from atoll.model.spec.gpu import Gpu, check_gpu
 from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION, Isolation, RuntimeName
 from atoll.model.spec.lifecycle import Lost, Stop, check_lost
+from atoll.model.spec.network import NetworkRules, check_network
 from atoll.model.spec.placement import Placement, check_placement
 from atoll.model.spec.values import AbsolutePath, Argument, EnvValue, check_unique, default
 from atoll.model.spec.volumes import Volume, check_volumes
@@ -59,6 +60,7 @@ class Workload(SpecRecord, frozen=True, kw_only=True):
     stop: Stop = default(Stop())
     lost: Lost = default(Lost())
     volumes: Annotated[tuple[Volume, ...], Meta(max_length=32)] = ()
+    network: NetworkRules | None = None
     read_only_root: bool = False
     labels: dict[str, str] = {}
 
@@ -99,6 +101,8 @@ def check_workload(spec: Workload) -> None:
             )
     check_lost(spec.lost)
     check_volumes(spec.volumes)
+    if spec.network is not None:
+        check_network(spec.network)
     check_placement(spec)
     both = sorted(set(spec.env) & set(spec.secrets))
     if both:
