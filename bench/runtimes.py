@@ -26,6 +26,7 @@ from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.offer import RUNTIMES, isolation_of
+from bench import copies
 from bench.report import Report, Result, percentile
 
 SAMPLES = 30
@@ -47,13 +48,18 @@ def run(arguments: list[str]) -> Report:
     """Measure and return the report."""
     parser = argparse.ArgumentParser(prog="python -m bench runtimes")
     parser.add_argument("--samples", type=int, default=SAMPLES)
-    samples = parser.parse_args(arguments).samples
+    parser.add_argument("--alive", type=int, default=0, help="copies of a machine to keep at once; 200 take some minutes")
+    parser.add_argument("--copies-only", action="store_true", help="leave out the starts beside each runtime's own tool")
+    options = parser.parse_args(arguments)
+    samples = options.samples
     report = Report(
         "runtimes", notes=[f"{samples} samples each, ours and the bare tool in turn, after {WARM_UP} warm-ups", _BIAS, _FILTER]
     )
-    for kind in (kind for kind in RUNTIMES if isolation_of(kind.name) in (Isolation.CONTAINER, Isolation.SANDBOX)):
+    beside = () if options.copies_only else RUNTIMES
+    for kind in (kind for kind in beside if isolation_of(kind.name) in (Isolation.CONTAINER, Isolation.SANDBOX)):
         with tempfile.TemporaryDirectory(prefix="atoll-bench-") as directory:
             asyncio.run(_measure(kind(Path(directory) / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}"), report, samples))
+    copies.measure(report, samples, options.alive)
     return report
 
 

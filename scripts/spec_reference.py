@@ -141,6 +141,14 @@ MEANING: dict[str, tuple[str, str]] = {
         'starting_deadline = "10m"',
     ),
     "JobSpec.runs_kept": ("Finished runs that are kept, whatever `keep` says.", "runs_kept = 10"),
+    "JobSpec.sandbox": (
+        "It is a sandbox, made to be worked in (docs/sandboxes.md); `deadline` is its time limit.",
+        "sandbox = true",
+    ),
+    "JobSpec.snapshot": (
+        "Of a sandbox: the snapshot that it goes on from; a constraint names the node that has it.",
+        'snapshot = "sha256:' + "0" * 64 + '"',
+    ),
     "Build.base": ("Debian release that the image begins with; `scratch` for files alone.", 'base = "debian:bookworm"'),
     "Build.apt": (
         "Debian packages. A Python app needs `python3` (`python3-minimal` lacks most of the library).",

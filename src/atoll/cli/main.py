@@ -42,6 +42,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Jobs": {
         "jobs": ("jobs:jobs", "Run work that ends: run, list, show, logs, cancel, delete."),
     },
+    "Sandboxes": {
+        "sandbox": ("sandboxes:sandbox", "Work in an instance of your own: create, exec, pause, snapshot, fork, rm."),
+    },
     "Cell": {
         "nodes": ("nodes:nodes", "Show the machines; take one out of use with cordon or drain."),
         "reserve": ("reservations:reserve", "Keep machines, or room on them, for one project for a time."),

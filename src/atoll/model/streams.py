@@ -4,6 +4,7 @@ Exec: the client sends STDIN, STDIN_END, RESIZE, SIGNAL; the node sends STDOUT, 
 Logs: the node sends LOG (a `LogLine` as JSON), then END, or ERROR.
 Payloads: RESIZE a `Resize` as JSON; SIGNAL a name (`SIGINT`); EXIT the exit status in decimal; ERROR an `ErrorBody` as JSON.
 Files: a tar stream in DATA messages, closed by END from the sending side; the receiver answers END, or ERROR.
+Pausing, resuming, writing down an instance: the node sends DATA (a `Held` as JSON), or ERROR.
 Reinstating a GPU: the node sends DATA (the `GpuDevice` as it then stands, as JSON), or ERROR.
 """
 
@@ -58,6 +59,25 @@ class ReinstateOptions(Struct, frozen=True, kw_only=True):
     reset: bool = False
     by: str = ""
     """Whose word it is."""
+
+
+class SnapshotView(Struct, frozen=True, kw_only=True):
+    """A snapshot as its users see it; it is on one node, where sandboxes can go on from it."""
+
+    digest: str
+    node: str
+    runtime: str
+    stored_bytes: int
+    taken_at: float
+
+
+class Held(Struct, frozen=True, kw_only=True):
+    """How an instance stands after it was paused, resumed or written down."""
+
+    instance: str
+    node: str
+    paused: bool
+    snapshot: SnapshotView | None = None
 
 
 class Resize(Struct, frozen=True):

@@ -23,6 +23,7 @@ class Directories:
         self.instances = data / "instances"
         self.volumes = data / "volumes"
         self.logs = data / "logs"
+        self.snapshots = data / "snapshots"
 
     @property
     def record(self) -> Path:
@@ -39,7 +40,7 @@ class Directories:
         return self.data / "gpus.json"
 
     def make(self) -> None:
-        for path in (self.data, self.instances, self.volumes, self.logs):
+        for path in (self.data, self.instances, self.volumes, self.logs, self.snapshots):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def box(self, id: str) -> Path:

@@ -13,11 +13,13 @@ from atoll.model.errors import AtollError, Invalid, Retry, Unavailable, Unsuppor
 from atoll.model.ports.devices import Edits
 from atoll.model.ports.images import Image, PullProgress
 from atoll.model.ports.network import Link
-from atoll.model.ports.runtime import Runtime
+from atoll.model.ports.runtime import Box, Runtime
 from atoll.model.records import Assignment
+from atoll.model.spec import JobSpec
 from atoll.model.units import format_bytes, format_seconds
 from atoll.node.compose import compose, ports_of, stop_signal_of
 from atoll.node.image_choice import choose_image
+from atoll.node.snapshots import Snapshots
 from atoll.node.tools import Tools
 from atoll.node.transitions import Happening, Prepared, PrepareFailed, Progressed
 from atoll.node.volumes import show_images
@@ -64,6 +66,8 @@ class Preparation:
         self.volume_digests = dict(volume_digests or {})
         """The same of its volumes that show one."""
         self._shown: Mapping[str, Path] = {}
+        self.going_on: tuple[Box, Path] | None = None
+        """What goes on from which snapshot, where it is not to be started anew."""
 
     async def run(self) -> None:
         try:
@@ -106,7 +110,12 @@ class Preparation:
             stdout=stdout,
             stderr=stderr,
         )
-        await runtime.create(box)
+        snapshot = workload.snapshot if isinstance(workload, JobSpec) else None
+        if snapshot is None:
+            await runtime.create(box)
+        else:
+            kept = Snapshots(self._tools.directories.snapshots)
+            self.going_on = box, await asyncio.to_thread(kept.find, instance.project, snapshot)
         return Prepared(
             image_digest=image.digest,
             address=link.address,

@@ -20,6 +20,7 @@ from atoll.node.attend import await_exit, probe_once, remove
 from atoll.node.decide import decide
 from atoll.node.prepare import Preparation, in_words
 from atoll.node.record import Entry
+from atoll.node.snapshots import Snapshots
 from atoll.node.standby import park, wake
 from atoll.node.tools import Tools
 from atoll.node.transitions import (
@@ -91,6 +92,11 @@ class Runner:
         instance = entry.assignment.instance
         self.id = instance.id
         self.project = instance.project
+        self.paused = False
+        """By its user, since this agent began."""
+        self.holding = asyncio.Lock()
+        """Its user pauses, resumes or writes it down, one at a time."""
+        self.snapshots = Snapshots(tools.directories.snapshots)
         self._log = log.bind(project=instance.project, owner=instance.owner, instance=instance.id, node=tools.node)
 
     @property
@@ -282,7 +288,8 @@ class Runner:
         try:
             # Waiting for a turn is no part of the deadline: when a whole node starts at once, the last must not fail for it.
             async with self._tools.launches, asyncio.timeout(LAUNCH_S):
-                started = await runtime.start(self.id)
+                going_on = self._preparation.going_on if self._preparation else None
+                started = await (runtime.restore(*going_on) if going_on else runtime.start(self.id))
         except TimeoutError:
             self.handle(LaunchFailed(f"did not start within {format_seconds(LAUNCH_S)}"))
         except AtollError as error:

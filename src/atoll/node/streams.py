@@ -31,6 +31,7 @@ from atoll.model.streams import (
 )
 from atoll.node.files import Ids, error_in_words, pack_files, unpack_files
 from atoll.node.gpus import Gpus
+from atoll.node.holding import hold
 from atoll.node.in_root import IdMap
 from atoll.node.runner import Runner
 from atoll.node.tools import Logs
@@ -76,7 +77,7 @@ async def serve_stream(
             elif runner is None:
                 raise NotFound(f"instance {request.instance} is not on this node")
             else:
-                await _serve(request, channel, runner, logs)
+                await _serve(request, channel, runner, logs, node)
         except AtollError as error:
             body = ErrorBody(code=error.code, message=str(error), mend=error.mend, field=error.field, retry=error.retry.value)
             await channel.send(pack(Kind.ERROR, codec.encode(body)))
@@ -86,7 +87,7 @@ async def serve_stream(
         await channel.close()
 
 
-async def _serve(request: StreamRequest, channel: Channel, runner: Runner, logs: Logs) -> None:
+async def _serve(request: StreamRequest, channel: Channel, runner: Runner, logs: Logs, node: str) -> None:
     match request.kind:
         case StreamKind.EXEC:
             await _exec(channel, runner, codec.convert(request.options, ExecOptions))
@@ -96,6 +97,13 @@ async def _serve(request: StreamRequest, channel: Channel, runner: Runner, logs:
             await _get_files(channel, runner, codec.convert(request.options, FilesOptions).path)
         case StreamKind.FILES_PUT:
             await _put_files(channel, runner, codec.convert(request.options, FilesOptions).path)
+        case StreamKind.PAUSE | StreamKind.RESUME | StreamKind.SNAPSHOT:
+            runtime, _ = _running(runner)
+            held = await hold(runner, runtime, request.kind, node)
+            await channel.send(pack(Kind.DATA, codec.encode(held)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REINSTATED_S):
+                    await channel.receive()  # the asker's end: closing before it could cut what is under way
         case _:
             raise Invalid(f"unknown kind of stream {request.kind!r}")
 
@@ -121,6 +129,8 @@ async def _exec(channel: Channel, runner: Runner, options: ExecOptions) -> None:
     runtime, _ = _running(runner)
     if runner.state.rest is not Rest.AWAKE:
         raise Conflict(f"instance {runner.id} is parked, and would not answer", mend="choose one that serves: atoll ps")
+    if runner.paused:
+        raise Conflict(f"instance {runner.id} is paused", mend="atoll sandbox resume lets it go on")
     if not options.argv or not options.argv[0]:
         raise Invalid("argv: missing", field="argv")
     try:

@@ -26,7 +26,7 @@ from atoll.model.membership import (
 from atoll.model.records import Event, Project, Release, Site, Usage
 from atoll.model.reservation import ReservationSpec
 from atoll.model.spec import AppSpec, JobSpec
-from atoll.model.streams import ExecOptions, FilesOptions, LogLine, LogOptions
+from atoll.model.streams import ExecOptions, FilesOptions, Held, LogLine, LogOptions
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppGroup,
@@ -66,6 +66,9 @@ RETRY_DELAY_S = 0.1
 
 REINSTATE_S = 130.0
 """Of one call that may have to wait for a GPU's reset."""
+
+HOLD_S = 140.0
+"""Of one call that may have to wait for a snapshot."""
 
 T = TypeVar("T")
 
@@ -234,6 +237,16 @@ class Client:
 
     async def delete_token(self, id: str) -> None:
         await self._delete(path("tokens", id))
+
+    # Instances as a whole
+
+    async def hold_instance(self, project: str, id: str, what: str) -> Held:
+        """Have a running instance stand still (`what` is `pause`), go on (`resume`) or be written down (`snapshot`).
+
+        Takes up to two minutes, and is asked once; safe to repeat. Raises Unsupported, naming the runtimes that can.
+        """
+        where = path("projects", project, "instances", id, what)
+        return answers.read(await self._transport.request("POST", where, timeout_s=HOLD_S), Held)
 
     # Apps
 

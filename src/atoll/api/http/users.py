@@ -13,6 +13,7 @@ from atoll.api.service import Need, authorize
 from atoll.api.service.watching import WATCHED, wanted
 from atoll.model.records import Event, Project, Release
 from atoll.model.spec import AppSpec, JobSpec, Quota
+from atoll.model.streams import Held
 from atoll.model.views import (
     PAGE_LIMIT_MAX,
     AppGroup,
@@ -161,6 +162,18 @@ async def stop_instance(call: Call) -> InstanceView:
     return await call.service.instances.stop(call.caller, call.project, call.path["instance"], request=call.request_key)
 
 
+async def pause_instance(call: Call) -> Held:
+    return await call.service.holds.hold(call.project, call.path["instance"], "pause")
+
+
+async def resume_instance(call: Call) -> Held:
+    return await call.service.holds.hold(call.project, call.path["instance"], "resume")
+
+
+async def snapshot_instance(call: Call) -> Held:
+    return await call.service.holds.hold(call.project, call.path["instance"], "snapshot")
+
+
 async def list_jobs(call: Call) -> Page[JobView]:
     return call.service.jobs.all(call.project, limit=call.limit, after=call.after)
 
@@ -233,6 +246,10 @@ def _read(path: str, run: Any, summary: str, answer: Any, query: tuple[Query, ..
     return Route(method="GET", path=path, need=Need.READ, run=run, summary=summary, answer=answer, query=query)
 
 
+def _hold(what: str, run: Any, summary: str) -> Route:
+    return Route(method="POST", path=f"{_INSTANCE}/{what}", need=Need.DEPLOY, run=run, summary=summary, answer=Held)
+
+
 ROUTES: tuple[Route, ...] = (
     _read(_P, list_projects, "The projects that the token reaches into", Page[Project], PAGED),
     Route(
@@ -296,6 +313,9 @@ ROUTES: tuple[Route, ...] = (
         answer=DefragView,
     ),
     _write("POST", f"{_INSTANCE}/stop", stop_instance, "Have an instance drained, stopped and replaced", InstanceView),
+    _hold("pause", pause_instance, "Have a running instance stand still"),
+    _hold("resume", resume_instance, "Let an instance that was paused go on"),
+    _hold("snapshot", snapshot_instance, "Write a running instance down on its node; a sandbox can go on from that"),
     _read(f"{_P}/{{project}}/jobs", list_jobs, "Jobs", Page[JobView], PAGED),
     _write("POST", f"{_P}/{{project}}/jobs", create_job, "Make a job", JobView, JobSpec, status=201),
     _read(_JOB, get_job, "A job", JobView),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
 
 from msgspec.structs import replace
 
 from atoll.api.service.access import EVERY_PROJECT, SYSTEM, Caller, check_id
+from atoll.api.service.asking import answer_of
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.holdings import holdings_of
@@ -17,13 +17,13 @@ from atoll.api.service.specs import spec_of
 from atoll.api.service.tunnels import Tunnels
 from atoll.model import codec, keys
 from atoll.model.devices import GpuDevice
-from atoll.model.errors import BY_CODE, AtollError, Conflict, Invalid, NotFound, OutcomeUnknown, Unsupported
+from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.evacuation import evacuation_of, in_force
 from atoll.model.maintenance import Maintenance, Window
 from atoll.model.ports.control_plane import StreamKind
 from atoll.model.ports.store import Put, absent, unchanged
 from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Prefetch, Status, Usage
-from atoll.model.streams import ErrorBody, Kind, ReinstateOptions, unpack
+from atoll.model.streams import ReinstateOptions
 from atoll.model.views import NodeView, Page
 from atoll.store.cache import Held
 
@@ -100,21 +100,7 @@ class Nodes:
         lost = liveness is not None and liveness.record.health is NodeHealth.LOST
         options = ReinstateOptions(device=device, reset=reset, by=caller.name or caller.id)
         pipe = await self._tunnels.open(name, StreamKind.GPU_REINSTATE, "", codec.to_plain(options), lost=lost)
-        try:
-            async with asyncio.timeout(REINSTATE_S):
-                message = await pipe.receive()
-        except TimeoutError:
-            message = None
-        finally:
-            await pipe.close()
-        if message is None:
-            raise OutcomeUnknown(f"node '{name}' did not say what came of it", mend=f"see how it stands: atoll nodes show {name}")
-        kind, payload = unpack(message)
-        if kind is Kind.ERROR:
-            body = codec.decode(payload, ErrorBody)
-            if body.code == NotFound.code and body.field is None:  # an agent of before looks for an instance
-                raise Unsupported(f"the agent of node '{name}' is too old for this", mend="update it, or restart the node")
-            raise BY_CODE.get(body.code, AtollError)(body.message, mend=body.mend, field=body.field)
+        payload = await answer_of(pipe, name, REINSTATE_S, of_node=True)
         return codec.decode(payload, GpuDevice)
 
     async def register(self, node: Node) -> None:

@@ -22,6 +22,7 @@ from atoll.api.service.fabric import Fabrics
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.groups import Groups
 from atoll.api.service.heartbeats import Heartbeats
+from atoll.api.service.holds import Holds
 from atoll.api.service.housekeeping import Housekeeping
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.instances import Instances
@@ -89,6 +90,7 @@ class Service:
         self.jobs = Jobs(self.context)
         self.instances = Instances(self.context)
         self.planning = Planning(self.context, self.heartbeats, self.ingresses)
+        self.holds = Holds(self.context, self.instances, self.tunnels)
         self.secrets = Secrets(self.context)
         self.tokens = Tokens(self.context)
         self.nodes = Nodes(self.context, self.heartbeats, self.tunnels)

@@ -60,6 +60,9 @@ class StreamKind:
     FILES_PUT = "files-put"
     GPU_REINSTATE = "gpu-reinstate"
     """Of the node itself: `instance` is empty."""
+    PAUSE = "pause"
+    RESUME = "resume"
+    SNAPSHOT = "snapshot"
 
 
 class StreamRequest(Struct, frozen=True):

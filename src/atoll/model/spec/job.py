@@ -16,6 +16,7 @@ from atoll.model.spec.values import REPLICAS_MAX, default
 from atoll.model.spec.workload import Workload, check_workload
 from atoll.model.units import Seconds
 
+SNAPSHOT_DIGEST = "^sha256:[0-9a-f]{64}$"
 RUN_SUFFIX_CHARS = 9
 """What the name of a run has behind its schedule's: a dash, and its time in minutes since the epoch."""
 
@@ -49,6 +50,10 @@ class JobSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="job"):
     is run."""
     runs_kept: Annotated[int, Meta(ge=1, le=100)] = 3
     """Finished runs that are kept, whatever `keep` says."""
+    sandbox: bool = False
+    """It is a sandbox: one instance that is made to be worked in; `deadline` is its time limit."""
+    snapshot: Annotated[str, Meta(pattern=SNAPSHOT_DIGEST)] | None = None
+    """Of a sandbox: the snapshot that it goes on from, on the node that a constraint names."""
 
 
 def check_job(spec: JobSpec) -> None:
@@ -58,6 +63,11 @@ def check_job(spec: JobSpec) -> None:
         raise Invalid("isolation: a job cannot be a worker", field="isolation", mend="use container, sandbox or vm")
     if spec.deadline is not None and spec.deadline <= 0:
         raise Invalid("deadline: must be above 0", field="deadline")
+    if spec.snapshot is not None and not spec.sandbox:
+        raise Invalid("snapshot: only a sandbox goes on from one", field="snapshot", mend="add sandbox = true")
+    if spec.sandbox and (spec.completions > 1 or spec.schedule is not None or spec.retries):
+        text = "sandbox: it is one instance, made once; completions, retries and schedule are for other jobs"
+        raise Invalid(text, field="sandbox", mend="leave them out")
     check_gang(spec, min(spec.parallelism, spec.completions), "parallelism")
     if spec.schedule is not None:
         check_cron(spec.schedule, spec.timezone, field="schedule")

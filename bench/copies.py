@@ -1,0 +1,222 @@
+"""Sandboxes over the agent's own runtime API: copies of one snapshot beside cold starts, a burst, memory, and many alive at once.
+
+Time to first command goes from the call that makes the instance to the first output of `echo` by exec. A copy's private memory is
+what the kernel counts for its monitor alone (`smaps_rollup`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from atoll.model.errors import AtollError, Unsupported
+from atoll.model.ports.images import Image, ImageConfig
+from atoll.model.ports.runtime import Box, Limits
+from atoll.runtimes.gvisor import GvisorRuntime
+from atoll.runtimes.qemu import QemuRuntime
+from atoll.runtimes.runc import RuncRuntime
+from bench.report import Report, Result, percentile
+
+COLD = 6
+BURST = 100
+MEMORY_OF = 6
+LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=64 << 20, pids=64)
+"""A machine has 64 MiB more for its kernel: 128 MiB in all."""
+BUSYBOX = Path("/bin/busybox")
+_KINDS = {"runc": RuncRuntime, "gvisor": GvisorRuntime, "qemu": QemuRuntime}
+
+
+def measure(report: Report, samples: int, alive: int) -> None:
+    """Add the rows of every kind that this machine can run; `alive` is how many copies are kept at once, 0 for none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16_384)), hard))
+    report.notes.append(f"copies: over the agent's own runtime API; load of the machine before it {os.getloadavg()[0]:.1f}")
+    for name in _KINDS:
+        asyncio.run(_measure(name, report, samples, alive))
+
+
+async def _measure(name: str, report: Report, samples: int, alive: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="atoll-bench-") as directory:
+        node = _Node(name, Path(directory))
+        try:
+            await node.runtime.probe()
+        except Unsupported as error:
+            report.add(Result(f"{name}: copies", None, "ms", None, None, str(error)))
+            return
+        try:
+            await node.runtime.recover()
+            if name == "runc":
+                await _burst(report, name, node, node.cold)
+                return
+            await _copies(report, name, node, samples)
+            await _burst(report, name, node, node.copy)
+            if name == "qemu":
+                await _memory(report, node)
+                if alive:
+                    await _alive(report, node, alive)
+        finally:
+            await node.close()
+
+
+async def _copies(report: Report, name: str, node: _Node, samples: int) -> None:
+    cold = []
+    for at in range(COLD):
+        cold.append(await node.first_command(f"cold{at}", node.cold))
+        if at:
+            await node.delete(f"cold{at}")
+    began = time.perf_counter()
+    snapshot = await node.runtime.snapshot(node.id("cold0"), node.snapshot)
+    took_ms = (time.perf_counter() - began) * 1000
+    copied, restored = [], []
+    for at in range(samples + 2):
+        began = time.perf_counter()
+        await node.copy(f"copy{at}")
+        restored.append((time.perf_counter() - began) * 1000)
+        await node.delete(f"copy{at}")
+        copied.append(await node.first_command(f"again{at}", node.copy))
+        await node.delete(f"again{at}")
+    ours, base = percentile(copied[2:], 50), percentile(cold, 50)
+    vm = name == "qemu"
+    report.add(Result(f"{name}: a snapshot is taken", took_ms, "ms"))
+    report.add(Result(f"{name}: what it takes on the disk", snapshot.stored_bytes / (1 << 20), "MiB"))
+    report.add(Result(f"{name}: copy made and answering (restore), p50", percentile(restored[2:], 50), "ms"))
+    report.add(Result(f"{name}: copy to first command, p50", ours, "ms", None, "<= 60" if vm else None))
+    report.add(Result(f"{name}: copy to first command, p99", percentile(copied[2:], 99), "ms"))
+    report.add(Result(f"{name}: copy to first command, beside its cold start, p50", ours, "ms", base, "<= 0.04" if vm else None))
+
+
+async def _burst(report: Report, name: str, node: _Node, make: Callable[[str], Awaitable[None]]) -> None:
+    async def one(at: int) -> float | None:
+        try:
+            return await node.first_command(f"burst{at}", make)
+        except (AtollError, RuntimeError) as error:
+            print(f"{name}: {error}")
+            return None
+
+    took = await asyncio.gather(*(one(at) for at in range(BURST)))
+    answered = [each for each in took if each is not None]
+    what = "copies" if make == node.copy else "cold"
+    report.add(Result(f"{name}: burst of {BURST} at once ({what}), failed", BURST - len(answered), "", None, "<= 0"))
+    report.add(Result(f"{name}: burst of {BURST} at once ({what}), to first command, p99", percentile(answered, 99), "ms"))
+    await asyncio.gather(*(node.delete(f"burst{at}") for at in range(BURST)))
+
+
+async def _memory(report: Report, node: _Node) -> None:
+    copies, cold = 0, 0
+    for at in range(MEMORY_OF):
+        await node.first_command(f"small{at}", node.copy)
+        copies += node.private_bytes(f"small{at}")
+        await node.delete(f"small{at}")
+        await node.first_command(f"large{at}", node.cold)
+        cold += node.private_bytes(f"large{at}")
+        await node.delete(f"large{at}")
+    mib = float(MEMORY_OF << 20)
+    what = f"qemu: private memory of {MEMORY_OF} copies of 128 MiB, each, beside as many cold"
+    report.add(Result(what, copies / mib, "MiB", cold / mib, "<= 0.10"))
+
+
+async def _alive(report: Report, node: _Node, count: int) -> None:
+    """Make `count` copies, keep all, and only then ask each."""
+    began = time.perf_counter()
+    for at in range(count):
+        await node.copy(f"alive{at}")
+    made_s = time.perf_counter() - began
+    private = sum(node.private_bytes(f"alive{at}") for at in range(count)) / count / (1 << 20)
+    answers = [await node.answers(f"alive{at}") for at in range(count)]
+    report.add(Result(f"qemu: copies of 128 MiB alive at once, answering (of {count})", sum(answers), "", None, ">= 200"))
+    report.add(Result(f"qemu: {count} copies made one after the other", made_s, "s"))
+    report.add(Result(f"qemu: private memory of each of {count} copies", private, "MiB"))
+
+
+class _Node:
+    """One runtime, and one image of busybox for it."""
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.runtime: Any = _KINDS[name](directory / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}")
+        self.snapshot = directory / "snapshot"
+        self._directory = directory
+        self._tag = uuid.uuid4().hex[:6]  # the name of a sandbox of gVisor is taken on the whole machine
+        layer = directory / "layer"
+        for part in ("bin", "etc", "tmp"):
+            (layer / part).mkdir(parents=True)
+        shutil.copy(BUSYBOX, layer / "bin/busybox")
+        for applet in ("sleep", "echo"):
+            (layer / "bin" / applet).symlink_to("busybox")
+        self._image = Image(reference="bench", digest="sha256:0", config=ImageConfig(), layers=(layer,))
+        self._readers: dict[str, list[int]] = {}
+        self._pids: dict[str, int] = {}
+
+    def id(self, name: str) -> str:
+        return f"{self._tag}-{name}"
+
+    def _box(self, name: str) -> Box:
+        fifos = []
+        for stream in ("out", "err"):
+            path = self._directory / f"{name}.{stream}"
+            os.mkfifo(path)
+            self._readers.setdefault(name, []).append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+            fifos.append(path)
+        return Box(
+            id=self.id(name),
+            directory=self._directory / "instances" / name,
+            image=self._image,
+            argv=("sleep", "100000"),
+            env=(),
+            workdir="/",
+            user="",
+            hostname=name,
+            limits=LIMITS,
+            stdout=fifos[0],
+            stderr=fifos[1],
+        )
+
+    async def cold(self, name: str) -> None:
+        await self.runtime.create(self._box(name))
+        self._pids[name] = (await self.runtime.start(self.id(name))).pid
+
+    async def copy(self, name: str) -> None:
+        self._pids[name] = (await self.runtime.restore(self._box(name), self.snapshot)).pid
+
+    async def answers(self, name: str) -> bool:
+        execution = await self.runtime.exec(self.id(name), ["echo", "hello"])
+        answer = await execution.read()
+        await execution.close()
+        return bool(answer == (1, b"hello\n"))
+
+    async def first_command(self, name: str, make: Callable[[str], Awaitable[None]]) -> float:
+        began = time.perf_counter()
+        await make(name)
+        execution = await self.runtime.exec(self.id(name), ["echo", "hello"])
+        answer = await execution.read()
+        took_ms = (time.perf_counter() - began) * 1000
+        await execution.close()
+        if answer != (1, b"hello\n"):
+            raise RuntimeError(f"the first command of {name} said {answer!r}")
+        return took_ms
+
+    def private_bytes(self, name: str) -> int:
+        lines = Path(f"/proc/{self._pids[name]}/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:")))
+
+    async def delete(self, name: str) -> None:
+        await self.runtime.delete(self.id(name))
+        for fd in self._readers.pop(name, ()):
+            os.close(fd)
+        for stream in ("out", "err"):
+            (self._directory / f"{name}.{stream}").unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        for found in await self.runtime.recover():
+            await self.runtime.delete(found.id)
+        await self.runtime.close()
+        for fds in self._readers.values():
+            for fd in fds:
+                os.close(fd)

@@ -1,0 +1,167 @@
+"""`atoll sandbox`: an instance to work in, with what only that has: pause, snapshot, fork."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from atoll.cli.copy import copy
+from atoll.cli.execute import execute
+from atoll.cli.session import Session, command, group
+from atoll.model.errors import Invalid
+
+if TYPE_CHECKING:
+    from atoll.model.streams import Held
+    from atoll.model.views import JobView
+
+
+@group(
+    example="atoll sandbox create try --image HOST/tools:1 --isolation vm\n"
+    "atoll sandbox exec try -- python -V\natoll sandbox fork try other"
+)
+def sandbox() -> None:
+    """Work in an instance of your own, with a time limit."""
+
+
+@command(example="atoll sandbox create try --image HOST/tools:1 --isolation sandbox --time-limit 1h")
+@click.argument("name", metavar="NAME")
+@click.option("--file", "-f", "file", type=click.Path(path_type=Path), help="A job's spec to begin with: TOML, JSON or YAML.")
+@click.option("--image", metavar="REF", help="The image it is made from.")
+@click.option("--isolation", type=click.Choice(["container", "sandbox", "vm"]), help="How much it is kept apart.")
+@click.option("--runtime", metavar="RUNTIME", help="What it runs with; else as its isolation says.")
+@click.option("--time-limit", metavar="DURATION", help="It ends after so long, whatever it does (default 1h).")
+@click.option("--snapshot", metavar="DIGEST", help="Go on from this snapshot, on the node of --node.")
+@click.option("--node", metavar="NODE", help="The node that it must be on.")
+@click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable (not for secrets).")
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND…]")
+async def create(
+    session: Session,
+    name: str,
+    file: Path | None,
+    image: str | None,
+    isolation: str | None,
+    runtime: str | None,
+    time_limit: str | None,
+    snapshot: str | None,
+    node: str | None,
+    env: tuple[str, ...],
+    argv: tuple[str, ...],
+) -> None:
+    """Make a sandbox. Without a command it waits, and needs a shell in the image."""
+    from atoll.cli import spec_file
+    from atoll.cli.execute import variables
+    from atoll.model.spec import JobSpec
+    from atoll.sdk.sandboxes import KEEPS_RUNNING, from_snapshot
+
+    if snapshot and not node:
+        raise Invalid("--snapshot: a snapshot is on one node", field="node", mend="pass --node, as the snapshot said")
+    data: dict[str, Any] = spec_file.read(file) if file is not None else {}
+    given = {"image": image, "isolation": isolation, "runtime": runtime, "deadline": time_limit}
+    data |= {key: value for key, value in given.items() if value is not None} | {"name": name, "sandbox": True}
+    data.setdefault("deadline", "1h")
+    if argv or not data.get("command"):
+        data["command"] = list(argv or KEEPS_RUNNING)
+    if env:
+        data["env"] = {**data.get("env", {}), **variables(env)}
+    if node:
+        rules = [rule for rule in data.get("placement", {}).get("constraints", ()) if rule.get("label") != "node"]
+        data["placement"] = {**data.get("placement", {}), "constraints": [*rules, {"label": "node", "value": node}]}
+    if session.project_given or "project" not in data:
+        data["project"] = session.project
+    spec = spec_file.parse(data, JobSpec, file)
+    if snapshot and node:
+        spec = from_snapshot(spec, snapshot, node)
+    async with session.client() as client:
+        _said(session, await client.create_job(spec))
+
+
+def _said(session: Session, view: JobView) -> None:
+    if session.json:
+        session.output.json(view)
+        return
+    name = view.job.name
+    session.output.say(f"[green]✓[/] sandbox {name} is made; work in it with: atoll sandbox exec {name} -- COMMAND")
+
+
+@command(example="atoll sandbox list", name="list")
+async def list_sandboxes(session: Session) -> None:
+    """List the project's sandboxes."""
+    from atoll.sdk.sandboxes import sandboxes
+
+    async with session.client() as client:
+        views = await sandboxes(client, session.project)
+    if session.json:
+        session.output.json(views)
+        return
+    rows = [(view.job.name, view.status.phase if view.status else "pending", view.job.spec.image or "") for view in views]
+    session.output.table(("SANDBOX", "STATE", "IMAGE"), rows, empty="no sandboxes; make one with: atoll sandbox create")
+
+
+@command(example="atoll sandbox pause try")
+@click.argument("name", metavar="SANDBOX")
+async def pause(session: Session, name: str) -> None:
+    """Have a sandbox stand still: it takes no processor time, and keeps its memory."""
+    await _hold(session, name, "pause")
+
+
+@command(example="atoll sandbox resume try")
+@click.argument("name", metavar="SANDBOX")
+async def resume(session: Session, name: str) -> None:
+    """Let a sandbox go on that was paused."""
+    await _hold(session, name, "resume")
+
+
+@command(example="atoll sandbox snapshot try")
+@click.argument("name", metavar="SANDBOX")
+async def snapshot(session: Session, name: str) -> None:
+    """Write a sandbox down on its node, memory and files; it goes on."""
+    await _hold(session, name, "snapshot")
+
+
+async def _hold(session: Session, name: str, what: str) -> None:
+    from atoll.sdk.sandboxes import hold
+
+    async with session.client() as client:
+        held = await hold(client, session.project, name, what)
+    if session.json:
+        session.output.json(held)
+    else:
+        session.output.say(f"[green]✓[/] {_words(name, held)}")
+
+
+def _words(name: str, held: Held) -> str:
+    if held.snapshot is not None:
+        from atoll.model.units import format_bytes
+
+        digest, size = held.snapshot.digest, format_bytes(held.snapshot.stored_bytes)
+        return f"{digest} ({size} on {held.node}); go on from it: atoll sandbox create NEW --snapshot {digest} --node {held.node} …"
+    return f"sandbox {name} {'is paused' if held.paused else 'goes on'}"
+
+
+@command(example="atoll sandbox fork try other")
+@click.argument("name", metavar="SANDBOX")
+@click.argument("new", metavar="NEW")
+async def fork(session: Session, name: str, new: str) -> None:
+    """Make a second sandbox that goes on where the first one is now, memory and files; the first one goes on too."""
+    from atoll.sdk.sandboxes import fork as forked
+
+    async with session.client() as client:
+        _said(session, await forked(client, session.project, name, new))
+
+
+@command(example="atoll sandbox rm try", name="rm")
+@click.argument("name", metavar="SANDBOX")
+async def remove(session: Session, name: str) -> None:
+    """End a sandbox; all that is in it is lost. What is left of its record goes a day later."""
+    async with session.client() as client:
+        view = await client.cancel_job(session.project, name)
+    if session.json:
+        session.output.json(view)
+    else:
+        session.output.say(f"[green]✓[/] sandbox {name} ends")
+
+
+for _each in (create, list_sandboxes, pause, resume, snapshot, fork, remove, execute, copy):
+    sandbox.add_command(_each)

@@ -1,0 +1,53 @@
+"""Sandboxes from Python: each is a job of one instance that is made to be worked in; what only they can do is here."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from atoll.model.errors import Conflict, NotFound
+from atoll.model.records import Instance
+from atoll.model.spec import Constraint, JobSpec
+from atoll.model.streams import Held
+from atoll.model.views import JobView
+from atoll.sdk.client import Client
+
+KEEPS_RUNNING = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait; done")
+"""What a sandbox runs when it is given nothing: it needs a shell and `sleep` in the image."""
+
+
+async def sandboxes(client: Client, project: str) -> list[JobView]:
+    return [view for view in await client.jobs(project) if view.job.spec.sandbox]
+
+
+async def instance_of(client: Client, project: str, name: str) -> Instance:
+    """Return a sandbox's instance. Raises NotFound, Conflict (it has none that runs)."""
+    view = await client.job(project, name)
+    if not view.job.spec.sandbox:
+        raise NotFound(f"'{name}' is a job, and no sandbox", mend="'atoll sandbox list' lists them")
+    for found in await client.instances(project, job=name):
+        if found.status is not None and found.status.phase.live:
+            return found.instance
+    raise Conflict(f"sandbox '{name}' does not run", mend=f"see why: atoll jobs show {name}")
+
+
+async def hold(client: Client, project: str, name: str, what: str) -> Held:
+    """Pause, resume or snapshot a sandbox."""
+    return await client.hold_instance(project, (await instance_of(client, project, name)).id, what)
+
+
+async def fork(client: Client, project: str, name: str, new: str) -> JobView:
+    """Make the sandbox `new`, which goes on where `name` is now: a snapshot of it, and a sandbox from that on the same node.
+
+    Not atomic: if the second fails, the snapshot is left, and collected by its node in time.
+    """
+    held = await hold(client, project, name, "snapshot")
+    assert held.snapshot is not None  # noqa: S101 - what a snapshot answers
+    spec = (await client.job(project, name)).job.spec
+    return await client.create_job(from_snapshot(replace(spec, name=new), held.snapshot.digest, held.node))
+
+
+def from_snapshot(spec: JobSpec, digest: str, node: str) -> JobSpec:
+    """Return the spec of a sandbox that goes on from a snapshot, which is on `node`."""
+    kept = tuple(rule for rule in spec.placement.constraints if rule.label != "node")
+    there = replace(spec.placement, constraints=(*kept, Constraint(label="node", value=node)))
+    return replace(spec, sandbox=True, snapshot=digest, placement=there)
