@@ -47,7 +47,7 @@ from atoll.model.membership import (
 )
 from atoll.model.records import Capacity, Event, Instance, Node, NodeHealth, NodeLiveness, OwnerKind, Role
 from atoll.model.views import TokenRequest
-from atoll.sdk.membership import LOOK_S, RETRY_MAX_S, Held, wait_s
+from atoll.sdk.membership import LOOK_S, RETRY_MAX_S, Credentials, Held, wait_s
 from atoll.sdk.trust import chosen, fingerprint, pins_of
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -510,6 +510,21 @@ def test_a_certificate_is_renewed_at_two_thirds_of_its_life_whatever_the_clock_d
     waits = [wait_s(held, 700, failures, choose) for failures in range(1, 2000, 50)]
     assert 0.5 <= waits[0] <= 1
     assert all(wait <= RETRY_MAX_S for wait in waits)
+
+
+@pytest.mark.parametrize("life_s", [3.0, 20.0, LIFE_S])
+async def test_two_thirds_are_counted_from_when_a_certificate_was_made_however_short_its_life(
+    cell: Cell, life_s: float, tmp_path: Path
+) -> None:
+    cell.service.authorities.life_s = life_s
+    certified = (await cell.join("n1")).certified
+    assert certified is not None
+    (tmp_path / "identity.pem").write_text(certified.certificate)
+    (tmp_path / "ca.pem").write_text(certified.bundle)
+    held = Credentials(tmp_path).load()
+    assert held is not None
+    assert held.renew_at - cell.clock.now() == pytest.approx(life_s * 2 / 3, abs=1.0)
+    assert wait_s(held, cell.clock.now(), 0, random.Random(1)) >= min(LOOK_S, life_s * 2 / 3 - 1.0), "or else it is a hot loop"
 
 
 async def test_a_pin_chooses_its_authority_and_nothing_else(cell: Cell) -> None:

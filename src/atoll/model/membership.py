@@ -32,6 +32,8 @@ JOIN_TOKEN_CHARS_MAX = 256
 PEM_CHARS_MAX = 65_536
 """Of a bundle of certificates; one alone has under 1 KiB."""
 CSR_CHARS_MAX = 8_192
+EARLY_S = 300.0
+"""How much before its making a certificate begins to count, for clocks that are behind."""
 
 
 class MemberKind(enum.StrEnum):

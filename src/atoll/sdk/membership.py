@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from atoll.model import codec
 from atoll.model.errors import AtollError, Corrupt, OutcomeUnknown, Retry, Unauthenticated, Unavailable
-from atoll.model.membership import Certified, JoinRequest, RenewRequest, read_join_token, renewal_message
+from atoll.model.membership import EARLY_S, Certified, JoinRequest, RenewRequest, read_join_token, renewal_message
 from atoll.model.ports.clock import Clock
 from atoll.sdk import answers
 from atoll.sdk.failover import transport_to
@@ -44,6 +44,7 @@ class Held(Struct, frozen=True, kw_only=True):
 
     name: str
     begins_at: float
+    """When it was made; it counts `EARLY_S` earlier, which is none of its life."""
     ends_at: float
 
     @property
@@ -70,8 +71,8 @@ class Credentials:
         except ValueError as error:
             raise Corrupt(f"{self.file} holds no certificate: {error}", mend="remove it, and join anew with --join") from None
         name = str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        return Held(name=name, begins_at=begins.timestamp(), ends_at=ends.timestamp())
+        begins, ends = certificate.not_valid_before_utc.timestamp() + EARLY_S, certificate.not_valid_after_utc.timestamp()
+        return Held(name=name, begins_at=min(begins, ends), ends_at=ends)
 
     def tls(self) -> Tls:
         """Return what connections to the cell are made with. Raises Invalid."""

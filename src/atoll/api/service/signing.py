@@ -14,11 +14,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Struct
 
 from atoll.model.errors import Invalid, Unauthenticated
-from atoll.model.membership import CSR_CHARS_MAX, SERVER_NAME, uri_of
+from atoll.model.membership import CSR_CHARS_MAX, EARLY_S, SERVER_NAME, uri_of
 
 AUTHORITY_LIFE_S = 10 * 365 * 86_400.0
-EARLY_S = 300.0
-"""How much before its making a certificate begins to count, for clocks that are behind."""
 _P256 = "secp256r1"
 
 
