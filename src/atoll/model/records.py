@@ -20,8 +20,8 @@ CELL_PROJECT = "default"
 """Where events about nodes are kept."""
 
 
-class _Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    pass
+class _Record(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Frozen and made from text, a record is never part of a circle: Python's collector need not walk through all of a cell."""
 
 
 class Project(_Record, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ Compacted from `changes` and starts again from `records`; nothing is ever skippe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Set
+from collections.abc import AsyncIterator, Hashable, Mapping, Set
 from types import MappingProxyType, TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -26,6 +26,7 @@ from msgspec import Struct
 from atoll.model import codec
 from atoll.model.errors import AtollError, Compacted, Invalid, Unavailable
 from atoll.model.ports.store import Change, KeyValue, Revision, Store
+from atoll.store.index import By, Index
 from atoll.store.window import Window
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ RETRY_MAX_S = 5.0
 log = structlog.get_logger()
 
 
-class Held(Struct, Generic[T], frozen=True):
+class Held(Struct, Generic[T], frozen=True, gc=False):
     """A record and where it stands: `revision` last changed it, `created` made it. Pass `revision` to `unchanged`."""
 
     record: T
@@ -53,7 +54,7 @@ class Held(Struct, Generic[T], frozen=True):
     created: Revision
 
 
-class Delta(Struct, frozen=True):
+class Delta(Struct, frozen=True, gc=False):
     """One record's change. `old` None: it is new; `new` None: it is gone. `key` is what stands behind the kind's prefix."""
 
     kind: type[Any]
@@ -86,6 +87,7 @@ class State:
         self._records: dict[type[Any], dict[str, Held[Any]]] = {kind: {} for kind in kinds.values()}
         self._broken: dict[type[Any], set[str]] = {kind: set() for kind in kinds.values()}
         self._views: dict[type[Any], Mapping[str, Held[Any]]] = {k: MappingProxyType(v) for k, v in self._records.items()}
+        self._indexes: dict[type[Any], dict[By, Index]] = {kind: {} for kind in kinds.values()}
         self._window: Window[tuple[Revision, tuple[Delta, ...]]] = Window(
             Revision(-1), floor=Revision(0), entries_max=DELTAS_MAX, bytes_max=DELTAS_BYTES_MAX
         )
@@ -122,6 +124,16 @@ class State:
 
     def get(self, kind: type[T], key: str) -> Held[T] | None:
         return self._records[kind].get(key)
+
+    def found(self, kind: type[T], by: By, value: Hashable) -> Mapping[str, Held[T]]:
+        """Return a live, read-only view of the records that are found by `value`: what `records` has, without looking at the rest.
+
+        `by` is a module-level function (see `store.index`); the first call with it looks at all records, later ones at none.
+        """
+        index = self._indexes[kind].get(by)
+        if index is None:
+            index = self._indexes[kind][by] = Index(by, self._records[kind])
+        return index.found(value)
 
     def broken(self, kind: type[Any]) -> Set[str]:
         """Return the keys under which something stands that is no `kind` that this version understands; a live view."""
@@ -249,10 +261,13 @@ class State:
         self._enter(revision, deltas, size_bytes)
 
     def _set(self, kind: type[Any], key: str, new: Held[Any] | None) -> None:
+        records = self._records[kind]
+        for index in self._indexes[kind].values():
+            index.change(key, records.get(key), new)
         if new is None:
-            self._records[kind].pop(key, None)
+            records.pop(key, None)
         else:
-            self._records[kind][key] = new
+            records[key] = new
 
     def _enter(self, revision: Revision, deltas: list[Delta], size_bytes: int, *, listed: bool = False) -> None:
         """Tell consumers; a list stands for all revisions since the last."""

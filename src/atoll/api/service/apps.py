@@ -12,13 +12,14 @@ from atoll.api.service.access import SYSTEM, Caller, check_name
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.dependencies import check_dependencies, dependents_of
 from atoll.api.service.events import told_by
+from atoll.api.service.lookups import by_owner, owner_of
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_host_ports, check_secrets, pin
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
-from atoll.model.records import App, AppStatus, Ingress, Instance, OwnerKind, Release
+from atoll.model.records import App, AppStatus, Ingress, Instance, Release
 from atoll.model.rollouts import RolloutOrder, RolloutPhase
 from atoll.model.spec import AppSpec, Strategy, check_app, check_gang_of
 from atoll.model.views import AppView, Page
@@ -351,10 +352,8 @@ class Apps:
         needed = {app.release, status.served_release if status else 0}
         if status is not None and status.rollout is not None:
             needed.add(status.rollout.stable)
-        for held in self._state.records(Instance).values():
-            instance = held.record
-            if instance.owner == app.name and instance.project == app.project and instance.owner_kind is OwnerKind.APP:
-                needed.add(instance.release)
+        there = self._state.found(Instance, by_owner, owner_of(app))
+        needed.update(held.record.release for held in there.values())
         ops: list[Op] = []
         for release in releases[: len(releases) - RELEASES_MAX + 1]:
             if release.record.number in needed:

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from atoll.api.service.access import SYSTEM, Caller
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.lookups import by_node, by_owner, owner_of
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.specs import spec_of
 from atoll.model import codec, keys
@@ -16,7 +17,7 @@ from atoll.model.errors import NotFound
 from atoll.model.evacuation import Evacuation, evacuation_of, in_force, in_words
 from atoll.model.maintenance import Drain, Maintenance
 from atoll.model.ports.store import Put, absent, unchanged
-from atoll.model.records import App, AppStatus, Instance, Node, NodePolicy, OwnerKind, Status
+from atoll.model.records import App, AppStatus, Instance, Node, NodePolicy, Status
 from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.states import Desired
 from atoll.model.views import DrainItem, DrainRequest, DrainState, DrainView, NodeView
@@ -105,7 +106,7 @@ class Drains:
 
     def _on(self, node: Node) -> list[Held[Instance]]:
         """Return what is on the node and has not ended."""
-        found = (held for held in self._state.records(Instance).values() if held.record.node == node.name)
+        found = self._state.found(Instance, by_node, node.name).values()
         return [held for held in found if (status := self._status(held.record)) is None or not status.phase.final]
 
     def _status(self, instance: Instance) -> Status | None:
@@ -157,10 +158,9 @@ class Drains:
     def _newcomers(self, instance: Instance, app: App) -> list[Instance]:
         """Return those of the wanted release that do not serve yet: one of them is to serve in its place."""
         found = []
-        for held in self._state.records(Instance).values():
+        for held in self._state.found(Instance, by_owner, owner_of(app)).values():
             other = held.record
-            mine = (other.project, other.owner, other.owner_kind) == (app.project, app.name, OwnerKind.APP)
-            if not mine or other.id == instance.id or other.standby or other.desired is not Desired.RUN:
+            if other.id == instance.id or other.standby or other.desired is not Desired.RUN:
                 continue
             status = self._status(other)
             if other.release == app.release and other.node != instance.node and not (status is not None and status.ready):

@@ -14,6 +14,7 @@ from atoll.model.ports.store import Put
 from atoll.model.records import App, Event
 from atoll.model.views import Page
 from atoll.store.cache import Held
+from atoll.store.index import by_project
 
 MESSAGE_CHARS_MAX = 2_000
 DATA_ITEMS_MAX = 32
@@ -35,14 +36,13 @@ class Events:
     def all(self, project: str, *, subject: str | None = None, limit: int, after: str = "") -> Page[Event]:
         """Return the project's events, or those of one subject (`app/NAME` has its instances' too), newest first."""
         require_project(self._context, project)
-        prefix = project + "/"
         found = [
             (_order(held), held)
-            for key, held in self._state.records(Event).items()
-            if key.startswith(prefix) and (subject is None or concerns(held.record, subject))
+            for held in self._state.found(Event, by_project, project).values()
+            if subject is None or concerns(held.record, subject)
         ]
         if after:
-            mark = self._state.get(Event, prefix + after)
+            mark = self._state.get(Event, f"{project}/{after}")
             limit_order = _order(mark) if mark is not None else (float("inf"), 0, "")
             found = [item for item in found if item[0] < limit_order]
         newest = heapq.nlargest(limit, found, key=lambda item: item[0])

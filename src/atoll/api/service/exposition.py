@@ -24,6 +24,7 @@ from atoll.model.records import (
     Status,
     Usage,
 )
+from atoll.store.index import by_project
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INSTANCES_MAX = 10_000
@@ -89,7 +90,8 @@ class Exposition:
                 self._app(page, key, app.record)
             await page.turn()
         usages = {(node, usage.instance): usage for node, beat in beats.items() for usage in beat.usage}
-        seen = [key for key, held in self._state.records(Instance).items() if _shown(held.record.project, caller, project)]
+        instances = self._state.records(Instance) if project is None else self._state.found(Instance, by_project, project)
+        seen = [key for key, held in instances.items() if _shown(held.record.project, caller, project)]
         page.add("atoll_instances_left_out", {}, max(0, len(seen) - self.instances_max))
         for key in heapq.nsmallest(self.instances_max, seen):
             if (instance := self._state.get(Instance, key)) is not None:

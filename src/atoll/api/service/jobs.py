@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from atoll.api.service.access import Caller, check_name
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.lookups import by_owner
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_secrets, pin, require_image
@@ -46,7 +47,7 @@ class Jobs:
             if self._state.get(Job, f"{spec.project}/{spec.name}") is not None:
                 mend = "delete it, or give the new one another name"
                 raise Conflict(f"a job '{spec.name}' is there already", field="name", mend=mend)
-            if any(_of_job(held.record, spec) for held in self._state.records(Instance).values()):
+            if self._state.found(Instance, by_owner, (OwnerKind.JOB, spec.project, spec.name)):
                 # They would be taken for the new job's.
                 mend = "try again in a moment, or use another name"
                 raise Conflict(f"instances of an earlier job '{spec.name}' are still being removed", field="name", mend=mend)
@@ -199,7 +200,3 @@ class Jobs:
 
     def _view(self, held: Held[Job]) -> JobView:
         return JobView(job=held.record, status=self._status(held.record), revision=held.revision)
-
-
-def _of_job(instance: Instance, spec: JobSpec) -> bool:
-    return instance.owner_kind is OwnerKind.JOB and (instance.project, instance.owner) == (spec.project, spec.name)

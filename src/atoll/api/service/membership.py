@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from atoll.api.service.access import Caller, check_id
 from atoll.api.service.authorities import RENEW_LATE_S, Authorities
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.lookups import by_node
 from atoll.api.service.signing import Shown, Signed, Subject, key_digest, proved, requested_key
 from atoll.model import codec, keys
 from atoll.model.errors import AtollError, Conflict, Forbidden, Invalid, NotFound, Revoked, Unauthenticated
@@ -43,6 +44,7 @@ REFUSALS_S = 10.0
 """Of one kind of refusal there is one event in so long, so that a stranger who tries for ever fills no store."""
 _JOIN_MEND = "make another with 'atoll join-token create' on a machine that may"
 _ROLES = {MemberKind.NODE: Role.AGENT, MemberKind.INGRESS: Role.INGRESS}
+_KINDS = {role: kind for kind, role in _ROLES.items()}
 
 log = structlog.get_logger()
 
@@ -180,7 +182,7 @@ class Membership:
                 raise Conflict(
                     f"node '{name}' answers", mend=f"end its agent and wait until it is lost, or: atoll nodes revoke {name}"
                 )
-            placed = sum(1 for one in self._state.records(Instance).values() if one.record.node == name)
+            placed = len(self._state.found(Instance, by_node, name))
             if placed:
                 raise Conflict(
                     f"{placed} instances are placed on node '{name}'", mend="wait until they are replaced, then try again"
@@ -194,7 +196,7 @@ class Membership:
                     compare.append(unchanged(key, record.revision))
                     ops.append(Delete(key))
             ops += [Delete(keys.node_policy(name)), Delete(keys.node_liveness(name)), Delete(keys.prefetch(name))]
-            ops.append(Delete(keys.fabric_node(name)))
+            ops += [Delete(keys.fabric_node(name)), Delete(keys.fabric_paths(name))]
             ops += [Delete(keys.join_token(id)) for id in self._invitations(MemberKind.NODE, name)]
             who = caller.name or caller.id
             ops.append(self._event(MemberKind.NODE, name, "node-removed", f"node {name} was removed, by {who}"))
@@ -323,7 +325,7 @@ def _named(uri: str) -> tuple[MemberKind, str]:
 
 
 def _kind_of(role: Role) -> MemberKind | None:
-    return next((kind for kind, held in _ROLES.items() if held is role), None)
+    return _KINDS.get(role)
 
 
 def _view(identity: Identity) -> IdentityView:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
 
 from msgspec.structs import replace
@@ -12,6 +11,7 @@ from atoll.api.service.asking import answer_of
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.holdings import holdings_of
+from atoll.api.service.lookups import by_node
 from atoll.api.service.pages import page
 from atoll.api.service.specs import spec_of
 from atoll.api.service.tunnels import Tunnels
@@ -26,6 +26,7 @@ from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiven
 from atoll.model.streams import ReinstateOptions
 from atoll.model.views import NodeView, Page
 from atoll.store.cache import Held
+from atoll.store.index import by_project
 
 LABELS_MAX = 256
 REINSTATE_S = 110.0
@@ -44,19 +45,13 @@ class Nodes:
         held = self._state.get(Node, name)
         if held is None:
             raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
-        there = [i.record for i in self._state.records(Instance).values() if i.record.node == name]
-        return self._view(held, there, caller, self._windows())
+        return self._view(held, self._on(name), caller, self._windows())
 
     def all(self, *, limit: int, after: str = "", caller: Caller = SYSTEM) -> Page[NodeView]:
-        placed: dict[str, list[Instance]] = defaultdict(list)
-        for held in self._state.records(Instance).values():
-            if held.record.node is not None:
-                placed[held.record.node].append(held.record)
-
         windows = self._windows()
 
         def view(held: Held[Node]) -> NodeView:
-            return self._view(held, placed[held.record.name], caller, windows)
+            return self._view(held, self._on(held.record.name), caller, windows)
 
         return page(self._state, Node, "", view, limit=limit, after=after)
 
@@ -130,11 +125,8 @@ class Nodes:
 
     def usage(self, caller: Caller, project: str | None) -> tuple[Usage, ...]:
         """Return the latest usage of every instance that `caller` may see, by instance."""
-        seen = {
-            held.record.id
-            for held in self._state.records(Instance).values()
-            if caller.sees(held.record.project) and project in (None, held.record.project)
-        }
+        there = self._state.records(Instance) if project is None else self._state.found(Instance, by_project, project)
+        seen = {held.record.id for held in there.values() if caller.sees(held.record.project)}
         found = (usage for heartbeat in self._heartbeats.all().values() for usage in heartbeat.usage if usage.instance in seen)
         return tuple(sorted(found, key=lambda usage: usage.instance))
 
@@ -145,6 +137,10 @@ class Nodes:
         if beat is None or caller.project == EVERY_PROJECT:
             return beat
         return replace(beat, images=(), fetching="", usage=tuple(usage for usage in beat.usage if usage.instance in seen))
+
+    def _on(self, name: str) -> list[Instance]:
+        """Return what is placed on a node."""
+        return [held.record for held in self._state.found(Instance, by_node, name).values()]
 
     def _windows(self) -> list[tuple[Maintenance, Window]]:
         """Return the windows of maintenance that are in force now."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 from atoll.model.errors import Invalid
 from atoll.model.views import PAGE_LIMIT_MAX, Page
 from atoll.store.cache import Held, State
+from atoll.store.index import by_project
 
 R = TypeVar("R")
 V = TypeVar("V")
@@ -24,13 +25,13 @@ def page(
     after: str = "",
     keep: Callable[[R], bool] | None = None,
 ) -> Page[V]:
-    """Return up to `limit` records under `prefix` whose keys sort behind `prefix + after`, as `view` shows them."""
+    """Return up to `limit` records whose keys sort behind `prefix + after`, as `view` shows them.
+
+    `prefix` is a project and a slash, or nothing, for all there are.
+    """
     start = prefix + after
-    found = [
-        (key, held)
-        for key, held in state.records(kind).items()
-        if key.startswith(prefix) and (not after or key > start) and (keep is None or keep(held.record))
-    ]
+    records = state.found(kind, by_project, prefix.removesuffix("/")) if prefix else state.records(kind)
+    found = [(key, held) for key, held in records.items() if (not after or key > start) and (keep is None or keep(held.record))]
     first = heapq.nsmallest(limit, found, key=lambda item: item[0])
     following = first[-1][0].removeprefix(prefix) if len(found) > limit else None
     return Page(items=tuple(view(held) for _, held in first), revision=state.revision, next=following)

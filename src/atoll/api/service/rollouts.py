@@ -11,9 +11,10 @@ from atoll.api.service import claims
 from atoll.api.service.access import Caller
 from atoll.api.service.apps import Apps
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.lookups import by_owner, owner_of
 from atoll.api.service.traffic import Traffic
 from atoll.model.errors import Conflict
-from atoll.model.records import App, Ingress, Instance, OwnerKind, Status
+from atoll.model.records import App, Ingress, Instance, Status
 from atoll.model.rollouts import RolloutOrder, RolloutPhase, RolloutStatus
 from atoll.model.states import Desired
 from atoll.model.traffic import Counts
@@ -165,10 +166,8 @@ class Rollouts:
     def _releases(self, app: App, status: RolloutStatus | None) -> tuple[ReleaseView, ...]:
         instances: Counter[int] = Counter()
         ready: Counter[int] = Counter()
-        for key, held in self._state.records(Instance).items():
+        for key, held in self._state.found(Instance, by_owner, owner_of(app)).items():
             instance = held.record
-            if (instance.project, instance.owner, instance.owner_kind) != (app.project, app.name, OwnerKind.APP):
-                continue
             if instance.desired is Desired.RUN and not instance.standby:
                 said = self._state.get(Status, key)
                 instances[instance.release] += 1

@@ -15,6 +15,7 @@ from atoll.model.errors import Compacted, Invalid, Unavailable
 from atoll.model.ports.store import Revision
 from atoll.model.views import WatchLine
 from atoll.store.cache import Deltas, Held
+from atoll.store.index import by_project
 
 WATCHED = {
     "projects",
@@ -99,7 +100,7 @@ class Watching:
             found = [
                 (name, key, held)
                 for name in sorted(watch.kinds)
-                for key, held in self._records(name).items()
+                for key, held in self._records(name, watch).items()
                 if watch.wants(name, key)
             ]
             return self._follow(watch, self._state.changes(Revision(revision + 1)), _snapshot(found, int(revision)), int(revision))
@@ -151,8 +152,11 @@ class Watching:
             if pending is not None:
                 pending.cancel()
 
-    def _records(self, name: str) -> Mapping[str, Held[Any]]:
-        return self._state.records(_KINDS[name])
+    def _records(self, name: str, watch: Watch) -> Mapping[str, Held[Any]]:
+        kind = _KINDS[name]
+        if watch.project is None or name in CELL_WIDE:
+            return self._state.records(kind)
+        return self._state.found(kind, by_project, watch.project)
 
     def _lines(self, deltas: Deltas) -> list[tuple[str, str, bytes]]:
         revision = int(deltas.revision)
