@@ -49,6 +49,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "nodes": ("nodes:nodes", "Show the machines; take one out of use with cordon or drain."),
         "reserve": ("reservations:reserve", "Keep machines, or room on them, for one project for a time."),
         "maintenance": ("maintenance:maintenance", "Plan when machines are taken out of use."),
+        "net": ("net:net", "Say what reaches what; show the fabric between nodes."),
         "sites": ("sites:sites", "Say where sites are, and how far from each other."),
         "defrag": ("planning:defrag", "Say which instances could be moved, and what that would free."),
         "runtimes": ("runtimes:runtimes", "Show what each runtime can do, and which nodes offer it."),

@@ -115,3 +115,33 @@ def network_of(text: str, field: str) -> ipaddress.IPv4Network:
 def node_address(prefix: str) -> str:
     """Return the address that a node has in its own prefix."""
     return str(ipaddress.IPv4Network(prefix).network_address + 1)
+
+
+class FabricPaths(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a node found of its ways to others. The API writes it, for the node."""
+
+    node: str
+    relayed: dict[str, str] = {}
+    """Node → the one through which it is reached."""
+    cut: tuple[str, ...] = ()
+    """Nodes that it does not reach at all."""
+
+
+class ReachStep(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One thing that a packet has to get past."""
+
+    what: str
+    ok: bool
+    detail: str
+    mend: str = ""
+
+
+class ReachView(Struct, frozen=True, kw_only=True):
+    """Whether one app reaches a port of another, and what stops it: the first step that is not ok."""
+
+    source: str
+    target: str
+    port: int
+    protocol: str
+    ok: bool
+    steps: tuple[ReachStep, ...]

@@ -30,6 +30,7 @@ ROUTES = "routes/"
 REQUESTS = "requests/"
 FABRICS = "fabrics/"
 FABRIC_NODES = "fabric-nodes/"
+FABRIC_PATHS = "fabric-paths/"
 AUTHORITIES = "authorities/"
 JOIN_TOKENS = "join-tokens/"
 IDENTITIES = "identities/"
@@ -143,6 +144,10 @@ def request(token_id: str, key: str) -> str:
 
 def fabric() -> str:
     return f"{FABRICS}cell"
+
+
+def fabric_paths(node: str) -> str:
+    return f"{FABRIC_PATHS}{node}"
 
 
 def fabric_node(name: str) -> str:

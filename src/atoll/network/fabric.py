@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict, Exhausted, NotFound, Unavailable
-from atoll.model.fabric import FabricBatch, FabricGrant, FabricNode, FabricOffer, Member, node_address
+from atoll.model.fabric import FabricBatch, FabricGrant, FabricNode, FabricOffer, FabricPaths, Member, node_address
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.fabric import FabricControl
 from atoll.network import wireguard
@@ -180,7 +180,14 @@ class NodeFabric:
         try:
             await self._begin()
             async with asyncio.TaskGroup() as group:
-                for work in (self._follow(), self._keep_applied(), self._keep_written(), self._probe(), self._hear()):
+                for work in (
+                    self._follow(),
+                    self._keep_applied(),
+                    self._keep_written(),
+                    self._probe(),
+                    self._hear(),
+                    self._tell_paths(),
+                ):
                     group.create_task(work)
         except Exception:
             log.exception("the fabric has stopped; instances run on, but hear of no change")
@@ -302,6 +309,17 @@ class NodeFabric:
         for name in via.keys() | before.keys():
             if via.get(name) != before.get(name) and name in nodes:
                 await self._tell_way(name, via.get(name))
+
+    async def _tell_paths(self) -> None:
+        """Let the control plane know of what is not direct, for people who ask."""
+        told = FabricPaths(node=self.own.name)
+        while True:
+            await asyncio.sleep(RETRY_S)
+            paths = FabricPaths(node=self.own.name, relayed=dict(self.via), cut=tuple(sorted(self.paths.away(self.nodes))))
+            if paths != told:
+                with contextlib.suppress(AtollError):
+                    await self._control.report_paths(paths)
+                    told = paths
 
     async def _tell_way(self, name: str, through: str | None) -> None:
         if through is not None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from atoll.model import codec
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import OutcomeUnknown, Unavailable
+from atoll.model.fabric import Fabric, FabricNode, ReachView
 from atoll.model.maintenance import MaintenanceSpec
 from atoll.model.membership import (
     AuthorityView,
@@ -115,6 +116,21 @@ class Client:
 
     async def put_project(self, name: str) -> Project:
         return await self._write(Project, "PUT", path("projects", name))
+
+    async def reach(
+        self, project: str, source: str, target: str, port: int, *, protocol: str = "tcp", to_project: str | None = None
+    ) -> ReachView:
+        """Return whether an app, job or instance reaches a port of another, and what stops it."""
+        query = {"from": source, "to": target, "port": str(port), "protocol": protocol, "to_project": to_project or project}
+        return await self._get(ReachView, path("projects", project, "reach", **query))
+
+    async def fabric(self) -> tuple[FabricNode, ...]:
+        """Return the nodes that are in the fabric."""
+        return await self._get(tuple[FabricNode, ...], path("fabric"))
+
+    async def rotate_fabric_keys(self) -> Fabric:
+        """Have every node make a new WireGuard key."""
+        return await self._write(Fabric, "POST", path("fabric", "rotate-keys"))
 
     async def sites(self) -> list[SiteView]:
         """Return every site that is described, or that a node or ingress names."""

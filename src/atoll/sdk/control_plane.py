@@ -14,7 +14,7 @@ import msgspec
 from atoll.model import codec
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
-from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer
+from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer, FabricPaths
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.traffic import TrafficReport
@@ -110,6 +110,9 @@ class HttpControlPlane:
 
     async def join_fabric(self, node: str, offer: FabricOffer) -> FabricGrant:
         return codec.decode(await self._call("PUT", path("nodes", node, "fabric"), offer), FabricGrant)
+
+    async def report_paths(self, paths: FabricPaths) -> None:
+        await self._call("PUT", path("nodes", paths.node, "fabric", "paths"), paths)
 
     def fabric(self, node: str) -> AsyncIterator[FabricBatch]:
         """See `ports.fabric.FabricControl`."""

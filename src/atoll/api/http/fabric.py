@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from atoll.api.http.answers import Lines
-from atoll.api.http.calls import Call, Route
+from atoll.api.http.calls import Call, Query, Route
 from atoll.api.http.machines import KEEPALIVE_S
-from atoll.api.service import Need
+from atoll.api.service import Need, authorize
 from atoll.model import codec
-from atoll.model.fabric import Fabric, FabricBatch, FabricGrant, FabricNode, FabricOffer
+from atoll.model.errors import Invalid
+from atoll.model.fabric import Fabric, FabricBatch, FabricGrant, FabricNode, FabricOffer, FabricPaths, ReachView
 
 
 async def join_fabric(call: Call) -> FabricGrant:
@@ -18,6 +19,28 @@ async def join_fabric(call: Call) -> FabricGrant:
 
 async def node_fabric(call: Call) -> Lines:
     return Lines(_encoded(call.service.fabrics.feed(call.path["node"], KEEPALIVE_S)))
+
+
+async def fabric_paths(call: Call) -> None:
+    paths = call.body(FabricPaths)
+    if paths.node != call.path["node"]:
+        raise Invalid(f"node: the body says '{paths.node[:60]}', the path '{call.path['node']}'", field="node")
+    await call.service.fabrics.tell_paths(paths.node, paths)
+
+
+async def check_reach(call: Call) -> ReachView:
+    project = call.path["project"]
+    other = call.query("to_project") or project
+    authorize(call.caller, Need.READ, project=other)
+    source, target, port = call.query("from") or "", call.query("to") or "", call.query("port") or ""
+    if not source or not target:
+        raise Invalid("from, to: name an app, a job or an instance", field="from" if not source else "to")
+    if not port.isascii() or not port.isdecimal() or not 0 < int(port[:6]) < 65_536:
+        raise Invalid(f"port: {port[:40]!r} is no port", field="port")
+    protocol = call.query("protocol") or "tcp"
+    if protocol not in ("tcp", "udp"):
+        raise Invalid(f"protocol: {protocol[:40]!r} is not tcp or udp", field="protocol")
+    return call.service.fabrics.reach(project, source, target, int(port), protocol, other)
 
 
 async def fabric_nodes(call: Call) -> tuple[FabricNode, ...]:
@@ -52,6 +75,29 @@ ROUTES: tuple[Route, ...] = (
         summary="Other nodes and the members of the node's projects, as they change",
         answer=FabricBatch,
         lines=True,
+    ),
+    Route(
+        method="PUT",
+        path=f"{_OF_NODE}/paths",
+        need=Need.AGENT,
+        run=fabric_paths,
+        summary="What a node found of its ways to others",
+        body=FabricPaths,
+    ),
+    Route(
+        method="GET",
+        path="/v1/projects/{project}/reach",
+        need=Need.READ,
+        run=check_reach,
+        summary="Whether one app reaches a port of another, and what stops it",
+        answer=ReachView,
+        query=(
+            Query("from", "an app, a job or an instance"),
+            Query("to", "likewise"),
+            Query("port", "of the target", {"type": "integer", "minimum": 1, "maximum": 65_535}),
+            Query("protocol", "tcp or udp; tcp where it is left out"),
+            Query("to_project", "the target's project, if another"),
+        ),
     ),
     Route(
         method="GET",

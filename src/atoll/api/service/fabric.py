@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from atoll.api.service.access import check_id
 from atoll.api.service.context import Context, Draft
 from atoll.api.service.feeds import Listener
+from atoll.api.service.reach import end_of, reach
 from atoll.model import codec, keys
 from atoll.model.errors import Compacted, Conflict, Exhausted, Invalid, Unavailable
 from atoll.model.fabric import (
@@ -23,7 +24,9 @@ from atoll.model.fabric import (
     FabricGrant,
     FabricNode,
     FabricOffer,
+    FabricPaths,
     Member,
+    ReachView,
     network_of,
 )
 from atoll.model.ports.store import Compare, Op, Put, absent, unchanged
@@ -33,6 +36,8 @@ from atoll.store.cache import Deltas
 GATHER_S = 0.02
 """News within so long is told together: a hundred instances that start at once are a few messages."""
 RETRY_S = 1.0
+PATHS_MAX = 2_048
+"""Of nodes in one word on paths."""
 KEY_LIFE_S = 30 * 86_400.0
 """A node's key that is older is replaced."""
 
@@ -109,6 +114,26 @@ class Fabrics:
             return Draft(compare=[unchanged(keys.fabric(), held.revision)], ops=ops, answer=lambda _: fabric)
 
         return await self._context.write(Fabric, build)
+
+    async def tell_paths(self, name: str, paths: FabricPaths) -> None:
+        """Write what a node found of its ways to others, if that is new. Raises Invalid."""
+        check_id(name, "node")
+        if len(paths.relayed) + len(paths.cut) > PATHS_MAX:
+            raise Invalid(f"paths: more than {PATHS_MAX}", field="relayed")
+
+        def build() -> Draft[None]:
+            held = self._state.get(FabricPaths, name)
+            if held is not None and held.record == paths:
+                return Draft(answer=lambda _: None)
+            key = keys.fabric_paths(name)
+            compare = [absent(key) if held is None else unchanged(key, held.revision)]
+            return Draft(compare=compare, ops=[Put(key, codec.encode(paths))], answer=lambda _: None)
+
+        await self._context.write(type(None), build)
+
+    def reach(self, project: str, source: str, target: str, port: int, protocol: str, to_project: str) -> ReachView:
+        """Return whether `source` (an app, job or instance) reaches `port` of `target`, and what stops it. Raises NotFound."""
+        return reach(self._state, end_of(self._state, project, source), end_of(self._state, to_project, target), port, protocol)
 
     def nodes(self) -> tuple[FabricNode, ...]:
         return tuple(held.record for _, held in sorted(self._state.records(FabricNode).items()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer
+from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer, FabricPaths
 
 
 class FabricControl(Protocol):
@@ -17,6 +17,10 @@ class FabricControl(Protocol):
         Raises Conflict where the prefix that it wants overlaps another node's, Exhausted where none is left, NotFound where the
         servers are older than the fabric.
         """
+        ...
+
+    async def report_paths(self, paths: FabricPaths) -> None:
+        """Tell what the node found of its ways; the newest word counts. Safe to repeat."""
         ...
 
     def fabric(self, node: str) -> AsyncIterator[FabricBatch]:
