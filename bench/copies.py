@@ -10,10 +10,11 @@ import asyncio
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ MEMORY_OF = 6
 LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=64 << 20, pids=64)
 """A machine has 64 MiB more for its kernel: 128 MiB in all."""
 BUSYBOX = Path("/bin/busybox")
-_KINDS = {"runc": RuncRuntime, "gvisor": GvisorRuntime, "qemu": QemuRuntime}
+KINDS = {"runc": RuncRuntime, "gvisor": GvisorRuntime, "qemu": QemuRuntime}
 
 
-def measure(report: Report, samples: int, alive: int) -> None:
-    """Add the rows of every kind that this machine can run; `alive` is how many copies are kept at once, 0 for none."""
+def measure(report: Report, samples: int, alive: int, kinds: Sequence[str]) -> None:
+    """Add the rows of each of `kinds` that this machine can run; `alive` is how many copies are kept at once, 0 for none."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16_384)), hard))
     report.notes.append(f"copies: over the agent's own runtime API; load of the machine before it {os.getloadavg()[0]:.1f}")
-    for name in _KINDS:
+    for name in kinds:
         asyncio.run(_measure(name, report, samples, alive))
 
 
@@ -98,7 +99,7 @@ async def _burst(report: Report, name: str, node: _Node, make: Callable[[str], A
         try:
             return await node.first_command(f"burst{at}", make)
         except (AtollError, RuntimeError) as error:
-            print(f"{name}: {error}")
+            print(f"{name}: {error}", file=sys.stderr)
             return None
 
     took = await asyncio.gather(*(one(at) for at in range(BURST)))
@@ -125,12 +126,17 @@ async def _memory(report: Report, node: _Node) -> None:
 
 async def _alive(report: Report, node: _Node, count: int) -> None:
     """Make `count` copies, keep all, and only then ask each."""
-    began = time.perf_counter()
+    began, alive = time.perf_counter(), []
     for at in range(count):
-        await node.copy(f"alive{at}")
+        try:
+            await node.copy(f"alive{at}")
+        except AtollError as error:
+            print(f"copy {at}: {error}", file=sys.stderr)
+        else:
+            alive.append(f"alive{at}")
     made_s = time.perf_counter() - began
-    private = sum(node.private_bytes(f"alive{at}") for at in range(count)) / count / (1 << 20)
-    answers = [await node.answers(f"alive{at}") for at in range(count)]
+    private = sum(map(node.private_bytes, alive)) / max(1, len(alive)) / (1 << 20)
+    answers = [await node.answers(name) for name in alive]
     report.add(Result(f"qemu: copies of 128 MiB alive at once, answering (of {count})", sum(answers), "", None, ">= 200"))
     report.add(Result(f"qemu: {count} copies made one after the other", made_s, "s"))
     report.add(Result(f"qemu: private memory of each of {count} copies", private, "MiB"))
@@ -140,7 +146,7 @@ class _Node:
     """One runtime, and one image of busybox for it."""
 
     def __init__(self, name: str, directory: Path) -> None:
-        self.runtime: Any = _KINDS[name](directory / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}")
+        self.runtime: Any = KINDS[name](directory / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}")
         self.snapshot = directory / "snapshot"
         self._directory = directory
         self._tag = uuid.uuid4().hex[:6]  # the name of a sandbox of gVisor is taken on the whole machine

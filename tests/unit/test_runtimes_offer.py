@@ -12,7 +12,7 @@ from atoll.cli.session import Session
 from atoll.model.errors import Unsupported
 from atoll.model.ports.runtime import Feature
 from atoll.model.records import Capacity, Node
-from atoll.model.spec import RuntimeName
+from atoll.model.spec import SNAPSHOT_RUNTIMES, RuntimeName
 from atoll.runtimes.offer import FEATURES, RUNTIMES, having, require
 from atoll.sdk.fake import FakeApi
 
@@ -31,7 +31,8 @@ def test_a_feature_that_a_runtime_lacks_is_refused_with_those_that_have_it() -> 
     assert raised.value.mend == "use one of: runc, crun, lxc, firecracker, cloud-hypervisor, qemu"
     with pytest.raises(Unsupported) as raised:
         require(RuntimeName.RUNC, Feature.SNAPSHOT)
-    assert raised.value.mend
+    assert raised.value.mend == "use one of: gvisor, qemu"
+    assert having(Feature.SNAPSHOT) == having(Feature.FORK) == SNAPSHOT_RUNTIMES
 
 
 def atoll(*arguments: str) -> Result:
