@@ -369,6 +369,8 @@ SECTIONS = (
     ("Placement", "`[placement]`", "", "AppSpec"),
     ("Constraint", "`[[placement.constraints]]`", "", "AppSpec"),
     ("Affinity", "`[[placement.affinity]]`, `[[placement.anti_affinity]]`", "", "AppSpec"),
+    ("NetworkRules", "`[network]`", "", "AppSpec"),
+    ("Allow", "`[[network.ingress]]`, `[[network.egress]]` (at most 32 each)", "", "AppSpec"),
     ("Volume", "`[[volumes]]` (at most 32)", "A directory of the node, shared by the app's instances there.", "AppSpec"),
 )
 INTRO = """# The spec: every key
@@ -377,8 +379,6 @@ INTRO = """# The spec: every key
 
 A spec is TOML (`atoll.toml`), JSON or YAML, with the same keys, at most 1 MiB. `atoll schema app` and `atoll schema job` print the
 JSON Schema; `GET /v1/schema/app` serves it. An unknown key is refused by name. A release keeps the whole spec with every default
-    ("NetworkRules", "`[network]`", "", "AppSpec"),
-    ("Allow", "`[[network.ingress]]`, `[[network.egress]]` (at most 32 each)", "", "AppSpec"),
 filled in, so that it keeps its meaning when a later Atoll has other defaults.
 
 A *name* has lower-case letters, digits and `-`, begins with a letter, and has at most 40 characters. A *size* is a number of bytes
