@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
 import click
 
 from atoll.cli import names
 from atoll.cli.session import EXIT_FAILED, Session, command, group
+from atoll.model.units import format_bytes
+
+if TYPE_CHECKING:
+    from atoll.model.records import Usage
 
 
-@group(example="atoll net check web db --port 5432\natoll net nodes\natoll net rotate-keys")
+@group(example="atoll net check web db --port 5432\natoll net top\natoll net nodes\natoll net rotate-keys")
 def net() -> None:
     """Say what reaches what; show the fabric between nodes."""
 
@@ -38,6 +45,49 @@ async def check(session: Session, source: str, target: str, port: int, udp: bool
         click.get_current_context().exit(EXIT_FAILED)
 
 
+@command(example="atoll net top\natoll net top --interval 10 --json")
+@click.option("--interval", type=click.FloatRange(min=1.0, max=600.0), default=5.0, show_default=True, help="Seconds to look.")
+async def top(session: Session, interval: float) -> None:
+    """Show what goes over each instance's link, the busiest first: per second of the interval, and since it has the link."""
+    async with session.client() as client:
+        before = {usage.instance: usage for usage in await client.usage(session.project)}
+        await asyncio.sleep(interval)
+        after = await client.usage(session.project)
+    shown = sorted(
+        ((usage, _rates(before.get(usage.instance), usage, interval)) for usage in after), key=lambda one: -sum(one[1].values())
+    )
+    if session.json:
+        session.output.json([{"instance": usage.instance, **rates, **_totals(usage)} for usage, rates in shown])
+        return
+    rows = [
+        (
+            usage.instance,
+            f"{format_bytes(int(rates['sent_bytes_per_s']))}/s",
+            f"{format_bytes(int(rates['received_bytes_per_s']))}/s",
+            f"{rates['sent_packets_per_s']:.0f}",
+            f"{rates['received_packets_per_s']:.0f}",
+            format_bytes(usage.sent_bytes),
+            format_bytes(usage.received_bytes),
+            usage.network_drops,
+        )
+        for usage, rates in shown
+    ]
+    columns = ("INSTANCE", "SENT>", "RECEIVED>", "PACKETS SENT/S>", "RECEIVED/S>", "SENT IN ALL>", "RECEIVED IN ALL>", "DROPS>")
+    session.output.table(columns, rows, empty="no instance has told of its link yet")
+
+
+def _totals(usage: Usage) -> dict[str, int]:
+    names = ("sent_bytes", "sent_packets", "received_bytes", "received_packets", "network_drops")
+    return {name: getattr(usage, name) for name in names}
+
+
+def _rates(before: Usage | None, now: Usage, seconds: float) -> dict[str, float]:
+    """Return what was counted per second; all of it is new for an instance that was not there before."""
+    earlier = _totals(before) if before is not None else {}
+    counted = {name: total for name, total in _totals(now).items() if name != "network_drops"}
+    return {f"{name}_per_s": max(0, total - earlier.get(name, 0)) / seconds for name, total in counted.items()}
+
+
 @command(name="nodes", example="atoll net nodes --json")
 async def list_nodes(session: Session) -> None:
     """List the nodes of the fabric: their prefixes, and where others reach them."""
@@ -60,5 +110,5 @@ async def rotate_keys(session: Session) -> None:
     session.output.say("[green]✓[/] every node that is connected makes a new key now, all others when they are")
 
 
-for one in (check, list_nodes, rotate_keys):
+for one in (check, top, list_nodes, rotate_keys):
     net.add_command(one)

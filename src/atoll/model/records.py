@@ -384,6 +384,13 @@ class Usage(_Record, frozen=True, kw_only=True):
     gpu_memory_bytes: int = 0
     gpu_silent: bool = False
     """The driver of what it holds does not say: the two above mean nothing."""
+    sent_bytes: int = 0
+    """This and the next four: of its link, since it has it."""
+    sent_packets: int = 0
+    received_bytes: int = 0
+    received_packets: int = 0
+    network_drops: int = 0
+    """Packets that its link had no room for; what rules and limits refuse is not among them."""
     metrics: dict[str, float] = {}
     """The app's own, as its `metrics` endpoint gave them."""
 

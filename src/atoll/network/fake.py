@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll.model.errors import Exhausted, Unavailable
-from atoll.model.ports.network import Link
+from atoll.model.ports.network import Counters, Link
 from atoll.model.spec import NetworkRules, Port, host_ports
 from atoll.network.addresses import AddressPool
 
@@ -78,6 +78,10 @@ class FakeNetwork:
         for id in [id for id in self.state.links if id not in set(keep)]:
             self._remove(id)
         return tuple(self.state.links[id] for id in dict.fromkeys(keep) if id in self.state.links)
+
+    def counters(self) -> Mapping[str, Counters]:
+        """Nothing ever goes over a link."""
+        return {id: Counters(0, 0, 0, 0, 0) for id in self.state.links}
 
     async def close(self) -> None:
         """Let go; the state keeps every link."""

@@ -11,7 +11,7 @@ from msgspec import Struct, structs
 
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.fabric import FabricNode, Member
-from atoll.model.ports.network import Link
+from atoll.model.ports.network import Counters, Link
 from atoll.model.spec import NetworkRules, Port, host_ports
 from atoll.network import elements, firewall, resolvers
 from atoll.network.addresses import AddressPool
@@ -111,6 +111,18 @@ class LinkNetwork:
     def links(self) -> dict[str, tuple[str, str]]:
         """Return instance → its address and the node's end of its link."""
         return {id: (held.slot.address, held.slot.interface) for id, held in self._held.items()}
+
+    def counters(self) -> Mapping[str, Counters]:
+        devices = {}
+        for line in Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]:
+            name, _, rest = line.partition(":")
+            devices[name.strip()] = [int(word) for word in rest.split()]
+        found = {}
+        for id, (_, interface) in self.links().items():
+            numbers = devices.get(interface)
+            if numbers is not None:  # what the node's end receives the instance has sent
+                found[id] = Counters(numbers[0], numbers[1], numbers[8], numbers[9], numbers[3] + numbers[11])
+        return found
 
     async def see(self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member]) -> None:
         """Let pass what the other nodes' instances and this one's of the same project send each other.

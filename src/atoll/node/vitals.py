@@ -125,6 +125,7 @@ class Vitals:
 
     async def _usage(self, samples: tuple[GpuSample, ...]) -> tuple[Usage, ...]:
         found = []
+        counters = self._tools.network.counters()
         owners = owners_of(samples, self._runners, self._machine.groups)
         for runner in list(self._runners.values()):
             if runner.runtime is None or runner.state.pid is None:
@@ -139,6 +140,15 @@ class Vitals:
                 of_gpus = usage_of(runner.id, grants, samples, owners)
                 milli, memory_bytes = of_gpus or (0, 0)
                 used = replace(used, gpu_milli=milli, gpu_memory_bytes=memory_bytes, gpu_silent=of_gpus is None)
+            if (counted := counters.get(runner.id)) is not None:
+                used = replace(
+                    used,
+                    sent_bytes=counted.sent_bytes,
+                    sent_packets=counted.sent_packets,
+                    received_bytes=counted.received_bytes,
+                    received_packets=counted.received_packets,
+                    network_drops=counted.drops,
+                )
             found.append(used)
         return tuple(found)
 

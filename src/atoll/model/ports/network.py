@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,16 @@ class Link(Struct, frozen=True, kw_only=True):
     resolv_conf: Path | None = None
 
 
+class Counters(Struct, frozen=True):
+    """What went over an instance's link since it was made; as the instance sees it."""
+
+    sent_bytes: int
+    sent_packets: int
+    received_bytes: int
+    received_packets: int
+    drops: int
+
+
 class Network(Protocol):
     async def attach(self, id: str, *, project: str, ports: Sequence[Port], rules: NetworkRules | None = None) -> Link:
         """Return the instance's link: out through NAT, in only to `ports` from the node's ingress, and from anywhere by the node's
@@ -39,6 +49,10 @@ class Network(Protocol):
 
     async def recover(self, keep: Sequence[str]) -> Sequence[Link]:
         """Adopt the links of `keep` and remove every other that an earlier agent left; return those adopted."""
+        ...
+
+    def counters(self) -> Mapping[str, Counters]:
+        """Return what went over each instance's link. Reads memory of the kernel only, and costs the same for any number."""
         ...
 
     async def close(self) -> None:
