@@ -211,9 +211,8 @@ class Bench:
         self.report.add(Result(what, ours, unit, goal=goal, why=why))
 
     async def run(self) -> None:
-        (self.work / "etcd").mkdir()
         with contextlib.ExitStack() as stack:
-            etcd = await asyncio.to_thread(stack.enter_context, PrivateEtcd(1, data=self.work / "etcd"))
+            etcd = await asyncio.to_thread(stack.enter_context, PrivateEtcd(1, data=self._etcd_data()))
             self.etcd, self.etcd_used = etcd, Watched(_pid_of(etcd))
             self.first = Server(self.work, 1, etcd.url, None)
             self.second = Server(self.work, 2, etcd.url, self.first.key)
@@ -233,6 +232,13 @@ class Bench:
                     await self._take_over()
             finally:
                 await self.api.close()
+
+    def _etcd_data(self) -> Path | None:
+        if self.chosen.etcd_in_memory:
+            return None
+        data = self.work / "etcd"
+        data.mkdir()
+        return data
 
     async def _tokens(self) -> list[str]:
         """Make a token for each node, through the API as an operator's script would."""
@@ -422,12 +428,18 @@ def run(arguments: list[str]) -> Report:
     parser.add_argument("--steady", type=float, default=STEADY_S, help="seconds of steady state, half of them with people")
     parser.add_argument("--drivers", type=int, default=2, help="processes that hold the agents")
     parser.add_argument("--no-beats", action="store_true", help="heartbeats over HTTP only")
+    parser.add_argument("--etcd-in-memory", action="store_true", help="its data not on a disk, where others keep that busy")
     parser.add_argument("--no-takeover", action="store_true")
     parser.add_argument("--py-spy", help="profile the server in steady state with this program")
     parser.add_argument("--profiles", default=".", help="where profiles and logs go")
     chosen = parser.parse_args(arguments)
     chosen.apps = chosen.apps or max(1, chosen.instances // 100)
-    report = Report("scale", notes=[f"{chosen.nodes} nodes, {chosen.instances} instances, {chosen.apps} apps; one etcd on disk"])
+    report = Report(
+        "scale",
+        notes=[
+            f"{chosen.nodes} nodes, {chosen.instances} instances, {chosen.apps} apps; one etcd, its data {'in memory' if chosen.etcd_in_memory else 'on disk'}"
+        ],
+    )
     if shutil.which("etcd") is None:
         report.add(Result("a large cell", None, "s", why="there is no etcd on this machine"))
         return report

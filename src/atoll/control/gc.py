@@ -28,6 +28,8 @@ from atoll.store.cache import Held
 
 GC_S = 30.0
 """Between two looks."""
+GC_BEHIND_S = 2.0
+"""The same while one look does not remove all that is to go: what comes in must not outrun what is taken away."""
 EVENT_AGE_MAX_S = 3 * 86_400.0
 EVENTS_PER_PROJECT_MAX = 1_000
 EVENTS_MAX = 10_000

@@ -19,7 +19,7 @@ from atoll.control.apps import decide_app
 from atoll.control.detection.exchange import Exchange
 from atoll.control.disruptions import take_away
 from atoll.control.emptying import Emptying
-from atoll.control.gc import GC_S, decide_gc
+from atoll.control.gc import GC_BEHIND_S, GC_S, REMOVED_AT_ONCE_MAX, decide_gc
 from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.judging import Judging, Traffic
 from atoll.control.layouts import IngressHeartbeats, Layouts
@@ -413,8 +413,9 @@ class Loop:
 
     def _gc_units(self, now: float) -> list[Unit]:
         if self._gc_at <= now or self._gc_at > now + 2 * GC_S:
-            self._gc_at = now + GC_S
-            return [unit for action in decide_gc(self._world, now) for unit in units_of("gc", [action], self._world.state)]
+            actions = decide_gc(self._world, now)
+            self._gc_at = now + (GC_BEHIND_S if len(actions) >= REMOVED_AT_ONCE_MAX else GC_S)
+            return [unit for action in actions for unit in units_of("gc", [action], self._world.state)]
         return []
 
     def _suffix(self) -> str:

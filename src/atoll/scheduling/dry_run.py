@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -23,7 +25,7 @@ from atoll.scheduling.snapshot import Snapshot
 
 
 def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, replicas: int = 1) -> PlanView:
-    """Return where the spec's instances would go beside all that runs.
+    """Return where the spec's instances would go beside all that runs. The snapshot is afterwards as it was.
 
     `release` is the number that an app's next release would have, `replicas` how many it has where the spec does not say.
     """
@@ -34,32 +36,42 @@ def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, 
         count = replicas if spec.scale is UNSET else spec.scale.replicas
     group = f"{kind}/{spec.project}/{spec.name}/{release}/{generation}"
     demand = demand_of(spec)
-    _lay_out(snapshot, group, demand, count)
-    answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(count)))
-    return PlanView(
-        project=spec.project,
-        name=spec.name,
-        instances=count,
-        placed=dict(sorted(Counter(placed.node for placed in answer.placed).items())),
-        unplaced=len(answer.rejected),
-        rejection=next(iter(answer.rejected.values()), None),
-        explanation=_explained(snapshot, group, demand),
-    )
+    with _laid_out(snapshot, group, demand, count):
+        answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(count)))
+        return PlanView(
+            project=spec.project,
+            name=spec.name,
+            instances=count,
+            placed=dict(sorted(Counter(placed.node for placed in answer.placed).items())),
+            unplaced=len(answer.rejected),
+            rejection=next(iter(answer.rejected.values()), None),
+            explanation=_explained(snapshot, group, demand),
+        )
 
 
 def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Workload, waiting: int = 1) -> InstanceExplanation:
-    """Return what the scheduler would answer for the instance now, were it not there. It is taken off the snapshot.
+    """Return what the scheduler would answer for the instance now, were it not there. The snapshot is afterwards as it was.
 
     `waiting` is how many of its group, itself among them, have no node: a gang is answered for as a whole.
     """
-    snapshot.release(key)
     group, demand = group_of(instance), demand_of(spec)
-    _lay_out(snapshot, group, demand, 1)
-    explanation = _explained(snapshot, group, demand)
-    if demand.placement.gang and instance.node is None:
-        answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(waiting)))
-        explanation = replace(explanation, rejection=next(iter(answer.rejected.values()), None))
+    with snapshot.without(key), _laid_out(snapshot, group, demand, 1):
+        explanation = _explained(snapshot, group, demand)
+        if demand.placement.gang and instance.node is None:
+            answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(waiting)))
+            explanation = replace(explanation, rejection=next(iter(answer.rejected.values()), None))
     return InstanceExplanation(instance=instance, explanation=explanation)
+
+
+@contextlib.contextmanager
+def _laid_out(snapshot: Snapshot, group: str, demand: Demand, least: int) -> Iterator[None]:
+    """See `_lay_out`; afterwards the layouts are as they were."""
+    before = dict(snapshot.whereabouts.layouts)
+    try:
+        _lay_out(snapshot, group, demand, least)
+        yield
+    finally:
+        snapshot.whereabouts.layouts = before
 
 
 def _lay_out(snapshot: Snapshot, group: str, demand: Demand, least: int) -> None:

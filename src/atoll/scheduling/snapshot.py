@@ -6,6 +6,7 @@ a device (which devices, and what is free of each, is `gpus`).
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Container, Iterator
 from typing import Any
@@ -192,12 +193,7 @@ class Snapshot:
             return
         if before is not None:
             self.release(id)
-        self.ledger.add(id, allocation)
-        if gpus or demand.gpu is not None:
-            self._stale.add(node)
-        row = self._rows.get(node)
-        if row is not None:
-            self._count(allocation, row, 1)
+        self._enter(id, allocation)
 
     def release(self, id: str) -> bool:
         """Give back what an instance holds; return whether it held anything."""
@@ -210,6 +206,25 @@ class Snapshot:
         if row is not None:
             self._count(allocation, row, -1)
         return True
+
+    @contextlib.contextmanager
+    def without(self, id: str) -> Iterator[None]:
+        """Have an instance not count for a while; afterwards all is as it was."""
+        allocation = self.ledger.get(id)
+        self.release(id)
+        try:
+            yield
+        finally:
+            if allocation is not None:
+                self._enter(id, allocation)
+
+    def _enter(self, id: str, allocation: Allocation) -> None:
+        self.ledger.add(id, allocation)
+        if allocation.gpus or allocation.gpu is not None:
+            self._stale.add(allocation.node)
+        row = self._rows.get(allocation.node)
+        if row is not None:
+            self._count(allocation, row, 1)
 
     def project_use(self, project: str) -> list[int]:
         """As `Ledger.project_use`."""

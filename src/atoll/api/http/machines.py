@@ -17,8 +17,8 @@ from atoll.model.ports.control_plane import AssignmentBatch, Peers, RoutingBatch
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.traffic import TrafficReport
 
-KEEPALIVE_S = 5.0
-"""After so long without news a stream carries an empty batch."""
+KEEPALIVE_S = 9.0
+"""After so long without news a stream carries an empty batch: at least every 10 s, and three times within an agent's patience."""
 REPORT_BYTES_MAX = 8 << 20
 
 

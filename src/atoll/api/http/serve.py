@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, cast
@@ -36,8 +37,10 @@ PING_S = 20.0
 GRACE_S = 5
 """How long calls that run may take to end when the server stops."""
 BACKLOG = 1_024
-CONNECTIONS_MAX = 8_192
-"""Beyond it, a call is answered with 503."""
+CONNECTIONS_MAX = 65_536
+"""Beyond it, a call is answered with 503. An agent holds three: its assignments, its tunnel, its calls."""
+FILES_SPARED = 256
+"""Of the files that this process may open, so many are for other things than connections."""
 
 # Its own default is 8 KiB, over which a handshake would hang: a command to run in an instance may be longer.
 http11.MAX_LINE_LENGTH = HEADER_BYTES_MAX
@@ -196,7 +199,7 @@ class ApiServer(uvicorn.Server):
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=GRACE_S,
             backlog=BACKLOG,
-            limit_concurrency=CONNECTIONS_MAX,
+            limit_concurrency=connections_max(),
             headers=[(API_HEADER, str(service.api_version))],
             ssl_context_factory=(lambda *_: tls.context) if tls is not None else None,
         )
@@ -222,6 +225,21 @@ class ApiServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._service.close()
         await super().shutdown(sockets)
+
+
+def connections_max() -> int:
+    """Return how many connections this process can hold at a time: as many as the machine lets it open files, within a bound.
+
+    It raises the soft limit to the hard one. A server that meets the limit by itself cannot even accept, and refuse.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS_MAX + FILES_SPARED
+    files = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    else:
+        files = max(files, min(soft, wanted) if soft != resource.RLIM_INFINITY else wanted)
+    return max(1, min(CONNECTIONS_MAX, files - FILES_SPARED))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,13 +1,14 @@
 """Dry runs: what the scheduler would do with a spec, and what it says of an instance.
 
-A snapshot is made for each call from the cache as it is now, beside the event loop, one at a time.
+A snapshot is made from the cache as it is now, beside the event loop, one at a time. In a large cell that takes long, and what was
+made is used for some time: dry runs together never cost more than a tenth of a core or so, and say how it was a moment ago.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from atoll.api.service.access import check_name
 from atoll.api.service.context import Context
@@ -36,7 +37,7 @@ from atoll.model.records import (
     Status,
 )
 from atoll.model.reservation import Reservation
-from atoll.model.spec import AppSpec, JobSpec, Workload, check_app, check_job
+from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.states import Desired
 from atoll.model.views import DefragView, InstanceExplanation, PlanView
 from atoll.scheduling.assembly import Records, app_owner, group_of, snapshot_from
@@ -45,9 +46,16 @@ from atoll.scheduling.defrag import propose
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.dry_run import explain_instance, plan_spec
 from atoll.scheduling.snapshot import Snapshot
+from atoll.store.cache import Held
 
 DRY_RUN_S = 30.0
 """The longest wait for a dry run, that for others before it included."""
+
+KEPT_FROM_S = 0.25
+"""A snapshot that took less than this to make is made anew for each dry run."""
+KEPT_TIMES = 10.0
+"""One that took longer is used for so many times as long as it took."""
+KEPT_S_MAX = 30.0
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -60,6 +68,8 @@ class Planning:
         self._heartbeats = heartbeats
         self._state = context.state
         self._one = asyncio.Lock()
+        self._kept: Snapshot | None = None
+        self._kept_until = 0.0
 
     async def plan(self, spec: AppSpec | JobSpec) -> PlanView:
         """Say where the spec's instances would go; its image and secrets are not asked for. Raises Invalid, NotFound (project)."""
@@ -112,7 +122,9 @@ class Planning:
             for key, one in waiting
             if group_of(one) in demands and not one.standby
         ]
-        return await self._dry(lambda snapshot: propose(snapshot, demands, movable, lambda owner: budgets.get(owner, 0), pending))
+        return await self._dry(
+            lambda snapshot: propose(snapshot, demands, movable, lambda owner: budgets.get(owner, 0), pending), anew=True
+        )
 
     def _budget(self, key: str) -> int:
         """Return how many of an app may be away at a time, less those that are."""
@@ -128,44 +140,88 @@ class Planning:
         held = (other.record for other in self._state.records(Instance).values())
         return sum(other.node is None and other.desired is Desired.RUN and group_of(other) == group for other in held)
 
-    async def _dry(self, run: Callable[[Snapshot], T]) -> T:
+    async def _dry(self, run: Callable[[Snapshot], T], *, anew: bool = False) -> T:
+        """Return what `run` says. It leaves the snapshot as it was, or asks for one made `anew` and its own."""
         try:
             async with asyncio.timeout(DRY_RUN_S), self._one:
-                records, specs = self._records()
-                return await asyncio.to_thread(lambda: run(snapshot_from(records, lambda i: specs.get(group_of(i)))))
+                if anew:
+                    return await asyncio.to_thread(lambda make: run(make()), self._maker())
+                return await asyncio.to_thread(run, await self._snapshot())
         except TimeoutError:
             raise DeadlineExceeded("the dry run took too long", mend="try again in a moment") from None
 
-    def _records(self) -> tuple[Records, dict[str, Workload | None]]:
-        """Return copies, all of one moment, that a thread may read."""
+    async def _snapshot(self) -> Snapshot:
+        """Return a snapshot of now, or where making one takes long, of not long ago."""
+        began = self._context.clock.monotonic()
+        if self._kept is not None and began < self._kept_until:
+            return self._kept
+        self._kept = None  # never two of them in memory
+        made = await asyncio.to_thread(self._maker())
+        ended = self._context.clock.monotonic()
+        if ended - began >= KEPT_FROM_S:
+            self._kept, self._kept_until = made, ended + min(KEPT_S_MAX, KEPT_TIMES * (ended - began))
+        return made
 
-        def plain(kind: type[K]) -> dict[str, K]:
-            return {key: held.record for key, held in self._state.records(kind).items()}
+    def _maker(self) -> Callable[[], Snapshot]:
+        """Take hold of all records of this moment, and return what makes a snapshot of them, in a thread."""
+        held = {kind: dict(self._state.records(kind)) for kind in _NEEDED}
+        now, beats = self._context.clock.now(), dict(self._heartbeats.all())
+        ingress_beats = dict(self._ingresses.all())
 
-        records = Records(
-            nodes=plain(Node),
-            policies=plain(NodePolicy),
-            liveness=plain(NodeLiveness),
-            instances=plain(Instance),
-            statuses=plain(Status),
-            app_statuses=plain(AppStatus),
-            projects=plain(Project),
-            evacuations=evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), self._context.clock.now()),
-            jobs=plain(Job),
-            reservations=plain(Reservation),
-            now=self._context.clock.now(),
-            sites=plain(Site),
-            round_trips=plain(RoundTrips),
-            ingresses=plain(Ingress),
-            ingress_heartbeats=dict(self._ingresses.all()),
-            images={name: beat.images for name, beat in self._heartbeats.all().items()},
-        )
-        specs: dict[str, Workload | None] = {}
-        for instance in records.instances.values():
-            group = group_of(instance)
-            if group not in specs:
-                specs[group] = spec_of(self._state, instance)
-        return records, specs
+        def make() -> Snapshot:
+            def plain(kind: type[K]) -> dict[str, K]:
+                return {key: one.record for key, one in held[kind].items()}
+
+            records = Records(
+                nodes=plain(Node),
+                policies=plain(NodePolicy),
+                liveness=plain(NodeLiveness),
+                instances=plain(Instance),
+                statuses=plain(Status),
+                app_statuses=plain(AppStatus),
+                projects=plain(Project),
+                evacuations=evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), now),
+                jobs=plain(Job),
+                reservations=plain(Reservation),
+                now=now,
+                sites=plain(Site),
+                round_trips=plain(RoundTrips),
+                ingresses=plain(Ingress),
+                ingress_heartbeats=ingress_beats,
+                images={name: beat.images for name, beat in beats.items()},
+            )
+            return snapshot_from(records, lambda instance: spec_of(_Copy(held), instance))
+
+        return make
+
+
+_NEEDED: tuple[type[Any], ...] = (
+    App,
+    AppStatus,
+    Ingress,
+    Instance,
+    Job,
+    Maintenance,
+    Node,
+    NodeLiveness,
+    NodePolicy,
+    Project,
+    Release,
+    Reservation,
+    RoundTrips,
+    Site,
+    Status,
+)
+
+
+class _Copy:
+    """Records of one moment, to be read in a thread."""
+
+    def __init__(self, held: Mapping[type[Any], Mapping[str, Held[Any]]]) -> None:
+        self._held = held
+
+    def get(self, kind: type[K], key: str) -> Held[K] | None:
+        return self._held[kind].get(key)
 
 
 def _same(release: Release, app: App) -> bool:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeVar
+
 from atoll.model import keys
 from atoll.model.records import App, Instance, Job, OwnerKind, Release
 from atoll.model.spec import AppSpec, JobSpec
-from atoll.store.cache import State
+from atoll.store.cache import Held
+
+T = TypeVar("T")
 
 
-def spec_of(state: State, instance: Instance) -> AppSpec | JobSpec | None:
+class Records(Protocol):
+    """Where records are read: a `State`, or a copy of one."""
+
+    def get(self, kind: type[T], key: str) -> Held[T] | None: ...
+
+
+def spec_of(state: Records, instance: Instance) -> AppSpec | JobSpec | None:
     """Return the spec, None when it is no longer kept."""
     if instance.owner_kind is OwnerKind.JOB:
         job = state.get(Job, f"{instance.project}/{instance.owner}")
@@ -16,7 +26,7 @@ def spec_of(state: State, instance: Instance) -> AppSpec | JobSpec | None:
     return release_spec(state, instance.project, instance.owner, instance.release)
 
 
-def release_spec(state: State, project: str, app: str, number: int) -> AppSpec | None:
+def release_spec(state: Records, project: str, app: str, number: int) -> AppSpec | None:
     release = state.get(Release, keys.release(project, app, number).removeprefix(keys.RELEASES))
     if release is not None:
         return release.record.spec
