@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from probing import INSIDE, build_probe, check_findings, read_findings
 from runtime_world import LIMITS, MACHINES, World, make_layer, real_world
 
 from atoll.model.errors import AtollError, ImageError, Invalid, RuntimeFailed, Unsupported
@@ -99,6 +100,20 @@ async def test_it_has_a_kernel_of_its_own_and_sees_no_process_but_its_own(shared
     lines = out.splitlines()
     assert int(lines[1]) <= 6  # a line of titles, the first process, the shell and its children
     assert lines[2:] == ["host-shared", "1"] or lines[2:] == ["host-shared", "host-shared", "1"]
+
+
+async def test_nothing_of_the_node_is_seen_or_reached(shared: Shared, tmp_path: Path) -> None:
+    copier = await shared.world.runtime.copier("shared")
+    assert copier is not None
+    packed = io.BytesIO()
+    with tarfile.open(mode="w", fileobj=packed) as archive:
+        archive.add(build_probe(tmp_path), "probe")
+    packed.seek(0)
+    await asyncio.to_thread(copier.unpack, "/srv", packed)
+    for user, who in (("", (0, 0, ())), ("app", (1234, 1235, (2000,)))):
+        code, out = await shared.sh("/srv/probe", env=INSIDE, user=user)
+        assert code == 0, out
+        check_findings(read_findings(out), kernel="guest", hostname="host-shared", user=who)
 
 
 async def test_root_has_docker_s_capabilities_and_another_user_none(shared: Shared) -> None:
