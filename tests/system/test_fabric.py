@@ -356,3 +356,9 @@ async def test_an_app_calls_another_region_by_name_no_other_project_can_and_a_cu
     made.mend("e1", "w1")
     await until(lambda: "directly" in link(), made, "the direct way is taken again")
     await reached(caller, web.address, 20)
+
+    nodes = made.service.context.state.records(FabricNode)
+    old = {held.record.public_key for held in nodes.values()}
+    await made.service.fabrics.rotate()
+    await until(lambda: not old & {held.record.public_key for held in nodes.values()}, made, "every node has a new key")
+    await reached(caller, web.address, 60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -19,8 +20,10 @@ from pathlib import Path
 import pytest
 
 from atoll.model.errors import Conflict, Exhausted, Unavailable
+from atoll.model.fabric import FabricNode, Member
 from atoll.model.ports.network import Link
 from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
+from atoll.model.units import Bytes
 from atoll.network import namespaces, slots
 from atoll.network.links import LinkNetwork
 
@@ -493,3 +496,40 @@ async def test_packets_beyond_an_instances_limit_are_dropped(network: LinkNetwor
 
     assert received(one) < 200
     assert received(free) == 400
+
+
+async def test_bytes_beyond_an_instances_limit_are_dropped(network: LinkNetwork) -> None:
+    slow = await network.attach("a", project="p", ports=(), rules=NetworkRules(bandwidth=Bytes(64 << 10)))
+    port = Port(name="dns", port=5353, protocol=PortProtocol.UDP)
+    sink = await network.attach("b", project="p", ports=(port,))
+    with listening(sink, 5353, socket.SOCK_DGRAM) as server, closing(socket_in(slow, kind=socket.SOCK_DGRAM)) as client:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        for _ in range(200):
+            client.sendto(bytes(1_000), (sink.address, 5353))
+        server.settimeout(PATIENCE_S)
+        count = 0
+        with contextlib.suppress(TimeoutError):
+            while server.recv(2_000):
+                count += 1
+    assert 20 < count < 150
+
+
+async def test_ten_thousand_instances_of_other_nodes_are_told_apart_in_one_go(network: LinkNetwork, subnet: str) -> None:
+    own = FabricNode(name="here", prefix=subnet)
+    there = FabricNode(name="there", prefix="10.200.0.0/16", endpoint="192.0.2.9")
+    members = [
+        Member(id=f"i{n}", project=f"p{n % 100}", owner="web", node="there", address=f"10.200.{n // 250}.{n % 250 + 2}")
+        for n in range(10_000)
+    ]
+    await network.attach("a", project="p1", ports=())
+    await network.see(own, {"there": there}, members)
+    listed = await asyncio.to_thread(elements_in, network, "member")
+    assert listed == 10_001
+    await network.see(own, {"there": there}, members[:10])
+    assert await asyncio.to_thread(elements_in, network, "member") == 11
+
+
+def elements_in(network: LinkNetwork, name: str) -> int:
+    command = ["nft", "-j", "list", "set", "inet", network._table, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    return len(json.loads(done)["nftables"][1]["set"]["elem"])

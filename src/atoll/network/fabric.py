@@ -37,6 +37,8 @@ LARGE_EVERY = 25
 LARGE_LOST_MAX = 3
 """So many large ones in a row without an answer, while small ones have one, are trouble."""
 RETRY_S = 2.0
+PAUSE_MAX_S = 1.0
+"""The longest wait between two changes that are made, when they take long."""
 KEEP_S = 1.0
 """What was heard is written down at most so often."""
 SILENCE_S = 30.0
@@ -286,9 +288,12 @@ class NodeFabric:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            began = self._clock.monotonic()
             try:
                 await self._apply()
                 told = ""
+                # News that keep coming take a fifth of the agent's time at most, however many members there are.
+                await asyncio.sleep(min(PAUSE_MAX_S, 4 * (self._clock.monotonic() - began)))
             except (AtollError, OSError) as error:
                 if str(error) != told:
                     told = str(error)

@@ -133,8 +133,10 @@ class LinkNetwork:
         members = list(members)
         new, gone = self._private.see(nodes, members)
         if gone:  # an address that is another project's now must go before it comes again
-            opened.sets.change(delete=gone)
-        opened.sets.change(add=new)
+            for part in gone:
+                opened.sets.change(delete=[part])
+        for part in new:
+            opened.sets.change(add=[part])
         self._around = self._flush(opened, self._around, of_nodes(own, nodes))
         by_app: dict[tuple[str, str], list[str]] = {}
         for member in members:

@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping
 from atoll.model.fabric import FabricNode, Member, node_address
 from atoll.network.elements import Elements
 
+ELEMENTS_AT_ONCE = 500
+"""A netlink attribute has at most 64 KiB, and a socket takes 200 KiB at once."""
+
 
 class Private:
     """What the sets hold of instances: this node's own, and those of others."""
@@ -74,7 +77,12 @@ class Private:
         if not found:
             return []
         packed = [(socket.inet_aton(address), struct.pack("=I", self._number(project))) for address, project in found.items()]
-        return [("project_of", packed), ("member", [address + number for address, number in packed])]
+        parts = [packed[i : i + ELEMENTS_AT_ONCE] for i in range(0, len(packed), ELEMENTS_AT_ONCE)]
+        return [
+            elements
+            for part in parts
+            for elements in (("project_of", part), ("member", [address + number for address, number in part]))
+        ]
 
     def _number(self, project: str) -> int:
         return self._numbers.setdefault(project, len(self._numbers) + 1)
