@@ -230,7 +230,7 @@ async def storm(cell: Cell, seconds: float) -> Figures:
     seed = int(time.time())
     choose = random.Random(seed)
     requests = requests_of(cell)
-    history = History([cell.client(first=n % 3) for n in range(4)], cell.image, records=6, seed=seed)
+    history = History([cell.client(first=n % 3) for n in range(4)], cell.image, records=8, seed=seed)
     done: dict[str, int] = {}
     async with cell.client() as client, beside(*requests.values(), history):
         end = time.monotonic() + seconds
