@@ -211,11 +211,21 @@ MEANING: dict[str, tuple[str, str]] = {
         "Those that are shown and kept beside the one that `scale` names; samples of one name are summed up.",
         'names = ["tokens_per_second"]',
     ),
-    "Scale.replicas": ("Instances; 0 stops the app and keeps it. With `max` the least, and at least 1.", "replicas = 3"),
-    "Scale.max": ("The most that the metric may ask for. Goes with `metric`, `target` and `[metrics]`.", "max = 4"),
+    "Scale.replicas": (
+        "Instances; 0 stops the app and keeps it. With `max` the least, and 0 lets it sleep: [autoscaling.md](autoscaling.md).",
+        "replicas = 3",
+    ),
+    "Scale.max": (
+        "The most that the metric may ask for. Goes with `metric`, `target` and `[metrics]`; 1 with `replicas = 0` and no metric.",
+        "max = 4",
+    ),
     "Scale.metric": ("The metric that says how much there is to do, such as a queue's depth.", 'metric = "queue_depth"'),
     "Scale.target": ("As many instances are wanted as bring the metric down to this for each of them.", "target = 8"),
     "Scale.down": ("How long fewer must have been enough before an instance is taken away.", 'down = "1m"'),
+    "Scale.idle_after": (
+        "With `replicas = 0` and `max`: after so long without a request the last instance is taken away. At least 5 s.",
+        'idle_after = "5m"',
+    ),
     "Scale.standby": (
         "So many more are started and then parked, to take the place of one that is missing; see [autoscaling.md](autoscaling.md).",
         "standby = 1",

@@ -13,6 +13,7 @@ from msgspec import structs
 from atoll.control.controllers import run_control
 from atoll.control.detection.exchange import Exchange
 from atoll.control.optimiser import InlineOptimiser, Optimiser
+from atoll.control.sleeping import NoDemand
 from atoll.control.world import KINDS
 from atoll.model import codec, keys
 from atoll.model.records import (
@@ -103,6 +104,8 @@ class Cell:
         self.optimiser: Optimiser = InlineOptimiser()
         self.traffic: dict[str, dict[int, Counts]] = {}
         """What ingresses have counted: app → release → all of it."""
+        self.demand = NoDemand()
+        """What ingresses have requests for: tests set it."""
         self.metrics: Callable[[Instance], dict[str, float]] = lambda instance: {}
         """What instances that are ready say of themselves with each heartbeat."""
         self.silent: set[str] = set()
@@ -149,6 +152,7 @@ class Cell:
             ingresses=self.ingresses,
             optimiser=self.optimiser,
             traffic=self.traffic,
+            demand=self.demand,
         )
         task = asyncio.ensure_future(control)
         self._tasks.append(task)

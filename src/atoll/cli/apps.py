@@ -10,6 +10,7 @@ import click
 from atoll.cli import names
 from atoll.cli.session import Session, command
 from atoll.model.errors import Invalid
+from atoll.model.units import format_seconds
 
 if TYPE_CHECKING:
     from atoll.model.spec import Resources
@@ -74,7 +75,8 @@ def _standby(view: AppView) -> str:
 
 def _scaling(view: AppView) -> str:
     scale = view.app.spec.scale
-    return f", by {scale.metric} ≤ {scale.target:g} each" if scale and scale.target and view.app.most is not None else ""
+    sleeps = f", asleep after {format_seconds(scale.idle_after)} without a request" if scale and view.app.sleeps else ""
+    return (f", by {scale.metric} ≤ {scale.target:g} each" if scale and scale.target and view.app.most is not None else "") + sleeps
 
 
 def _dependency(name: str, view: AppView) -> str:

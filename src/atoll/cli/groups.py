@@ -74,10 +74,10 @@ async def _follow(session: Session, client: Client, names: list[str]) -> list[Ap
         failed = next((view for view in views if told[view.app.name][0] == "failed"), None)
         if failed is not None:
             raise GroupFailed(f"{failed.app.name}: {told[failed.app.name][1]}", mend=f"see: atoll status {failed.app.name}")
-        if all(told[name][0] in ("running", "stopped") for name in names):
+        if all(told[name][0] in ("running", "stopped", "asleep") for name in names):
             return views
         if time.monotonic() - changed_at > STILL_S:
-            waiting = next(name for name in names if told[name][0] not in ("running", "stopped"))
+            waiting = next(name for name in names if told[name][0] not in ("running", "stopped", "asleep"))
             raise GroupFailed(f"{waiting} still is {told[waiting][0]}", mend=f"it goes on; see: atoll status {waiting}")
         await asyncio.sleep(POLL_S)
 

@@ -72,6 +72,7 @@ COLOURS = {
     "silent": "yellow",
     "ok": "green",
     "stopped": "dim",
+    "asleep": "dim",
     "deleting": "dim",
     "cancelled": "dim",
 }

@@ -146,8 +146,12 @@ class Progress:
             )
         wanted = self.wanted
         count = self.app.wanted(self.status)
+        if self.app.sleeps and count == 0 and (self.status is None or self.status.release != self.app.release):
+            count = 1  # a deploy wakes it
+        if self.app.sleeps and count == 0 and self.status is not None and self.status.served_release != self.app.release:
+            return Verdict(self._failure("it was never ready before it was put to sleep"))
         if self.ready >= count and len(wanted) == count:
-            settled = self.status is not None and self.status.phase in (AppPhase.RUNNING, AppPhase.STOPPED)
+            settled = self.status is not None and self.status.phase in (AppPhase.RUNNING, AppPhase.STOPPED, AppPhase.ASLEEP)
             if settled or not self.old:
                 return Verdict()
         if self.waits:

@@ -58,6 +58,7 @@ def report_app(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing
     )
     write_status(facts, decision, status)
     _tell_scaled(facts, decision)
+    _tell_awake(facts, decision)
     if last is None or last.release != app.release:
         tell(facts, decision, "app-deployed", f"release {app.release} is being rolled out", release=app.release)
     for told in plan.told:
@@ -100,6 +101,17 @@ def _tell_scaled(facts: AppFacts, decision: Decision) -> None:
     tell(facts, decision, "scaled-up" if up else "scaled-down", text, **data)
 
 
+def _tell_awake(facts: AppFacts, decision: Decision) -> None:
+    before = facts.status.scaled if facts.status is not None else None
+    if facts.awake is None or before is None or facts.awake is (before > 0):
+        return
+    if facts.awake:
+        tell(facts, decision, "app-woken", "woken: there is something to do for it")
+    else:
+        idle = facts.app.spec.scale.idle_after if facts.app.spec.scale is not UNSET else 0.0
+        tell(facts, decision, "app-asleep", f"sleeps: no request for {format_seconds(idle)}")
+
+
 def _homes(facts: AppFacts, standing: Standing) -> tuple[str, ...]:
     """Return the nodes that hold the app's volumes; while none is wanted, those of before."""
     before = facts.status.homes if facts.status else ()
@@ -115,7 +127,7 @@ def _phase(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing, no
     last, rules, status = facts.status, facts.app.spec.rollout, plan.status
     said = why_not_ready(standing.unready)
     if not standing.wanted:
-        return AppPhase.STOPPED, ""
+        return (AppPhase.ASLEEP, "the next request wakes it") if facts.awake is False else (AppPhase.STOPPED, "")
     if status is not None and status.phase is RolloutPhase.REVERTED:
         note = f" ({said})" if said else ""
         text = f"release {facts.app.release} was taken back: {status.message}; release {status.stable} serves{note}"

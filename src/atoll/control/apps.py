@@ -48,7 +48,7 @@ class _Step:
         self.facts = facts
         self.app = facts.app
         self.decision = decision
-        self.wanted = 0 if self.app.deleting else facts.choice.wanted if facts.choice else self.app.wanted(facts.status)
+        self.wanted = facts.wanted
         self.rules = self.app.spec.rollout
         order = sorted(facts.instances, key=lambda seen: (seen.instance.created_at, seen.instance.id))
         run = [seen for seen in order if seen.instance.desired is Desired.RUN and not seen.instance.standby]
@@ -171,7 +171,8 @@ class _Step:
         failed = under_way and stuck and self.decision.now >= deadline
         if under_way and not failed:
             self.decision.wake(deadline)
-        served = self.app.release if complete else served
+        # Asleep, a release has proved nothing.
+        served = self.app.release if complete and self.facts.awake is not False else served
         return Rollout(complete=complete, under_way=under_way, failed=failed, progressed_at=self.progressed_at, served=served)
 
     def _drop_unserved(self) -> None:

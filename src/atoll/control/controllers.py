@@ -12,6 +12,7 @@ from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser
 from atoll.control.readings import Heartbeats
+from atoll.control.sleeping import Demand
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Store
 from atoll.store.cache import State
@@ -30,6 +31,7 @@ async def run_control(
     ingresses: IngressHeartbeats | None = None,
     optimiser: Optimiser | None = None,
     traffic: Traffic | None = None,
+    demand: Demand | None = None,
     ended: Ended | None = None,
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
@@ -39,11 +41,12 @@ async def run_control(
     `detection` says which nodes are silent; without one their heartbeats over HTTP do, slowly.
     `ingresses` is read live too: ingress → its latest word, by which apps come near their users; `optimiser` says where they should
     be; without one the quick way does.
+    `demand` is what ingresses have requests for, by which apps wake and sleep.
     So is `traffic`: app → release → what ingresses counted, by which rollouts are judged.
     `identity` names this server across its restarts; no two servers may share one. `ended` tells of the death of another.
     """
 
     async def work(term: Term) -> None:
-        await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic).run()
+        await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand).run()
 
     await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None, ended)

@@ -68,12 +68,12 @@ class Dependencies:
         app, status = self._state.get(App, key), self._state.get(AppStatus, key)
         if app is None or status is None or app.record.deleting:
             return False
-        serves = status.record.phase is AppPhase.RUNNING and status.record.release == app.record.release
+        serves = status.record.phase in (AppPhase.RUNNING, AppPhase.ASLEEP) and status.record.release == app.record.release
         return serves and status.record.served_release == app.record.release
 
 
 def _stops(app: App) -> bool:
-    return app.deleting or app.replicas == 0
+    return app.deleting or (app.replicas == 0 and not app.sleeps)
 
 
 def in_order(facts: AppFacts, decision: Decision, decide: Callable[[AppFacts, Decision], None]) -> None:

@@ -27,10 +27,21 @@ class AppFacts(Struct, frozen=True, kw_only=True):
     """It is to stop, and these depend on it, are to stop too, and are still there."""
     choice: Choice | None = None
     """What the app's metric asks for, where it scales by one."""
+    awake: bool | None = None
+    """Of an app that sleeps: whether it is to have instances now. None of any other."""
     verdict: Verdict | None = None
     """What was found of the release that is being rolled out, last."""
     sites: Mapping[str, int] = {}
     """Site → how many instances it should have, where the app is near its users."""
+
+    @property
+    def wanted(self) -> int:
+        """How many instances there should be."""
+        if self.app.deleting or self.awake is False:
+            return 0
+        if self.choice is not None:
+            return self.choice.wanted
+        return 1 if self.awake else self.app.wanted(self.status)
 
     def drain_s(self, seen: Seen) -> float | None:
         if seen.idle:

@@ -30,6 +30,7 @@ from atoll.control.placement import Placement
 from atoll.control.prefetch import Prefetching
 from atoll.control.quarrels import Quarrels
 from atoll.control.readings import Heartbeats, Readings
+from atoll.control.sleeping import Demand, NoDemand, Sleeping
 from atoll.control.timers import Timers
 from atoll.control.watching import NodeWatch
 from atoll.control.world import Owner, World
@@ -82,6 +83,7 @@ class Loop:
         ingresses: IngressHeartbeats | None = None,
         optimiser: Optimiser | None = None,
         traffic: Traffic | None = None,
+        demand: Demand | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -96,6 +98,8 @@ class Loop:
         self._heartbeats: Heartbeats = heartbeats if heartbeats is not None else {}
         self._readings = Readings(self._world, clock, self._heartbeats)
         self._judging = Judging(self._world, clock, traffic if traffic is not None else {})
+        self._demand = demand or NoDemand()
+        self._sleeping = Sleeping(self._demand, clock)
         self._prefetching = Prefetching(self._world, self._placement, clock, heartbeats if heartbeats is not None else {})
         self._layouts = Layouts(
             self._world,
@@ -124,6 +128,7 @@ class Loop:
         await self._world.state.reach(self._begins_at)
         # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
         changes = self._begin()
+        self._demand.changed = self._woken
         if self._detection is not None:
             self._detection.lead(True)
             self._detection.changed = self._look_at_nodes
@@ -133,6 +138,7 @@ class Loop:
                 tasks.create_task(self._work(), name="control: work")
                 tasks.create_task(self._layouts.run(), name="control: layouts")
         finally:
+            self._demand.changed = lambda app: None
             if self._detection is not None:
                 self._detection.lead(False)
                 self._detection.changed = lambda: None
@@ -141,6 +147,10 @@ class Loop:
         """Decide about an owner soon: something that is not in the store has changed for it."""
         self._world.dirty[owner] = None
         self._changed.set()
+
+    def _woken(self, app: str) -> None:
+        """Decide at once: an ingress has a request for `app`."""
+        self._changed_owner((OwnerKind.APP, app))
 
     def _look_at_nodes(self) -> None:
         """Wake at once: the detection says that a node has fallen silent, or is heard again."""
@@ -309,7 +319,6 @@ class Loop:
         for owner in self._timers.take(now):
             self._world.dirty[owner] = None
 
-
     def _too_soon(self, owner: Owner, now: float) -> bool:
         """Put off a large owner that has just been decided about, so that it is not gone through for each of its instances."""
         count = len(self._world.owned.get(owner, ()))
@@ -342,7 +351,8 @@ class Loop:
                 app = self._world.app_facts(key)
                 if app is not None:
                     _await_loss(app.instances, decision)
-                    decide_app(self._judging.join(self._layouts.join(self._readings.join(app))), decision)
+                    app = self._readings.join(self._sleeping.join(app, decision))
+                    decide_app(self._judging.join(self._layouts.join(app)), decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)
             case OwnerKind.JOB:

@@ -59,16 +59,20 @@ class Readings:
         scale = app.spec.scale
         if app.deleting or app.most is None or scale is UNSET or scale.metric is None or scale.target is None:
             return facts
+        if facts.awake is False:
+            self._memories.pop(f"{app.project}/{app.name}", None)
+            return facts
+        least = max(app.replicas, 1)
         key = f"{app.project}/{app.name}"
         now = self._clock.monotonic()
         if status is None or status.scaled is None:
             # It begins with what there is, so that nothing is taken away before its metric has been seen.
-            current = min(app.most, max(app.replicas, status.total if status is not None else 0))
+            current = min(app.most, max(least, status.total if status is not None else 0))
         else:
-            current = app.wanted(status)
+            current = max(least, app.wanted(status))
         choice = decide_scale(
             ScaleFacts(
-                least=app.replicas,
+                least=least,
                 most=app.most,
                 current=current,
                 target=scale.target,

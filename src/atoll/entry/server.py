@@ -99,6 +99,7 @@ async def main(config: Config, stop: Stop) -> None:
                     heartbeats=heartbeats.all(),
                     traffic=service.traffic.totals(),
                     ingresses=service.ingresses.all(),
+                    demand=service.demand,
                     optimiser=ProcessOptimiser(config.server_data / "kernels"),
                     identity=id,
                     detection=detection,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import Peers, RoutingBatch
 from atoll.model.records import Ingress, IngressHeartbeat, Routing
-from atoll.model.traffic import TrafficReport
+from atoll.model.traffic import DemandReport, TrafficReport
 
 
 class FakeRouting:
@@ -19,6 +19,9 @@ class FakeRouting:
         self.drained_instances: list[str] = []
         self.reports: list[TrafficReport] = []
         self.heartbeats: list[IngressHeartbeat] = []
+        self.demands: list[DemandReport] = []
+        self.on_demand: Callable[[DemandReport], None] = lambda report: None
+        """Called with each report of what is to be awake."""
         self.peers = Peers()
         """What every heartbeat is answered with."""
         self.watches = 0
@@ -74,6 +77,11 @@ class FakeRouting:
     async def traffic(self, report: TrafficReport) -> None:
         self._check()
         self.reports.append(report)
+
+    async def demand(self, report: DemandReport) -> None:
+        self._check()
+        self.demands.append(report)
+        self.on_demand(report)
 
     async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
         self._check()

@@ -44,6 +44,8 @@ never forgets a zone's counts, so that one for each release there ever was would
 WHOLE = 10_000_000
 """Envoy takes from the weight of releases that drain, as if they could not bear it; with an overprovisioning factor as large as
 this (in percent, 140 where it is left out) it does not, and weights are kept to."""
+ASLEEP = "asleep"
+"""The zone of the activator: what Envoy counts under it is no release's."""
 PATH_BYTES_MAX = 1024
 HOSTNAME = re.compile(r"(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
 PATH = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*")
@@ -155,11 +157,14 @@ def cluster(target: Target) -> Resource:
     return resource(Kind.CLUSTER, target.cluster, message)
 
 
-def endpoints(target: Target, places: Iterable[Endpoint], weights: Mapping[int, int] = {}) -> Resource:
+def endpoints(
+    target: Target, places: Iterable[Endpoint], weights: Mapping[int, int] = {}, *, activator: str | None = None
+) -> Resource:
     """Return where the instances of `target` are, each release a locality of its own.
 
     A draining one gets no new request; one at a bad address is left out. A release gets requests by its weight, or without weights
     by how many of its instances serve; what of it cannot be had goes to the others that have a weight.
+    `activator` is the socket that requests go to where there is no other place for them.
     """
     known: dict[str, Endpoint] = {}
     for place in places:
@@ -183,6 +188,16 @@ def endpoints(target: Target, places: Iterable[Endpoint], weights: Mapping[int, 
                     health_status=health_check_pb2.DRAINING if place.draining else health_check_pb2.HEALTHY,
                 )
             )
+    if activator is not None:
+        group = message.endpoints.add()
+        group.locality.zone = ASLEEP
+        group.load_balancing_weight.value = 1
+        pipe = address_pb2.Address(pipe=address_pb2.Pipe(path=activator))
+        group.lb_endpoints.append(
+            endpoint_components_pb2.LbEndpoint(
+                endpoint=endpoint_components_pb2.Endpoint(address=pipe), health_status=health_check_pb2.HEALTHY
+            )
+        )
     return resource(Kind.ENDPOINTS, target.cluster, message)
 
 

@@ -9,9 +9,11 @@ from typing import Protocol
 
 import structlog
 
-from atoll.ingress.admin import short
+from atoll.ingress.activator import Activator
+from atoll.ingress.admin import EnvoyAdmin, Requests, short
 from atoll.ingress.ads import AdsServer
 from atoll.ingress.bootstrap import ACCESS_LOG, ADS_SOCKET
+from atoll.ingress.demand import Demand
 from atoll.ingress.drain import Drainer
 from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
 from atoll.ingress.heartbeat import Heart
@@ -24,7 +26,7 @@ from atoll.model import records
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.control_plane import Peers, RoutingBatch
-from atoll.model.traffic import TrafficReport
+from atoll.model.traffic import DemandReport, TrafficReport
 from atoll.model.worker import SERVICES
 
 RETRY_S = 0.2
@@ -50,6 +52,8 @@ class ControlPlane(Protocol):
     async def ingress_heartbeat(self, heartbeat: records.IngressHeartbeat) -> Peers: ...
 
     async def traffic(self, report: TrafficReport) -> None: ...
+
+    async def demand(self, report: DemandReport) -> None: ...
 
 
 class Ingress:
@@ -92,7 +96,11 @@ class Ingress:
         self.envoy = EnvoyProcess(
             directory, name=name, address=address, port=self.http_port, clock=self._clock, workers=workers, binary=binary
         )
-        self._drainer = Drainer(self.table, self.ads, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
+        self._demand = Demand(self.table, self.envoy.admin, control_plane, ingress=name)
+        self.activator = Activator(self.table, directory, wake=self._demand.wake)
+        self._drainer = Drainer(
+            self.table, self.ads, _Counts(self.envoy.admin, self.activator), control_plane, ingress=name, clock=self._clock
+        )
         self._meter = Meter(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
         prober = Prober(site, self._clock)
         self._heart = Heart(self.envoy.admin, control_plane, prober, ingress=name, site=site, clock=self._clock)
@@ -105,6 +113,7 @@ class Ingress:
         """
         with short(self._directory / ADS_SOCKET) as socket:
             await self.ads.start(socket)
+        self.activator.start()
         try:
             await self.envoy.start()
             await self._serve()
@@ -113,6 +122,7 @@ class Ingress:
             raise
         finally:
             await asyncio.shield(self.ads.stop())
+            self.activator.stop()
 
     async def _serve(self) -> None:
         logs = [self._directory / ACCESS_LOG, self._directory / LOG]
@@ -122,6 +132,7 @@ class Ingress:
             tasks.create_task(self._become_ready(), name="ingress-ready")
             tasks.create_task(self._drainer.run(), name="ingress-drain")
             tasks.create_task(self._meter.run(), name="ingress-meter")
+            tasks.create_task(self._demand.run(self.activator), name="ingress-demand")
             tasks.create_task(self._heart.run(), name="ingress-heart")
             tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
 
@@ -155,6 +166,7 @@ class Ingress:
     def _apply(self, batch: RoutingBatch) -> None:
         for problem in self.table.apply(batch):
             log.warning("ingress.routing-refused", app=problem.app, message=problem.message)
+        self.activator.changed()
         self.ads.publish(self.table.take_changes())
         self._drainer.changed()
 
@@ -172,3 +184,14 @@ class Ingress:
 
     def _refused(self, resource: Resource, words: str) -> None:
         log.error("ingress.envoy-refused", kind=resource.kind.rpartition(".")[2], name=resource.name, message=words[:WORDS_MAX])
+
+
+class _Counts:
+    """What goes on at each instance: Envoy's counts, and what the activator has spliced to it past Envoy."""
+
+    def __init__(self, admin: EnvoyAdmin, activator: Activator) -> None:
+        self._admin = admin
+        self._activator = activator
+
+    async def requests(self, clusters: tuple[str, ...]) -> dict[str, Requests]:
+        return await self._activator.requests(clusters, self._admin)

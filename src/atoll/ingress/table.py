@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from atoll.ingress import resources
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
+from atoll.ingress.sleepers import serving, socket_of
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Routing
 
@@ -29,6 +30,7 @@ class RoutingTable:
         """Hostname → the paths that are claimed on it."""
         self._clusters: dict[str, set[str]] = {}
         """App → the clusters that it has in `resources`."""
+        self._sleepers: set[Target] = set()
         self._problems: dict[str, tuple[Problem, ...]] = {}
         """Of those apps only that have any."""
 
@@ -87,11 +89,31 @@ class RoutingTable:
         routing = self._routings.get(key)
         return tuple(sorted({target.cluster for target in _targets(routing)})) if routing else ()
 
+    def sleepers(self) -> set[Target]:
+        """Return the ports of apps that wake when a request comes."""
+        return self._sleepers
+
+    def routing_of(self, key: str) -> Routing | None:
+        """Return an app's routing, as it was last told."""
+        return self._routings.get(key)
+
+    def endpoints_of(self, key: str) -> tuple[Endpoint, ...]:
+        """Return an app's endpoints, draining ones among them; none for an app that is not there."""
+        routing = self._routings.get(key)
+        return routing.endpoints if routing is not None else ()
+
+    def knows(self, address: str) -> bool:
+        """Whether an app that wakes has an endpoint at `address`."""
+        keys = {f"{target.project}/{target.app}" for target in self._sleepers}
+        return any(endpoint.address == address for key in keys for endpoint in self.endpoints_of(key))
+
     def _put(self, key: str, routing: Routing) -> set[str]:
         old = self._routings.get(key)
         if old == routing:
             return set()
         self._routings[key] = routing
+        self._sleepers -= _wakeable(old)
+        self._sleepers |= _wakeable(routing)
         for target in _targets(routing):
             for each in (resources.cluster(target), _endpoints(target, routing)):
                 self._write(each)
@@ -147,6 +169,7 @@ class RoutingTable:
 
     def _remove(self, key: str) -> set[str]:
         routing = self._routings.pop(key, None)
+        self._sleepers -= _wakeable(routing)
         self._problems.pop(key, None)
         if routing is None:
             return set()
@@ -215,8 +238,16 @@ def _places(routing: Routing) -> list[tuple[HostPath, Target]]:
 
 def _endpoints(target: Target, routing: Routing) -> Resource:
     if not target.preview:
-        return resources.endpoints(target, routing.endpoints, routing.weights)
+        asleep = routing.wakes and not serving(routing.endpoints)
+        activator = socket_of(target) if asleep else None
+        return resources.endpoints(target, routing.endpoints, routing.weights, activator=activator)
     return resources.endpoints(target, routing.preview.endpoints if routing.preview is not None else ())
+
+
+def _wakeable(routing: Routing | None) -> set[Target]:
+    if routing is None or not routing.wakes:
+        return set()
+    return {target for target in _targets(routing) if not target.preview}
 
 
 def _every(routing: Routing) -> tuple[Endpoint, ...]:

@@ -42,7 +42,7 @@ class App(_Record, frozen=True, kw_only=True):
     release: int
     """The number of the release that should run."""
     replicas: int
-    """As the user says; where the app scales by a metric, the least. 0 stops it."""
+    """As the user says; where the app scales by a metric, the least. 0 stops it, or lets it sleep where it `sleeps`."""
     generation: int = 1
     """Raised by `restart`: instances of an older generation are replaced."""
     created_at: float
@@ -55,11 +55,20 @@ class App(_Record, frozen=True, kw_only=True):
     def most(self) -> int | None:
         """The most instances that its metric may ask for; None where their number is the user's alone."""
         scale = self.spec.scale
-        return None if scale is UNSET or scale.max is None or self.replicas == 0 else max(self.replicas, scale.max)
+        stopped = self.replicas == 0 and not self.sleeps
+        return None if scale is UNSET or scale.max is None or stopped else max(self.replicas, scale.max)
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it has no instance while nobody asks for it, and is woken by the next request."""
+        scale = self.spec.scale
+        return scale is not UNSET and scale.sleeps and self.replicas == 0
 
     def wanted(self, status: AppStatus | None) -> int:
         """Return how many instances there should be: `replicas`, or up to `most` what the metric asks for."""
         scaled = status.scaled if status is not None else None
+        if self.sleeps and scaled is None:
+            return 1  # a deploy wakes it
         if self.most is None or scaled is None:
             return self.replicas
         return min(self.most, max(self.replicas, scaled))
@@ -90,6 +99,8 @@ class AppPhase(enum.StrEnum):
     FAILED = "failed"
     """The rollout made no progress before its deadline; what served before still serves."""
     STOPPED = "stopped"
+    ASLEEP = "asleep"
+    """It has no instance because nobody asks for it; the next request wakes it."""
     DELETING = "deleting"
 
 
@@ -558,6 +569,8 @@ class Routing(_Record, frozen=True, kw_only=True):
     """Release → percent of the requests, 100 in all, however many endpoints it has; empty: to every endpoint alike."""
     preview: Preview | None = None
     """Where a release answers before it gets the app's requests."""
+    wakes: bool = False
+    """A request that finds no endpoint waits while the ingress has the app woken (`ControlPlane.demand`)."""
 
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"

@@ -16,6 +16,8 @@ BOUNDS_MS = (
 )
 """Upper bounds of the classes of the latency histogram; a last class has what took longer."""
 CLASSES = len(BOUNDS_MS) + 1
+DEMAND_APPS_MAX = 10_000
+"""Apps in one report of what is to be awake."""
 RELEASES_MAX = 20_000
 """Releases in one report."""
 
@@ -63,6 +65,17 @@ class TrafficReport(Struct, frozen=True, kw_only=True):
     ingress: str
     started: float
     releases: Annotated[tuple[ReleaseTraffic, ...], Meta(max_length=RELEASES_MAX)] = ()
+
+
+class DemandReport(Struct, frozen=True, kw_only=True):
+    """Apps (`project/app`) for which an ingress has had something to do since its last complete report.
+
+    With `complete`, every other app that sleeps has had no request there since then; else it is only to wake these.
+    """
+
+    ingress: str
+    apps: Annotated[tuple[str, ...], Meta(max_length=DEMAND_APPS_MAX)] = ()
+    complete: bool = False
 
 
 def total(counts: Iterable[Counts]) -> Counts:

@@ -17,7 +17,7 @@ from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnk
 from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer, FabricPaths
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
-from atoll.model.traffic import TrafficReport
+from atoll.model.traffic import DemandReport, TrafficReport
 from atoll.model.views import ErrorAnswer
 from atoll.sdk import answers
 from atoll.sdk.failover import Failover, transport_to
@@ -101,7 +101,13 @@ class HttpControlPlane:
 
     async def traffic(self, report: TrafficReport) -> None:
         """Tell every server, for only the one that leads decides by it. Raises what the first did when none has taken it."""
-        where = path("ingresses", report.ingress, "traffic")
+        await self._tell_all(path("ingresses", report.ingress, "traffic"), report)
+
+    async def demand(self, report: DemandReport) -> None:
+        """As `traffic`."""
+        await self._tell_all(path("ingresses", report.ingress, "demand"), report)
+
+    async def _tell_all(self, where: str, report: object) -> None:
         each: Sequence[Transport] = self._transport.each if isinstance(self._transport, Failover) else (self._transport,)
         told = await asyncio.gather(*(self._call("POST", where, report, one) for one in each), return_exceptions=True)
         failed = [one for one in told if isinstance(one, BaseException)]

@@ -12,7 +12,7 @@ from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
-from atoll.model.traffic import TrafficReport
+from atoll.model.traffic import DemandReport, TrafficReport
 from atoll.sim.faults import Faults, Life
 from atoll.sim.net import Net
 from atoll.sim.server import Server, check_serving
@@ -204,6 +204,9 @@ class Line:
 
     def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]:
         return self._stream(lambda service: service.control_plane.routing(ingress, KEEPALIVE_S))
+
+    async def demand(self, report: DemandReport) -> None:
+        await self.call(lambda service: service.control_plane.demand(report))
 
     async def traffic(self, report: TrafficReport) -> None:
         await self.call(lambda service: service.control_plane.traffic(report))

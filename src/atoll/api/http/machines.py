@@ -15,7 +15,7 @@ from atoll.model.beats import BeatGrant
 from atoll.model.errors import Invalid
 from atoll.model.ports.control_plane import AssignmentBatch, Peers, RoutingBatch
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
-from atoll.model.traffic import TrafficReport
+from atoll.model.traffic import DemandReport, TrafficReport
 
 KEEPALIVE_S = 9.0
 """After so long without news a stream carries an empty batch: at least every 10 s, and three times within an agent's patience."""
@@ -90,6 +90,12 @@ async def traffic(call: Call) -> None:
     await call.service.control_plane.traffic(report)
 
 
+async def demand(call: Call) -> None:
+    report = call.body(DemandReport)
+    _same("ingress", report.ingress, call.path["ingress"])
+    await call.service.control_plane.demand(report)
+
+
 async def _encoded(batches: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     async for batch in batches:
         yield codec.encode(batch) + b"\n"
@@ -128,5 +134,6 @@ ROUTES: tuple[Route, ...] = (
         body_bytes_max=REPORT_BYTES_MAX,
     ),
     _ingress("POST", "/drained", drained, "Which instances have no request left", body=DrainedReport),
+    _ingress("POST", "/demand", demand, "Which apps have requests, and are to be awake", body=DemandReport),
     _ingress("POST", "/traffic", traffic, "Requests to each release, counted", body=TrafficReport, body_bytes_max=REPORT_BYTES_MAX),
 )

@@ -298,7 +298,7 @@ class Apps:
         old = held.record
         if old.deleting:
             raise Conflict(f"app '{old.name}' is being deleted", mend="wait until it is gone, then deploy it again")
-        running = old.wanted(self.status(old))
+        running = max(1, old.wanted(self.status(old))) if old.sleeps else old.wanted(self.status(old))
         app = replace(old, spec=spec, replicas=_replicas(spec, running), updated_at=self._context.clock.now())
         _check_single(spec, app.replicas)
         check_gang_of(spec, app.replicas)

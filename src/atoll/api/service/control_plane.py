@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from atoll.api.service import reports
 from atoll.api.service.beat_keys import grant_of
 from atoll.api.service.context import Context
+from atoll.api.service.demand import Demands
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
@@ -19,7 +20,7 @@ from atoll.model.beats import BeatGrant
 from atoll.model.errors import NotFound
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Instance, Node, Status
-from atoll.model.traffic import TrafficReport
+from atoll.model.traffic import DemandReport, TrafficReport
 from atoll.store.cache import Held
 
 
@@ -45,6 +46,8 @@ class LocalControlPlane:
         self.counted = Traffic(context.clock)
         """What ingresses say goes there."""
         self._ingresses = ingresses
+        self.wanted = Demands(context)
+        """What ingresses have requests for."""
 
     async def register_node(self, node: Node) -> None:
         await self._nodes.register(node)
@@ -84,6 +87,9 @@ class LocalControlPlane:
 
     async def traffic(self, report: TrafficReport) -> None:
         self.counted.note(report)
+
+    async def demand(self, report: DemandReport) -> None:
+        self.wanted.note(report)
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         wanted = set(instances)

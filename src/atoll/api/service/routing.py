@@ -54,6 +54,7 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         endpoints=tuple(endpoints),
         weights=weights,
         preview=preview,
+        wakes=app.sleeps and not app.deleting,
     )
 
 

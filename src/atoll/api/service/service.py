@@ -108,6 +108,7 @@ class Service:
             self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels, self.ingresses
         )
         self.control_plane.counted = self.traffic
+        self.demand = self.control_plane.wanted
         self.authorities = Authorities(self.context, certificate_life_s)
         self.join_tokens = JoinTokens(self.context, self.authorities)
         self.membership = Membership(self.context, self.authorities)

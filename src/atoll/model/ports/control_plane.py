@@ -10,7 +10,7 @@ from msgspec import Struct
 from atoll.model.beats import BeatGrant
 from atoll.model.records import Assignment, Event, Heartbeat, Ingress, IngressHeartbeat, Node, Routing, Status
 from atoll.model.states import Desired
-from atoll.model.traffic import TrafficReport
+from atoll.model.traffic import DemandReport, TrafficReport
 
 
 class AssignmentBatch(Struct, frozen=True):
@@ -126,6 +126,10 @@ class ControlPlane(Protocol):
 
     async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
         """Tell who asks here and how far other sites are, and return whom to measure. It may be lost: the next says as much."""
+        ...
+
+    async def demand(self, report: DemandReport) -> None:
+        """Have apps that sleep woken, or kept awake. Safe to repeat: while requests wait, it is said again and again."""
         ...
 
     async def traffic(self, report: TrafficReport) -> None:

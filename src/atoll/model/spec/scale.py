@@ -9,7 +9,8 @@ from msgspec import Meta
 from atoll.model.errors import Invalid
 from atoll.model.names import SpecRecord
 from atoll.model.spec.placement import check_gang
-from atoll.model.spec.serving import METRIC_PATTERN, PortProtocol
+from atoll.model.spec.rollout import Strategy
+from atoll.model.spec.serving import METRIC_PATTERN, PortProtocol, host_ports
 from atoll.model.spec.values import REPLICAS_MAX, default
 from atoll.model.units import Seconds
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 STANDBY_MAX = 100
 """Instances of one app that wait, parked."""
+IDLE_AFTER_MIN_S = 5.0
+"""Ingresses say every 2 s what is at work."""
 
 
 class Scale(SpecRecord, frozen=True, kw_only=True):
@@ -31,9 +34,17 @@ class Scale(SpecRecord, frozen=True, kw_only=True):
     """As many instances are wanted as make the metric, summed up and divided by them, at most this."""
     down: Seconds = default(Seconds(60))
     """An instance is taken away once it has not been needed for so long."""
+    idle_after: Seconds = default(Seconds(300))
+    """With `replicas = 0` and `max`: the last instance is taken away when no request was under way for so long. The next one
+    wakes the app, and waits for it."""
     standby: Annotated[int, Meta(ge=0, le=STANDBY_MAX)] = 0
     """So many more are started, made ready, and parked: frozen, and off their devices. One of them takes the place of an instance
     that is missing."""
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether there is no instance while nobody asks for the app."""
+        return self.replicas == 0 and self.max is not None
 
 
 def _check_standby(spec: AppSpec, scale: Scale) -> None:
@@ -41,7 +52,7 @@ def _check_standby(spec: AppSpec, scale: Scale) -> None:
         return
     if scale.replicas == 0:
         raise Invalid(
-            "scale.standby: an app with replicas = 0 is stopped, and nothing stands by for it",
+            "scale.standby: an app with replicas = 0 is stopped or sleeps, and nothing stands by for it",
             field="scale.standby",
             mend="leave it out, or set replicas to 1 or more",
         )
@@ -59,12 +70,50 @@ def _check_standby(spec: AppSpec, scale: Scale) -> None:
         )
 
 
+def _check_sleep(spec: AppSpec, scale: Scale) -> None:
+    """Raise Invalid for an app that sleeps and could not be woken, or would be put to sleep while it is at work."""
+    if scale.idle_after < IDLE_AFTER_MIN_S:
+        raise Invalid(
+            f"scale.idle_after: {scale.idle_after:g} s is too short: ingresses say only every 2 s what is at work",
+            field="scale.idle_after",
+            mend=f"set it to '{IDLE_AFTER_MIN_S:g}s' or more",
+        )
+    if spec.port_named(None) is None:
+        raise Invalid(
+            "scale.replicas: 0 with max, but the app has no http port, and nothing else wakes it",
+            field="scale.replicas",
+            mend="add an http port, or set replicas to 1 or more",
+        )
+    if host_ports(spec.ports):
+        raise Invalid(
+            "ports.host: nobody counts what comes in at a port of the node, so the app would be put to sleep while it is at work",
+            field="ports.host",
+            mend="leave host out, or set scale.replicas to 1 or more",
+        )
+    if spec.rollout.strategy is not Strategy.ROLLING:
+        raise Invalid(
+            f"rollout.strategy: '{spec.rollout.strategy}' needs requests to both releases, and an app that sleeps may have none",
+            field="rollout.strategy",
+            mend="leave strategy out, or set scale.replicas to 1 or more",
+        )
+
+
 def check_scale(spec: AppSpec, scale: Scale) -> None:
     """Raise Invalid for a scale that contradicts itself or the rest of `spec`."""
     check_gang(spec, max(scale.replicas, scale.max or 0), "scale.replicas")
     if spec.placement.gang and scale.standby:
         raise Invalid("scale.standby: nothing stands by for a gang", field="scale.standby", mend="leave it out")
     _check_standby(spec, scale)
+    if scale.sleeps:
+        _check_sleep(spec, scale)
+        if scale.metric is None and scale.target is None:
+            if scale.max != 1:
+                raise Invalid(
+                    f"scale.max: {scale.max}, and nothing says when more than one instance is needed",
+                    field="scale.max",
+                    mend="set it to 1, or add metric and target",
+                )
+            return
     given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
     missing = [field for field, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -81,12 +130,6 @@ def check_scale(spec: AppSpec, scale: Scale) -> None:
             f"scale.max: {scale.max} is below scale.replicas, {scale.replicas}",
             field="scale.max",
             mend="replicas is the least and max the most that there are",
-        )
-    if scale.replicas == 0:
-        raise Invalid(
-            "scale.replicas: 0 leaves nothing that could be asked for its metric",
-            field="scale.replicas",
-            mend="set 1 or more; 'atoll scale APP 0' stops an app",
         )
     if spec.metrics is None:
         raise Invalid(

@@ -1,0 +1,42 @@
+"""What ingresses have requests for, of apps that sleep: in memory only. Each server is told; the one that leads decides by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from atoll.api.service.context import Context
+from atoll.model.errors import NotFound, TooLarge
+from atoll.model.records import App, Ingress
+from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport
+
+
+class Demands:
+    """See `control.sleeping.Demand`. Only apps that are there and sleep are kept, and ingresses that have registered."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.changed: Callable[[str], None] = lambda app: None
+        self.last: dict[str, float] = {}
+        self.heard: dict[str, float] = {}
+
+    def note(self, report: DemandReport) -> None:
+        """Take a report over. Safe to repeat. Raises NotFound for an ingress that has not registered, TooLarge."""
+        if len(report.apps) > DEMAND_APPS_MAX:
+            raise TooLarge(f"apps: {len(report.apps)} in one report; at most {DEMAND_APPS_MAX}", field="apps")
+        state = self._context.state
+        if state.get(Ingress, report.ingress) is None:
+            raise NotFound(f"no ingress '{report.ingress[:60]}'", mend="register it first")
+        now = self._context.clock.monotonic()
+        for app in report.apps:
+            held = state.get(App, app)
+            if held is None or not held.record.sleeps:
+                continue
+            self.last[app] = now
+            self.changed(app)
+        if report.complete:
+            self.heard[report.ingress] = now
+            for gone in [name for name in self.heard if state.get(Ingress, name) is None]:
+                del self.heard[gone]
+            if len(self.last) > DEMAND_APPS_MAX:
+                for gone in [app for app in self.last if state.get(App, app) is None]:
+                    del self.last[gone]
