@@ -164,7 +164,8 @@ class NameServer:
         if not found.known:
             answer.set_rcode(dns.rcode.NXDOMAIN)
         elif found.addresses and question.rdtype in (dns.rdatatype.A, dns.rdatatype.ANY):
-            answer.answer.append(dns.rrset.from_text(question.name, TTL_S, "IN", "A", *found.addresses))
+            # One by one, as the library would shuffle a set; nearest first is the point.
+            answer.answer += [dns.rrset.from_text(question.name, TTL_S, "IN", "A", address) for address in found.addresses]
         return answer.to_wire()
 
     def take(self, wire: bytes, source: tuple[str, int]) -> None:
