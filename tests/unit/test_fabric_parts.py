@@ -157,6 +157,24 @@ def test_only_who_asks_from_an_address_of_the_project_learns_its_names() -> None
     assert ask("web.shop.internal", "192.0.2.77") == ("NXDOMAIN", [])
 
 
+def test_an_answer_is_kept_for_its_project_only_and_until_something_changes() -> None:
+    found = directory()
+    server = NameServer(found, "127.0.0.1", {"10.64.16.2": "shop", "10.64.16.9": "spy"}.get, tuple)
+
+    def asked(id: int, source: str) -> tuple[int, str, int]:
+        query = dns.message.make_query("web.shop.internal", "A", id=id)
+        wire = server.answer(query.to_wire(), source)
+        assert wire is not None
+        answer = dns.message.from_wire(wire)
+        return answer.id, dns.rcode.to_text(answer.rcode()), sum(len(rrset) for rrset in answer.answer)
+
+    assert asked(1, "10.64.16.2") == (1, "NOERROR", 3)
+    assert asked(2, "10.64.16.2") == (2, "NOERROR", 3)
+    assert asked(3, "10.64.16.9") == (3, "NXDOMAIN", 0)
+    found.see(MEMBERS[:1])
+    assert asked(4, "10.64.16.2") == (4, "NOERROR", 1)
+
+
 def test_other_names_are_for_the_nodes_own_servers() -> None:
     server = NameServer(directory(), "127.0.0.1", {}.get, tuple)
     assert server.answer(dns.message.make_query("example.org", "A").to_wire(), "10.64.16.2") is None

@@ -26,6 +26,8 @@ CLOSED = (
 """Where no instance may go; a resolver of the node that lies there can be asked for names, and nothing else."""
 CONNECTIONS_MAX = 16_384
 """Connections that one instance may have open at a time: a flood of one does not fill the kernel's table for all."""
+ASKED_MAX = 1_000
+"""Questions for names that one instance may ask in a second: the agent itself answers them."""
 CONNECTIONS_TRACKED_MAX = 65_535
 
 
@@ -49,6 +51,7 @@ def ruleset(
     links = f'"{prefix}*"'
     named = ", ".join(resolvers)
     fabric = "{ " + ", ".join(f'"{tunnel}"' for tunnel in tunnels or ("atoll-none",)) + " }"
+    asking = f"ip daddr {node_address} udp dport 53 update @askers {{ ip saddr limit rate over {ASKED_MAX}/second }} drop"
     ask = f"ip daddr {node_address} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
     return f"""
 table inet {table}
@@ -72,6 +75,7 @@ table inet {table} {{
   set bytes_in {{ type ipv4_addr; limit rate over 1 mbytes/second; }}
   set packets_out {{ type ipv4_addr; limit rate over 1000/second; }}
   set packets_in {{ type ipv4_addr; limit rate over 1000/second; }}
+  set askers {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout 10s; }}
   set connections {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic; }}
   chain refused {{
     meta l4proto tcp reject with tcp reset
@@ -100,6 +104,7 @@ table inet {table} {{
     iifname {fabric} jump from_tunnel
     iifname != {links} accept
     jump crowded
+    {asking if names else ""}
     ct state established,related accept
     {ask}
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
