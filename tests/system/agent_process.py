@@ -21,7 +21,7 @@ from atoll.model.states import Desired
 from atoll.network.links import LinkNetwork
 from atoll.node.agent import Agent
 from atoll.node.fake import FakeControlPlane
-from atoll.runtimes.runc import RuncRuntime
+from atoll.runtimes.offer import RUNTIMES
 
 
 class Control(FakeControlPlane):
@@ -31,7 +31,7 @@ class Control(FakeControlPlane):
             print(codec.encode(status).decode(), flush=True)
 
 
-async def main(data: Path, layer: Path, subnet: str, cgroup: str) -> None:
+async def main(data: Path, layer: Path, subnet: str, cgroup: str, names: list[str]) -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     control = Control()
     images = FakeImages()
@@ -39,7 +39,7 @@ async def main(data: Path, layer: Path, subnet: str, cgroup: str) -> None:
     agent = Agent(
         node="n1",
         control=control,
-        runtimes=(RuncRuntime(data / "runc", cgroup=cgroup),),
+        runtimes=[kind(data / kind.name, cgroup=cgroup) for kind in RUNTIMES if kind.name in names],
         images=images,
         network=LinkNetwork(subnet, data / "network", prepared=1),
         clock=SystemClock(),
@@ -66,4 +66,4 @@ async def main(data: Path, layer: Path, subnet: str, cgroup: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4]))
+    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:] or ["runc"]))

@@ -70,6 +70,8 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Place:
     """One node's directories and names, and what must not be left of them."""
 
+    runtimes: tuple[str, ...] = ("runc",)
+
     def __init__(self, data: Path, layer: Path) -> None:
         self.data, self.layer = data, layer
         self.subnet = f"10.{random.randrange(124, 127)}.{random.randrange(256)}.0/24"
@@ -154,6 +156,7 @@ class Killable:
             str(place.layer),
             place.subnet,
             place.cgroup,
+            *place.runtimes,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )
