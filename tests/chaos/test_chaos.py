@@ -47,7 +47,7 @@ def suffer(data: Path, scenario: str, seconds: float, *, longest: float = 240.0)
     done = chaos_world.run(data, scenario, str(seconds), seconds=START_S + longest)
     assert done.returncode == 0, done.stdout
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(figures)
+    print(done.stdout)  # with -s: the figures, and what the runbook's commands showed
     return figures
 
 
