@@ -434,11 +434,10 @@ def run(arguments: list[str]) -> Report:
     parser.add_argument("--profiles", default=".", help="where profiles and logs go")
     chosen = parser.parse_args(arguments)
     chosen.apps = chosen.apps or max(1, chosen.instances // 100)
+    where = "in memory" if chosen.etcd_in_memory else "on disk"
     report = Report(
         "scale",
-        notes=[
-            f"{chosen.nodes} nodes, {chosen.instances} instances, {chosen.apps} apps; one etcd, its data {'in memory' if chosen.etcd_in_memory else 'on disk'}"
-        ],
+        notes=[f"{chosen.nodes} nodes, {chosen.instances} instances, {chosen.apps} apps; one etcd, its data {where}"],
     )
     if shutil.which("etcd") is None:
         report.add(Result("a large cell", None, "s", why="there is no etcd on this machine"))

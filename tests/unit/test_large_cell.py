@@ -14,9 +14,11 @@ from atoll.api.http.serve import CONNECTIONS_MAX, FILES_SPARED
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.planning import KEPT_TIMES
 from atoll.control.gc import EVENTS_PER_PROJECT_MAX, GC_BEHIND_S, GC_S, REMOVED_AT_ONCE_MAX
+from atoll.control.placement import INSTANCES_AT_ONCE, Placement
+from atoll.control.world import World
 from atoll.model import codec, keys
 from atoll.model.ports.store import TXN_OPS_MAX, Put
-from atoll.model.records import Capacity, Event, Instance, Node, OwnerKind
+from atoll.model.records import App, Capacity, Event, Instance, Node, OwnerKind, Release
 from atoll.model.spec import AppSpec, Resources, RuntimeName, Scale
 from atoll.model.units import Bytes
 from atoll.scheduling.demand import demand_of
@@ -106,6 +108,57 @@ def test_an_instance_left_out_for_a_while_counts_again_afterwards_even_after_an_
         assert snapshot.allocated("a") == "n0"
     assert snapshot.allocated("a") == "n0"
     assert (snapshot.used == used).all()
+
+
+def test_a_new_leader_counts_what_runs_in_parts_and_what_changes_between_them_is_counted_too() -> None:
+    count = 3 * INSTANCES_AT_ONCE
+
+    def record(number: int, on: str) -> bytes:
+        id = f"web-{number:05d}"
+        made = Instance(
+            id=id, project="default", owner_kind=OwnerKind.APP, owner="web", release=1, generation=1, node=on, created_at=1.0
+        )
+        return codec.encode(made)
+
+    def key(number: int) -> str:
+        return keys.instance("default", f"web-{number:05d}")
+
+    async def main() -> None:
+        async with Cell() as cell:
+            app = App(project="default", name="web", spec=spec(count), release=1, replicas=count, created_at=0.0, updated_at=0.0)
+            release = Release(project="default", app="web", number=1, spec=app.spec, created_at=0.0)
+            puts = [
+                Put(keys.app("default", "web"), codec.encode(app)),
+                Put(keys.release("default", "web", 1), codec.encode(release)),
+            ]
+            puts += [Put(keys.node(name), codec.encode(node(name))) for name in ("n0", "n1")]
+            puts += [Put(key(number), record(number, "n0")) for number in range(count)]
+            for first in range(0, len(puts), TXN_OPS_MAX):
+                await cell.state.reach((await cell.store.txn([], puts[first : first + TXN_OPS_MAX])).revision)
+            changes = cell.state.changes()
+            world = World(cell.state)
+            world.rebuild()
+            placement, pauses = Placement(world), 0
+            for _ in placement.rebuilding():
+                # Behind and ahead of what has been counted, one moves to the other node; and one goes.
+                await cell.store.put(key(pauses), record(pauses, "n1"))
+                await cell.store.put(key(count - 1 - pauses), record(count - 1 - pauses, "n1"))
+                await cell.state.reach(await cell.store.delete(key(count - 100 - pauses)))
+                pauses += 1
+            assert pauses == 3
+            async for deltas in changes:
+                world.apply(deltas)
+                placement.apply(deltas)
+                if deltas.revision >= cell.state.revision:
+                    break
+            afresh = Placement(world)
+            afresh.rebuild()
+            for name in ("n0", "n1"):
+                assert dict(placement.snapshot.allocations_on(name)) == dict(afresh.snapshot.allocations_on(name))
+            assert (placement.snapshot.used == afresh.snapshot.used).all()
+            assert len(dict(placement.snapshot.allocations_on("n1"))) == 2 * pauses
+
+    run_virtual(main())
 
 
 def test_a_flood_of_events_is_removed_faster_than_look_by_look() -> None:

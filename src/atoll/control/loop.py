@@ -43,6 +43,8 @@ from atoll.store.cache import Deltas, State
 
 OWNERS_PER_WAKE_MAX = 500
 """Owners decided about before what was decided is written and the event loop gets its turn."""
+INSTANCES_PER_WAKE = 10_000
+"""Instances of the owners that a wake has looked at, after which it looks at no further owner; as below."""
 ACTIONS_PER_WAKE = 8_000
 """Actions after which a wake looks at no further owner: deciding, planning and encoding more at a time holds up the event loop
 for so long that, on a busy machine, the leader's own lease runs out."""
@@ -127,7 +129,7 @@ class Loop:
         # Without a deadline: the term ends when its lease does.
         await self._world.state.reach(self._begins_at)
         # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
-        changes = self._begin()
+        changes = await self._begin_gently()
         self._demand.changed = self._woken
         if self._detection is not None:
             self._detection.lead(True)
@@ -156,6 +158,16 @@ class Loop:
         """Wake at once: the detection says that a node has fallen silent, or is heard again."""
         self._nodes.tick_due = True
         self._changed.set()
+
+    async def _begin_gently(self) -> AsyncIterator[Deltas]:
+        """As `_begin`, while nothing decides yet: the API of this server goes on, and its lease is kept."""
+        changes = self._world.state.changes()
+        self._world.rebuild()
+        for _ in self._placement.rebuilding():
+            await asyncio.sleep(0)
+        self._layouts.rebuild()
+        self._changed.set()
+        return changes
 
     def _begin(self) -> AsyncIterator[Deltas]:
         """Take everything as it is now, and return what changes from here on."""
@@ -215,6 +227,7 @@ class Loop:
         units = self._decide()
         if self._world.dirty:
             self._changed.set()
+            await asyncio.sleep(0)  # what is left comes with the next wake; others are to have their turn before it
         if not units:
             return
         outcome = await self._writer.commit(units)
@@ -282,8 +295,11 @@ class Loop:
         self._emptying.look(now)
         units: list[Unit] = []
         decided: list[tuple[Owner, Decision]] = []
-        actions = 0
+        actions = instances = 0
         for owner in list(self._world.dirty)[:OWNERS_PER_WAKE_MAX]:
+            if instances >= INSTANCES_PER_WAKE:
+                break
+            instances += len(self._world.owned.get(owner, ()))
             del self._world.dirty[owner]
             if self._too_soon(owner, now):
                 continue

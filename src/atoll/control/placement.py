@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from msgspec import Struct, structs
@@ -46,6 +46,8 @@ PREEMPTIONS_MAX = 20
 """Instances for which victims are looked for in one plan; the others wait for the next."""
 CLAIM_S = 900.0
 """The longest wait for what has to leave; after it the instance that waits is planned afresh."""
+INSTANCES_AT_ONCE = 2_000
+"""Instances that are counted before others get their turn, when all are."""
 DEMANDS_MAX = 65_536
 """Demands kept, by owner and release."""
 
@@ -90,6 +92,14 @@ class Placement:
         """Called with what is planned next, so that all that the plan depends on is there."""
 
     def rebuild(self) -> None:
+        for _ in self.rebuilding():
+            pass
+
+    def rebuilding(self) -> Iterator[None]:
+        """Start from the cache as it is now; pause now and then, for others' sake: it takes seconds in a large cell.
+
+        What changes in a pause may be taken over or not: tell it all by `apply` afterwards. Until the end nothing can be planned.
+        """
         whereabouts = self.snapshot.whereabouts
         self.snapshot = Snapshot()
         self.snapshot.whereabouts = whereabouts
@@ -103,8 +113,10 @@ class Placement:
         self._beats.clear()
         for name in self._world.state.records(Node):
             self._node(name)
-        for key in self._world.state.records(Instance):
+        for count, key in enumerate(list(self._world.state.records(Instance)), 1):
             self._instance(key)
+            if count % INSTANCES_AT_ONCE == 0:
+                yield
         for key in self._world.state.records(AppStatus):
             self._homes(key)
         for key in self._world.state.records(Project):

@@ -32,6 +32,8 @@ class Heartbeats:
         if len(heartbeat.usage) > USAGES_MAX:
             raise TooLarge(f"usage: {len(heartbeat.usage)} instances in one heartbeat; at most {USAGES_MAX}", field="usage")
         for usage in heartbeat.usage:
+            if not usage.metrics:
+                continue  # most instances say nothing of themselves, and there are very many
             if len(usage.metrics) > METRICS_MAX or any(len(name) > METRIC_CHARACTERS_MAX for name in usage.metrics):
                 most = f"at most {METRICS_MAX}, with names of {METRIC_CHARACTERS_MAX} characters"
                 raise TooLarge(f"usage: too many metrics of '{usage.instance[:60]}'; {most}", field="usage")
