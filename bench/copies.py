@@ -35,16 +35,16 @@ BUSYBOX = Path("/bin/busybox")
 KINDS = {"runc": RuncRuntime, "gvisor": GvisorRuntime, "qemu": QemuRuntime}
 
 
-def measure(report: Report, samples: int, alive: int, kinds: Sequence[str]) -> None:
+def measure(report: Report, samples: int, *, alive: int, burst: int, kinds: Sequence[str]) -> None:
     """Add the rows of each of `kinds` that this machine can run; `alive` is how many copies are kept at once, 0 for none."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 16_384)), hard))
     report.notes.append(f"copies: over the agent's own runtime API; load of the machine before it {os.getloadavg()[0]:.1f}")
     for name in kinds:
-        asyncio.run(_measure(name, report, samples, alive))
+        asyncio.run(_measure(name, report, samples, alive, burst))
 
 
-async def _measure(name: str, report: Report, samples: int, alive: int) -> None:
+async def _measure(name: str, report: Report, samples: int, alive: int, burst: int) -> None:
     with tempfile.TemporaryDirectory(prefix="atoll-bench-") as directory:
         node = _Node(name, Path(directory))
         try:
@@ -55,10 +55,10 @@ async def _measure(name: str, report: Report, samples: int, alive: int) -> None:
         try:
             await node.runtime.recover()
             if name == "runc":
-                await _burst(report, name, node, node.cold)
+                await _burst(report, name, node, node.cold, burst)
                 return
             await _copies(report, name, node, samples)
-            await _burst(report, name, node, node.copy)
+            await _burst(report, name, node, node.copy, burst)
             if name == "qemu":
                 await _memory(report, node)
                 if alive:
@@ -94,7 +94,10 @@ async def _copies(report: Report, name: str, node: _Node, samples: int) -> None:
     report.add(Result(f"{name}: copy to first command, beside its cold start, p50", ours, "ms", base, "<= 0.04" if vm else None))
 
 
-async def _burst(report: Report, name: str, node: _Node, make: Callable[[str], Awaitable[None]]) -> None:
+async def _burst(report: Report, name: str, node: _Node, make: Callable[[str], Awaitable[None]], count: int) -> None:
+    if not count:
+        return
+
     async def one(at: int) -> float | None:
         try:
             return await node.first_command(f"burst{at}", make)
@@ -102,12 +105,12 @@ async def _burst(report: Report, name: str, node: _Node, make: Callable[[str], A
             print(f"{name}: {error}", file=sys.stderr)
             return None
 
-    took = await asyncio.gather(*(one(at) for at in range(BURST)))
+    took = await asyncio.gather(*(one(at) for at in range(count)))
     answered = [each for each in took if each is not None]
     what = "copies" if make == node.copy else "cold"
-    report.add(Result(f"{name}: burst of {BURST} at once ({what}), failed", BURST - len(answered), "", None, "<= 0"))
-    report.add(Result(f"{name}: burst of {BURST} at once ({what}), to first command, p99", percentile(answered, 99), "ms"))
-    await asyncio.gather(*(node.delete(f"burst{at}") for at in range(BURST)))
+    report.add(Result(f"{name}: burst of {count} at once ({what}), failed", count - len(answered), "", None, "<= 0"))
+    report.add(Result(f"{name}: burst of {count} at once ({what}), to first command, p99", percentile(answered, 99), "ms"))
+    await asyncio.gather(*(node.delete(f"burst{at}") for at in range(count)))
 
 
 async def _memory(report: Report, node: _Node) -> None:

@@ -50,6 +50,7 @@ def run(arguments: list[str]) -> Report:
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--alive", type=int, default=0, help="copies of a machine to keep at once; 200 take some minutes")
     parser.add_argument("--copies-only", action="store_true", help="leave out the starts beside each runtime's own tool")
+    parser.add_argument("--burst", type=int, default=copies.BURST, help="copies (of runc: instances) that are begun at once")
     parser.add_argument("--copies-of", action="append", choices=copies.KINDS, help="only copies of this runtime; may be repeated")
     options = parser.parse_args(arguments)
     samples = options.samples
@@ -60,7 +61,7 @@ def run(arguments: list[str]) -> Report:
     for kind in (kind for kind in beside if isolation_of(kind.name) in (Isolation.CONTAINER, Isolation.SANDBOX)):
         with tempfile.TemporaryDirectory(prefix="atoll-bench-") as directory:
             asyncio.run(_measure(kind(Path(directory) / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}"), report, samples))
-    copies.measure(report, samples, options.alive, options.copies_of or tuple(copies.KINDS))
+    copies.measure(report, samples, alive=options.alive, burst=options.burst, kinds=options.copies_of or tuple(copies.KINDS))
     return report
 
 

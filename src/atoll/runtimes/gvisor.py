@@ -259,8 +259,10 @@ class GvisorRuntime(OciRuntime):
         try:
             await self.ask(boxes, id, "checkpoint", f"--image-path={directory}", id, deadline_s=CHECKPOINT_S_MAX)
             await asyncio.wait_for(Container.ended(container), END_S_MAX)
-            await self._in_thread(boxes.scratch.write_down, container.record.disk, directory / SNAPSHOT_DISK)
-            await asyncio.shield(self._go_on(boxes, container, directory, paused=paused))
+            try:
+                await self._in_thread(boxes.scratch.write_down, container.record.disk, directory / SNAPSHOT_DISK)
+            finally:
+                await asyncio.shield(self._go_on(boxes, container, directory, paused=paused))
         finally:
             container.between = None
             between.set()
