@@ -21,6 +21,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
+#include <sys/klog.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
@@ -254,6 +255,19 @@ static void read_volumes(struct machine *machine) {
     if (machine->volume_count) load_modules(1);
 }
 
+/*
+ * A machine that was kept from running while the kernel measured its only timer has none, and would stand still at the first sleep:
+ * it ends at once, and is started again.
+ */
+static void check_timer(void) {
+    static char said[256 << 10];
+    int got = klogctl(3 /* SYSLOG_ACTION_READ_ALL */, said, sizeof said - 1);
+    if (got <= 0) return;
+    said[got] = 0;
+    errno = ETIME;
+    if (strstr(said, "disabling apic timer")) die("the node kept this machine from running while its timer was measured");
+}
+
 void boot(struct machine *machine) {
     mkdir("/proc", 0755), mkdir("/sys", 0755), mkdir("/dev", 0755);
     mount("proc", "/proc", "proc", 0, NULL);
@@ -263,6 +277,7 @@ void boot(struct machine *machine) {
     for (int fd = 0; console >= 0 && fd < 3; fd++) dup2(console, fd);
     restarts = said_to_kernel(" atoll.end=restart");
     machine->vsock = said_to_kernel(" atoll.channel=vsock");
+    check_timer();
     load_modules(0);
     if (mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, NULL) < 0) perror("cgroup2");
     mount_root(machine);
