@@ -100,7 +100,7 @@ async def _burst(report: Report, name: str, node: _Node, make: Callable[[str], A
 
     async def one(at: int) -> float | None:
         try:
-            return await node.first_command(f"burst{at}", make)
+            return await node.first_command(f"burst{at:04}", make)
         except (AtollError, RuntimeError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return None
@@ -110,7 +110,7 @@ async def _burst(report: Report, name: str, node: _Node, make: Callable[[str], A
     what = "copies" if make == node.copy else "cold"
     report.add(Result(f"{name}: burst of {count} at once ({what}), failed", count - len(answered), "", None, "<= 0"))
     report.add(Result(f"{name}: burst of {count} at once ({what}), to first command, p99", percentile(answered, 99), "ms"))
-    await asyncio.gather(*(node.delete(f"burst{at}") for at in range(count)))
+    await asyncio.gather(*(node.delete(f"burst{at:04}") for at in range(count)))
 
 
 async def _memory(report: Report, node: _Node) -> None:
