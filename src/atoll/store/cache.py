@@ -122,6 +122,10 @@ class State:
         """Return a live, read-only view: key behind the prefix → record. Copy it before you await in a loop over it."""
         return cast(Mapping[str, Held[T]], self._views[kind])
 
+    def copy(self, kind: type[T]) -> dict[str, Held[T]]:
+        """Return what `records` shows now, for whoever awaits or works in a thread: quick, whatever there is."""
+        return self._records[kind].copy()
+
     def get(self, kind: type[T], key: str) -> Held[T] | None:
         return self._records[kind].get(key)
 

@@ -164,7 +164,7 @@ class Planning:
 
     def _maker(self) -> Callable[[], Snapshot]:
         """Take hold of all records of this moment, and return what makes a snapshot of them, in a thread."""
-        held = {kind: dict(self._state.records(kind)) for kind in _NEEDED}
+        held = {kind: self._state.copy(kind) for kind in _NEEDED}
         now, beats = self._context.clock.now(), dict(self._heartbeats.all())
         ingress_beats = dict(self._ingresses.all())
 
