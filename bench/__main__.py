@@ -14,6 +14,10 @@ BENCHES = {
     "runtimes": ("start by each runtime beside its own tool, and time to the first command", "1 min"),
     "workers": ("a worker's start to its first answer, beside workerd alone and runc's containers", "1 min"),
     "standby": ("from a scale-up to ready: a parked instance that is woken beside a cold start", "3 min"),
+    "wake": (
+        "first request of an app that sleeps, less its start; errors in cycles of sleeping and waking",
+        "3 min",
+    ),
     "gpu": ("GPUs in sandboxes beside a bare process, discovery, walls, MIG packing; without a GPU the fake's contract", "2 min"),
     "weights": ("start with 500 MB of weights: on the node, fetched ahead, fetched first", "3 min"),
     "detection": (

@@ -11,6 +11,7 @@ from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.route.v3.route_components_pb2 import VirtualHost
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from atoll.ingress.resources import Kind
 from atoll.ingress.table import RoutingTable
@@ -167,3 +168,27 @@ def test_the_resources_are_always_whole(steps: list[tuple[str, Hosts, list[str]]
         assert hosts(table) == set()
         assert table.resources[Kind.CLUSTER] == {}
         assert table.problems == ()
+
+
+def test_an_app_that_sleeps_has_the_activator_while_nothing_of_it_serves_and_never_beside_it() -> None:
+    table = RoutingTable()
+    asleep = replace(routing("a"), wakes=True)
+    for endpoints, expected in (
+        ((), ["pipe"]),
+        ((at("10.0.0.2"),), ["10.0.0.2"]),
+        ((at("10.0.0.2", draining=True), at("10.0.0.3")), ["10.0.0.2", "10.0.0.3"]),
+        ((at("10.0.0.2", draining=True),), ["10.0.0.2", "pipe"]),
+        ((at("nonsense"),), ["pipe"]),
+    ):
+        table.apply(RoutingBatch(1, False, (replace(asleep, endpoints=endpoints),)))
+        assert {target.cluster for target in table.sleepers()} == {"p/a/80"}
+        groups = parsed(table, Kind.ENDPOINTS, "p/a/80", ClusterLoadAssignment).endpoints
+        places = [each.endpoint.address for group in groups for each in group.lb_endpoints]
+        assert sorted("pipe" if place.pipe.path else place.socket_address.address for place in places) == expected
+        assert {group.load_balancing_weight.value for group in groups if group.locality.zone == "asleep"} <= {1}
+    table.apply(RoutingBatch(2, False, (replace(asleep, wakes=False),)))
+    assert not table.sleepers()
+    assert not parsed(table, Kind.ENDPOINTS, "p/a/80", ClusterLoadAssignment).endpoints
+    table.apply(RoutingBatch(3, False, (asleep,)))
+    table.apply(RoutingBatch(4, False, removed=("p/a",)))
+    assert not table.sleepers()

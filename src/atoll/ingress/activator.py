@@ -54,6 +54,8 @@ class Activator:
         self._directory = directory / WAKE
         self._wake = wake
         self._servers: dict[Target, asyncio.Task[asyncio.Server]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        """One for each connection."""
         self._waiting: Counter[str] = Counter()
         self._woken: dict[str, asyncio.Event] = {}
         self._splices: Counter[Splice] = Counter()
@@ -89,8 +91,11 @@ class Activator:
             self._woken.pop(app).set()
 
     def stop(self) -> None:
+        """Break off what waits and what is spliced: Envoy has ended, or will find the sockets gone."""
         for target in list(self._servers):
             self._close(target)
+        for task in self._tasks:
+            task.cancel()
 
     async def requests(self, clusters: tuple[str, ...], admin: Counts) -> dict[str, Requests]:
         """Return what `admin` does, and beside it what is spliced to each address, which Envoy does not see."""
@@ -122,7 +127,10 @@ class Activator:
             return
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await self._serve(target, reader, writer)
+            # A transport holds its reader weakly, so that a task which only waits for bytes would be garbage with it.
+            task = asyncio.ensure_future(self._serve(target, reader, writer))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
         made = asyncio.start_unix_server(serve, sock=listener, limit=CHUNK_BYTES)
         self._servers[target] = asyncio.get_running_loop().create_task(made, name=f"activator {target.cluster}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from msgspec import UNSET
+
 from atoll.api.service.claims import Host, hosts_of, preview_of
 from atoll.api.service.specs import release_spec
 from atoll.model.records import App, AppStatus, Endpoint, Instance, Node, NodeHealth, NodeLiveness, Preview, Routing, Status
@@ -54,7 +56,8 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         endpoints=tuple(endpoints),
         weights=weights,
         preview=preview,
-        wakes=app.sleeps and not app.deleting,
+        # Kept awake or not: a request is not refused between `atoll scale APP 1` and the first instance that is ready.
+        wakes=app.spec.scale is not UNSET and app.spec.scale.sleeps and not app.deleting,
     )
 
 

@@ -1,0 +1,69 @@
+"""What ingresses say of apps that sleep, over the API: only what is there counts, and a deploy without a scale wakes for good."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+
+import pytest
+
+from atoll.api.service import KINDS, SYSTEM, Service
+from atoll.api.service.routing import routing_of
+from atoll.model.errors import NotFound, TooLarge
+from atoll.model.ports.clock import SystemClock
+from atoll.model.records import Ingress
+from atoll.model.spec import AppSpec, Port, Scale
+from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport
+from atoll.store.cache import State
+from atoll.store.memory import MemoryStore
+
+SLEEPY = AppSpec(name="web", image="registry.test/web:1", ports=(Port(port=80),), scale=Scale(replicas=0, max=1))
+STEADY = AppSpec(name="steady", image="registry.test/web:1", ports=(Port(port=80),))
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    clock = SystemClock()
+    store = MemoryStore(clock)
+    state = State(store, KINDS)
+    await state.start()
+    service = Service(store, state, clock, random.Random(1), b"k" * 32)
+    await service.start()
+    yield service
+    await service.close()
+    await state.close()
+    await store.close()
+
+
+async def test_only_apps_that_sleep_are_woken_and_only_a_whole_report_says_that_the_rest_is_idle(service: Service) -> None:
+    for spec in (SLEEPY, STEADY):
+        await service.apps.put(SYSTEM, spec)
+    woken: list[str] = []
+    service.demand.changed = woken.append
+    report = DemandReport(ingress="g", apps=("default/web", "default/steady", "default/nobody"))
+    with pytest.raises(NotFound):
+        await service.control_plane.demand(report)
+    await service.control_plane.register_ingress(Ingress(name="g", http_port=1))
+    await service.control_plane.demand(report)
+    assert (woken, set(service.demand.last), set(service.demand.heard)) == (["default/web"], {"default/web"}, set())
+    await service.control_plane.demand(DemandReport(ingress="g", complete=True))
+    assert set(service.demand.heard) == {"g"}
+    with pytest.raises(TooLarge):
+        await service.control_plane.demand(DemandReport(ingress="g", apps=("default/web",) * (DEMAND_APPS_MAX + 1)))
+
+
+async def test_an_app_that_sleeps_is_not_stopped_by_a_deploy_without_a_scale(
+    service: Service,
+) -> None:
+    app = (await service.apps.put(SYSTEM, SLEEPY)).app
+    assert (app.replicas, app.sleeps, app.most, app.wanted(None)) == (0, True, 1, 1)
+    routing = routing_of(service.context.state, app, (), "localhost")
+    assert routing is not None
+    assert routing.wakes
+    kept = (await service.apps.scale("default", "web", 1)).app
+    assert (kept.sleeps, kept.wanted(None)) == (False, 1)
+    app = (await service.apps.scale("default", "web", 0)).app
+    assert app.sleeps
+    without = AppSpec(name="web", image="registry.test/web:2", ports=(Port(port=80),))
+    app = (await service.apps.put(SYSTEM, without)).app
+    assert (app.replicas, app.sleeps) == (1, False)
