@@ -363,6 +363,7 @@ class Bench:
                 self.add(f"{what}, p99", percentile(took, 99) * 1000, "ms")
 
     async def _take_over(self) -> None:
+        await self.drivers.ask("churn 0")  # so that all run at the end
         self.add("a second server, from its start to its first answer", await self.second.start(), "s")
         self.second.used.take()
         await asyncio.sleep(5.0)
