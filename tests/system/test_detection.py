@@ -16,7 +16,7 @@ from atoll.control.controllers import run_control
 from atoll.control.detection.decide import Standing
 from atoll.control.detection.listening import listen_for_beats
 from atoll.control.world import KINDS as CONTROL_KINDS
-from atoll.entry.beats import exchange_of
+from atoll.entry.exchange import exchange_of
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.datagrams import Udp
 from atoll.model.records import Capacity, Instance, Node, NodeHealth, NodeLiveness, Role

@@ -1,4 +1,4 @@
-"""Beats put together: the server's exchange over its records and its key, the agent's pulse over its way to the servers."""
+"""An agent's beats put together: its pulse over its way to the servers."""
 
 from __future__ import annotations
 
@@ -9,42 +9,17 @@ from pathlib import Path
 
 import structlog
 
-from atoll.api.service import Service
-from atoll.api.service.beat_keys import beat_key
-from atoll.control.detection.exchange import Exchange
 from atoll.entry.joining import Reach
-from atoll.model.membership import Identity, MemberKind
-from atoll.model.ports.clock import Clock, system_random
+from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import ControlPlane
 from atoll.model.ports.datagrams import Udp
-from atoll.model.records import Node
 from atoll.node.beating import Beating
 from atoll.node.contact import Contact
 from atoll.sdk.transport import addresses_of
-from atoll.store.cache import State
 
 RETRY_S = 5.0
 
 log = structlog.get_logger()
-
-
-def exchange_of(service: Service, state: State, clock: Clock) -> Exchange:
-    """Return a server's side of the beats. A node that is not in the store, or that is revoked, is not listened to."""
-
-    def site_of(node: str) -> str | None:
-        held = state.get(Node, node)
-        identity = state.get(Identity, f"{MemberKind.NODE}/{node}")
-        if held is None or (identity is not None and identity.record.revoked_at is not None):
-            return None
-        return held.record.site
-
-    return Exchange(
-        key_of=lambda node, epoch: beat_key(service.context, node, epoch),
-        site_of=site_of,
-        last_seen=service.heartbeats.last_seen(),
-        clock=clock,
-        chance=system_random(),
-    )
 
 
 def beating_of(found: Reach, control: ControlPlane, clock: Clock, data: Path) -> Beating:

@@ -21,9 +21,9 @@ from atoll.control.controllers import run_control
 from atoll.control.detection.listening import listen_for_beats
 from atoll.control.optimiser import ProcessOptimiser
 from atoll.control.world import KINDS as CONTROL_KINDS
-from atoll.entry.beats import exchange_of
 from atoll.entry.config import Config, is_loopback, split_address, write_private
 from atoll.entry.deaths import Deaths
+from atoll.entry.exchange import exchange_of
 from atoll.entry.process import Stop, run, run_until, together
 from atoll.entry.serving import ServerCertificate, certificate_life_s, peer_dial, server_id, server_record
 from atoll.model import keys
