@@ -176,6 +176,23 @@ async def test_grpc_wakes_an_app_and_hears_that_one_does_not_wake(site: Site) ->
     await server.stop(0)
 
 
+async def test_a_request_that_an_instance_is_at_work_on_counts_all_the_time_and_no_longer(site: Site) -> None:
+    (one,) = await site.backends(1)
+    site.control.put(asleep("a", one), asleep("b", one))
+    for host in ("a.localhost", "b.localhost"):
+        await applied(site, host)
+    slow = asyncio.ensure_future(get(site.port, "a.localhost", "/slow"))
+    await eventually(lambda: one.active == 1)
+
+    def told() -> list[tuple[str, ...]]:
+        return [report.apps for report in site.control.demands if report.complete]
+
+    await eventually(lambda: told()[-2:] == [("default/a",)] * 2)
+    one.release.set()
+    assert (await slow).status == 200
+    await eventually(lambda: told()[-1:] == [()])
+
+
 async def test_an_app_that_does_not_wake_is_answered_at_its_deadline_with_a_reason(site: Site) -> None:
     spec = AppSpec(name="a", image="x", ports=(Port(port=80),), health=Health(start=Seconds(0.5)))
     site.control.put(replace(asleep("a", port=80), spec=spec))

@@ -53,6 +53,7 @@ class Activator:
         self._table = table
         self._directory = directory / WAKE
         self._wake = wake
+        self._followed: set[Target] | None = None
         self._servers: dict[Target, asyncio.Task[asyncio.Server]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         """One for each connection."""
@@ -82,11 +83,13 @@ class Activator:
 
     def changed(self) -> None:
         """Follow a change of the table, before Envoy is told of it: a socket that Envoy knows must be there."""
-        wanted = set(self._table.sleepers())
-        for target in [target for target in self._servers if target not in wanted]:
-            self._close(target)
-        for target in wanted - self._servers.keys():
-            self._listen(target)
+        wanted = self._table.sleepers()
+        if wanted is not self._followed:
+            self._followed = wanted
+            for target in self._servers.keys() - wanted:
+                self._close(target)
+            for target in wanted - self._servers.keys():
+                self._listen(target)
         for app in [app for app in self._woken if self._gone(app) or serving(self._table.endpoints_of(app))]:
             self._woken.pop(app).set()
 

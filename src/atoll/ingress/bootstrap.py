@@ -73,7 +73,7 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
                         for prefix in ("server.", "http.ingress.", "http.services.", "listener.", "control_plane.")
                     ]
                     + [
-                        {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_rq_(total|pending_active|retry|5xx)"}},
+                        {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_rq_(total|active|pending_active|retry|5xx)"}},
                         {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_cx_none_healthy"}},
                         {"safe_regex": {"regex": rf"cluster\.[^.]*\.zone\.{ZONE}\.[^.]*\.{COUNTED}"}},
                     ]

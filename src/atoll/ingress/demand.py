@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Protocol
+from urllib.parse import quote
 
 import structlog
 
-from atoll.ingress.activator import Activator, Counts
+from atoll.ingress.activator import Activator
+from atoll.ingress.admin import FILTERED_CLUSTERS_MAX
 from atoll.ingress.table import RoutingTable
 from atoll.model.errors import AtollError
 from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport
@@ -20,6 +23,12 @@ TELL_S = 3.0
 log = structlog.get_logger()
 
 
+class Admin(Protocol):
+    """`EnvoyAdmin`, as far as demand needs it."""
+
+    async def get(self, path: str) -> bytes: ...
+
+
 class Report(Protocol):
     """The control plane, as far as demand needs it."""
 
@@ -29,7 +38,7 @@ class Report(Protocol):
 class Demand:
     """What is unsaid stays so until the control plane has taken it."""
 
-    def __init__(self, table: RoutingTable, admin: Counts, report: Report, *, ingress: str) -> None:
+    def __init__(self, table: RoutingTable, admin: Admin, report: Report, *, ingress: str) -> None:
         self._table = table
         self._admin = admin
         self._report = report
@@ -83,24 +92,16 @@ class Demand:
 
     async def look(self) -> list[str]:
         """Return the apps that have a request under way, or had a new one since the last look. Raises Unavailable."""
-        hosts: dict[str, str] = {}
-        clusters: list[str] = []
-        for target in self._table.sleepers():
-            app = f"{target.project}/{target.app}"
-            for endpoint in self._table.endpoints_of(app):
-                host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
-                hosts[f"{host}:{target.port}"] = app
-                clusters.append(target.cluster)
+        owners = {target.cluster: f"{target.project}/{target.app}" for target in self._table.sleepers()}
+        clusters = [cluster for cluster, app in owners.items() if self._table.endpoints_of(app)]
         if not clusters:
             self._totals.clear()
             return []
-        counts = await self._admin.requests(tuple(sorted(set(clusters))))
-        found = set()
-        for host, app in hosts.items():
-            each = counts.get(host)
-            if each is not None and (each.active or each.total != self._totals.get(host, 0)):
-                found.add(app)
-        self._totals = {host: counts[host].total for host in hosts if host in counts}
+        names = "[^.]*" if len(clusters) > FILTERED_CLUSTERS_MAX else "(" + "|".join(re.escape(name) for name in clusters) + ")"
+        wanted = quote(rf"^cluster\.{names}\.upstream_rq_(active|total)$", safe="")
+        active, totals = _counts(await self._admin.get(f"/stats?usedonly&filter={wanted}"))
+        found = {owners[name] for name in clusters if active.get(name) or totals.get(name, 0) != self._totals.get(name, 0)}
+        self._totals = {name: totals[name] for name in clusters if name in totals}
         return sorted(found)
 
     async def _say(self, report: DemandReport) -> bool:
@@ -115,3 +116,15 @@ class Demand:
 
 def _parts(apps: list[str]) -> list[tuple[str, ...]]:
     return [tuple(apps[at : at + DEMAND_APPS_MAX]) for at in range(0, len(apps), DEMAND_APPS_MAX)]
+
+
+def _counts(answer: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what is under way at each cluster and what was ever sent to it; a line is `cluster.NAME.upstream_rq_total: 5`."""
+    active: dict[str, int] = {}
+    totals: dict[str, int] = {}
+    for line in answer.decode(errors="replace").splitlines():
+        name, _, value = line.partition(": ")
+        parts = name.split(".")
+        if len(parts) == 3 and value.isdigit():
+            (active if parts[2].endswith("_active") else totals)[parts[1]] = int(value)
+    return active, totals

@@ -90,8 +90,12 @@ class RoutingTable:
         return tuple(sorted({target.cluster for target in _targets(routing)})) if routing else ()
 
     def sleepers(self) -> set[Target]:
-        """Return the ports of apps that wake when a request comes."""
+        """Return the ports of apps that wake when a request comes; another set whenever they have changed."""
         return self._sleepers
+
+    def _sleep(self, before: set[Target], after: set[Target]) -> None:
+        if before != after:
+            self._sleepers = (self._sleepers - before) | after
 
     def routing_of(self, key: str) -> Routing | None:
         """Return an app's routing, as it was last told."""
@@ -112,8 +116,7 @@ class RoutingTable:
         if old == routing:
             return set()
         self._routings[key] = routing
-        self._sleepers -= _wakeable(old)
-        self._sleepers |= _wakeable(routing)
+        self._sleep(_wakeable(old), _wakeable(routing))
         for target in _targets(routing):
             for each in (resources.cluster(target), _endpoints(target, routing)):
                 self._write(each)
@@ -169,7 +172,7 @@ class RoutingTable:
 
     def _remove(self, key: str) -> set[str]:
         routing = self._routings.pop(key, None)
-        self._sleepers -= _wakeable(routing)
+        self._sleep(_wakeable(routing), set())
         self._problems.pop(key, None)
         if routing is None:
             return set()
