@@ -351,7 +351,7 @@ class Runner:
     async def _erase(self) -> None:
         self.let_go()
         self._tools.logs.remove(self.project, self.id)
-        while not self._save(lambda: self._tools.record.remove(self.id)):
+        while not self._save(lambda: self._tools.record.remove(self.id)):  # noqa: ASYNC110 - the disk tells nobody when it has room
             # As long as the disk is full: a row that is left behind would be an instance to the next agent.
             await asyncio.sleep(RECORD_RETRY_S)
         self._tools.reporter.forget(self.id)
