@@ -213,7 +213,7 @@ class Bench:
     async def run(self) -> None:
         with contextlib.ExitStack() as stack:
             etcd = await asyncio.to_thread(stack.enter_context, PrivateEtcd(1, data=self._etcd_data()))
-            self.etcd, self.etcd_used = etcd, Watched(_pid_of(etcd))
+            self.etcd, self.etcd_used = etcd, Watched(etcd.pid(0))
             self.first = Server(self.work, 1, etcd.url, None)
             self.second = Server(self.work, 2, etcd.url, self.first.key)
             stack.callback(self.first.kill)
@@ -409,12 +409,6 @@ async def _lost(api: Api) -> int:
         after = page["next"]
 
 
-def _pid_of(etcd: PrivateEtcd) -> int:
-    process = etcd._processes[0]
-    assert process is not None
-    return process.pid
-
-
 def _database_mib(etcd: PrivateEtcd) -> float:
     status = json.loads(etcd.control("endpoint", "status", "--write-out=json").stdout)[0]["Status"]
     return float(status["dbSize"]) / (1 << 20)
@@ -457,5 +451,5 @@ def run(arguments: list[str]) -> Report:
             for log in work.glob("*.log"):
                 shutil.copy(log, chosen.profiles)
         shutil.rmtree(work, ignore_errors=True)
-    report.notes.append(f"the whole run took {time.perf_counter() - began:.0f} s; load before {os.getloadavg()[0]:.1f}")
+    report.notes.append(f"the whole run took {time.perf_counter() - began:.0f} s; load at its end {os.getloadavg()[0]:.1f}")
     return report

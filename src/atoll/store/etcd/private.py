@@ -110,6 +110,13 @@ class PrivateEtcd:
             process.wait(STOP_S)
             self._processes[number] = None
 
+    def pid(self, number: int) -> int:
+        """Return a member's process id. Raises Unavailable when it does not run."""
+        process = self._processes[number]
+        if process is None:
+            raise Unavailable(f"member {number} does not run")
+        return process.pid
+
     def leader(self) -> int:
         """Return which member leads. Raises Unavailable while none does, or more than one believes so."""
         found = [number for number, status in self._statuses().items() if status["leader"] == status["header"]["member_id"]]
