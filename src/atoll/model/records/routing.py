@@ -1,0 +1,72 @@
+"""What ingresses serve, and what they say of it."""
+
+from __future__ import annotations
+
+from atoll.model.records.basis import Record
+from atoll.model.spec import AppSpec
+
+
+class Drained(Record, frozen=True, kw_only=True):
+    """An ingress has no active request to a draining instance and sends it no more. Writer: that ingress."""
+
+    instance: str
+    ingress: str
+    at: float
+
+
+class Ingress(Record, frozen=True, kw_only=True):
+    """An ingress that serves. Writer: the ingress, on registration."""
+
+    name: str
+    site: str = "local"
+    http_port: int
+    domain: str = "localhost"
+    address: str = ""
+    """Where other sites reach it at `http_port`; empty where nobody knows."""
+    registered_at: float = 0.0
+
+
+class RouteClaim(Record, frozen=True, kw_only=True):
+    """Which app owns a hostname and path, so that no two do. Writer: API."""
+
+    project: str
+    app: str
+
+
+class Endpoint(Record, frozen=True, kw_only=True):
+    """A place where requests for an app may go."""
+
+    instance: str
+    node: str
+    site: str = "local"
+    address: str
+    draining: bool = False
+    release: int = 0
+    """What it runs; 0 where that was not told."""
+
+
+class Preview(Record, frozen=True, kw_only=True):
+    """A release at a hostname of its own, on the app's first `http` port."""
+
+    host: str
+    release: int
+    port: int
+    http2: bool = False
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+class Routing(Record, frozen=True, kw_only=True):
+    """All that an ingress needs for one app. `routes` are complete: the default hostname is among them."""
+
+    project: str
+    app: str
+    spec: AppSpec
+    hosts: tuple[tuple[str, str, int, bool], ...]
+    """(hostname, path prefix, port number, HTTP/2 to the instance)."""
+    endpoints: tuple[Endpoint, ...] = ()
+    weights: dict[int, int] = {}
+    """Release → percent of the requests, 100 in all, however many endpoints it has; empty: to every endpoint alike."""
+    preview: Preview | None = None
+    """Where a release answers before it gets the app's requests."""
+    wakes: bool = False
+    """A request that finds no endpoint waits while the ingress has the app woken (`ControlPlane.demand`)."""
