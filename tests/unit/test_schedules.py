@@ -29,13 +29,19 @@ SPEC = JobSpec(name="report", image="x", schedule="*/5 * * * *")
 
 
 def decide(
-    *runs: Run, now: float = T, since: float = T - 60, overlap: Overlap = Overlap.SKIP, late: float | None = None, **more: Any
+    *runs: Run,
+    now: float = T,
+    since: float = T - 60,
+    overlap: Overlap = Overlap.SKIP,
+    late: float | None = None,
+    last: JobStatus | None = None,
+    **more: Any,
 ) -> list[Any]:
     numbers = itertools.count()
     decision = Decision(now, lambda: f"{next(numbers):06d}")
     spec = structs.replace(SPEC, overlap=overlap, starting_deadline=Seconds(late) if late is not None else None)
     job = Job(project="p", name="report", spec=spec, created_at=since, scheduled_from=since, **more)
-    decide_schedule(job, 7, None, runs, decision, taken=False)
+    decide_schedule(job, 7, last, runs, decision, taken=False)
     return decision.actions
 
 
@@ -82,6 +88,36 @@ def test_while_one_is_replaced_its_time_stays_due_and_a_skipped_one_is_counted()
     assert (skipped.ticked_at, skipped.skipped, skipped.active, skipped.next_at) == (T, 1, 1, T + 300)
     (cancelled,) = [a for a in decide(running, overlap=Overlap.REPLACE) if isinstance(a, UpdateJob)]
     assert (cancelled.job.cancelled, cancelled.revision) == (True, 5)
+
+
+def codes(actions: list[Any]) -> list[str]:
+    return [action.event.code for action in actions if isinstance(action, Tell)]
+
+
+def test_what_was_missed_is_told_once_and_not_while_the_last_waits_for_what_it_replaces() -> None:
+    since = T - 601
+    waits = decide(run(JobPhase.RUNNING, active=1), since=since, overlap=Overlap.REPLACE)
+    assert codes(waits) == []
+    cancelled = run(JobPhase.CANCELLED, active=1, cancelled=True)
+    again = decide(cancelled, since=since, overlap=Overlap.REPLACE, last=status_in(waits))
+    assert (kinds(again), codes(again)) == ([], [])
+    ended = run(JobPhase.CANCELLED, cancelled=True)
+    made = decide(ended, since=since, overlap=Overlap.REPLACE, last=status_in(waits))
+    assert codes(made) == ["runs-missed", "run-made"]
+    assert status_in(made).missed == 2
+
+
+@pytest.mark.parametrize("later", [T + 60, T + 360])
+def test_the_wait_for_what_is_replaced_does_not_make_it_late(later: float) -> None:
+    waits = status_in(decide(run(JobPhase.RUNNING, active=1), overlap=Overlap.REPLACE, late=10.0))
+    still = decide(run(JobPhase.CANCELLED, active=1, cancelled=True), now=later, overlap=Overlap.REPLACE, late=10.0, last=waits)
+    assert "run-missed" not in codes(still)
+    ended = run(JobPhase.CANCELLED, cancelled=True)
+    made = decide(ended, now=later, overlap=Overlap.REPLACE, late=10.0, last=waits)
+    assert [action.job.tick for action in made if isinstance(action, CreateJob)] == [T + (later - T) // 300 * 300]
+    following = decide(ended, now=T + 620, overlap=Overlap.REPLACE, late=10.0, last=status_in(made))
+    assert kinds(following) == ["WriteJobStatus"], "the next is late by itself"
+    assert "run-missed" in codes(following)
 
 
 @pytest.mark.parametrize(

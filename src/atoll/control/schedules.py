@@ -55,8 +55,7 @@ def decide_schedule(job: Job, revision: int, last: JobStatus | None, runs: Seque
     if not job.suspended:
         due = tick_before(spec.schedule, spec.timezone, decision.now)
         if due is not None and due > since:
-            count = ticks_between(spec.schedule, spec.timezone, since, due)
-            status, made = _settle(job, status, active, due, count, decision, taken)
+            status, made = _settle(job, status, active, since, due, decision, taken)
         following = tick_after(spec.schedule, spec.timezone, decision.now)
         if following is not None:
             decision.wake(following)
@@ -70,28 +69,32 @@ def decide_schedule(job: Job, revision: int, last: JobStatus | None, runs: Seque
 
 
 def _settle(
-    job: Job, status: JobStatus, active: Sequence[Run], due: float, count: int, decision: Decision, taken: bool
+    job: Job, status: JobStatus, active: Sequence[Run], since: float, due: float, decision: Decision, taken: bool
 ) -> tuple[JobStatus, int]:
-    """Deal with a time that has come, and with `count - 1` before it; return the new status, and how many runs were made."""
+    """Deal with the time `due`, and those between it and `since`; return the new status, and how many runs were made."""
     spec, late_s = job.spec, decision.now - due
-    passed = structs.replace(status, ticked_at=due, missed=status.missed + count - 1)
+    count = ticks_between(spec.schedule or "", spec.timezone, since, due)
+    passed = structs.replace(status, ticked_at=due, awaited_at=None, missed=status.missed + count - 1)
+    owed = status.awaited_at is not None and status.awaited_at > since  # what it replaces was cancelled for it: it must follow
+    late = spec.starting_deadline is not None and late_s > spec.starting_deadline and not owed
+    full = len(active) >= RUNS_MAX
+    if active and spec.overlap is Overlap.REPLACE and not (late or taken or full):
+        # The time is dealt with once those before have ended, which is looked at with every change of theirs.
+        for run in active:
+            if not run.job.cancelled and (run.status is None or not run.status.phase.final):
+                decision.do(UpdateJob(structs.replace(run.job, cancelled=True), run.revision))
+        return structs.replace(status, awaited_at=due), 0
     if count > 1:
         _tell(decision, job, "runs-missed", f"{count - 1} times came while nobody looked; only the last is run", Severity.WARNING)
-    if spec.starting_deadline is not None and late_s > spec.starting_deadline:
+    if late:
         _tell(decision, job, "run-missed", f"it came {format_seconds(late_s)} too late to be run", Severity.WARNING)
         return structs.replace(passed, missed=passed.missed + 1), 0
     if taken:
         _tell(decision, job, "run-missed", f"another job is called {run_name(job.name, due)}", Severity.WARNING)
         return structs.replace(passed, missed=passed.missed + 1), 0
-    if (active and spec.overlap is Overlap.SKIP) or len(active) >= RUNS_MAX:
+    if (active and spec.overlap is Overlap.SKIP) or full:
         _tell(decision, job, "run-skipped", f"{active[0].job.name} still runs")
         return structs.replace(passed, skipped=passed.skipped + 1), 0
-    if active and spec.overlap is Overlap.REPLACE:
-        # The time is dealt with once those before have ended, which is looked at with every change of theirs.
-        for run in active:
-            if not run.job.cancelled and (run.status is None or not run.status.phase.final):
-                decision.do(UpdateJob(structs.replace(run.job, cancelled=True), run.revision))
-        return status, 0
     name = run_name(job.name, due)
     made = Job(project=job.project, name=name, spec=run_spec(spec, name), created_at=decision.now, parent=job.name, tick=due)
     decision.do(CreateJob(made))

@@ -60,6 +60,8 @@ class JobStatus(Record, frozen=True, kw_only=True):
     finished_at: float | None = None
     ticked_at: float | None = None
     """Of a job with a schedule: the last time that was run, skipped or missed. None later than this was."""
+    awaited_at: float | None = None
+    """Of a job with a schedule that replaces: the time whose run waits for those before to end; it is not late for that."""
     next_at: float | None = None
     """Of a job with a schedule: its next time."""
     missed: int = 0
