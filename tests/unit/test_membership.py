@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +18,7 @@ from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.authorities import LIFE_S, RENEW_LATE_S
 from atoll.api.service.servers import TOKEN_LIFE_S, check_key
 from atoll.api.service.signing import Shown, Subject
+from atoll.api.service.standing import Standing
 from atoll.entry.config import Config
 from atoll.entry.serving import server_id
 from atoll.model import codec, keys
@@ -45,7 +47,7 @@ from atoll.model.membership import (
     renewal_message,
     uri_of,
 )
-from atoll.model.records import Capacity, Event, Instance, Node, NodeHealth, NodeLiveness, OwnerKind, Role
+from atoll.model.records import Capacity, Event, Ingress, Instance, Node, NodeHealth, NodeLiveness, OwnerKind, Role
 from atoll.model.views import TokenRequest
 from atoll.sdk.membership import LOOK_S, RETRY_MAX_S, Credentials, Held, wait_s
 from atoll.sdk.trust import chosen, fingerprint, pins_of
@@ -218,6 +220,35 @@ async def test_a_name_that_is_taken_needs_a_token_that_names_it(cell: Cell) -> N
         cell.members.caller(old.shown)
 
 
+@pytest.mark.parametrize(("kind", "role"), [(MemberKind.NODE, Role.AGENT), (MemberKind.INGRESS, Role.INGRESS)])
+async def test_who_takes_over_a_name_ends_its_bearer_tokens_and_asking_again_ends_none(
+    cell: Cell, kind: MemberKind, role: Role
+) -> None:
+    async def bearer(name: str) -> str:
+        made = await cell.service.tokens.create(SYSTEM, TokenRequest(name="a", role=role, subject=name))
+        assert made.token is not None
+        return made.token
+
+    old, other = await bearer("n1"), await bearer("n2")
+    token, machine = await cell.token("n1", kind), Machine()
+    await cell.join("n1", token, machine)
+    with pytest.raises(Unauthenticated):
+        cell.service.tokens.authenticate(old)
+    assert cell.service.tokens.authenticate(other).subject == "n2"
+    later = await bearer("n1")
+    await cell.join("n1", token, machine)
+    assert cell.service.tokens.authenticate(later).subject == "n1"
+
+
+async def test_the_name_of_an_ingress_that_shows_a_token_is_taken_for_ingresses(cell: Cell) -> None:
+    await cell.put(keys.ingress("edge"), Ingress(name="edge", http_port=80))
+    with pytest.raises(Conflict, match="there is a ingress 'edge' already"):
+        await cell.join("edge", await cell.token(kind=MemberKind.INGRESS))
+    await cell.join("edge")  # a node of that name is another thing
+    edge = await cell.join("edge", await cell.token("edge", MemberKind.INGRESS))
+    assert cell.members.caller(edge.shown).role is Role.INGRESS
+
+
 async def test_a_machine_without_a_name_gets_that_of_its_token_or_of_its_host(cell: Cell) -> None:
     bound, free = await cell.token("n7"), await cell.token()
     for token, name in ((bound, "n7"), (free, "host")):
@@ -384,6 +415,39 @@ async def test_a_rotation_at_once_trusts_nothing_of_before(cell: Cell) -> None:
         await cell.members.renew(old.renewal())
     new = await cell.join("n1", await cell.token("n1"))
     assert cell.members.caller(new.shown).subject == "n1"
+
+
+async def test_a_rotation_at_once_cuts_streams_of_before_that_are_open(cell: Cell) -> None:
+    caller = cell.members.caller((await cell.join("n1")).shown)
+    with cell.service.standing.watched(caller) as ended, cell.service.standing.watched(SYSTEM) as unharmed:
+        await cell.service.authorities.rotate()
+        assert cell.members.still(caller) is None
+        assert not ended.done()
+        await cell.service.authorities.rotate(at_once=True)
+        async with asyncio.timeout(5):
+            assert "retired" in str(await ended)
+        assert not unharmed.done()
+
+
+async def test_a_stream_is_cut_when_what_was_shown_has_expired_and_goes_on_where_it_was_renewed(cell: Cell) -> None:
+    lazy, diligent = await cell.join("n1"), await cell.join("n2")
+    made = await cell.service.tokens.create(SYSTEM, TokenRequest(name="a", role=Role.READ, expires_in_s=LIFE_S))
+    callers = [cell.members.caller(machine.shown) for machine in (lazy, diligent)]
+    callers.append(cell.service.tokens.authenticate(made.token or ""))
+    cell.clock.time += LIFE_S / 2
+    await cell.members.renew(diligent.renewal())
+    standing = Standing(cell.service.context.state, cell.members, look_s=0.01)
+    running = asyncio.create_task(standing.run())
+    with standing.watched(callers[0]) as one, standing.watched(callers[1]) as two, standing.watched(callers[2]) as three:
+        assert not one.done()
+        assert not three.done()
+        cell.clock.time += LIFE_S / 2 + 1
+        async with asyncio.timeout(5):
+            assert "has expired" in str(await one)
+            assert "has expired" in str(await three)
+        assert not two.done()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_the_authority_s_key_lies_sealed_and_a_server_with_another_key_says_so(cell: Cell) -> None:

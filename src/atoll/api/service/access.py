@@ -61,6 +61,10 @@ class Caller(Struct, frozen=True, kw_only=True):
     name: str = ""
     digest: str = ""
     """Of the token; empty where a certificate says who calls."""
+    authority: str = ""
+    """Id of the authority that signed the certificate; empty where a token says who calls."""
+    expires_at: float | None = None
+    """Of the certificate or token; None where it has no end."""
 
     def sees(self, project: str) -> bool:
         """Whether the token reaches into `project`."""

@@ -30,6 +30,7 @@ from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
 from atoll.model.records import (
     CELL_PROJECT,
     Event,
+    Ingress,
     Instance,
     Node,
     NodeHealth,
@@ -44,6 +45,8 @@ REFUSALS_S = 10.0
 """Of one kind of refusal there is one event in so long, so that a stranger who tries for ever fills no store."""
 _JOIN_MEND = "make another with 'atoll join-token create' on a machine that may"
 _ROLES = {MemberKind.NODE: Role.AGENT, MemberKind.INGRESS: Role.INGRESS}
+_RECORDS: dict[MemberKind, type[Node] | type[Ingress]] = {MemberKind.NODE: Node, MemberKind.INGRESS: Ingress}
+"""What a member is registered with, also one that shows a token and so has no Identity."""
 _KINDS = {role: kind for kind, role in _ROLES.items()}
 
 log = structlog.get_logger()
@@ -63,7 +66,14 @@ class Membership:
             raise Unauthenticated(f"the certificate of {kind} '{name}' has expired", mend="renew it; the agent does by itself")
         if not self._authorities.trusts(shown.authority):
             raise Unauthenticated("the certificate's authority has been retired", mend="renew it, or join anew")
-        return Caller(id=f"{kind}/{name}/{identity.enrolment}", role=_ROLES[kind], subject=name, name=name)
+        return Caller(
+            id=f"{kind}/{name}/{identity.enrolment}",
+            role=_ROLES[kind],
+            subject=name,
+            name=name,
+            authority=shown.authority,
+            expires_at=shown.expires_at,
+        )
 
     def check(self, caller: Caller) -> None:
         """Raise Revoked for a token of a machine that was revoked."""
@@ -101,6 +111,8 @@ class Membership:
             held = self._state.get(JoinToken, token.id)
             compare.append(unchanged(keys.join_token(token.id), held.revision if held is not None else 0))
             ops.append(Put(keys.join_token(token.id), codec.encode(used)))
+            if again is None:  # who had the name before has it no more, whatever he showed
+                ops += [Delete(keys.token(bearer.digest)) for bearer in self._tokens_of(token.kind, name)]
             ops.append(self._event(token.kind, name, f"{token.kind}-joined", f"{token.kind} {name} joined the cell"))
             return Draft(compare=compare, ops=ops, answer=lambda _: self._certified(name, signed))
 
@@ -208,17 +220,23 @@ class Membership:
         return tuple(_view(held.record) for _, held in sorted(self._state.records(Identity).items()))
 
     def still(self, caller: Caller) -> AtollError | None:
-        """Return why who was admitted may not go on; None while he may."""
+        """Return why who was admitted may not go on; None while he may. Who has renewed since goes on with what he showed."""
+        until = caller.expires_at
         try:
             self.check(caller)
             kind, _, rest = caller.id.partition("/")
             if rest:
                 name, _, enrolment = rest.partition("/")
-                self._standing(MemberKind(kind), name, enrolment)
+                identity = self._standing(MemberKind(kind), name, enrolment)
+                if not self._authorities.trusts(caller.authority):
+                    return Unauthenticated("the certificate's authority has been retired", mend="renew it, or join anew")
+                until = max(until or 0.0, identity.expires_at)
             elif caller.digest and self._state.get(Token, caller.digest) is None:
                 return Unauthenticated("this token has been withdrawn", mend="'atoll token create' makes a new one")
         except AtollError as error:
             return error
+        if until is not None and until <= self._context.clock.now():
+            return Unauthenticated("what was shown at the beginning has expired", mend="renew it, or make another token")
         return None
 
     def _standing(self, kind: MemberKind, name: str, enrolment: str) -> Identity:
@@ -259,7 +277,7 @@ class Membership:
             raise Forbidden(f"this join token is for '{token.subject}', not '{name}'", mend="leave --node away, or make another")
         if token.used_at is None and not token.subject:
             taken = self._state.get(Identity, f"{token.kind}/{name}") is not None
-            if taken or (token.kind is MemberKind.NODE and self._state.get(Node, name) is not None):
+            if taken or self._state.get(_RECORDS[token.kind], name) is not None:
                 raise Conflict(
                     f"there is a {token.kind} '{name}' already",
                     mend=f"choose another name with --node, or replace it: atoll join-token create --{token.kind} {name}",

@@ -40,7 +40,13 @@ class Tokens:
         if record.expires_at is not None and record.expires_at <= self._context.clock.now():
             raise Unauthenticated("this token has expired", mend="'atoll token create' makes a new one")
         return Caller(
-            id=record.id, role=record.role, project=record.project, subject=record.subject, name=record.name, digest=digest
+            id=record.id,
+            role=record.role,
+            project=record.project,
+            subject=record.subject,
+            name=record.name,
+            digest=digest,
+            expires_at=record.expires_at,
         )
 
     def all(self, caller: Caller, *, limit: int, after: str = "") -> Page[TokenView]:
