@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from atoll.model.errors import Conflict, Exhausted, Unavailable
-from atoll.model.fabric import FabricNode, Member
+from atoll.model.fabric import VXLAN_PORT, FabricNode, Member
 from atoll.model.ports.network import Link
 from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
 from atoll.model.units import Bytes
@@ -527,6 +527,37 @@ async def test_ten_thousand_instances_of_other_nodes_are_told_apart_in_one_go(ne
     assert listed == 10_001
     await network.see(own, {"there": there}, members[:10])
     assert await asyncio.to_thread(elements_in, network, "member") == 11
+
+
+async def test_the_cells_vxlan_is_heard_from_the_sites_nodes_only_and_another_cells_is_left_alone(
+    network: LinkNetwork, subnet: str
+) -> None:
+    own, stranger = FabricNode(name="here", prefix=subnet), f"127.{random.randrange(1, 255)}.{random.randrange(256)}.9"
+    number = random.randrange(1, 1 << 23)
+    mine, foreign = (struct.pack("!II", 1 << 27, one << 8) for one in (number, number + 1))
+
+    def there(endpoint: str) -> dict[str, FabricNode]:
+        return {"there": FabricNode(name="there", prefix="10.200.0.0/16", endpoint=endpoint)}
+
+    await network.attach("a", project="p", ports=())
+    with (
+        closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as server,
+        closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as client,
+    ):
+        server.bind((stranger, VXLAN_PORT))
+        server.settimeout(TIMEOUT_S)
+        client.bind((stranger, 0))
+
+        def first_heard() -> bytes:
+            for payload in (mine, foreign):
+                client.sendto(payload, (stranger, VXLAN_PORT))
+            return server.recv(16)
+
+        await network.see(own, there("192.0.2.9"), (), number)
+        assert first_heard() == foreign
+        await network.see(own, there(stranger), (), number)
+        assert first_heard() == mine
+        assert server.recv(16) == foreign
 
 
 def elements_in(network: LinkNetwork, name: str) -> int:

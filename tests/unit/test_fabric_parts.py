@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 
 import dns.flags
@@ -16,9 +17,9 @@ from atoll.model.fabric import FabricNode, Member
 from atoll.model.spec import Allow, NetworkRules, PortProtocol
 from atoll.model.spec.network import check_network
 from atoll.network import probe
-from atoll.network.names import ANSWERS_MAX, Directory, NameServer
+from atoll.network.names import ANSWERS_MAX, PENDING_OF_ONE_MAX, Directory, NameServer
 from atoll.network.paths import LOST_S, STEADY, Paths
-from atoll.network.private import Private
+from atoll.network.private import Private, of_nodes
 from atoll.network.rules import Ruled, elements_of
 from atoll.network.tunnels import Kind, kind_of, ways_of
 
@@ -178,6 +179,34 @@ def test_an_answer_is_kept_for_its_project_only_and_until_something_changes() ->
 def test_other_names_are_for_the_nodes_own_servers() -> None:
     server = NameServer(directory(), "127.0.0.1", {}.get, tuple)
     assert server.answer(dns.message.make_query("example.org", "A").to_wire(), "10.64.16.2") is None
+
+
+async def test_one_instance_cannot_take_all_questions_that_are_passed_on() -> None:
+    passed: list[str] = []
+
+    def forwarders() -> tuple[str, ...]:
+        passed.append("")
+        return ()
+
+    server = NameServer(directory(), "127.0.0.1", {}.get, forwarders, port=0)
+    await server.start()
+    wire = dns.message.make_query("example.org", "A").to_wire()
+    for _ in range(2):  # what has ended counts no more
+        passed.clear()
+        for _ in range(PENDING_OF_ONE_MAX + 9):
+            server.take(wire, ("10.64.16.2", 5353))
+        server.take(wire, ("10.64.16.9", 5353))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(passed) == PENDING_OF_ONE_MAX + 1
+    await server.close()
+
+
+def test_the_cells_vxlan_is_taken_from_the_sites_nodes_only() -> None:
+    known = of_nodes(E1, others(E1), 77)
+    assert known["endpoints"] == [E2.endpoint]
+    assert known["vxlans"] == ["77"]
+    assert of_nodes(E1, others(E1))["vxlans"] == []
 
 
 def test_an_instance_with_an_address_of_another_nodes_prefix_is_not_believed() -> None:

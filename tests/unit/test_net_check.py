@@ -9,14 +9,19 @@ import pytest
 
 from atoll.api.service import KINDS, Service
 from atoll.model import codec, keys
-from atoll.model.errors import Conflict, NotFound
+from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.fabric import FabricOffer, FabricPaths, ReachView
+from atoll.model.membership import Server
 from atoll.model.ports.clock import SystemClock
-from atoll.model.records import App, Instance, OwnerKind, Status
+from atoll.model.records import App, Capacity, Instance, Node, OwnerKind, Status
 from atoll.model.spec import Allow, AppSpec, NetworkRules, Port
 from atoll.model.states import Phase
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
+
+
+def key_of(number: int) -> str:
+    return chr(ord("A") + number) * 42 + "A="
 
 
 class Cell:
@@ -39,7 +44,7 @@ class Cell:
         await self.put(keys.status(project, instance.id), status)
 
     async def join(self, node: str, number: int, subnet: str = "") -> str:
-        offer = FabricOffer(site=node, endpoint=f"192.0.2.{number}", public_key="A" * 43 + "=", subnet=subnet)
+        offer = FabricOffer(site=node, endpoint=f"192.0.2.{number}", public_key=key_of(number), subnet=subnet)
         return (await self.service.fabrics.join(node, offer)).prefix
 
     def check(self, source: str = "web", target: str = "db", port: int = 80, to: str = "shop") -> ReachView:
@@ -118,6 +123,56 @@ async def test_a_subnet_that_overlaps_another_nodes_is_refused_by_its_name(cell:
     with pytest.raises(Conflict, match="n1"):
         await cell.join("n2", 2, subnet="10.64.0.0/16")
     assert await cell.join("n2", 2, subnet="10.99.0.0/16") == "10.99.0.0/16"
+
+
+@pytest.mark.parametrize(
+    "subnet", ["128.0.0.0/1", "8.8.8.0/24", "10.0.0.0/30", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/8", "172.0.0.0/8"]
+)
+async def test_a_node_gets_no_subnet_but_a_private_one_of_fitting_size(cell: Cell, subnet: str) -> None:
+    with pytest.raises(Invalid) as refused:
+        await cell.join("n1", 1, subnet=subnet)
+    assert refused.value.field == "subnet"
+
+
+async def test_no_subnet_holds_the_address_of_a_server_or_a_node(cell: Cell) -> None:
+    await cell.put(keys.server("s1"), Server(id="s1", urls=("https://10.1.0.9:7600",), version="1", started_at=1.0))
+    await cell.put(
+        keys.node("n8"), Node(name="n8", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1), address="10.2.0.9")
+    )
+    await cell.service.fabrics.join("n9", FabricOffer(endpoint="10.3.0.9"))
+    for taken, whose in (("10.1.0.0/16", "s1"), ("10.2.0.0/16", "n8"), ("10.3.0.0/16", "n9")):
+        with pytest.raises(Conflict, match=whose):
+            await cell.join("n1", 1, subnet=taken)
+    assert await cell.join("n1", 1, subnet="10.4.0.0/16") == "10.4.0.0/16"
+
+
+async def test_an_address_told_later_shuts_no_node_out_of_its_subnet(cell: Cell) -> None:
+    await cell.join("n1", 1, subnet="10.4.0.0/16")
+    with pytest.raises(Conflict, match="n1"):
+        await cell.service.fabrics.join("n2", FabricOffer(endpoint="10.4.0.9"))
+    await cell.put(
+        keys.node("n3"), Node(name="n3", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1), address="10.4.0.9")
+    )
+    assert await cell.join("n1", 1, subnet="10.4.0.0/16") == "10.4.0.0/16"
+
+
+async def test_a_prefix_that_the_cell_gives_holds_no_known_address(cell: Cell) -> None:
+    await cell.put(keys.server("s1"), Server(id="s1", urls=("https://10.64.0.9:7600",), version="1", started_at=1.0))
+    assert await cell.join("n1", 1) == "10.64.16.0/20"
+
+
+async def test_another_nodes_key_is_refused_and_a_nodes_own_is_not(cell: Cell) -> None:
+    await cell.join("n1", 1)
+    with pytest.raises(Conflict, match="n1") as refused:
+        await cell.service.fabrics.join("n2", FabricOffer(endpoint="192.0.2.2", public_key=key_of(1)))
+    assert refused.value.field == "public_key"
+    await cell.join("n1", 1)
+    await cell.join("n2", 2)
+
+
+def test_a_key_can_be_written_in_one_way_only() -> None:
+    with pytest.raises(Invalid):
+        codec.decode(codec.encode(FabricOffer(public_key=key_of(1)[:-2] + "B=")), FabricOffer)
 
 
 async def test_a_node_hears_of_all_nodes_but_only_of_its_own_projects_instances(cell: Cell) -> None:

@@ -13,6 +13,11 @@ NETWORK_DEFAULT = "10.64.0.0/10"
 """What nodes get their prefixes from, where the cell has none of its own."""
 PREFIX_LENGTH = 20
 """Of a prefix that the cell gives: 4,093 instances; 1,024 nodes in the default network."""
+PREFIX_MIN = 8
+PREFIX_MAX = 29
+"""A subnet is at least a /29, so that something is left beside the network, node and broadcast addresses."""
+PRIVATE = tuple(ipaddress.IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))
+"""RFC 1918, section 3: what nodes' prefixes are of, as the other nodes lead all that goes there to that node."""
 VXLAN_PORT = 7605
 WIREGUARD_PORT = 7606
 PROBE_PORT = 7607
@@ -21,7 +26,8 @@ DOMAIN = "internal"
 """What names of the fabric end in: `APP.PROJECT.internal`."""
 
 Endpoint = Annotated[str, Meta(max_length=45)]
-PublicKey = Annotated[str, Meta(pattern=r"^([A-Za-z0-9+/]{43}=)?$(?!\n)", max_length=44)]
+PublicKey = Annotated[str, Meta(pattern=r"^([A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=)?$(?!\n)", max_length=44)]
+"""32 bytes in the one way to write them, so that equal keys are equal texts."""
 
 
 class Fabric(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -105,11 +111,17 @@ class FabricBatch(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def network_of(text: str, field: str) -> ipaddress.IPv4Network:
-    """Raises Invalid for what is no private IPv4 network."""
+    """Raises Invalid for what is no private IPv4 network of /8 to /29."""
+    mend = "write a network such as 10.64.0.0/16"
     try:
-        return ipaddress.IPv4Network(text)
+        network = ipaddress.IPv4Network(text)
     except ValueError as error:
-        raise Invalid(f"{field}: {error}", field=field, mend="write a network such as 10.64.0.0/16") from None
+        raise Invalid(f"{field}: {error}", field=field, mend=mend) from None
+    if not PREFIX_MIN <= network.prefixlen <= PREFIX_MAX:
+        raise Invalid(f"{field}: /{network.prefixlen} is not between /{PREFIX_MIN} and /{PREFIX_MAX}", field=field, mend=mend)
+    if not any(network.subnet_of(one) for one in PRIVATE):
+        raise Invalid(f"{field}: {network} is not of {', '.join(map(str, PRIVATE))}", field=field, mend=mend)
+    return network
 
 
 def node_address(prefix: str) -> str:

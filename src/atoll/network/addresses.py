@@ -6,10 +6,7 @@ import ipaddress
 from collections.abc import Iterable
 
 from atoll.model.errors import Exhausted, Invalid
-
-PREFIX_MIN = 8
-PREFIX_MAX = 29
-"""A subnet is at least a /29, so that something is left beside the network, node and broadcast addresses."""
+from atoll.model.fabric import PREFIX_MAX, PREFIX_MIN
 
 
 class AddressPool:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.model import codec
-from atoll.model.errors import AtollError, Conflict, Exhausted, NotFound, Unavailable
+from atoll.model.errors import AtollError, Conflict, Exhausted, Invalid, NotFound, Unavailable
 from atoll.model.fabric import FabricBatch, FabricGrant, FabricNode, FabricOffer, FabricPaths, Member, node_address
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.fabric import FabricControl
@@ -210,7 +210,7 @@ class NodeFabric:
             await self._renew_key()
         while True:
             try:
-                await self._network.see(self.own, self.nodes, self.members.values())
+                await self._network.see(self.own, self.nodes, self.members.values(), self._number)
                 await self._prober.start()
                 if self._server is not None:
                     await self._server.start()
@@ -219,6 +219,10 @@ class NodeFabric:
                 log.warning("the fabric cannot begin yet", error=str(error))
                 await asyncio.sleep(RETRY_S)
         self._changed.set()
+
+    @property
+    def _number(self) -> int | None:
+        return self._grant.number if self._grant is not None else None
 
     async def _renew_key(self) -> bool:
         """Have a key that is as new as it must be; return whether it is another."""
@@ -252,7 +256,7 @@ class NodeFabric:
                     async for batch in self._control.fabric(self.own.name):
                         deadline.reschedule(asyncio.get_running_loop().time() + SILENCE_S)
                         await self._take(batch)
-            except (Conflict, Exhausted) as error:
+            except (Conflict, Exhausted, Invalid) as error:
                 wait_s = JOIN_AGAIN_S
                 if refused != str(error):
                     refused = str(error)
@@ -305,7 +309,7 @@ class NodeFabric:
         nodes = dict(self.nodes)
         self.paths.knows(nodes, self._clock.monotonic())
         via = self.paths.via(nodes)
-        await self._network.see(self.own, nodes, self.members.values())
+        await self._network.see(self.own, nodes, self.members.values(), self._number)
         self._names.see(self.members.values(), self.paths.away(nodes))
         self._prober.cannot = self.paths.cannot(nodes)
         before, self.via = self.via, via

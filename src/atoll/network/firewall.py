@@ -67,6 +67,7 @@ table inet {table} {{
   set peers {{ type ipv4_addr; flags interval; }}
   set nodes {{ type ipv4_addr; }}
   set endpoints {{ type ipv4_addr; }}
+  set vxlans {{ typeof @th,96,24; }}
   set guarded {{ type ipv4_addr; }}
   set admitted {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
   set fenced {{ type ipv4_addr; }}
@@ -102,6 +103,7 @@ table inet {table} {{
   chain to_node {{
     type filter hook input priority filter; policy accept;
     iifname {fabric} jump from_tunnel
+    udp dport {VXLAN_PORT} @th,96,24 @vxlans ip saddr != @endpoints drop
     iifname != {links} accept
     jump crowded
     {asking if names else ""}

@@ -124,10 +124,13 @@ class LinkNetwork:
                 found[id] = Counters(numbers[0], numbers[1], numbers[8], numbers[9], numbers[3] + numbers[11])
         return found
 
-    async def see(self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member]) -> None:
+    async def see(
+        self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member], number: int | None = None
+    ) -> None:
         """Let pass what the other nodes' instances and this one's of the same project send each other.
 
-        What is left out of `nodes` and `members` is shut out. Safe to repeat. Raises RuntimeFailed.
+        What is left out of `nodes` and `members` is shut out. The VXLAN `number` is taken from the site's nodes only.
+        Safe to repeat. Raises RuntimeFailed.
         """
         opened = await self._open()
         members = list(members)
@@ -137,7 +140,7 @@ class LinkNetwork:
                 opened.sets.change(delete=[part])
         for part in new:
             opened.sets.change(add=[part])
-        self._around = self._flush(opened, self._around, of_nodes(own, nodes))
+        self._around = self._flush(opened, self._around, of_nodes(own, nodes, number))
         by_app: dict[tuple[str, str], list[str]] = {}
         for member in members:
             by_app.setdefault((member.project, member.owner), []).append(member.address)

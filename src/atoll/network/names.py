@@ -31,6 +31,8 @@ ANSWERS_MAX = 16
 FORWARD_S = 3.0
 PENDING_MAX = 512
 """Questions for the node's name servers that are under way; more are refused."""
+PENDING_OF_ONE_MAX = 32
+"""Those of one instance, so that none takes the others' share."""
 TCP_MAX = 64
 TCP_OF_ONE_MAX = 8
 """Connections of one instance."""
@@ -133,7 +135,7 @@ class NameServer:
         self._project_at = project_at
         self._forwarders = forwarders
         self._passed_on = passed_on
-        self._pending = 0
+        self._pending: Counter[str] = Counter()
         self._connections: Counter[str] = Counter()
         self._cached: dict[tuple[str | None, bytes], bytes] = {}
         self._cached_version = 0
@@ -197,10 +199,23 @@ class NameServer:
             return
         if answer is not None:
             self._transport.sendto(answer, source)
-        elif self._pending < PENDING_MAX:
+        elif self._begin(source[0]):
             task = asyncio.get_running_loop().create_task(self._pass_on(wire, source))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(lambda _: self._end(source[0]))
+
+    def _begin(self, source: str) -> bool:
+        """Count one more question that is passed on for `source`, if it may be; then `_end` must follow."""
+        if self._pending[source] >= PENDING_OF_ONE_MAX or self._pending.total() >= PENDING_MAX:
+            return False
+        self._pending[source] += 1
+        return True
+
+    def _end(self, source: str) -> None:
+        self._pending[source] -= 1
+        if not self._pending[source]:
+            del self._pending[source]
 
     async def _pass_on(self, wire: bytes, source: tuple[str, int]) -> None:
         answer = await self._ask(wire)
@@ -223,17 +238,13 @@ class NameServer:
 
     async def _ask(self, wire: bytes, *, tcp: bool = False) -> bytes | None:
         """Return what the first of the node's name servers that answers says; None when none does."""
-        self._pending += 1
-        try:
-            for server in self._forwarders():
-                try:
-                    async with asyncio.timeout(FORWARD_S):
-                        return await (_ask_tcp(server, wire) if tcp else _ask_udp(server, wire))
-                except (OSError, TimeoutError, asyncio.IncompleteReadError):
-                    continue
-            return None
-        finally:
-            self._pending -= 1
+        for server in self._forwarders():
+            try:
+                async with asyncio.timeout(FORWARD_S):
+                    return await (_ask_tcp(server, wire) if tcp else _ask_udp(server, wire))
+            except (OSError, TimeoutError, asyncio.IncompleteReadError):
+                continue
+        return None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         source = str(writer.get_extra_info("peername")[0])
@@ -244,8 +255,11 @@ class NameServer:
                     length = struct.unpack("!H", await reader.readexactly(2))[0]
                     wire = await reader.readexactly(length)
                 answer = self.answer(wire, source)
-                if answer is None:
-                    answer = await self._ask(wire, tcp=True) if self._pending < PENDING_MAX else None
+                if answer is None and self._begin(source):
+                    try:
+                        answer = await self._ask(wire, tcp=True)
+                    finally:
+                        self._end(source)
                     if answer is not None:
                         self._tell(answer, source)
                 if answer is None:

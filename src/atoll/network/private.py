@@ -88,8 +88,8 @@ class Private:
         return self._numbers.setdefault(project, len(self._numbers) + 1)
 
 
-def of_nodes(own: FabricNode, nodes: Mapping[str, FabricNode]) -> dict[str, list[str]]:
-    """Return set → elements that say who the other nodes are."""
+def of_nodes(own: FabricNode, nodes: Mapping[str, FabricNode], number: int | None = None) -> dict[str, list[str]]:
+    """Return set → elements that say who the other nodes are; `number` is that of the cell's VXLAN, where it is known."""
     mine = ipaddress.IPv4Network(own.prefix)
     others = [node for node in nodes.values() if not ipaddress.IPv4Network(node.prefix).overlaps(mine)]
     near = {node.endpoint for node in others if node.endpoint and node.site == own.site and node.region == own.region}
@@ -97,4 +97,5 @@ def of_nodes(own: FabricNode, nodes: Mapping[str, FabricNode]) -> dict[str, list
         "peers": sorted(node.prefix for node in others),
         "nodes": sorted(node_address(node.prefix) for node in others),
         "endpoints": sorted(near),
+        "vxlans": [] if number is None else [str(number)],
     }

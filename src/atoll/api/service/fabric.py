@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import structlog
 from msgspec.structs import replace
@@ -29,6 +31,7 @@ from atoll.model.fabric import (
     ReachView,
     network_of,
 )
+from atoll.model.membership import Server
 from atoll.model.ports.store import Compare, Op, Put, absent, unchanged
 from atoll.model.records import Instance, Node, OwnerKind, Status
 from atoll.store.cache import Deltas
@@ -40,6 +43,8 @@ PATHS_MAX = 2_048
 """Of nodes in one word on paths."""
 KEY_LIFE_S = 30 * 86_400.0
 """A node's key that is older is replaced."""
+
+_OTHER_SUBNET = "give this node another --subnet, or none so that the cell chooses"
 
 T = TypeVar("T")
 
@@ -78,6 +83,7 @@ class Fabrics:
             fabric = cell.record if cell is not None else Fabric(number=number)
             held = self._state.get(FabricNode, name)
             prefix = self._prefix(name, offer, fabric, held.record if held is not None else None)
+            self._check_identity(name, offer, prefix, held.record if held is not None else None)
             node = FabricNode(
                 name=name,
                 site=offer.site,
@@ -205,17 +211,45 @@ class Fabrics:
                 if network.overlaps(wanted):
                     raise Conflict(
                         f"the subnet {wanted} overlaps {network} of node '{other}'",
-                        mend="give this node another --subnet, or none so that the cell chooses",
+                        mend=_OTHER_SUBNET,
                         field="subnet",
                     )
+            if held is None or held.prefix != str(wanted):  # else nobody could register an address to shut this node out
+                for who, address in self._addresses():
+                    if address in wanted:
+                        raise Conflict(f"the subnet {wanted} holds {address} of {who}", mend=_OTHER_SUBNET, field="subnet")
             return str(wanted)
         if held is not None:
             return held.prefix
-        taken = sorted(others.values())
+        taken, known = sorted(others.values()), list(self._addresses())
         for candidate in ipaddress.IPv4Network(fabric.network).subnets(new_prefix=PREFIX_LENGTH):
-            if not any(candidate.overlaps(one) for one in taken):
+            if not any(candidate.overlaps(one) for one in taken) and not any(address in candidate for _, address in known):
                 return str(candidate)
         raise Exhausted(f"every prefix of {fabric.network} is taken", mend="remove nodes that are gone: atoll nodes remove NAME")
+
+    def _check_identity(self, name: str, offer: FabricOffer, prefix: str, held: FabricNode | None) -> None:
+        """Raise Conflict for an endpoint within a node's prefix, this one's included, and for another node's key."""
+        others = {n: h.record for n, h in self._state.records(FabricNode).items() if n != name}
+        if offer.endpoint and (held is None or (held.endpoint, held.prefix) != (offer.endpoint, prefix)):
+            endpoint = ipaddress.IPv4Address(offer.endpoint)
+            for owner, taken in ((name, prefix), *((n, node.prefix) for n, node in others.items())):
+                if endpoint in ipaddress.IPv4Network(taken):
+                    mend = "give this node another --fabric-address or --subnet"
+                    raise Conflict(f"the endpoint {endpoint} is within {taken} of node '{owner}'", mend=mend, field="endpoint")
+        if offer.public_key and (held is None or held.public_key != offer.public_key):
+            for other, node in others.items():
+                if node.public_key == offer.public_key:
+                    mend = f"remove '{other}' if it is gone, or this node's fabric.key if it was copied, and restart the agent"
+                    raise Conflict(f"the public key is that of node '{other}'", mend=mend, field="public_key")
+
+    def _addresses(self) -> Iterator[tuple[str, ipaddress.IPv4Address]]:
+        """Yield what is reached by an address outside of the fabric, as far as that is written as one."""
+        said = [(f"server '{id}'", url) for id, held in self._state.records(Server).items() for url in held.record.urls]
+        said += [(f"node '{n}'", held.record.endpoint) for n, held in self._state.records(FabricNode).items()]
+        said += [(f"node '{n}'", held.record.address) for n, held in self._state.records(Node).items()]
+        for who, text in said:
+            with contextlib.suppress(ValueError):
+                yield who, ipaddress.IPv4Address(urlsplit(text if "//" in text else f"//{text}").hostname or "")
 
     def _rebuild(self) -> None:
         self._members.clear()
