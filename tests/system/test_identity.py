@@ -227,7 +227,7 @@ async def test_every_call_of_an_agent_is_refused_for_another_node(cell: Cell) ->
     tls = (await cell.join("n1")).tls()
     transport = HttpTransport(cell.urls, tls=tls)
     assert len(AGENT_CALLS) >= 5
-    assert {route.path for route in machines.ROUTES if "{node}" in route.path} == {path for _, path in AGENT_CALLS}
+    assert {route.path for route in machines.ROUTES if "{node}" in route.path} <= {path for _, path in AGENT_CALLS}
     for method, path in AGENT_CALLS:
         answer = await transport.request(method, filled(path, node="n2"), body=b"{}" if method != "GET" else b"")
         assert (answer.status, b"'n1', not 'n2'" in answer.body) == (403, True), (method, path, answer.body)
