@@ -106,6 +106,16 @@ async def test_an_adopted_address_is_never_given_twice(node: Open) -> None:
     assert not kept & fresh
 
 
+async def test_an_address_that_was_freed_does_not_come_back_at_once_after_a_restart(node: Open) -> None:
+    first = node()
+    freed = (await first.attach("a", project="one", ports=WEB)).address
+    await first.detach("a")
+    await first.close()
+    second = node()
+    await second.recover(())
+    assert (await second.attach("b", project="two", ports=WEB)).address != freed
+
+
 async def test_a_full_pool_says_so_and_leaves_nothing_behind(node: Open) -> None:
     network = node()
     for n in range(29):

@@ -45,6 +45,27 @@ def test_a_freed_address_comes_back_as_late_as_possible() -> None:
     assert [pool.take() for _ in range(5)][-1] == first
 
 
+def test_a_freed_address_comes_back_as_late_as_possible_after_a_restart_too(tmp_path: Path) -> None:
+    ledger, pool = Ledger(tmp_path), AddressPool("10.0.0.0/29")
+    assert ledger.last() is None
+    for _ in range(3):
+        ledger.handed_out(pool.take())
+    assert ledger.load() == []
+    last = Ledger(tmp_path).last()
+    assert last == 4
+    again = AddressPool("10.0.0.0/29")
+    again.claim([2])
+    again.go_on_after(last)
+    assert [again.take() for _ in range(4)] == [5, 6, 3, 4]
+
+
+@pytest.mark.parametrize("last", [-1, 0, 1, 7, 10**9])
+def test_a_number_that_is_none_of_the_subnet_changes_nothing(last: int) -> None:
+    pool = AddressPool("10.0.0.0/29")
+    pool.go_on_after(last)
+    assert pool.take() == 2
+
+
 @pytest.mark.parametrize("subnet", ["", "10.0.0.0", "10.0.0.0/30", "10.0.0.1/24", "::/64", "10.0.0.0/4", "300.0.0.0/8"])
 def test_a_subnet_that_is_none_is_refused_with_its_field(subnet: str) -> None:
     with pytest.raises(Invalid) as caught:

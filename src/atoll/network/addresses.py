@@ -63,6 +63,11 @@ class AddressPool:
         """Mark `numbers` as used, as they were found to be; those outside the subnet's range are ignored."""
         self._used.update(number for number in numbers if self._first <= number < self._end)
 
+    def go_on_after(self, number: int) -> None:
+        """Give out what comes after `number` next, as an earlier pool would have; ignored outside the subnet's range."""
+        if self._first <= number < self._end:
+            self._next = self._first if number + 1 >= self._end else number + 1
+
     def give_back(self, number: int) -> None:
         """Make `number` free again. Safe to repeat."""
         self._used.discard(number)

@@ -15,6 +15,8 @@ from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict
 from atoll.model.spec import NetworkRules, Port
 
+_LAST = "last"
+
 
 class Entry(Struct, frozen=True, kw_only=True):
     id: str
@@ -51,6 +53,8 @@ class Ledger:
         """Return every entry; a damaged one counts as absent, and its slot is then nobody's."""
         entries = []
         for path in sorted(self._directory.iterdir()):
+            if path.name == _LAST:
+                continue
             try:
                 entries.append(codec.decode(path.read_bytes(), Entry))
             except (AtollError, OSError):
@@ -62,6 +66,19 @@ class Ledger:
         partial = self._directory / f".{entry.number}"
         partial.write_bytes(codec.encode(entry))
         partial.replace(self._directory / f"{entry.number}.json")
+
+    def handed_out(self, number: int) -> None:
+        """Keep that `number` was given out last. Raises OSError."""
+        partial = self._directory.with_name(f"{self._directory.name}.{_LAST}")
+        partial.write_text(str(number))
+        partial.replace(self._directory / _LAST)
+
+    def last(self) -> int | None:
+        """Return the number that was given out last; None where that is not known."""
+        try:
+            return int((self._directory / _LAST).read_text())
+        except (OSError, ValueError):
+            return None
 
     def remove(self, number: int) -> None:
         (self._directory / f"{number}.json").unlink(missing_ok=True)

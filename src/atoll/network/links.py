@@ -201,6 +201,7 @@ class LinkNetwork:
         try:
             # The ledger first: a slot that nobody is known to have is removed by the next agent.
             self._ledger.write(entry)
+            self._ledger.handed_out(slot.number)
             self._rule(opened, slot.address, project, rules)  # before anything is open
             opened.sets.change(
                 add=[
@@ -418,3 +419,6 @@ class LinkNetwork:
             maker.connect(each.slot)
         self._held = {each.entry.id: each for each in held}
         self._addresses.claim(each.slot.number for each in held)
+        last = self._ledger.last()
+        if last is not None:
+            self._addresses.go_on_after(last)
