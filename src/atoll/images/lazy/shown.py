@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import msgspec
 import structlog
@@ -63,12 +64,15 @@ class Taker(Protocol):
 class LazyImages:
     """Images below `directory` (which only one agent uses). `access` is how registries are reached, as for `Registries`."""
 
-    def __init__(self, directory: Path, access: dict[str, Access], *, bytes_min: int = SHOWN_BYTES_MIN) -> None:
+    def __init__(
+        self, directory: Path, access: dict[str, Access], *, bytes_min: int = SHOWN_BYTES_MIN, mount: LazyMount | None = None
+    ) -> None:
         self.paths = LazyPaths(directory)
-        self._mount = LazyMount(self.paths, access)
+        self._mount = mount or LazyMount(self.paths, access)
         self._bytes_min = bytes_min
         self._boot = boot_id()
         self._images: dict[str, LazyImage] = {}
+        self._changing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by digest: who lays out or removes
         self._counter = 0
         self._told: dict[str, Trouble] = {}
         self._wrong: set[str] = set()
@@ -105,8 +109,13 @@ class LazyImages:
 
         Raises AtollError: it could have been shown, and its registry or this machine failed.
         """
-        if (known := self._images.get(resolved.digest)) is not None:
-            return self._name(known, reference)
+        # Two references may name one image: what the first shows must not be laid out again below those who start from it.
+        async with self._changing.setdefault(resolved.digest, asyncio.Lock()):
+            if (known := self._images.get(resolved.digest)) is not None:
+                return self._name(known, reference)
+            return await self._show(reference, source, resolved, config)
+
+    async def _show(self, reference: str, source: RegistryImage, resolved: Resolved, config: ConfigFile) -> Image | None:
         place = self._suitable(resolved)
         if place is None:
             return None
@@ -240,10 +249,11 @@ class LazyImages:
     async def collect(self, keep: AbstractSet[str]) -> None:
         """Forget and remove images but those with the digests `keep`; without any left the mount goes too."""
         for digest in self._images.keys() - keep:
-            image = self._images.pop(digest)
-            self._told.pop(digest, None)
-            self._wrong.discard(digest)
-            await in_thread(functools.partial(shutil.rmtree, self.paths.image(digest), ignore_errors=True))
+            async with self._changing.setdefault(digest, asyncio.Lock()):
+                image = self._images.pop(digest)
+                self._told.pop(digest, None)
+                self._wrong.discard(digest)
+                await in_thread(functools.partial(shutil.rmtree, self.paths.image(digest), ignore_errors=True))
             log.info("an image is not shown any more", digest=digest, references=image.references)
         if not self._images:
             self._mount.end()
