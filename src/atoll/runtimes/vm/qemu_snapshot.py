@@ -10,12 +10,14 @@ change the memory of other copies. QEMU documentation: devel/migration (`x-ignor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import functools
 import io
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from atoll.model.errors import Exhausted, RuntimeFailed
@@ -125,8 +127,9 @@ async def save(plan: VmPlan, directory: Path, memory: str) -> None:
     """Write the machine, which stands still, to `state` and `ram` in `directory`. Raises RuntimeFailed, Unavailable, OSError."""
     own = Path(plan.directory) / "vm"
     listener = await asyncio.to_thread(_listen, own, plan.uid)
+    way = _Way(listener)
     try:
-        taking = asyncio.ensure_future(asyncio.to_thread(_take, listener, directory, plan.ram_bytes, memory))
+        taking = asyncio.ensure_future(asyncio.to_thread(_take, way, directory, plan.ram_bytes, memory))
         try:
             async with session(own / "qmp.sock", deadline_s=SAVE_S_MAX, what="migrate") as monitor:
                 await monitor.ask("migrate-set-capabilities", _IGNORE)
@@ -135,12 +138,47 @@ async def save(plan: VmPlan, directory: Path, memory: str) -> None:
                 await asyncio.shield(taking)
                 await _completed(monitor)
         except BaseException:
-            listener.close()
-            await asyncio.gather(taking, return_exceptions=True)  # its waits have deadlines
+            way.shut()
+            await asyncio.gather(taking, return_exceptions=True)
             raise
     finally:
+        way.shut()
         listener.close()
         await asyncio.to_thread((own / _SOCKET).unlink, missing_ok=True)
+
+
+class _Way:
+    """Where the monitor's stream comes in, which another thread can shut at any time: it may have no end of its own."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._lock = threading.Lock()
+        self._is_shut = False
+        self._listener = listener
+        self._connection: socket.socket | None = None
+
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[socket.socket]:
+        """Give the first connection that comes. Raises OSError."""
+        connection, _ = self._listener.accept()
+        try:
+            with self._lock:
+                if self._is_shut:
+                    raise ConnectionAbortedError("nobody waits for it any more")
+                self._connection = connection
+            yield connection
+        finally:
+            with self._lock:
+                self._connection = None
+                connection.close()
+
+    def shut(self) -> None:
+        """Have whoever waits for a connection, or reads from it, come to an end. Safe to repeat."""
+        with self._lock:
+            self._is_shut = True
+            for end in (self._listener, self._connection):
+                if end is not None:
+                    with contextlib.suppress(OSError):  # the other side went first
+                        end.shutdown(socket.SHUT_RDWR)
 
 
 def _listen(own: Path, uid: int) -> socket.socket:
@@ -158,12 +196,12 @@ def _listen(own: Path, uid: int) -> socket.socket:
     return listener
 
 
-def _take(listener: socket.socket, directory: Path, ram_bytes: int, memory: str) -> None:
-    try:
-        connection, _ = listener.accept()
-    except OSError as error:
-        raise RuntimeFailed(f"the machine's monitor did not begin to write: {error}") from None
-    with connection:
+def _take(way: _Way, directory: Path, ram_bytes: int, memory: str) -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            connection = stack.enter_context(way.connection())
+        except OSError as error:
+            raise RuntimeFailed(f"the machine's monitor did not begin to write: {error}") from None
         connection.settimeout(LISTEN_S_MAX)
         raw = connection.makefile("rb", buffering=0)
         with io.BufferedReader(raw, 1 << 20) as stream, (directory / STATE).open("xb") as state:

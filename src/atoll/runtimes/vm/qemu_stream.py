@@ -16,6 +16,8 @@ from atoll.model.errors import RuntimeFailed
 PAGE_BYTES = 4096
 STATE_BYTES_MAX = 256 << 20
 """Of everything but the guest's memory: devices, firmware, tables."""
+TIMES_MAX = 4
+"""A machine that stands still writes each page once; so many times over what it writes is taken."""
 _MAGIC, _VERSION = 0x5145564D, 3
 _FOOTER = 0x7E
 _ZERO, _SIZES, _PAGE, _EOS, _CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
@@ -35,6 +37,7 @@ class _Splitter:
         self._kept_bytes = 0
         self._at = 0
         self._run: list[bytes] = []
+        self._pages_left = TIMES_MAX * -(-ram_bytes // PAGE_BYTES)
 
     def take(self, count: int) -> bytes:
         data = self._read(count)
@@ -117,7 +120,11 @@ class _Splitter:
             data = take(1 if flags & _ZERO else PAGE_BYTES)
             if self._block != self._wanted:
                 keep(head + name + data)
-            elif flags & _PAGE:
+                continue
+            self._pages_left -= 1
+            if self._pages_left < 0:
+                raise RuntimeFailed(f"the machine wrote its memory down more than {TIMES_MAX} times over")
+            if flags & _PAGE:
                 self.page(address, data)
             elif data != b"\0":
                 self.page(address, data * PAGE_BYTES)
