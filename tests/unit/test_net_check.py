@@ -148,7 +148,7 @@ async def test_no_subnet_holds_the_address_of_a_server_or_a_node(cell: Cell) -> 
 
 async def test_an_address_told_later_shuts_no_node_out_of_its_subnet(cell: Cell) -> None:
     await cell.join("n1", 1, subnet="10.4.0.0/16")
-    with pytest.raises(Conflict, match="n1"):
+    with pytest.raises(Invalid, match="n1"):
         await cell.service.fabrics.join("n2", FabricOffer(endpoint="10.4.0.9"))
     await cell.put(
         keys.node("n3"), Node(name="n3", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1), address="10.4.0.9")
@@ -159,6 +159,7 @@ async def test_an_address_told_later_shuts_no_node_out_of_its_subnet(cell: Cell)
 async def test_a_prefix_that_the_cell_gives_holds_no_known_address(cell: Cell) -> None:
     await cell.put(keys.server("s1"), Server(id="s1", urls=("https://10.64.0.9:7600",), version="1", started_at=1.0))
     assert await cell.join("n1", 1) == "10.64.16.0/20"
+    assert (await cell.service.fabrics.join("n2", FabricOffer(endpoint="10.64.32.9"))).prefix == "10.64.48.0/20"
 
 
 async def test_another_nodes_key_is_refused_and_a_nodes_own_is_not(cell: Cell) -> None:

@@ -221,21 +221,23 @@ class Fabrics:
             return str(wanted)
         if held is not None:
             return held.prefix
-        taken, known = sorted(others.values()), list(self._addresses())
+        taken, known = sorted(others.values()), [address for _, address in self._addresses()]
+        if offer.endpoint:
+            known.append(ipaddress.IPv4Address(offer.endpoint))
         for candidate in ipaddress.IPv4Network(fabric.network).subnets(new_prefix=PREFIX_LENGTH):
-            if not any(candidate.overlaps(one) for one in taken) and not any(address in candidate for _, address in known):
+            if not any(candidate.overlaps(one) for one in taken) and not any(address in candidate for address in known):
                 return str(candidate)
         raise Exhausted(f"every prefix of {fabric.network} is taken", mend="remove nodes that are gone: atoll nodes remove NAME")
 
     def _check_identity(self, name: str, offer: FabricOffer, prefix: str, held: FabricNode | None) -> None:
-        """Raise Conflict for an endpoint within a node's prefix, this one's included, and for another node's key."""
+        """Raise Invalid for an endpoint within a node's prefix, this one's included, Conflict for another node's key."""
         others = {n: h.record for n, h in self._state.records(FabricNode).items() if n != name}
         if offer.endpoint and (held is None or (held.endpoint, held.prefix) != (offer.endpoint, prefix)):
             endpoint = ipaddress.IPv4Address(offer.endpoint)
             for owner, taken in ((name, prefix), *((n, node.prefix) for n, node in others.items())):
                 if endpoint in ipaddress.IPv4Network(taken):
                     mend = "give this node another --fabric-address or --subnet"
-                    raise Conflict(f"the endpoint {endpoint} is within {taken} of node '{owner}'", mend=mend, field="endpoint")
+                    raise Invalid(f"the endpoint {endpoint} is within {taken} of node '{owner}'", mend=mend, field="endpoint")
         if offer.public_key and (held is None or held.public_key != offer.public_key):
             for other, node in others.items():
                 if node.public_key == offer.public_key:

@@ -14,8 +14,9 @@ class FabricControl(Protocol):
     async def join_fabric(self, node: str, offer: FabricOffer) -> FabricGrant:
         """Return the node's prefix, the same as long as the node is of the cell. Safe to repeat, with news of the node.
 
-        Raises Conflict where the prefix that it wants overlaps another node's, Exhausted where none is left, NotFound where the
-        servers are older than the fabric.
+        Raises Conflict where the prefix that it wants overlaps another node's or holds a server's or node's address, or the key is
+        another node's; Invalid for a prefix that is no private one or an endpoint within a prefix; Exhausted where none is left;
+        NotFound where the servers are older than the fabric.
         """
         ...
 
