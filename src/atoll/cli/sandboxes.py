@@ -15,6 +15,10 @@ from atoll.model.errors import Invalid
 if TYPE_CHECKING:
     from atoll.model.streams import Held
     from atoll.model.views import JobView
+    from atoll.sdk.client import Client
+
+START_S_MAX = 300.0
+END_S_MAX = 120.0
 
 
 @group(
@@ -74,15 +78,21 @@ async def create(
     if snapshot and node:
         spec = from_snapshot(spec, snapshot, node)
     async with session.client() as client:
-        _said(session, await client.create_job(spec))
+        await _said(session, client, await client.create_job(spec))
 
 
-def _said(session: Session, view: JobView) -> None:
-    if session.json:
-        session.output.json(view)
-        return
+async def _said(session: Session, client: Client, view: JobView) -> None:
+    """Wait until the sandbox can be worked in, and say so."""
+    from atoll.sdk.sandboxes import running
+
     name = view.job.name
-    session.output.say(f"[green]✓[/] sandbox {name} is made; work in it with: atoll sandbox exec {name} -- COMMAND")
+    with session.output.err.status(f"{name} starts"):
+        instance = await running(client, view.job.project, name, deadline_s=START_S_MAX)
+    if session.json:
+        session.output.json(await client.job(view.job.project, name))
+        return
+    where = f"on {instance.node}; work in it with: atoll sandbox exec {name} -- COMMAND"
+    session.output.say(f"[green]✓[/] sandbox {name} runs {where}")
 
 
 @command(example="atoll sandbox list", name="list")
@@ -148,19 +158,22 @@ async def fork(session: Session, name: str, new: str) -> None:
     from atoll.sdk.sandboxes import fork as forked
 
     async with session.client() as client:
-        _said(session, await forked(client, session.project, name, new))
+        await _said(session, client, await forked(client, session.project, name, new))
 
 
 @command(example="atoll sandbox rm try", name="rm")
 @click.argument("name", metavar="SANDBOX")
 async def remove(session: Session, name: str) -> None:
-    """End a sandbox; all that is in it is lost. What is left of its record goes a day later."""
+    """End a sandbox; all that is in it is lost, and its name is free again."""
+    from atoll.sdk.sandboxes import remove as removed
+
     async with session.client() as client:
-        view = await client.cancel_job(session.project, name)
+        with session.output.err.status(f"{name} ends"):
+            await removed(client, session.project, name, deadline_s=END_S_MAX)
     if session.json:
-        session.output.json(view)
+        session.output.json({"removed": name})
     else:
-        session.output.say(f"[green]✓[/] sandbox {name} ends")
+        session.output.say(f"[green]✓[/] sandbox {name} is gone")
 
 
 for _each in (create, list_sandboxes, pause, resume, snapshot, fork, remove, execute, copy):

@@ -192,13 +192,14 @@ def _show(session: Session, config: Config) -> None:
 
 
 @command(example="atoll down\natoll down --keep-running   # the next `atoll up` takes the instances over")
-@click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]")
+@click.option("--data", type=click.Path(path_type=Path), help="The data directory; else ATOLL_DATA.  [default: /var/lib/atoll]")
 @click.option("--keep-running", is_flag=True, help="Leave the instances running.")
 def down(session: Session, data: Path | None, keep_running: bool) -> None:
     """End an `atoll up`: ingress first, then the instances, then the rest."""
     from atoll.entry.launch import terminate
 
-    config = _config(session, {"data": data})
+    place = os.environ.get("ATOLL_DATA")  # as `atoll up` says for the other commands
+    config = _config(session, {"data": data or (Path(place) if place else None)})
     with session.output.err.status("stopping"):
         pid = terminate(config, keep_running=keep_running)
     if session.json:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from msgspec.structs import replace
 
-from atoll.model.errors import Conflict, NotFound
+from atoll.model.errors import Conflict, DeadlineExceeded, NotFound
 from atoll.model.records import Instance
 from atoll.model.spec import Constraint, JobSpec
+from atoll.model.states import Phase
 from atoll.model.streams import Held
 from atoll.model.views import JobView
 from atoll.sdk.client import Client
 
 KEEPS_RUNNING = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait; done")
 """What a sandbox runs when it is given nothing: it needs a shell and `sleep` in the image."""
+
+
+STEP_S = 0.2
 
 
 async def sandboxes(client: Client, project: str) -> list[JobView]:
@@ -28,6 +34,40 @@ async def instance_of(client: Client, project: str, name: str) -> Instance:
         if found.status is not None and found.status.phase.live:
             return found.instance
     raise Conflict(f"sandbox '{name}' does not run", mend=f"see why: atoll jobs show {name}")
+
+
+async def running(client: Client, project: str, name: str, *, deadline_s: float) -> Instance:
+    """Return a sandbox's instance once it runs. Raises Conflict for one that ended, DeadlineExceeded with why it waits."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            while True:
+                view, told = await client.job(project, name), ""
+                if view.status is not None and view.status.phase.final:
+                    raise Conflict(f"sandbox '{name}' has ended: {view.status.message}", mend=f"see why: atoll jobs show {name}")
+                for found in await client.instances(project, job=name):
+                    if found.status is not None and found.status.phase is Phase.RUNNING:
+                        return found.instance
+                    if found.instance.rejection is not None:
+                        told = f": {found.instance.rejection.message}"
+                await asyncio.sleep(STEP_S)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"sandbox '{name}' does not run after {deadline_s:g} s{told}", mend=f"it goes on starting; see: atoll jobs show {name}"
+        ) from None
+
+
+async def remove(client: Client, project: str, name: str, *, deadline_s: float) -> None:
+    """End a sandbox and forget it, so that its name is free. Raises DeadlineExceeded: it ends, and is forgotten a day later."""
+    await client.cancel_job(project, name)
+    try:
+        async with asyncio.timeout(deadline_s):
+            while True:
+                try:
+                    return await client.delete_job(project, name)
+                except Conflict:  # it has not ended yet
+                    await asyncio.sleep(STEP_S)
+    except TimeoutError:
+        raise DeadlineExceeded(f"sandbox '{name}' has not ended within {deadline_s:g} s", mend="say it again later") from None
 
 
 async def hold(client: Client, project: str, name: str, what: str) -> Held:

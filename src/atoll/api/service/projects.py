@@ -19,7 +19,7 @@ from atoll.model.views import Page
 def require_project(context: Context, name: str) -> None:
     """Raise NotFound for a project that nobody has made. `default` is there from the beginning."""
     if name != DEFAULT_PROJECT and context.state.get(Project, name) is None:
-        raise NotFound(f"no project '{name[:60]}'", mend="an admin makes it: PUT /v1/projects/NAME")
+        raise NotFound(f"no project '{name[:60]}'", mend="an admin makes it: atoll projects create NAME")
 
 
 class Projects:

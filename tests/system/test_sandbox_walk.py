@@ -30,7 +30,6 @@ def test_a_sandbox_is_worked_in_paused_written_down_and_forked_and_ends_at_its_l
         image = atoll.atoll_json("image", "import", str(archive), "--name", "busybox", "--tag", "1")["image"]
         made = ("--image", image, "--isolation", "sandbox", "--", BOX, "sleep", "100000")
         atoll.atoll("sandbox", "create", "try", *made)
-        runs(atoll, "try")
         shell(atoll, "try", "echo kept > /kept")
 
         assert atoll.atoll_json("sandbox", "pause", "try")["paused"] is True
@@ -44,16 +43,15 @@ def test_a_sandbox_is_worked_in_paused_written_down_and_forked_and_ends_at_its_l
         shell(atoll, "try", "echo later > /kept")
         atoll.atoll("sandbox", "create", "back", "--snapshot", snapshot["digest"], "--node", snapshot["node"], *made)
         atoll.atoll("sandbox", "fork", "try", "twin")
-        runs(atoll, "back"), runs(atoll, "twin")
         assert shell(atoll, "back", "cat /kept") == "kept\n"
         shell(atoll, "twin", "echo twin > /kept")
         assert shell(atoll, "try", "cat /kept") == "later\n"
         assert {view["job"]["name"] for view in atoll.atoll_json("sandbox", "list")} == {"try", "back", "twin"}
 
-        atoll.atoll("sandbox", "create", "short", "--time-limit", "1s", *made)
+        atoll.atoll("sandbox", "create", "short", "--time-limit", "10s", *made)
         for name in ("try", "back", "twin"):
             atoll.atoll("sandbox", "rm", name)
-        wait_for(lambda: {phase(atoll, name) for name in ("try", "back", "twin")} == {"cancelled"})
+        assert {view["job"]["name"] for view in atoll.atoll_json("sandbox", "list")} == {"short"}
         wait_for(lambda: phase(atoll, "short") == "failed")
         assert "deadline" in atoll.atoll("jobs", "show", "short")
 
@@ -65,16 +63,6 @@ def shell(atoll: ScratchAtoll, name: str, script: str) -> str:
 def phase(atoll: ScratchAtoll, name: str) -> str:
     views = {view["job"]["name"]: view for view in atoll.atoll_json("sandbox", "list")}
     return str((views[name].get("status") or {}).get("phase", "pending"))
-
-
-def runs(atoll: ScratchAtoll, name: str) -> None:
-    def running() -> bool:
-        views: list[dict[str, Any]] = atoll.atoll_json("ps")
-        found = [view for view in views if view["instance"]["owner"] == name]
-        assert phase(atoll, name) not in {"failed", "cancelled"}, atoll.atoll("jobs", "show", name)
-        return any((view.get("status") or {}).get("phase") == "running" for view in found)
-
-    wait_for(running)
 
 
 def wait_for(holds: Any, seconds: float = 60.0) -> None:
