@@ -96,7 +96,7 @@ class Field:
         self.rows = np.zeros(nodes, dtype=np.int64)
         for number, name in enumerate(self.names):
             peer = self.exchange.peers.add(name)
-            peer.key, peer.epoch = beats.key_of(CELL_KEY, name, self._epoch), self._epoch
+            peer.epoch = self._epoch
             peer.address = self.address_of(number)
             self.rows[number] = peer.row
             self.exchange.peers.heard[peer.row] = 0.0

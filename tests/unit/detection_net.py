@@ -34,6 +34,7 @@ class Net:
         self.pulses: dict[str, Pulse] = {}
         self.contacts: dict[str, Contact] = {}
         self.sites: dict[str, str] = {}
+        self.enrolments: dict[str, str] = {}
         self.last_seen: dict[str, float] = {}
         self.seen: list[tuple[bytes, Address, Address]] = []
         """All that was sent, with from and to."""
@@ -48,7 +49,7 @@ class Net:
 
     async def server(self, name: str = "leader", *, leads: bool = True) -> Exchange:
         exchange = Exchange(
-            key_of=lambda node, epoch: beats.key_of(CELL_KEY, node, epoch),
+            key_of=lambda node, epoch: beats.key_of(CELL_KEY, node, epoch, self.enrolments.get(node, "")),
             site_of=self.sites.get,
             last_seen=self.last_seen,
             clock=self.clock,
@@ -107,7 +108,7 @@ class Net:
 
         pulse.send_to = send
         epoch = beats.epoch_at(self.clock.now())
-        grant = BeatGrant(key=beats.key_of(CELL_KEY, name, epoch), epoch=epoch, lasts_s=1e6)
+        grant = BeatGrant(key=beats.key_of(CELL_KEY, name, epoch, self.enrolments.get(name, "")), epoch=epoch, lasts_s=1e6)
         pulse.serve(grant, [(server, 7600) for server in self.servers])
         try:
             while True:

@@ -69,6 +69,11 @@ def test_another_key_does_not_open_it(data: bytes) -> None:
             beats.opened(other, data)
 
 
+def test_each_enrolment_has_a_key_of_its_own_and_a_node_with_a_token_alone_the_one_it_had() -> None:
+    assert beats.key_of(bytes(32), "n1", 7, "") == KEY
+    assert len({beats.key_of(bytes(32), "n1", 7, enrolment) for enrolment in ("", "a", "b")}) == 3
+
+
 def test_whatever_a_stranger_sends_is_refused_and_nothing_else_happens() -> None:
     chance = random.Random(1)
     cut = [whole[:end] for whole in samples() for end in range(len(whole))]

@@ -23,8 +23,9 @@ from atoll.control.actions import (
     WriteLiveness,
 )
 from atoll.control.apps import UNPLACED_MAX, AppFacts, decide_app
+from atoll.control.detection.decide import Standing
 from atoll.control.jobs import JobFacts, decide_job, decide_orphans
-from atoll.control.nodes import LOST_S, UNREACHABLE_S, NodeFacts, decide_node
+from atoll.control.nodes import LOST_S, UNREACHABLE_S, NodeFacts, decide_node, is_to_be_lost
 from atoll.control.timers import Timers
 from atoll.model.records import (
     App,
@@ -397,6 +398,21 @@ def test_the_health_of_a_node(
     assert [w.liveness.health for w in of(WriteLiveness, made.actions)] == ([after] if after else [])
     assert made.wake_at == (None if next_in is None else NOW + next_in)
     assert len(of(Tell, made.actions)) == (after is not None)
+
+
+@pytest.mark.parametrize(
+    ("standing", "after"),
+    [(Standing.SUSPECT, NodeHealth.UNREACHABLE), (Standing.SILENT, NodeHealth.LOST), (None, NodeHealth.LOST)],
+)
+def test_long_silence_alone_gives_up_no_node_of_which_the_detection_is_not_sure(
+    standing: Standing | None, after: NodeHealth
+) -> None:
+    node = Node(name="n", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1))
+    made = decision()
+    facts = NodeFacts(node=node, liveness=None, heard=None, watched_since=0.0, standing=standing, silence_s=2 * LOST_S)
+    assert is_to_be_lost(facts, 2 * LOST_S) is (after is NodeHealth.LOST)
+    decide_node(facts, 2 * LOST_S, made)
+    assert [w.liveness.health for w in of(WriteLiveness, made.actions)] == [after]
 
 
 @pytest.mark.parametrize(("since_ago", "after"), [(0.0, None), (14.0, None), (15.0, NodeHealth.READY), (-5.0, NodeHealth.READY)])

@@ -6,14 +6,25 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from control_cell import run_virtual
+from control_cell import LoopClock, run_virtual
 from detection_net import CELL_KEY, Net
 
 from atoll.control.detection.decide import Standing
 from atoll.model import beats
 from atoll.model.beats import Kind, Relayed
+from atoll.node import vitals
+from atoll.node.pulse import RATE_MIN
 
 GOAL_S = 5.0
+
+
+class Wall(LoopClock):
+    """Its wall clock can be set."""
+
+    ahead_s = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead_s
 
 
 def on_net(test: Callable[[Net], Awaitable[None]], **net: float) -> None:
@@ -207,6 +218,41 @@ def test_foreign_keys_and_unknown_nodes_are_not_heard() -> None:
     on_net(test)
 
 
+def test_the_key_of_a_machine_that_was_replaced_under_its_name_fits_no_more() -> None:
+    async def test(net: Net) -> None:
+        await fleet(net, 3)
+        leader = net.servers["leader"]
+        net.enrolments["n1"] = "second"
+        refused = leader.traffic.refused
+        assert await net.until_silent("n1") < GOAL_S, "though what it says was opened by that key a moment ago"
+        assert leader.traffic.refused > refused
+        await net.kill("n1")
+        await net.agent("n1")
+        await asyncio.sleep(3)
+        assert net.silent() == set()
+
+    on_net(test)
+
+
+def test_a_key_that_has_run_out_is_not_taken_from_one_who_was_heard_with_it() -> None:
+    async def test(net: Net) -> None:
+        wall = net.clock = Wall()
+        await fleet(net, 3)
+        day = beats.epoch_at(net.clock.now())
+        wall.ahead_s = beats.EPOCH_S
+        leader = net.servers["leader"]
+        key = beats.key_of(CELL_KEY, "n1", day)
+        beat = beats.pack_beat(key, beats.Beat("n1", day, 0, 1, beats.Flag.ASKS, ""))
+        refused = leader.traffic.refused
+        leader.receive(beat, ("n1", 7000))
+        assert leader.traffic.refused == refused, "that of the day before counts"
+        wall.ahead_s = 2 * beats.EPOCH_S
+        leader.receive(beat, ("n1", 7000))
+        assert leader.traffic.refused == refused + 1
+
+    on_net(test)
+
+
 def test_an_agent_whose_clock_was_set_back_between_two_lives_is_heard_again() -> None:
     async def test(net: Net) -> None:
         await fleet(net)
@@ -241,6 +287,40 @@ def test_heartbeats_over_http_keep_a_node_whose_datagrams_are_lost() -> None:
             assert net.silent() == set()
         assert net.pulses["n1"].deaf(net.clock.monotonic())
         assert 1.5 < await net.until_silent("n1") < GOAL_S, "the last heartbeat was two seconds ago"
+
+    on_net(test)
+
+
+def test_nodes_whose_datagrams_reach_all_servers_but_the_one_that_leads_are_kept_by_their_heartbeats() -> None:
+    async def test(net: Net) -> None:
+        await net.server("other", leads=False)
+        names = await fleet(net)
+
+        async def heartbeats(name: str) -> None:
+            while True:
+                net.last_seen[name] = net.clock.monotonic()
+                pulse, waited = net.pulses[name], 0.0
+                while waited < (vitals.DEAF_S if pulse.deaf(net.clock.monotonic()) else vitals.HEARTBEAT_S):
+                    await asyncio.sleep(0.1)
+                    waited += 0.1
+
+        beating = []
+        for name in names:
+            beating.append(asyncio.ensure_future(heartbeats(name)))
+            await asyncio.sleep(0.8)  # not all at once: some are heard while the others are not
+        assert not any(pulse.deaf(net.clock.monotonic()) for pulse in net.pulses.values())
+        net.cut |= {(name, "leader") for name in names}
+        for _ in range(600):
+            await asyncio.sleep(0.1)
+            assert net.silent() == set()
+        assert all(pulse.deaf(net.clock.monotonic()) for pulse in net.pulses.values())
+        assert {pulse.rate(net.clock.monotonic()) for pulse in net.pulses.values()} == {RATE_MIN}, "what others hear is no loss"
+        net.cut.clear()
+        await asyncio.sleep(2)
+        assert not any(pulse.deaf(net.clock.monotonic()) for pulse in net.pulses.values())
+        for task in beating:
+            task.cancel()
+        await asyncio.gather(*beating, return_exceptions=True)
 
     on_net(test)
 

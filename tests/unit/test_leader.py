@@ -42,6 +42,7 @@ class Cell:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.affirmed: dict[str, float] = {}
         self.begun = asyncio.Event()
+        self.broken = False
 
     def start(self, name: str) -> None:
         async def work(term: Term) -> None:
@@ -50,6 +51,8 @@ class Cell:
             await asyncio.Event().wait()
 
         async def ended(identity: str) -> None:
+            if self.broken:
+                raise OSError("no more sockets")
             await self.died.setdefault(identity, asyncio.Event()).wait()
 
         def affirm(until: float) -> None:
@@ -151,6 +154,24 @@ def test_a_leader_that_is_wrongly_believed_dead_is_fenced_and_stops() -> None:
         held = await cell.store.get(keys.LEADER)
         assert held is not None
         assert held.value == b"two"
+        await cell.close()
+
+    run_virtual(main())
+
+
+def test_a_watch_for_the_leaders_death_that_fails_ends_no_term() -> None:
+    async def main() -> None:
+        cell = Cell()
+        cell.start("one")
+        _, term = await cell.led_by(1)
+        cell.broken = True
+        cell.start("two")
+        await asyncio.sleep(3 * LEASE_S)
+        await check(cell.store, term)
+        assert len(cell.terms) == 1
+        await cell.kill("one")
+        name, _ = await cell.led_by(2)
+        assert name == "two", "its lease decides"
         await cell.close()
 
     run_virtual(main())

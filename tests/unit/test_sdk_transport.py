@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from control_cell import run_virtual
 
 from atoll.model import codec
 from atoll.model.errors import Conflict, Invalid, NotFound, OutcomeUnknown, Unauthenticated, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch
-from atoll.model.records import Assignment, Instance, OwnerKind, Status
+from atoll.model.records import Assignment, Heartbeat, Instance, OwnerKind, Status
 from atoll.model.spec import AppSpec, JobSpec, Port
 from atoll.model.states import Phase
 from atoll.model.traffic import TrafficReport
-from atoll.sdk.control_plane import HttpControlPlane
+from atoll.sdk.control_plane import SLOW_S, HttpControlPlane
+from atoll.sdk.failover import Failover
 from atoll.sdk.http import HttpTransport
-from atoll.sdk.transport import Address, path
+from atoll.sdk.transport import Address, Answer, path
 
 Handler = Callable[[str, bytes, asyncio.StreamWriter], Awaitable[None]]
 
@@ -311,3 +313,42 @@ async def test_what_an_ingress_counted_is_told_to_every_server_and_is_lost_only_
         with pytest.raises(Unavailable):
             await control.traffic(report)
         await control.close()
+
+
+class Elsewhere(HttpTransport):
+    """A server that takes `after_s` to answer with `status`."""
+
+    def __init__(self, name: str, after_s: float = 0.01, status: int = 200) -> None:
+        super().__init__(f"http://{name}")
+        self.after_s = after_s
+        self.status = status
+        self.taken: list[str] = []
+
+    async def request(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float = 30.0
+    ) -> Answer:
+        if self.after_s > timeout_s:
+            await asyncio.sleep(timeout_s)
+            raise OutcomeUnknown("no answer")
+        await asyncio.sleep(self.after_s)
+        self.taken.append(path)
+        return Answer(self.status, {}, b"{}")
+
+
+def test_a_heartbeat_is_told_to_every_server_and_one_that_hangs_does_not_hold_up_the_next() -> None:
+    async def main() -> None:
+        servers = [Elsewhere("hangs", 1e9), Elsewhere("leads"), Elsewhere("ails", status=503)]
+        control = HttpControlPlane("", None, transport=Failover(servers))
+        loop = asyncio.get_running_loop()
+        await control.heartbeat(Heartbeat(node="n1", at=1.0))
+        assert loop.time() == pytest.approx(SLOW_S, abs=0.1)
+        assert servers[1].taken == ["/v1/nodes/n1/heartbeat"]
+        began, servers[1].after_s = loop.time(), 2 * SLOW_S
+        await control.heartbeat(Heartbeat(node="n1", at=2.0))
+        assert loop.time() - began == pytest.approx(2 * SLOW_S, abs=0.1), "the first that takes it is waited for"
+        servers[1].status = 503
+        with pytest.raises(Unavailable):
+            await control.heartbeat(Heartbeat(node="n1", at=3.0))
+        await control.close()
+
+    run_virtual(main())

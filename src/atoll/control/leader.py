@@ -91,7 +91,10 @@ async def _try(
 
 
 async def _wait_for_end(store: Store, identity: str, ended: Ended) -> None:
-    """Return when nobody else leads: at the end of another's term, which is ended here when its process is dead."""
+    """Return when nobody else leads: at the end of another's term, which is ended here when its process is dead.
+
+    Returns early, with nothing ended, where `ended` fails.
+    """
     held = await store.get(keys.LEADER)
     if held is None or held.value == identity.encode():
         return
@@ -102,6 +105,10 @@ async def _wait_for_end(store: Store, identity: str, ended: Ended) -> None:
             await asyncio.wait({dying}, timeout=POLL_S)
             if not dying.done() and not await _leads(store, held):
                 return
+        if dying.cancelled() or dying.exception() is not None:
+            cause = "cancelled" if dying.cancelled() else repr(dying.exception())
+            log.warning("whether the leader's process lives cannot be told; its lease decides", leader=leader, cause=cause)
+            return
         log.warning("the leader's process has ended", leader=leader, server=identity)
         # This term's lease and no other's: where somebody leads meanwhile, he goes on.
         await store.lease_revoke(held.lease)

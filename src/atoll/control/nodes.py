@@ -59,7 +59,12 @@ def is_to_be_lost(facts: NodeFacts, monotonic: float) -> bool:
     """Whether a node that is not lost yet is to be given up, if the brake allows."""
     if facts.last is NodeHealth.LOST:
         return False
-    return facts.standing is Standing.SILENT or facts.silent_s(monotonic) >= LOST_S
+    return _is_gone(facts, monotonic)
+
+
+def _is_gone(facts: NodeFacts, monotonic: float) -> bool:
+    """Only what the detection believes counts of a node that it knows: long silence may be our own, or a bad path."""
+    return facts.standing is Standing.SILENT or (facts.standing is None and facts.silent_s(monotonic) >= LOST_S)
 
 
 def decide_node(facts: NodeFacts, monotonic: float, decision: Decision, *, may_lose: bool = True) -> None:
@@ -68,7 +73,7 @@ def decide_node(facts: NodeFacts, monotonic: float, decision: Decision, *, may_l
     silent = facts.silent_s(monotonic)
     if is_to_be_lost(facts, monotonic):
         health = NodeHealth.LOST if may_lose else NodeHealth.UNREACHABLE
-    elif facts.standing is Standing.SILENT or silent >= LOST_S:
+    elif _is_gone(facts, monotonic):
         health = NodeHealth.LOST
     elif silent < UNREACHABLE_S:
         # A node that nobody here has heard of yet stays what it was: a new leader knows no better.

@@ -112,9 +112,11 @@ class NotOurs(ValueError):
     """Not one of these datagrams, or not with this seal."""
 
 
-def key_of(cell_key: bytes, node: str, epoch: int) -> bytes:
-    """Return the key of a node for an epoch; every server that holds the cell's key knows it, and none keeps it."""
-    return hmac.digest(cell_key, f"atoll beats 1 {epoch} {node}".encode(), "sha256")
+def key_of(cell_key: bytes, node: str, epoch: int, enrolment: str = "") -> bytes:
+    """Return the key of a node for an epoch; every server that holds the cell's key can make it. `enrolment` is that of its
+    Identity: a machine that joins anew under the name gets another key. Empty for a node that has none, only a token."""
+    words = f"atoll beats 1 {epoch} {node}" + (f" {enrolment}" if enrolment else "")
+    return hmac.digest(cell_key, words.encode(), "sha256")
 
 
 def epoch_at(now: float) -> int:

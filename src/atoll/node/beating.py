@@ -98,7 +98,7 @@ class Beating:
             due = self.pulse.tick(now)
             deaf = self.pulse.deaf(now)
             if deaf and not self._deaf:
-                log.warning("beats are not acknowledged any more; heartbeats come sooner", node=self._node)
+                log.warning("the server that leads acknowledges no beats; heartbeats come sooner", node=self._node)
                 self.on_deaf()
             self._deaf = deaf
             if now - saved >= SAVE_S:

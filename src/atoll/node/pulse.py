@@ -43,7 +43,7 @@ CARRY_S = 0.9
 CARRY_KEPT_S = 3.0
 CARRIED_MAX = 512
 DEAF_S = 2.5
-"""Without an ACK for so long, datagrams may not get through; heartbeats over HTTP then come sooner."""
+"""Without an ACK of the server that leads for so long, it may not hear our datagrams; heartbeats over HTTP then come sooner."""
 DEAF_EAGER_S = 10.0
 """So long it beats at the full rate then."""
 
@@ -87,6 +87,8 @@ class Pulse:
         self._servers: dict[Address, Server] = {}
         self._places = 0
         self._began: float | None = None
+        self._led_at: float | None = None
+        """When the server that leads answered last; until it ever has, when any first did."""
         self._next = 0.0
         self._burst = 0
         self._carried: dict[int, Carried] = {}
@@ -114,9 +116,10 @@ class Pulse:
         if not known:
             return RATE_MIN
         if self.deaf(now):
-            latest = max(server.heard_at or 0.0 for server in known)
-            return RATE_MAX if now - latest < DEAF_EAGER_S else RATE_MIN
-        return rate_of(max(server.loss for server in known))
+            if self._led_at is not None and now - self._led_at < DEAF_EAGER_S:
+                return RATE_MAX
+            known = [server for server in known if server.heard_at is not None and now - server.heard_at <= DEAF_S]
+        return rate_of(max((server.loss for server in known), default=0.0))
 
     @property
     def answered(self) -> bool:
@@ -124,9 +127,8 @@ class Pulse:
         return any(server.heard_at is not None for server in self._servers.values())
 
     def deaf(self, now: float) -> bool:
-        """Whether no server answers any more that did: only then is something wrong with the way of datagrams."""
-        times = [server.heard_at for server in self._servers.values() if server.heard_at is not None]
-        return bool(times) and now - max(times) > DEAF_S
+        """Whether the server that leads does not answer, though one has: it alone judges, so what others hear is no help."""
+        return self._led_at is not None and now - self._led_at > DEAF_S
 
     def tick(self, now: float) -> float:
         """Send what is due, and return when to come again. Raises nothing."""
@@ -210,6 +212,8 @@ class Pulse:
         for counter in [counter for counter in server.sent if counter <= ack.counter]:
             del server.sent[counter]
         server.heard_at = now
+        if ack.leads or self._led_at is None:
+            self._led_at = now
         if ack.last > server.counter:
             server.counter = ack.last  # our clock was set back between two lives
         if ack.session != server.session:

@@ -26,6 +26,9 @@ from atoll.sdk.transport import Transport, path
 CALL_S = 10.0
 """The longest wait for the answer to one call; the agent's loops try again."""
 
+SLOW_S = 2.0
+"""So long a server may keep the others waiting for the next heartbeat."""
+
 T = TypeVar("T")
 
 
@@ -53,7 +56,8 @@ class HttpControlPlane:
         self._node = node.name
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
-        await self._call("POST", path("nodes", heartbeat.node, "heartbeat"), heartbeat)
+        """Tell every server, for only the one that leads judges by it. Raises what the first did when none has taken it."""
+        await self._tell_all(path("nodes", heartbeat.node, "heartbeat"), heartbeat, slow_s=SLOW_S)
 
     async def beat_grant(self, node: str) -> BeatGrant:
         answer = await self._call("GET", path("nodes", node, "beats"))
@@ -107,9 +111,19 @@ class HttpControlPlane:
         """As `traffic`."""
         await self._tell_all(path("ingresses", report.ingress, "demand"), report)
 
-    async def _tell_all(self, where: str, report: object) -> None:
+    async def _tell_all(self, where: str, report: object, *, slow_s: float = CALL_S) -> None:
+        """Where one server has taken it, the others are waited for until `slow_s`, and given up."""
         each: Sequence[Transport] = self._transport.each if isinstance(self._transport, Failover) else (self._transport,)
-        told = await asyncio.gather(*(self._call("POST", where, report, one) for one in each), return_exceptions=True)
+        calls = [asyncio.ensure_future(self._call("POST", where, report, one)) for one in each]
+        try:
+            _, slow = await asyncio.wait(calls, timeout=slow_s)
+            while slow and not any(call.done() and not call.cancelled() and call.exception() is None for call in calls):
+                # Each ends by itself, after CALL_S at most.
+                _, slow = await asyncio.wait(slow, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for call in calls:
+                call.cancel()
+            told = await asyncio.gather(*calls, return_exceptions=True)
         failed = [one for one in told if isinstance(one, BaseException)]
         if len(failed) == len(told):
             raise failed[0]

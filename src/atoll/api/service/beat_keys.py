@@ -1,6 +1,7 @@
 """Keys for signs of life by datagram: made from the cell's key, so that every server has them and none keeps them.
 
-Whoever may speak for a node (its token, its certificate) gets its key, for a day at a time; one that is revoked gets no other.
+Whoever may speak for a node (its token, its certificate) gets its key, for a day at a time; one that is revoked gets no other, and
+the key of one whose name another machine has joined under fits no more.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from urllib.parse import urlsplit
 from atoll.api.service.context import Context
 from atoll.model import beats
 from atoll.model.beats import BeatGrant
-from atoll.model.membership import Server
+from atoll.model.membership import Identity, MemberKind, Server
 
 PURPOSE = "beats"
 
 
 def beat_key(context: Context, node: str, epoch: int) -> bytes:
-    """Return the key of a node for an epoch; for whoever takes beats on this server."""
-    return beats.key_of(context.sealer.derive(PURPOSE), node, epoch)
+    """Return the key of a node for an epoch, as it is enrolled now; for whoever takes beats on this server."""
+    identity = context.state.get(Identity, f"{MemberKind.NODE}/{node}")
+    return beats.key_of(context.sealer.derive(PURPOSE), node, epoch, identity.record.enrolment if identity is not None else "")
 
 
 def grant_of(context: Context, node: str) -> BeatGrant:

@@ -131,14 +131,13 @@ class Exchange:
             self.traffic.refused += 1
 
     def _key(self, name: str, epoch: int, data: bytes) -> bytes:
-        """Return the node's key if it opens `data`. Raises NotOurs."""
-        peer = self.peers.get(name)
-        if peer is not None and peer.epoch == epoch:
-            key = peer.key
-        elif abs(epoch - beats.epoch_at(self._clock.now())) > 1 or self._site_of(name) is None:
+        """Return the node's key if it opens `data`. Raises NotOurs.
+
+        It is made anew each time: what opened the datagram before may have run out, or be that of a machine that was replaced.
+        """
+        if abs(epoch - beats.epoch_at(self._clock.now())) > 1 or self._site_of(name) is None:
             raise NotOurs("a key that is out of date, or a node that is not known")
-        else:
-            key = self._key_of(name, epoch)
+        key = self._key_of(name, epoch)
         beats.opened(key, data)
         return key
 
@@ -151,7 +150,7 @@ class Exchange:
             if peer.takes(beat.counter):
                 now = self.awake.now()
                 self.peers.heard[peer.row] = now
-                peer.key, peer.epoch = key, beat.epoch
+                peer.epoch = beat.epoch
                 peer.direct_at = now
                 peer.address = sender
                 peer.inside = _address(beat.inside)
@@ -167,7 +166,7 @@ class Exchange:
         peer = self.peers.get(pending.target) if pending is not None else None
         if peer is None:
             raise NotOurs("nobody waits for this answer")
-        beats.opened(peer.key, data)
+        beats.opened(self._key_of(peer.name, peer.epoch), data)
         del self._pending[nonce]
         self.peers.heard[peer.row] = self.awake.now()
         if direct:
@@ -244,14 +243,15 @@ class Exchange:
         """Ask a node, straight and through others; return through how many."""
         if len(self._pending) + HELPERS >= PENDING_MAX or not peer.address[1]:
             return 0
+        key = self._key_of(peer.name, peer.epoch)
         nonce = self._nonce(peer.name, None, now)
-        self._send(beats.pack_ping(peer.key, nonce), peer.address)
+        self._send(beats.pack_ping(key, nonce), peer.address)
         helpers = self.peers.helpers(peer, HELPERS, now)
         for helper, near in helpers:
             nonce = self._nonce(peer.name, helper.name, now)
             where = peer.inside if near and peer.inside is not None else peer.address
-            relay = Relay(nonce, where, beats.pack_ping(peer.key, nonce))
-            self._send(beats.pack_relay(helper.key, relay), helper.address)
+            relay = Relay(nonce, where, beats.pack_ping(key, nonce))
+            self._send(beats.pack_relay(self._key_of(helper.name, helper.epoch), relay), helper.address)
         return len(helpers)
 
     def _nonce(self, target: str, helper: str | None, now: float) -> int:

@@ -21,13 +21,13 @@ HELPER_HEARD_S = 1.0
 class Peer:
     """One node that has beaten. Mutable: it changes with every beat."""
 
-    __slots__ = ("address", "away", "direct_at", "epoch", "inside", "key", "last", "name", "row", "seen", "window")
+    __slots__ = ("address", "away", "direct_at", "epoch", "inside", "last", "name", "row", "seen", "window")
 
     def __init__(self, name: str, row: int) -> None:
         self.name = name
         self.row = row
-        self.key = b""
-        self.epoch = -1
+        self.epoch = 0
+        """Of the key of its last beat."""
         self.last = -1
         self.window = 0
         self.address: Address = ("", 0)
