@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.model import beats
+from atoll.api.service import KINDS, Service
+from atoll.api.service.beat_keys import beat_key, grant_of
+from atoll.model import beats, codec, keys
 from atoll.model.beats import Ack, Beat, Flag, Kind, NotOurs, Relay, Relayed
+from atoll.model.membership import Identity, MemberKind
+from atoll.model.ports.clock import SystemClock
+from atoll.store.cache import State
+from atoll.store.memory import MemoryStore
 
 KEY = beats.key_of(bytes(32), "n1", 7)
 U64 = st.integers(0, 2**64 - 1)
@@ -72,6 +78,22 @@ def test_another_key_does_not_open_it(data: bytes) -> None:
 def test_each_enrolment_has_a_key_of_its_own_and_a_node_with_a_token_alone_the_one_it_had() -> None:
     assert beats.key_of(bytes(32), "n1", 7, "") == KEY
     assert len({beats.key_of(bytes(32), "n1", 7, enrolment) for enrolment in ("", "a", "b")}) == 3
+
+
+async def test_the_server_makes_and_takes_the_key_of_the_enrolment_that_counts_now() -> None:
+    clock = SystemClock()
+    store = MemoryStore(clock)
+    async with State(store, KINDS) as state:
+        service = Service(store, state, clock, random.Random(1), bytes(range(32)))
+        made = [(grant_of(service.context, "n1"), beat_key(service.context, "n1", 7))]
+        for enrolment in ("first", "second"):
+            identity = Identity(kind=MemberKind.NODE, name="n1", enrolment=enrolment, joined_at=1.0)
+            await state.reach(await store.put(keys.identity(MemberKind.NODE, "n1"), codec.encode(identity)))
+            grant = grant_of(service.context, "n1")
+            assert grant.key == beat_key(service.context, "n1", grant.epoch)
+            made.append((grant, beat_key(service.context, "n1", 7)))
+        assert len({key for _, key in made}) == len({grant.key for grant, _ in made}) == 3
+    await store.close()
 
 
 def test_whatever_a_stranger_sends_is_refused_and_nothing_else_happens() -> None:
