@@ -396,7 +396,8 @@ async def test_the_monitor_is_nobody_in_a_jail_with_nothing_in_it(shared: Shared
     nodes = list((root / "dev").iterdir()) if (root / "dev").exists() else []
     assert {path.name for path in nodes} <= {"kvm"}
     owned = Path(f"/proc/{shared.pid}/root/box")
-    assert {path.name for path in owned.iterdir()} <= {"disk.img", "agent.sock", "qmp.sock"}
+    sockets = {"agent.sock", "qmp.sock", "volume0.sock", "volume1.sock"}  # the last two: of the volumes that it is shown
+    assert {path.name for path in owned.iterdir()} <= {"disk.img", *sockets}
 
 
 async def test_the_monitor_holds_no_descriptor_of_the_node_but_its_own(shared: Shared) -> None:

@@ -65,11 +65,8 @@ def seeds(numbers: range, workers: int) -> int:
     print("\nmet so often:")
     for name, count in sorted(met.items())[:SHOWN_MARKS_MAX]:
         print(f"  {count:8d}  {name}")
-    unmet = marks.missing(met)
-    print(
-        f"\n{len(marks.EXPECTED) - len(unmet)} of {len(marks.EXPECTED)} marks met"
-        + "".join(f"\n  not met: {name}" for name in unmet)
-    )
+    expected, unmet = marks.expected(len(numbers)), marks.missing(met, len(numbers))
+    print(f"\n{len(expected) - len(unmet)} of {len(expected)} marks met" + "".join(f"\n  not met: {name}" for name in unmet))
     print(
         f"{len(numbers) - failed} of {len(numbers)} seeds held; {len(numbers) / spent_s:.1f} seeds/s in {workers} "
         f"process{'es' if workers > 1 else ''}, {virtual_s / 3600:.1f} h of virtual time in {spent_s:.1f} s"
