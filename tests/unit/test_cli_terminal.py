@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import sys
 import termios
@@ -36,6 +37,9 @@ class Terminal:
     def __init__(self, *arguments: str, rows: int = 40, columns: int = 120) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            # As a shell with job control starts it, however these tests were started: in the background of a script SIGINT is ignored.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
             own = {"TERM": "xterm-256color", "ATOLL_API": "http://fake", "XDG_CONFIG_HOME": "/nonexistent"}
             os.execve(sys.executable, [sys.executable, "-c", PROGRAM, *arguments], inherited | own)
