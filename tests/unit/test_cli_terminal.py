@@ -37,7 +37,7 @@ class Terminal:
     def __init__(self, *arguments: str, rows: int = 40, columns: int = 120) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            # As a shell with job control starts it, however these tests were started: in the background of a script SIGINT is ignored.
+            # As a shell with job control starts it: in the background of a script SIGINT would be ignored, here and in it.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
