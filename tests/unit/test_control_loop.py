@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from control_cell import START, Cell, crash_loops, fails, healthy, run_virtual, succeeds
+from control_cell import START, Cell, LoopClock, crash_loops, fails, healthy, run_virtual, succeeds
 from msgspec import structs
 
 from atoll.control.controllers import run_control
@@ -310,6 +310,32 @@ def test_what_does_not_fit_says_why_and_is_placed_when_room_comes() -> None:
             await cell.add_node("n2")
             await cell.until(lambda: running(cell))
             assert app.name == "web"
+
+    run_virtual(main())
+
+
+def test_what_does_not_fit_is_placed_when_room_comes_though_the_date_was_set_back_an_hour_before() -> None:
+    class SetClock(LoopClock):
+        ahead_s = 3600.0
+
+        def now(self) -> float:
+            return super().now() + self.ahead_s
+
+    async def main() -> None:
+        async with Cell() as cell:
+            cell.clock = clock = SetClock()
+            await start(cell, "n1")
+            await cell.deploy(big(6 << 30), replicas=2)
+            await cell.until(lambda: cell.ready() == 1)
+            # Room comes that is too little: what waits is planned once more, by the wrong date.
+            await cell.add_node("n2", memory=1 << 30)
+            await cell.quiet(2)
+            assert [i.node for i in cell.instances() if i.node is None] == [None]
+            clock.ahead_s = 0.0
+            await cell.quiet(2)
+            await cell.add_node("n3")
+            await cell.quiet(10)
+            assert sorted(i.node or "" for i in cell.instances()) == ["n1", "n3"]
 
     run_virtual(main())
 

@@ -212,7 +212,8 @@ class Loop:
         delay = self._next() - self._clock.now()
         if not self._changed.is_set() and delay > 0:
             try:
-                async with asyncio.timeout(delay):
+                # No longer than to the next tick, though the date may have been set back since that was set.
+                async with asyncio.timeout(min(delay, TICK_S)):
                     await self._changed.wait()
             except TimeoutError:
                 pass

@@ -73,6 +73,8 @@ class Placement:
         self._room = False
         """Whether something has changed that may let a rejected one fit."""
         self._planned_at = 0.0
+        self._looked_at = 0.0
+        """The latest date that this was asked at."""
         self._claims: dict[str, Claim] = {}
         self._edge: float | None = None
         """When a reservation begins or ends next."""
@@ -267,6 +269,7 @@ class Placement:
 
     def due(self, now: float) -> float | None:
         """Return when to plan: now, later, or None while nothing can be placed."""
+        self._follow_date(now)
         if self._edge is not None and now >= self._edge:
             self._edge, self._room = None, True
         if any(at <= now for at in self._new.values()) or any(self._settled(claim, now) for claim in self._claims.values()):
@@ -276,6 +279,18 @@ class Placement:
             again = max(now, self._planned_at + REPLAN_S)
             return again if later is None else min(again, later)
         return later
+
+    def _follow_date(self, now: float) -> None:
+        """Where the date was set back, move all that is to come with it: else nothing that waits is planned before the old date."""
+        back_s, self._looked_at = self._looked_at - now, now
+        if back_s <= 0:
+            return
+        self._planned_at -= back_s
+        self._new = {key: at - back_s for key, at in self._new.items()}
+        self._rejected = {key: at - back_s for key, at in self._rejected.items()}
+        self._claims = {key: structs.replace(claim, until=claim.until - back_s) for key, claim in self._claims.items()}
+        # What is reserved at the new date is something else.
+        self._edge, self._room = None, True
 
     def place(self, created: Iterable[Instance], skip: set[str], now: float) -> tuple[list[Instance], list[tuple[Instance, int]]]:
         """Plan `created` (not in the store yet) and all that waits but for the keys in `skip`.
@@ -354,6 +369,7 @@ class Placement:
 
     def _waiting(self, skip: set[str], now: float) -> dict[str, tuple[Instance, int]]:
         """Return what to plan again: the new, and the rejected too where room may have come."""
+        self._follow_date(now)
         again = bool(self._rejected) and self._room and now >= self._planned_at + REPLAN_S
         if again:
             self._room = False
