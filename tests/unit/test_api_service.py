@@ -706,6 +706,21 @@ async def test_what_cannot_be_read_is_kept_where_it_runs(service: Service) -> No
     await anew.aclose()  # type: ignore[attr-defined]
 
 
+async def test_what_has_ended_for_good_is_not_handed_out_again(service: Service) -> None:
+    """A node that lost power may have forgotten the end, and would run a job's try twice."""
+    await service.apps.put(SYSTEM, app_spec())
+    store = service.context.store
+    for name, phase in (("web-1", Phase.FAILED), ("web-2", Phase.RUNNING), ("web-3", Phase.LOST)):
+        await put_instance(service, name, 1)
+        told = Status(instance=name, project="default", node="n1", phase=phase)
+        await service.context.state.reach(await store.put(keys.status("default", name), codec.encode(told)))
+    feed = service.feeds.assignments("n1")
+    batch = await asyncio.wait_for(anext(feed), 5)
+    assert {one.instance.id for one in batch.put} == {"web-2", "web-3"}
+    assert batch.kept == {"web-1": Desired.RUN}
+    await feed.aclose()  # type: ignore[attr-defined]
+
+
 async def test_an_app_that_cannot_be_read_keeps_its_routing(service: Service) -> None:
     await service.apps.put(SYSTEM, app_spec())
     await service.apps.put(SYSTEM, app_spec("api"))

@@ -30,13 +30,16 @@ from atoll.model.records import (
     Routing,
     Status,
 )
-from atoll.model.states import Desired
+from atoll.model.states import Desired, Phase
 from atoll.store.cache import Delta, Deltas, Held
 
 ROUTINGS_AT_ONCE = 500
 """Apps whose routing is computed before others get their turn."""
 
 RETRY_S = 1.0
+
+_ENDED = frozenset({Phase.STOPPED, Phase.SUCCEEDED, Phase.FAILED})
+"""What a node says once, for good; `lost` is said of it by others."""
 
 log = structlog.get_logger()
 
@@ -218,6 +221,14 @@ class Feeds:
         return AssignmentBatch(revision, False, tuple(put), tuple(removed), kept, prefetch)
 
     def _assignment(self, held: Held[Instance]) -> Assignment | None:
+        """Return what the node needs to run it; None where the node goes on with what it has of it, if anything.
+
+        So it is with what has ended there for good: a node that forgot the end (it lost power, and with it its newest records)
+        would run it again.
+        """
+        status = self._state.get(Status, f"{held.record.project}/{held.record.id}")
+        if status is not None and status.record.node == held.record.node and status.record.phase in _ENDED:
+            return None
         spec = spec_of(self._state, held.record)
         if spec is None:
             log.error(
