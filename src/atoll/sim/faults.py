@@ -151,6 +151,8 @@ class Life:
     def __init__(self, name: str) -> None:
         self.name = name
         self.alive = True
+        self.adopted = False
+        """An agent has taken over what runs; until then it says nothing to anybody."""
         self._watchers: dict[asyncio.Future[None], None] = {}
 
     def end(self) -> None:

@@ -99,7 +99,9 @@ class SimRuntime(FakeRuntime):
 
     async def recover(self) -> Sequence[Found]:
         await self._before("recover")
-        return await super().recover()
+        found = await super().recover()
+        self._life.adopted = True
+        return found
 
 
 class SimNetwork(FakeNetwork):

@@ -207,7 +207,7 @@ class World:
             now = self.clock.monotonic()
             whole = all(server.well for server in self.servers)
             for machine in self.machines.values():
-                well = whole and machine.life.alive and not machine.paused
+                well = whole and machine.life.alive and machine.life.adopted and not machine.paused
                 if not (well and all(self.net.talk(machine.name, server.name) for server in self.servers)):
                     self.rules.unwell_at[machine.name] = now
             await asyncio.sleep(SAMPLE_S)
