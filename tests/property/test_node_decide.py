@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -246,7 +245,6 @@ jobs = st.just(JobSpec(name="sum", image="sum"))
 workloads: st.SearchStrategy[Workload] = st.one_of(apps, jobs)
 
 
-@pytest.mark.xfail(reason="a standby promoted while it stops is not woken: found by chance, not mended yet", strict=False)
 @settings(max_examples=500, deadline=None)
 @given(st.data(), workloads, st.integers(0, 40), st.sampled_from(["stop", "remove", "drain-stop"]))
 def test_only_legal_transitions_and_it_always_ends_when_told_to_stop(

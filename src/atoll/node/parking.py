@@ -49,8 +49,10 @@ def park(state: State, now: Now) -> Outcome:
 def promoted(state: State, now: Now) -> Outcome:
     """It is to serve now: wake it if it is parked. What is still being parked is woken afterwards."""
     state = replace(state, standby=False)
-    if state.phase is not Phase.RUNNING or state.rest is not Rest.PARKED:
+    if state.rest is not Rest.PARKED:
         return state, ()
+    if state.phase is not Phase.RUNNING:
+        return replace(state, rest=Rest.WAKING), ()  # it is being ended, and is killed before it could wake
     return enter(state, Phase.RUNNING, now, rest=Rest.WAKING), (Wake(state.run),)
 
 
