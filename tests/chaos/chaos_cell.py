@@ -175,7 +175,7 @@ class Cell:
         self.ca = str(first / "server" / "ca.pem")
         self.token = (first / "server" / "admin-token").read_text()
         async with self.client() as client:
-            await until(lambda: _all_listed(client), "three servers")
+            await until(lambda: all_listed(client), "three servers")
             for site in self.sites:
                 wanted = {MemberKind.NODE: self.agents[site], MemberKind.INGRESS: self.ingresses[site]}
                 for kind, part in wanted.items():
@@ -302,7 +302,8 @@ class Cell:
             part.kill()
 
 
-async def _all_listed(client: Client) -> bool:
+async def all_listed(client: Client) -> bool:
+    """Whether a server answers `client`, and knows of all three."""
     try:
         return len(await client.servers()) == 3
     except AtollError:

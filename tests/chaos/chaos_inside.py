@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import structlog
-from chaos_cell import INGRESS_PORT, Cell, Part, fill, until
+from chaos_cell import INGRESS_PORT, Cell, Part, all_listed, fill, until
 from chaos_runbook import walk
 from chaos_users import History, Requests, beside
 from chaos_world import World
@@ -68,6 +68,9 @@ async def lose_the_leading_server(cell: Cell, client: Client) -> float:
     took = await placed(client, cell, "b", name)
     assert await cell.leader(client) != leader
     cell.servers[leader].start()
+    # A server that starts while nobody leads the store says so and ends, as its supervisor would see: let it be there first.
+    async with cell.client(only=leader) as own:
+        await until(lambda: all_listed(own), f"{leader} to serve again")
     await client.delete_app("default", name)
     return took
 
