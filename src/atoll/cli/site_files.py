@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from atoll.model.errors import Invalid, NotFound
+from atoll.model import codec
+from atoll.model.errors import Invalid
 from atoll.model.records import Site
 
 FILE_BYTES_MAX = 32 << 20
@@ -77,14 +78,7 @@ def merged(there: Mapping[str, Site], told: Iterable[Mapping[str, Any]], trips: 
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise Invalid(f"{path} has over {FILE_BYTES_MAX >> 20} MiB")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise NotFound(f"{path} is not there") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Invalid(f"{path} cannot be read: {error}") from None
+    text = codec.read_text(path, FILE_BYTES_MAX)
     if path.suffix != ".json":
         rows: list[Mapping[str, Any]] = list(csv.DictReader(io.StringIO(text)))
     else:

@@ -175,15 +175,3 @@ def split_address(address: str, *, field: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 <= int(port) <= 65_535:
         raise Invalid(f"{field}: {address!r} is not HOST:PORT", field=field, mend="write e.g. 127.0.0.1:7600")
     return host.strip("[]"), int(port)
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(path.name + ".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -21,7 +21,7 @@ from atoll.control.controllers import run_control
 from atoll.control.detection.listening import listen_for_beats
 from atoll.control.optimiser import ProcessOptimiser
 from atoll.control.world import KINDS as CONTROL_KINDS
-from atoll.entry.config import Config, is_loopback, split_address, write_private
+from atoll.entry.config import Config, is_loopback, split_address
 from atoll.entry.deaths import Deaths
 from atoll.entry.exchange import exchange_of
 from atoll.entry.process import Stop, run, run_until, together
@@ -34,6 +34,7 @@ from atoll.model.ports.store import Store
 from atoll.model.records import Role
 from atoll.model.views import TokenRequest
 from atoll.sdk.context import Saved, save
+from atoll.sdk.private_file import write_private
 from atoll.store.cache import State
 from atoll.store.place import open_place
 

@@ -15,7 +15,7 @@ from atoll.api.http.tls import ListenerTls
 from atoll.api.service import Service
 from atoll.api.service.servers import Dial
 from atoll.api.service.signing import Subject, key_pem, new_key
-from atoll.entry.config import Config, split_address, write_private
+from atoll.entry.config import Config, split_address
 from atoll.model.errors import AtollError, Corrupt, Invalid
 from atoll.model.membership import Authority, Server
 from atoll.model.ports.clock import Clock
@@ -23,6 +23,7 @@ from atoll.model.ports.control_plane import Channel
 from atoll.model.records import new_suffix
 from atoll.model.tls import trusting
 from atoll.model.units import Seconds
+from atoll.sdk.private_file import write_private
 from atoll.sdk.transport import Address
 from atoll.sdk.websocket import dial
 

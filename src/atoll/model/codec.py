@@ -8,11 +8,12 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 
-from atoll.model.errors import Invalid
+from atoll.model.errors import Invalid, NotFound
 from atoll.model.units import Bytes, Cores, Seconds
 
 T = TypeVar("T")
@@ -117,6 +118,18 @@ def parse_text(text: bytes, suffix: str) -> Any:
         raise Invalid(f"not text in UTF-8 (byte {error.start})", mend="save it as UTF-8") from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise Invalid(f"not valid {suffix.lstrip('.').upper()}: {error}") from None
+
+
+def read_text(path: Path, bytes_max: int) -> str:
+    """Return what a person's file says. Raises NotFound, and Invalid for one that is too large, no UTF-8, or unreadable."""
+    try:
+        if path.stat().st_size > bytes_max:
+            raise Invalid(f"{path} has over {bytes_max >> 20} MiB")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise NotFound(f"{path} is not there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Invalid(f"{path} cannot be read: {error}") from None
 
 
 def json_schema(kind: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from atoll.model.membership import EARLY_S, Certified, JoinRequest, RenewRequest
 from atoll.model.ports.clock import Clock
 from atoll.sdk import answers
 from atoll.sdk.failover import transport_to
+from atoll.sdk.private_file import write_private
 from atoll.sdk.transport import Transport
 from atoll.sdk.trust import Tls
 
@@ -132,23 +132,13 @@ class Credentials:
             if isinstance(key, ec.EllipticCurvePrivateKey):
                 return key
         key = ec.generate_private_key(ec.SECP256R1())
-        self._write(self._joining, _pem(key))
+        write_private(self._joining, _pem(key))
         return key
 
     def _keep(self, key: ec.EllipticCurvePrivateKey, certified: Certified) -> None:
         # Key and certificate in one file, so that no crash leaves one without the other.
-        self._write(self.bundle, certified.bundle.encode())
-        self._write(self.file, _pem(key) + certified.certificate.encode())
-
-    def _write(self, path: Path, content: bytes) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = path.with_name(path.name + ".new")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_private(self.bundle, certified.bundle.encode())
+        write_private(self.file, _pem(key) + certified.certificate.encode())
 
 
 async def keep_renewed(

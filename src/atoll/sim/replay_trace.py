@@ -21,8 +21,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from atoll.model import codec
 from atoll.model.devices import GpuDevice
-from atoll.model.errors import Invalid, NotFound
+from atoll.model.errors import Invalid
 from atoll.model.records import Capacity, Node, Site
 from atoll.model.spec import Constraint, Gpu, Operator, Placement, RuntimeName
 from atoll.scheduling.demand import Demand
@@ -130,14 +131,7 @@ class _Row:
 
 
 def _rows(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise Invalid(f"{path} has over {FILE_BYTES_MAX >> 20} MiB")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise NotFound(f"{path} is not there") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Invalid(f"{path} cannot be read: {error}") from None
+    text = codec.read_text(path, FILE_BYTES_MAX)
     if path.suffix == ".json":
         try:
             rows = msgspec.json.decode(text, type=list[dict[str, Any]])

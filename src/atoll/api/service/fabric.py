@@ -10,15 +10,15 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import structlog
 from msgspec.structs import replace
 
 from atoll.api.service.access import check_id
 from atoll.api.service.context import Context, Draft
 from atoll.api.service.feeds import Listener
+from atoll.api.service.following import Following
 from atoll.api.service.reach import end_of, reach
 from atoll.model import codec, keys
-from atoll.model.errors import Compacted, Conflict, Exhausted, Invalid, Unavailable
+from atoll.model.errors import Conflict, Exhausted, Invalid, Unavailable
 from atoll.model.fabric import (
     PREFIX_LENGTH,
     Fabric,
@@ -38,7 +38,6 @@ from atoll.store.cache import Deltas
 
 GATHER_S = 0.02
 """News within so long is told together: a hundred instances that start at once are a few messages."""
-RETRY_S = 1.0
 PATHS_MAX = 2_048
 """Of nodes in one word on paths."""
 KEY_LIFE_S = 30 * 86_400.0
@@ -47,8 +46,6 @@ KEY_LIFE_S = 30 * 86_400.0
 _OTHER_SUBNET = "give this node another --subnet, or none so that the cell chooses"
 
 T = TypeVar("T")
-
-log = structlog.get_logger()
 
 
 class Fabrics:
@@ -63,8 +60,7 @@ class Fabrics:
         self._present: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         """Node → project → instances of it there."""
         self._placed: dict[str, tuple[str, str]] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._closed = False
+        self._following = Following(self._state, "fabric", self._apply, self._rebuild)
 
     async def join(self, name: str, offer: FabricOffer) -> FabricGrant:
         """See `FabricControl.join_fabric`."""
@@ -146,7 +142,7 @@ class Fabrics:
 
     async def feed(self, node: str, keepalive_s: float | None = None) -> AsyncIterator[FabricBatch]:
         """See `FabricControl.fabric`."""
-        if self._closed:
+        if self._following.closed:
             raise Unavailable("the server is stopping", mend="connect again")
         self.start()
         listener = Listener()
@@ -187,20 +183,13 @@ class Fabrics:
 
     def start(self) -> None:
         """Begin to follow; safe to repeat."""
-        if self._task is None and not self._closed:
-            changes = self._state.changes()
-            self._rebuild()
-            self._task = asyncio.create_task(self._run(changes), name="api fabric")
+        self._following.start()
 
     async def close(self) -> None:
-        self._closed = True
         for group in self._listeners.values():
             for listener in group:
                 listener.end()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._following.close()
 
     def _prefix(self, name: str, offer: FabricOffer, fabric: Fabric, held: FabricNode | None) -> str:
         """Return the prefix that the node has, wants, or the first that is free. Raises Conflict, Exhausted, Invalid."""
@@ -323,22 +312,6 @@ class Fabrics:
                 self._mark(self._listeners)
         if projects:
             self._mark([node for node, there in self._present.items() if any(there.get(one) for one in projects)])
-
-    async def _run(self, changes: AsyncIterator[Deltas]) -> None:
-        while True:
-            try:
-                async for deltas in changes:
-                    self._apply(deltas)
-            except Unavailable:
-                return
-            except Compacted:
-                log.warning("the fabric's feed fell behind the cache and tells everything anew")
-            except Exception:
-                # The outer edge: nodes must go on hearing, whatever one record did.
-                log.exception("the fabric's feed tripped and tells everything anew", retry_s=RETRY_S)
-                await asyncio.sleep(RETRY_S)
-            changes = self._state.changes()
-            self._rebuild()
 
 
 def _news(before: Mapping[str, T], now: Mapping[str, T]) -> tuple[T, ...]:

@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator
 import structlog
 
 from atoll.api.service.context import Context
+from atoll.api.service.following import Following
 from atoll.api.service.routing import routing_of
 from atoll.api.service.specs import spec_of
-from atoll.model.errors import Compacted, Unavailable
+from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
 from atoll.model.records import (
     App,
@@ -35,8 +36,6 @@ from atoll.store.cache import Delta, Deltas, Held
 
 ROUTINGS_AT_ONCE = 500
 """Apps whose routing is computed before others get their turn."""
-
-RETRY_S = 1.0
 
 _ENDED = frozenset({Phase.STOPPED, Phase.SUCCEEDED, Phase.FAILED})
 """What a node says once, for good; `lost` is said of it by others."""
@@ -96,25 +95,16 @@ class Feeds:
         self._by_node: dict[str, set[str]] = defaultdict(set)
         self._by_app: dict[str, set[str]] = defaultdict(set)
         self._routings: dict[str, Routing | None] = {}
-        self._task: asyncio.Task[None] | None = None
-        self._closed = False
+        self._following = Following(self._state, "feeds", self._apply, self._rebuild)
 
     def start(self) -> None:
         """Begin to follow; safe to repeat. Must be called where the event loop runs."""
-        if self._task is None and not self._closed:
-            # Asked for in the same moment as the records are read, so that no change falls in between.
-            changes = self._state.changes()
-            self._rebuild()
-            self._task = asyncio.create_task(self._run(changes), name="api feeds")
+        self._following.start()
 
     async def close(self) -> None:
-        self._closed = True
         for listener in (*self._ingresses, *(one for group in self._agents.values() for one in group)):
             listener.end()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._following.close()
 
     def of_node(self, node: str) -> list[Held[Instance]]:
         """Return the instances that are placed on `node`."""
@@ -180,7 +170,7 @@ class Feeds:
             self._ingresses.discard(listener)
 
     def _listen(self, group: set[Listener]) -> Listener:
-        if self._closed:
+        if self._following.closed:
             raise Unavailable("the server is stopping", mend="connect again")
         self.start()
         listener = Listener()
@@ -248,22 +238,6 @@ class Feeds:
             routing = routing_of(self._state, app.record, instances, self._context.domain) if app is not None else None
             self._routings[key] = routing
         return self._routings[key]
-
-    async def _run(self, changes: AsyncIterator[Deltas]) -> None:
-        while True:
-            try:
-                async for deltas in changes:
-                    self._apply(deltas)
-            except Unavailable:
-                return
-            except Compacted:
-                log.warning("the feeds fell behind the cache and tell everything anew")
-            except Exception:
-                # The outer edge: agents and ingresses must go on hearing, whatever one record did.
-                log.exception("the feeds tripped and tell everything anew", retry_s=RETRY_S)
-                await asyncio.sleep(RETRY_S)
-            changes = self._state.changes()
-            self._rebuild()
 
     def _rebuild(self) -> None:
         self._by_node.clear()
