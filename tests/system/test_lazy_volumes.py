@@ -164,13 +164,21 @@ def test_an_image_is_read_before_it_is_here_by_every_instance_and_then_is_plain_
         assert (plain / "weights.bin").stat().st_ino == (world.lazy.paths.image(image.digest) / "tree/weights.bin").stat().st_ino
         assert read_at(weights, MIDDLE, 10) == world.data[MIDDLE : MIDDLE + 10]  # who was shown it early reads on
 
-        # The next agent finds it; and what nobody uses goes, the mount and its processes with it.
+        # The next agent finds it; and what nobody uses goes, the mount and its processes with it,
+        # a copy of the mount in a stranger's namespace notwithstanding.
+        stranger = await asyncio.create_subprocess_exec("unshare", "-m", "--propagation", "private", "sleep", "100")
+        at = Path(f"/proc/{stranger.pid}/mountinfo")
+        await asyncio.to_thread(until, lambda: [1] if "sleep" in Path(f"/proc/{stranger.pid}/comm").read_text() else [])
+        assert str(world.lazy.paths.mount) in at.read_text()
         await store.close()
         again = LazyImages(world.lazy.paths.directory, world.access, bytes_min=1)
         store = ImageStore(world.directory, registries, lazy=again, hold_s=0)
         assert await store.find(world.reference) is not None
         await store.collect([])
         await asyncio.to_thread(until, lambda: [1] if not world.pids("lazy") else [])
+        assert str(world.lazy.paths.mount) in at.read_text()
+        stranger.kill()
+        await stranger.wait()
         assert not any(world.lazy.paths.images.iterdir())
         await store.close()
         await registries.aclose()

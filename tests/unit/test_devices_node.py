@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import random
 import stat
-from collections.abc import AsyncIterator, Callable, Coroutine
+import tempfile
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -823,6 +824,13 @@ esac
 """
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory in which the path of a socket has room, wherever the suite keeps its own."""
+    with tempfile.TemporaryDirectory(prefix="mps-", dir="/tmp") as directory:
+        yield Path(directory)
+
+
 class MpsWorld:
     def __init__(self, directory: Path) -> None:
         self.binary = directory / "nvidia-cuda-mps-control"
@@ -851,8 +859,8 @@ class MpsWorld:
         return [line for line in (self.root / "calls").read_text().splitlines() if line.startswith("-d")]
 
 
-async def test_mps_runs_one_daemon_for_a_device_from_its_first_client_to_its_last(tmp_path: Path) -> None:
-    w = MpsWorld(tmp_path)
+async def test_mps_runs_one_daemon_for_a_device_from_its_first_client_to_its_last(short_path: Path) -> None:
+    w = MpsWorld(short_path)
     assert GpuSharing.MPS in (await w.devices.inventory())[0].sharing
     first = await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
     env = dict(first.edits.env)
@@ -877,8 +885,8 @@ async def test_mps_runs_one_daemon_for_a_device_from_its_first_client_to_its_las
     await w.devices.close()
 
 
-async def test_mps_falls_back_to_one_user_at_a_time_where_the_driver_is_older(tmp_path: Path) -> None:
-    w = MpsWorld(tmp_path)
+async def test_mps_falls_back_to_one_user_at_a_time_where_the_driver_is_older(short_path: Path) -> None:
+    w = MpsWorld(short_path)
     Path(f"{w.binary}.old").touch()
     await w.devices.inventory()
     await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
@@ -886,8 +894,8 @@ async def test_mps_falls_back_to_one_user_at_a_time_where_the_driver_is_older(tm
     await w.devices.close()
 
 
-async def test_an_mps_daemon_that_does_not_start_is_said_in_its_own_words_and_leaves_nothing(tmp_path: Path) -> None:
-    w = MpsWorld(tmp_path)
+async def test_an_mps_daemon_that_does_not_start_is_said_in_its_own_words_and_leaves_nothing(short_path: Path) -> None:
+    w = MpsWorld(short_path)
     Path(f"{w.binary}.broken").touch()
     await w.devices.inventory()
     with pytest.raises(Unavailable, match="no device"):
@@ -897,8 +905,8 @@ async def test_an_mps_daemon_that_does_not_start_is_said_in_its_own_words_and_le
     await w.devices.close()
 
 
-async def test_an_mps_daemon_outlives_the_agent_and_is_adopted_or_ended_by_the_next(tmp_path: Path) -> None:
-    w = MpsWorld(tmp_path)
+async def test_an_mps_daemon_outlives_the_agent_and_is_adopted_or_ended_by_the_next(short_path: Path) -> None:
+    w = MpsWorld(short_path)
     await w.devices.inventory()
     await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
     await w.devices.close()

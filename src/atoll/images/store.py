@@ -163,16 +163,20 @@ class ImageStore:
         return path
 
     async def collect(self, keep: Sequence[str]) -> int:
-        now = self._monotonic()
-        kept = {*keep, *self._layers.busy, *(digest for digest, at in self._handed_out.items() if now - at < self._hold_s)}
-        for digest in [digest for digest in self._records if digest not in kept]:
+        wanted = frozenset(keep)
+
+        def is_kept(digest: str) -> bool:
+            at = self._handed_out.get(digest)
+            return digest in wanted or digest in self._layers.busy or (at is not None and self._monotonic() - at < self._hold_s)
+
+        for digest in [digest for digest in self._records if not is_kept(digest)]:
             record = self._records.pop(digest)
             self._disk.forget(record)
             for reference in record.references:
                 self._by_reference.pop(reference, None)
             log.info("image removed", digest=digest, references=record.references)
         if self._lazy is not None:
-            await self._lazy.collect(kept)
+            await self._lazy.collect(is_kept)
         shown = self._lazy.digests if self._lazy is not None else ()
         self._handed_out = {digest: at for digest, at in self._handed_out.items() if digest in self._records or digest in shown}
         layers = {name for record in self._records.values() for name in record.layers}

@@ -11,7 +11,6 @@ import re
 import subprocess
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
@@ -72,7 +71,7 @@ class LazyMount:
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _is_mounted(self._paths.mount)
+            return self._paths.is_mounted()
         finally:
             os.close(fd)
         return False
@@ -98,8 +97,3 @@ class LazyMount:
         if said != "mounted":
             process.kill()
             raise Unavailable(f"images cannot be shown before they are here: {said or 'the process that holds the mount ended'}")
-
-
-def _is_mounted(place: Path) -> bool:
-    at = os.fsencode(place).replace(b" ", b"\\040")
-    return any(line.split()[4] == at for line in Path("/proc/self/mountinfo").read_bytes().splitlines())

@@ -89,6 +89,11 @@ class LazyPaths:
     def shown(self, digest: str) -> Path:
         return self.mount / digest.removeprefix("sha256:")
 
+    def is_mounted(self) -> bool:
+        """Whether something is mounted in its place, as this process sees it."""
+        at = os.fsencode(self.mount).replace(b" ", b"\\040")
+        return any(line.split()[4] == at for line in Path("/proc/self/mountinfo").read_bytes().splitlines())
+
     def read_access(self) -> dict[str, Access]:
         return msgspec.json.decode(self.access.read_bytes(), type=dict[str, Access])
 

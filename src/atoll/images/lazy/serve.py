@@ -131,6 +131,9 @@ class Server:
             if not self._paths.lock.exists():  # the node's data was removed
                 ctypes.CDLL(None).umount2(bytes(self._paths.mount), 2)
             await self._look()
+            # A stranger's mount namespace may have a copy of the mount, for as long as it likes: nothing is left to be read there.
+            if not self._shown and not self._paths.is_mounted():
+                self._ended.set()
 
     async def _look(self) -> None:
         """Show what is new, and let go of what was removed."""

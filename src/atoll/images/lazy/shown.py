@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -144,6 +143,8 @@ class LazyImages:
                 entries=(),
             )
             self._counter += 1
+            self.paths.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(self.paths.directory / "counter", str(self._counter).encode())
             image = await in_thread(functools.partial(self._describe, described, table))
         except (Unsupported, ImageError) as error:
             log.info("an image is fetched whole", reference=reference, why=str(error))
@@ -179,7 +180,6 @@ class LazyImages:
             image = replace(image, entries=tuple(entries))
             (made / REST).write_bytes(table.rest)
             (made / HAVE).touch(mode=0o600)
-            write_whole(self.paths.directory / "counter", str(image.number).encode())
             write_whole(made / IMAGE_JSON, msgspec.json.encode(image))
             made.rename(target)
         except BaseException:
@@ -246,10 +246,12 @@ class LazyImages:
 
     # removal
 
-    async def collect(self, keep: AbstractSet[str]) -> None:
-        """Forget and remove images but those with the digests `keep`; without any left the mount goes too."""
-        for digest in self._images.keys() - keep:
+    async def collect(self, is_kept: Callable[[str], bool]) -> None:
+        """Forget and remove images but those whose digests are kept; without any left the mount goes too."""
+        for digest in list(self._images):
             async with self._changing.setdefault(digest, asyncio.Lock()):
+                if is_kept(digest):  # asked only now: it may have been handed out meanwhile
+                    continue
                 image = self._images.pop(digest)
                 self._told.pop(digest, None)
                 self._wrong.discard(digest)
