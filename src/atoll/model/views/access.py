@@ -1,0 +1,53 @@
+"""Who calls, what the cell says of itself, tokens and secrets."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from atoll.model.records import Ingress, Role
+from atoll.model.spec import Name
+
+
+class SecretView(Struct, frozen=True, kw_only=True):
+    """A secret without its value, which never leaves the server but for the node that runs it."""
+
+    project: str
+    name: str
+    version: int
+    updated_at: float
+
+
+class TokenView(Struct, frozen=True, kw_only=True):
+    """`token` is there once, in the answer that made it."""
+
+    id: str
+    name: str
+    role: Role
+    project: str = "*"
+    created_at: float
+    expires_at: float | None = None
+    token: str | None = None
+
+
+class Info(Struct, frozen=True, kw_only=True):
+    version: str
+    cell: str
+    revision: int
+    store: str
+    ingresses: tuple[Ingress, ...] = ()
+    token: TokenView | None = None
+    """The caller's own."""
+
+
+class SecretRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    value: Annotated[str, Meta(max_length=65_536)]
+
+
+class TokenRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Name
+    role: Role
+    project: str = "*"
+    expires_in_s: Annotated[float, Meta(gt=0)] | None = None
+    subject: str = ""
