@@ -189,11 +189,18 @@ class Decision:
     """Actions in the order in which they were decided, and when to decide again if nothing happens before.
 
     `now` is in seconds since the epoch; `new_suffix` gives random characters for ids, of which `taken` are in use and
-    `given` (which grows) have been given out by decisions that are not written yet.
+    `given` (which grows) have been given out by decisions that are not written yet. `forward_since` is since when the clock's dates
+    have gone forward only, as far as is known.
     """
 
     def __init__(
-        self, now: float, new_suffix: Callable[[], str], taken: Container[str] = (), given: set[str] | None = None
+        self,
+        now: float,
+        new_suffix: Callable[[], str],
+        taken: Container[str] = (),
+        given: set[str] | None = None,
+        *,
+        forward_since: float | None = None,
     ) -> None:
         self.now = now
         self.new_suffix = new_suffix
@@ -202,6 +209,16 @@ class Decision:
         self._told = 0
         self._taken = taken
         self._given = set() if given is None else given
+        self._forward_since = now if forward_since is None else min(now, forward_since)
+
+    def past(self, at: float) -> float:
+        """Return when something was that has been stamped with `at`.
+
+        A stamp that is still to come is from before the date was set back, or of a clock that is ahead. How long ago that was
+        nobody can tell; it counts as the time since which this clock goes forward, so that no wait for it is longer than it was
+        meant to be.
+        """
+        return at if at <= self.now else self._forward_since
 
     def do(self, action: Action) -> None:
         self.actions.append(action)

@@ -95,7 +95,7 @@ class _Step:
         if not self.old and last is not None and last.served_release == self.release:
             return True
         spec = self.facts.specs.get(self.release, self.app.spec)
-        at = settled(seen, spec, self.decision.now, replacing=bool(self.old), crashed=self.crashed)
+        at = settled(seen, spec, self.decision, replacing=bool(self.old), crashed=self.crashed)
         if at <= self.decision.now:
             return True
         self.decision.wake(at)
@@ -107,7 +107,8 @@ class _Step:
         if last is None or last.release != app.release or updated > last.updated:
             progressed_at = self.decision.now
         else:
-            progressed_at = max(last.progressed_at, app.updated_at)
+            # Written down so: a deadline that the date has run away from is counted anew, once.
+            progressed_at = self.decision.past(max(last.progressed_at, app.updated_at))
         served = last.served_release if last is not None else 0
         failed = [seen for seen in self.failed if self._current(seen)]
         facts = RolloutFacts(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from msgspec import Struct
 
-from atoll.control.actions import Seen
+from atoll.control.actions import Decision, Seen
 from atoll.control.gpus import urgency_of
 from atoll.model.records import App, AppPhase, AppStatus, Exit
 from atoll.model.rollouts import RolloutStatus
@@ -31,13 +31,13 @@ class Rollout(Struct, frozen=True, kw_only=True):
     """The last release that was fully rolled out; 0 for none."""
 
 
-def settled(seen: Seen, spec: AppSpec, now: float, *, replacing: bool, crashed: bool) -> float:
+def settled(seen: Seen, spec: AppSpec, decision: Decision, *, replacing: bool, crashed: bool) -> float:
     """Return from when on a ready instance counts as one that lasts, in seconds since the epoch."""
     status = seen.status
     since = (status.ready_at or status.started_at or status.phase_at) if status else 0.0
-    if not 0.0 < since <= now:
+    if not 0.0 < since <= decision.now:
         # The node's clock is ahead of ours: what it says must not hold the rollout up.
-        since = seen.instance.created_at
+        since = decision.past(seen.instance.created_at)
     if crashed:
         return since + SETTLE_CRASHED_S
     if spec.health is not None:

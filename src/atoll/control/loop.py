@@ -16,6 +16,7 @@ import structlog
 
 from atoll.control.actions import Action, Create, Decision, Remove, Seen, Update
 from atoll.control.apps import decide_app
+from atoll.control.dates import Dates
 from atoll.control.detection.exchange import Exchange
 from atoll.control.disruptions import take_away
 from atoll.control.emptying import Emptying
@@ -114,6 +115,7 @@ class Loop:
         self._prefetch_due = False
         self._changed = asyncio.Event()
         self._timers = Timers()
+        self._dates = Dates(clock.now())
         self._round: list[Owner] = []
         self._share = 0
         self._quarrels = Quarrels()
@@ -291,6 +293,7 @@ class Loop:
 
     def _decide(self) -> list[Unit]:
         now = self._clock.now()
+        self._dates.look(now)
         self._given.clear()
         self._wake_due(now)
         self._emptying.look(now)
@@ -359,7 +362,7 @@ class Loop:
             return Decision(now, self._suffix)
 
     def _decide_owner(self, owner: Owner, now: float) -> Decision:
-        decision = Decision(now, self._suffix, self._world.ids, self._given)
+        decision = Decision(now, self._suffix, self._world.ids, self._given, forward_since=self._dates.forward_since)
         kind, key = owner
         if self._world.damaged(owner):
             return decision
