@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from atoll.cli import names
+from atoll.cli import kept, names
 from atoll.cli.session import EXIT_FAILED, Session, command
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def _details(session: Session, explanation: Explanation, rejection: Rejection | 
         output.say(escape(f"{explanation.share}; among equal priorities, projects that hold less go first"))
     if explanation.failed:
         output.table(("FILTER", "NODES TURNED AWAY>"), list(explanation.failed.items()))
+    kept.show(output, explanation.kept)
     if rejection is not None:
         output.say(escape(f"{rejection.code}: {rejection.message}"))
         if rejection.mend:

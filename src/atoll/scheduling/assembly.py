@@ -26,6 +26,7 @@ from atoll.model.records import (
 from atoll.model.reservation import Reservation
 from atoll.model.spec import Workload
 from atoll.model.states import Desired
+from atoll.scheduling.bookings import Booking, read
 from atoll.scheduling.demand import Demand, demand_of, standing_by
 from atoll.scheduling.geography import Geography
 from atoll.scheduling.ledger import SOME_DAY
@@ -117,9 +118,27 @@ def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | Non
         if demand is not None:
             until = ends_at(instance, records.jobs.get(f"{instance.project}/{instance.owner}"))
             snapshot.allocate(key, instance.node, group, demand, instance.gpus, until, instance.placed_at or 0.0)
+    snapshot.bookings = _bookings(records, spec_of)
     snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
     snapshot.quotas = {name: project.quota for name, project in records.projects.items() if project.quota is not None}
     return snapshot
+
+
+def _bookings(records: Records, spec_of: Callable[[Instance], Workload | None]) -> tuple[Booking, ...]:
+    """Return what the leader wrote down for those that wait; of a gang its first member says it for all."""
+    waiting = {key: one for key, one in records.instances.items() if one.node is None and one.desired is Desired.RUN}
+    heads = {key: one for key, one in waiting.items() if one.rejection is not None and one.rejection.booked is not None}
+    found = []
+    for key, head in heads.items():
+        spec = spec_of(head)
+        if spec is None or head.rejection is None or head.rejection.booked is None:
+            continue
+        demand = standing_by(demand_of(spec)) if head.standby else demand_of(spec)
+        group = group_of(head)
+        others = (other for other, one in waiting.items() if other != key and group_of(one) == group and not one.standby)
+        ids = (key, *sorted(others)) if demand.placement.gang else (key,)
+        found.append(read(head.rejection.booked, ids, demand, head.created_at))
+    return tuple(sorted(found, key=lambda booking: booking.order))
 
 
 def _set_whereabouts(snapshot: Snapshot, records: Records) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from atoll.model.records import Booked
 from atoll.scheduling.demand import Demand
-from atoll.scheduling.ledger import Allocation, Amounts, Ledger, amounts_of
+from atoll.scheduling.ledger import SOME_DAY, Allocation, Amounts, Ledger, amounts_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -44,9 +45,33 @@ class Booking(Struct, frozen=True, kw_only=True):
     nodes: dict[str, int]
     """Node → how many of them."""
     starts: Moment
+    created_at: float = 0.0
+    """Of the first of `ids`."""
+
+    @property
+    def order(self) -> tuple[int, float, str]:
+        """Where its head is in the queue, as `Pending.order`."""
+        return (-self.priority, self.created_at, self.ids[0])
+
+    def written(self) -> Booked:
+        """Return what is written down of it, with its head."""
+        known = self.starts.at < SOME_DAY
+        return Booked(nodes=self.nodes, at=self.starts.at if known else None, since=0.0 if known else self.starts.since)
 
 
-class _Kept:
+def read(booked: Booked, ids: tuple[str, ...], demand: Demand, created_at: float) -> Booking:
+    """Return the booking that was written down for `ids`."""
+    return Booking(
+        ids=ids,
+        priority=demand.placement.priority,
+        demand=demand,
+        nodes=booked.nodes,
+        starts=Moment(SOME_DAY, booked.since) if booked.at is None else Moment(booked.at, SOME_DAY),
+        created_at=created_at,
+    )
+
+
+class Kept:
     """A booking on the rows of one view."""
 
     def __init__(self, booking: Booking, rows: Ints, left: Ints) -> None:
@@ -65,14 +90,14 @@ class Bookings:
     """The bookings that a plan has made, or been given."""
 
     def __init__(self) -> None:
-        self._kept: list[_Kept] = []
+        self._kept: list[Kept] = []
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def fork(self) -> Bookings:
         other = Bookings()
-        other._kept = [_Kept(kept.booking, kept.rows, kept.left.copy()) for kept in self._kept]
+        other._kept = [Kept(kept.booking, kept.rows, kept.left.copy()) for kept in self._kept]
         return other
 
     def add(self, booking: Booking, rows: Ints, free: Ints, ledger: Ledger) -> None:
@@ -84,7 +109,7 @@ class Bookings:
             for _, held in ledger.on(node):
                 if booking.starts.after(held):
                     left[:, place] += np.asarray(held.amounts, dtype=np.int64)
-        self._kept.append(_Kept(booking, rows, left))
+        self._kept.append(Kept(booking, rows, left))
 
     def all(self) -> tuple[Booking, ...]:
         return tuple(kept.booking for kept in self._kept)
@@ -108,12 +133,10 @@ class Bookings:
                 room[kept.rows] = np.minimum(room[kept.rows], here)
         return room
 
-    def holders(self, rows: Ints, demand: Demand, ends_at: float | None) -> list[Booking]:
+    def holders(self, rows: Ints, demand: Demand, ends_at: float | None) -> list[Kept]:
         """Return the bookings that hold `demand` back on any of `rows`."""
         return [
-            kept.booking
-            for kept in self._kept
-            if kept.holds_back(demand.placement.priority, ends_at) and np.isin(kept.rows, rows).any()
+            kept for kept in self._kept if kept.holds_back(demand.placement.priority, ends_at) and np.isin(kept.rows, rows).any()
         ]
 
     def take(self, rows: Iterable[int], times: Iterable[int], amounts: Amounts, priority: int, ends_at: float | None) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from atoll.model.records import Instance, OwnerKind
+from atoll.model.records import Instance, Job, OwnerKind
 from atoll.model.spec import AppSpec, JobSpec, Workload
 from atoll.model.views import Explanation, InstanceExplanation, PlanView
-from atoll.scheduling.assembly import group_of
+from atoll.scheduling.assembly import ends_at, group_of
+from atoll.scheduling.bookings import Booking
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.explain import explain
 from atoll.scheduling.fair import Shares
 from atoll.scheduling.groups import owner_of_group, project_of_group
 from atoll.scheduling.interface import View
 from atoll.scheduling.layout import lay_out, sites_of
+from atoll.scheduling.ledger import SOME_DAY
 from atoll.scheduling.near import wants_users
 from atoll.scheduling.plan import plan
+from atoll.scheduling.rules import Backfill
 from atoll.scheduling.snapshot import Snapshot
 
 
@@ -31,13 +34,17 @@ def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, 
     """
     if isinstance(spec, JobSpec):
         kind, release, generation, count = OwnerKind.JOB, 0, 0, min(spec.parallelism, spec.completions)
+        until = SOME_DAY if spec.deadline is None else snapshot.now + spec.deadline + spec.stop.grace
     else:
         kind, generation = OwnerKind.APP, 1
         count = replicas if spec.scale is UNSET else spec.scale.replicas
+        until = None
     group = f"{kind}/{spec.project}/{spec.name}/{release}/{generation}"
     demand = demand_of(spec)
     with _laid_out(snapshot, group, demand, count):
-        answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(count)))
+        # It comes after all that waits already.
+        item = Pending(id="", group=group, demand=demand, created_at=snapshot.now, ends_at=until)
+        answer = plan(snapshot, _copies(item, count), bookings=snapshot.bookings)
         return PlanView(
             project=spec.project,
             name=spec.name,
@@ -45,20 +52,33 @@ def plan_spec(snapshot: Snapshot, spec: AppSpec | JobSpec, *, release: int = 0, 
             placed=dict(sorted(Counter(placed.node for placed in answer.placed).items())),
             unplaced=len(answer.rejected),
             rejection=next(iter(answer.rejected.values()), None),
-            explanation=_explained(snapshot, group, demand),
+            explanation=_explained(snapshot, item, snapshot.bookings),
         )
 
 
-def explain_instance(snapshot: Snapshot, key: str, instance: Instance, spec: Workload, waiting: int = 1) -> InstanceExplanation:
+def explain_instance(
+    snapshot: Snapshot, key: str, instance: Instance, spec: Workload, waiting: int = 1, job: Job | None = None
+) -> InstanceExplanation:
     """Return what the scheduler would answer for the instance now, were it not there. The snapshot is afterwards as it was.
 
-    `waiting` is how many of its group, itself among them, have no node: a gang is answered for as a whole.
+    `waiting` is how many of its group, itself among them, have no node: a gang is answered for as a whole. `job` is its owner,
+    where that is one.
     """
     group, demand = group_of(instance), demand_of(spec)
+    until = ends_at(instance, job)
+    item = Pending(id=key, group=group, demand=demand, created_at=instance.created_at, ends_at=until)
+    own = [booking for booking in snapshot.bookings if key in booking.ids]
+    held_back = instance.rejection is not None and Backfill.name in instance.rejection.failed
+    before = [
+        booking
+        for booking in snapshot.bookings
+        # Between projects of one priority shares decide who goes first: the leader's own word counts.
+        if key not in booking.ids and (booking.order < item.order or held_back)
+    ]
     with snapshot.without(key), _laid_out(snapshot, group, demand, 1):
-        explanation = _explained(snapshot, group, demand)
+        explanation = _explained(snapshot, item, before, own)
         if demand.placement.gang and instance.node is None:
-            answer = plan(snapshot, (Pending(id=f"{number:06d}", group=group, demand=demand) for number in range(waiting)))
+            answer = plan(snapshot, _copies(item, waiting), bookings=before)
             explanation = replace(explanation, rejection=next(iter(answer.rejected.values()), None))
     return InstanceExplanation(instance=instance, explanation=explanation)
 
@@ -91,6 +111,11 @@ def _lay_out(snapshot: Snapshot, group: str, demand: Demand, least: int) -> None
         snapshot.whereabouts.layouts[owner] = layout
 
 
-def _explained(snapshot: Snapshot, group: str, demand: Demand) -> Explanation:
-    share = Shares(View(snapshot)).words(project_of_group(group))
-    return replace(explain(snapshot, group, demand), share=share)
+def _copies(item: Pending, count: int) -> Iterator[Pending]:
+    return (replace(item, id=f"{number:06d}") for number in range(count))
+
+
+def _explained(snapshot: Snapshot, item: Pending, before: Iterable[Booking], own: Iterable[Booking] = ()) -> Explanation:
+    share = Shares(View(snapshot)).words(project_of_group(item.group))
+    found = explain(snapshot, item.group, item.demand, before=before, own=own, ends_at=item.ends_at)
+    return replace(found, share=share)

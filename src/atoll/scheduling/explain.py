@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from msgspec.structs import replace
 
@@ -14,6 +16,7 @@ from atoll.scheduling.filters import FILTERS, LIMITS
 from atoll.scheduling.gpu.words import wall_in_words
 from atoll.scheduling.groups import owner_of_group
 from atoll.scheduling.interface import Filter, Limit, Reason, View
+from atoll.scheduling.kept import kept_rooms
 from atoll.scheduling.ledger import SOME_DAY
 from atoll.scheduling.near import by_row, latency_by_site, wants_users
 from atoll.scheduling.placing import allowed
@@ -75,21 +78,38 @@ def reject(view: View, group: str, demand: Demand) -> Rejection:
     )
 
 
-def booked(rejection: Rejection, booking: Booking) -> Rejection:
-    """Return the reason why a head of the queue waits, with what is booked for it."""
+def booked(rejection: Rejection, booking: Booking, *, first: bool = True) -> Rejection:
+    """Return the reason why a head of the queue waits, with what is booked for it; the `first` one says it in full."""
     nodes = sorted(booking.nodes)
     names = ", ".join(nodes[:NAMES_MAX]) + (f" and {len(nodes) - NAMES_MAX} more" if len(nodes) > NAMES_MAX else "")
     at = booking.starts.at
     when = f"free at {in_words(at)} at the latest" if at < SOME_DAY else "free when what runs there ends, nobody knows when"
-    return replace(rejection, message=f"{rejection.message}; booked for it: room on {names}, {when}")
+    message = f"{rejection.message}; booked for it: room on {names}, {when}"
+    return replace(rejection, message=message, booked=booking.written() if first else None)
 
 
-def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDATES_MAX) -> Explanation:
-    """Return what `plan` would find for one instance of `group` with this demand."""
+def explain(
+    snapshot: Snapshot,
+    group: str,
+    demand: Demand,
+    limit: int = CANDIDATES_MAX,
+    *,
+    before: Iterable[Booking] = (),
+    own: Iterable[Booking] = (),
+    ends_at: float | None = None,
+) -> Explanation:
+    """Return what `plan` would find for one instance of `group` with this demand, that has ended by `ends_at` (`Pending`).
+
+    `before` is what is booked for those before it in the queue, `own` what is booked for itself.
+    """
     view = View(snapshot)
+    view.ends_at = ends_at
+    for booking in before:
+        view.book(booking)
     mask, room, _ = allowed(view, group, demand)
     rows = np.flatnonzero(mask)
-    failed = {name: len(turned) for name, (turned, _) in turned_away(view, group, demand).items()}
+    turned = turned_away(view, group, demand)
+    failed = {name: len(away) for name, (away, _) in turned.items()}
     ranking = Ranking(view, group, demand, room)
     counts, zero = view.counts(group), np.zeros(len(rows), dtype=np.int64)
     columns = {
@@ -132,5 +152,6 @@ def explain(snapshot: Snapshot, group: str, demand: Demand, limit: int = CANDIDA
         wall=wall_in_words(demand.gpu) if demand.gpu is not None else "",
         layout=dict(sorted(layout.wanted.items())) if layout is not None else {},
         layout_ms=layout.latency_ms if layout is not None and layout.latency_ms else None,
+        kept=kept_rooms(view, group, demand, turned, own),
         unserved=layout.unserved if layout is not None else 0.0,
     )

@@ -69,6 +69,7 @@ class Future:
             demand=first.demand,
             nodes=places,
             starts=Moment(at, since if at == np.inf else np.inf),
+            created_at=first.created_at,
         )
 
     def _rows_when(self, gone: int, group: str, demand: Demand, count: int) -> list[int] | None:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
+from msgspec.structs import replace
 
-from atoll.scheduling.bookings import Bookings
+from atoll.scheduling.bookings import Booking, Bookings
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.gpu.inventory import DevicesView
 from atoll.scheduling.groups import owner_of_group, project_of_group
@@ -131,6 +132,14 @@ class View:
             self.reserved.place(group, at.tolist(), by.tolist(), amounts_of(demand))
         if len(self.bookings):
             self.bookings.take(at.tolist(), by.tolist(), amounts_of(demand), demand.placement.priority, self.ends_at)
+
+    def book(self, booking: Booking) -> None:
+        """Keep room for a head of the queue; on nodes that are gone there is none."""
+        rows = {node: row for node in booking.nodes if (row := self.nodes.row_of(node)) is not None}
+        if len(rows) < len(booking.nodes):
+            booking = replace(booking, nodes={node: times for node, times in booking.nodes.items() if node in rows})
+        at = np.fromiter(rows.values(), dtype=np.int64, count=len(rows))
+        self.bookings.add(booking, at, self.free[:, at], self.nodes.ledger)
 
     def kept(self, key: tuple[Any, ...], make: Callable[[], Bools]) -> Bools:
         """Return the mask under `key`, made once until facts about nodes change."""

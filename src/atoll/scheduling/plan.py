@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 from msgspec import Struct
-from msgspec.structs import replace
 
 from atoll.model.records import Rejection
 from atoll.scheduling import quotas
@@ -71,8 +69,8 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float | None = Non
             future = future or Future(view)
             booking = future.book(left, len(left) if first.demand.placement.gang else 1)
             if booking is not None:
-                _add(view, booking)
-                rejected.update((id, booked(reason, booking)) for id in booking.ids)
+                view.book(booking)
+                rejected.update((id, booked(reason, booking, first=id == booking.ids[0])) for id in booking.ids)
                 left = left[len(booking.ids) :]
         rejected.update((member.id, reason) for member in left)
     return Plan(tuple(placed), rejected, view.bookings.all())
@@ -103,16 +101,7 @@ def _keep(view: View, queue: list[list[Pending]], bookings: Iterable[Booking]) -
         there = {member.id for members in queue for member in members}
         for booking in kept:
             if there.isdisjoint(booking.ids):
-                _add(view, booking)
-
-
-def _add(view: View, booking: Booking) -> None:
-    """Book room on the view; on nodes that are gone there is none."""
-    rows = {node: row for node in booking.nodes if (row := view.nodes.row_of(node)) is not None}
-    if len(rows) < len(booking.nodes):
-        booking = replace(booking, nodes={node: times for node, times in booking.nodes.items() if node in rows})
-    at = np.fromiter(rows.values(), dtype=np.int64, count=len(rows))
-    view.bookings.add(booking, at, view.free[:, at], view.nodes.ledger)
+                view.book(booking)
 
 
 def _queue(pending: Iterable[Pending]) -> list[list[Pending]]:

@@ -19,6 +19,7 @@ from atoll.model.evacuation import Evacuation
 from atoll.model.records import Node
 from atoll.model.reservation import Reservation
 from atoll.model.spec import Quota, RuntimeName
+from atoll.scheduling.bookings import Booking
 from atoll.scheduling.demand import Demand
 from atoll.scheduling.geography import Geography
 from atoll.scheduling.gpu.inventory import DevicesView, Holding, Inventory
@@ -96,6 +97,8 @@ class Snapshot:
         """Project → its quota, of those that have one."""
         self.reservations: dict[str, Reservation] = {}
         """By name."""
+        self.bookings: tuple[Booking, ...] = ()
+        """What was written down for the heads of the queue, in its order: for dry runs. The leader keeps its own."""
         self.now = 0.0
         """Seconds since the epoch, as whoever plans on it says."""
         self.homes: dict[str, tuple[str, ...]] = {}

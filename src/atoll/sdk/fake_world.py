@@ -142,6 +142,9 @@ class FakeWorld:
             instances=plain("instances"),
             statuses=plain("statuses"),
             app_statuses=plain("app-statuses"),
+            jobs=jobs,
+            reservations=plain("reservations"),
+            now=self.now,
             sites=plain("sites"),
             ingresses=plain("ingresses"),
         )

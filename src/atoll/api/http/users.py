@@ -145,13 +145,13 @@ async def get_instance(call: Call) -> InstanceView:
 
 
 async def explain_instance(call: Call) -> InstanceExplanation:
-    return await call.service.planning.explain(call.project, call.path["instance"])
+    return await call.service.planning.explain(call.project, call.path["instance"], call.caller)
 
 
 async def plan_spec(call: Call) -> PlanView:
     spec = call.any_spec()
     authorize(call.caller, Need.READ, project=spec.project)
-    return await call.service.planning.plan(spec)
+    return await call.service.planning.plan(spec, call.caller)
 
 
 async def defrag(call: Call) -> DefragView:

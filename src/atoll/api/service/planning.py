@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from atoll.api.service.access import check_name
+from msgspec.structs import replace
+
+from atoll.api.service.access import SYSTEM, Caller, check_name
 from atoll.api.service.context import Context
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
@@ -39,7 +41,7 @@ from atoll.model.records import (
 from atoll.model.reservation import Reservation
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.states import Desired
-from atoll.model.views import DefragView, InstanceExplanation, PlanView
+from atoll.model.views import DefragView, Explanation, InstanceExplanation, KeptFor, PlanView
 from atoll.scheduling.assembly import Records, app_owner, group_of, snapshot_from
 from atoll.scheduling.budget import may_go
 from atoll.scheduling.defrag import propose
@@ -71,7 +73,7 @@ class Planning:
         self._kept: Snapshot | None = None
         self._kept_until = 0.0
 
-    async def plan(self, spec: AppSpec | JobSpec) -> PlanView:
+    async def plan(self, spec: AppSpec | JobSpec, caller: Caller = SYSTEM) -> PlanView:
         """Say where the spec's instances would go; its image and secrets are not asked for. Raises Invalid, NotFound (project)."""
         check_name(spec.project, "project")
         if isinstance(spec, AppSpec):
@@ -85,9 +87,10 @@ class Planning:
         replicas = held.record.wanted(status.record if status is not None else None) if held is not None else 1
         numbers = [r.record.number for r in self._state.records(Release).values() if held and _same(r.record, held.record)]
         release = max(numbers, default=held.record.release if held is not None else 0) + 1
-        return await self._dry(lambda snapshot: plan_spec(snapshot, spec, release=release, replicas=replicas))
+        view = await self._dry(lambda snapshot: plan_spec(snapshot, spec, release=release, replicas=replicas))
+        return replace(view, explanation=_seen_by(caller, view.explanation))
 
-    async def explain(self, project: str, id: str) -> InstanceExplanation:
+    async def explain(self, project: str, id: str, caller: Caller = SYSTEM) -> InstanceExplanation:
         """Say what the scheduler would answer for an instance now. Raises NotFound."""
         key = f"{project}/{id}"
         held = self._state.get(Instance, key)
@@ -99,7 +102,10 @@ class Planning:
         if spec is None:
             raise NotFound(f"what instance '{id}' was made from is not kept any more")
         waiting = self._waiting_beside(instance) if spec.placement.gang else 1
-        return await self._dry(lambda snapshot: explain_instance(snapshot, key, instance, spec, waiting))
+        job = self._state.get(Job, f"{project}/{instance.owner}") if instance.owner_kind is OwnerKind.JOB else None
+        owner = job.record if job is not None else None
+        view = await self._dry(lambda snapshot: explain_instance(snapshot, key, instance, spec, waiting, owner))
+        return replace(view, explanation=_seen_by(caller, view.explanation))
 
     async def defrag(self) -> DefragView:
         """Say which moves would free what, in all projects. Only apps' instances are looked at, within what a rollout may take
@@ -222,6 +228,15 @@ class _Copy:
 
     def get(self, kind: type[K], key: str) -> Held[K] | None:
         return self._held[kind].get(key)
+
+
+def _seen_by(caller: Caller, explanation: Explanation) -> Explanation:
+    """Return it without the names of what waits in projects that the caller does not see."""
+    kept = (
+        room if room.why is KeptFor.RESERVED or caller.sees(room.project) else replace(room, project="", instances=())
+        for room in explanation.kept
+    )
+    return replace(explanation, kept=tuple(kept))
 
 
 def _same(release: Release, app: App) -> bool:

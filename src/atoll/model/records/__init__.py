@@ -14,6 +14,7 @@ from atoll.model.records.basis import CELL_PROJECT as CELL_PROJECT
 from atoll.model.records.events import Event as Event
 from atoll.model.records.events import Severity as Severity
 from atoll.model.records.instances import Assignment as Assignment
+from atoll.model.records.instances import Booked as Booked
 from atoll.model.records.instances import Exit as Exit
 from atoll.model.records.instances import Instance as Instance
 from atoll.model.records.instances import OwnerKind as OwnerKind

@@ -17,6 +17,17 @@ class OwnerKind(enum.StrEnum):
     JOB = "job"
 
 
+class Booked(Record, frozen=True, kw_only=True):
+    """Room that the scheduler keeps for what waits, until what runs there has ended (backfill)."""
+
+    nodes: dict[str, int]
+    """Node → for how many of them."""
+    at: float | None = None
+    """When it is free at the latest; None where nobody knows when what runs there ends."""
+    since: float = 0.0
+    """Where nobody knows: all has to end there that was placed by then."""
+
+
 class Rejection(Record, frozen=True, kw_only=True):
     """Why an instance has no node: a stable code, the reason, and what would change the answer."""
 
@@ -25,6 +36,8 @@ class Rejection(Record, frozen=True, kw_only=True):
     mend: str = ""
     failed: dict[str, int] = {}
     """Filter → number of nodes that it turned away."""
+    booked: Booked | None = None
+    """What is kept for it; of a gang, its first member says it for all."""
 
 
 class Instance(Record, frozen=True, kw_only=True):

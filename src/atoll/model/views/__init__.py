@@ -26,6 +26,8 @@ from atoll.model.views.placing import DefragStep as DefragStep
 from atoll.model.views.placing import DefragView as DefragView
 from atoll.model.views.placing import Explanation as Explanation
 from atoll.model.views.placing import InstanceExplanation as InstanceExplanation
+from atoll.model.views.placing import KeptFor as KeptFor
+from atoll.model.views.placing import KeptRoom as KeptRoom
 from atoll.model.views.placing import PlanView as PlanView
 from atoll.model.views.placing import ReservationView as ReservationView
 from atoll.model.views.workloads import GROUP_MAX as GROUP_MAX

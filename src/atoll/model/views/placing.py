@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 from msgspec import Struct
 
 from atoll.model.devices import GpuGrant
@@ -24,6 +26,44 @@ class Candidate(Struct, frozen=True, kw_only=True):
     """The round trip to what `placement.near` names (to users: the mean); None where it names nothing, or nobody knows."""
 
 
+class KeptFor(enum.StrEnum):
+    """Why room is kept."""
+
+    WAITING = "waiting"
+    """For the head of the queue, until what runs there has ended: what comes after it may only use it in the meantime."""
+    RESERVED = "reserved"
+    """For a project, by an operator."""
+
+
+class KeptRoom(Struct, frozen=True, kw_only=True):
+    """Room on nodes that is kept for somebody."""
+
+    why: KeptFor
+    project: str = ""
+    """For which; empty where the caller may not see it."""
+    name: str = ""
+    """Of the app or job that waits, or of the reservation."""
+    instances: tuple[str, ...] = ()
+    """That wait; of many the first."""
+    count: int = 1
+    """Instances that wait, or nodes that are reserved."""
+    nodes: tuple[str, ...] = ()
+    """Where; of many the first."""
+    node_count: int
+    cpu_milli: int = 0
+    """Of each instance that waits, or of each node that is reserved; with memory and GPUs 0, all of it."""
+    memory_bytes: int = 0
+    gpu_milli: int = 0
+    start: float | None = None
+    """When who waits has it at the latest, or when the reservation begins; None where nobody knows."""
+    end: float | None = None
+    """When the reservation ends; of what waits, nobody knows."""
+    own: bool = False
+    """It is kept for what is explained here itself, or for its project."""
+    turns_away: int = 0
+    """Nodes on which it keeps out what is explained here, and nothing else does."""
+
+
 class Explanation(Struct, frozen=True, kw_only=True):
     """What the scheduler would answer now: the best candidates in order, and how many nodes each filter turns away."""
 
@@ -41,6 +81,8 @@ class Explanation(Struct, frozen=True, kw_only=True):
     """The mean round trip of requests, were it so."""
     unserved: float = 0.0
     """The share of requests from places that no site may serve."""
+    kept: tuple[KeptRoom, ...] = ()
+    """Room that is kept for it or its project, and room of others that it is kept out of."""
     share: str = ""
     """What its project holds of what it holds most of, in words: among equal priorities, projects that hold less go first."""
 

@@ -31,4 +31,4 @@ RULES: tuple[Rule, ...] = (
     Backfill(),
 )
 
-__all__ = ["RULES", "Bound", "Rule"]
+__all__ = ["RULES", "Backfill", "Bound", "ReservedNodes", "Rule"]

@@ -24,7 +24,7 @@ class Backfill(Still):
         return self._room(view, demand)
 
     def explain(self, view: View, group: str, demand: Demand, failed: Ints) -> Reason:
-        holders = view.bookings.holders(failed, demand, view.ends_at)
+        holders = [kept.booking for kept in view.bookings.holders(failed, demand, view.ends_at)]
         waiting = sum(len(booking.ids) for booking in holders)
         soonest = min((booking.starts.at for booking in holders), default=SOME_DAY)
         first = "its turn" if waiting == 1 else "their turn"

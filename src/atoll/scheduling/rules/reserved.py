@@ -38,7 +38,7 @@ class ReservedNodes(Still):
         return room
 
     def explain(self, view: View, group: str, demand: Demand, failed: Ints) -> Reason:
-        there = [kept.reservation for kept in self._others(view, group) if np.isin(kept.rows, failed).any()]
+        there = [kept.reservation for kept in self.holders(view, group, failed)]
         words = [
             f"reserved for project '{held.spec.project}' until {in_words(held.spec.end)}"
             + (f" (from {in_words(held.start)})" if held.start > view.now else "")
@@ -48,6 +48,10 @@ class ReservedNodes(Still):
         if any(held.start > view.now for held in there):
             mend = f"a job whose deadline ends before it begins may run there; or {mend}"
         return Reason("; ".join(words), mend)
+
+    def holders(self, view: View, group: str, rows: Ints) -> list[Kept]:
+        """Return the reservations that keep `group` out of any of `rows`."""
+        return [kept for kept in self._others(view, group) if np.isin(kept.rows, rows).any()]
 
     def _others(self, view: View, group: str) -> list[Kept]:
         project = project_of_group(group)
