@@ -33,7 +33,17 @@ NONE = Verdict(outcome=Outcome.NONE, words="3 of the 100 requests", at=NOW)
 
 
 def plan(rules: Rollout = CANARY, last: RolloutStatus | None = STEP_1, **more: Any) -> Plan:
-    usual = {"rules": rules, "release": 2, "last": last, "served": 1, "wanted": 10, "made": 1, "ready": 1, "others": 10}
+    usual = {
+        "rules": rules,
+        "release": 2,
+        "last": last,
+        "served": 1,
+        "wanted": 10,
+        "made": 1,
+        "ready": 1,
+        "others": 10,
+        "old_ready": 10,
+    }
     return decide_rollout(RolloutFacts(**{**usual, "progressed_at": NOW - 30, **more}), NOW)
 
 
@@ -308,7 +318,7 @@ def decide(rules: Rollout, instances: list[Seen], last: RolloutStatus | None, **
 def test_a_reverted_release_is_taken_away_and_the_old_one_is_made_whole_again() -> None:
     there = [*(seen(f"o{n}", 1) for n in range(3)), *(seen(f"n{n}", 2) for n in range(2))]
     last = structs.replace(STEP_2, failures=1)
-    made = decide(judged(), there, last, verdict=BAD)
+    made = decide(judged(structs.replace(CANARY, max_unavailable=1)), there, last, verdict=BAD)
     gone = {a.instance.id for a in made.actions if isinstance(a, Update) and a.instance.desired is Desired.DRAIN}
     assert gone == {"n0", "n1"}
     assert [a.instance.release for a in made.actions if isinstance(a, Create)] == [1]
@@ -324,6 +334,68 @@ def test_a_bad_release_that_alone_is_left_serves_on_until_the_old_one_is_there()
     made = decide(judged(), [seen("n0", 2), seen("n1", 2)], structs.replace(STEP_2, failures=1), verdict=BAD)
     assert not [a for a in made.actions if isinstance(a, Update)]
     assert [a.instance.release for a in made.actions if isinstance(a, Create)] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("last", "ready", "old_ready", "unavailable", "left"),
+    [
+        (STEP_1, 1, 10, 0, None),  # whole
+        (STEP_2, 5, 7, 0, 30),
+        (STEP_2, 5, 2, 0, 50),  # never more than it had
+        (STEP_2, 5, 9, 1, None),  # as many as a rollout must leave
+        (STEP_2, 5, 8, 1, 12),
+        (STEP_2, 0, 3, 0, None),  # nothing of it serves
+        (structs.replace(STEP_2, strategy=Strategy.ROLLING, weight=None), 4, 6, 0, 40),
+        (structs.replace(STEP_2, strategy=Strategy.ROLLING, weight=None), 1, 4, 0, 20),  # its part of what serves
+    ],
+)
+def test_a_release_that_is_taken_back_keeps_what_the_old_one_has_too_few_instances_for(
+    last: RolloutStatus, ready: int, old_ready: int, unavailable: int, left: int | None
+) -> None:
+    rules = structs.replace(CANARY, max_unavailable=unavailable)
+    if last.strategy is Strategy.ROLLING:
+        rules = structs.replace(rules, strategy=Strategy.ROLLING, steps=())
+    made = plan(rules, last, ready=ready, old_ready=old_ready, order=order(aborted=True))
+    status = status_of(made)
+    assert (status.phase, status.weight) == (RolloutPhase.REVERTED, left)
+    assert status.weights == ({1: 100} if left is None else {2: left, 1: 100 - left})
+    assert made.wake_at == (None if left is None else NOW + rules.deadline)
+    (told,) = made.told
+    assert ("has all requests" in told.message) is (left is None)
+
+
+def test_going_back_gives_the_old_release_more_as_it_comes_back_and_never_less_and_all_of_it_by_the_deadline() -> None:
+    back = status_of(plan(CANARY, STEP_2, ready=5, old_ready=7, order=order(aborted=True)))
+    more = status_of(plan(CANARY, back, ready=3, old_ready=9))
+    assert more.weights == {2: 10, 1: 90}
+    assert status_of(plan(CANARY, more, ready=3, old_ready=5)).weights == {2: 10, 1: 90}
+    whole = plan(CANARY, more, ready=1, old_ready=10)
+    assert (status_of(whole).weights, codes(whole)) == ({1: 100}, ["rollout-restored"])
+    assert status_of(plan(CANARY, status_of(whole), ready=1, old_ready=2)).weights == {1: 100}
+    late = plan(CANARY, structs.replace(more, since=NOW - 100), ready=3, old_ready=9)
+    assert status_of(late).weights == {1: 100}
+    assert "not all of it came back within 1m40s" in late.told[0].message
+
+
+def test_of_a_canary_that_is_taken_back_only_as_many_leave_as_the_old_one_has_stand_ins_for() -> None:
+    there = [*(seen(f"o{n}", 1) for n in range(2)), *(seen(f"n{n}", 2) for n in range(4))]
+    last = structs.replace(STEP_2, step=2, weight=80, failures=1)
+    made = decide(judged(), there, last, verdict=BAD)
+    (status,) = (a.status for a in made.actions if isinstance(a, WriteAppStatus))
+    assert status.rollout is not None
+    assert (status.rollout.phase, status.rollout.weights) == (RolloutPhase.REVERTED, {2: 50, 1: 50})
+    assert "release 1 has 50 % of the requests, and gets more as it comes back" in status.message
+    leave = {a.instance.id for a in made.actions if isinstance(a, Update) and a.instance.desired is Desired.DRAIN}
+    assert leave == {"n0", "n1"}
+    left = [one for one in there if one.instance.id not in leave]
+    then = decide(judged(), left, status.rollout, status={"phase": status.phase})
+    assert [a.instance.release for a in then.actions if isinstance(a, Create)] == [1, 1]
+    whole = decide(judged(), [*left, seen("o2", 1), seen("o3", 1)], status.rollout, status={"phase": status.phase})
+    (status,) = (a.status for a in whole.actions if isinstance(a, WriteAppStatus))
+    assert status.rollout is not None
+    assert status.rollout.weights == {1: 100}
+    gone = {a.instance.id for a in whole.actions if isinstance(a, Update) and a.instance.desired is Desired.DRAIN}
+    assert gone == {"n2", "n3"}
 
 
 def test_an_instance_of_the_old_release_that_is_missing_is_made_while_the_canary_is_on() -> None:

@@ -9,7 +9,7 @@ from test_cli_draining import api as api  # a fixture
 from test_cli_draining import call
 
 from atoll.api.service.access import SYSTEM, Caller
-from atoll.api.service.planning import _seen_by
+from atoll.api.service.planning import seen_by
 from atoll.model import codec
 from atoll.model.records import Capacity, Instance, Job, Node, OwnerKind, Role
 from atoll.model.reservation import Reservation, ReservationSpec
@@ -160,9 +160,9 @@ def test_who_does_not_see_a_project_is_not_told_what_waits_in_it() -> None:
     there = Cell(job("big", 8, gang=2))
     there.lead()
     said = plan_spec(there.snapshot(), job("new", 1, project="shop")).explanation
-    [hidden] = _seen_by(Caller(id="t", role=Role.READ, project="shop"), said).kept
+    [hidden] = seen_by(Caller(id="t", role=Role.READ, project="shop"), said).kept
     assert (hidden.project, hidden.instances, hidden.count, hidden.turns_away) == ("", (), 2, 2)
-    assert _seen_by(SYSTEM, said).kept[0].instances == ("big-0", "big-1")
+    assert seen_by(SYSTEM, said).kept[0].instances == ("big-0", "big-1")
 
 
 def test_people_are_shown_what_is_kept_and_for_whom(api: FakeApi, tmp_path: Path) -> None:

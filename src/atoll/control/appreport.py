@@ -130,7 +130,8 @@ def _phase(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing, no
         return (AppPhase.ASLEEP, "the next request wakes it") if facts.awake is False else (AppPhase.STOPPED, "")
     if status is not None and status.phase is RolloutPhase.REVERTED:
         note = f" ({said})" if said else ""
-        text = f"release {facts.app.release} was taken back: {status.message}; release {status.stable} serves{note}"
+        part = f"has {100 - status.weight} % of the requests, and gets more as it comes back" if status.weight else "serves"
+        text = f"release {facts.app.release} was taken back: {status.message}; release {status.stable} {part}{note}"
         return AppPhase.FAILED, text
     if rollout.complete:
         return AppPhase.RUNNING, ""

@@ -122,6 +122,7 @@ class _Step:
             made=len(self.new) + len(failed),
             ready=updated,
             others=sum(seen.instance.release != app.release for seen in self.old),
+            old_ready=sum(seen.ready and seen.instance.release == served for seen in (*self.old, *self.sick)),
             progressed_at=progressed_at,
             verdict=self.facts.verdict,
         )

@@ -20,7 +20,7 @@ class RolloutPhase(enum.StrEnum):
     """The new release has all requests; the old set is kept for a while, to switch back at once."""
     COMPLETE = "complete"
     REVERTED = "reverted"
-    """The old release has all requests again. The new one is not tried again until that is asked for."""
+    """The old release has all requests again, once it has the instances. The new one is not tried again until asked for."""
 
     @property
     def under_way(self) -> bool:
@@ -55,7 +55,8 @@ class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     step: int = 0
     """Index of the step that is in force, or on its way."""
     weight: int | None = None
-    """Percent of the requests that go to `release`; None: to every ready instance alike."""
+    """Percent of the requests that go to `release`; None: to every ready instance alike, and after a revert none. A release that
+    was taken back keeps some while the old one has too few instances for all."""
     since: float = 0.0
     """When this step's weight, or this phase, came into force; 0 while instances are being made for it."""
     failures: int = 0
@@ -72,7 +73,7 @@ class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def weights(self) -> dict[int, int]:
         """Return release → percent of the requests; empty where all ready instances are alike."""
-        if self.phase is RolloutPhase.REVERTED:
+        if self.phase is RolloutPhase.REVERTED and not self.weight:
             return {self.stable: 100}
         if self.weight is None or self.phase is RolloutPhase.COMPLETE:
             return {}

@@ -88,7 +88,7 @@ class Planning:
         numbers = [r.record.number for r in self._state.records(Release).values() if held and _same(r.record, held.record)]
         release = max(numbers, default=held.record.release if held is not None else 0) + 1
         view = await self._dry(lambda snapshot: plan_spec(snapshot, spec, release=release, replicas=replicas))
-        return replace(view, explanation=_seen_by(caller, view.explanation))
+        return replace(view, explanation=seen_by(caller, view.explanation))
 
     async def explain(self, project: str, id: str, caller: Caller = SYSTEM) -> InstanceExplanation:
         """Say what the scheduler would answer for an instance now. Raises NotFound."""
@@ -105,7 +105,7 @@ class Planning:
         job = self._state.get(Job, f"{project}/{instance.owner}") if instance.owner_kind is OwnerKind.JOB else None
         owner = job.record if job is not None else None
         view = await self._dry(lambda snapshot: explain_instance(snapshot, key, instance, spec, waiting, owner))
-        return replace(view, explanation=_seen_by(caller, view.explanation))
+        return replace(view, explanation=seen_by(caller, view.explanation))
 
     async def defrag(self) -> DefragView:
         """Say which moves would free what, in all projects. Only apps' instances are looked at, within what a rollout may take
@@ -230,7 +230,7 @@ class _Copy:
         return self._held[kind].get(key)
 
 
-def _seen_by(caller: Caller, explanation: Explanation) -> Explanation:
+def seen_by(caller: Caller, explanation: Explanation) -> Explanation:
     """Return it without the names of what waits in projects that the caller does not see."""
     kept = (
         room if room.why is KeptFor.RESERVED or caller.sees(room.project) else replace(room, project="", instances=())

@@ -98,7 +98,10 @@ class Rollouts:
     async def abort(
         self, caller: Caller, project: str, name: str, *, if_match: int | None = None, request: RequestKey | None = None
     ) -> AppView:
-        """Give all requests back to the release before, at once. Raises Conflict: there is none, or nothing is under way."""
+        """Give all requests back to the release before: at once, or as it comes back where too few of it are left.
+
+        Raises Conflict: there is none, or nothing is under way.
+        """
 
         def steer(app: App, order: RolloutOrder, status: RolloutStatus | None) -> RolloutOrder:
             self._require_under_way(app, status)

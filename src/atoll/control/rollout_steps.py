@@ -1,0 +1,266 @@
+"""One decision about one rollout that is under way, whose old set is kept, or that goes back. Pure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from msgspec.structs import replace
+
+from atoll.control.analysis import Outcome
+from atoll.control.rollout_facts import Plan, RolloutFacts, Told, canary_count, plan_of, share_left
+from atoll.model.records import Severity
+from atoll.model.rollouts import RolloutOrder, RolloutPhase, RolloutStatus
+from atoll.model.spec import Strategy
+from atoll.model.units import format_seconds
+
+
+class Step:
+    """One decision about one rollout that is under way, or whose old set is kept."""
+
+    def __init__(self, facts: RolloutFacts, status: RolloutStatus, order: RolloutOrder | None, now: float) -> None:
+        self.facts = facts
+        self.rules = facts.rules
+        self.status = status
+        self.order = order or RolloutOrder(release=facts.release)
+        self.now = now
+        self.told: list[Told] = []
+        self.wake_at: float | None = None
+        self.progressed = False
+
+    def go_on(self) -> Plan:
+        if self.order.aborted:
+            return self._revert(f"aborted{self._by()}")
+        if (bad := self._judge()) is not None:
+            return bad
+        if (late := self._late()) is not None:
+            return late
+        match self.status.strategy:
+            case Strategy.CANARY:
+                return self._canary()
+            case Strategy.BLUE_GREEN:
+                return self._blue_green()
+            case Strategy.ROLLING:
+                return self._rolling()
+
+    def keep(self) -> Plan:
+        """The new release has all requests. Until the old set goes, going back takes but a moment."""
+        if self.order.aborted:
+            return self._revert(f"switched back{self._by()}")
+        if (bad := self._judge()) is not None:
+            return bad
+        until = self.status.since + self.rules.keep_old
+        if self.now < until:
+            self._wake(until)
+            return self._end(old=self.facts.wanted, most=self._twice())
+        if not self.facts.others:
+            self._set(phase=RolloutPhase.COMPLETE, message="")
+        return self._end(most=self._twice())
+
+    def _judge(self) -> Plan | None:
+        """Count a new verdict; return the plan that goes back if it was one too many."""
+        rules, verdict = self.rules.analysis, self.facts.verdict
+        if rules is None:
+            return None
+        if self.status.since:
+            self._wake(self.now + rules.interval)
+        if verdict is None or verdict.at <= self.status.analysed_at or verdict.at < self.status.since:
+            return None
+        if verdict.outcome is Outcome.NONE:
+            self._set(verdict=verdict.words)
+            return None
+        failed = verdict.outcome is Outcome.FAILED
+        failures, passes = self.status.failures + failed, self.status.passes + (not failed)
+        self._set(failures=failures, passes=passes, analysed_at=verdict.at, verdict=verdict.words)
+        if not failed:
+            return None
+        text = f"release {self.facts.release}: {verdict.words}; bad interval {failures}, {rules.failures_max} are forgiven"
+        self._tell("rollout-analysis-failed", text, Severity.WARNING, failures=failures)
+        if failures > rules.failures_max and self.rules.reverts:
+            return self._revert(f"its analysis failed: {verdict.words}")
+        return None
+
+    @property
+    def _stuck(self) -> bool:
+        """Whether the analysis says no and only a person may go on."""
+        rules = self.rules.analysis
+        return rules is not None and self.status.failures > rules.failures_max and self.order.step <= self.status.step
+
+    def _needed(self) -> int:
+        """Return how many ready instances what comes next waits for."""
+        steps = self.rules.steps
+        if self.status.strategy is not Strategy.CANARY or self.order.promoted or self.status.step >= len(steps):
+            return self.facts.wanted
+        return canary_count(self.facts.wanted, steps[self.status.step].weight) if self.facts.wanted else 0
+
+    def _late(self) -> Plan | None:
+        """Return the plan for a rollout whose instances do not become ready in time."""
+        deadline = self.facts.progressed_at + self.rules.deadline
+        if self.facts.ready >= self._needed() and (self.status.strategy is not Strategy.ROLLING or not self.facts.others):
+            return None
+        if self.order.paused:
+            return None
+        if self.now < deadline:
+            self._wake(deadline)
+            return None
+        why = f": {self.facts.why}" if self.facts.why else ""
+        reason = f"made no progress for {format_seconds(self.rules.deadline)}{why}"
+        if self.rules.reverts:
+            return self._revert(reason)
+        if self.status.strategy is Strategy.ROLLING:
+            return self._end(failed=True)
+        return self._end(failed=True, **self._sets(self._needed()))
+
+    def _canary(self) -> Plan:
+        wanted, ready = self.facts.wanted, self.facts.ready
+        if not wanted:
+            return self._end()
+        steps = self.rules.steps
+        while self.status.step < len(steps) and not self.order.promoted:
+            step = steps[self.status.step]
+            needed = canary_count(wanted, step.weight)
+            if not self.status.since:
+                if ready < needed:
+                    message = f"{ready} of {needed} instances are ready for {step.weight} %"
+                    self._set(phase=RolloutPhase.PROGRESSING, message=message)
+                    return self._end(**self._sets(needed))
+                self._begin_step(step.weight, f"step {self.status.step + 1} of {len(steps)}")
+            if not self._step_over(step.pause, ready >= needed):
+                return self._end(**self._sets(needed))
+            self.progressed = True
+            self._set(step=self.status.step + 1, since=0.0, failures=0, passes=0)
+        if self.status.phase is not RolloutPhase.PROMOTING:
+            self._set(phase=RolloutPhase.PROMOTING, since=self.now, failures=0, passes=0, message="")
+            self.progressed = True
+            self._tell("rollout-promoted", f"release {self.facts.release} is to have all requests{self._by()}")
+        weight = self.status.weight or 0
+        weight = 100 if ready >= wanted else max(weight, min(99, 100 * ready // wanted))
+        self._set(weight=weight)
+        if ready >= wanted and not self.facts.others:
+            self._set(phase=RolloutPhase.COMPLETE)
+        return self._end()
+
+    def _begin_step(self, weight: int, what: str) -> None:
+        self.progressed = True
+        self._set(weight=weight, since=self.now, failures=0, passes=0)
+        text = f"release {self.facts.release} gets {weight} % of the requests, release {self.status.stable} the rest ({what})"
+        self._tell("rollout-step", text, weight=weight)
+
+    def _step_over(self, pause: float | None, ready: bool) -> bool:
+        """Whether the step that is in force has lasted long enough and well enough."""
+        until = math.inf if pause is None else self.status.since + pause
+        if self._waits_for_a_person(pause is None):
+            return False
+        if self.order.step > self.status.step:
+            return ready
+        judged = self.rules.analysis is None or self.status.passes > 0
+        message = ""
+        if self.now < until:
+            self._wake(until)
+        elif not judged:
+            message = f"has had no good interval yet ({self.status.verdict or 'no requests so far'})"
+        self._set(phase=RolloutPhase.PROGRESSING, message=message)
+        return ready and judged and self.now >= until
+
+    def _waits_for_a_person(self, asked: bool) -> bool:
+        """Set why nothing goes on by itself, if that is so; `asked`: there comes a point where a person is asked."""
+        if self.order.paused:
+            message = f"paused{self._by()}; resume, promote or abort it"
+        elif self._stuck:
+            message = f"its analysis failed ({self.status.verdict}); resume, promote or abort it"
+        elif asked and self.order.step <= self.status.step:
+            message = "waits for a person: resume, promote or abort it"
+        else:
+            return False
+        self._set(phase=RolloutPhase.WAITING, message=message)
+        return True
+
+    def _sets(self, new: int) -> dict[str, int]:
+        """Return how many of both releases there are while both serve; of the old one all that the surge leaves room for."""
+        wanted = self.facts.wanted
+        if self.status.strategy is Strategy.BLUE_GREEN:
+            return {"new": new, "old": wanted, "most": self._twice()}
+        most = wanted + self.rules.max_surge
+        return {"new": new, "old": min(wanted, most - new), "most": most}
+
+    def _twice(self) -> int:
+        return max(2 * self.facts.wanted, self.facts.wanted + self.rules.max_surge)
+
+    def _blue_green(self) -> Plan:
+        wanted, ready = self.facts.wanted, self.facts.ready
+        if not wanted:
+            return self._end()
+        if ready < wanted:
+            self._set(phase=RolloutPhase.PROGRESSING, message=f"{ready} of {wanted} instances are ready beside the old set")
+            return self._end(**self._sets(wanted))
+        if not self.status.since:
+            self._set(since=self.now)
+            self.progressed = True
+            self._tell("rollout-ready", f"release {self.facts.release} is ready beside release {self.status.stable}")
+        after = self.rules.promote_after
+        at = math.inf if after is None else self.status.since + after
+        if not self.order.promoted and (self.order.paused or self.order.step <= self.status.step):
+            if self._waits_for_a_person(after is None):
+                return self._end(**self._sets(wanted))
+            if self.now < at:
+                self._wake(at)
+                self._set(phase=RolloutPhase.PROGRESSING, message="is ready, and gets all requests soon")
+                return self._end(**self._sets(wanted))
+        self._set(phase=RolloutPhase.KEEPING, weight=100, since=self.now, failures=0, passes=0, message="")
+        kept = f"kept for {format_seconds(self.rules.keep_old)}"
+        text = f"release {self.facts.release} has all requests{self._by()}; release {self.status.stable} is {kept}"
+        self._tell("rollout-switched", text)
+        self._wake(self.now + self.rules.keep_old)
+        return self._end(**self._sets(wanted))
+
+    def _rolling(self) -> Plan:
+        wanted = self.facts.wanted
+        if self.facts.ready >= wanted and not self.facts.others:
+            self._set(phase=RolloutPhase.COMPLETE, message="")
+            return self._end()
+        if self._waits_for_a_person(False):
+            new = min(wanted, self.facts.made)
+            return self._end(new=new, old=wanted - new)
+        self._set(phase=RolloutPhase.PROGRESSING, message="")
+        return self._end()
+
+    def give_back(self) -> Plan:
+        """The release was taken back, and keeps what the old one has too few instances for, until they are there."""
+        until = self.status.since + self.rules.deadline
+        left = share_left(self.facts, self.status.weight) if self.now < until else None
+        self._set(weight=left)
+        if left is not None:
+            self._wake(until)
+            return self._end()
+        late = "" if self.now < until else f", though not all of it came back within {format_seconds(self.rules.deadline)}"
+        self._tell("rollout-restored", f"release {self.status.stable} has all requests again{late}")
+        return self._end()
+
+    def _revert(self, why: str) -> Plan:
+        left = share_left(self.facts, self.status.weight)
+        self._set(phase=RolloutPhase.REVERTED, weight=left, since=self.now, message=why)
+        stable = f"Release {self.status.stable} has all requests"
+        if left is not None:
+            stable = f"Release {self.status.stable} has {100 - left} % of the requests, and more as its instances come back"
+            self._wake(self.now + self.rules.deadline)
+        text = f"release {self.facts.release} was taken back: {why}. {stable}"
+        asked = self.order.aborted
+        self._tell("rollout-reverted", text, Severity.WARNING if asked else Severity.ERROR, to=self.status.stable)
+        self.progressed = True
+        return self._end()
+
+    def _end(self, **more: Any) -> Plan:
+        found = {"wake_at": self.wake_at, "told": tuple(self.told), "progressed": self.progressed}
+        return plan_of(self.facts, self.status, **found, **more)
+
+    def _by(self) -> str:
+        return f" by {self.order.by}" if self.order.by else ""
+
+    def _set(self, **changes: Any) -> None:
+        self.status = replace(self.status, **changes)
+
+    def _wake(self, at: float) -> None:
+        self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+
+    def _tell(self, code: str, message: str, severity: Severity = Severity.INFO, **data: Any) -> None:
+        self.told.append(Told(code, message, severity, {"release": self.facts.release, **data}))
