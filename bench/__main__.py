@@ -26,6 +26,10 @@ BENCHES = {
     ),
     "scale": ("a cell of 5,000 nodes and 100,000 instances over etcd: API latency, processor, memory, take-over", "9 min"),
     "failover": ("leading server killed → next plan committed; leading member of etcd killed under writes", "3 min"),
+    "network": (
+        "slots, links, machines' cards and tunnels beside the same made by hand; throughput, packets, processor time",
+        "6 min",
+    ),
     "store": ("puts/s, put → watch and failover of memory, SQLite, etcd with one member and with three", "1 min"),
     "api": ("API reads/s and durable writes/s, idle memory and processor use", "1 min"),
 }

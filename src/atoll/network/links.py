@@ -104,6 +104,11 @@ class LinkNetwork:
         """The node's own name servers, as far as an instance could ask them."""
         return self._forwarders
 
+    @property
+    def ready(self) -> int:
+        """How many slots are ready for whoever comes next."""
+        return len(self._state.pool.ready) if self._state is not None else 0
+
     def project_at(self, address: str) -> str | None:
         """Return the project of this node's instance that has `address`."""
         return self._projects.get(address)
