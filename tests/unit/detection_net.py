@@ -35,6 +35,7 @@ class Net:
         self.contacts: dict[str, Contact] = {}
         self.sites: dict[str, str] = {}
         self.enrolments: dict[str, str] = {}
+        self.bases: dict[tuple[str, str], object] = {}
         self.last_seen: dict[str, float] = {}
         self.seen: list[tuple[bytes, Address, Address]] = []
         """All that was sent, with from and to."""
@@ -47,6 +48,9 @@ class Net:
             return ()
         return (self.chance.random() * self.jitter_s,)
 
+    def _basis_of(self, node: str) -> object | None:
+        return self.bases.setdefault((node, self.enrolments.get(node, "")), object()) if node in self.sites else None
+
     async def server(self, name: str = "leader", *, leads: bool = True) -> Exchange:
         exchange = Exchange(
             key_of=lambda node, epoch: beats.key_of(CELL_KEY, node, epoch, self.enrolments.get(node, "")),
@@ -54,6 +58,7 @@ class Net:
             last_seen=self.last_seen,
             clock=self.clock,
             chance=random.Random(f"{name} {self.clock.monotonic()}"),
+            basis_of=self._basis_of,
         )
         exchange.lead(leads)
         exchange.affirm(float("inf"))

@@ -22,7 +22,7 @@ U64 = st.integers(0, 2**64 - 1)
 
 
 @given(U64, U64, st.text(st.characters(codec="utf-8"), max_size=60), st.sampled_from([Flag.NONE, Flag.ASKS, Flag.AWAY]))
-def test_a_beat_is_read_as_it_was_written(session: int, counter: int, inside: str, flags: Flag) -> None:
+def test_a_beat_is_read_as_it_was_written(session: int, counter: int, inside: str, flags: int) -> None:
     beat = Beat("n1", 7, session, counter, flags, inside)
     data = beats.pack_beat(KEY, beat)
     kind, said = beats.kind_of(data)

@@ -325,6 +325,49 @@ def test_nodes_whose_datagrams_reach_all_servers_but_the_one_that_leads_are_kept
     on_net(test)
 
 
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_the_only_one_that_beats_is_given_up_where_others_are_heard_over_http_and_not_where_nobody_is(cut_off: bool) -> None:
+    async def test(net: Net) -> None:
+        names = await fleet(net, 1)
+        net.sites |= {"old1": "a", "old2": "b"}
+
+        async def heartbeats(name: str) -> None:
+            while True:
+                net.last_seen[name] = net.clock.monotonic()
+                await asyncio.sleep(vitals.HEARTBEAT_S)
+
+        beating = [asyncio.ensure_future(heartbeats(name)) for name in ("old1", "old2")]
+        await asyncio.sleep(20)
+        assert net.silent() == set()
+        await net.kill(names[0])
+        if cut_off:
+            for task in beating:
+                task.cancel()
+            await asyncio.sleep(120)
+            assert net.silent() == set(), "it is we who hear nobody"
+            net.last_seen["old1"] = net.clock.monotonic()
+            await asyncio.sleep(2)
+            assert net.silent() == {names[0]}
+        else:
+            assert await net.until_silent(names[0]) < GOAL_S + vitals.HEARTBEAT_S
+        for task in beating:
+            task.cancel()
+        await asyncio.gather(*beating, return_exceptions=True)
+
+    on_net(test)
+
+
+def test_a_cells_only_node_is_never_given_up_as_there_is_nowhere_else() -> None:
+    async def test(net: Net) -> None:
+        names = await fleet(net, 1)
+        await net.kill(names[0])
+        await asyncio.sleep(120)
+        assert net.silent() == set()
+        assert net.servers["leader"].silence_s(names[0]) > 100
+
+    on_net(test)
+
+
 @pytest.mark.parametrize(("loss", "least", "most"), [(0.0, 1.9, 2.1), (0.2, 9.0, 10.2)])
 def test_agents_beat_the_faster_the_more_is_lost(loss: float, least: float, most: float) -> None:
     async def test(net: Net) -> None:

@@ -14,12 +14,16 @@ from atoll.store.cache import State
 def exchange_of(service: Service, state: State, clock: Clock) -> Exchange:
     """Return a server's side of the beats. A node that is not in the store, or that is revoked, is not listened to."""
 
+    nodes, identities, prefix = state.records(Node), state.records(Identity), f"{MemberKind.NODE}/"
+
+    def basis_of(node: str) -> object | None:
+        held, identity = nodes.get(node), identities.get(prefix + node)
+        if held is None or identity is None:
+            return held
+        return identity if identity.record.revoked_at is None else None
+
     def site_of(node: str) -> str | None:
-        held = state.get(Node, node)
-        identity = state.get(Identity, f"{MemberKind.NODE}/{node}")
-        if held is None or (identity is not None and identity.record.revoked_at is not None):
-            return None
-        return held.record.site
+        return nodes[node].record.site if basis_of(node) is not None else None
 
     return Exchange(
         key_of=lambda node, epoch: beat_key(service.context, node, epoch),
@@ -27,4 +31,5 @@ def exchange_of(service: Service, state: State, clock: Clock) -> Exchange:
         last_seen=service.heartbeats.last_seen(),
         clock=clock,
         chance=system_random(),
+        basis_of=basis_of,
     )

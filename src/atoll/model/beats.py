@@ -21,6 +21,7 @@ import enum
 import hashlib
 import hmac
 import struct
+from typing import Final
 
 from msgspec import Struct
 
@@ -51,15 +52,17 @@ class Kind(enum.IntEnum):
     RELAYED = 6
 
 
-class Flag(enum.IntFlag):
-    NONE = 0
-    ASKS = 1
+class Flag:
+    """Bits of a head. Plain numbers: with an `IntFlag` they would be a third of what a beat costs a server."""
+
+    NONE: Final = 0
+    ASKS: Final = 1
     """A beat that wants an ACK."""
-    AWAY = 2
+    AWAY: Final = 2
     """The agent ends in order: it will be silent for a while, and what runs goes on."""
-    LEADS = 1
+    LEADS: Final = 1
     """An ACK of the server that leads."""
-    FOUND = 1
+    FOUND: Final = 1
     """A RELAYED that carries an answer."""
 
 
@@ -68,7 +71,7 @@ class Beat(Struct, frozen=True):
     epoch: int
     session: int
     counter: int
-    flags: Flag
+    flags: int
     inside: str
     """`HOST:PORT` where others of its network may reach it, or empty."""
 
@@ -135,17 +138,19 @@ def opened(key: bytes, data: bytes) -> bytes:
     return body[_HEAD.size :]
 
 
-def kind_of(data: bytes) -> tuple[Kind, Flag]:
-    """Return what a datagram says that it is. Raises NotOurs."""
-    if not _HEAD.size + SEAL_BYTES <= len(data) <= DATAGRAM_BYTES_MAX:
+def kind_of(data: bytes) -> tuple[Kind, int]:
+    """Return what a datagram says that it is, and its flags. Raises NotOurs."""
+    if not _LEAST <= len(data) <= DATAGRAM_BYTES_MAX:
         raise NotOurs(f"{len(data)} bytes")
-    magic, kind, flags = _HEAD.unpack_from(data)
-    if magic != _MAGIC or kind not in _KINDS:
+    magic, number, flags = _HEAD.unpack_from(data)
+    kind = _KINDS.get(number)
+    if magic != _MAGIC or kind is None:
         raise NotOurs("not a datagram of ours")
-    return _KINDS[kind], Flag(flags & 3)
+    return kind, flags & 3
 
 
 _KINDS = {kind.value: kind for kind in Kind}
+_LEAST = _HEAD.size + SEAL_BYTES
 
 
 def _text(value: str) -> bytes:
@@ -169,15 +174,27 @@ def pack_beat(key: bytes, beat: Beat) -> bytes:
     return _seal(key, head + _BEAT.pack(beat.epoch, beat.session, beat.counter) + _text(beat.node) + _text(beat.inside))
 
 
-def read_beat(data: bytes, flags: Flag) -> Beat:
-    """Return what a beat says, before its seal is known to fit: `node` and `epoch` say by which key to open it."""
-    body = data[_HEAD.size : -SEAL_BYTES]
-    if len(body) < _BEAT.size + 2:
+def read_beat(data: bytes, flags: int) -> Beat:
+    """Return what a beat says, before its seal is known to fit: `node` and `epoch` say by which key to open it.
+
+    In one piece, as it is done 10,000 times a second where there are 5,000 nodes.
+    """
+    end = len(data) - SEAL_BYTES
+    if end < _NAME_AT + 2:
         raise NotOurs("cut short")
-    epoch, session, counter = _BEAT.unpack_from(body)
-    node, at = _take(body, _BEAT.size)
-    inside, _ = _take(body, at)
+    epoch, session, counter = _BEAT.unpack_from(data, _HEAD.size)
+    inside_at = _NAME_AT + 1 + data[_NAME_AT]
+    if inside_at >= end or inside_at + 1 + data[inside_at] > end:
+        raise NotOurs("cut short")
+    try:
+        node = data[_NAME_AT + 1 : inside_at].decode()
+        inside = data[inside_at + 1 : inside_at + 1 + data[inside_at]].decode()
+    except UnicodeDecodeError:
+        raise NotOurs("not text") from None
     return Beat(node, epoch, session, counter, flags, inside)
+
+
+_NAME_AT = _HEAD.size + _BEAT.size
 
 
 def pack_ack(key: bytes, ack: Ack) -> bytes:
@@ -185,7 +202,7 @@ def pack_ack(key: bytes, ack: Ack) -> bytes:
     return _seal(key, head + _ACK.pack(ack.session, ack.counter, ack.last, ack.window))
 
 
-def read_ack(key: bytes, data: bytes, flags: Flag) -> Ack:
+def read_ack(key: bytes, data: bytes, flags: int) -> Ack:
     body = opened(key, data)
     if len(body) != _ACK.size:
         raise NotOurs("not an ACK")

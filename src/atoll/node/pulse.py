@@ -159,7 +159,7 @@ class Pulse:
         for _ in range(BURST):
             self._beat(now, Flag.AWAY)
 
-    def _beat(self, now: float, flags: Flag = Flag.NONE) -> None:
+    def _beat(self, now: float, flags: int = Flag.NONE) -> None:
         if self._grant is None:
             return
         for address, server in self._servers.items():

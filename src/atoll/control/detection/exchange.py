@@ -49,6 +49,9 @@ class Exchange:
     """`key_of(node, epoch)` gives a node's key, `site_of(node)` its site, or None for a node that is not known. `last_seen` is node
     → a number that changes with each heartbeat over HTTP, which is a sign of life, too. `changed` is called when a node falls
     silent, or is heard again.
+
+    `basis_of(node)` is what its key is made from and whether it is known: as long as that is the same object, its key is not made
+    again. None for a node that is not known. Without it a key is made for every datagram.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class Exchange:
         clock: Clock,
         chance: random.Random,
         rules: Rules | None = None,
+        basis_of: Callable[[str], object | None] | None = None,
     ) -> None:
         self._key_of = key_of
         self._site_of = site_of
+        self._basis_of = basis_of or (lambda name: None if site_of(name) is None else object())
         self._last_seen = last_seen
         self._clock = clock
         self._chance = chance
@@ -70,6 +75,10 @@ class Exchange:
         self._session = chance.getrandbits(63) | 1
         self._pending: dict[int, Pending] = {}
         self._index_at = 0.0
+        self._over_http: dict[str, float] = {}
+        """Of nodes that do not beat: the value of their last heartbeat that was looked at."""
+        self._over_http_at = float("-inf")
+        """When one of those came, as far as it was noticed."""
         self.awake = AwakeClock(clock.monotonic())
         self.peers = Peers(site_of, chance)
         self.watches: dict[str, Watch] = {}
@@ -133,12 +142,19 @@ class Exchange:
     def _key(self, name: str, epoch: int, data: bytes) -> bytes:
         """Return the node's key if it opens `data`. Raises NotOurs.
 
-        It is made anew each time: what opened the datagram before may have run out, or be that of a machine that was replaced.
+        What opened the datagram before may have run out, or be that of a machine that was replaced: `basis_of` tells.
         """
-        if abs(epoch - beats.epoch_at(self._clock.now())) > 1 or self._site_of(name) is None:
+        basis = self._basis_of(name)
+        if basis is None or abs(epoch - beats.epoch_at(self._clock.now())) > 1:
             raise NotOurs("a key that is out of date, or a node that is not known")
+        peer = self.peers.get(name)
+        if peer is not None and peer.basis is basis and peer.key_epoch == epoch:
+            beats.opened(peer.key, data)
+            return peer.key
         key = self._key_of(name, epoch)
         beats.opened(key, data)
+        if peer is not None:
+            peer.basis, peer.key_epoch, peer.key = basis, epoch, key
         return key
 
     def _beat(self, data: bytes, beat: Beat, sender: Address) -> None:
@@ -153,8 +169,9 @@ class Exchange:
                 peer.epoch = beat.epoch
                 peer.direct_at = now
                 peer.address = sender
-                peer.inside = _address(beat.inside)
-                peer.away = bool(beat.flags & Flag.AWAY)
+                if beat.inside != peer.inside_text:
+                    peer.inside_text, peer.inside = beat.inside, _address(beat.inside)
+                peer.away = beat.flags & Flag.AWAY != 0
                 if not beat.flags & Flag.ASKS:
                     return
         last, window = (peer.last, peer.window) if peer is not None else (0, 0)
@@ -201,14 +218,14 @@ class Exchange:
         changed = False
         for name in [name for name in self.watches if name not in names]:
             changed |= self._clear(name)
-        latest = self.peers.latest() if len(self.peers) > 1 else None
+        others = self._others(now) if silent else None
         asked = 0
         for peer in silent:
             heard = float(self.peers.heard[peer.row])
             if (peer.away and now - heard < AWAY_S) or self._touched(peer, now):
                 changed |= peer.name in self.watches and self._clear(peer.name)
                 continue
-            watch, actions = decide(rules, self.watches.get(peer.name, Watch()), Looked(heard, latest), now)
+            watch, actions = decide(rules, self.watches.get(peer.name, Watch()), Looked(heard, others), now)
             for action in actions:
                 match action:
                     case Probe():
@@ -223,6 +240,19 @@ class Exchange:
             self.watches[peer.name] = watch
         if changed:
             self.changed()
+
+    def _others(self, now: float) -> float | None:
+        """Return when any node was heard last, where there are several: whoever hears nobody is cut off, and believes nothing.
+
+        Those that do not beat count by their heartbeats over HTTP. When a change came that is seen for the first time is not
+        known, but that look is long before a node is silent enough to be believed so.
+        """
+        for name, value in self._over_http.items():
+            new = self._last_seen.get(name, value)
+            if new != value:
+                self._over_http[name], self._over_http_at = new, now
+        latest = max(self.peers.latest() if len(self.peers) > 1 else float("-inf"), self._over_http_at)
+        return latest if latest > float("-inf") else None
 
     def _clear(self, name: str) -> bool:
         """Stop watching a node that is heard again; return whether it had been believed to be silent."""
@@ -270,6 +300,8 @@ class Exchange:
         for name in [peer.name for peer in self.peers if self._site_of(peer.name) is None]:
             self.peers.remove(name)
             self.watches.pop(name, None)
+        quiet = (name for name in self._last_seen if self.peers.get(name) is None and self._site_of(name) is not None)
+        self._over_http = {name: self._over_http.get(name, self._last_seen[name]) for name in quiet}
         self.peers.index()
         for peer in self.peers:
             if peer.name not in self.watches:

@@ -21,19 +21,39 @@ HELPER_HEARD_S = 1.0
 class Peer:
     """One node that has beaten. Mutable: it changes with every beat."""
 
-    __slots__ = ("address", "away", "direct_at", "epoch", "inside", "last", "name", "row", "seen", "window")
+    __slots__ = (
+        "address",
+        "away",
+        "basis",
+        "direct_at",
+        "epoch",
+        "inside",
+        "inside_text",
+        "key",
+        "key_epoch",
+        "last",
+        "name",
+        "row",
+        "seen",
+        "window",
+    )
 
     def __init__(self, name: str, row: int) -> None:
         self.name = name
         self.row = row
         self.epoch = 0
         """Of the key of its last beat."""
+        self.key, self.key_epoch = b"", -1
+        """The last that fitted, and of when it is."""
+        self.basis: object = None
+        """From what that was made."""
         self.last = -1
         self.window = 0
         self.address: Address = ("", 0)
         """Where its beats come from."""
         self.inside: Address | None = None
         """Where it says that its neighbours find it."""
+        self.inside_text = ""
         self.away = False
         self.direct_at = 0.0
         self.seen: float | None = None
