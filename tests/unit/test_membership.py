@@ -13,6 +13,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from msgspec import structs
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.authorities import LIFE_S, RENEW_LATE_S
@@ -47,7 +48,8 @@ from atoll.model.membership import (
     renewal_message,
     uri_of,
 )
-from atoll.model.records import Capacity, Event, Ingress, Instance, Node, NodeHealth, NodeLiveness, OwnerKind, Role
+from atoll.model.records import Capacity, Event, Ingress, Instance, Node, NodeHealth, NodeLiveness, OwnerKind, Role, Status
+from atoll.model.states import Phase
 from atoll.model.views import TokenRequest
 from atoll.sdk.membership import LOOK_S, RETRY_MAX_S, Credentials, Held, wait_s
 from atoll.sdk.trust import chosen, fingerprint, pins_of
@@ -376,7 +378,10 @@ async def test_a_node_is_removed_only_when_it_is_gone_and_holds_nothing(cell: Ce
     await cell.put(keys.node_liveness("n1"), NodeLiveness(name="n1", health=NodeHealth.LOST, since=1))
     instance = Instance(id="i1", project="default", owner_kind=OwnerKind.APP, owner="web", node="n1", created_at=1)
     await cell.put(keys.instance("default", "i1"), instance)
-    with pytest.raises(Conflict, match="1 instances are placed"):
+    done = structs.replace(instance, id="done", owner="work", owner_kind=OwnerKind.JOB)
+    await cell.put(keys.instance("default", "done"), done)
+    await cell.put(keys.status("default", "done"), Status(instance="done", project="default", node="n1", phase=Phase.SUCCEEDED))
+    with pytest.raises(Conflict, match="^1 instance is placed on node 'n1': i1$"):
         await cell.members.remove_node("n1", SYSTEM)
     await cell.service.context.reach(await cell.store.delete(keys.instance("default", "i1")))
     await cell.members.remove_node("n1", SYSTEM)

@@ -37,12 +37,15 @@ from atoll.model.records import (
     NodeLiveness,
     Role,
     Severity,
+    Status,
     Token,
     new_suffix,
 )
 
 REFUSALS_S = 10.0
 """Of one kind of refusal there is one event in so long, so that a stranger who tries for ever fills no store."""
+NAMED_MAX = 5
+"""Instances that an error names."""
 _JOIN_MEND = "make another with 'atoll join-token create' on a machine that may"
 _ROLES = {MemberKind.NODE: Role.AGENT, MemberKind.INGRESS: Role.INGRESS}
 _RECORDS: dict[MemberKind, type[Node] | type[Ingress]] = {MemberKind.NODE: Node, MemberKind.INGRESS: Ingress}
@@ -194,11 +197,11 @@ class Membership:
                 raise Conflict(
                     f"node '{name}' answers", mend=f"end its agent and wait until it is lost, or: atoll nodes revoke {name}"
                 )
-            placed = len(self._state.found(Instance, by_node, name))
+            placed = self._held_by(name)
             if placed:
-                raise Conflict(
-                    f"{placed} instances are placed on node '{name}'", mend="wait until they are replaced, then try again"
-                )
+                what = "1 instance is" if len(placed) == 1 else f"{len(placed)} instances are"
+                mend = "wait until they are replaced, then try again"
+                raise Conflict(f"{what} placed on node '{name}': {', '.join(placed[:NAMED_MAX])}", mend=mend)
             now = self._context.clock.now()
             gone = held.record if held is not None else Identity(kind=MemberKind.NODE, name=name, enrolment="", joined_at=now)
             compare: list[Compare] = []
@@ -282,6 +285,12 @@ class Membership:
                     f"there is a {token.kind} '{name}' already",
                     mend=f"choose another name with --node, or replace it: atoll join-token create --{token.kind} {name}",
                 )
+
+    def _held_by(self, node: str) -> list[str]:
+        """Return the instances that a node holds: what has ended for good holds nothing, though it is kept to be read."""
+        there = [held.record for held in self._state.found(Instance, by_node, node).values()]
+        statuses = {one.id: self._state.get(Status, f"{one.project}/{one.id}") for one in there}
+        return sorted(one.id for one in there if (held := statuses[one.id]) is None or not held.record.phase.final)
 
     def _put_identity(self, identity: Identity) -> tuple[list[Compare], list[Op]]:
         key = keys.identity(identity.kind, identity.name)
