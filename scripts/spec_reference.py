@@ -150,6 +150,14 @@ MEANING: dict[str, tuple[str, str]] = {
         'snapshot = "sha256:' + "0" * 64 + '"',
     ),
     "Build.base": ("Debian release that the image begins with; `scratch` for files alone.", 'base = "debian:bookworm"'),
+    "JobSpec.idle_limit": (
+        "Of a sandbox: ended, with that reason, when no command and no copy was under way in it for so long. At least 1 s.",
+        'idle_limit = "10m"',
+    ),
+    "JobSpec.pool": (
+        "It is a template of sandboxes: so many are kept running, to be taken by name (docs/sandboxes.md).",
+        "pool = 4",
+    ),
     "Build.apt": (
         "Debian packages. A Python app needs `python3` (`python3-minimal` lacks most of the library).",
         'apt = ["python3"]',

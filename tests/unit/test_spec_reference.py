@@ -61,6 +61,8 @@ _BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
     (("[egress]",), "protocol"): {"app": "db"},
     ((), "snapshot"): {"sandbox": True},
     (("gpu",), "sharing"): {"count": 0.5},
+    ((), "idle_limit"): {"sandbox": True},
+    ((), "pool"): {"sandbox": True},
     (("gpu",), "topology"): {"count": 2},
     (("placement",), "together"): {"gang": True},
     (("rollout",), "strategy"): {"steps": [{"weight": 5}]},

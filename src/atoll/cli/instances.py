@@ -72,6 +72,8 @@ def phase_word(view: InstanceView) -> str:
             return "parked" if view.instance.standby else "waking"
         if view.instance.standby:
             return "standby"
+        if view.status.paused:
+            return "paused"
         return "ready" if view.status.ready else "running" if view.instance.release == 0 else "starting"
     return str(view.status.phase)
 

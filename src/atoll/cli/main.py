@@ -44,6 +44,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Sandboxes": {
         "sandbox": ("sandboxes:sandbox", "Work in an instance of your own: create, exec, pause, snapshot, fork, rm."),
+        "template": ("templates:template", "Keep sandboxes ready, to be taken at once."),
     },
     "Cell": {
         "nodes": ("nodes:nodes", "Show the machines; take one out of use with cordon or drain."),

@@ -13,6 +13,7 @@ from atoll.cli.session import Session, command, group
 from atoll.model.errors import Invalid
 
 if TYPE_CHECKING:
+    from atoll.model.spec import JobSpec
     from atoll.model.streams import Held
     from atoll.model.views import JobView
     from atoll.sdk.client import Client
@@ -29,13 +30,18 @@ def sandbox() -> None:
     """Work in an instance of your own, with a time limit."""
 
 
-@command(example="atoll sandbox create try --image HOST/tools:1 --isolation sandbox --time-limit 1h")
+@command(
+    example="atoll sandbox create try --image HOST/tools:1 --isolation sandbox --time-limit 1h --idle-limit 10m\n"
+    "atoll sandbox create try --template tools"
+)
 @click.argument("name", metavar="NAME")
+@click.option("--template", metavar="TEMPLATE", help="Take one that is ready; what else can be said is limits and variables.")
 @click.option("--file", "-f", "file", type=click.Path(path_type=Path), help="A job's spec to begin with: TOML, JSON or YAML.")
 @click.option("--image", metavar="REF", help="The image it is made from.")
 @click.option("--isolation", type=click.Choice(["container", "sandbox", "vm"]), help="How much it is kept apart.")
 @click.option("--runtime", metavar="RUNTIME", help="What it runs with; else as its isolation says.")
 @click.option("--time-limit", metavar="DURATION", help="It ends after so long, whatever it does (default 1h).")
+@click.option("--idle-limit", metavar="DURATION", help="It ends when no command or copy was under way in it for so long.")
 @click.option("--snapshot", metavar="DIGEST", help="Go on from this snapshot, on the node of --node.")
 @click.option("--node", metavar="NODE", help="The node that it must be on.")
 @click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable (not for secrets).")
@@ -43,17 +49,56 @@ def sandbox() -> None:
 async def create(
     session: Session,
     name: str,
+    template: str | None,
     file: Path | None,
     image: str | None,
     isolation: str | None,
     runtime: str | None,
     time_limit: str | None,
+    idle_limit: str | None,
     snapshot: str | None,
     node: str | None,
     env: tuple[str, ...],
     argv: tuple[str, ...],
 ) -> None:
     """Make a sandbox. Without a command it waits, and needs a shell in the image."""
+    made = {"image": image, "isolation": isolation, "runtime": runtime}
+    limits = {"deadline": time_limit, "idle_limit": idle_limit}
+    if template is None:
+        spec = sandbox_spec(session, name, file, made | limits, env, argv, snapshot=snapshot, node=node)
+        async with session.client() as client:
+            await _said(session, client, await client.create_job(spec))
+        return
+    others = {"file": file, **made, "snapshot": snapshot, "node": node, "command": argv}
+    for field, value in others.items():
+        if value:
+            raise Invalid(f"--template: {field} is as the template says", field=field, mend="leave one of the two out")
+    await _take(session, name, template, limits, env)
+
+
+async def _take(session: Session, name: str, template: str, limits: dict[str, str | None], env: tuple[str, ...]) -> None:
+    from atoll.cli.execute import variables
+    from atoll.model import codec
+    from atoll.model.views import TakeRequest
+
+    said = {key: value for key, value in limits.items() if value is not None}
+    wish = codec.convert({"name": name, "env": variables(env), **said}, TakeRequest)
+    async with session.client() as client:
+        await _said(session, client, await client.take_sandbox(session.project, template, wish))
+
+
+def sandbox_spec(
+    session: Session,
+    name: str,
+    file: Path | None,
+    given: dict[str, str | None],
+    env: tuple[str, ...],
+    argv: tuple[str, ...],
+    *,
+    snapshot: str | None,
+    node: str | None,
+) -> JobSpec:
+    """Return the spec of a sandbox, or of a template of them, from what a person has `given`. Raises Invalid."""
     from atoll.cli import spec_file
     from atoll.cli.execute import variables
     from atoll.model.spec import JobSpec
@@ -62,9 +107,10 @@ async def create(
     if snapshot and not node:
         raise Invalid("--snapshot: a snapshot is on one node", field="node", mend="pass --node, as the snapshot said")
     data: dict[str, Any] = spec_file.read(file) if file is not None else {}
-    given = {"image": image, "isolation": isolation, "runtime": runtime, "deadline": time_limit}
     data |= {key: value for key, value in given.items() if value is not None} | {"name": name, "sandbox": True}
     data.setdefault("deadline", "1h")
+    if "pool" in data:
+        data["pool"] = int(data["pool"])
     if argv or not data.get("command"):
         data["command"] = list(argv or KEEPS_RUNNING)
     if env:
@@ -75,10 +121,7 @@ async def create(
     if session.project_given or "project" not in data:
         data["project"] = session.project
     spec = spec_file.parse(data, JobSpec, file)
-    if snapshot and node:
-        spec = from_snapshot(spec, snapshot, node)
-    async with session.client() as client:
-        await _said(session, client, await client.create_job(spec))
+    return from_snapshot(spec, snapshot, node) if snapshot and node else spec
 
 
 async def _said(session: Session, client: Client, view: JobView) -> None:
@@ -86,6 +129,9 @@ async def _said(session: Session, client: Client, view: JobView) -> None:
     from atoll.sdk.sandboxes import running
 
     name = view.job.name
+    if session.json and view.instance:
+        session.output.json(view)
+        return
     with session.output.err.status(f"{name} starts"):
         instance = await running(client, view.job.project, name, deadline_s=START_S_MAX)
     if session.json:
@@ -98,15 +144,25 @@ async def _said(session: Session, client: Client, view: JobView) -> None:
 @command(example="atoll sandbox list", name="list")
 async def list_sandboxes(session: Session) -> None:
     """List the project's sandboxes."""
-    from atoll.sdk.sandboxes import sandboxes
+    from atoll.model import codec
+    from atoll.sdk.sandboxes import paused_of, sandboxes
 
     async with session.client() as client:
         views = await sandboxes(client, session.project)
+        paused = await paused_of(client, session.project) if views else set()
     if session.json:
-        session.output.json(views)
+        session.output.json([{**codec.to_plain(view), "paused": view.job.name in paused} for view in views])
         return
-    rows = [(view.job.name, view.status.phase if view.status else "pending", view.job.spec.image or "") for view in views]
-    session.output.table(("SANDBOX", "STATE", "IMAGE"), rows, empty="no sandboxes; make one with: atoll sandbox create")
+    rows = [
+        (
+            view.job.name,
+            "paused" if view.job.name in paused else str(view.status.phase) if view.status else "pending",
+            view.job.spec.image or "",
+            view.status.message if view.status else "",
+        )
+        for view in views
+    ]
+    session.output.table(("SANDBOX", "STATE", "IMAGE", "NOTE"), rows, empty="no sandboxes; make one with: atoll sandbox create")
 
 
 @command(example="atoll sandbox pause try")

@@ -12,8 +12,8 @@ from msgspec import Struct, structs
 from atoll.control import evacuation, gpus
 from atoll.control.actions import Create, Decision, Remove, RemoveJob, Seen, WriteJobStatus
 from atoll.control.apps import UNPLACED_MAX
-from atoll.control.appstatus import exit_in_words
-from atoll.control.leaving import leave, retire
+from atoll.control.leaving import how_it_ended, leave, leave_running, retire
+from atoll.control.pools import decide_pool
 from atoll.control.schedules import Run, decide_schedule
 from atoll.model.records import Instance, Job, JobPhase, JobStatus, OwnerKind, Severity
 from atoll.model.states import Desired, Phase
@@ -50,12 +50,20 @@ def decide_job(facts: JobFacts, decision: Decision) -> None:
         decide_orphans(facts.instances, decision)
         decide_schedule(facts.job, facts.revision, facts.status, facts.runs, decision, facts.due_taken)
         return
-    before = tuple(seen for seen in facts.instances if seen.created < facts.created)
+    before = tuple(seen for seen in facts.instances if _earlier(seen, facts))
     if before:
         # Left of an earlier job of this name.
         decide_orphans(before, decision)
-        facts = structs.replace(facts, instances=tuple(seen for seen in facts.instances if seen.created >= facts.created))
+        facts = structs.replace(facts, instances=tuple(seen for seen in facts.instances if not _earlier(seen, facts)))
+    if facts.job.spec.pool is not None:
+        decide_pool(facts.job, facts.revision, facts.status, facts.instances, decision)
+        return
     _Step(facts, decision).run()
+
+
+def _earlier(seen: Seen, facts: JobFacts) -> bool:
+    """Whether an instance is older than its job, and did not become the job's when that was made."""
+    return seen.created < facts.created and seen.instance.taken_at != facts.job.created_at
 
 
 class _Step:
@@ -134,7 +142,7 @@ class _Step:
         ended_at = seen.lost_at or (seen.status.phase_at if seen.status else 0.0) or self.decision.now
         ended_at = min(ended_at, self.decision.now)  # the node's clock may be ahead of ours
         self.retry_at[index] = ended_at + min(RETRY_MAX_S, RETRY_MIN_S * 2.0 ** min(failures - 1, 30))
-        self.why = f"index {index}: {_how(seen)}"
+        self.why = how_it_ended(seen) if self.spec.sandbox else f"index {index}: {how_it_ended(seen)}"
         instance = seen.instance
         self.decision.tell(
             instance.project, f"instance/{instance.id}", "try-failed", self.why, Severity.WARNING, node=instance.node, index=index
@@ -153,6 +161,8 @@ class _Step:
         if worst:
             tries = self.failures[worst[0]]
             why = self.why or f"index {worst[0]}"
+            if self.spec.sandbox:
+                return JobPhase.FAILED, why  # of one instance that is tried once
             return JobPhase.FAILED, f"{why} (after {tries} {'try' if tries == 1 else 'tries'})"
         if self.spec.deadline is not None:
             at = self.job.created_at + self.spec.deadline
@@ -273,12 +283,6 @@ class _Step:
         return status != last and not (step > 1 and small)
 
 
-def leave_running(decision: Decision, seen: Seen) -> None:
-    """A job's instance serves no requests: what was told to drain is told to stop."""
-    if seen.instance.node is None or seen.instance.desired is Desired.DRAIN:
-        leave(decision, seen, drain_s=None, ingresses=frozenset())
-
-
 def decide_orphans(instances: tuple[Seen, ...], decision: Decision) -> None:
     """Stop and remove instances whose owner is gone."""
     for seen in instances:
@@ -286,14 +290,3 @@ def decide_orphans(instances: tuple[Seen, ...], decision: Decision) -> None:
             retire(decision, seen, "its owner is gone", drain_s=None, ingresses=frozenset())
         else:
             leave(decision, seen, drain_s=None, ingresses=frozenset())
-
-
-def _how(seen: Seen) -> str:
-    status = seen.status
-    if seen.phase is Phase.LOST:
-        return f"node {seen.instance.node} was lost"
-    if seen.phase is Phase.STOPPED:
-        return seen.instance.reason or "was stopped"
-    if status is None:
-        return "failed"
-    return status.message or (exit_in_words(status.exit) if status.exit else "failed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atoll.control.actions import Decision, Remove, Seen
+from atoll.control.appstatus import exit_in_words
 from atoll.model.states import Desired, Phase
 
 
@@ -52,3 +53,21 @@ def leave(decision: Decision, seen: Seen, *, drain_s: float | None, ingresses: f
         decision.update(seen, desired=Desired.STOP)
     else:
         decision.wake(until)
+
+
+def leave_running(decision: Decision, seen: Seen) -> None:
+    """What serves no requests, as a job's instance, and was told to drain is told to stop."""
+    if seen.instance.node is None or seen.instance.desired is Desired.DRAIN:
+        leave(decision, seen, drain_s=None, ingresses=frozenset())
+
+
+def how_it_ended(seen: Seen) -> str:
+    """Return in words how an instance of a job ended."""
+    status = seen.status
+    if seen.phase is Phase.LOST:
+        return f"node {seen.instance.node} was lost"
+    if seen.phase is Phase.STOPPED:
+        return seen.instance.reason or "was stopped"
+    if status is None:
+        return "failed"
+    return status.message or (exit_in_words(status.exit) if status.exit else "failed")

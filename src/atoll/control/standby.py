@@ -41,6 +41,11 @@ class Standbys:
         return sum(_parked(seen) for seen in self.there)
 
     @property
+    def going(self) -> tuple[Seen, ...]:
+        """Those that are on their way out because of their devices or nodes."""
+        return tuple(self._gone)
+
+    @property
     def all(self) -> tuple[Seen, ...]:
         return (*self.there, *self._gone, *self.failed, *self.lost)
 

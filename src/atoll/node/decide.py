@@ -17,7 +17,19 @@ from msgspec.structs import replace
 from atoll.model.records import Exit, Severity
 from atoll.model.spec import RestartPolicy
 from atoll.model.states import Desired, Phase, advance
-from atoll.node.moves import AWAKE, KILL_REPEAT_S, Outcome, back_off, delay_of, describe_exit, enter, restarts, terminate
+from atoll.node.idling import idle_again, idled, used
+from atoll.node.moves import (
+    AWAKE,
+    KILL_REPEAT_S,
+    UNUSED,
+    Outcome,
+    back_off,
+    delay_of,
+    describe_exit,
+    enter,
+    restarts,
+    terminate,
+)
 from atoll.node.parking import adopted, end, park, promoted, rested, rests
 from atoll.node.probing import first_probe_due, probed
 from atoll.node.transitions import (
@@ -36,6 +48,7 @@ from atoll.node.transitions import (
     Now,
     Parked,
     ParkFailed,
+    Paused,
     Prepare,
     Prepared,
     PrepareFailed,
@@ -48,6 +61,7 @@ from atoll.node.transitions import (
     Rules,
     State,
     Suspending,
+    Used,
     WakeFailed,
     Wanted,
     Watch,
@@ -88,8 +102,12 @@ def decide(rules: Rules, state: State, event: Happening, now: Now) -> Outcome:
             after, actions = probed(rules, state, event, now)
         case Suspending() | Parked() | ParkFailed() | Woken() | WakeFailed():
             after, actions = rested(rules, state, event, now)
+        case Paused():
+            after, actions = (replace(state, paused=event.paused) if state.phase.live else state), ()
+        case Used():
+            after, actions = used(rules, state, now, in_use=event.now), ()
         case Due():
-            after, actions = _due(state, now)
+            after, actions = _due(rules, state, now)
         case _:
             assert_never(event)
     if after.removed and after.phase.final and not after.erased:
@@ -114,7 +132,7 @@ def _wanted(rules: Rules, state: State, desired: Desired, now: Now) -> Outcome:
         case Phase.RUNNING if desired is Desired.STOP:
             if state.ending:
                 return enter(state, Phase.STOPPING, now, kill_due=state.kill_due), ()
-            if state.rest is not Rest.AWAKE:
+            if state.rest is not Rest.AWAKE or state.paused:
                 return end(state, now)
             return terminate(rules, state, Phase.STOPPING, now)
         case _:
@@ -164,7 +182,7 @@ def _recovered_live(rules: Rules, state: State, found: Recovered, now: Now) -> O
         return after, (Watch(), *actions, note)
     probing = rules.health is not None or (rules.gate_port is not None and not state.ready)
     after = enter(alive, Phase.RUNNING, now, probe_due=now.monotonic if probing else None)
-    return after, (Watch(), note)
+    return idle_again(rules, after, now), (Watch(), note)
 
 
 def _prepared(state: State, event: Prepared, now: Now) -> Outcome:
@@ -206,13 +224,13 @@ def _launched(rules: Rules, state: State, event: Launched, now: Now) -> Outcome:
     if state.phase is not Phase.STARTING:
         return state, ()
     note = Note("started", f"started as process {event.pid}")
-    changes |= {"message": "", "probes": 0, "misses": 0} | AWAKE
+    changes |= {"message": "", "probes": 0, "misses": 0} | AWAKE | UNUSED
     first = first_probe_due(rules, now)
-    if first is None and rests(state):
+    if first is None and rests(rules, state):
         after, actions = park(enter(state, Phase.RUNNING, now, **changes), now)
         return after, (Watch(), note, *actions)
     changes |= {"ready": True, "ready_at": now.wall} if first is None else {"ready": False, "probe_due": first}
-    return enter(state, Phase.RUNNING, now, **changes), (Watch(), note)
+    return used(rules, enter(state, Phase.RUNNING, now, **changes), now, in_use=False), (Watch(), note)
 
 
 def _launch_failed(rules: Rules, state: State, event: LaunchFailed, now: Now) -> Outcome:
@@ -254,7 +272,7 @@ def _ended(rules: Rules, state: State, exit: Exit | None, now: Now) -> Outcome:
     return back_off(rules, replace(state, exit=exit), message, now, note)
 
 
-def _due(state: State, now: Now) -> Outcome:
+def _due(rules: Rules, state: State, now: Now) -> Outcome:
     reached = now.monotonic + DUE_SLACK_S
     actions: list[Action] = []
     if state.retry_due is not None and state.retry_due <= reached and state.phase is Phase.BACKOFF:
@@ -265,4 +283,7 @@ def _due(state: State, now: Now) -> Outcome:
     if state.probe_due is not None and state.probe_due <= reached:
         state = replace(state, probe_due=None)
         actions.append(Probe(state.run))
+    if state.idle_due is not None and state.idle_due <= reached:
+        state, more = idled(rules, state, now)
+        actions.extend(more)
     return state, tuple(actions)

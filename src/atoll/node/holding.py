@@ -11,6 +11,7 @@ from atoll.model.spec import SNAPSHOT_RUNTIMES
 from atoll.model.streams import Held, SnapshotView
 from atoll.model.units import format_seconds
 from atoll.node.runner import Runner
+from atoll.node.transitions import Paused
 
 PAUSE_S, SNAPSHOT_S = 30.0, 120.0
 
@@ -45,12 +46,12 @@ async def _hold(runner: Runner, runtime: Runtime, kind: str, node: str) -> Snaps
         raise Unsupported(f"{runtime.name} cannot have an instance stand still")
     if kind == StreamKind.PAUSE and not runner.paused:
         await runtime.pause(runner.id)
-        runner.paused = True
+        runner.handle(Paused(True))
     if kind == StreamKind.RESUME:
         try:
             await runtime.resume(runner.id)
         except RuntimeFailed:
             if runner.paused:
                 raise  # else it was not paused, which some runtimes refuse; an earlier agent may have paused it
-        runner.paused = False
+        runner.handle(Paused(False))
     return None

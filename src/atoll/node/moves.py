@@ -20,6 +20,8 @@ KILL_REPEAT_S = 5.0
 """A process that survives SIGKILL (it hangs in the kernel) is killed again so often."""
 AWAKE: dict[str, Any] = {"rest": Rest.AWAKE, "kept_awake": False, "suspended": ()}
 """What is true of a process that has just begun, or is gone."""
+UNUSED: dict[str, Any] = {"paused": False, "idle_since": None, "idle_due": None}
+"""What is true of a process that is gone, and of one that begins until somebody counts."""
 
 Outcome = tuple[State, tuple[Action, ...]]
 
@@ -31,7 +33,7 @@ def enter(state: State, phase: Phase, now: Now, **changes: Any) -> State:
     timers = {"retry_due": None, "kill_due": None, "probe_due": None}
     at = state.phase_at if phase is state.phase else now.wall
     if not phase.live:
-        changes = {"ready": False, "pid": None, "ending": False, "running_since": None} | AWAKE | changes
+        changes = {"ready": False, "pid": None, "ending": False, "running_since": None} | AWAKE | UNUSED | changes
     return replace(state, **(timers | {"phase": phase, "phase_at": at} | changes))
 
 

@@ -35,9 +35,10 @@ from atoll.node.transitions import (
 )
 
 
-def rests(state: State) -> bool:
-    """Whether an instance that has become ready is parked instead of serving."""
-    return state.standby and state.desired is Desired.RUN and not state.kept_awake
+def rests(rules: Rules, state: State) -> bool:
+    """Whether an instance that has become ready is parked instead of serving. A template's sandbox is not (it has no restart rule):
+    whoever takes it has a command in it at once."""
+    return state.standby and state.desired is Desired.RUN and not state.kept_awake and rules.restart is not None
 
 
 def park(state: State, now: Now) -> Outcome:

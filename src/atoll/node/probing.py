@@ -37,7 +37,7 @@ def probed(rules: Rules, state: State, event: Probed, now: Now) -> Outcome:
         after = replace(state, misses=0, probe_due=due, message="")
         if state.ready:
             return after, ()
-        if rests(after):
+        if rests(rules, after):
             return park(after, now)
         return replace(after, ready=True, ready_at=now.wall), (Note("ready", "ready for requests"),)
     growing = PROBE_FIRST_S * PROBE_GROWTH ** min(state.probes, 64)

@@ -4,8 +4,9 @@ time is done by one task per instance, in order, since a runtime takes an instan
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, assert_never
 
 import structlog
@@ -13,7 +14,7 @@ from msgspec.structs import replace
 
 from atoll.model.errors import AtollError
 from atoll.model.ports.runtime import Runtime
-from atoll.model.records import Assignment
+from atoll.model.records import Assignment, Status
 from atoll.model.states import Phase
 from atoll.model.units import format_seconds
 from atoll.node.attend import await_exit, probe_once, remove
@@ -45,6 +46,7 @@ from atoll.node.transitions import (
     Rest,
     Signal,
     State,
+    Used,
     Wake,
     WakeFailed,
     Wanted,
@@ -77,7 +79,7 @@ class Runner:
         self._spawn = spawn
         self._rules = rules_of(entry.assignment.workload)
         self._recorded: State | None = None
-        self._reported: State | None = None
+        self._reported: Status | None = None
         self._assignment_recorded = recorded
         self._recording: asyncio.TimerHandle | None = None
         self._steps: deque[_Step] = deque()
@@ -92,8 +94,7 @@ class Runner:
         instance = entry.assignment.instance
         self.id = instance.id
         self.project = instance.project
-        self.paused = False
-        """By its user, since this agent began."""
+        self._users = 0
         self.holding = asyncio.Lock()
         """Its user pauses, resumes or writes it down, one at a time."""
         self.snapshots = Snapshots(tools.directories.snapshots)
@@ -120,11 +121,35 @@ class Runner:
     def update(self, assignment: Assignment) -> None:
         """Take in what the control plane wants now."""
         old, new = self.assignment.instance, assignment.instance
-        if (new.desired, new.standby) != (old.desired, old.standby):
+        taken = new.owner != old.owner
+        if taken or (new.desired, new.standby) != (old.desired, old.standby):
             self.assignment = assignment
             self._assignment_recorded = False
             self._keep()
         self.handle(Wanted(new.desired, new.standby))
+        if taken:
+            # Out of a template's pool: it is another job's now, with that one's idle limit.
+            self._rules = rules_of(assignment.workload)
+            self._log = self._log.bind(owner=new.owner)
+            self.handle(Used(self._users > 0))
+
+    @property
+    def paused(self) -> bool:
+        """Whether its user has it stand still."""
+        return self.state.paused
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Somebody works in it meanwhile, so that it is not idle."""
+        self._users += 1
+        try:
+            if self._users == 1:
+                self.handle(Used(True))
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                self.handle(Used(False))
 
     def handle(self, event: Happening) -> None:
         """Decide, record, report and set going what follows. Never waits, never raises."""
@@ -152,8 +177,10 @@ class Runner:
 
     def report(self) -> None:
         """Tell the control plane the present state."""
-        status = status_of(self.state, instance=self.id, project=self.project, node=self._tools.node)
-        self._tools.reporter.status(status)
+        self._tools.reporter.status(self._status())
+
+    def _status(self) -> Status:
+        return status_of(self.state, instance=self.id, project=self.project, node=self._tools.node)
 
     async def run(self) -> None:
         """Work off the steps; returns when the instance is erased."""
@@ -188,9 +215,10 @@ class Runner:
             self._recorded = durable if saved else None
         if durable != self._recorded:
             self._recording = asyncio.get_running_loop().call_later(RECORD_RETRY_S, self._keep)
-        if durable != self._reported:
-            self._reported = durable
-            self.report()
+        status = self._status()
+        if status != self._reported:
+            self._reported = status
+            self._tools.reporter.status(status)
 
     def _save(self, write: Callable[[], None]) -> bool:
         try:

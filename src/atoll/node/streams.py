@@ -88,11 +88,17 @@ async def serve_stream(
 
 
 async def _serve(request: StreamRequest, channel: Channel, runner: Runner, logs: Logs, node: str) -> None:
+    if request.kind == StreamKind.LOGS:
+        await _send_logs(channel, runner, logs, codec.convert(request.options, LogOptions))
+        return
+    with runner.in_use():
+        await _work(request, channel, runner, node)
+
+
+async def _work(request: StreamRequest, channel: Channel, runner: Runner, node: str) -> None:
     match request.kind:
         case StreamKind.EXEC:
             await _exec(channel, runner, codec.convert(request.options, ExecOptions))
-        case StreamKind.LOGS:
-            await _send_logs(channel, runner, logs, codec.convert(request.options, LogOptions))
         case StreamKind.FILES_GET:
             await _get_files(channel, runner, codec.convert(request.options, FilesOptions).path)
         case StreamKind.FILES_PUT:

@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.model.records import Exit, Severity, Status
-from atoll.model.spec import AppSpec, Health, PortProtocol, Restart, Stop, Workload
+from atoll.model.spec import AppSpec, Health, JobSpec, PortProtocol, Restart, Stop, Workload
 from atoll.model.states import Desired, Phase
 
 
@@ -27,6 +27,8 @@ class Rules(Struct, frozen=True, kw_only=True):
     health: Health | None = None
     gate_port: int | None = None
     """Without a health check: ready once this port accepts a connection; None when running is enough."""
+    idle_limit_s: float | None = None
+    """Of a sandbox: ended when nobody has used it for so long."""
     memory_bytes: int = 0
 
 
@@ -69,6 +71,11 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """This run could not be parked, and waits awake."""
     suspended: tuple[int, ...] = ()
     """Processes that were taken off their devices, or were about to be."""
+    paused: bool = False
+    """Its user has it stand still."""
+    idle_since: float | None = None
+    """Since when nobody has used it, in wall time; None while somebody does, and where it may be idle for ever."""
+    idle_due: float | None = None
     phase_at: float = 0.0
     started_at: float | None = None
     ready_at: float | None = None
@@ -82,20 +89,22 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def due(self) -> float | None:
         """The monotonic time at which the next `Due` must come; None when nothing is waited for."""
-        times = [at for at in (self.retry_due, self.kill_due, self.probe_due) if at is not None]
+        times = [at for at in (self.retry_due, self.kill_due, self.probe_due, self.idle_due) if at is not None]
         return min(times) if times else None
 
     @property
     def durable(self) -> State:
         """The part that the local record keeps: what would be lost by a restart of the agent and matters after it."""
-        return replace(self, running_since=None, retry_due=None, kill_due=None, probe_due=None, probes=0, misses=0)
+        return replace(self, running_since=None, retry_due=None, kill_due=None, probe_due=None, idle_due=None, probes=0, misses=0)
 
 
 def rules_of(workload: Workload) -> Rules:
     """Return the rules of an app's or a job's instances."""
     memory_bytes = int(workload.resources.memory)
     if not isinstance(workload, AppSpec):
-        return Rules(restart=None, stop=workload.stop, memory_bytes=memory_bytes)
+        limit = workload.idle_limit if isinstance(workload, JobSpec) and workload.pool is None else None
+        idle_limit_s = float(limit) if limit is not None else None
+        return Rules(restart=None, stop=workload.stop, memory_bytes=memory_bytes, idle_limit_s=idle_limit_s)
     streams = [port.port for port in workload.ports if port.protocol is not PortProtocol.UDP]
     gate = streams[0] if streams and workload.health is None else None
     return Rules(restart=workload.restart, stop=workload.stop, health=workload.health, gate_port=gate, memory_bytes=memory_bytes)
@@ -119,6 +128,7 @@ def status_of(state: State, *, instance: str, project: str, node: str) -> Status
         started_at=state.started_at,
         ready_at=state.ready_at,
         parked=state.rest in (Rest.PARKED, Rest.WAKING),
+        paused=state.paused,
     )
 
 
@@ -186,6 +196,18 @@ class Probed(Struct, frozen=True):
     failure: str = ""
 
 
+class Paused(Struct, frozen=True):
+    """Its user has it stand still, or lets it go on."""
+
+    paused: bool
+
+
+class Used(Struct, frozen=True):
+    """Whether somebody works in it now: a command, a copy of files; and asked again when its rules have changed."""
+
+    now: bool
+
+
 class Due(Struct, frozen=True):
     """`State.due` has come."""
 
@@ -236,6 +258,8 @@ Happening = (
     | LaunchFailed
     | Ended
     | Probed
+    | Paused
+    | Used
     | Due
     | Suspending
     | Parked

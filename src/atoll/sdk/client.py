@@ -53,6 +53,7 @@ from atoll.model.views import (
     SecretRequest,
     SecretView,
     SiteView,
+    TakeRequest,
     TokenRequest,
     TokenView,
     WatchLine,
@@ -401,8 +402,12 @@ class Client:
         return await self._write(JobView, "POST", path("projects", spec.project, "jobs"), spec)
 
     async def put_job(self, spec: JobSpec) -> JobView:
-        """Make or change a job with a schedule."""
+        """Make or change a job with a schedule, or a template of sandboxes."""
         return await self._write(JobView, "PUT", path("projects", spec.project, "jobs", spec.name), spec)
+
+    async def take_sandbox(self, project: str, template: str, wish: TakeRequest) -> JobView:
+        """Take a sandbox out of a template's pool; `instance` of the answer can be worked in at once, where it is not empty."""
+        return await self._write(JobView, "POST", path("projects", project, "jobs", template, "take"), wish)
 
     async def suspend_job(self, project: str, name: str) -> JobView:
         return await self._write(JobView, "POST", path("projects", project, "jobs", name, "suspend"))

@@ -22,7 +22,17 @@ STEP_S = 0.2
 
 
 async def sandboxes(client: Client, project: str) -> list[JobView]:
-    return [view for view in await client.jobs(project) if view.job.spec.sandbox]
+    return [view for view in await client.jobs(project) if view.job.spec.sandbox and view.job.spec.pool is None]
+
+
+async def templates(client: Client, project: str) -> list[JobView]:
+    return [view for view in await client.jobs(project) if view.job.spec.pool is not None]
+
+
+async def paused_of(client: Client, project: str) -> set[str]:
+    """Return the names of the project's sandboxes that stand still."""
+    found = await client.instances(project)
+    return {each.instance.owner for each in found if each.status is not None and each.status.paused}
 
 
 async def instance_of(client: Client, project: str, name: str) -> Instance:
@@ -30,6 +40,8 @@ async def instance_of(client: Client, project: str, name: str) -> Instance:
     view = await client.job(project, name)
     if not view.job.spec.sandbox:
         raise NotFound(f"'{name}' is a job, and no sandbox", mend="'atoll sandbox list' lists them")
+    if view.job.spec.pool is not None:
+        raise NotFound(f"'{name}' is a template, and no sandbox", mend=f"take one: atoll sandbox create NAME --template {name}")
     for found in await client.instances(project, job=name):
         if found.status is not None and found.status.phase.live:
             return found.instance

@@ -30,6 +30,7 @@ from atoll.model.views import (
     ScaleRequest,
     SecretRequest,
     SecretView,
+    TakeRequest,
     WatchLine,
 )
 
@@ -210,6 +211,11 @@ async def trigger_job(call: Call) -> JobView:
     return await call.service.jobs.trigger(call.project, call.path["job"], request=call.request_key)
 
 
+async def take_sandbox(call: Call) -> JobView:
+    wish = call.body(TakeRequest)
+    return await call.service.pools.take(call.project, call.path["job"], wish, request=call.request_key)
+
+
 async def list_secrets(call: Call) -> Page[SecretView]:
     return call.service.secrets.all(call.project, limit=call.limit, after=call.after)
 
@@ -319,11 +325,12 @@ ROUTES: tuple[Route, ...] = (
     _read(f"{_P}/{{project}}/jobs", list_jobs, "Jobs", Page[JobView], PAGED),
     _write("POST", f"{_P}/{{project}}/jobs", create_job, "Make a job", JobView, JobSpec, status=201),
     _read(_JOB, get_job, "A job", JobView),
-    _write("PUT", _JOB, put_job, "Make or change a job with a schedule", JobView, JobSpec),
+    _write("PUT", _JOB, put_job, "Make or change a job with a schedule, or a template of sandboxes", JobView, JobSpec),
     _write("POST", f"{_JOB}/cancel", cancel_job, "Stop a job", JobView),
     _write("POST", f"{_JOB}/suspend", suspend_job, "Have a schedule make no runs", JobView),
     _write("POST", f"{_JOB}/resume", resume_job, "Have a schedule make runs again", JobView),
     _write("POST", f"{_JOB}/trigger", trigger_job, "Make a run of a schedule now", JobView, status=201),
+    _write("POST", f"{_JOB}/take", take_sandbox, "Take a sandbox out of a template's pool", JobView, TakeRequest, status=201),
     _write("DELETE", _JOB, delete_job, "Forget a job that has finished", JobView),
     Route(
         method="GET",

@@ -68,31 +68,37 @@ class Jobs:
         return await self._context.write(JobView, build, request)
 
     async def put(self, caller: Caller, spec: JobSpec, *, request: RequestKey | None = None) -> JobView:
-        """Make or change a job with a schedule; what runs of it goes on as it was. Safe to repeat.
+        """Make or change a job with a schedule, whose runs go on as they were, or a template, whose pool is replaced where what it
+        is made of has changed. Safe to repeat.
 
-        Raises what `create` does; Conflict for a job that is there and has none.
+        Raises what `create` does; Conflict for a job that is there and is neither.
         """
         check_job(spec)
         check_constraints(spec)
         require_image(spec)
-        if spec.schedule is None:
+        if spec.schedule is None and spec.pool is None:
             raise Invalid("schedule: missing; only what has one can be changed", field="schedule", mend="make it with POST")
 
         def build() -> Draft[JobView]:
             require_project(self._context, spec.project)
             held = self._state.get(Job, f"{spec.project}/{spec.name}")
-            if held is not None and held.record.spec.schedule is None:
-                raise Conflict(f"job '{spec.name}' has no schedule", field="name", mend="delete it, or use another name")
+            if held is not None and (held.record.spec.schedule is None, held.record.spec.pool is None) != (
+                spec.schedule is None,
+                spec.pool is None,
+            ):
+                what = "schedule" if spec.schedule is not None else "pool, so it is no template"
+                raise Conflict(f"job '{spec.name}' has no {what}", field="name", mend="delete it, or use another name")
             check_secrets(self._context, spec)
             pinned = pin(self._context, caller, spec)
             if held is not None and held.record.spec == pinned:
                 return Draft(answer=lambda _: self._view(held))
             now = self._context.clock.now()
             # Times that the old schedule would have had are none of the new one's.
+            since = now if spec.schedule is not None else None
             job = (
-                replace(held.record, spec=pinned, scheduled_from=now)
+                replace(held.record, spec=pinned, scheduled_from=since, release=held.record.release + _differs(held.record, pinned))
                 if held is not None
-                else Job(project=spec.project, name=spec.name, spec=pinned, created_at=now, scheduled_from=now)
+                else Job(project=spec.project, name=spec.name, spec=pinned, created_at=now, scheduled_from=since)
             )
             return self._written(job, held)
 
@@ -140,6 +146,9 @@ class Jobs:
 
         def build() -> Draft[JobView]:
             held = self._held(project, name)
+            if held.record.spec.pool is not None:
+                mend = f"remove it: atoll template rm {name}"
+                raise Conflict(f"job '{name}' is a template, which does not end", mend=mend)
             if held.record.spec.schedule is not None:
                 mend = f"suspend it (atoll jobs suspend {name}), or cancel one of its runs"
                 raise Conflict(f"job '{name}' is a schedule, which does not run itself", mend=mend)
@@ -156,13 +165,14 @@ class Jobs:
         return await self._context.write(JobView, build, request)
 
     async def delete(self, project: str, name: str, *, request: RequestKey | None = None) -> JobView:
-        """Forget a job that has finished, or a schedule, whose runs are cancelled. Raises Conflict while it has not finished."""
+        """Forget a job that has finished; a schedule, whose runs are cancelled; or a template, whose pool is ended, and nothing of
+        what was taken from it. Raises Conflict while it has not finished."""
 
         def build() -> Draft[JobView]:
             held = self._held(project, name)
             if held.record.spec.schedule is not None:
                 return self._forget_schedule(held)
-            if not self._finished(held.record):
+            if held.record.spec.pool is None and not self._finished(held.record):
                 raise Conflict(f"job '{name}' has not finished", mend=f"cancel it first: atoll jobs cancel {name}")
             key = keys.job(project, name)
             view = self._view(held)
@@ -200,3 +210,9 @@ class Jobs:
 
     def _view(self, held: Held[Job]) -> JobView:
         return JobView(job=held.record, status=self._status(held.record), revision=held.revision)
+
+
+def _differs(job: Job, spec: JobSpec) -> bool:
+    """Whether a template's sandboxes are to be made anew. Their number and what is said when one is taken are nothing of them."""
+    said = {"pool": None, "deadline": None, "idle_limit": None, "keep": spec.keep}
+    return spec.pool is not None and replace(job.spec, **said) != replace(spec, **said)

@@ -32,6 +32,7 @@ from atoll.api.service.maintenances import Maintenances
 from atoll.api.service.membership import Membership
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.planning import Planning
+from atoll.api.service.pools import Pools
 from atoll.api.service.projects import Projects
 from atoll.api.service.reservations import Reservations
 from atoll.api.service.rollouts import Rollouts
@@ -88,6 +89,7 @@ class Service:
         self.apps = Apps(self.context)
         self.groups = Groups(self.context, self.apps)
         self.jobs = Jobs(self.context)
+        self.pools = Pools(self.context)
         self.instances = Instances(self.context)
         self.planning = Planning(self.context, self.heartbeats, self.ingresses)
         self.holds = Holds(self.context, self.instances, self.tunnels)

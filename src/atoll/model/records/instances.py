@@ -69,7 +69,10 @@ class Instance(Record, frozen=True, kw_only=True):
     """What it holds of a device made it go: a job's try that ends so does not count as failed."""
     rejection: Rejection | None = None
     standby: bool = False
-    """Made to be parked until it takes another's place; then false for good. Until then it serves nobody and counts as none."""
+    """Made to be parked until it takes another's place; then false for good. Until then it serves nobody and counts as none.
+    Of a template's pool: to be taken; it is not parked, so that who takes it has it at once."""
+    taken_at: float | None = None
+    """When it was taken out of a template's pool: its owner is a job that was made in the same write, at that time."""
 
 
 class Exit(Record, frozen=True, kw_only=True):
@@ -104,6 +107,8 @@ class Status(Record, frozen=True, kw_only=True):
     ready_at: float | None = None
     parked: bool = False
     """It is frozen, and off its devices where they can do that, or is on its way back. Never while ready."""
+    paused: bool = False
+    """It stands still because its user said so."""
     word: int = 0
     """Which word of its agent this is: a newer one has a higher number, so that one that arrives late is known. 0: not told."""
 

@@ -25,6 +25,10 @@ class Job(Record, frozen=True, kw_only=True):
     """Its schedule makes no runs."""
     scheduled_from: float | None = None
     """Only later times of its schedule count: since it was made, changed or resumed."""
+    release: int = 0
+    """Of a template: how often what its sandboxes are made of has changed; those of an older one are replaced."""
+    template: str = ""
+    """The template that it was made by: an instance of its pool became this job's, or one was made where it had none ready."""
 
 
 class JobPhase(enum.StrEnum):

@@ -17,6 +17,9 @@ from atoll.model.spec.workload import Workload, check_workload
 from atoll.model.units import Seconds
 
 SNAPSHOT_DIGEST = "^sha256:[0-9a-f]{64}$"
+POOL_MAX = 100
+"""Sandboxes that one template keeps ready."""
+IDLE_LIMIT_MIN_S = 1.0
 RUN_SUFFIX_CHARS = 9
 """What the name of a run has behind its schedule's: a dash, and its time in minutes since the epoch."""
 
@@ -54,6 +57,10 @@ class JobSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="job"):
     """It is a sandbox: one instance that is made to be worked in; `deadline` is its time limit."""
     snapshot: Annotated[str, Meta(pattern=SNAPSHOT_DIGEST)] | None = None
     """Of a sandbox: the snapshot that it goes on from, on the node that a constraint names."""
+    idle_limit: Seconds | None = None
+    """Of a sandbox: it is ended when no command and no copy of files was under way in it for so long, paused or not."""
+    pool: Annotated[int, Meta(ge=0, le=POOL_MAX)] | None = None
+    """It is a template of sandboxes: so many are kept running, to be taken by name. Their `deadline` begins then."""
 
 
 def check_job(spec: JobSpec) -> None:
@@ -68,6 +75,12 @@ def check_job(spec: JobSpec) -> None:
     if spec.sandbox and (spec.completions > 1 or spec.schedule is not None or spec.retries):
         text = "sandbox: it is one instance, made once; completions, retries and schedule are for other jobs"
         raise Invalid(text, field="sandbox", mend="leave them out")
+    if spec.pool is not None and not spec.sandbox:
+        raise Invalid("pool: only sandboxes are kept ready; an app has scale.standby", field="pool", mend="add sandbox = true")
+    if spec.idle_limit is not None and not spec.sandbox:
+        raise Invalid("idle_limit: only a sandbox is idle", field="idle_limit", mend="add sandbox = true, or leave it out")
+    if spec.idle_limit is not None and spec.idle_limit < IDLE_LIMIT_MIN_S:
+        raise Invalid(f"idle_limit: below {IDLE_LIMIT_MIN_S:g} s", field="idle_limit", mend="set it to '1s' or more")
     check_gang(spec, min(spec.parallelism, spec.completions), "parallelism")
     if spec.schedule is not None:
         check_cron(spec.schedule, spec.timezone, field="schedule")

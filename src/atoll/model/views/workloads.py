@@ -6,9 +6,11 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from atoll.model.names import EnvName, Name
 from atoll.model.records import App, AppStatus, Instance, Job, JobStatus, Status
 from atoll.model.rollouts import RolloutStatus
-from atoll.model.spec import REPLICAS_MAX, AppSpec
+from atoll.model.spec import REPLICAS_MAX, AppSpec, EnvValue
+from atoll.model.units import Seconds
 
 
 class AppView(Struct, frozen=True, kw_only=True):
@@ -73,6 +75,18 @@ class JobView(Struct, frozen=True, kw_only=True):
     job: Job
     status: JobStatus | None = None
     revision: int
+    instance: str = ""
+    """The answer to taking a sandbox: its instance, which runs. Empty where the pool had none and one is being made."""
+
+
+class TakeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A sandbox out of a template's pool: who it is. What is left out is as the template says."""
+
+    name: Name
+    env: dict[EnvName, EnvValue] = {}
+    """What its commands see, beside the template's; its first process began before."""
+    deadline: Seconds | None = None
+    idle_limit: Seconds | None = None
 
 
 class ScaleRequest(Struct, frozen=True, forbid_unknown_fields=True):
