@@ -6,7 +6,10 @@ from typing import Any
 
 from msgspec import Struct
 
+from atoll.ingress.clusters import METADATA
+from atoll.ingress.hosts import BODY_FILTER, RATE_FILTER, STICKY_FILTER
 from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
+from atoll.model.spec import BODY_BYTES_MAX
 from atoll.model.traffic import BOUNDS_MS
 from atoll.model.worker import SERVICE_HEADER, SERVICES, SERVICES_SOCKET
 
@@ -32,6 +35,8 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 RETRY_SAFE_ON = "reset"
 """On top of every route's own conditions, for safe methods: the connection broke before the first byte of an answer."""
 
+RETRY_AFTER = (("retry-after", "1"),)
+"""Buckets are filled every second."""
 ZONE = "here"
 """Envoy's own zone: from it to that of an endpoint, which names the release, it counts requests."""
 COUNTED = r"upstream_rq_(completed|5xx|time)"
@@ -45,6 +50,7 @@ class Listener(Struct, frozen=True, kw_only=True):
     address: str
     port: int
     connections_max: int
+    """Where they come in over TLS; 0 for nowhere."""
 
 
 def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
@@ -124,6 +130,8 @@ def _listener(listener: Listener) -> dict[str, Any]:
     }
 
 
+
+
 def _services() -> dict[str, Any]:
     """Return the listener by which this node's workers reach other apps: a header names the cluster, and the host means nothing."""
     route = {
@@ -165,6 +173,20 @@ def _connection_manager() -> dict[str, Any]:
         "codec_type": "AUTO",
         "rds": {"route_config_name": ROUTE_CONFIG, "config_source": _from_us()},
         "http_filters": [
+            {
+                "name": RATE_FILTER,
+                "disabled": True,
+                "config_discovery": {
+                    "config_source": _from_us(),
+                    "type_urls": ["type.googleapis.com/envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit"],
+                },
+            },
+            {"name": BODY_FILTER, "disabled": True, "typed_config": _body()},
+            {
+                "name": STICKY_FILTER,
+                "disabled": True,
+                "typed_config": {_TYPE: f"{_GOOGLE}.extensions.filters.http.stateful_session.v3.StatefulSession"},
+            },
             {"name": "retry-safe", "typed_config": _retry_safe()},
             {"name": "envoy.filters.http.router", "typed_config": router},
         ],
@@ -185,6 +207,10 @@ def _connection_manager() -> dict[str, Any]:
         "access_log": [{"name": "envoy.access_loggers.file", "typed_config": _access_log()}],
         "local_reply_config": _local_replies(),
     }
+
+
+def _body() -> dict[str, Any]:
+    return {_TYPE: f"{_GOOGLE}.extensions.filters.http.buffer.v3.Buffer", "max_request_bytes": BODY_BYTES_MAX}
 
 
 def _retry_safe() -> dict[str, Any]:
@@ -226,6 +252,9 @@ def _access_log() -> dict[str, Any]:
         "flags": "%RESPONSE_FLAGS%",
         "why": "%RESPONSE_CODE_DETAILS%",
         "app": "%ROUTE_NAME%",
+        "release": f"%UPSTREAM_METADATA({METADATA}:release)%",
+        "site": f"%UPSTREAM_METADATA({METADATA}:site)%",
+        "instance": f"%UPSTREAM_METADATA({METADATA}:instance)%",
         "upstream": "%UPSTREAM_HOST%",
         "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
         "duration_ms": "%DURATION%",
@@ -249,17 +278,39 @@ def _local_replies() -> dict[str, Any]:
         "mappers": [
             _reply(["NR"], "not-found", f"no app is served at {place} under this path", "see `atoll apps` for what is"),
             _reply(["UH", "NC"], "unavailable", f"the app at {place} has no instance that is ready", "see `atoll ps`; retry soon"),
+            _reply(
+                ["RL"], "too-many-requests", f"more requests for {place} than its rate allows", "retry after a second", RETRY_AFTER
+            ),
+            _answer(413, "too-large", f"a request for {place} has a larger body than its app takes"),
             _reply(["UF", "UC", "UR", "URX"], "unavailable", f"an instance of the app at {place} broke the connection", ""),
-            _reply(["UT", "SI"], "deadline-exceeded", f"the app at {place} did not answer in time", ""),
+            _reply(["UO"], "unavailable", f"the app at {place} has as many requests under way as its limits allow", "retry soon"),
+            _reply(
+                ["UPE"],
+                "bad-gateway",
+                f"what an instance of the app at {place} says is not HTTP as its port is declared to speak",
+                "its port may need `http2`, or lead elsewhere",
+            ),
+            _reply(["UMSDR", "UT", "SI"], "deadline-exceeded", f"the app at {place} did not answer in time", ""),
         ],
         "body_format": {"json_format": _error("ingress", "%LOCAL_REPLY_BODY%", "")},
     }
 
 
-def _reply(flags: list[str], code: str, message: str, mend: str) -> dict[str, Any]:
-    return {
+def _reply(flags: list[str], code: str, message: str, mend: str, headers: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
+    reply: dict[str, Any] = {
         "filter": {"response_flag_filter": {"flags": flags}},
         "body_format_override": {"json_format": _error(code, message, mend)},
+    }
+    if headers:
+        reply["headers_to_add"] = [{"header": {"key": key, "value": value}} for key, value in headers]
+    return reply
+
+
+def _answer(status: int, code: str, message: str) -> dict[str, Any]:
+    comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "never"}}
+    return {
+        "filter": {"status_code_filter": {"comparison": comparison}},
+        "body_format_override": {"json_format": _error(code, message, "")},
     }
 
 

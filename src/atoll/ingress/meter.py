@@ -56,6 +56,8 @@ class Meter:
         self._totals: dict[tuple[str, str, int], Counts] = {}
         self._unsaid: dict[tuple[str, str, int], None] = {}
         self._all_at = 0.0
+        self._known: tuple[int, list[str]] | None = None
+        """Of which state of the table the releases are known, and what was busy then."""
 
     async def run(self) -> None:
         """Never returns. What fails is tried again: Envoy may be restarting, or the control plane away."""
@@ -95,6 +97,8 @@ class Meter:
     def _know_releases(self) -> list[str]:
         """Note which zone means which release now, and return the clusters of which several serve. Of an app that has gone, and
         of a release that has given its zone to a later one, nothing is kept."""
+        if self._known is not None and self._known[0] == self._table.changes:
+            return self._known[1]
         busy: list[str] = []
         clusters: set[str] = set()
         for cluster, zones, several in self._table.releases():
@@ -111,6 +115,7 @@ class Meter:
         for place in [place for place in self._totals if place[:2] not in alive or place not in used]:
             del self._totals[place]
             self._unsaid.pop(place, None)
+        self._known = (self._table.changes, busy)
         return busy
 
     async def tell(self) -> None:

@@ -18,19 +18,35 @@ class RoutingTable:
     claims, but Envoy would refuse everything if one slipped through.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, near: Nearness = Nearness()) -> None:
         self.resources: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
         self._changed: set[Name] = set()
-        for fixed in (resources.route_configuration(), resources.nobody()):
+        for fixed in (hosts.route_configuration(), hosts.nobody(), limits.rate_filter({})):
             self._write(fixed)
         self._routings: dict[str, Routing] = {}
-        self._claims: dict[HostPath, dict[str, Target]] = {}
+        self._claims: dict[HostPath, dict[str, tuple[Leg, ...]]] = {}
         """Place → app → where it leads, the first app being the one that has it."""
+        self._places: dict[str, Places] = {}
+        """App → all that it says of places, what cannot be routed among it."""
+        self._near = near
+        self._spread: dict[str, frozenset[str]] = {}
+        """App → the sites that it has been at, of those that have been at several."""
+        self.changes = 0
+        """How often an app has changed or gone."""
+        self._zones: dict[str, dict[str, int]] = {}
+        """App → what Envoy counts its releases under → the release."""
+        self._names: dict[str, tuple[str, ...]] = {}
+        """App → its clusters."""
+        self._draining: set[str] = set()
+        """Apps of which something drains."""
+        self._limits: dict[str, dict[limits.Subject, limits.Limit]] = {}
+        """App → what its requests are limited by, of those that have a limit."""
         self._paths: dict[str, set[str]] = {}
         """Hostname → the paths that are claimed on it."""
         self._clusters: dict[str, set[str]] = {}
         """App → the clusters that it has in `resources`."""
         self._sleepers: set[Target] = set()
+        """Apps that scale by their requests."""
         self._problems: dict[str, tuple[Problem, ...]] = {}
         """Of those apps only that have any."""
 
@@ -48,20 +64,21 @@ class RoutingTable:
         put = {key_of(routing): routing for routing in batch.put}
         gone = set(self._routings) - set(put) - set(batch.kept) if batch.complete else set(batch.removed) - set(put)
         before = set(self.problems)
-        hosts: set[str] = set()
+        names: set[str] = set()
         for key in sorted(gone):
-            hosts |= self._remove(key)
+            names |= self._remove(key)
         for key, routing in sorted(put.items()) if batch.complete else put.items():
-            hosts |= self._put(key, routing)
-        for host in hosts:
+            names |= self._put(key, routing)
+        for host in names:
             self._write_host(host)
-        for key in self._claimants(hosts) | put.keys():
+        for key in self._claimants(names) | put.keys():
             problems = self._problems_of(key)
             if problems:
                 self._problems[key] = problems
             else:
                 self._problems.pop(key, None)
         self._sweep(gone | set(put))
+        self._write_limits(gone | set(put))
         return tuple(problem for problem in self.problems if problem not in before)
 
     def take_changes(self) -> set[Name]:
@@ -71,27 +88,25 @@ class RoutingTable:
 
     def draining(self) -> Iterable[tuple[str, Endpoint]]:
         """Yield every endpoint that must lose its requests, with its app's key."""
-        for key, routing in self._routings.items():
-            for endpoint in _every(routing):
+        for key in sorted(self._draining):
+            for endpoint in _every(self._routings[key]):
                 if endpoint.draining:
                     yield key, endpoint
 
     def releases(self) -> Iterable[tuple[str, dict[str, int], bool]]:
         """Yield for every cluster which release Envoy counts under which zone, and whether several of them serve."""
-        for key, routing in self._routings.items():
-            numbers = {endpoint.release for endpoint in _every(routing)} | routing.weights.keys()
-            zones = {resources.zone_of(number): number for number in sorted(numbers - {0})}
+        for key, zones in self._zones.items():
             for cluster in self.clusters_of(key):
                 yield cluster, zones, len(zones) > 1
 
     def clusters_of(self, key: str) -> tuple[str, ...]:
         """Return the names of the app's clusters."""
-        routing = self._routings.get(key)
-        return tuple(sorted({target.cluster for target in _targets(routing)})) if routing else ()
+        return self._names.get(key, ())
 
     def sleepers(self) -> set[Target]:
         """Return the ports of apps that wake when a request comes; another set whenever they have changed."""
         return self._sleepers
+
 
     def _sleep(self, before: set[Target], after: set[Target]) -> None:
         if before != after:
@@ -100,6 +115,16 @@ class RoutingTable:
     def routing_of(self, key: str) -> Routing | None:
         """Return an app's routing, as it was last told."""
         return self._routings.get(key)
+
+    def project_of(self, host: str) -> str | None:
+        """Return the project whose app answers at `host` itself; None where there is none."""
+        for path in self._paths.get(host, ()):
+            return next(iter(self._claims[HostPath(host, path)])).partition("/")[0]
+        return None
+
+        self._answers = answers
+        for host in changed:
+            self._write_host(host)
 
     def endpoints_of(self, key: str) -> tuple[Endpoint, ...]:
         """Return an app's endpoints, draining ones among them; none for an app that is not there."""
@@ -124,19 +149,44 @@ class RoutingTable:
             return self._claim(key, old, routing)
         return set()
 
-    def _claim(self, key: str, old: Routing | None, routing: Routing) -> set[str]:
+    def move(self, near: Nearness) -> None:
+        """Take over how far the sites are from here."""
+        if near == self._near:
+            return
+        self._near = near
+        for key in self._spread:
+            for target in targets_of(self._places[key]):
+                self._write(self._endpoints(target, self._routings[key]))
+
+    def _endpoints(self, target: Target, routing: Routing) -> Resource:
+        if not target.preview:
+            asleep = routing.wakes and not serving(routing.endpoints)
+            activator = socket_of(target) if asleep else None
+            return clusters.endpoints(target, routing.endpoints, routing.weights, activator=activator, near=self._near)
+        return clusters.endpoints(target, routing.preview.endpoints if routing.preview is not None else (), near=self._near)
+
+    def _write_limits(self, keys: Iterable[str]) -> None:
+        before = {key: self._limits[key] for key in keys if key in self._limits}
+        for key in keys:
+            routing = self._routings.get(key)
+            found = limits_of(routing) if routing is not None else {}
+            if found:
+                self._limits[key] = found
+            else:
+                self._limits.pop(key, None)
+        if before != {key: self._limits[key] for key in keys if key in self._limits}:
+            self._write(limits.rate_filter({subject: limit for each in self._limits.values() for subject, limit in each.items()}))
+
+    def _claim(self, key: str, before: Places, places: Places) -> set[str]:
         """Claim the app's places instead of those it had; return the hostnames that this may change."""
-        wanted: dict[HostPath, Target] = {}
-        for place, target in _places(routing):
-            if resources.check_host_path(place.host, place.path) is None and 0 < target.port < 65_536:
-                wanted.setdefault(place, target)
-        changed = {place.host for place in wanted}
-        for place in self._held(key, old):
+        wanted = {place: good for place, legs in places.items() if (good := _possible(place, legs))}
+        changed = {place.host for place in wanted if before.get(place) != places[place]}
+        for place in self._held(key, before):
             if place not in wanted:
                 changed.add(place.host)
                 self._unclaim(place, key)
-        for place, target in wanted.items():
-            self._claims.setdefault(place, {})[key] = target
+        for place, legs in wanted.items():
+            self._claims.setdefault(place, {})[key] = legs
             self._paths.setdefault(place.host, set()).add(place.path)
         return changed
 
@@ -159,10 +209,10 @@ class RoutingTable:
             why = resources.check_address(endpoint.address)
             if why is not None:
                 problems.append(Problem(key, f"instance {endpoint.instance}: {why}"))
-        for place, target in _places(routing):
+        for place, legs in self._places[key].items():
             why = resources.check_host_path(place.host, place.path)
-            if why is None and not 0 < target.port < 65_536:
-                why = f"{target.port} is not a port"
+            if why is None:
+                why = next((f"{leg.target.port} is not a port" for leg in legs if not 0 < leg.target.port < 65_536), None)
             if why is None:
                 owner = next(iter(self._claims[place]))
                 why = None if owner == key else f"{place.host}{place.path} belongs to {owner}"
@@ -176,23 +226,20 @@ class RoutingTable:
         self._problems.pop(key, None)
         if routing is None:
             return set()
-        held = self._held(key, routing)
+        held = self._held(key, before)
         for place in held:
             self._unclaim(place, key)
         return {place.host for place in held}
 
-    def _held(self, key: str, routing: Routing | None) -> list[HostPath]:
-        """Return the places that the app claims by `routing`."""
-        if routing is None:
-            return []
-        places = dict.fromkeys(place for place, _ in _places(routing))
+    def _held(self, key: str, places: Places) -> list[HostPath]:
+        """Return those of `places` that the app claims."""
         return [place for place in places if key in self._claims.get(place, {})]
 
     def _write_host(self, host: str) -> None:
         routes = [(path, next(iter(self._claims[HostPath(host, path)].values()))) for path in self._paths.get(host, ())]
         name = f"{resources.ROUTE_CONFIG}/{host}"
         if routes:
-            self._write(resources.virtual_host(host, routes))
+            self._write(hosts.virtual_host(host, routes))
         else:
             self._erase(Kind.HOST, name)
 
@@ -222,35 +269,17 @@ def key_of(routing: Routing) -> str:
     return f"{routing.project}/{routing.app}"
 
 
-def _targets(routing: Routing) -> set[Target]:
-    return {
-        target
-        for place, target in _places(routing)
-        if resources.check_host_path(place.host, place.path) is None and 0 < target.port < 65_536
-    }
+def _possible(place: HostPath, legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+    """Return the legs that Envoy can take."""
+    if resources.check_host_path(place.host, place.path) is not None:
+        return ()
+    return tuple(leg for leg in legs if 0 < leg.target.port < 65_536)
 
 
-def _places(routing: Routing) -> list[tuple[HostPath, Target]]:
-    """Return where the app answers, its preview among it, and where each place leads."""
-    project, app, preview = routing.project, routing.app, routing.preview
-    found = [(HostPath(host, path), Target(project, app, port, http2)) for host, path, port, http2 in routing.hosts]
-    if preview is not None:
-        found.append((HostPath(preview.host, "/"), Target(project, app, preview.port, preview.http2, preview=True)))
-    return found
-
-
-def _endpoints(target: Target, routing: Routing) -> Resource:
-    if not target.preview:
-        asleep = routing.wakes and not serving(routing.endpoints)
-        activator = socket_of(target) if asleep else None
-        return resources.endpoints(target, routing.endpoints, routing.weights, activator=activator)
-    return resources.endpoints(target, routing.preview.endpoints if routing.preview is not None else ())
-
-
-def _wakeable(routing: Routing | None) -> set[Target]:
+def _wakeable(routing: Routing | None, places: Places) -> set[Target]:
     if routing is None or not routing.wakes:
         return set()
-    return {target for target in _targets(routing) if not target.preview}
+    return {target for target in targets_of(places) if not target.preview}
 
 
 def _every(routing: Routing) -> tuple[Endpoint, ...]:

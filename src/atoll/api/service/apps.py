@@ -169,7 +169,8 @@ class Apps:
             if _metric(spec) == _metric(held.record.spec):
                 # How many there are is the app's and no release's, unless the release gives another metric away.
                 spec = replace(spec, scale=held.record.spec.scale)
-            spec = replace(spec, disruption=held.record.spec.disruption, depends_on=held.record.spec.depends_on)
+            now = held.record.spec
+            spec = replace(spec, disruption=now.disruption, depends_on=now.depends_on, ingress=now.ingress)
             _check_single(spec, held.record.replicas)
             check_gang_of(spec, held.record.replicas)
             compare, ops = claims.claim(self._context, caller, held.record.spec, spec)
@@ -401,7 +402,7 @@ def _replicas(spec: AppSpec, otherwise: int) -> int:
 
 def _of_release(spec: AppSpec) -> AppSpec:
     """Return what instances run by: changing the rest makes no release."""
-    return replace(spec, scale=UNSET, disruption=None, depends_on=())
+    return replace(spec, scale=UNSET, disruption=None, depends_on=(), ingress=None)
 
 
 def _metric(spec: AppSpec) -> str | None:

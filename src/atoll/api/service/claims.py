@@ -13,7 +13,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Forbidden, Invalid
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
 from atoll.model.records import App, Project, RouteClaim
-from atoll.model.spec import AppSpec, Port, Strategy
+from atoll.model.spec import AppSpec, Port, Strategy, normal_path
 
 DEFAULT_PROJECT = "default"
 PREVIEW = "preview--"
@@ -28,6 +28,8 @@ class Host(Struct, frozen=True):
     host: str
     path: str
     port: Port
+    headers: tuple[tuple[str, str], ...] = ()
+    """Only requests with these."""
 
     @property
     def place(self) -> tuple[str, str]:
@@ -41,11 +43,13 @@ def default_host(project: str, app: str, domain: str) -> str:
 def hosts_of(spec: AppSpec, domain: str) -> tuple[Host, ...]:
     """Return every place where the app answers, its default hostname first, unless a route of its own says otherwise."""
     explicit = [
-        Host(route.host, _normal(route.path), port) for route in spec.routes if (port := spec.port_named(route.port)) is not None
+        Host(route.host, normal_path(route.path), port, tuple(sorted(route.headers.items())))
+        for route in spec.routes
+        if (port := spec.port_named(route.port)) is not None
     ]
     default = default_host(spec.project, spec.name, domain)
     port = spec.port_named(None)
-    if port is None or any(host.place == (default, "/") for host in explicit):
+    if port is None or any(host.place == (default, "/") and not host.headers for host in explicit):
         return tuple(explicit)
     return (Host(default, "/", port), *explicit)
 
@@ -84,7 +88,7 @@ def check_hosts(context: Context, spec: AppSpec) -> None:
                 mend=f"use a name under {spec.project}.{context.domain}, or a domain of your own",
                 field=f"{field}.host",
             )
-    places = [host.place for host in hosts_of(spec, context.domain)]
+    places = [(*host.place, host.headers) for host in hosts_of(spec, context.domain)]
     for place in places:
         if places.count(place) > 1:
             raise Invalid(f"routes: {place[0]}{place[1]} is given twice", field="routes")
@@ -152,8 +156,3 @@ def _take(context: Context, caller: Caller, claim: RouteClaim, place: tuple[str,
 def _wanted(context: Context, claim: RouteClaim, place: tuple[str, str]) -> bool:
     held = context.state.get(App, f"{claim.project}/{claim.app}")
     return held is not None and place in places_of(held.record.spec, context.domain)
-
-
-def _normal(path: str) -> str:
-    """`/api/` and `/api` are one place."""
-    return path.rstrip("/") or "/"

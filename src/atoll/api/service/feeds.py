@@ -27,12 +27,14 @@ from atoll.model.records import (
     NodeLiveness,
     OwnerKind,
     Prefetch,
+    Project,
     Release,
     Routing,
     Status,
 )
 from atoll.model.states import Desired, Phase
 from atoll.store.cache import Delta, Deltas, Held
+from atoll.store.index import by_project
 
 ROUTINGS_AT_ONCE = 500
 """Apps whose routing is computed before others get their turn."""
@@ -266,6 +268,8 @@ class Feeds:
             elif delta.kind is Prefetch:
                 for listener in self._agents.get(delta.key, ()):
                     listener.mark_prefetch()
+            elif delta.kind is Project and _request_rate(delta.old) != _request_rate(delta.new):
+                apps.update(self._state.found(App, by_project, delta.key))
             elif delta.kind is App or (delta.kind is AppStatus and _shares(delta.old) != _shares(delta.new)):
                 apps.add(delta.key)
             elif delta.kind is Release and delta.old is None and delta.new is not None:
@@ -314,6 +318,10 @@ def _shares(held: Held[AppStatus] | None) -> object:
     """Return what the routing takes from an app's status."""
     rollout = held.record.rollout if held is not None else None
     return (rollout.weights, rollout.phase, rollout.serving) if rollout is not None else None
+
+
+def _request_rate(held: Held[Project] | None) -> int | None:
+    return held.record.quota.requests_per_s if held is not None and held.record.quota is not None else None
 
 
 def _moved(delta: Delta) -> bool:

@@ -9,7 +9,20 @@ from msgspec import UNSET
 
 from atoll.api.service.claims import Host, hosts_of, preview_of
 from atoll.api.service.specs import release_spec
-from atoll.model.records import App, AppStatus, Endpoint, Instance, Node, NodeHealth, NodeLiveness, Preview, Routing, Status
+from atoll.model.records import (
+    App,
+    AppStatus,
+    Endpoint,
+    Instance,
+    Node,
+    NodeHealth,
+    NodeLiveness,
+    Preview,
+    Project,
+    Routing,
+    Rule,
+    Status,
+)
 from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import AppSpec
 from atoll.model.states import Desired, Phase
@@ -45,19 +58,24 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         groups, key=lambda key: (_serving(groups[key], weights), key == wanted, max(r for r, _ in groups[key])), default=wanted
     )
     endpoints = sorted((endpoint for _, endpoint in groups.get(ports, ())), key=lambda endpoint: endpoint.instance)
-    places = tuple(
-        (host.host, host.path, *(number or (host.port.port, host.port.http2))) for host, number in zip(hosts, ports, strict=True)
-    )
+    leads = [(host, *(number or (host.port.port, host.port.http2))) for host, number in zip(hosts, ports, strict=True)]
+    quota = project.record.quota if (project := state.get(Project, app.project)) is not None else None
     return Routing(
         project=app.project,
         app=app.name,
         spec=app.spec,
-        hosts=places,
+        hosts=tuple((host.host, host.path, port, http2) for host, port, http2 in leads if not host.headers),
+        rules=tuple(
+            Rule(host=host.host, path=host.path, port=port, http2=http2, headers=dict(host.headers))
+            for host, port, http2 in leads
+            if host.headers
+        ),
         endpoints=tuple(endpoints),
         weights=weights,
         preview=preview,
         # Kept awake or not: a request is not refused between `atoll scale APP 1` and the first instance that is ready.
         wakes=app.spec.scale is not UNSET and app.spec.scale.sleeps and not app.deleting,
+        project_rate=quota.requests_per_s if quota is not None else None,
     )
 
 

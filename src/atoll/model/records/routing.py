@@ -20,6 +20,8 @@ class Ingress(Record, frozen=True, kw_only=True):
     name: str
     site: str = "local"
     http_port: int
+    https_port: int = 0
+    """Where it speaks TLS; 0 for nowhere."""
     domain: str = "localhost"
     address: str = ""
     """Where other sites reach it at `http_port`; empty where nobody knows."""
@@ -55,6 +57,17 @@ class Preview(Record, frozen=True, kw_only=True):
     endpoints: tuple[Endpoint, ...] = ()
 
 
+class Rule(Record, frozen=True, kw_only=True):
+    """A place that only requests with certain headers are led by; it goes before what `Routing.hosts` says of the place."""
+
+    host: str
+    path: str
+    port: int
+    http2: bool = False
+    headers: dict[str, str]
+    """Name → value; `*` for any."""
+
+
 class Routing(Record, frozen=True, kw_only=True):
     """All that an ingress needs for one app. `routes` are complete: the default hostname is among them."""
 
@@ -63,6 +76,7 @@ class Routing(Record, frozen=True, kw_only=True):
     spec: AppSpec
     hosts: tuple[tuple[str, str, int, bool], ...]
     """(hostname, path prefix, port number, HTTP/2 to the instance)."""
+    rules: tuple[Rule, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
     weights: dict[int, int] = {}
     """Release → percent of the requests, 100 in all, however many endpoints it has; empty: to every endpoint alike."""
@@ -70,3 +84,5 @@ class Routing(Record, frozen=True, kw_only=True):
     """Where a release answers before it gets the app's requests."""
     wakes: bool = False
     """A request that finds no endpoint waits while the ingress has the app woken (`ControlPlane.demand`)."""
+    project_rate: int | None = None
+    """Requests per second that each ingress lets through to all apps of the project together; None for no limit."""

@@ -17,6 +17,13 @@ from atoll.model.spec.gpu import SHARE_BYTES_MIN as SHARE_BYTES_MIN
 from atoll.model.spec.gpu import Gpu as Gpu
 from atoll.model.spec.gpu import GpuCapability as GpuCapability
 from atoll.model.spec.gpu import GpuTopology as GpuTopology
+from atoll.model.spec.ingress import BODY_BYTES_MAX as BODY_BYTES_MAX
+from atoll.model.spec.ingress import HeaderEdit as HeaderEdit
+from atoll.model.spec.ingress import IngressRules as IngressRules
+from atoll.model.spec.ingress import Limits as Limits
+from atoll.model.spec.ingress import Outliers as Outliers
+from atoll.model.spec.ingress import Rate as Rate
+from atoll.model.spec.ingress import Sticky as Sticky
 from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION as RUNTIMES_BY_ISOLATION
 from atoll.model.spec.isolation import SNAPSHOT_RUNTIMES as SNAPSHOT_RUNTIMES
 from atoll.model.spec.isolation import Isolation as Isolation
@@ -65,6 +72,7 @@ from atoll.model.spec.serving import Port as Port
 from atoll.model.spec.serving import PortProtocol as PortProtocol
 from atoll.model.spec.serving import Route as Route
 from atoll.model.spec.serving import host_ports as host_ports
+from atoll.model.spec.serving import normal_path as normal_path
 from atoll.model.spec.values import REPLICAS_MAX as REPLICAS_MAX
 from atoll.model.spec.values import AbsolutePath as AbsolutePath
 from atoll.model.spec.values import Argument as Argument

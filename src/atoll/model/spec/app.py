@@ -11,12 +11,13 @@ from atoll.model.errors import Invalid
 from atoll.model.names import Name
 from atoll.model.spec.build import Build
 from atoll.model.spec.disruption import Disruption, check_disruption
+from atoll.model.spec.ingress import IngressRules, check_ingress
 from atoll.model.spec.isolation import Isolation
 from atoll.model.spec.lifecycle import Restart, Stop
 from atoll.model.spec.placement import check_gang
 from atoll.model.spec.rollout import Rollout, Strategy, check_rollout
 from atoll.model.spec.scale import Scale, check_scale
-from atoll.model.spec.serving import Health, HealthKind, Metrics, Port, PortProtocol, Route, check_metrics, host_ports
+from atoll.model.spec.serving import Health, HealthKind, Metrics, Port, PortProtocol, Route, check_metrics, check_route, host_ports
 from atoll.model.spec.values import check_unique, default
 from atoll.model.spec.volumes import Volume
 from atoll.model.spec.workload import Workload, check_workload
@@ -33,6 +34,8 @@ class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
     ports: Annotated[tuple[Port, ...], Meta(max_length=32)] = ()
     routes: Annotated[tuple[Route, ...], Meta(max_length=256)] = ()
     """Beside these, every app with an `http` port has `APP.DOMAIN` (in project `default`) or `APP.PROJECT.DOMAIN`."""
+    ingress: IngressRules | None = None
+    """How the ingress treats its requests. Changing it makes no release."""
     health: Health | None = None
     metrics: Metrics | None = None
     scale: Scale | UnsetType = UNSET
@@ -102,8 +105,11 @@ def check_app(spec: AppSpec) -> None:
     check_unique([port.name for port in spec.ports], "ports", "name")
     check_unique([f"{port.port}/{'udp' if port.protocol is PortProtocol.UDP else 'tcp'}" for port in spec.ports], "ports", "port")
     check_unique(list(host_ports(spec.ports)), "ports", "host")
-    check_unique([f"{route.host}{route.path}" for route in spec.routes], "routes", "host and path")
+    check_unique([route.place for route in spec.routes], "routes", "host, path and headers")
+    if spec.ingress is not None:
+        check_ingress(spec.ingress)
     for index, route in enumerate(spec.routes):
+        check_route(f"routes[{index}]", route)
         port = spec.port_named(route.port)
         if port is None or port.protocol is not PortProtocol.HTTP:
             raise Invalid(

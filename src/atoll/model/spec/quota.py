@@ -23,3 +23,5 @@ class Quota(SpecRecord, frozen=True, kw_only=True):
     """No limit on amounts: the lowest port of nodes that the project's apps may be published on (`ports[].host`)."""
     weight: Annotated[int, Meta(ge=1, le=1000)] = 1
     """No limit: how much the project counts beside others when there is not room for all that wait (fair shares)."""
+    requests_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    """What each ingress lets through to all apps of the project together; what is more is answered 429."""

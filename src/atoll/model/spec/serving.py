@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from atoll.model.errors import Invalid
 from atoll.model.names import Name, PortNumber, SpecRecord
+from atoll.model.spec.ingress import HeaderEdit, check_edit, check_header, check_timeout, check_value
 from atoll.model.spec.values import Argument, check_unique, default
 from atoll.model.units import Seconds
 
@@ -24,6 +25,7 @@ Hostname = Annotated[
         max_length=253,
     ),
 ]
+ROUTE_HEADERS_MAX = 16
 METRIC_PATTERN = r"^[a-zA-Z_:][a-zA-Z0-9_:]{0,127}$(?!\n)"
 
 
@@ -61,6 +63,38 @@ class Route(SpecRecord, frozen=True, kw_only=True):
     path: Annotated[str, Meta(pattern=r"^/", max_length=1024)] = "/"
     port: Name | None = None
     """The name of the port; the first `http` port where absent."""
+    headers: dict[str, Annotated[str, Meta(max_length=1024)]] = {}
+    """Only requests with all of these; `*` for any value. Of two routes the one with more of them comes first."""
+    timeout: Seconds | None = None
+    """Instead of `ingress.timeout`."""
+    retries: Annotated[int, Meta(ge=0, le=10)] | None = None
+    """Instead of `ingress.retries`."""
+    request_headers: HeaderEdit | None = None
+    """After `ingress.request_headers`."""
+    response_headers: HeaderEdit | None = None
+
+    @property
+    def place(self) -> str:
+        """What no other route of the app may have: `/api/` and `/api` are one path."""
+        wanted = "".join(f" {name}={value}" for name, value in sorted(self.headers.items()))
+        return f"{self.host}{normal_path(self.path)}{wanted}"
+
+
+def normal_path(path: str) -> str:
+    """`/api/` and `/api` are one place."""
+    return path.rstrip("/") or "/"
+
+
+def check_route(field: str, route: Route) -> None:
+    """Raise Invalid for what Envoy could not take of a route."""
+    if len(route.headers) > ROUTE_HEADERS_MAX:
+        raise Invalid(f"{field}.headers: at most {ROUTE_HEADERS_MAX}", field=f"{field}.headers")
+    for name, value in route.headers.items():
+        check_header(f"{field}.headers", name)
+        check_value(f"{field}.headers", name, value)
+    check_timeout(f"{field}.timeout", route.timeout)
+    check_edit(f"{field}.request_headers", route.request_headers)
+    check_edit(f"{field}.response_headers", route.response_headers)
 
 
 class HealthKind(enum.StrEnum):

@@ -1,0 +1,146 @@
+"""How the ingress treats an app's requests: waits, tries, limits, headers, and who gets the same instance again."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from msgspec import Meta
+
+from atoll.model.errors import Invalid
+from atoll.model.names import SpecRecord
+from atoll.model.spec.values import default
+from atoll.model.units import Bytes, Seconds
+
+HEADERS_PER_EDIT_MAX = 32
+BODY_BYTES_MIN, BODY_BYTES_MAX = 1 << 10, 1 << 30
+TIMEOUT_MAX_S = 24 * 3_600.0
+HEADER_NAME = re.compile(r"[a-z0-9][-a-z0-9_]{0,63}")
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e]{0,1024}")
+_FRAMING = frozenset({"host", "connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "keep-alive"})
+"""What says where a message ends or who it is for: changed by a rule, requests could be smuggled past others."""
+_COOKIE = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.]{0,63}")
+_Text = Annotated[str, Meta(max_length=1_024)]
+_Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class HeaderEdit(SpecRecord, frozen=True, kw_only=True):
+    """What is changed of a request's or answer's headers on its way; `set` replaces what is there."""
+
+    set: dict[str, _Text] = {}
+    remove: Annotated[tuple[_Text, ...], Meta(max_length=HEADERS_PER_EDIT_MAX)] = ()
+
+
+class Sticky(SpecRecord, frozen=True, kw_only=True):
+    """A cookie brings a client back to its instance, as long as that takes requests."""
+
+    cookie: Annotated[str, Meta(max_length=64)] = "atoll-instance"
+    ttl: Seconds | None = None
+    """None: until the browser is closed."""
+
+
+class Rate(SpecRecord, frozen=True, kw_only=True):
+    """The most requests that each ingress lets through; what is more is answered 429."""
+
+    requests: _Count
+    """A second."""
+    burst: _Count | None = None
+    """At once after a quiet time; `requests` where absent."""
+
+
+class Limits(SpecRecord, frozen=True, kw_only=True):
+    """What one ingress sends to all instances of the app at a time; what is more is answered 503."""
+
+    connections: _Count | None = None
+    requests: _Count | None = None
+    pending: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
+    """Requests that wait for a connection."""
+
+
+class Outliers(SpecRecord, frozen=True, kw_only=True):
+    """An instance that fails again and again gets no request for a while."""
+
+    failures: Annotated[int, Meta(ge=1, le=1_000)] = 5
+    """Answers of 500 to 599 in a row, or connections that fail."""
+    eject: Seconds = default(Seconds(30))
+    """For how long the first time; each further time as much longer, up to 5 min."""
+    share: Annotated[int, Meta(ge=1, le=100)] = 50
+    """Percent of the instances that may be out at a time; with two instances, one."""
+
+
+class IngressRules(SpecRecord, frozen=True, kw_only=True):
+    """Every one optional; without it requests are treated as docs/ingress.md says."""
+
+    timeout: Seconds | None = None
+    """From the whole request to the whole answer; then 504. None: as long as something moves."""
+    retries: Annotated[int, Meta(ge=0, le=10)] = 4
+    """Other tries of a request that no instance has begun to work on."""
+    retry_statuses: Annotated[tuple[Annotated[int, Meta(ge=500, le=599)], ...], Meta(max_length=16)] = ()
+    """Answers after which another instance is asked, whatever the method."""
+    try_timeout: Seconds | None = None
+    """Of each try."""
+    body_max: Bytes | None = None
+    """A longer request body is answered 413."""
+    rate: Rate | None = None
+    limits: Limits | None = None
+    outliers: Outliers | None = None
+    sticky: Sticky | None = None
+    request_headers: HeaderEdit | None = None
+    response_headers: HeaderEdit | None = None
+
+
+def check_ingress(rules: IngressRules) -> None:
+    """Raise Invalid for rules that Envoy could not take, or that contradict themselves."""
+    for name, value in (("timeout", rules.timeout), ("try_timeout", rules.try_timeout)):
+        check_timeout(f"ingress.{name}", value)
+    if rules.timeout is not None and rules.try_timeout is not None and rules.try_timeout > rules.timeout:
+        raise Invalid("ingress.try_timeout: longer than ingress.timeout", field="ingress.try_timeout", mend="make it shorter")
+    if rules.retries == 0 and (rules.retry_statuses or rules.try_timeout is not None):
+        raise Invalid("ingress.retries: 0, and retry_statuses or try_timeout is given", field="ingress.retries")
+    if rules.body_max is not None and not BODY_BYTES_MIN <= rules.body_max <= BODY_BYTES_MAX:
+        raise Invalid("ingress.body_max: from 1KiB to 1GiB", field="ingress.body_max")
+    if rules.rate is not None and rules.rate.burst is not None and rules.rate.burst < rules.rate.requests:
+        raise Invalid("ingress.rate.burst: less than ingress.rate.requests", field="ingress.rate.burst")
+    if rules.outliers is not None and not 1 <= rules.outliers.eject <= 300:
+        raise Invalid("ingress.outliers.eject: from 1s to 5m", field="ingress.outliers.eject")
+    sticky = rules.sticky
+    if sticky is not None:
+        if _COOKIE.fullmatch(sticky.cookie) is None:
+            mend = "letters, digits, '-', '_' and '.'"
+            raise Invalid(f"ingress.sticky.cookie: {sticky.cookie!r} is no cookie's name", field="ingress.sticky.cookie", mend=mend)
+        if sticky.ttl is not None and sticky.ttl < 1:
+            raise Invalid("ingress.sticky.ttl: at least 1s", field="ingress.sticky.ttl")
+    check_edit("ingress.request_headers", rules.request_headers)
+    check_edit("ingress.response_headers", rules.response_headers)
+
+
+def check_timeout(field: str, value: float | None) -> None:
+    """Raise Invalid for a wait that is none: Envoy takes 0 for never."""
+    if value is not None and not 0.001 <= value <= TIMEOUT_MAX_S:
+        raise Invalid(f"{field}: from 1ms to 24h", field=field, mend="leave it out for as long as something moves")
+
+
+def check_edit(field: str, edit: HeaderEdit | None) -> None:
+    """Raise Invalid for headers that cannot be changed."""
+    if edit is None:
+        return
+    if len(edit.set) > HEADERS_PER_EDIT_MAX:
+        raise Invalid(f"{field}.set: at most {HEADERS_PER_EDIT_MAX} headers", field=f"{field}.set")
+    for part, names in (("set", tuple(edit.set)), ("remove", edit.remove)):
+        for name in names:
+            check_header(f"{field}.{part}", name)
+            if name in _FRAMING or name.startswith("x-envoy-"):
+                raise Invalid(f"{field}.{part}: {name!r} is the ingress's own", field=f"{field}.{part}", mend="leave it out")
+    for name, value in edit.set.items():
+        check_value(f"{field}.set", name, value)
+
+
+def check_header(field: str, name: str) -> None:
+    if HEADER_NAME.fullmatch(name) is None:
+        mend = "lower-case letters, digits, '-' and '_', at most 64"
+        raise Invalid(f"{field}: {name[:80]!r} is no header's name", field=field, mend=mend)
+
+
+def check_value(field: str, name: str, value: str) -> None:
+    if _HEADER_VALUE.fullmatch(value) is None:
+        raise Invalid(f"{field}: the value of {name!r} is not plain ASCII of at most 1,024 characters", field=field)
