@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from atoll.ingress import resources
+
+from atoll.ingress import clusters, hosts, limits, resources
+from atoll.ingress.clusters import Nearness
+from atoll.ingress.hosts import Leg
+from atoll.ingress.legs import Places, legs_of, limits_of, targets_of
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
 from atoll.ingress.sleepers import serving, socket_of
 from atoll.model.ports.control_plane import RoutingBatch
@@ -46,7 +50,10 @@ class RoutingTable:
         self._clusters: dict[str, set[str]] = {}
         """App → the clusters that it has in `resources`."""
         self._sleepers: set[Target] = set()
+        self._counted: set[str] = set()
         """Apps that scale by their requests."""
+        self._answers: Mapping[str, Mapping[str, str]] = {}
+        """Host → token → what certificate authorities look for there."""
         self._problems: dict[str, tuple[Problem, ...]] = {}
         """Of those apps only that have any."""
 
@@ -107,6 +114,9 @@ class RoutingTable:
         """Return the ports of apps that wake when a request comes; another set whenever they have changed."""
         return self._sleepers
 
+    def counted(self) -> frozenset[str]:
+        """Return the apps whose requests under way are to be told of."""
+        return frozenset(self._counted)
 
     def _sleep(self, before: set[Target], after: set[Target]) -> None:
         if before != after:
@@ -122,6 +132,8 @@ class RoutingTable:
             return next(iter(self._claims[HostPath(host, path)])).partition("/")[0]
         return None
 
+    def challenge(self, answers: Mapping[str, Mapping[str, str]], changed: Iterable[str]) -> None:
+        """Answer what certificate authorities look for: host → token → text, of which that of the hosts `changed` is new."""
         self._answers = answers
         for host in changed:
             self._write_host(host)
@@ -140,14 +152,24 @@ class RoutingTable:
         old = self._routings.get(key)
         if old == routing:
             return set()
-        self._routings[key] = routing
-        self._sleep(_wakeable(old), _wakeable(routing))
-        for target in _targets(routing):
-            for each in (resources.cluster(target), _endpoints(target, routing)):
-                self._write(each)
-        if old is None or _places(old) != _places(routing):
-            return self._claim(key, old, routing)
-        return set()
+        before, places = self._places.get(key, {}), legs_of(routing)
+        self._routings[key], self._places[key] = routing, places
+        self._sleep(_wakeable(old, before), _wakeable(routing, places))
+        self.changes += 1
+        every = _every(routing)
+        numbers = {endpoint.release for endpoint in every} | routing.weights.keys()
+        self._zones[key] = {resources.zone_of(number): number for number in sorted(numbers - {0})}
+        targets = targets_of(places)
+        self._names[key] = tuple(sorted(target.cluster for target in targets))
+        draining = any(endpoint.draining for endpoint in every)
+        (self._draining.add if draining else self._draining.discard)(key)
+        sites = frozenset(endpoint.site for endpoint in every) | self._spread.get(key, frozenset())
+        if len(sites) > 1:
+            self._spread[key] = sites
+        for target in targets:
+            self._write(clusters.cluster(target, routing.spec.ingress, sites=len(sites) > 1))
+            self._write(self._endpoints(target, routing))
+        return self._claim(key, before, places) if old is None or before != places else set()
 
     def move(self, near: Nearness) -> None:
         """Take over how far the sites are from here."""
@@ -222,7 +244,13 @@ class RoutingTable:
 
     def _remove(self, key: str) -> set[str]:
         routing = self._routings.pop(key, None)
-        self._sleep(_wakeable(routing), set())
+        before = self._places.pop(key, {})
+        self._sleep(_wakeable(routing, before), set())
+        for kept in (self._zones, self._names, self._spread):
+            kept.pop(key, None)
+        self._draining.discard(key)
+        self.changes += 1
+        self._counted.discard(key)
         self._problems.pop(key, None)
         if routing is None:
             return set()
