@@ -17,6 +17,7 @@ from msgspec import structs
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.authorities import LIFE_S, RENEW_LATE_S
+from atoll.api.service.join_tokens import YOUNG_S, JoinTokens
 from atoll.api.service.servers import TOKEN_LIFE_S, check_key
 from atoll.api.service.signing import Shown, Subject
 from atoll.api.service.standing import Standing
@@ -381,7 +382,7 @@ async def test_a_node_is_removed_only_when_it_is_gone_and_holds_nothing(cell: Ce
     done = structs.replace(instance, id="done", owner="work", owner_kind=OwnerKind.JOB)
     await cell.put(keys.instance("default", "done"), done)
     await cell.put(keys.status("default", "done"), Status(instance="done", project="default", node="n1", phase=Phase.SUCCEEDED))
-    with pytest.raises(Conflict, match="^1 instance is placed on node 'n1': i1$"):
+    with pytest.raises(Conflict, match=r"^1 instance is placed on node 'n1': i1$"):
         await cell.members.remove_node("n1", SYSTEM)
     await cell.service.context.reach(await cell.store.delete(keys.instance("default", "i1")))
     await cell.members.remove_node("n1", SYSTEM)
@@ -511,6 +512,26 @@ async def test_a_join_token_needs_a_server_that_speaks_tls(cell: Cell) -> None:
     await cell.put(keys.server("s1"), Server(id="s1", urls=("http://127.0.0.1:7600",), version="0", started_at=0))
     with pytest.raises(Unsupported, match="speaks TLS"):
         await cell.token()
+
+
+async def test_a_server_that_speaks_tls_makes_join_tokens_before_it_is_listed(cell: Cell) -> None:
+    await cell.put(keys.server("s1"), Server(id="s1", urls=("http://127.0.0.1:7600",), version="0", started_at=0))
+    own = Server(id="s1", urls=("https://10.0.0.1:7600",), version="0", started_at=cell.clock.time)
+    tokens = JoinTokens(cell.service.context, cell.service.authorities, own)
+    assert (await tokens.create(JoinTokenRequest())).servers == ("https://10.0.0.1:7600",)
+
+
+async def test_a_server_that_was_just_started_waits_for_one_that_speaks_tls(cell: Cell) -> None:
+    await cell.put(keys.server("s1"), Server(id="s1", urls=("http://127.0.0.1:7600",), version="0", started_at=0))
+    own = Server(id="s2", urls=("http://10.0.0.2:7600",), version="0", started_at=cell.clock.time)
+    asked = asyncio.ensure_future(JoinTokens(cell.service.context, cell.service.authorities, own).create(JoinTokenRequest()))
+    await asyncio.sleep(0)
+    await cell.put(keys.server("s3"), Server(id="s3", urls=("https://10.0.0.3:7600",), version="0", started_at=0))
+    assert (await asyncio.wait_for(asked, 30)).servers == ("https://10.0.0.3:7600",)
+    await cell.put(keys.server("s3"), Server(id="s3", urls=("http://10.0.0.3:7600",), version="0", started_at=0))
+    cell.clock.time += YOUNG_S
+    with pytest.raises(Unsupported, match="speaks TLS"):
+        await JoinTokens(cell.service.context, cell.service.authorities, own).create(JoinTokenRequest())
 
 
 async def test_old_join_tokens_are_swept_away(cell: Cell) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from atoll.api.service.access import check_id
 from atoll.api.service.authorities import Authorities
 from atoll.api.service.context import Context, Draft, RequestKey
@@ -22,27 +24,36 @@ from atoll.model.ports.store import Delete, Put, absent, unchanged
 
 EXPIRES_S_MAX = 30 * 86_400.0
 TOKENS_MAX = 10_000
+YOUNG_S = 12.0
+"""For so long after a server's start others may not be listed yet: above the lease under which they are."""
+LOOK_S = 0.25
 KEEP_S = 86_400.0
 """How long an expired join token is still told apart from an unknown one."""
 
 
 class JoinTokens:
-    def __init__(self, context: Context, authorities: Authorities) -> None:
+    """`own` is what this server writes of itself; None where it runs alone."""
+
+    def __init__(self, context: Context, authorities: Authorities, own: Server | None = None) -> None:
         self._context = context
         self._state = context.state
         self._authorities = authorities
+        self._own = own
 
     async def create(self, wanted: JoinTokenRequest, *, request: RequestKey | None = None) -> JoinTokenView:
-        """Make a token and return it with its secret. Raises Invalid; Unsupported where no server speaks TLS; Exhausted."""
+        """Make a token and return it with its secret.
+
+        Raises Invalid; Exhausted; Unsupported where no server speaks TLS. While this one is young it waits for others for a while.
+        """
         if wanted.subject:
             check_id(wanted.subject, "subject")
         if not 1.0 <= wanted.expires_in_s <= EXPIRES_S_MAX:
             raise Invalid(f"expires_in_s: from 1 s to {EXPIRES_S_MAX / 86_400:.0f} days", field="expires_in_s")
-        servers = self._servers()
+        servers = self._servers() or await self._soon()
         if not servers:
             raise Unsupported(
                 "no server of this cell speaks TLS, without which no certificate proves anything",
-                mend="start the server with --listen HOST:PORT --tls",
+                mend="start the server with --listen HOST:PORT --tls; if one was started just now, try again in a moment",
             )
         if len(self._state.records(JoinToken)) >= TOKENS_MAX:
             raise Exhausted(f"there are {TOKENS_MAX} join tokens already", mend="withdraw some: atoll join-token delete ID")
@@ -89,8 +100,19 @@ class JoinTokens:
         return [keys.join_token(id) for id, held in self._state.records(JoinToken).items() if held.record.expires_at < horizon]
 
     def _servers(self) -> tuple[str, ...]:
-        urls = (url for held in self._state.records(Server).values() for url in held.record.urls)
-        return tuple(sorted(url for url in urls if url.startswith("https://")))
+        """Return where TLS is spoken. This server is among them before it is listed: that waits for who had its place before."""
+        listed = (url for held in self._state.records(Server).values() for url in held.record.urls)
+        own = self._own.urls if self._own is not None else ()
+        return tuple(sorted({url for url in (*listed, *own) if url.startswith("https://")}))
+
+    async def _soon(self) -> tuple[str, ...]:
+        """Return where TLS is spoken once that is known, while this server is young: all may have been started at once."""
+        clock = self._context.clock
+        while self._own is not None and 0.0 <= clock.now() - self._own.started_at < YOUNG_S:
+            if servers := self._servers():
+                return servers
+            await asyncio.sleep(LOOK_S)
+        return self._servers()
 
 
 def _view(token: JoinToken, text: str | None = None, servers: tuple[str, ...] = ()) -> JoinTokenView:
