@@ -13,7 +13,7 @@ import structlog
 from envoy.service.discovery.v3 import discovery_pb2
 
 from atoll.ingress.delta import DeltaSession, Resources, Verdicts
-from atoll.ingress.resources import Name, Resource
+from atoll.ingress.resources import Kind, Name, Resource
 from atoll.model.errors import DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock
 
@@ -44,6 +44,7 @@ class AdsServer:
         self._sessions: dict[DeltaSession, asyncio.Event] = {}
         self._newest: DeltaSession | None = None
         self._published = asyncio.Event()
+        self._withheld = {Kind.SECRET}
         self._progress = asyncio.Condition()
         self._server: grpc.aio.Server | None = None
 
@@ -74,8 +75,16 @@ class AdsServer:
         return self._newest is not None
 
     def publish(self, names: set[Name]) -> None:
-        """Send what changed in `resources`. The first call says that they are complete."""
+        """Send what changed in `resources`. The first call says that they are complete, but for secrets."""
         self._published.set()
+        self._tell(names)
+
+    def publish_secrets(self, names: set[Name]) -> None:
+        """Likewise for secrets, of which nothing is said before, and for what changed with them."""
+        self._withheld.discard(Kind.SECRET)
+        self._tell(names)
+
+    def _tell(self, names: set[Name]) -> None:
         for session, wake in self._sessions.items():
             session.changed(names)
             wake.set()
@@ -100,7 +109,7 @@ class AdsServer:
     ) -> AsyncIterator[discovery_pb2.DeltaDiscoveryResponse]:
         # No deadline: until the control plane has spoken there is nothing to say.
         await self._published.wait()
-        session, wake = DeltaSession(self._resources, self._verdicts), asyncio.Event()
+        session, wake = DeltaSession(self._resources, self._verdicts, self._withheld), asyncio.Event()
         reader = asyncio.create_task(self._read(requests, session, wake), name="ads-read")
         reader.add_done_callback(lambda task: wake.set())
         try:

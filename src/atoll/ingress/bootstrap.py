@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from atoll.ingress import tls
 from atoll.ingress.clusters import METADATA
 from atoll.ingress.hosts import BODY_FILTER, RATE_FILTER, STICKY_FILTER
 from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
@@ -50,6 +51,7 @@ class Listener(Struct, frozen=True, kw_only=True):
     address: str
     port: int
     connections_max: int
+    tls_port: int = 0
     """Where they come in over TLS; 0 for nowhere."""
 
 
@@ -67,7 +69,7 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
             },
             "cds_config": _from_us(),
         },
-        "static_resources": {"listeners": [_listener(listener), _services()], "clusters": [_control()]},
+        "static_resources": {"listeners": [*_listeners(listener), _services()], "clusters": [_control()]},
         "cluster_manager": {"enable_deferred_cluster_creation": True},
         "deferred_stat_options": {"enable_deferred_creation_stats": True},
         # What is kept is what is read: 10,000 apps with all of Envoy's statistics cost 300 MB.
@@ -130,6 +132,12 @@ def _listener(listener: Listener) -> dict[str, Any]:
     }
 
 
+def _listeners(listener: Listener) -> list[dict[str, Any]]:
+    plain = _listener(listener)
+    if not listener.tls_port:
+        return [plain]
+    manager = _connection_manager()
+    return [plain, tls.listener(listener.address, listener.tls_port, manager, buffer_bytes=BUFFER_BYTES, source=_from_us())]
 
 
 def _services() -> dict[str, Any]:
@@ -248,6 +256,7 @@ def _access_log() -> dict[str, Any]:
         "host": "%REQ(:AUTHORITY)%",
         "path": "%PATH(NQ:PATH)%",  # without the query, which holds secrets often enough
         "protocol": "%PROTOCOL%",
+        "tls": "%DOWNSTREAM_TLS_VERSION%",
         "status": "%RESPONSE_CODE%",
         "flags": "%RESPONSE_FLAGS%",
         "why": "%RESPONSE_CODE_DETAILS%",

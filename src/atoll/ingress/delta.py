@@ -7,13 +7,17 @@ again one by one, which finds the bad one; that one is put back to what Envoy la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from envoy.service.discovery.v3 import discovery_pb2
 
 from atoll.ingress.resources import Kind, Name, Resource
+from atoll.model.certificates import covers
 
 RESPONSE_RESOURCES_MAX = 2_000
+SECRETS_MAX = 16_384
+"""Certificates that Envoy keeps in memory, some 60 KB each. Of a wildcard it has one for each name that a client makes up, so that
+without a bound strangers could fill it; one that was let go of is asked for again when it is needed, which takes 3 ms."""
 HOLD_S = 1.0
 """The longest that a hostname waits for the endpoints it leads to. Envoy asks for them within a millisecond or two."""
 
@@ -60,6 +64,8 @@ class _Channel:
         """Name → version that Envoy has, or will have once it takes what is in flight."""
         self.applied: dict[str, str] = {}
         """Name → version that Envoy has said to have."""
+        self.unanswered: set[str] = set()
+        """Names of secrets that a handshake waits for, be the answer that there is none."""
         self.dirty: set[str] = set()
         self.nonce = ""
         """Of the last response; there is none yet while it is empty, and Envoy waits for one even if it says nothing."""
@@ -69,14 +75,20 @@ class _Channel:
 class DeltaSession:
     """`resources` is live: call `changed` after it was changed, and `receive` for each request; then `respond` until None."""
 
-    def __init__(self, resources: Resources, verdicts: Verdicts) -> None:
+    def __init__(self, resources: Resources, verdicts: Verdicts, withheld: Collection[Kind] = ()) -> None:
+        """Of kinds that are `withheld`, which is live, too, nothing is said: what is known of them is not complete yet."""
         self._resources = resources
+        self._withheld = withheld
         self._verdicts = verdicts
         self._channels: dict[Kind, _Channel] = {}
         self._nonce = 0
         self._awaited: set[str] = set()
         """Clusters that are new to Envoy and whose endpoints it does not have yet."""
         self._held_until: float | None = None
+        self._kept: dict[str, None] = {}
+        """Secrets that Envoy holds, in the order in which it asked for them. It never says when it has no use for one any more."""
+        self._withdrawn: set[str] = set()
+        """Secrets that it is about to be told to let go of."""
 
     @property
     def held_until(self) -> float | None:
@@ -92,6 +104,8 @@ class DeltaSession:
         for kind, name in names:
             if (channel := self._channels.get(kind)) is not None:
                 channel.dirty.add(name)
+                if kind is Kind.SECRET and name.startswith("*."):
+                    channel.dirty.update(kept for kept in self._kept if covers(name, kept))
 
     def receive(self, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
         """Take over what Envoy asks for, and its answer to the last response. A kind that is not ours is ignored."""
@@ -105,6 +119,7 @@ class DeltaSession:
             channel = self._channels[kind] = _Channel()
             named = [name for name in request.resource_names_subscribe if name != "*"]
             channel.wildcard = kind is Kind.HOST or not named or len(named) < len(request.resource_names_subscribe)
+            channel.wildcard = channel.wildcard and kind is not Kind.SECRET
             channel.dirty.update(self._resources[kind])
         elif request.response_nonce and request.response_nonce == channel.nonce and channel.in_flight is not None:
             self._answer(kind, channel, request)
@@ -112,8 +127,12 @@ class DeltaSession:
             channel.subscribed.add(name)
             channel.dirty.add(name)
             channel.sent.pop(name, None)
+            if kind is Kind.SECRET:
+                self._keep(channel, name)
         for name in request.resource_names_unsubscribe:
             channel.subscribed.discard(name)
+            if kind is Kind.SECRET:
+                self._kept.pop(name, None)
             if not channel.wildcard:
                 channel.sent.pop(name, None)
                 channel.applied.pop(name, None)
@@ -128,6 +147,8 @@ class DeltaSession:
         # Twice, as looking at the hostnames may show that clusters no longer wait for them.
         for kind, channel in sorted(self._channels.items(), key=_rank) * 2:
             silent = channel.wildcard and not channel.nonce
+            if kind in self._withheld:
+                continue
             if channel.in_flight is None and (channel.dirty or silent) and not self._must_wait(kind, now):
                 batch = self._next_batch(kind, channel)
                 if batch or silent:
@@ -154,10 +175,14 @@ class DeltaSession:
         batch: dict[str, Resource | None] = {}
         suspects: dict[str, Resource | None] = {}
         for name in sorted(channel.dirty):
-            wanted = self._verdicts.choose((kind, name), self._resources[kind].get(name))
-            asked = channel.wildcard or name in channel.subscribed
-            if not asked or (wanted is None and name not in channel.sent) or (wanted and channel.sent.get(name) == wanted.version):
+            if not channel.wildcard and name not in channel.subscribed:
                 channel.dirty.discard(name)
+                continue
+            wanted = None if name in self._withdrawn else self._verdicts.choose((kind, name), self._resources[kind].get(name))
+            absent = wanted is None and name not in channel.sent and name not in channel.unanswered
+            if absent or (wanted and channel.sent.get(name) == wanted.version):
+                channel.dirty.discard(name)
+                channel.unanswered.discard(name)
             elif wanted is None and kind is Kind.CLUSTER and self._hosts_pending():
                 continue  # it goes after the hostnames that led to it
             elif (kind, name) in self._verdicts.suspects:
@@ -177,8 +202,14 @@ class DeltaSession:
         message = discovery_pb2.DeltaDiscoveryResponse(type_url=kind, nonce=channel.nonce, system_version_info=channel.nonce)
         for name, resource in batch.items():
             channel.dirty.discard(name)
+            channel.unanswered.discard(name)
             if resource is None:
                 channel.sent.pop(name, None)
+                if kind is Kind.SECRET:
+                    # Envoy asks again when the next client says this name.
+                    channel.subscribed.discard(name)
+                    self._withdrawn.discard(name)
+                    self._kept.pop(name, None)
                 message.removed_resources.append(name)
                 continue
             if kind is Kind.CLUSTER:
@@ -188,6 +219,18 @@ class DeltaSession:
             part.resource.type_url = kind
             part.resource.value = resource.body
         return message
+
+    def _keep(self, channel: _Channel, name: str) -> None:
+        """Note that Envoy keeps this secret from now on; of too many it lets go of the one that it has had longest."""
+        channel.unanswered.add(name)
+        self._withdrawn.discard(name)
+        self._kept.pop(name, None)
+        self._kept[name] = None
+        if len(self._kept) > SECRETS_MAX:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest]
+            self._withdrawn.add(oldest)
+            channel.dirty.add(oldest)
 
     def _expect_endpoints(self, cluster: str) -> None:
         endpoints = self._channels.get(Kind.ENDPOINTS)
@@ -225,6 +268,8 @@ class DeltaSession:
         elif resource is not None:
             self._verdicts.refuse((kind, name), resource, words)
             channel.dirty.add(name)
+            if kind is Kind.SECRET:
+                channel.unanswered.add(name)
 
 
 def _rank(item: tuple[Kind, _Channel]) -> int:

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import structlog
+from msgspec.structs import replace
 
 from atoll.ingress.admin import EnvoyAdmin
 from atoll.ingress.bootstrap import ADMIN_SOCKET, Listener, bootstrap
@@ -57,18 +58,26 @@ class EnvoyProcess:
         clock: Clock,
         workers: int | None = None,
         binary: Path | None = None,
+        tls_port: int = 0,
+        tls_needed: bool = True,
     ) -> None:
+        """`tls_port` is where it speaks TLS, 0 for nowhere; if that port is taken and TLS is not `tls_needed`, it does without."""
         self.admin = EnvoyAdmin(directory / ADMIN_SOCKET)
         self.restarts = 0
         self._directory = directory
         self._clock = clock
         self._binary = binary
         self._workers = workers or os.cpu_count() or 1
-        listener = Listener(address=address, port=port, connections_max=connections_max())
-        self._listener = listener
-        self._bootstrap = json.dumps(bootstrap(listener, name=name), indent=1).encode()
+        self._name = name
+        self._tls_needed = tls_needed
+        self._listener = Listener(address=address, port=port, connections_max=connections_max(), tls_port=tls_port)
         self._running: Running | None = None
         self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def tls_port(self) -> int:
+        """Where it speaks TLS, 0 for nowhere; known for good once it runs."""
+        return self._listener.tls_port
 
     @property
     def pid(self) -> int | None:
@@ -80,16 +89,18 @@ class EnvoyProcess:
         Raises Unsupported without the program, Conflict when the port is taken, Unavailable with its words when it ends.
         """
         arguments = self._arguments()
-        digest = hashlib.blake2b(self._bootstrap + " ".join(arguments).encode(), digest_size=12).hexdigest()
         left = self._left_behind()
         if left is not None:
-            if left.digest == digest and await self._answers():
-                self._running = left
-                log.info("ingress.envoy-adopted", pid=left.pid)
-                return
+            for listener in self._listeners():
+                if left.digest == self._digest(listener) and await self._answers():
+                    self._running, self._listener = left, listener
+                    log.info("ingress.envoy-adopted", pid=left.pid)
+                    return
             await self._end(left)
         check_port(self._listener.address, self._listener.port)
-        (self._directory / "bootstrap.json").write_bytes(self._bootstrap)
+        self._check_tls_port()
+        digest = self._digest(self._listener)
+        (self._directory / "bootstrap.json").write_bytes(self._bootstrap(self._listener))
         with (self._directory / ERRORS).open("wb") as errors:
             # Not asyncio's: that one kills its child when the loop goes, and Envoy shall outlive a crash of this process.
             self._child = await asyncio.to_thread(
@@ -115,6 +126,30 @@ class EnvoyProcess:
             await asyncio.shield(self._end(self._running))
             raise
         log.info("ingress.envoy-started", pid=pid)
+
+    def _listeners(self) -> list[Listener]:
+        """Return how it may have been started: without TLS, too, where that is not needed."""
+        first = self._listener
+        return [first] if self._tls_needed or not first.tls_port else [first, replace(first, tls_port=0)]
+
+    def _check_tls_port(self) -> None:
+        listener = self._listener
+        if not listener.tls_port:
+            return
+        try:
+            check_port(listener.address, listener.tls_port)
+        except Conflict as error:
+            if self._tls_needed:
+                raise
+            log.warning("ingress.without-tls", message=error.message, mend="choose a port with --ingress-tls")
+            self._listener = replace(listener, tls_port=0)
+
+    def _bootstrap(self, listener: Listener) -> bytes:
+        return json.dumps(bootstrap(listener, name=self._name), indent=1).encode()
+
+    def _digest(self, listener: Listener) -> str:
+        text = self._bootstrap(listener) + " ".join(self._arguments()).encode()
+        return hashlib.blake2b(text, digest_size=12).hexdigest()
 
     async def supervise(self) -> None:
         """Start it again whenever it ends, at first at once, then with growing delays. Returns never."""

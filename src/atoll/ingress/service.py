@@ -13,6 +13,7 @@ from atoll.ingress.activator import Activator
 from atoll.ingress.admin import EnvoyAdmin, Requests, short
 from atoll.ingress.ads import AdsServer
 from atoll.ingress.bootstrap import ACCESS_LOG, ADS_SOCKET
+from atoll.ingress.certificates import CertificateTable
 from atoll.ingress.demand import Demand
 from atoll.ingress.drain import Drainer
 from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
@@ -23,6 +24,7 @@ from atoll.ingress.probe import Prober, own_address
 from atoll.ingress.resources import Kind, Resource
 from atoll.ingress.table import RoutingTable
 from atoll.model import records
+from atoll.model.certificates import CertificateFeed
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.control_plane import Peers, RoutingBatch
@@ -78,7 +80,11 @@ class Ingress:
         clock: Clock | None = None,
         binary: Path | None = None,
         reachable: str | None = None,
+        certificates: CertificateFeed | None = None,
+        tls_port: int | None = None,
+        tls_needed: bool = True,
     ) -> None:
+        """`certificates` is where those come from that are shown at `tls_port` (None for no TLS); see `EnvoyProcess`."""
         self.http_port = port or free_port(address)
         self.ready = asyncio.Event()
         """Set once Envoy runs and has the routes of the control plane."""
@@ -89,12 +95,23 @@ class Ingress:
         self._stop_grace_s = stop_grace_s
         self._clock = clock or SystemClock()
         self.table = RoutingTable()
-        self.ads = AdsServer(self.table.resources, self._clock, refused=self._refused)
+        self.certificates = CertificateTable(self.table.project_of)
+        self._certificates = certificates
+        shown = {**self.table.resources, Kind.SECRET: self.certificates}
+        self.ads = AdsServer(shown, self._clock, refused=self._refused)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (directory / SERVICES).mkdir(exist_ok=True)
         (directory / SERVICES).chmod(0o755)  # shown to workers, which are nobody; what lies above keeps others away
         self.envoy = EnvoyProcess(
-            directory, name=name, address=address, port=self.http_port, clock=self._clock, workers=workers, binary=binary
+            directory,
+            name=name,
+            address=address,
+            port=self.http_port,
+            clock=self._clock,
+            workers=workers,
+            binary=binary,
+            tls_port=(tls_port or free_port(address)) if tls_port is not None else 0,
+            tls_needed=tls_needed,
         )
         self._demand = Demand(self.table, self.envoy.admin, control_plane, ingress=name)
         self.activator = Activator(self.table, directory, wake=self._demand.wake)
@@ -130,6 +147,8 @@ class Ingress:
             tasks.create_task(self.envoy.supervise(), name="ingress-envoy")
             tasks.create_task(self._follow(), name="ingress-routing")
             tasks.create_task(self._become_ready(), name="ingress-ready")
+            if self._certificates is not None:
+                tasks.create_task(self._follow_certificates(self._certificates), name="ingress-certificates")
             tasks.create_task(self._drainer.run(), name="ingress-drain")
             tasks.create_task(self._meter.run(), name="ingress-meter")
             tasks.create_task(self._demand.run(self.activator), name="ingress-demand")
@@ -151,12 +170,28 @@ class Ingress:
             await asyncio.sleep(retry_s)
             retry_s = min(retry_s * 2, RETRY_MAX_S)
 
+    async def _follow_certificates(self, feed: CertificateFeed) -> None:
+        """As `_follow`, for the certificates."""
+        retry_s = RETRY_S
+        while True:
+            try:
+                async for batch in feed.certificates(self._name):
+                    secrets, challenged = self.certificates.apply(batch)
+                    self.table.challenge(self.certificates.challenges, challenged)
+                    self.ads.publish_secrets(secrets | self.table.take_changes())
+                    retry_s = RETRY_S
+            except AtollError as error:
+                log.warning("ingress.certificates-away", message=str(error), code=error.code, retry_in_s=retry_s)
+            await asyncio.sleep(retry_s)
+            retry_s = min(retry_s * 2, RETRY_MAX_S)
+
     async def _register(self) -> None:
         await self._control_plane.register_ingress(
             records.Ingress(
                 name=self._name,
                 site=self._site,
                 http_port=self.http_port,
+                https_port=self.envoy.tls_port,
                 domain=self._domain,
                 address=self._reachable,
                 registered_at=self._clock.now(),
@@ -167,7 +202,10 @@ class Ingress:
         for problem in self.table.apply(batch):
             log.warning("ingress.routing-refused", app=problem.app, message=problem.message)
         self.activator.changed()
-        self.ads.publish(self.table.take_changes())
+        changed = self.table.take_changes()
+        # Whose a hostname is decides which certificate is shown for it.
+        hosts = {(Kind.SECRET, name.partition("/")[2]) for kind, name in changed if kind is Kind.HOST}
+        self.ads.publish(changed | hosts)
         self._drainer.changed()
 
     async def _become_ready(self) -> None:

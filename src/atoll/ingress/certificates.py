@@ -1,0 +1,75 @@
+"""The certificates that an ingress shows, by the name that a client says. No I/O: batches in, Envoy's secrets out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+
+from envoy.extensions.transport_sockets.tls.v3 import secret_pb2
+
+from atoll.ingress.resources import Kind, Name, Resource
+from atoll.model.certificates import CertificateBatch, Material, wildcard_of
+
+
+class CertificateTable(Mapping[str, Resource]):
+    """Name that a client says → the secret that Envoy shows for it, if there is one: of that name, or of a wildcard above it.
+
+    A certificate of one project is not shown for a hostname of another, unless it is shared. `project_of` says whose a hostname is;
+    None for nobody's. As a mapping it lists the hosts of all certificates; it finds more than it lists.
+    """
+
+    def __init__(self, project_of: Callable[[str], str | None]) -> None:
+        self._project_of = project_of
+        self._materials: dict[str, Material] = {}
+        self.challenges: dict[str, dict[str, str]] = {}
+        """Host → token → what is answered under it."""
+
+    def __getitem__(self, name: str) -> Resource:
+        found = self.material(name)
+        if found is None:
+            raise KeyError(name)
+        return _secret(name, found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._materials)
+
+    def __len__(self) -> int:
+        return len(self._materials)
+
+    def material(self, name: str) -> Material | None:
+        """Return the certificate that is shown to who says `name`."""
+        owner = self._project_of(name)
+        for host in (name, wildcard_of(name)):
+            found = self._materials.get(host)
+            if found is not None and (found.shared or owner is None or owner == found.project):
+                return found
+        return None
+
+    def apply(self, batch: CertificateBatch) -> tuple[set[Name], set[str]]:
+        """Take over what changed; return the secrets that this touches (a wildcard stands for all below it), and the hosts of
+        challenges."""
+        put = {material.host: material for material in batch.put}
+        gone = set(self._materials) - set(put) - set(batch.kept) if batch.complete else set(batch.removed) - set(put)
+        changed = {host for host, material in put.items() if self._materials.get(host) != material}
+        for host in gone:
+            self._materials.pop(host, None)
+        for host in changed:
+            self._materials[host] = put[host]
+        return {(Kind.SECRET, host) for host in changed | gone}, self._challenge(batch)
+
+    def _challenge(self, batch: CertificateBatch) -> set[str]:
+        if batch.challenges is None and not batch.complete:
+            return set()
+        wanted: dict[str, dict[str, str]] = {}
+        for each in batch.challenges or ():
+            wanted.setdefault(each.host, {})[each.token] = each.answer
+        before, self.challenges = self.challenges, wanted
+        return {host for host in {*before, *wanted} if before.get(host) != wanted.get(host)}
+
+
+def _secret(name: str, material: Material) -> Resource:
+    message = secret_pb2.Secret(name=name)
+    message.tls_certificate.certificate_chain.inline_string = material.chain
+    message.tls_certificate.private_key.inline_string = material.key
+    body = message.SerializeToString(deterministic=True)
+    return Resource(Kind.SECRET, name, hashlib.blake2b(body, digest_size=9).hexdigest(), body)

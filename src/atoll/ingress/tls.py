@@ -1,0 +1,64 @@
+"""The listener that speaks TLS, as a part of Envoy's bootstrap. Pure.
+
+Of certificates it knows nothing: for each name that a client says (SNI) Envoy asks for a secret of that name on the stream that it
+has with us, keeps it, and takes each newer one for the connections that come after it. So a certificate costs nothing until it is
+used, and an open connection never notices a change. A name that has no certificate is refused at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+ALPN = ("h2", "http/1.1")
+NO_NAME = "-"
+"""What is asked for where a client says no name; no hostname is called so."""
+HANDSHAKE_S = 10
+"""From the connection to the end of its handshake. Without it a client for whose name nobody answers would wait for ever."""
+HELLO_S = 5
+"""Until the client has said its name."""
+_TYPE = "@type"
+_EXTENSIONS = "type.googleapis.com/envoy.extensions"
+
+
+def listener(address: str, port: int, manager: dict[str, Any], *, buffer_bytes: int, source: dict[str, Any]) -> dict[str, Any]:
+    """Return the listener; `manager` is how HTTP is served once the handshake is done, `source` where secrets come from."""
+    return {
+        "name": "https",
+        "address": {"socket_address": {"address": address, "port_value": port}},
+        "per_connection_buffer_limit_bytes": buffer_bytes,
+        "listener_filters": [
+            {
+                "name": "envoy.filters.listener.tls_inspector",
+                "typed_config": {_TYPE: f"{_EXTENSIONS}.filters.listener.tls_inspector.v3.TlsInspector"},
+            }
+        ],
+        "listener_filters_timeout": f"{HELLO_S}s",
+        "filter_chains": [
+            {
+                "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}],
+                "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": _socket(source)},
+                "transport_socket_connect_timeout": f"{HANDSHAKE_S}s",
+            }
+        ],
+    }
+
+
+def _socket(source: dict[str, Any]) -> dict[str, Any]:
+    sockets = f"{_EXTENSIONS}.transport_sockets.tls"
+    mapper = {_TYPE: f"{sockets}.cert_mappers.sni.v3.SNI", "default_value": NO_NAME}
+    selector = {
+        _TYPE: f"{sockets}.cert_selectors.on_demand_secret.v3.Config",
+        "config_source": source,
+        "certificate_mapper": {"name": "sni", "typed_config": mapper},
+    }
+    return {
+        _TYPE: f"{sockets}.v3.DownstreamTlsContext",
+        "common_tls_context": {
+            "tls_params": {"tls_minimum_protocol_version": "TLSv1_2"},
+            "alpn_protocols": list(ALPN),
+            "custom_tls_certificate_selector": {"name": "on-demand", "typed_config": selector},
+        },
+        # A session that is resumed goes past the choice of the certificate, and so past its withdrawal.
+        "disable_stateless_session_resumption": True,
+        "disable_stateful_session_resumption": True,
+    }
