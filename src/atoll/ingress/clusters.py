@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2, outlier_detection_pb2
@@ -56,6 +57,8 @@ AWAY_EJECT_MS, AWAY_EJECT_MAX_MS = 1_000, 5_000
 """For how long; then it is tried again. The control plane takes what is lost away after some 4 s."""
 AWAY_UNACKNOWLEDGED_MS = 2_000
 """A connection on which the other side's kernel says nothing for so long has broken; one lost packet over an ocean is no break."""
+CLOSER, CLOSER_MS = 0.85, 1.0
+"""A site comes before another when it is nearer by so much."""
 _TCP, _TCP_USER_TIMEOUT = 6, 18
 _FAR = float("inf")
 
@@ -68,6 +71,13 @@ class Nearness(Struct, frozen=True):
 
     def of(self, site: str) -> float:
         return 0.0 if site == self.site else self.ms.get(site, _FAR)
+
+    def holds(self, ms: Mapping[str, float]) -> bool:
+        """Whether the order of the sites is still so by these round trips; what is about as far changes nothing."""
+        if self.ms.keys() != ms.keys():
+            return False
+        order = sorted(self.ms, key=lambda site: (self.ms[site], site))
+        return not any(ms[later] < ms[sooner] * CLOSER - CLOSER_MS for sooner, later in itertools.pairwise(order))
 
 
 def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = False) -> Resource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable, Mapping
 from typing import Protocol
 from urllib.parse import quote
 
@@ -35,10 +36,34 @@ class Report(Protocol):
     async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers: ...
 
 
-class Heart:
-    """Beats every `BEAT_S`; the answer names the peers that are measured every `PROBE_S`."""
+def _nothing() -> dict[str, str]:
+    return {}
 
-    def __init__(self, admin: Admin, report: Report, prober: Prober, *, ingress: str, site: str, clock: Clock) -> None:
+
+def _nobody(sites: Mapping[str, float]) -> None:
+    """Nobody wants to know how far sites are."""
+
+
+class Heart:
+    """Beats every `BEAT_S`; the answer names the peers that are measured every `PROBE_S`.
+
+    `problems` is asked for what is told of apps that are not routed whole; `moved` hears after each beat how far other sites are.
+    """
+
+    def __init__(
+        self,
+        admin: Admin,
+        report: Report,
+        prober: Prober,
+        *,
+        ingress: str,
+        site: str,
+        clock: Clock,
+        problems: Callable[[], dict[str, str]] = _nothing,
+        moved: Callable[[Mapping[str, float]], None] = _nobody,
+    ) -> None:
+        self._problems = problems
+        self._moved = moved
         self._admin = admin
         self._report = report
         self._prober = prober
@@ -69,8 +94,11 @@ class Heart:
                 at=self._clock.now(),
                 requests=self._rates.per_s(),
                 round_trips_ms=dict(self._prober.round_trips_ms),
+                problems=self._problems(),
             )
-            self._peers = (await self._report.ingress_heartbeat(told)).peers
+            peers = await self._report.ingress_heartbeat(told)
+            self._peers = peers.peers
+            self._moved({**peers.sites, **self._prober.round_trips_ms})
         except AtollError as error:
             log.info("ingress.heartbeat-not-told", message=str(error), retry_in_s=BEAT_S)
 

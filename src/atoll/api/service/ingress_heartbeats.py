@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from atoll.api.service.context import Context, Draft
+from atoll.api.service.events import bounded
 from atoll.model import codec, keys
 from atoll.model.errors import Forbidden, Invalid, NotFound, TooLarge
 from atoll.model.ports.control_plane import Peer, Peers
-from atoll.model.ports.store import Put, absent, unchanged
-from atoll.model.records import Ingress, IngressHeartbeat, RoundTrips
+from atoll.model.ports.store import Op, Put, absent, unchanged
+from atoll.model.records import App, Event, Ingress, IngressHeartbeat, Node, RoundTrips, Severity, Site
+from atoll.scheduling.geography import Geography
 from atoll.store.cache import Held
 
 KEEP_S = 3_600.0
@@ -23,6 +25,11 @@ RATE_MAX = 1e9
 ROUND_TRIP_MS_MAX = 10_000.0
 WRITE_S = 60.0
 """Between two writes of one ingress's round trips."""
+GEOGRAPHY_S = 60.0
+"""How long what is known of the sites' distances is not looked at anew."""
+PROBLEMS_MAX = 100
+WORDS_MAX = 1_000
+EVENTS_PER_BEAT_MAX = 20
 CHANGED = 0.15
 CHANGED_MS = 1.0
 """A round trip has changed when it differs by this share and by so much."""
@@ -35,6 +42,8 @@ class IngressHeartbeats:
         self._context = context
         self._latest: dict[str, IngressHeartbeat] = {}
         self._heard: dict[str, float] = {}
+        self._geography: Geography | None = None
+        self._geography_at = 0.0
 
     async def note(self, heartbeat: IngressHeartbeat) -> Peers:
         """Take a heartbeat, and return the ingresses of other sites, for round trips to be measured to. Safe to repeat.
@@ -48,12 +57,14 @@ class IngressHeartbeats:
             raise Forbidden(f"ingress '{heartbeat.ingress}' is at site '{held.record.site}', not '{heartbeat.site[:60]}'")
         _check(heartbeat)
         now = self._context.clock.monotonic()
+        before = self._latest.get(heartbeat.ingress)
         self._latest[heartbeat.ingress] = heartbeat
         self._heard[heartbeat.ingress] = now
         for silent in [name for name, at in self._heard.items() if now - at > KEEP_S]:
             del self._heard[silent], self._latest[silent]
         if heartbeat.round_trips_ms:
             await self._write(heartbeat)
+        await self._tell(before.problems if before is not None else {}, heartbeat)
         return self._peers(heartbeat.site)
 
     def all(self) -> Mapping[str, IngressHeartbeat]:
@@ -63,7 +74,43 @@ class IngressHeartbeats:
     def _peers(self, site: str) -> Peers:
         records = [held.record for _, held in sorted(self._context.state.records(Ingress).items())]
         found = [Peer(one.site, one.address, one.http_port) for one in records if one.address and one.site != site]
-        return Peers(tuple(found[:SITES_MAX]))
+        return Peers(tuple(found[:SITES_MAX]), self._round_trips(site))
+
+    def _round_trips(self, site: str) -> dict[str, float]:
+        """Return how far the sites are from this one that have nodes or a record."""
+        state, now = self._context.state, self._context.clock.monotonic()
+        if self._geography is None or now - self._geography_at > GEOGRAPHY_S:
+            sites = (held.record for held in state.records(Site).values())
+            self._geography = Geography(sites, (held.record for held in state.records(RoundTrips).values()))
+            self._geography_at = now
+        others = sorted({*self._geography.sites, *(held.record.site for held in state.records(Node).values())} - {site})[:SITES_MAX]
+        if not others:
+            return {}
+        ms = self._geography.round_trips_ms([site], others)[0]
+        return {other: round(float(one), 3) for other, one in zip(others, ms, strict=True) if one < ROUND_TRIP_MS_MAX}
+
+    async def _tell(self, before: dict[str, str], heartbeat: IngressHeartbeat) -> None:
+        """Write an event for what the ingress could not route of an app, once for each reason."""
+        fresh = {app: words for app, words in heartbeat.problems.items() if before.get(app) != words}
+        ops: list[Op] = []
+        now = self._context.clock.now()
+        for key, words in sorted(fresh.items())[:EVENTS_PER_BEAT_MAX]:
+            if self._context.state.get(App, key) is None:
+                continue
+            project, _, app = key.partition("/")
+            event = Event(
+                id=f"{int(now) * 1000:013d}-{app}-route-refused",
+                at=now,
+                project=project,
+                subject=f"app/{app}",
+                code="route-refused",
+                message=f"ingress '{heartbeat.ingress}' leaves out a part of its routing: {words}",
+                severity=Severity.ERROR,
+                data={"ingress": heartbeat.ingress},
+            )
+            ops.append(Put(keys.event(project, event.id), codec.encode(bounded(event))))
+        if ops:
+            await self._context.write(type(None), lambda: Draft(ops=ops, answer=lambda _: None))
 
     async def _write(self, heartbeat: IngressHeartbeat) -> None:
         """Write the round trips where they have changed and the last write is some time ago."""
@@ -106,6 +153,8 @@ def _differs(before: float | None, now: float) -> bool:
 
 
 def _check(heartbeat: IngressHeartbeat) -> None:
+    if len(heartbeat.problems) > PROBLEMS_MAX or any(len(words) > WORDS_MAX for words in heartbeat.problems.values()):
+        raise TooLarge(f"problems: at most {PROBLEMS_MAX}, each of {WORDS_MAX} characters", field="problems")
     if len(heartbeat.requests) > APPS_MAX:
         raise TooLarge(f"requests: {len(heartbeat.requests)} apps; at most {APPS_MAX}", field="requests")
     if len(heartbeat.round_trips_ms) > SITES_MAX:

@@ -51,6 +51,8 @@ class Peer(Struct, frozen=True):
 
 class Peers(Struct, frozen=True):
     peers: tuple[Peer, ...] = ()
+    sites: dict[str, float] = {}
+    """Other site → round trip in ms from the ingress's own, of those of which it is known or can be estimated."""
 
 
 class StreamKind:

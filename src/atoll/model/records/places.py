@@ -44,3 +44,5 @@ class IngressHeartbeat(Record, frozen=True, kw_only=True):
     """`PROJECT/APP` → requests per second that come in here, smoothed over minutes; not all where they are many."""
     round_trips_ms: dict[str, float] = {}
     """Other site → smoothed round trip, of those that answer."""
+    problems: dict[str, str] = {}
+    """`PROJECT/APP` → what of its routing is left out here, and why, in words; at most 100."""
