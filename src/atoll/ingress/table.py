@@ -148,6 +148,12 @@ class RoutingTable:
         keys = {f"{target.project}/{target.app}" for target in self._sleepers}
         return any(endpoint.address == address for key in keys for endpoint in self.endpoints_of(key))
 
+    def owner_of(self, host: str) -> str | None:
+        """Return the app (`PROJECT/NAME`) that a hostname leads to at its shortest path."""
+        for path in sorted(self._paths.get(host, ())):
+            return next(iter(self._claims[HostPath(host, path)]))
+        return None
+
     def _put(self, key: str, routing: Routing) -> set[str]:
         old = self._routings.get(key)
         if old == routing:
@@ -173,7 +179,7 @@ class RoutingTable:
 
     def move(self, near: Nearness) -> None:
         """Take over how far the sites are from here."""
-        if near == self._near:
+        if near.site == self._near.site and self._near.holds(near.ms):
             return
         self._near = near
         for key in self._spread:
