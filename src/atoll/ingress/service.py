@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from atoll.ingress.admin import EnvoyAdmin, Requests, short
 from atoll.ingress.ads import AdsServer
 from atoll.ingress.bootstrap import ACCESS_LOG, ADS_SOCKET
 from atoll.ingress.certificates import CertificateTable
+from atoll.ingress.clusters import Nearness
 from atoll.ingress.demand import Demand
 from atoll.ingress.drain import Drainer
 from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
@@ -21,6 +22,7 @@ from atoll.ingress.heartbeat import Heart
 from atoll.ingress.logs import keep_bounded
 from atoll.ingress.meter import Meter
 from atoll.ingress.probe import Prober, own_address
+from atoll.ingress.refused import Refused
 from atoll.ingress.resources import Kind, Resource
 from atoll.ingress.table import RoutingTable
 from atoll.model import records
@@ -94,7 +96,8 @@ class Ingress:
         self._reachable = own_address(address) if reachable is None else reachable
         self._stop_grace_s = stop_grace_s
         self._clock = clock or SystemClock()
-        self.table = RoutingTable()
+        self.table = RoutingTable(Nearness(site))
+        self._refusals = Refused(self.table)
         self.certificates = CertificateTable(self.table.project_of)
         self._certificates = certificates
         shown = {**self.table.resources, Kind.SECRET: self.certificates}
@@ -120,7 +123,16 @@ class Ingress:
         )
         self._meter = Meter(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
         prober = Prober(site, self._clock)
-        self._heart = Heart(self.envoy.admin, control_plane, prober, ingress=name, site=site, clock=self._clock)
+        self._heart = Heart(
+            self.envoy.admin,
+            control_plane,
+            prober,
+            ingress=name,
+            site=site,
+            clock=self._clock,
+            problems=self._refusals.problems,
+            moved=self._moved,
+        )
 
     async def run(self) -> None:
         """Serve until cancelled; then Envoy ends too, with `stop_grace_s` for the requests that are active.
@@ -220,7 +232,13 @@ class Ingress:
             except (DeadlineExceeded, Unavailable):
                 await asyncio.sleep(READY_POLL_S)
 
+    def _moved(self, round_trips_ms: Mapping[str, float]) -> None:
+        self.table.move(Nearness(self._site, dict(round_trips_ms)))
+        if changes := self.table.take_changes():
+            self.ads.publish(changes)
+
     def _refused(self, resource: Resource, words: str) -> None:
+        self._refusals.note(resource, words[:WORDS_MAX])
         log.error("ingress.envoy-refused", kind=resource.kind.rpartition(".")[2], name=resource.name, message=words[:WORDS_MAX])
 
 
