@@ -28,10 +28,10 @@ from atoll.model.records import Capacity, Event, Heartbeat, Node, Status, Usage,
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired, Phase
 from atoll.node.agent import REDIAL_MAX_S
+from atoll.node.beating import HEARTBEAT_S
 from atoll.node.contact import Contact
 from atoll.node.pulse import Pulse
 from atoll.node.report import LAZY_S, STATUSES_MAX, retry_delay
-from atoll.node.vitals import HEARTBEAT_S
 
 SITES = 50
 STARTS_S = (0.2, 1.0)

@@ -12,8 +12,9 @@ from detection_net import CELL_KEY, Net
 from atoll.control.detection.decide import Standing
 from atoll.model import beats
 from atoll.model.beats import Kind, Relayed
-from atoll.node import vitals
-from atoll.node.pulse import RATE_MIN
+from atoll.node.beating import DEAF_S as HTTP_DEAF_S
+from atoll.node.beating import HEARTBEAT_S
+from atoll.node.pulse import DEAF_S, RATE_MAX, RATE_MIN
 
 GOAL_S = 5.0
 
@@ -300,7 +301,7 @@ def test_nodes_whose_datagrams_reach_all_servers_but_the_one_that_leads_are_kept
             while True:
                 net.last_seen[name] = net.clock.monotonic()
                 pulse, waited = net.pulses[name], 0.0
-                while waited < (vitals.DEAF_S if pulse.deaf(net.clock.monotonic()) else vitals.HEARTBEAT_S):
+                while waited < (HTTP_DEAF_S if pulse.deaf(net.clock.monotonic()) else HEARTBEAT_S):
                     await asyncio.sleep(0.1)
                     waited += 0.1
 
@@ -325,6 +326,29 @@ def test_nodes_whose_datagrams_reach_all_servers_but_the_one_that_leads_are_kept
     on_net(test)
 
 
+def test_when_the_leader_dies_the_server_that_takes_over_is_not_flooded() -> None:
+    async def test(net: Net) -> None:
+        await net.server("other", leads=False)
+        names = await fleet(net)
+        await net.kill("leader")
+        await asyncio.sleep(DEAF_S + 0.5)
+        net.seen.clear()
+        await asyncio.sleep(5.0)
+
+        def beats_a_second(server: str) -> float:
+            return sum(to[0] == server for _, sender, to in net.seen if sender[0] in names) / 5.0 / len(names)
+
+        assert all(pulse.deaf(net.clock.monotonic()) for pulse in net.pulses.values())
+        assert beats_a_second("other") < RATE_MIN + 0.3
+        assert beats_a_second("leader") > RATE_MAX - 1, "it may be there, and lose what it is sent"
+        net.servers["other"].lead(True)
+        await asyncio.sleep(1.5)
+        assert not any(pulse.deaf(net.clock.monotonic()) for pulse in net.pulses.values())
+        assert net.silent("other") == set()
+
+    on_net(test)
+
+
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_the_only_one_that_beats_is_given_up_where_others_are_heard_over_http_and_not_where_nobody_is(cut_off: bool) -> None:
     async def test(net: Net) -> None:
@@ -334,7 +358,7 @@ def test_the_only_one_that_beats_is_given_up_where_others_are_heard_over_http_an
         async def heartbeats(name: str) -> None:
             while True:
                 net.last_seen[name] = net.clock.monotonic()
-                await asyncio.sleep(vitals.HEARTBEAT_S)
+                await asyncio.sleep(HEARTBEAT_S)
 
         beating = [asyncio.ensure_future(heartbeats(name)) for name in ("old1", "old2")]
         await asyncio.sleep(20)
@@ -349,7 +373,7 @@ def test_the_only_one_that_beats_is_given_up_where_others_are_heard_over_http_an
             await asyncio.sleep(2)
             assert net.silent() == {names[0]}
         else:
-            assert await net.until_silent(names[0]) < GOAL_S + vitals.HEARTBEAT_S
+            assert await net.until_silent(names[0]) < GOAL_S + HEARTBEAT_S
         for task in beating:
             task.cancel()
         await asyncio.gather(*beating, return_exceptions=True)

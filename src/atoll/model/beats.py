@@ -109,6 +109,8 @@ class BeatGrant(Struct, frozen=True, kw_only=True):
     lasts_s: float
     servers: tuple[str, ...] = ()
     """`HOST:PORT` of all that may lead; empty for the address at which the API was asked."""
+    heartbeat_s: float = 5.0
+    """How often a heartbeat over HTTP is wanted while beats show that the node lives; the more nodes, the less often."""
 
 
 class NotOurs(ValueError):

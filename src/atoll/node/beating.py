@@ -17,6 +17,12 @@ from atoll.node.pulse import Pulse
 
 LOOK_S = 0.2
 """The longest sleep between two looks at what is due."""
+HEARTBEAT_S = 5.0
+"""Between two heartbeats over HTTP, which say what is in use."""
+HEARTBEAT_MAX_S = 30.0
+"""The same where the server asks for them less often, and beats show that the node lives."""
+DEAF_S = 2.0
+"""The same while datagrams do not get through: then it is the heartbeats that say that the node lives."""
 GRANT_S = 10.0
 """Deadline of asking for a key."""
 RETRY_MIN_S = 0.5
@@ -50,6 +56,7 @@ class Beating:
         self._bind = bind
         self._count = 0
         self._deaf = False
+        self._heartbeat_s = HEARTBEAT_S
         self.contact = contact
         self.pulse = Pulse(node, contact=contact, counter=int(clock.now() * 1000))
         self.orderly = True
@@ -67,6 +74,13 @@ class Beating:
         is but one server."""
         return not self.pulse.answered or self._count < 2
 
+    @property
+    def heartbeat_s(self) -> float:
+        """How often a heartbeat over HTTP is needed to show that this node lives, and what is in use on it."""
+        if self._deaf:
+            return DEAF_S
+        return self._heartbeat_s if self.pulse.answered else HEARTBEAT_S
+
     async def run(self) -> None:
         """Beat for ever."""
         self.contact.load(self._clock.monotonic())
@@ -81,6 +95,7 @@ class Beating:
                 tasks.create_task(self._tick(), name="beats")
                 while True:
                     self._count = len(addresses)
+                    self._heartbeat_s = min(HEARTBEAT_MAX_S, max(HEARTBEAT_S, grant.heartbeat_s))
                     self.pulse.serve(grant, addresses)
                     await asyncio.sleep(min(ANEW_S, max(1.0, grant.lasts_s / 2)))
                     grant = await self._ask()

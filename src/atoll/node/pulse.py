@@ -45,7 +45,7 @@ CARRIED_MAX = 512
 DEAF_S = 2.5
 """Without an ACK of the server that leads for so long, it may not hear our datagrams; heartbeats over HTTP then come sooner."""
 DEAF_EAGER_S = 10.0
-"""So long it beats at the full rate then."""
+"""So long after that it beats at the full rate to a server that does not answer."""
 
 
 class Carried(Struct, frozen=True):
@@ -60,7 +60,7 @@ class Carried(Struct, frozen=True):
 class Server:
     """What the agent knows of one server. Mutable."""
 
-    __slots__ = ("asked_at", "counter", "first", "heard_at", "loss", "sent", "session")
+    __slots__ = ("asked_at", "burst", "counter", "first", "heard_at", "loss", "next", "sent", "session")
 
     def __init__(self, counter: int) -> None:
         self.counter = counter
@@ -73,6 +73,22 @@ class Server:
         self.heard_at: float | None = None
         self.loss = 1.0
         """Share of the last beats that did not arrive; 1 while nothing is known."""
+        self.next = -math.inf
+        """When the next beat is due."""
+        self.burst = 0
+
+    def rate(self, now: float) -> int:
+        """Return how many beats a second it is due: as many as the way there asks for.
+
+        One that does not answer any more may lose what it is sent, so it is sent more for a while. One that answers is not,
+        whatever the others do: else the server that takes over from one that died would be flooded at that moment.
+        """
+        if self.heard_at is None:
+            return RATE_MIN
+        silent_s = now - self.heard_at
+        if silent_s > DEAF_S:
+            return RATE_MAX if silent_s < DEAF_S + DEAF_EAGER_S else RATE_MIN
+        return rate_of(self.loss)
 
 
 class Pulse:
@@ -89,8 +105,6 @@ class Pulse:
         self._began: float | None = None
         self._led_at: float | None = None
         """When the server that leads answered last; until it ever has, when any first did."""
-        self._next = 0.0
-        self._burst = 0
         self._carried: dict[int, Carried] = {}
         self._budget = float(ANSWERS_PER_S)
         self._budget_at = 0.0
@@ -111,15 +125,8 @@ class Pulse:
             self._servers[address] = known[address]
 
     def rate(self, now: float) -> int:
-        """Return how many beats a second are due: as many as the worst path asks for. Where nobody has ever answered, few."""
-        known = [server for server in self._servers.values() if server.heard_at is not None]
-        if not known:
-            return RATE_MIN
-        if self.deaf(now):
-            if self._led_at is not None and now - self._led_at < DEAF_EAGER_S:
-                return RATE_MAX
-            known = [server for server in known if server.heard_at is not None and now - server.heard_at <= DEAF_S]
-        return rate_of(max((server.loss for server in known), default=0.0))
+        """Return how many beats a second go to the server that gets most."""
+        return max((server.rate(now) for server in self._servers.values()), default=RATE_MIN)
 
     @property
     def answered(self) -> bool:
@@ -133,16 +140,19 @@ class Pulse:
     def tick(self, now: float) -> float:
         """Send what is due, and return when to come again. Raises nothing."""
         if self._began is None:
-            self._began, self._next = now, now
-        if now - self._next > STALL_S:
-            self._burst = BURST
-        if now >= self._next:
-            self._beat(now)
-            rate = RATE_MAX if now - self._began < EAGER_S else self.rate(now)
-            self._burst = max(0, self._burst - 1)
-            self._next = now + (BURST_GAP_S if self._burst else 1.0 / rate)
+            self._began = now
+        eager = now - self._began < EAGER_S
+        due = now + 1.0 / RATE_MIN
+        for address, server in self._servers.items():
+            if now >= server.next:
+                if STALL_S < now - server.next < math.inf:
+                    server.burst = BURST
+                self._beat(address, server, now)
+                server.burst = max(0, server.burst - 1)
+                server.next = now + (BURST_GAP_S if server.burst else 1.0 / (RATE_MAX if eager else server.rate(now)))
+            due = min(due, server.next)
         carries = self.carries_until(now)
-        return self._next if carries is None else min(self._next, carries)
+        return due if carries is None else min(due, carries)
 
     def carries_until(self, now: float) -> float | None:
         """Say of which probes nothing has come back, and return when to look again; None when none is carried."""
@@ -157,22 +167,21 @@ class Pulse:
     def say_goodbye(self, now: float) -> None:
         """Tell every server that this agent ends in order and another will follow: three times, since it is the last word."""
         for _ in range(BURST):
-            self._beat(now, Flag.AWAY)
+            for address, server in self._servers.items():
+                self._beat(address, server, now, Flag.AWAY)
 
-    def _beat(self, now: float, flags: int = Flag.NONE) -> None:
+    def _beat(self, address: Address, server: Server, now: float, flags: int = Flag.NONE) -> None:
         if self._grant is None:
             return
-        for address, server in self._servers.items():
-            server.counter += 1
-            asks = not server.session or now - server.asked_at >= ASK_EVERY_S - 0.01
-            if asks:
-                server.asked_at = now
-                server.sent[server.counter] = now
-                while len(server.sent) > SENT_MAX:
-                    server.sent.popitem(last=False)
-            said = flags | Flag.ASKS if asks else flags
-            beat = Beat(self._node, self._grant.epoch, server.session, server.counter, said, self.inside)
-            self._send(beats.pack_beat(self._grant.key, beat), address)
+        server.counter += 1
+        if not server.session or now - server.asked_at >= ASK_EVERY_S - 0.01:
+            flags |= Flag.ASKS
+            server.asked_at = now
+            server.sent[server.counter] = now
+            while len(server.sent) > SENT_MAX:
+                server.sent.popitem(last=False)
+        beat = Beat(self._node, self._grant.epoch, server.session, server.counter, flags, self.inside)
+        self._send(beats.pack_beat(self._grant.key, beat), address)
 
     def _send(self, data: bytes, to: Address) -> None:
         self.sent += 1
@@ -218,7 +227,7 @@ class Pulse:
             server.counter = ack.last  # our clock was set back between two lives
         if ack.session != server.session:
             server.session, server.first, server.loss = ack.session, server.counter + 1, 1.0
-            self._next = now  # the next beat is the first that counts there
+            server.next = now  # the next beat is the first that counts there
             return
         span = min(WINDOW, ack.last - server.first + 1)
         if span >= SPAN_MIN:

@@ -7,12 +7,14 @@ import contextlib
 from collections.abc import Mapping
 
 import structlog
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
 from atoll.model.records import Heartbeat, Node, Usage
-from atoll.node.beating import Beating
+from atoll.model.spec import AppSpec
+from atoll.node.beating import HEARTBEAT_S, Beating
 from atoll.node.contact import Contact
 from atoll.node.gpu_usage import owners_of, usage_of
 from atoll.node.metrics import Scrapes, target_of, with_metrics
@@ -20,9 +22,6 @@ from atoll.node.prefetch import Prefetch
 from atoll.node.runner import Runner
 from atoll.node.tools import Machine, Tools
 
-HEARTBEAT_S = 5.0
-DEAF_S = 2.0
-"""The same while datagrams do not get through: then it is these that say that the node lives."""
 CALL_S = 10.0
 """Deadline of a registration or a heartbeat."""
 USAGE_S = 2.0
@@ -96,9 +95,14 @@ class Vitals:
                 log.exception("heartbeat failed", node=self._node.name)
             self._registered.clear()
             with contextlib.suppress(TimeoutError):
-                deaf = self._beating is not None and self._beating.deaf
-                async with asyncio.timeout(DEAF_S if deaf else HEARTBEAT_S):
+                async with asyncio.timeout(self._pause_s()):
                     await self._registered.wait()
+
+    def _pause_s(self) -> float:
+        """Return how long until the next heartbeat. What scales by what is in use, and devices, are told of as often as can be."""
+        pause_s = self._beating.heartbeat_s if self._beating is not None else HEARTBEAT_S
+        watched = self._tools.gpus is not None or any(_scales(runner) for runner in self._runners.values())
+        return min(pause_s, HEARTBEAT_S) if watched else pause_s
 
     async def _beat_once(self) -> None:
         cpu_milli, memory_bytes = self._machine.sample()
@@ -166,3 +170,9 @@ class Vitals:
                 log.warning("images not collected", error=str(error))
             except Exception:  # the outer edge, as above
                 log.exception("images not collected")
+
+
+def _scales(runner: Runner) -> bool:
+    """Whether the number of an app's instances may follow what this one says of itself."""
+    workload = runner.assignment.workload
+    return isinstance(workload, AppSpec) and workload.scale is not UNSET and workload.scale.max is not None

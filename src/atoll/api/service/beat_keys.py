@@ -12,8 +12,13 @@ from atoll.api.service.context import Context
 from atoll.model import beats
 from atoll.model.beats import BeatGrant
 from atoll.model.membership import Identity, MemberKind, Server
+from atoll.model.records import Node
 
 PURPOSE = "beats"
+HEARTBEATS_PER_S = 100
+"""Heartbeats over HTTP that are wanted of all nodes together; each costs a server about as much as thirty beats."""
+HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 5.0, 15.0
+"""But no node is asked for them more or less often. They say what is in use; that a node lives, its beats say."""
 
 
 def beat_key(context: Context, node: str, epoch: int) -> bytes:
@@ -29,7 +34,9 @@ def grant_of(context: Context, node: str) -> BeatGrant:
     lasts_s = (epoch + 1.5) * beats.EPOCH_S - now
     servers = [held.record for _, held in sorted(context.state.records(Server).items())]
     addresses = tuple(dict.fromkeys(_address(server.urls[0]) for server in servers if server.urls))
-    return BeatGrant(key=beat_key(context, node, epoch), epoch=epoch, lasts_s=lasts_s, servers=addresses)
+    heartbeat_s = min(HEARTBEAT_MAX_S, max(HEARTBEAT_MIN_S, len(context.state.records(Node)) / HEARTBEATS_PER_S))
+    key = beat_key(context, node, epoch)
+    return BeatGrant(key=key, epoch=epoch, lasts_s=lasts_s, servers=addresses, heartbeat_s=heartbeat_s)
 
 
 def _address(url: str) -> str:

@@ -31,7 +31,7 @@ INSTANCES_MAX = 10_000
 """Instances in one answer; `atoll_instances_left_out` says how many there are beyond."""
 RECORDS_PER_TURN = 250
 """Records that are written before the event loop gets its turn."""
-FRESH_S = 30.0
+FRESH_S = 45.0
 """What a node said longer ago is left out: a figure that stands still is worse than none."""
 
 FAMILIES = {

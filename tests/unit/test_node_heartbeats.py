@@ -1,0 +1,159 @@
+"""How often an agent says over HTTP what is in use: seldom in a large cell, often where something depends on it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from control_cell import LoopClock, run_virtual
+from detection_net import CELL_KEY, Net
+
+from atoll.api.service import KINDS, Service
+from atoll.api.service.beat_keys import grant_of
+from atoll.images.fake import FakeImages
+from atoll.model import beats, codec, keys
+from atoll.model.beats import BeatGrant
+from atoll.model.ports.store import Put
+from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind
+from atoll.model.spec import AppSpec, Metrics, Port, RuntimeName, Scale
+from atoll.network.fake import FakeNetwork, FakeNetworkState
+from atoll.node.agent import Agent
+from atoll.node.beating import DEAF_S, HEARTBEAT_S, Beating
+from atoll.node.contact import Contact
+from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
+from atoll.node.record import MemoryRecord
+from atoll.runtimes.fake import FakeHost, FakeRuntime
+from atoll.store.cache import State
+from atoll.store.memory import MemoryStore
+
+CALM_S = 15.0
+
+
+class Here:
+    """One agent that beats to a server that leads, and says the rest to a scripted control plane."""
+
+    def __init__(self, net: Net, data: Path) -> None:
+        self.net = net
+        self.control = FakeControlPlane()
+        net.sites["n1"] = "a"
+        epoch = beats.epoch_at(net.clock.now())
+        self.control.granted = BeatGrant(
+            key=beats.key_of(CELL_KEY, "n1", epoch), epoch=epoch, lasts_s=1e6, servers=("leader:7600",), heartbeat_s=CALM_S
+        )
+        beating = Beating(
+            "n1", control=self.control, opener=net.net, clock=net.clock, servers=(), contact=Contact(boot_id=""), bind=("n1", 0)
+        )
+        self.agent = Agent(
+            node="n1",
+            control=self.control,
+            runtimes=[FakeRuntime(FakeHost(clock=net.clock))],
+            images=FakeImages(),
+            network=FakeNetwork(FakeNetworkState()),
+            clock=net.clock,
+            random=random.Random(1),
+            data=data,
+            record=MemoryRecord(),
+            logs=MemoryLogs(data),
+            prober=FakeProber(),
+            machine=FakeMachine(),
+            beating=beating,
+        )
+        work = (beating.run(), self.agent.run(), self._keep_alive())
+        self.tasks = [asyncio.create_task(one) for one in work]
+
+    async def _keep_alive(self) -> None:
+        """An agent that hears nothing connects anew, and says so with a heartbeat."""
+        while True:
+            await asyncio.sleep(5.0)
+            self.control.prefetch()
+
+    async def count(self, span_s: float) -> int:
+        """Return how many heartbeats come in that time."""
+        self.control.heartbeats.clear()
+        await asyncio.sleep(span_s)
+        return len(self.control.heartbeats)
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def on_agent(data: Path, test: Callable[[Here], Awaitable[None]]) -> None:
+    async def main() -> None:
+        net = Net()
+        await net.server()
+        here = Here(net, data)
+        await asyncio.sleep(20)
+        try:
+            await test(here)
+        finally:
+            await here.close()
+            await net.close()
+
+    run_virtual(main())
+
+
+def test_while_beats_are_acknowledged_heartbeats_come_as_seldom_as_the_server_asks_for(tmp_path: Path) -> None:
+    async def test(here: Here) -> None:
+        assert 300 / CALM_S - 1 <= await here.count(300) <= 300 / CALM_S + 1
+
+    on_agent(tmp_path, test)
+
+
+def test_where_the_leader_does_not_acknowledge_beats_heartbeats_come_at_once_and_often(tmp_path: Path) -> None:
+    async def test(here: Here) -> None:
+        here.net.cut.add(("n1", "leader"))
+        assert await here.count(5) >= 1, "the first within the time that a silent node has"
+        assert 60 / DEAF_S - 1 <= await here.count(60) <= 60 / DEAF_S + 1
+        here.net.cut.clear()
+        await asyncio.sleep(5)
+        assert await here.count(150) <= 150 / CALM_S + 1
+
+    on_agent(tmp_path, test)
+
+
+def test_a_node_on_which_something_scales_by_what_it_says_is_heard_as_often_as_in_a_small_cell(tmp_path: Path) -> None:
+    async def test(here: Here) -> None:
+        scale = Scale(replicas=1, max=3, metric="depth", target=5.0)
+        spec = AppSpec(name="web", image="x", ports=(Port(port=80),), metrics=Metrics(port=80), scale=scale)
+        instance = Instance(
+            id="web-1",
+            project="default",
+            owner_kind=OwnerKind.APP,
+            owner="web",
+            release=1,
+            node="n1",
+            runtime=RuntimeName.RUNC,
+            created_at=here.net.clock.now(),
+        )
+        here.control.assign(Assignment(instance=instance, workload=spec, revision=0))
+        await asyncio.sleep(CALM_S + 1)
+        assert await here.count(100) >= 100 / HEARTBEAT_S - 1
+
+    on_agent(tmp_path, test)
+
+
+async def test_the_more_nodes_there_are_the_less_often_each_is_asked_for_a_heartbeat() -> None:
+    clock = LoopClock()
+    store = MemoryStore(clock)
+    asked = []
+    async with State(store, KINDS) as state:
+        service = Service(store, state, clock, random.Random(1), bytes(range(32)))
+        for have in (0, 400, 1_000, 3_000):
+            names = [f"n{number:04d}" for number in range(len(state.records(Node)), have)]
+            for first in range(0, len(names), 400):
+                part = names[first : first + 400]
+                done = await store.txn(
+                    [],
+                    [
+                        Put(keys.node(n), codec.encode(Node(name=n, capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1))))
+                        for n in part
+                    ],
+                )
+                await state.reach(done.revision)
+            asked.append(grant_of(service.context, "n0000").heartbeat_s)
+    await store.close()
+    assert asked == [HEARTBEAT_S, HEARTBEAT_S, 10.0, CALM_S]
