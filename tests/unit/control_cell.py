@@ -108,6 +108,8 @@ class Cell:
         """What ingresses have requests for: tests set it."""
         self.metrics: Callable[[Instance], dict[str, float]] = lambda instance: {}
         """What instances that are ready say of themselves with each heartbeat."""
+        self.uses: Callable[[Instance], dict[str, int]] = lambda instance: {}
+        """Beside it, what their nodes say that they use."""
         self.silent: set[str] = set()
         self.script: Callable[[Instance], list[tuple[float, dict[str, Any]]]] = healthy
         self.watchers: list[Callable[[], None]] = []
@@ -301,7 +303,7 @@ class Cell:
 
     def _usage(self, node: str) -> tuple[Usage, ...]:
         ready = [i for i in self.instances() if i.node == node and (status := self.status(i)) is not None and status.ready]
-        return tuple(Usage(instance=instance.id, metrics=self.metrics(instance)) for instance in ready)
+        return tuple(Usage(instance=one.id, metrics=self.metrics(one), **self.uses(one)) for one in ready)
 
 
 def healthy(instance: Instance) -> list[tuple[float, dict[str, Any]]]:

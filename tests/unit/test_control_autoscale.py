@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
-from atoll.control.autoscale import STEP_COUNT, STEP_S, Memory, ScaleFacts, decide_scale, why
+from atoll.control.autoscale import STEP_COUNT, STEP_S, Memory, ScaleFacts, Signal, decide_scale
 from atoll.control.readings import FRESH_S
 from atoll.model.records import Event, Instance
 from atoll.model.spec import AppSpec, Metrics, Port, Resources, Scale
@@ -22,9 +22,10 @@ SCALE = Scale(replicas=1, max=6, metric="depth", target=10, down=Seconds(DOWN_S)
 WEB = AppSpec(name="web", image="x", ports=(Port(port=80),), metrics=Metrics(), scale=SCALE)
 
 
-def facts(current: int, *readings: float, **more: Any) -> ScaleFacts:
-    usual = {"least": 1, "most": 100, "target": 10.0, "down_s": DOWN_S, "ready": max(current, len(readings))}
-    return ScaleFacts(**usual | {"current": current, "readings": readings} | more)
+def facts(current: int, *readings: float, target: float = 10.0, ready: int | None = None, **more: Any) -> ScaleFacts:
+    usual: dict[str, Any] = {"least": 1, "most": 100, "down_s": DOWN_S, "current": current}
+    there = max(current, len(readings)) if ready is None else ready
+    return ScaleFacts(signals=(Signal(name="depth", target=target, ready=there, readings=readings),), **usual | more)
 
 
 def settled(given: ScaleFacts) -> int:
@@ -146,10 +147,12 @@ def test_whatever_is_said_bounds_hold_and_nothing_is_taken_away_that_was_needed(
 
 
 def test_the_reason_names_metric_value_and_target() -> None:
-    choice = decide_scale(facts(1, 31.5), Memory(), 0.0)
-    assert why(choice, "depth", 10.0) == "depth is 31.5 over 1 instance, target 10 each"
-    assert why(decide_scale(facts(2, 20, 20), Memory(), 0.0), "d", 10.0) == "d is 40 over 2 instances, target 10 each"
-    assert why(decide_scale(facts(1, least=2), Memory(), 0.0), "d", 10.0) == "its bounds have changed"
+    def why(given: ScaleFacts) -> str:
+        return decide_scale(given, Memory(), 0.0).cause.text
+
+    assert why(facts(1, 31.5)) == "depth is 31.5 over 1 instance, target 10 each"
+    assert why(facts(2, 20, 20)) == "depth is 40 over 2 instances, target 10 each"
+    assert why(facts(1, least=2)) == "its bounds have changed"
 
 
 class Load:

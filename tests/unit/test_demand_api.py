@@ -13,7 +13,7 @@ from atoll.model.errors import NotFound, TooLarge
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import Ingress
 from atoll.model.spec import AppSpec, Port, Scale
-from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport
+from atoll.model.traffic import DEMAND_APPS_MAX, AppLoad, DemandReport, Load
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
 
@@ -67,3 +67,24 @@ async def test_an_app_that_sleeps_is_not_stopped_by_a_deploy_without_a_scale(
     without = AppSpec(name="web", image="registry.test/web:2", ports=(Port(port=80),))
     app = (await service.apps.put(SYSTEM, without)).app
     assert (app.replicas, app.sleeps) == (1, False)
+
+
+async def test_loads_are_kept_of_apps_that_are_there_and_a_late_or_lost_report_takes_nothing_back(service: Service) -> None:
+    await service.apps.put(SYSTEM, STEADY)
+    await service.control_plane.register_ingress(Ingress(name="g", http_port=1))
+
+    async def say(uptime_s: float, requests: int, *, started: float = 5.0, app: str = "default/steady") -> None:
+        load = AppLoad(app, requests, 2.5)
+        await service.control_plane.demand(DemandReport(ingress="g", started=started, uptime_s=uptime_s, loads=(load,)))
+
+    await say(2, 10)
+    await say(6, 30)
+    await say(4, 20)
+    await say(8, 1, app="default/nobody")
+    assert service.demand.loads == {"g": {"default/steady": Load(5.0, 6, 30, 2.5)}}
+    await say(1, 0, started=9.0)
+    assert service.demand.loads["g"]["default/steady"] == Load(9.0, 1, 0, 2.5)
+    assert service.demand.heard == {}, "loads do not say that the rest is idle"
+    loads = (AppLoad("default/steady"),) * (DEMAND_APPS_MAX + 1)
+    with pytest.raises(TooLarge):
+        await service.control_plane.demand(DemandReport(ingress="g", loads=loads))

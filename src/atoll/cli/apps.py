@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,11 +14,13 @@ from atoll.model.errors import Invalid
 from atoll.model.units import format_seconds
 
 if TYPE_CHECKING:
-    from atoll.model.spec import Resources
+    from atoll.model.spec import Resources, Scale
     from atoll.model.views import AppView
     from atoll.sdk.client import Client
 
 EVENTS_SHOWN = 8
+CHANGED_S = 1.0
+"""A change so much later than its release was none of making it: scaled, restarted, or gone back to."""
 
 detach = click.option("--detach", "-d", is_flag=True, help="Return at once; do not follow the rollout.")
 
@@ -31,7 +34,7 @@ async def apps(session: Session) -> None:
         session.output.json(views)
         return
     session.output.table(
-        ("APP", "STATE", "READY>", "RELEASE>?", "AGE>?", "URL", "NOTE?"),
+        ("APP", "STATE", "READY>", "RELEASE>?", "CHANGED>?", "URL", "NOTE?"),
         [_app_row(view) for view in views],
         empty=f"no apps in project '{session.project}'; deploy one: atoll deploy examples/hello",
     )
@@ -75,8 +78,30 @@ def _standby(view: AppView) -> str:
 
 def _scaling(view: AppView) -> str:
     scale = view.app.spec.scale
-    sleeps = f", asleep after {format_seconds(scale.idle_after)} without a request" if scale and view.app.sleeps else ""
-    return (f", by {scale.metric} ≤ {scale.target:g} each" if scale and scale.target and view.app.most is not None else "") + sleeps
+    if not scale or view.app.most is None:
+        return ""
+    words = ", ".join(_sources(scale))
+    text = f", by {words}" if words else ""
+    if not view.app.sleeps:
+        return text
+    if scale.idle == "predict":
+        return f"{text}, asleep and awake by its history"
+    return f"{text}, asleep after {format_seconds(scale.idle_after)} without a request"
+
+
+def _sources(scale: Scale) -> Iterator[str]:
+    """Yield what the number of instances follows, in words."""
+    each = {
+        scale.metric: scale.target,
+        "requests under way": scale.concurrency,
+        "requests a second": scale.rps,
+        "the query": scale.prometheus.target if scale.prometheus is not None else None,
+    }
+    yield from (f"{name} ≤ {target:g} each" for name, target in each.items() if name and target is not None)
+    shares = {"cpu": scale.cpu, "memory": scale.memory, "gpu": scale.gpu}
+    yield from (f"{name} ≤ {100 * share:g} %" for name, share in shares.items() if share is not None)
+    if scale.windows:
+        yield "1 window" if len(scale.windows) == 1 else f"{len(scale.windows)} windows"
 
 
 def _dependency(name: str, view: AppView) -> str:
@@ -103,10 +128,12 @@ async def status(session: Session, app: str) -> None:
             client.events(project, subject=f"app/{app}", limit=EVENTS_SHOWN),
             client.rollout(project, app),
         )
+        releases = await client.releases(project, app) if not session.json else []
     if session.json:
         session.output.json({"app": view, "instances": instances, "events": events.items, "releases": rollout.releases})
         return
-    _show_app(session, view)
+    made = next((release.created_at for release in releases if release.number == view.app.release), view.app.created_at)
+    _show_app(session, view, made)
     if len(rollout.releases) > 1 or any(each.requests for each in rollout.releases):
         from atoll.cli import rollouts
 
@@ -121,7 +148,8 @@ async def status(session: Session, app: str) -> None:
         session.output.table(event_lines.COLUMNS, [event_lines.row(each) for each in reversed(events.items)])
 
 
-def _show_app(session: Session, view: AppView) -> None:
+def _show_app(session: Session, view: AppView, made: float) -> None:
+    """Print how an app stands; `made` is when its release was."""
     from rich.table import Table
     from rich.text import Text
 
@@ -142,7 +170,8 @@ def _show_app(session: Session, view: AppView) -> None:
             (f"{ready}/{app.wanted(view.status)}{_bounds(view)}{_scaling(view)}" if app.most else f"{ready} of {app.replicas}")
             + _standby(view),
         ),
-        ("release", f"{app.release}, {age(app.updated_at)} ago"),
+        ("release", f"{app.release}, made {age(made)} ago"),
+        *([("changed", f"{age(app.updated_at)} ago")] if app.updated_at - made > CHANGED_S else []),
         *([("depends on", ", ".join(_dependency(name, view) for name in spec.depends_on))] if spec.depends_on else []),
         ("image", spec.image or "–"),
         ("isolation", f"{spec.isolation}" + (f" ({spec.runtime})" if spec.runtime else "")),

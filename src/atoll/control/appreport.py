@@ -10,7 +10,6 @@ from msgspec import UNSET, Struct
 from atoll.control import evacuation
 from atoll.control.actions import Decision, Seen, WriteAppStatus
 from atoll.control.appstatus import Rollout, status_of, why_not_ready
-from atoll.control.autoscale import why
 from atoll.control.facts import AppFacts
 from atoll.control.rollouts import Plan
 from atoll.model.records import AppPhase, AppStatus, Severity
@@ -89,14 +88,13 @@ def _tell_scaled(facts: AppFacts, decision: Decision) -> None:
     if choice is None or choice.wanted == choice.before or scale is UNSET:
         return
     up = choice.wanted > choice.before
-    reason = why(choice, scale.metric or "", scale.target or 0.0)
-    text = f"scaled {'up' if up else 'down'} from {choice.before} to {choice.wanted}: {reason}"
+    text = f"scaled {'up' if up else 'down'} from {choice.before} to {choice.wanted}: {choice.cause.text}"
     data: dict[str, Any] = {
         "from": choice.before,
         "to": choice.wanted,
-        "metric": scale.metric,
-        "value": choice.value,
-        "target": scale.target,
+        "metric": choice.cause.name,
+        "value": choice.cause.value,
+        "target": choice.cause.target,
     }
     tell(facts, decision, "scaled-up" if up else "scaled-down", text, **data)
 

@@ -1,10 +1,11 @@
-"""How many instances an app should have that scales by a metric of its own. Pure.
+"""How many instances an app should have that scales by what it is said to have to do. Pure.
 
-    needed = ceil(sum of the metric over the ready instances / target)
+    needed = the most of: ceil(sum of a signal over the ready instances / its target)
 
-It is the rule of Kubernetes' HorizontalPodAutoscaler for a metric with an average value as its target, with that one's defaults for
-tolerance, missing readings and steps upwards (kubernetes.io/docs/concepts/workloads/autoscaling/horizontal-pod-autoscale): more are
-wanted at once, in steps; fewer only when fewer were enough for the whole of `scale.down`.
+It is the rule of Kubernetes' HorizontalPodAutoscaler for several metrics with average values as their targets, with that one's
+defaults for tolerance, missing readings and steps upwards (kubernetes.io/docs/concepts/workloads/autoscaling/
+horizontal-pod-autoscale): more are wanted at once, in steps; fewer only when fewer were enough for the whole of `scale.down`.
+What requests ask for (`pressure`) has windows of its own, and comes beside it: the larger of both counts.
 """
 
 from __future__ import annotations
@@ -15,28 +16,62 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 TOLERANCE = 0.1
-"""A metric this near to its target, as a share of it, changes nothing."""
+"""A signal this near to its target, as a share of it, changes nothing."""
 STEP_S = 15.0
 """In so long a time at most twice as many instances come to be wanted, or `STEP_COUNT` more where that is more."""
 STEP_FACTOR = 2
 STEP_COUNT = 4
 ROUNDING = 1e-9
 """What a division may be above a whole number and still count as it."""
+VALUE_MAX = 1e300
+
+
+class Signal(Struct, frozen=True, kw_only=True):
+    """One thing that says how much there is to do, and how much of it each instance is to have."""
+
+    name: str
+    target: float
+    """Above 0."""
+    ready: int
+    """Those that could give a reading. Who starts, or waits for a place, has nothing to say yet."""
+    readings: tuple[float, ...]
+    """Of those that gave one; what is below 0 counts as 0."""
+
+    @property
+    def value(self) -> float:
+        return math.fsum(min(max(0.0, reading), VALUE_MAX) for reading in self.readings)
+
+
+class Cause(Struct, frozen=True, kw_only=True):
+    """Why a number is wanted."""
+
+    text: str
+    name: str = ""
+    value: float = 0.0
+    target: float = 0.0
+
+
+class Need(Struct, frozen=True, kw_only=True):
+    """How many are needed by one way to see it."""
+
+    count: int
+    cause: Cause
+
+
+BOUNDS = Cause(text="its bounds have changed")
 
 
 class ScaleFacts(Struct, frozen=True, kw_only=True):
     """`current` is how many have been wanted so far; all three of at least 1, and `least` at most `most`."""
 
     least: int
+    least_cause: Cause = BOUNDS
     most: int
     current: int
-    target: float
-    """Above 0."""
     down_s: float
-    ready: int
-    """Instances that serve. Those that start, or wait for a place, have nothing to say yet."""
-    readings: tuple[float, ...]
-    """Of the ready instances that gave one; what is below 0 counts as 0."""
+    signals: tuple[Signal, ...] = ()
+    pressed: Need | None = None
+    """What requests ask for; it has been averaged already."""
 
 
 class Memory(Struct, frozen=True, kw_only=True):
@@ -56,45 +91,53 @@ class Choice(Struct, frozen=True, kw_only=True):
     wanted: int
     before: int
     memory: Memory
-    value: float
-    """The metric, summed up."""
-    readings: int
-    """Instances that gave it."""
+    cause: Cause = BOUNDS
 
 
 def decide_scale(facts: ScaleFacts, memory: Memory, now: float) -> Choice:
     """Return how many instances are wanted at `now` (monotonic seconds), from `facts.least` to `facts.most`."""
-    value = math.fsum(min(max(0.0, reading), 1e300) for reading in facts.readings)
-    needed = min(facts.most, max(facts.least, _needed(facts, value)))
+    need = _needed(facts)
+    needed = min(facts.most, max(facts.least, need.count))
     memory = _remember(facts, memory, needed, now)
-    wanted = facts.current
+    wanted, cause = facts.current, need.cause
     if needed > facts.current:
         if now - memory.step_at >= STEP_S:
             memory = replace(memory, step_at=now, step_from=facts.current)
         wanted = max(wanted, min(needed, max(STEP_FACTOR * memory.step_from, memory.step_from + STEP_COUNT)))
     else:
         wanted = min(wanted, max(count for _, count in memory.needed))
-    wanted = min(facts.most, max(facts.least, wanted))
-    return Choice(wanted=wanted, before=facts.current, memory=memory, value=value, readings=len(facts.readings))
+    pressed = facts.pressed
+    if pressed is not None and (pressed.count >= wanted or not facts.signals):
+        wanted, cause = max(wanted if facts.signals else 0, pressed.count), pressed.cause
+    if wanted < facts.least:
+        wanted, cause = facts.least, facts.least_cause
+    wanted = min(facts.most, wanted)
+    return Choice(wanted=wanted, before=facts.current, memory=memory, cause=cause)
 
 
-def _needed(facts: ScaleFacts, value: float) -> int:
+def _needed(facts: ScaleFacts) -> Need:
+    """Return what the signals ask for; without any, the least will do."""
+    needs = [Need(count=_instances(signal, facts), cause=_cause(signal)) for signal in facts.signals]
+    return max(needs, key=lambda need: need.count, default=Need(count=facts.least, cause=BOUNDS))
+
+
+def _instances(signal: Signal, facts: ScaleFacts) -> int:
     """Return how many would do, without bounds. A ready one without a reading counts as idle where more would be wanted, and as
     exactly busy enough where fewer would, so that what nobody knows never moves the number."""
-    if not facts.readings:
+    if not signal.readings:
         return facts.current
-    at_target = facts.target * facts.current
+    value, at_target = signal.value, signal.target * facts.current
     if value > at_target * (1 + TOLERANCE):
-        return _instances_for(value, facts)
-    missing = max(0, facts.ready - len(facts.readings))
-    if value + missing * facts.target < at_target * (1 - TOLERANCE):
-        return _instances_for(value, facts) + missing
+        return instances_for(value / signal.target, facts.most)
+    missing = max(0, signal.ready - len(signal.readings))
+    if value + missing * signal.target < at_target * (1 - TOLERANCE):
+        return instances_for(value / signal.target, facts.most) + missing
     return facts.current
 
 
-def _instances_for(value: float, facts: ScaleFacts) -> int:
-    share = value / facts.target
-    return facts.most if share >= facts.most else math.ceil(share - ROUNDING)
+def instances_for(share: float, most: int) -> int:
+    """Return how many whole instances `share` takes, at most `most`."""
+    return most if share >= most else math.ceil(share - ROUNDING)
 
 
 def _remember(facts: ScaleFacts, memory: Memory, needed: int, now: float) -> Memory:
@@ -104,9 +147,9 @@ def _remember(facts: ScaleFacts, memory: Memory, needed: int, now: float) -> Mem
     return replace(memory, needed=(*kept, (now, needed)))
 
 
-def why(choice: Choice, metric: str, target: float) -> str:
-    """Return the reason of a change in words."""
-    if not choice.readings:
-        return "its bounds have changed"
-    who = "1 instance" if choice.readings == 1 else f"{choice.readings} instances"
-    return f"{metric} is {choice.value:g} over {who}, target {target:g} each"
+def _cause(signal: Signal) -> Cause:
+    if not signal.readings:
+        return BOUNDS
+    who = "1 instance" if len(signal.readings) == 1 else f"{len(signal.readings)} instances"
+    text = f"{signal.name} is {signal.value:g} over {who}, target {signal.target:g} each"
+    return Cause(text=text, name=signal.name, value=signal.value, target=signal.target)

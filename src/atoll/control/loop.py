@@ -99,9 +99,9 @@ class Loop:
         self._detection = detection
         self._nodes = NodeWatch(self._world, clock, last_seen, detection)
         self._heartbeats: Heartbeats = heartbeats if heartbeats is not None else {}
-        self._readings = Readings(self._world, clock, self._heartbeats)
         self._judging = Judging(self._world, clock, traffic if traffic is not None else {})
         self._demand = demand or NoDemand()
+        self._readings = Readings(self._world, clock, self._heartbeats, self._demand, {})
         self._sleeping = Sleeping(self._demand, clock)
         self._prefetching = Prefetching(self._world, self._placement, clock, heartbeats if heartbeats is not None else {})
         self._layouts = Layouts(
@@ -371,7 +371,7 @@ class Loop:
                 app = self._world.app_facts(key)
                 if app is not None:
                     _await_loss(app.instances, decision)
-                    app = self._readings.join(self._sleeping.join(app, decision))
+                    app = self._readings.join(self._sleeping.join(app, decision), decision)
                     decide_app(self._judging.join(self._layouts.join(app)), decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)

@@ -16,8 +16,10 @@ from msgspec.structs import replace
 
 from atoll.control.actions import Decision
 from atoll.control.facts import AppFacts
+from atoll.control.windows import floor_of
 from atoll.model.ports.clock import Clock
 from atoll.model.states import Desired
+from atoll.model.traffic import Load
 
 FRESH_S = 15.0
 """An ingress of which nothing was heard for longer may have requests that are not known here."""
@@ -40,14 +42,20 @@ class Demand(Protocol):
         """Ingress → when it last named all apps that it had something to do for."""
         ...
 
+    @property
+    def loads(self) -> Mapping[str, Mapping[str, Load]]:
+        """Ingress → app → what it last said of its requests, of apps that scale by them."""
+        ...
+
 
 class NoDemand:
-    """Nobody asks for anything, until somebody sets `last` and `heard`."""
+    """Nobody asks for anything, until somebody sets `last`, `heard` and `loads`."""
 
     def __init__(self) -> None:
         self.changed: Callable[[str], None] = lambda app: None
         self.last: dict[str, float] = {}
         self.heard: dict[str, float] = {}
+        self.loads: dict[str, dict[str, Load]] = {}
 
 
 class Sleeping:
@@ -63,6 +71,11 @@ class Sleeping:
         app, scale = facts.app, facts.app.spec.scale
         if not app.sleeps or app.deleting or scale is UNSET:
             return facts
+        floor = floor_of(scale, decision.now)
+        if floor.until is not None:
+            decision.wake(floor.until)
+        if floor.least:
+            return replace(facts, awake=True)
         now = self._clock.monotonic()
         idle_s = idle_for(
             now,

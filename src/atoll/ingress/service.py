@@ -19,6 +19,7 @@ from atoll.ingress.demand import Demand
 from atoll.ingress.drain import Drainer
 from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
 from atoll.ingress.heartbeat import Heart
+from atoll.ingress.loads import Loads
 from atoll.ingress.logs import keep_bounded
 from atoll.ingress.meter import Meter
 from atoll.ingress.probe import Prober, own_address
@@ -122,6 +123,7 @@ class Ingress:
             self.table, self.ads, _Counts(self.envoy.admin, self.activator), control_plane, ingress=name, clock=self._clock
         )
         self._meter = Meter(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
+        self._loads = Loads(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
         prober = Prober(site, self._clock)
         self._heart = Heart(
             self.envoy.admin,
@@ -165,6 +167,7 @@ class Ingress:
             tasks.create_task(self._meter.run(), name="ingress-meter")
             tasks.create_task(self._demand.run(self.activator), name="ingress-demand")
             tasks.create_task(self._heart.run(), name="ingress-heart")
+            tasks.create_task(self._loads.run(), name="ingress-loads")
             tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
 
     async def _follow(self) -> None:

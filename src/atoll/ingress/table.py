@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from msgspec import UNSET
 
 from atoll.ingress import clusters, hosts, limits, resources
 from atoll.ingress.clusters import Nearness
@@ -172,6 +173,8 @@ class RoutingTable:
         sites = frozenset(endpoint.site for endpoint in every) | self._spread.get(key, frozenset())
         if len(sites) > 1:
             self._spread[key] = sites
+        scale = routing.spec.scale
+        (self._counted.add if scale is not UNSET and scale.counts_requests else self._counted.discard)(key)
         for target in targets:
             self._write(clusters.cluster(target, routing.spec.ingress, sites=len(sites) > 1))
             self._write(self._endpoints(target, routing))

@@ -67,15 +67,40 @@ class TrafficReport(Struct, frozen=True, kw_only=True):
     releases: Annotated[tuple[ReleaseTraffic, ...], Meta(max_length=RELEASES_MAX)] = ()
 
 
+class AppLoad(Struct, frozen=True, array_like=True):
+    """What one ingress has had to do for an app since the report's `started`."""
+
+    app: str
+    """`project/app`."""
+    requests: Annotated[int, Meta(ge=0)] = 0
+    request_s: Annotated[float, Meta(ge=0, le=1e15)] = 0.0
+    """Seconds that requests were under way, added up: its growth over a time, divided by that time, is their mean number."""
+
+
 class DemandReport(Struct, frozen=True, kw_only=True):
     """Apps (`project/app`) for which an ingress has had something to do since its last complete report.
 
-    With `complete`, every other app that sleeps has had no request there since then; else it is only to wake these.
+    With `complete`, every other app that sleeps has had no request there since then; else it is only to wake these. `loads` are of
+    apps that scale by their requests; a report without some says nothing of them.
     """
 
     ingress: str
     apps: Annotated[tuple[str, ...], Meta(max_length=DEMAND_APPS_MAX)] = ()
     complete: bool = False
+    started: float = 0.0
+    """Since when `loads` are counted, in seconds since the epoch."""
+    uptime_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    """For how long, by a clock that only goes forward."""
+    loads: Annotated[tuple[AppLoad, ...], Meta(max_length=DEMAND_APPS_MAX)] = ()
+
+
+class Load(Struct, frozen=True):
+    """An app's load at an ingress, at one moment of it; see `DemandReport`."""
+
+    started: float
+    uptime_s: float
+    requests: int
+    request_s: float
 
 
 def total(counts: Iterable[Counts]) -> Counts:

@@ -134,6 +134,13 @@ ROUTES: tuple[Route, ...] = (
         body_bytes_max=REPORT_BYTES_MAX,
     ),
     _ingress("POST", "/drained", drained, "Which instances have no request left", body=DrainedReport),
-    _ingress("POST", "/demand", demand, "Which apps have requests, and are to be awake", body=DemandReport),
+    _ingress(
+        "POST",
+        "/demand",
+        demand,
+        "Which apps have requests and are to be awake, and how many those have that scale by them",
+        body=DemandReport,
+        body_bytes_max=REPORT_BYTES_MAX,
+    ),
     _ingress("POST", "/traffic", traffic, "Requests to each release, counted", body=TrafficReport, body_bytes_max=REPORT_BYTES_MAX),
 )

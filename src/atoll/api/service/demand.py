@@ -1,4 +1,5 @@
-"""What ingresses have requests for, of apps that sleep: in memory only. Each server is told; the one that leads decides by it."""
+"""What ingresses have requests for, of apps that sleep, and how many, of apps that scale by them: in memory only. Each server is
+told; the one that leads decides by it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from atoll.api.service.context import Context
 from atoll.model.errors import NotFound, TooLarge
 from atoll.model.records import App, Ingress
-from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport
+from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport, Load
 
 
 class Demands:
@@ -18,11 +19,14 @@ class Demands:
         self.changed: Callable[[str], None] = lambda app: None
         self.last: dict[str, float] = {}
         self.heard: dict[str, float] = {}
+        self.loads: dict[str, dict[str, Load]] = {}
 
     def note(self, report: DemandReport) -> None:
         """Take a report over. Safe to repeat. Raises NotFound for an ingress that has not registered, TooLarge."""
         if len(report.apps) > DEMAND_APPS_MAX:
             raise TooLarge(f"apps: {len(report.apps)} in one report; at most {DEMAND_APPS_MAX}", field="apps")
+        if len(report.loads) > DEMAND_APPS_MAX:
+            raise TooLarge(f"loads: {len(report.loads)} in one report; at most {DEMAND_APPS_MAX}", field="loads")
         state = self._context.state
         if state.get(Ingress, report.ingress) is None:
             raise NotFound(f"no ingress '{report.ingress[:60]}'", mend="register it first")
@@ -33,6 +37,8 @@ class Demands:
                 continue
             self.last[app] = now
             self.changed(app)
+        if report.loads:
+            self._add(report)
         if report.complete:
             self.heard[report.ingress] = now
             for gone in [name for name in self.heard if state.get(Ingress, name) is None]:
@@ -40,3 +46,19 @@ class Demands:
             if len(self.last) > DEMAND_APPS_MAX:
                 for gone in [app for app in self.last if state.get(App, app) is None]:
                     del self.last[gone]
+
+    def _add(self, report: DemandReport) -> None:
+        state = self._context.state
+        loads = self.loads.setdefault(report.ingress, {})
+        for each in report.loads:
+            before = loads.get(each.app)
+            fresh = Load(report.started, report.uptime_s, each.requests, each.request_s)
+            late = before is not None and (fresh.started, fresh.uptime_s) < (before.started, before.uptime_s)
+            if not late and state.get(App, each.app) is not None:
+                loads[each.app] = fresh
+        if len(loads) > 2 * len(report.loads):
+            for gone in [app for app in loads if state.get(App, app) is None]:
+                del loads[gone]
+        if len(self.loads) > len(state.records(Ingress)):
+            for gone in [name for name in self.loads if state.get(Ingress, name) is None]:
+                del self.loads[gone]

@@ -73,6 +73,9 @@ from atoll.model.spec.serving import PortProtocol as PortProtocol
 from atoll.model.spec.serving import Route as Route
 from atoll.model.spec.serving import host_ports as host_ports
 from atoll.model.spec.serving import normal_path as normal_path
+from atoll.model.spec.sources import Idle as Idle
+from atoll.model.spec.sources import PrometheusQuery as PrometheusQuery
+from atoll.model.spec.sources import ScaleWindow as ScaleWindow
 from atoll.model.spec.values import REPLICAS_MAX as REPLICAS_MAX
 from atoll.model.spec.values import AbsolutePath as AbsolutePath
 from atoll.model.spec.values import Argument as Argument

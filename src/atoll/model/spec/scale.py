@@ -11,6 +11,7 @@ from atoll.model.names import SpecRecord
 from atoll.model.spec.placement import check_gang
 from atoll.model.spec.rollout import Strategy
 from atoll.model.spec.serving import METRIC_PATTERN, PortProtocol, host_ports
+from atoll.model.spec.sources import WINDOWS_MAX, Idle, PrometheusQuery, ScaleWindow, check_sources, sources_of
 from atoll.model.spec.values import REPLICAS_MAX, default
 from atoll.model.units import Seconds
 
@@ -24,7 +25,7 @@ IDLE_AFTER_MIN_S = 5.0
 
 
 class Scale(SpecRecord, frozen=True, kw_only=True):
-    """How many instances there are: `replicas`, or with `max` between the two, as the metric asks for."""
+    """How many instances there are: `replicas`, or with `max` between the two, as the largest of what its sources ask for."""
 
     replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
     max: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] | None = None
@@ -32,11 +33,26 @@ class Scale(SpecRecord, frozen=True, kw_only=True):
     """A metric that the app gives away (`metrics`), such as the depth of its queue."""
     target: Annotated[float, Meta(gt=0)] | None = None
     """As many instances are wanted as make the metric, summed up and divided by them, at most this."""
+    concurrency: Annotated[float, Meta(gt=0)] | None = None
+    """Requests under way, as the ingresses count them, that each instance is to have on average."""
+    rps: Annotated[float, Meta(gt=0)] | None = None
+    """Requests per second that each instance is to have on average."""
+    stable: Seconds = default(Seconds(60))
+    """Over so long `concurrency` and `rps` are averaged; over a tenth of it, too, where many come at once."""
+    cpu: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Share of `resources.cpu` that each instance is to use; the next two likewise."""
+    memory: Annotated[float, Meta(gt=0, le=1)] | None = None
+    gpu: Annotated[float, Meta(gt=0, le=1)] | None = None
+    """Share of the time in which its devices are at work."""
+    windows: Annotated[tuple[ScaleWindow, ...], Meta(max_length=WINDOWS_MAX)] = ()
+    """Times in which there are at least so many."""
+    prometheus: PrometheusQuery | None = None
     down: Seconds = default(Seconds(60))
-    """An instance is taken away once it has not been needed for so long."""
+    """An instance is taken away once it has not been needed for so long. What `concurrency` and `rps` say has its own window."""
     idle_after: Seconds = default(Seconds(300))
     """With `replicas = 0` and `max`: the last instance is taken away when no request was under way for so long. The next one
     wakes the app, and waits for it."""
+    idle: Idle = Idle.FIXED
     standby: Annotated[int, Meta(ge=0, le=STANDBY_MAX)] = 0
     """So many more are started, made ready, and parked: frozen, and off their devices. One of them takes the place of an instance
     that is missing."""
@@ -45,6 +61,11 @@ class Scale(SpecRecord, frozen=True, kw_only=True):
     def sleeps(self) -> bool:
         """Whether there is no instance while nobody asks for the app."""
         return self.replicas == 0 and self.max is not None
+
+    @property
+    def counts_requests(self) -> bool:
+        """Whether ingresses are to count what is under way."""
+        return self.max is not None and (self.concurrency is not None or self.rps is not None)
 
 
 def _check_standby(spec: AppSpec, scale: Scale) -> None:
@@ -98,42 +119,60 @@ def _check_sleep(spec: AppSpec, scale: Scale) -> None:
         )
 
 
+def _check_bounds(spec: AppSpec, scale: Scale, sources: tuple[str, ...]) -> None:
+    """Raise Invalid where `max`, or half of what goes together, is missing or out of order."""
+    if scale.max is None:
+        there = ", ".join(f"scale.{key}" for key in sources) or "scale.target"
+        raise Invalid(
+            "scale.max: missing; it is the most that there may be",
+            field="scale.max",
+            mend=f"add it, or leave {there} out for a fixed number of instances",
+        )
+    if not sources and scale.target is None:
+        raise Invalid(
+            "scale.metric: missing; max, metric and target go together",
+            field="scale.metric",
+            mend="add both, or concurrency, rps, cpu or another source, or leave scale.max out for a fixed number of instances",
+        )
+    if (scale.metric is None) is not (scale.target is None):
+        missing, there = ("target", "metric") if scale.target is None else ("metric", "target")
+        raise Invalid(
+            f"scale.{missing}: missing; metric and target go together",
+            field=f"scale.{missing}",
+            mend=f"add it, or leave scale.{there} out",
+        )
+    if scale.max < scale.replicas:
+        raise Invalid(
+            f"scale.max: {scale.max} is below scale.replicas, {scale.replicas}",
+            field="scale.max",
+            mend="replicas is the least and max the most that there are",
+        )
+    if scale.metric is not None and spec.metrics is None:
+        raise Invalid(
+            f"scale.metric: nothing says where '{scale.metric}' comes from",
+            field="scale.metric",
+            mend="add a [metrics] table with the port and path that the app gives its metrics away on",
+        )
+
+
 def check_scale(spec: AppSpec, scale: Scale) -> None:
     """Raise Invalid for a scale that contradicts itself or the rest of `spec`."""
     check_gang(spec, max(scale.replicas, scale.max or 0), "scale.replicas")
     if spec.placement.gang and scale.standby:
         raise Invalid("scale.standby: nothing stands by for a gang", field="scale.standby", mend="leave it out")
     _check_standby(spec, scale)
+    check_sources(spec, scale)
+    sources = sources_of(scale)
     if scale.sleeps:
         _check_sleep(spec, scale)
-        if scale.metric is None and scale.target is None:
+        if not sources and scale.target is None:
             if scale.max != 1:
                 raise Invalid(
                     f"scale.max: {scale.max}, and nothing says when more than one instance is needed",
                     field="scale.max",
-                    mend="set it to 1, or add metric and target",
+                    mend="set it to 1, or add metric and target, concurrency, or another source",
                 )
             return
-    given = {"scale.max": scale.max, "scale.metric": scale.metric, "scale.target": scale.target}
-    missing = [field for field, value in given.items() if value is None]
-    if len(missing) == len(given):
+    if scale.max is None and not sources and scale.target is None:
         return
-    if missing:
-        there = ", ".join(field for field in given if field not in missing)
-        raise Invalid(
-            f"{missing[0]}: missing; max, metric and target go together",
-            field=missing[0],
-            mend=f"add it, or leave {there} out for a fixed number of instances",
-        )
-    if scale.max is not None and scale.max < scale.replicas:
-        raise Invalid(
-            f"scale.max: {scale.max} is below scale.replicas, {scale.replicas}",
-            field="scale.max",
-            mend="replicas is the least and max the most that there are",
-        )
-    if spec.metrics is None:
-        raise Invalid(
-            f"scale.metric: nothing says where '{scale.metric}' comes from",
-            field="scale.metric",
-            mend="add a [metrics] table with the port and path that the app gives its metrics away on",
-        )
+    _check_bounds(spec, scale, sources)
