@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from atoll.cli.main import COMMANDS, cli
 from atoll.cli.session import Session
 from atoll.model.errors import Unavailable
-from atoll.model.records import Capacity, Node, Severity, Usage
-from atoll.model.spec import RuntimeName
+from atoll.model.records import Capacity, Instance, Job, Node, OwnerKind, Severity, Usage
+from atoll.model.spec import JobSpec, RuntimeName
 from atoll.model.streams import LogLine
 from atoll.sdk.fake import FakeApi
 
@@ -160,7 +163,7 @@ def test_apps_are_listed(atoll: Atoll) -> None:
     assert "no apps in project 'default'" in atoll.run("apps").stderr
     atoll.deploy()
     lines = atoll.run("apps").stdout.splitlines()
-    assert lines[0].split() == ["APP", "STATE", "READY", "RELEASE", "AGE", "URL", "NOTE"]
+    assert lines[0].split() == ["APP", "STATE", "READY", "RELEASE", "CHANGED", "URL", "NOTE"]
     assert lines[1].split()[:4] == ["web", "●", "running", "2/2"]
     assert "http://web.localhost:8080" in lines[1]
     assert [view["app"]["name"] for view in atoll.json("apps")] == ["web"]
@@ -199,6 +202,44 @@ def test_scale_restart_and_rollback_follow_to_the_end(atoll: Atoll) -> None:
     assert atoll.json("rollback", "web")["app"]["spec"]["image"] == "registry.example/web:1"
     assert "going" not in atoll.run("rollback", "web", "--to", "2").stdout
     atoll.run("rollback", "web", "--to", "99", code=4)
+
+
+def test_what_happened_before_is_not_told_again_where_nothing_changes(atoll: Atoll) -> None:
+    atoll.deploy()
+    atoll.api.event("app/web", "app-deployed", "old news")
+    assert "old news" not in atoll.run("scale", "web", "2").stderr
+    assert "old news" not in atoll.run("deploy", str(atoll.directory)).stderr
+
+
+def test_status_tells_the_age_of_the_release_from_that_of_the_last_change(atoll: Atoll) -> None:
+    atoll.deploy()
+    assert "changed" not in atoll.run("status", "web").stdout
+    app, _ = atoll.api.get("apps", "default/web")
+    release, _ = atoll.api.get("releases", "default/web/00000001")
+    atoll.api.put("releases", "default/web/00000001", replace(release, created_at=time.time() - 7_200))
+    atoll.api.put("apps", "default/web", replace(app, updated_at=time.time() - 60))
+    shown = atoll.run("status", "web").stdout
+    assert re.search(r"release +1, made 2h\S* ago\n *changed +(1m|59|6)", shown), shown
+
+
+def test_the_log_of_a_schedule_is_that_of_its_latest_run_and_names_the_others(atoll: Atoll) -> None:
+    spec = JobSpec(name="report", image="x", schedule="@daily")
+    atoll.api.put("jobs", "default/report", Job(project="default", name="report", spec=spec, created_at=1.0))
+    said = atoll.run("jobs", "logs", "report", code=4).stderr
+    assert "'report' runs by a schedule, and has had no run yet" in said
+    assert "atoll jobs trigger report" in said
+    run = replace(spec, schedule=None)
+    for number in (1, 2):
+        name = f"report-{number}"
+        atoll.api.put("jobs", f"default/{name}", Job(project="default", name=name, spec=run, created_at=number, parent="report"))
+        one = Instance(id=f"{name}-a", project="default", owner_kind=OwnerKind.JOB, owner=name, node="n1", created_at=number)
+        atoll.api.put("instances", f"default/{one.id}", one)
+        atoll.api.logs[one.id] = [LogLine(at=1.0, stream="stdout", text=f"said by {name}")]
+    shown = atoll.run("jobs", "logs", "report")
+    assert shown.stdout == "said by report-2\n"
+    assert "report-2, the latest run of report" in shown.stderr
+    assert "others: report-1" in shown.stderr
+    assert "its latest run: atoll jobs logs report" in atoll.run("logs", "report", code=4).stderr
 
 
 def test_releases_show_which_is_current(atoll: Atoll) -> None:

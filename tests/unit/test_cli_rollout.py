@@ -128,7 +128,17 @@ def test_an_instance_without_a_place_is_waited_for_a_while() -> None:
     assert watched.error() == "no node takes it: no node has 4 cores free"
     assert verdict is not None
     assert verdict.error is not None
-    assert verdict.error.mend == "add a node"
+    assert verdict.error.mend == "add a node; web stays, and starts when there is room; or remove it: atoll delete web"
+    watched.tell("app-statuses", "web", AppStatus(project="p", name="web", phase=AppPhase.DEPLOYING, release=2, served_release=1))
+    verdict = watched.progress.verdict(VIEW, watched.now)
+    assert verdict is not None
+    assert verdict.error is not None
+    assert "release 1 serves until then; or go back: atoll rollback web --to 1" in str(verdict.error.mend)
+    watched.tell("app-statuses", "web", AppStatus(project="p", name="web", phase=AppPhase.DEPLOYING, release=2, served_release=2))
+    verdict = watched.progress.verdict(VIEW, watched.now)
+    assert verdict is not None
+    assert verdict.error is not None
+    assert "or ask for fewer: atoll scale web N" in str(verdict.error.mend)
     watched.instance("web-a")
     assert watched.error() is None, "it found one"
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 POLL_S = 2.0
 """How often a job is looked at when its watch says nothing."""
+RUNS_NAMED = 4
+"""Earlier runs of a schedule that are named beside its latest one."""
 LAST_LINES_S = 10.0
 """The longest wait for the rest of its log when a job has ended."""
 
@@ -271,12 +273,33 @@ async def show(session: Session, name: str) -> None:
 @click.option("--follow", "-f", is_flag=True, help="Go on until the job has ended.")
 @click.option("--tail", "-n", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 async def logs(session: Session, name: str, follow: bool, tail: int | None) -> None:
-    """Print what a job's instances wrote."""
+    """Print what a job's instances wrote; of one with a schedule those of its latest run."""
     from atoll.cli.logs import print_logs
 
     async with session.client() as client:
-        await client.job(session.project, name)
+        view = await client.job(session.project, name)
+        if view.job.spec.schedule is not None:
+            name = await _latest_run(session, client, view)
         await print_logs(session, client, name, follow=follow, tail=tail)
+
+
+async def _latest_run(session: Session, client: Client, view: JobView) -> str:
+    """Return the latest run of a schedule, and name the others. Raises NotFound: there is none yet."""
+    from atoll.cli.output import age
+    from atoll.model.errors import NotFound
+
+    job = view.job
+    runs = sorted(
+        (each for each in await client.jobs(session.project) if each.job.parent == job.name), key=lambda run: -run.job.created_at
+    )
+    if not runs:
+        raise NotFound(
+            f"'{job.name}' runs by a schedule, and has had no run yet", mend=f"make one now: atoll jobs trigger {job.name}"
+        )
+    last, *others = runs
+    rest = f"; others: {', '.join(run.job.name for run in others[:RUNS_NAMED])}" if others else ""
+    session.output.say(f"[dim]{last.job.name}, the latest run of {job.name}, {age(last.job.created_at)} ago{rest}[/]")
+    return last.job.name
 
 
 @command(example="atoll jobs cancel sum")

@@ -64,8 +64,19 @@ async def print_logs(
         await _follow(session, client, name, views, options, printer)
         return
     if not views:
-        raise NotFound(f"'{name}' has no instances, so there is no log", mend=f"see what happened: atoll events {name}")
+        raise NotFound(f"'{name}' has no instances, so there is no log", mend=await _where_else(client, session.project, name))
     await _print_kept(session, client, views, options, printer)
+
+
+async def _where_else(client: Client, project: str, name: str) -> str:
+    """Return where there is something to read: a schedule has no instances of its own, its runs have."""
+    try:
+        schedule = (await client.job(project, name)).job.spec.schedule
+    except NotFound:
+        schedule = None
+    return (
+        f"it runs by a schedule; its latest run: atoll jobs logs {name}" if schedule else f"see what happened: atoll events {name}"
+    )
 
 
 async def _print_kept(session: Session, client: Client, views: list[InstanceView], options: Any, printer: _Printer) -> None:

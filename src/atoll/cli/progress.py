@@ -166,8 +166,8 @@ class Progress:
     def _hopeless(self, view: InstanceView, now: float) -> AtollError | None:
         instance, status = view.instance, view.status
         if instance.rejection is not None and now - self._rejected_since.get(instance.id, now) >= NO_PLACE_S:
-            mend = instance.rejection.mend or "it starts when there is room; `atoll nodes` shows what is free"
-            return Unsupported(f"no node takes it: {instance.rejection.message}", mend=mend)
+            mend = instance.rejection.mend or "`atoll nodes` shows what is free"
+            return Unsupported(f"no node takes it: {instance.rejection.message}", mend=f"{mend}; {self._stays()}")
         if status is None or status.ready_at is not None:
             return None
         seen, first = self._failures.get(instance.id, (0, now))
@@ -175,6 +175,16 @@ class Progress:
         if status.phase is Phase.FAILED or (times >= FAILURES_MAX and now - first >= FAILING_S):
             return self._failure(f"{instance.id}: {_ended(status, times)}", instance.id)
         return None
+
+    def _stays(self) -> str:
+        """Return what becomes of a release that finds no place, and how to be rid of it."""
+        previous, name = self.status.served_release if self.status is not None else 0, self.app.name
+        if previous and previous != self.app.release:
+            back = f"atoll rollback {name} --to {previous}"
+            return f"it starts when there is room, and release {previous} serves until then; or go back: {back}"
+        if previous:
+            return f"it starts when there is room; or ask for fewer: atoll scale {name} N"
+        return f"{name} stays, and starts when there is room; or remove it: atoll delete {name}"
 
     def _failure(self, message: str, instance: str | None = None) -> RolloutFailed:
         return RolloutFailed(message, mend=self._mend(), instance=instance or self._worst())

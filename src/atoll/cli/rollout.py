@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from atoll.model.records import Event
-    from atoll.model.views import AppView, WatchLine
+    from atoll.model.views import AppView
     from atoll.sdk.client import Client
 
 TICK_S = 0.25
@@ -64,9 +64,20 @@ async def _until_verdict(client: Client, view: AppView, progress: Progress, show
 
     async def read() -> None:
         nonlocal listed
+        known: list[Event] = []
         async for line in client.watch(KINDS, project=view.app.project, bookmarks=True):
-            shown.take(line)
-            listed = listed or line.kind is None
+            event = progress.apply(line, time.monotonic())
+            if event is not None and not listed:
+                known.append(event)
+            elif event is not None:
+                shown.tell(event)
+            if line.kind is None and not listed:
+                listed = True
+                verdict = progress.verdict(view, time.monotonic())
+                # Where all is as asked for, it was so before: what has happened since the last change is no news.
+                if verdict is None or verdict.error is not None:
+                    for event in known:
+                        shown.tell(event)
             if listed:
                 look()
 
@@ -113,12 +124,7 @@ class _View:
         if self._live is not None:
             self._live.stop()
 
-    def take(self, line: WatchLine) -> None:
-        event = self._progress.apply(line, time.monotonic())
-        if event is not None:
-            self._tell(event)
-
-    def _tell(self, event: Event) -> None:
+    def tell(self, event: Event) -> None:
         from rich.markup import escape
 
         if self._live is None and event.subject.startswith("instance/"):
