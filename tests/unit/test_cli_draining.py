@@ -93,10 +93,12 @@ def test_a_drain_that_someone_else_undoes_ends_the_wait(api: FakeApi, tmp_path: 
 
 def test_a_drained_node_is_shown_as_such_and_undrain_makes_it_ready(api: FakeApi, tmp_path: Path) -> None:
     call(api, tmp_path, "nodes", "drain", "n1")
-    assert "◐ drained" in call(api, tmp_path, "nodes").stdout
+    listed = call(api, tmp_path, "nodes").stdout
+    assert "◐ drained it is empty; use it again: atoll nodes undrain n1" in listed
+    assert "being drained" not in listed
     api.drain_views["n1"] = [progress(DrainState.KEPT)]
     shown = call(api, tmp_path, "nodes", "show", "n1").stdout
-    assert "it is being drained" in shown
+    assert "◐ drained" in shown
     assert "web-0" in shown
     assert "because kept" in shown
     assert call(api, tmp_path, "nodes", "undrain", "n1").stderr == "✓ n1 is used again\n"

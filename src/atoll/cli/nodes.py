@@ -97,6 +97,8 @@ def _note(view: NodeView) -> str:
         return f"for {age(view.since)}" if view.since else ""
     if view.evacuation is None:
         return view.policy.note if view.policy is not None else ""
+    if not view.instances and view.evacuation.maintenance is None:
+        return f"it is empty; use it again: atoll nodes undrain {view.node.name}"
     left = f"{view.instances} left; " if view.instances else ""
     if view.evacuation.start is not None and not view.since_window(time.time()):
         return f"{left}{view.evacuation.why}, from {in_words(view.evacuation.start)}"
