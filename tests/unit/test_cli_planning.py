@@ -80,7 +80,17 @@ def test_an_instance_is_explained(atoll: Atoll) -> None:
     said = atoll.run("explain", id)
     assert f"{id} is on n1; of 3 nodes" in said.stderr
     assert atoll.json("explain", id)["explanation"]["nodes"] == 3
-    assert "no instance" in atoll.run("explain", "nobody", code=4).stderr
+    assert "no app, job or instance 'nobody'" in atoll.run("explain", "nobody", code=4).stderr
+
+
+def test_to_explain_an_app_names_the_instances_that_can_be_explained(atoll: Atoll) -> None:
+    atoll.run("deploy", str(atoll.directory))
+    ids = sorted(view["instance"]["id"] for view in atoll.json("ps"))
+    said = atoll.run("explain", "web", code=4).stderr
+    assert f"'web' is no instance; an instance is what is explained, and it has: {', '.join(ids)}" in said
+    assert f"mend: atoll explain {ids[0]}" in said or f"atoll explain {ids[0]}" in said
+    atoll.run("scale", "web", "0")
+    assert "'web' has no instances" in atoll.run("explain", "web", code=4).stderr
 
 
 def test_a_jobs_spec_is_planned_as_a_job(atoll: Atoll) -> None:

@@ -9,10 +9,15 @@ import click
 
 from atoll.cli import kept, names
 from atoll.cli.session import EXIT_FAILED, Session, command
+from atoll.model.errors import NotFound
 
 if TYPE_CHECKING:
     from atoll.model.records import Rejection
     from atoll.model.views import Explanation
+    from atoll.sdk.client import Client
+
+NAMED_MAX = 8
+"""Instances that are named where one of them was meant."""
 
 
 @command(example="atoll plan\natoll plan -f shop.yaml --json | jq .placed")
@@ -51,7 +56,10 @@ async def plan(session: Session, directory: Path | None, file: Path | None) -> N
 async def explain(session: Session, instance: str) -> None:
     """Say what the scheduler would answer for an instance now: the best nodes with their scores, and what the others lack."""
     async with session.client() as client:
-        view = await client.explain(session.project, instance)
+        try:
+            view = await client.explain(session.project, instance)
+        except NotFound:
+            raise await _not_an_instance(client, session.project, instance) from None
     if session.json:
         session.output.json(view)
         return
@@ -62,6 +70,18 @@ async def explain(session: Session, instance: str) -> None:
 
         session.output.say(f"it holds {grants_words(view.instance.gpus)}")
     _details(session, view.explanation, view.explanation.rejection)
+
+
+async def _not_an_instance(client: Client, project: str, name: str) -> NotFound:
+    """Return what to say where an app's or a job's name is given: which instances there are of it."""
+    from atoll.cli.instances import named
+
+    ids = [view.instance.id for view in await named(client, project, name)]
+    if not ids:
+        return NotFound(f"'{name}' has no instances, and an instance is what is explained", mend="'atoll ps' lists them")
+    more = f" and {len(ids) - NAMED_MAX} more" if len(ids) > NAMED_MAX else ""
+    said = f"'{name}' is no instance; an instance is what is explained, and it has: {', '.join(ids[:NAMED_MAX])}{more}"
+    return NotFound(said, mend=f"atoll explain {ids[0]}")
 
 
 @command(example="atoll defrag\natoll defrag --json | jq '.steps[].frees'")
