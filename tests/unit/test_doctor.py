@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -92,6 +93,18 @@ def test_the_table_ends_with_a_verdict(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, arguments)
     assert ("can run containers" in result.stdout) == (result.exit_code == 0)
     assert findings.PROBE_S > 0
+
+
+def test_where_it_runs_already_the_verdict_does_not_say_to_start_it(tmp_path: Path) -> None:
+    with open(tmp_path / "lock", "w+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        result = CliRunner().invoke(cli, ["doctor", "--data", str(tmp_path)])
+    if result.exit_code != 0:
+        pytest.skip("this machine cannot run containers, and the verdict says so")
+    assert "`atoll up` runs, process 4711" in result.stdout
+    assert "start with" not in result.stdout
 
 
 def looked(hardware: FakeHardware, root: Path) -> list[findings.Finding]:

@@ -23,18 +23,19 @@ def doctor(session: Session, data: Path | None, ingress: str | None, subnet: str
     Exits 1 when something is missing that containers cannot do without.
     """
     from atoll.entry.config import Config
-    from atoll.entry.doctor import can_run, examine
+    from atoll.entry.doctor import can_run, examine, running
 
     api = (session.api_given or "").removeprefix("http://").rstrip("/")
     given = {"data": data.absolute() if data else None, "ingress": ingress, "subnet": subnet, "api": api or None}
     with session.output.err.status("looking at this machine"):
-        findings = examine(Config(**{name: value for name, value in given.items() if value is not None}))  # type: ignore[arg-type]
+        config = Config(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        findings = examine(config)
     able = can_run(findings)
     if session.json:
         session.output.json({"can_run": able, "findings": findings})
     else:
         _show(session, findings)
-        _conclude(session, findings, able=able)
+        _conclude(session, findings, running(config), able=able)
     if not able:
         click.get_current_context().exit(EXIT_FAILED)
 
@@ -59,10 +60,11 @@ def _show(session: Session, findings: list[Finding]) -> None:
     session.output.table(("AREA", "PART", "STATE", "FOUND"), rows)
 
 
-def _conclude(session: Session, findings: list[Finding], *, able: bool) -> None:
+def _conclude(session: Session, findings: list[Finding], process: int | None, *, able: bool) -> None:
     lacking = [finding.name for finding in findings if finding.core and finding.level == "missing"]
     session.output.print("")
     if able:
-        session.output.print("[green]✓[/] this machine can run containers; start with: atoll up")
+        then = f"`atoll up` runs, process {process}" if process is not None else "start with: atoll up"
+        session.output.print(f"[green]✓[/] this machine can run containers; {then}")
     else:
         session.output.print(f"[red]✗[/] this machine cannot run containers yet: mend {', '.join(lacking)}")

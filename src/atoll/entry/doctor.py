@@ -264,11 +264,11 @@ def tools() -> Iterator[Finding]:
 
 
 def places(config: Config) -> Iterator[Finding]:
-    running = holder(config) if os.access(config.data, os.R_OK | os.X_OK) else None
+    process = running(config)
     for name, address in (("API address", config.api), ("ingress address", config.ingress)):
         place = Part("places", name, "`atoll up` listens there", core=True)
-        if running is not None:
-            yield place(OK, f"{address}, held by `atoll up`, process {running}")
+        if process is not None:
+            yield place(OK, f"{address}, held by `atoll up`, process {process}")
             continue
         try:
             host, port = split_address(address, field=name)
@@ -280,6 +280,11 @@ def places(config: Config) -> Iterator[Finding]:
             option = "--api" if name.startswith("API") else "--ingress"
             words = error.strerror if isinstance(error, OSError) else str(error)
             yield place(MISSING, f"{address}: {words}", f"end what listens there, or give another {option} to `atoll up`")
+
+
+def running(config: Config) -> int | None:
+    """Return the `atoll up` that has the data directory, where one has and it may be looked at."""
+    return holder(config) if os.access(config.data, os.R_OK | os.X_OK) else None
 
 
 def can_run(findings: list[Finding]) -> bool:
