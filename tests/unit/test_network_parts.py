@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.model.errors import Exhausted, Invalid, RuntimeFailed
+from atoll.model import codec
+from atoll.model.errors import Exhausted, Invalid, RuntimeFailed, Unavailable
 from atoll.model.spec import Port, PortProtocol
 from atoll.network import firewall, resolvers
 from atoll.network.addresses import AddressPool
-from atoll.network.ledger import Entry, Ledger
+from atoll.network.ledger import JOURNAL, LINES_SPARE, Entry, Ledger
 from atoll.network.pool import SlotPool
 from atoll.network.slots import Slot
+from atoll.network.together import TOGETHER_MAX, Together
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 40)), max_size=120))
@@ -48,11 +50,18 @@ def test_a_freed_address_comes_back_as_late_as_possible() -> None:
 def test_a_freed_address_comes_back_as_late_as_possible_after_a_restart_too(tmp_path: Path) -> None:
     ledger, pool = Ledger(tmp_path), AddressPool("10.0.0.0/29")
     assert ledger.last() is None
-    for _ in range(3):
-        ledger.handed_out(pool.take())
-    assert ledger.load() == []
-    last = Ledger(tmp_path).last()
+    for number in [pool.take() for _ in range(3)]:
+        ledger.write([Entry(id=f"i{number}", project="p", number=number)], handed_out=True)
+        ledger.remove([number])
+    ledger.close()
+    later = Ledger(tmp_path)
+    assert later.load() == []
+    last = later.last()
     assert last == 4
+    later.compact()
+    again_later = Ledger(tmp_path)
+    assert again_later.load() == []
+    assert again_later.last() == 4
     again = AddressPool("10.0.0.0/29")
     again.claim([2])
     again.go_on_after(last)
@@ -103,10 +112,59 @@ def test_rules_do_not_grow_with_instances() -> None:
 
 def test_a_damaged_ledger_entry_counts_as_absent(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    ledger.write(Entry(id="a", project="p", number=3, ports=(Port(port=80),)))
-    (tmp_path / "4.json").write_bytes(b'{"id": "b", "proj')
+    ledger.write([Entry(id="a", project="p", number=3, ports=(Port(port=80),))])
+    ledger.close()
+    journal = tmp_path / JOURNAL
+    journal.write_bytes(journal.read_bytes() + b'{"entry": {"id": "b", "proj')  # the machine lost power
+    later = Ledger(tmp_path)
+    assert [entry.id for entry in later.load()] == ["a"]
+    later.write([Entry(id="c", project="p", number=5)])
+    assert [entry.id for entry in Ledger(tmp_path).load()] == ["a", "c"]
+    later.close()
+
+
+def test_what_agents_with_a_file_for_each_slot_kept_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "3.json").write_bytes(codec.encode(Entry(id="a", project="p", number=3)))
+    (tmp_path / "last").write_text("7")
+    ledger = Ledger(tmp_path)
     assert [entry.id for entry in ledger.load()] == ["a"]
-    assert not (tmp_path / "4.json").exists()
+    ledger.compact()
+    assert [path.name for path in tmp_path.iterdir()] == [JOURNAL]
+    later = Ledger(tmp_path)
+    assert ([entry.id for entry in later.load()], later.last()) == (["a"], 7)
+
+
+def test_the_ledger_stays_small_however_many_come_and_go(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.write([Entry(id="stays", project="p", number=2)], handed_out=True)
+    for number in range(3, 3 + 2 * LINES_SPARE):
+        ledger.write([Entry(id=f"i{number}", project="p", number=number)], handed_out=True)
+        ledger.remove([number])
+    ledger.close()
+    assert len((tmp_path / JOURNAL).read_bytes().splitlines()) <= LINES_SPARE + 10
+    assert [entry.id for entry in Ledger(tmp_path).load()] == ["stays"]
+
+
+async def test_what_is_asked_for_in_one_moment_is_done_together_and_one_refusal_spoils_nothing() -> None:
+    calls: list[list[int]] = []
+
+    def work(many: Sequence[int]) -> None:
+        calls.append(list(many))
+        if 2 in many:
+            raise Unavailable("not this one")
+
+    lost: list[int] = []
+    together = Together(work, lost.append)
+    answers = await asyncio.gather(*(together.ask(number) for number in range(4)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [type(None), type(None), Unavailable, type(None)]
+    assert calls == [[0, 1, 2, 3], [0], [1], [2], [3]]
+    gone = together.ask(2)
+    gone.cancel()
+    await together.ask(5)
+    assert lost == [2]
+    calls.clear()
+    await asyncio.gather(*(together.ask(number) for number in range(10, 10 + TOGETHER_MAX + 1)))
+    assert [len(many) for many in calls] == [TOGETHER_MAX, 1]
 
 
 class Kernel:

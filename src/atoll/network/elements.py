@@ -7,11 +7,12 @@ libnftables would first read every table, chain and set of the machine, whoever 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from atoll.model.errors import RuntimeFailed
 from atoll.model.spec import Port, PortProtocol
@@ -35,8 +36,13 @@ Elements = tuple[str, Sequence[bytes | tuple[bytes, bytes]]]
 def inbound(address: str, ports: Sequence[Port]) -> Elements:
     """Return the keys of a set of `ipv4_addr . inet_proto . inet_service`; every field takes whole words of four bytes."""
     packed = socket.inet_aton(address)
+    return "inbound", [packed + key for key in _port_keys(tuple(ports))]
+
+
+@functools.lru_cache(maxsize=1024)
+def _port_keys(ports: tuple[Port, ...]) -> tuple[bytes, ...]:
     numbers = {(socket.IPPROTO_UDP if port.protocol is PortProtocol.UDP else socket.IPPROTO_TCP, port.port) for port in ports}
-    return "inbound", [packed + struct.pack("!BxxxHxx", protocol, port) for protocol, port in sorted(numbers)]
+    return tuple(struct.pack("!BxxxHxx", protocol, port) for protocol, port in sorted(numbers))
 
 
 def published(address: str, ports: Sequence[Port]) -> Elements:
@@ -55,6 +61,14 @@ def published(address: str, ports: Sequence[Port]) -> Elements:
 def source(interface: str, address: str) -> Elements:
     """Return the key of a set of `ifname . ipv4_addr`."""
     return "sources", [interface.encode().ljust(16, b"\0") + socket.inet_aton(address)]
+
+
+def merged(parts: Iterable[Elements]) -> list[Elements]:
+    """Return the same with one part for each set, in the order in which they first come."""
+    found: dict[str, list[bytes | tuple[bytes, bytes]]] = {}
+    for name, keys in parts:
+        found.setdefault(name, []).extend(keys)
+    return list(found.items())
 
 
 def _element(key: bytes | tuple[bytes, bytes]) -> bytes:

@@ -19,6 +19,7 @@ from atoll.model.fabric import FabricBatch, FabricGrant, FabricNode, FabricOffer
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.fabric import FabricControl
 from atoll.network import wireguard
+from atoll.network.ledger import Ledger
 from atoll.network.links import LinkNetwork
 from atoll.network.names import Directory, NameServer
 from atoll.network.paths import Paths
@@ -81,7 +82,7 @@ async def settle(
     kept = load(directory)
     if kept is not None:
         return kept.grant.prefix
-    if any((directory / "links").glob("*.json")):
+    if Ledger(directory / "links").load():
         return former  # its instances run, with addresses of it
     while not stopped():
         try:

@@ -22,10 +22,11 @@ from atoll.network.pool import SlotPool
 from atoll.network.private import Private, of_nodes
 from atoll.network.rules import Ruled, elements_of
 from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
+from atoll.network.together import Together
 from atoll.network.tunnels import names_of
 
-PREPARED_DEFAULT = 8
-"""Slots made ahead. One costs about 2 ms to make, and some kernel memory."""
+PREPARED_DEFAULT = 32
+"""Slots made ahead: as many starts in one moment wait for none. One costs about 2 ms to make, and some memory of the kernel."""
 RULES_CHECK_S = 2.0
 """Seconds within which rules that somebody removed are back."""
 LEARNED_MAX = 64
@@ -94,6 +95,7 @@ class LinkNetwork:
         self._ruled: dict[str, Ruled] = {}
         self._members: dict[tuple[str, str], list[str]] = {}
         self._learned: dict[tuple[str, str], list[str]] = {}
+        self._admissions = Together(self._admit, self._lost)
 
     @property
     def node_address(self) -> str:
@@ -197,35 +199,54 @@ class LinkNetwork:
             self._check_published(id, ports)
             if held.entry.rules != rules:
                 held = self._held[id] = _Held(held.slot, structs.replace(held.entry, rules=rules))
-                self._ledger.write(held.entry)
+                self._ledger.write([held.entry])
                 self._rule(opened, held.slot.address, project, rules)
             return self._link(self._change_ports(opened, held, tuple(ports)))
         self._check_published(id, ports)
         slot = await opened.pool.take()
-        entry = Entry(id=id, project=project, number=slot.number, ports=tuple(ports), rules=rules)
+        held = _Held(slot, Entry(id=id, project=project, number=slot.number, ports=tuple(ports), rules=rules))
         try:
-            # The ledger first: a slot that nobody is known to have is removed by the next agent.
-            self._ledger.write(entry)
-            self._ledger.handed_out(slot.number)
-            self._rule(opened, slot.address, project, rules)  # before anything is open
-            opened.sets.change(
-                add=[
-                    elements.inbound(slot.address, ports),
-                    elements.published(slot.address, ports),
-                    *self._private.admit(slot.address, project),
-                ]
-            )
-            self._projects[slot.address] = project
+            await self._admissions.ask(held)  # cancelled meanwhile: what comes about nevertheless is the instance's until `detach`
         except (AtollError, OSError) as error:
-            self._ledger.remove(slot.number)
-            self._private.gone(slot.address)
-            self._ruled.pop(slot.address, None)
             await opened.pool.remove(slot.number)
             if isinstance(error, OSError):
                 raise Unavailable(f"cannot note down the link of {id}: {error}", mend="free space on the disk") from error
             raise
-        held = self._held[id] = _Held(slot, entry)
         return self._link(held)
+
+    def _admit(self, many: Sequence[_Held]) -> None:
+        """Give the slots to their instances and open their ports: all, or none. Raises OSError, RuntimeFailed."""
+        assert self._state is not None  # noqa: S101 - whoever asked has a slot of it
+        try:
+            # The ledger first: a slot that nobody is known to have is removed by the next agent.
+            self._ledger.write([each.entry for each in many], handed_out=True)
+            ruled = {each.slot.address: each for each in many if each.entry.rules is not None}
+            for address, each in ruled.items():
+                assert each.entry.rules is not None  # noqa: S101 - chosen for it
+                self._ruled[address] = Ruled(address, each.entry.project, each.entry.rules)
+            if ruled:
+                self._write_policies(self._state)  # before anything is open
+            parts = []
+            for each in many:
+                address, ports = each.slot.address, each.entry.ports
+                parts.append(elements.inbound(address, ports))
+                if host_ports(ports):
+                    parts.append(elements.published(address, ports))
+                parts += self._private.admit(address, each.entry.project)
+            self._state.sets.change(add=elements.merged(parts))
+        except (AtollError, OSError):
+            self._ledger.remove([each.slot.number for each in many])
+            for each in many:
+                self._private.gone(each.slot.address)
+                self._ruled.pop(each.slot.address, None)
+            raise
+        for each in many:
+            self._projects[each.slot.address] = each.entry.project
+            self._held[each.entry.id] = each
+
+    def _lost(self, held: _Held) -> None:
+        if self._state is not None:
+            self._state.pool.discard(held.slot.number)
 
     async def detach(self, id: str) -> None:
         opened = await self._open()
@@ -332,7 +353,7 @@ class LinkNetwork:
         if held.entry.ports == ports:
             return held
         entry = structs.replace(held.entry, ports=ports)
-        self._ledger.write(entry)
+        self._ledger.write([entry])
         name, old = elements.inbound(held.slot.address, held.entry.ports)
         _, new = elements.inbound(held.slot.address, ports)
         # A port that leads elsewhere now must go before it comes again.
@@ -346,7 +367,7 @@ class LinkNetwork:
 
     def _shut(self, opened: _Open, held: _Held) -> None:
         """Let nothing through any more, and forget whose the slot was. From here on a crash cannot give it to anybody."""
-        self._ledger.remove(held.slot.number)
+        self._ledger.remove([held.slot.number])
         slot = held.slot
         ports = held.entry.ports
         opened.sets.change(
@@ -396,8 +417,9 @@ class LinkNetwork:
         entries = {entry.number: entry for entry in self._ledger.load()}
         whole, broken = maker.find()
         maker.remove([*broken, *(whole.keys() - entries.keys())])
-        for number in entries.keys() - whole.keys():  # the machine was restarted, or somebody removed the link by hand
-            self._ledger.remove(number)
+        # Those without a slot: the machine was restarted, or somebody removed the link by hand.
+        self._ledger.remove(list(entries.keys() - whole.keys()))
+        self._ledger.compact()
         maker.check_overlap()
         if read_sysctl(FORWARDING) == "0":
             write_sysctl(FORWARDING, "1")

@@ -15,6 +15,8 @@ from atoll.network.slots import Slot
 
 PAUSE_S = 1.0
 """Before the next try after the kernel refused to make or to remove a slot."""
+CALM_S = 0.005
+"""After a ready slot was taken the next one is made so much later: whoever starts has the processor first."""
 
 log = structlog.get_logger()
 
@@ -41,6 +43,7 @@ class SlotPool:
         self._leaving: dict[int, asyncio.Future[None]] = {}
         self._wake_maker = asyncio.Event()
         self._wake_remover = asyncio.Event()
+        self._soon: asyncio.TimerHandle | None = None
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -61,9 +64,9 @@ class SlotPool:
         if self._closed:
             raise Unavailable("the network has been closed")
         if self._ready and not self._waiting:
-            slot = self._ready.popleft()
-            self._wake_maker.set()
-            return slot
+            if self._soon is None:
+                self._soon = asyncio.get_running_loop().call_later(CALM_S, self._refill)
+            return self._ready.popleft()
         future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         self._wake_maker.set()
@@ -74,6 +77,10 @@ class SlotPool:
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._hand_out(future.result())  # it came in the same moment; the next one has it
             raise
+
+    def _refill(self) -> None:
+        self._soon = None
+        self._wake_maker.set()
 
     async def remove(self, number: int) -> None:
         """Remove the slot and free its address. Raises RuntimeFailed; it is then tried again until it is gone."""
@@ -122,7 +129,7 @@ class SlotPool:
             self._admit(slot)
         except (AtollError, OSError) as error:
             log.warning("network.slot-failed", number=number, message=str(error))
-            self._discard(number)
+            self.discard(number)
             self._refuse(error if isinstance(error, AtollError) else Unavailable(f"cannot make a link: {error}"))
             asyncio.get_running_loop().call_later(PAUSE_S, self._wake_maker.set)
             return False
@@ -143,7 +150,8 @@ class SlotPool:
             if not future.done():
                 future.set_exception(error)
 
-    def _discard(self, number: int) -> None:
+    def discard(self, number: int) -> None:
+        """Remove the slot and free its address some time; it is tried until it is gone."""
         self._leaving.setdefault(number, asyncio.get_running_loop().create_future())
         self._wake_remover.set()
 

@@ -35,7 +35,8 @@ class Private:
     def admit(self, address: str, project: str) -> list[Elements]:
         """Return what to add for an instance of this node."""
         self._own[address] = project
-        return self._elements({address: project})
+        key, number = socket.inet_aton(address), struct.pack("=I", self._number(project))
+        return [("project_of", [(key, number)]), ("member", [key + number])]
 
     def forget(self, address: str) -> list[Elements]:
         """Return what to delete of an instance of this node; `gone` says that it was."""
