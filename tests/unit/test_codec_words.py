@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+import msgspec
 import pytest
 
 from atoll.model import codec
 from atoll.model.errors import Invalid
-from atoll.model.spec import AppSpec
+from atoll.model.spec import AppSpec, JobSpec
 
 
 @pytest.mark.parametrize(
@@ -48,3 +53,42 @@ def test_a_value_that_is_none_of_a_few_is_refused_with_those(text: bytes, messag
         codec.convert(codec.parse_text(text, ".toml"), AppSpec)
     assert str(caught.value) == message
     assert (caught.value.mend or "").startswith(mend)
+
+
+def enumerations(
+    kind: Any, path: tuple[Any, ...] = (), within: frozenset[Any] = frozenset()
+) -> Iterator[tuple[tuple[Any, ...], type]]:
+    """Yield every place in a record type where one of a few values stands: its path of names and, for a list, 0."""
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        yield path, kind
+    elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        if kind not in within:
+            for field in msgspec.structs.fields(kind):
+                yield from enumerations(field.type, (*path, field.encode_name), within | {kind})
+    else:
+        step = (0,) if get_origin(kind) in (tuple, list) else ()
+        for argument in get_args(kind):
+            yield from enumerations(argument, (*path, *step), within)
+
+
+def built(path: tuple[Any, ...], value: object) -> Any:
+    if not path:
+        return value
+    return [built(path[1:], value)] if path[0] == 0 else {path[0]: built(path[1:], value)}
+
+
+@pytest.mark.parametrize("spec", [AppSpec, JobSpec])
+def test_wherever_one_of_a_few_values_stands_another_is_refused_with_all_of_them(spec: type) -> None:
+    places = list(enumerations(spec))
+    assert len(places) >= 10
+    for path, kind in places:
+        for wrong in ("nonsense", 3):
+            with pytest.raises(Invalid) as caught:
+                codec.decode(codec.encode({"name": "web", **built(path, wrong)}), spec)
+            assert caught.value.mend == "use one of " + ", ".join(str(member.value) for member in kind), path
+
+
+def test_a_kind_that_is_none_is_refused_with_what_it_may_be() -> None:
+    with pytest.raises(Invalid) as caught:
+        codec.convert({"name": "web", "kind": "service"}, AppSpec)
+    assert (str(caught.value), caught.value.mend) == ("kind: no such value here: 'service'", "write 'app', or leave it out")

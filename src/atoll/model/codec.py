@@ -183,6 +183,18 @@ def _choices(kind: Any, steps: list[str]) -> list[str]:
     return next((found for argument in get_args(kind) if (found := _choices(argument, inner))), [])
 
 
+def _tag(kind: Any, steps: list[str]) -> str | None:
+    """Return what the field that tells kinds of records apart must say, if the path in steps names one."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        config = kind.__struct_config__
+        if len(steps) == 1:
+            return str(config.tag) if config.tag_field == steps[0] else None
+        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        return _tag(fields[steps[0]], steps[1:]) if steps and steps[0] in fields else None
+    inner = steps[1:] if steps[:1] == ["[]"] else steps
+    return next((found for argument in get_args(kind) if (found := _tag(argument, inner))), None)
+
+
 def invalid(error: msgspec.ValidationError, kind: Any = None) -> Invalid:
     """Return msgspec's error about a `kind` in our words, with the path of the field and, where it is one of a few, the values."""
     match = _PATH.fullmatch(str(error))
@@ -192,8 +204,12 @@ def invalid(error: msgspec.ValidationError, kind: Any = None) -> Invalid:
         what = "e" + _TYPES.sub(_in_words, what)[1:]
     what = what.replace("Object contains unknown field", "unknown field").replace("Object missing required field", "missing")
     mend = None
-    if field and what.startswith("Invalid enum value"):
+    steps = re.sub(r"\[[^\]]*\]", ".[]", field).split(".") if field else []
+    if steps and what.startswith(("Invalid enum value", "expected text")):
         what = what.replace("Invalid enum value", "no such value:")
-        choices = _choices(kind, re.sub(r"\[[^\]]*\]", ".[]", field).split("."))
+        choices = _choices(kind, steps)
         mend = f"use one of {', '.join(choices)}" if choices else None
+    elif steps and what.startswith("Invalid value") and (tag := _tag(kind, steps)) is not None:
+        what = what.replace("Invalid value", "no such value here:")
+        mend = f"write '{tag}', or leave it out"
     return Invalid(f"{field}: {what}" if field else what, field=field or None, mend=mend)
