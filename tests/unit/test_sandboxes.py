@@ -89,6 +89,39 @@ def test_snapshots_are_kept_by_content_and_the_longest_unused_goes(tmp_path: Pat
         kept.find("other", digests[0])  # another project's
 
 
+async def test_snapshots_of_a_project_are_listed_by_its_node_and_removed_by_hand(control: FakeControlPlane, tmp_path: Path) -> None:
+    snapshot = (await hold(control, StreamKind.SNAPSHOT)).snapshot
+    assert snapshot is not None
+
+    async def listed(project: str) -> list[SnapshotView]:
+        ((kind, payload),) = await node(control, StreamKind.SNAPSHOTS, project=project)
+        assert kind is Kind.DATA, payload
+        return codec.decode(payload, list[SnapshotView])
+
+    (view,) = await listed("default")
+    assert (view.digest, view.of, view.node, view.taken_at) == (snapshot.digest, "web", "n1", snapshot.taken_at)
+    assert await listed("other") == []
+    for project, digest, code in (
+        ("other", snapshot.digest, "not-found"),
+        ("default", "sha256:../../../record.db", "invalid"),
+        ("default", "sha256:" + "0" * 64, "not-found"),
+    ):
+        ((kind, payload),) = await node(control, StreamKind.SNAPSHOT_REMOVE, project=project, digest=digest)
+        assert (kind, codec.decode(payload, ErrorBody).code) == (Kind.ERROR, code)
+    assert await node(control, StreamKind.SNAPSHOT_REMOVE, project="default", digest=snapshot.digest) == [(Kind.END, b"")]
+    assert await listed("default") == []
+    assert list((tmp_path / "snapshots/default").iterdir()) == []
+
+
+async def node(control: FakeControlPlane, kind: str, **options: str) -> list[tuple[Kind, bytes]]:
+    """Ask the node itself, and hang up when it has answered."""
+    channel = control.request(StreamRequest(f"{kind}-{random.random()}", kind, "", dict(options)))
+    async with asyncio.timeout(5):
+        message = await channel.receive()
+    await channel.close()
+    return [unpack(message)] if message is not None else []
+
+
 @pytest.mark.parametrize(
     ("spec", "field"),
     [

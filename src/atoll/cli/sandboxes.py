@@ -191,19 +191,79 @@ async def _hold(session: Session, name: str, what: str) -> None:
 
     async with session.client() as client:
         held = await hold(client, session.project, name, what)
+        spec = (await client.job(session.project, name)).job.spec if held.snapshot is not None else None
     if session.json:
         session.output.json(held)
     else:
-        session.output.say(f"[green]✓[/] {_words(name, held)}")
+        session.output.say(f"[green]✓[/] {_words(name, held, spec)}")
 
 
-def _words(name: str, held: Held) -> str:
-    if held.snapshot is not None:
-        from atoll.model.units import format_bytes
+def _words(name: str, held: Held, spec: JobSpec | None) -> str:
+    if held.snapshot is None or spec is None:
+        return f"sandbox {name} {'is paused' if held.paused else 'goes on'}"
+    from atoll.model.units import format_bytes
 
-        digest, size = held.snapshot.digest, format_bytes(held.snapshot.stored_bytes)
-        return f"{digest} ({size} on {held.node}); go on from it: atoll sandbox create NEW --snapshot {digest} --node {held.node} …"
-    return f"sandbox {name} {'is paused' if held.paused else 'goes on'}"
+    digest, size = held.snapshot.digest, format_bytes(held.snapshot.stored_bytes)
+    return f"{digest} ({size} on {held.node}); go on from it:\n  {how_to_go_on(spec, digest, held.node)}"
+
+
+def how_to_go_on(spec: JobSpec, digest: str, node: str) -> str:
+    """Return the command that makes a sandbox from a snapshot of one with `spec`: what it is made of must be the same."""
+    from atoll.model.spec import Isolation, Resources
+
+    words = ["atoll sandbox create NEW", f"--snapshot {digest}", f"--node {node}", f"--image {spec.image}"]
+    if spec.isolation is not Isolation.CONTAINER:
+        words.append(f"--isolation {spec.isolation}")
+    if spec.runtime is not None:
+        words.append(f"--runtime {spec.runtime}")
+    if spec.resources != Resources():
+        words.append("--file SPEC  (with the same resources)")
+    return " ".join(words)
+
+
+@command(example="atoll sandbox snapshots")
+@click.option("--node", metavar="NODE", help="Only those on this node.")
+async def snapshots(session: Session, node: str | None) -> None:
+    """List the project's snapshots. Each is on one node, and the longest unused goes when there are too many."""
+    from atoll.cli.output import age
+    from atoll.model.units import format_bytes
+
+    async with session.client() as client:
+        found = await client.snapshots(session.project, node)
+    if session.json:
+        session.output.json(found)
+        return
+    rows = [
+        (view.digest, view.of, view.runtime, view.node, format_bytes(view.stored_bytes), age(view.taken_at), age(view.used_at))
+        for view in found.snapshots
+    ]
+    columns = ("SNAPSHOT", "OF", "RUNTIME", "NODE", "SIZE>", "TAKEN>", "USED>")
+    session.output.table(columns, rows, empty="no snapshots; take one with: atoll sandbox snapshot SANDBOX")
+    if found.silent:
+        session.output.say(f"[yellow]did not answer[/]: {', '.join(found.silent)}")
+
+
+@command(example="atoll sandbox rm-snapshot sha256:4f… --node n1", name="rm-snapshot")
+@click.argument("digest", metavar="SNAPSHOT")
+@click.option("--node", metavar="NODE", help="The node that it is on; else all are asked.")
+async def remove_snapshot(session: Session, digest: str, node: str | None) -> None:
+    """Remove a snapshot; the beginning of its digest is enough. Sandboxes that went on from it go on."""
+    from atoll.model.errors import NotFound
+
+    wanted = digest.removeprefix("sha256:")
+    async with session.client() as client:
+        held = (await client.snapshots(session.project, node)).snapshots
+        found = [view for view in held if view.digest.removeprefix("sha256:").startswith(wanted)]
+        if not found or not wanted:
+            raise NotFound(f"no snapshot {digest[:19]}", mend="'atoll sandbox snapshots' lists them")
+        if len({view.digest for view in found}) > 1:
+            raise Invalid(f"{digest[:19]}: {len(found)} snapshots begin so", field="digest", mend="give more of it")
+        for view in found:
+            await client.remove_snapshot(session.project, view.digest, view.node)
+    if session.json:
+        session.output.json({"removed": found[0].digest})
+    else:
+        session.output.say(f"[green]✓[/] snapshot {found[0].digest[:19]} is removed from {', '.join(view.node for view in found)}")
 
 
 @command(example="atoll sandbox fork try other")
@@ -232,5 +292,5 @@ async def remove(session: Session, name: str) -> None:
         session.output.say(f"[green]✓[/] sandbox {name} is gone")
 
 
-for _each in (create, list_sandboxes, pause, resume, snapshot, fork, remove, execute, copy):
+for _each in (create, list_sandboxes, pause, resume, snapshot, snapshots, remove_snapshot, fork, remove, execute, copy):
     sandbox.add_command(_each)

@@ -5,6 +5,7 @@ Logs: the node sends LOG (a `LogLine` as JSON), then END, or ERROR.
 Payloads: RESIZE a `Resize` as JSON; SIGNAL a name (`SIGINT`); EXIT the exit status in decimal; ERROR an `ErrorBody` as JSON.
 Files: a tar stream in DATA messages, closed by END from the sending side; the receiver answers END, or ERROR.
 Pausing, resuming, writing down an instance: the node sends DATA (a `Held` as JSON), or ERROR.
+Listing the snapshots of a project on a node: the node sends DATA (`SnapshotView`s as JSON); removing one: END; or ERROR.
 Reinstating a GPU: the node sends DATA (the `GpuDevice` as it then stands, as JSON), or ERROR.
 """
 
@@ -61,6 +62,12 @@ class ReinstateOptions(Struct, frozen=True, kw_only=True):
     """Whose word it is."""
 
 
+class SnapshotsOptions(Struct, frozen=True, kw_only=True):
+    project: str
+    digest: str = ""
+    """Of the one to be removed."""
+
+
 class SnapshotView(Struct, frozen=True, kw_only=True):
     """A snapshot as its users see it; it is on one node, where sandboxes can go on from it."""
 
@@ -69,6 +76,10 @@ class SnapshotView(Struct, frozen=True, kw_only=True):
     runtime: str
     stored_bytes: int
     taken_at: float
+    of: str = ""
+    """The sandbox, app or job that it was taken of first."""
+    used_at: float = 0.0
+    """When something last went on from it, or it was taken again: the longest unused goes first."""
 
 
 class Held(Struct, frozen=True, kw_only=True):

@@ -36,6 +36,7 @@ from atoll.node.record import Entry, LocalRecord, SqliteRecord
 from atoll.node.recovery import recover
 from atoll.node.report import RETRY_MAX_S, Reporter, retry_delay
 from atoll.node.runner import Runner, new_entry
+from atoll.node.snapshots import Snapshots
 from atoll.node.streams import serve_stream
 from atoll.node.tools import Logs, Machine, Prober, Scraper, Tools
 from atoll.node.transitions import Removed, Wanted
@@ -102,6 +103,7 @@ class Agent:
         self._clock = clock
         self._random = random
         self._directories = Directories(data)
+        self._snapshots = Snapshots(self._directories.snapshots)
         self._record = record
         self._logs = logs or FileLogs(self._directories, clock)
         self._prober = prober or NetworkProber()
@@ -369,6 +371,7 @@ class Agent:
                 self.runners.get(request.instance),
                 self._logs,
                 gpus=self._gpus,
+                snapshots=self._snapshots,
                 full=self._streams > STREAMS_MAX,
             )
         except Exception:

@@ -38,7 +38,8 @@ async def _hold(runner: Runner, runtime: Runtime, kind: str, node: str) -> Snaps
             raise Unsupported(f"{runtime.name} takes no snapshots", mend=f"use one of: {able}", field="runtime")
         place = await asyncio.to_thread(runner.snapshots.place, runner.project, runner.id)
         taken = await runtime.snapshot(runner.id, place)
-        await asyncio.to_thread(runner.snapshots.keep, runner.project, taken.digest, place)
+        owner = runner.assignment.instance.owner
+        await asyncio.to_thread(runner.snapshots.keep, runner.project, taken.digest, place, owner)
         return SnapshotView(
             digest=taken.digest, node=node, runtime=runtime.name, stored_bytes=taken.stored_bytes, taken_at=taken.taken_at
         )

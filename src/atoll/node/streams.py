@@ -26,6 +26,7 @@ from atoll.model.streams import (
     LogOptions,
     ReinstateOptions,
     Resize,
+    SnapshotsOptions,
     pack,
     unpack,
 )
@@ -34,6 +35,7 @@ from atoll.node.gpus import Gpus
 from atoll.node.holding import hold
 from atoll.node.in_root import IdMap
 from atoll.node.runner import Runner
+from atoll.node.snapshots import Snapshots
 from atoll.node.tools import Logs
 from atoll.node.transitions import Rest
 
@@ -59,6 +61,7 @@ async def serve_stream(
     logs: Logs,
     *,
     gpus: Gpus | None = None,
+    snapshots: Snapshots | None = None,
     full: bool = False,
 ) -> None:
     """Serve one stream to its end. What goes wrong is told to the other end; never raises AtollError."""
@@ -74,6 +77,8 @@ async def serve_stream(
                 raise Exhausted("this node serves as many streams as it may; try again later")
             if request.kind == StreamKind.GPU_REINSTATE:
                 await _reinstate(channel, gpus, codec.convert(request.options, ReinstateOptions))
+            elif request.kind in (StreamKind.SNAPSHOTS, StreamKind.SNAPSHOT_REMOVE) and snapshots is not None:
+                await _snapshots(request, channel, snapshots, node)
             elif runner is None:
                 raise NotFound(f"instance {request.instance} is not on this node")
             else:
@@ -107,11 +112,27 @@ async def _work(request: StreamRequest, channel: Channel, runner: Runner, node: 
             runtime, _ = _running(runner)
             held = await hold(runner, runtime, request.kind, node)
             await channel.send(pack(Kind.DATA, codec.encode(held)))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(REINSTATED_S):
-                    await channel.receive()  # the asker's end: closing before it could cut what is under way
+            await _taken(channel)
         case _:
             raise Invalid(f"unknown kind of stream {request.kind!r}")
+
+
+async def _snapshots(request: StreamRequest, channel: Channel, snapshots: Snapshots, node: str) -> None:
+    options = codec.convert(request.options, SnapshotsOptions)
+    if request.kind == StreamKind.SNAPSHOTS:
+        views = await asyncio.to_thread(snapshots.all, options.project, node)
+        await channel.send(pack(Kind.DATA, codec.encode(views)))
+    else:
+        await asyncio.to_thread(snapshots.remove, options.project, options.digest)
+        await channel.send(pack(Kind.END))
+    await _taken(channel)
+
+
+async def _taken(channel: Channel) -> None:
+    """Wait for the asker's end: closing before it could cut what is under way."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REINSTATED_S):
+            await channel.receive()
 
 
 async def _reinstate(channel: Channel, gpus: Gpus | None, options: ReinstateOptions) -> None:
@@ -119,9 +140,7 @@ async def _reinstate(channel: Channel, gpus: Gpus | None, options: ReinstateOpti
         raise NotFound("this node has no GPUs", field="gpu")
     device = await gpus.reinstate(options.device, reset=options.reset, by=options.by)
     await channel.send(pack(Kind.DATA, codec.encode(replace(device, links=(), profiles=(), foreign=()))))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(REINSTATED_S):
-            await channel.receive()  # the asker's end: closing before it could cut what is under way
+    await _taken(channel)
 
 
 def _running(runner: Runner) -> tuple[Runtime, int]:

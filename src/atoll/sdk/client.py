@@ -53,6 +53,7 @@ from atoll.model.views import (
     SecretRequest,
     SecretView,
     SiteView,
+    SnapshotsView,
     TakeRequest,
     TokenRequest,
     TokenView,
@@ -264,6 +265,14 @@ class Client:
         """
         where = path("projects", project, "instances", id, what)
         return answers.read(await self._transport.request("POST", where, timeout_s=HOLD_S), Held)
+
+    async def snapshots(self, project: str, node: str | None = None) -> SnapshotsView:
+        """Return the project's snapshots, of all nodes or one, and the nodes that did not answer."""
+        return await self._get(SnapshotsView, path("projects", project, "snapshots", node=node))
+
+    async def remove_snapshot(self, project: str, digest: str, node: str) -> None:
+        """Remove a snapshot from its node; sandboxes that went on from it go on. Raises NotFound."""
+        await self._delete(path("projects", project, "snapshots", digest.removeprefix("sha256:"), node=node))
 
     # Apps
 

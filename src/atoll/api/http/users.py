@@ -11,6 +11,7 @@ from atoll.api.http.answers import Lines
 from atoll.api.http.calls import Call, Query, Route
 from atoll.api.service import Need, authorize
 from atoll.api.service.watching import WATCHED, wanted
+from atoll.model.errors import Invalid
 from atoll.model.records import Event, Project, Release
 from atoll.model.spec import AppSpec, JobSpec, Quota
 from atoll.model.streams import Held
@@ -30,6 +31,7 @@ from atoll.model.views import (
     ScaleRequest,
     SecretRequest,
     SecretView,
+    SnapshotsView,
     TakeRequest,
     WatchLine,
 )
@@ -173,6 +175,17 @@ async def resume_instance(call: Call) -> Held:
 
 async def snapshot_instance(call: Call) -> Held:
     return await call.service.holds.hold(call.project, call.path["instance"], "snapshot")
+
+
+async def list_snapshots(call: Call) -> SnapshotsView:
+    return await call.service.snapshots.all(call.project, call.query("node"))
+
+
+async def remove_snapshot(call: Call) -> SnapshotsView:
+    node = call.query("node")
+    if not node:
+        raise Invalid("node: missing; a snapshot is on one", field="node", mend="name it in the query: ?node=NODE")
+    return await call.service.snapshots.remove(call.project, f"sha256:{call.path['snapshot']}", node)
 
 
 async def list_jobs(call: Call) -> Page[JobView]:
@@ -322,6 +335,22 @@ ROUTES: tuple[Route, ...] = (
     _hold("pause", pause_instance, "Have a running instance stand still"),
     _hold("resume", resume_instance, "Let an instance that was paused go on"),
     _hold("snapshot", snapshot_instance, "Write a running instance down on its node; a sandbox can go on from that"),
+    _read(
+        f"{_P}/{{project}}/snapshots",
+        list_snapshots,
+        "Snapshots, asked of the nodes that can have any",
+        SnapshotsView,
+        (Query("node", "only of this node"),),
+    ),
+    Route(
+        method="DELETE",
+        path=f"{_P}/{{project}}/snapshots/{{snapshot}}",
+        need=Need.DEPLOY,
+        run=remove_snapshot,
+        summary="Remove a snapshot, named by the digits of its digest, from its node",
+        answer=SnapshotsView,
+        query=(Query("node", "the node that it is on"),),
+    ),
     _read(f"{_P}/{{project}}/jobs", list_jobs, "Jobs", Page[JobView], PAGED),
     _write("POST", f"{_P}/{{project}}/jobs", create_job, "Make a job", JobView, JobSpec, status=201),
     _read(_JOB, get_job, "A job", JobView),

@@ -40,6 +40,7 @@ from atoll.api.service.sealing import Sealer
 from atoll.api.service.secrets import Secrets
 from atoll.api.service.servers import Dial, Servers
 from atoll.api.service.sites import Sites
+from atoll.api.service.snapshots import ProjectSnapshots
 from atoll.api.service.standing import Standing
 from atoll.api.service.tokens import Tokens
 from atoll.api.service.traffic import Traffic
@@ -93,6 +94,7 @@ class Service:
         self.instances = Instances(self.context)
         self.planning = Planning(self.context, self.heartbeats, self.ingresses)
         self.holds = Holds(self.context, self.instances, self.tunnels)
+        self.snapshots = ProjectSnapshots(self.context, self.tunnels)
         self.secrets = Secrets(self.context)
         self.tokens = Tokens(self.context)
         self.nodes = Nodes(self.context, self.heartbeats, self.tunnels)

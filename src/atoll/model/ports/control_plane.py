@@ -65,6 +65,9 @@ class StreamKind:
     PAUSE = "pause"
     RESUME = "resume"
     SNAPSHOT = "snapshot"
+    SNAPSHOTS = "snapshots"
+    SNAPSHOT_REMOVE = "snapshot-remove"
+    """These two of the node itself."""
 
 
 class StreamRequest(Struct, frozen=True):

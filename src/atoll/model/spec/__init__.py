@@ -29,6 +29,7 @@ from atoll.model.spec.isolation import SNAPSHOT_RUNTIMES as SNAPSHOT_RUNTIMES
 from atoll.model.spec.isolation import Isolation as Isolation
 from atoll.model.spec.isolation import RuntimeName as RuntimeName
 from atoll.model.spec.job import RUN_SUFFIX_CHARS as RUN_SUFFIX_CHARS
+from atoll.model.spec.job import SNAPSHOT_DIGEST as SNAPSHOT_DIGEST
 from atoll.model.spec.job import JobSpec as JobSpec
 from atoll.model.spec.job import Overlap as Overlap
 from atoll.model.spec.job import check_job as check_job

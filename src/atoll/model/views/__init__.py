@@ -40,4 +40,5 @@ from atoll.model.views.workloads import ReleaseView as ReleaseView
 from atoll.model.views.workloads import RollbackRequest as RollbackRequest
 from atoll.model.views.workloads import RolloutView as RolloutView
 from atoll.model.views.workloads import ScaleRequest as ScaleRequest
+from atoll.model.views.workloads import SnapshotsView as SnapshotsView
 from atoll.model.views.workloads import TakeRequest as TakeRequest

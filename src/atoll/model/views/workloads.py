@@ -10,6 +10,7 @@ from atoll.model.names import EnvName, Name
 from atoll.model.records import App, AppStatus, Instance, Job, JobStatus, Status
 from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import REPLICAS_MAX, AppSpec, EnvValue
+from atoll.model.streams import SnapshotView
 from atoll.model.units import Seconds
 
 
@@ -87,6 +88,14 @@ class TakeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """What its commands see, beside the template's; its first process began before."""
     deadline: Seconds | None = None
     idle_limit: Seconds | None = None
+
+
+class SnapshotsView(Struct, frozen=True, kw_only=True):
+    """A project's snapshots, those used last first."""
+
+    snapshots: tuple[SnapshotView, ...] = ()
+    silent: tuple[str, ...] = ()
+    """Nodes that did not answer: what they have is not here."""
 
 
 class ScaleRequest(Struct, frozen=True, forbid_unknown_fields=True):
