@@ -68,6 +68,13 @@ class Terminal:
         assert re.search(pattern, self.seen), self.seen
         return self.seen
 
+    def until_raw(self) -> None:
+        """Wait until keys are taken as they are."""
+        deadline = time.monotonic() + DEADLINE_S
+        while termios.tcgetattr(self.fd)[3] & (termios.ICANON | termios.ISIG):
+            assert time.monotonic() < deadline, self.seen
+            time.sleep(0.01)
+
     def end(self) -> int:
         """Read to the end and return the exit status."""
         while True:
@@ -113,7 +120,7 @@ def test_top_goes_on_until_it_is_interrupted() -> None:
 
 def test_a_command_gets_a_raw_terminal_with_its_size() -> None:
     terminal = Terminal("exec", "-it", "web", "--", "size", rows=33, columns=99)
-    time.sleep(1.0)
+    terminal.until_raw()
     terminal.size(50, 140)
     time.sleep(0.3)
     terminal.type("x")
@@ -123,7 +130,7 @@ def test_a_command_gets_a_raw_terminal_with_its_size() -> None:
 
 def test_keys_reach_the_command_as_they_are() -> None:
     terminal = Terminal("exec", "-it", "web", "--", "cat")
-    time.sleep(1.0)
+    terminal.until_raw()
     terminal.type("a\x03b")
     terminal.until("a\x03b")
     os.kill(terminal.pid, 9)
