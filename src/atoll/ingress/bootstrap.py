@@ -287,11 +287,10 @@ def _local_replies() -> dict[str, Any]:
         "mappers": [
             _reply(["NR"], "not-found", f"no app is served at {place} under this path", "see `atoll apps` for what is"),
             _reply(["UH", "NC"], "unavailable", f"the app at {place} has no instance that is ready", "see `atoll ps`; retry soon"),
-            _reply(
-                ["RL"], "too-many-requests", f"more requests for {place} than its rate allows", "retry after a second", RETRY_AFTER
+            _answer(
+                429, "too-many-requests", f"more requests for {place} than its rate allows", "retry after a second", RETRY_AFTER
             ),
-            _answer(413, "too-large", f"a request for {place} has a larger body than its app takes"),
-            _reply(["UF", "UC", "UR", "URX"], "unavailable", f"an instance of the app at {place} broke the connection", ""),
+            _answer(413, "too-large", f"a request for {place} has a larger body than its app takes", "send less at once"),
             _reply(["UO"], "unavailable", f"the app at {place} has as many requests under way as its limits allow", "retry soon"),
             _reply(
                 ["UPE"],
@@ -299,27 +298,26 @@ def _local_replies() -> dict[str, Any]:
                 f"what an instance of the app at {place} says is not HTTP as its port is declared to speak",
                 "its port may need `http2`, or lead elsewhere",
             ),
+            _reply(["UF", "UC", "UR", "URX"], "unavailable", f"an instance of the app at {place} broke the connection", ""),
             _reply(["UMSDR", "UT", "SI"], "deadline-exceeded", f"the app at {place} did not answer in time", ""),
         ],
         "body_format": {"json_format": _error("ingress", "%LOCAL_REPLY_BODY%", "")},
     }
 
 
-def _reply(flags: list[str], code: str, message: str, mend: str, headers: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
-    reply: dict[str, Any] = {
+def _reply(flags: list[str], code: str, message: str, mend: str) -> dict[str, Any]:
+    return {
         "filter": {"response_flag_filter": {"flags": flags}},
         "body_format_override": {"json_format": _error(code, message, mend)},
     }
-    if headers:
-        reply["headers_to_add"] = [{"header": {"key": key, "value": value}} for key, value in headers]
-    return reply
 
 
-def _answer(status: int, code: str, message: str) -> dict[str, Any]:
+def _answer(status: int, code: str, message: str, mend: str, headers: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
     comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "never"}}
     return {
         "filter": {"status_code_filter": {"comparison": comparison}},
-        "body_format_override": {"json_format": _error(code, message, "")},
+        "body_format_override": {"json_format": _error(code, message, mend)},
+        "headers_to_add": [{"header": {"key": key, "value": value}} for key, value in headers],
     }
 
 

@@ -109,7 +109,7 @@ def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = 
             int_value=AWAY_UNACKNOWLEDGED_MS,
             state=socket_option_pb2.SocketOption.STATE_PREBIND,
         )
-    options = http_protocol_options_pb2.HttpProtocolOptions(retry_policy=_retries(rules, sites=sites))
+    options = http_protocol_options_pb2.HttpProtocolOptions(retry_policy=tries(rules, sites=sites))
     options.common_http_protocol_options.CopyFrom(
         protocol_pb2.HttpProtocolOptions(idle_timeout=duration_pb2.Duration(seconds=UPSTREAM_IDLE_S))
     )
@@ -164,7 +164,7 @@ def _outliers(rules: IngressRules, *, sites: bool) -> outlier_detection_pb2.Outl
     return detection
 
 
-def _retries(rules: IngressRules, *, sites: bool) -> route_components_pb2.RetryPolicy:
+def tries(rules: IngressRules, *, sites: bool) -> route_components_pb2.RetryPolicy:
     """It belongs to the cluster and not to routes, of which ten thousand are made anew whenever one changes."""
     conditions = [RETRY_ON, *(["retriable-status-codes"] if rules.retry_statuses else [])]
     retry = route_components_pb2.RetryPolicy(

@@ -18,6 +18,7 @@ from google.protobuf import any_pb2, duration_pb2, wrappers_pb2
 from google.protobuf.message import Message
 from msgspec import Struct
 
+from atoll.ingress.clusters import tries
 from atoll.ingress.resources import ROUTE_CONFIG, Kind, Resource, Target, from_us, resource
 from atoll.model.spec import HeaderEdit, IngressRules, Route
 
@@ -122,6 +123,9 @@ def _route(path: str, leg: Leg) -> route_components_pb2.Route:
     timeout = own.timeout if own is not None and own.timeout is not None else rules.timeout if rules is not None else None
     if timeout is not None:
         action.timeout.FromMilliseconds(round(timeout * 1000))
+    if rules is not None and rules.try_timeout is not None:
+        # Envoy takes the time of a try from a route alone.
+        action.retry_policy.CopyFrom(tries(rules, sites=True))
     for key, value in leg.limited:
         count = action.rate_limits.add().actions.add().generic_key
         count.descriptor_key, count.descriptor_value = key, value
