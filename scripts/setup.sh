@@ -33,6 +33,12 @@ if [ ${#missing[@]} -gt 0 ]; then
     if [[ " ${missing[*]} " == *" lxc "* ]] && command -v systemctl > /dev/null; then
         systemctl disable --quiet lxc.service lxc-net.service lxc-monitord.service || true
     fi
+    # Nor must the web servers of the benchmarks begin to serve then.
+    for server in nginx haproxy; do
+        if [[ " ${missing[*]} " == *" $server"* ]] && command -v systemctl > /dev/null; then
+            systemctl disable --quiet "$server.service" || true
+        fi
+    done
 fi
 
 python=${PYTHON:-/usr/bin/python3}

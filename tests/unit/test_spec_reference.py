@@ -46,8 +46,10 @@ def test_every_example_of_the_page_is_a_spec_that_is_taken(made: str) -> None:
 def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | type[JobSpec]) -> Any:
     for name in reversed(place):
         value = {name.strip("[]"): [value] if name.startswith("[") else value}
-    if place == ("scale",):
+    if place[:1] == ("scale",):
         value["metrics"] = {}
+        value["scale"].setdefault("max", 4)
+        value["resources"] = {"gpu": {}}
     if place == ("rollout", "[steps]"):
         value["rollout"]["strategy"] = "canary"
     if place[:1] == ("worker",):
@@ -60,10 +62,11 @@ _BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
     (("[egress]",), "ports"): {"app": "db"},
     (("[egress]",), "protocol"): {"app": "db"},
     ((), "snapshot"): {"sandbox": True},
-    (("gpu",), "sharing"): {"count": 0.5},
     ((), "idle_limit"): {"sandbox": True},
     ((), "pool"): {"sandbox": True},
+    (("gpu",), "sharing"): {"count": 0.5},
     (("gpu",), "topology"): {"count": 2},
+    (("scale",), "idle"): {"replicas": 0},
     (("placement",), "together"): {"gang": True},
     (("rollout",), "strategy"): {"steps": [{"weight": 5}]},
     (("rollout",), "promote_after"): {"strategy": "blue-green"},
@@ -78,8 +81,24 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[resources.gpu]`": (("resources", "gpu"), AppSpec, {}),
     "`[[ports]]` (apps, at most 32)": (("[ports]",), AppSpec, {"port": 80}),
     "`[[routes]]` (apps, at most 256)": (("[routes]",), AppSpec, {"host": "a.example"}),
+    "`[ingress]` (apps)": (("ingress",), AppSpec, {}),
+    "`[ingress.rate]`": (("ingress", "rate"), AppSpec, {"requests": 100}),
+    "`[ingress.limits]`": (("ingress", "limits"), AppSpec, {}),
+    "`[ingress.outliers]`": (("ingress", "outliers"), AppSpec, {}),
+    "`[ingress.sticky]`": (("ingress", "sticky"), AppSpec, {}),
+    "`[ingress.request_headers]`, `[ingress.response_headers]`, and those of a route": (
+        ("ingress", "request_headers"),
+        AppSpec,
+        {},
+    ),
     "`[health]` (apps)": (("health",), AppSpec, {"command": ["true"]}),
     "`[scale]` (apps)": (("scale",), AppSpec, {"max": 4, "metric": "depth", "target": 8}),
+    "`[[scale.windows]]` (at most 16)": (
+        ("scale", "[windows]"),
+        AppSpec,
+        {"start": "0 7 * * *", "end": "0 19 * * *", "replicas": 2},
+    ),
+    "`[scale.prometheus]`": (("scale", "prometheus"), AppSpec, {"url": "http://a.example", "query": "a", "target": 1}),
     "`[metrics]` (apps)": (("metrics",), AppSpec, {}),
     "`[worker]` (apps)": (("worker",), AppSpec, {}),
     "`[[worker.services]]` (at most 64)": (("worker", "[services]"), AppSpec, {"binding": "A", "app": "a"}),
