@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from atoll.entry.process import Stop
 from atoll.model.fabric import FabricOffer, node_address
 from atoll.model.ports.clock import Clock
 from atoll.model.records import CELL_PROJECT, Event, Severity
+from atoll.network.claims import hold_subnet
 from atoll.network.fabric import NodeFabric, names_served, settle
 from atoll.network.links import LinkNetwork
 from atoll.sdk.control_plane import HttpControlPlane
@@ -37,11 +39,15 @@ def endpoint_of(config: Config, servers: str) -> str:
 async def enter(
     config: Config, control: HttpControlPlane, servers: str, node: str, directory: Path, clock: Clock, stop: Stop
 ) -> tuple[LinkNetwork, NodeFabric] | None:
-    """Return the network of this node's instances and its part of the fabric; None when told to stop first."""
+    """Return the network of this node's instances and its part of the fabric; None when told to stop first.
+
+    Raises Conflict: another agent of this machine has addresses of the subnet.
+    """
     offer = FabricOffer(site=config.site, region=config.region, subnet=config.subnet, endpoint=endpoint_of(config, servers))
     subnet = await settle(control, node, offer, directory, former=SUBNET_FORMER, stopped=stop.is_set)
     if subnet is None:
         return None
+    hold_subnet(subnet, f"process {os.getpid()} ({config.data})")  # for as long as this process lives
     names = names_served(node_address(subnet))
     network = LinkNetwork(subnet, directory, names=names)
 

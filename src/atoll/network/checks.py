@@ -69,7 +69,7 @@ def _subnet(subnet: str) -> Check:
         return Check("instances' subnet", False, str(error), error.mend or "")
     taken = [f"{other} ({link})" for link, other in routes() if other.subnet_of(network) and not link.startswith("at")]
     if taken:
-        return Check("instances' subnet", False, f"{network} holds {', '.join(taken[:3])}", "choose another subnet")
+        return Check("instances' subnet", False, f"{network} holds {', '.join(taken[:3])}", "give another: --subnet 10.N.0.0/16")
     return Check("instances' subnet", True, f"{network} is free")
 
 

@@ -163,7 +163,7 @@ class SlotMaker:
             if network.subnet_of(self._pool.network) and not interface.startswith(self.prefix):
                 raise Conflict(
                     f"the subnet {self._pool.network} holds {network}, which already leads to {interface}",
-                    mend="choose another subnet for this node's instances",
+                    mend="give this node's instances another: --subnet 10.N.0.0/16",
                     field="subnet",
                 )
 
