@@ -151,6 +151,7 @@ def example(path: str) -> str:
     path = path.replace("{maintenance}", "m1")
     path = path.replace("{reservation}", "r1")
     path = path.replace("{site}", "AMS_1")
+    path = path.replace("{host}", "www.example.test")
     path = path.replace("{snapshot}", "0" * 64)
     for name in ("project", "app", "job", "secret", "node", "ingress", "kind"):
         path = path.replace(f"{{{name}}}", known[name])

@@ -133,8 +133,8 @@ async def check(session: Session, file: Path | None, place: str | None, **files:
 async def forget_key(session: Session, yes: bool, place: str | None, **files: Path | None) -> None:
     """Let the cell take a new key, because the old one is lost for good. Every server must be stopped.
 
-    The next server that starts makes the new key. Secrets must be set again, and machines that joined must join again: what the
-    lost key sealed can be opened by nobody.
+    The next server that starts makes the new key. Secrets and certificates from files must be set again, the ACME authority chosen
+    again, and machines that joined must join again: what the lost key sealed can be opened by nobody.
     """
     from atoll.model import keys
     from atoll.model.ports.clock import SystemClock
@@ -146,7 +146,8 @@ async def forget_key(session: Session, yes: bool, place: str | None, **files: Pa
         click.confirm("Secrets and certificate authorities that the lost key sealed end for good. Go on?", abort=True, err=True)
     opened = await open_place(where, SystemClock())
     try:
-        ops = [Delete(keys.CELL_KEY), Delete(keys.AUTHORITIES, prefix=True), Delete(keys.IDENTITIES, prefix=True)]
+        sealed = (keys.AUTHORITIES, keys.IDENTITIES, keys.CERTIFICATE_STATUSES, keys.CERTIFICATE_ROOTS, keys.ACME_SETTINGS)
+        ops = [Delete(keys.CELL_KEY), *(Delete(prefix, prefix=True) for prefix in sealed)]
         await opened.txn((), ops)
     finally:
         await opened.close()

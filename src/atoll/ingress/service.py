@@ -187,13 +187,15 @@ class Ingress:
 
     async def _follow_certificates(self, feed: CertificateFeed) -> None:
         """As `_follow`, for the certificates."""
-        retry_s = RETRY_S
+        retry_s, whole = RETRY_S, False
         while True:
             try:
                 async for batch in feed.certificates(self._name):
                     secrets, challenged = self.certificates.apply(batch)
                     self.table.challenge(self.certificates.challenges, challenged)
-                    self.ads.publish_secrets(secrets | self.table.take_changes())
+                    whole = whole or batch.complete
+                    if whole:
+                        self.ads.publish_secrets(secrets | self.table.take_changes())
                     retry_s = RETRY_S
             except AtollError as error:
                 log.warning("ingress.certificates-away", message=str(error), code=error.code, retry_in_s=retry_s)

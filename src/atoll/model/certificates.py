@@ -110,7 +110,7 @@ class ChallengeAnswer(Struct, frozen=True, kw_only=True):
 
 
 class CertificateBatch(Struct, frozen=True):
-    """With `complete`, `put` and `kept` are every certificate there is."""
+    """With `complete`, `put` and `kept` are every certificate there is; what a batch before has told is among those kept."""
 
     revision: int
     complete: bool
@@ -127,8 +127,10 @@ class CertificateFeed(Protocol):
     """What an ingress sees of the certificates."""
 
     def certificates(self, ingress: str) -> AsyncIterator[CertificateBatch]:
-        """Yield first a complete batch, then changes as they come. Ends with Unavailable when the connection breaks: call
-        again. Raises NotFound where the server is older than this."""
+        """Yield all there is, the last batch of that being the complete one, then changes as they come.
+
+        Ends with Unavailable when the connection breaks: call again. Raises NotFound where the server is older than this.
+        """
         ...
 
 

@@ -36,6 +36,10 @@ JOIN_TOKENS = "join-tokens/"
 IDENTITIES = "identities/"
 SERVERS = "servers/"
 """Under each server's lease."""
+CERTIFICATES = "certificates/"
+CERTIFICATE_STATUSES = "certificate-statuses/"
+CERTIFICATE_ROOTS = "certificate-roots/"
+ACME_SETTINGS = "acme-settings/"
 CELL_KEY = "cell/key"
 """A keyed digest that only the cell's key makes, so that a server with another key says so before it writes anything."""
 LEADER = "leader"
@@ -164,6 +168,22 @@ def join_token(id: str) -> str:
 
 def identity(kind: str, name: str) -> str:
     return f"{IDENTITIES}{kind}/{name}"
+
+
+def certificate(host: str) -> str:
+    return f"{CERTIFICATES}{host}"
+
+
+def certificate_status(host: str) -> str:
+    return f"{CERTIFICATE_STATUSES}{host}"
+
+
+def certificate_root() -> str:
+    return f"{CERTIFICATE_ROOTS}cell"
+
+
+def acme_settings() -> str:
+    return f"{ACME_SETTINGS}cell"
 
 
 def server(id: str) -> str:

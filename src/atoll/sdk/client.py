@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from atoll.model import codec
+from atoll.model.certificates import AcmeRequest, AcmeView, CertificateRequest, CertificateView, RootView
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import OutcomeUnknown, Unavailable
 from atoll.model.fabric import Fabric, FabricNode, ReachView
@@ -444,6 +445,34 @@ class Client:
 
     async def delete_secret(self, project: str, name: str) -> None:
         await self._delete(path("projects", project, "secrets", name))
+
+    async def certificates(self, project: str) -> list[CertificateView]:
+        return await self._all(CertificateView, "projects", project, "certificates")
+
+    async def certificate(self, project: str, host: str) -> CertificateView:
+        """Return one with its chain; its key comes out to nobody but ingresses."""
+        return await self._get(CertificateView, path("projects", project, "certificates", host))
+
+    async def put_certificate(self, project: str, host: str, wish: CertificateRequest) -> CertificateView:
+        """Add or replace the certificate of a hostname. Raises Invalid, naming `chain` or `key`, and Conflict."""
+        return await self._write(CertificateView, "PUT", path("projects", project, "certificates", host), wish)
+
+    async def remove_certificate(self, project: str, host: str) -> None:
+        await self._delete(path("projects", project, "certificates", host))
+
+    async def certificate_root(self) -> RootView:
+        """Return what to trust for hostnames that the cell signs itself."""
+        return await self._get(RootView, path("certificates", "root"))
+
+    async def acme(self) -> AcmeView:
+        return await self._get(AcmeView, path("certificates", "acme"))
+
+    async def set_acme(self, wish: AcmeRequest) -> AcmeView:
+        """Choose the authority that signs where `acme` is asked for; whoever does agrees to its terms."""
+        return await self._write(AcmeView, "PUT", path("certificates", "acme"), wish)
+
+    async def forget_acme(self) -> None:
+        await self._delete(path("certificates", "acme"))
 
     async def events(self, project: str, *, subject: str | None = None, limit: int = 100, after: str | None = None) -> Page[Event]:
         """Return up to `limit` events, newest first; pass `next` as `after` for older ones."""

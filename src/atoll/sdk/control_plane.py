@@ -13,6 +13,7 @@ import msgspec
 
 from atoll.model import codec
 from atoll.model.beats import BeatGrant
+from atoll.model.certificates import CertificateBatch
 from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
 from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer, FabricPaths
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
@@ -96,6 +97,10 @@ class HttpControlPlane:
     def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]:
         """As `assignments`, for all apps that have routes."""
         return self._batches(path("ingresses", ingress, "routing"), RoutingBatch)
+
+    def certificates(self, ingress: str) -> AsyncIterator[CertificateBatch]:
+        """See `model.certificates.CertificateFeed`."""
+        return self._batches(path("ingresses", ingress, "certificates"), CertificateBatch)
 
     async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
         return codec.decode(await self._call("POST", path("ingresses", heartbeat.ingress, "heartbeat"), heartbeat), Peers)

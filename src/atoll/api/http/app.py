@@ -12,14 +12,21 @@ from litestar.exceptions import HTTPException
 from litestar.handlers import HTTPRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-from atoll.api.http import fabric, machines, members, operators, users
+from atoll.api.http import certificates, fabric, machines, members, operators, users
 from atoll.api.http.answers import Answer, Lines, error_answer, record_answer
 from atoll.api.http.calls import Call, Route, admit, check_version, internal
 from atoll.api.http.streams import stream_handlers
 from atoll.api.service import SYSTEM, Caller, Need, Service
 from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge
 
-ROUTES: tuple[Route, ...] = (*operators.ROUTES, *users.ROUTES, *machines.ROUTES, *fabric.ROUTES, *members.ROUTES)
+ROUTES: tuple[Route, ...] = (
+    *operators.ROUTES,
+    *users.ROUTES,
+    *machines.ROUTES,
+    *fabric.ROUTES,
+    *members.ROUTES,
+    *certificates.ROUTES,
+)
 OPENAPI_PATH = "/schema/openapi.json"
 
 CLOSE = ((b"connection", b"close"),)

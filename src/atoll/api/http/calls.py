@@ -17,6 +17,7 @@ from atoll.api.service.context import revision_of
 from atoll.api.service.pages import limit_of
 from atoll.api.service.signing import Shown
 from atoll.model import codec
+from atoll.model.certificates import check_host
 from atoll.model.errors import AtollError, Invalid, Unauthenticated
 from atoll.model.membership import API_HEADER, check_skew
 from atoll.model.spec import SITE_PATTERN, AppSpec, JobSpec
@@ -49,7 +50,7 @@ class Route(Struct, frozen=True, kw_only=True):
 
     method: str
     path: str
-    """With `{name}` for what varies; names called `project`, `app`, `job`, `secret` are names, `gpu` is one, all others ids."""
+    """With `{name}` for what varies; those called `project`, `app`, `job`, `secret` are names, `host` is a hostname, others ids."""
     need: Need
     run: Callable[[Call], Awaitable[Any]]
     """Returns the record to answer with, or an ASGI application."""
@@ -224,6 +225,8 @@ def admit(service: Service, connection: Connection, need: Need) -> tuple[Caller,
         elif field == "gpu":
             if _GPU.fullmatch(value) is None:
                 raise Invalid(f"gpu: {value[:60]!r} is not the id of a GPU, nor the beginning of one", field="gpu")
+        elif field == "host":
+            check_host(value)
         elif field == "site":
             if _SITE.fullmatch(value) is None:
                 raise Invalid(f"site: {value[:60]!r} is no site's name", field="site")

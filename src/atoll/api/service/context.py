@@ -44,6 +44,7 @@ from atoll.model.records import (
     Status,
     Token,
 )
+from atoll.model.records.certificate import AcmeSettings, Certificate, CertificateRoot, CertificateStatus
 from atoll.model.reservation import Reservation
 from atoll.store.cache import Held, State
 
@@ -81,6 +82,10 @@ KINDS: dict[str, type] = {
     keys.JOIN_TOKENS: JoinToken,
     keys.IDENTITIES: Identity,
     keys.SERVERS: Server,
+    keys.CERTIFICATES: Certificate,
+    keys.CERTIFICATE_STATUSES: CertificateStatus,
+    keys.CERTIFICATE_ROOTS: CertificateRoot,
+    keys.ACME_SETTINGS: AcmeSettings,
 }
 """What the `State` that a `Service` is given must hold."""
 

@@ -13,6 +13,9 @@ from atoll.api.service.access import Caller
 from atoll.api.service.apps import Apps
 from atoll.api.service.authorities import LIFE_S, Authorities
 from atoll.api.service.brakes import Brakes
+from atoll.api.service.certificate_feed import CertificateFeeds
+from atoll.api.service.certificate_roots import CertificateRoots
+from atoll.api.service.certificates import Certificates
 from atoll.api.service.context import Context, ImageResolver
 from atoll.api.service.control_plane import LocalControlPlane
 from atoll.api.service.drains import Drains
@@ -107,6 +110,9 @@ class Service:
         self.rollouts = Rollouts(self.context, self.apps, self.traffic)
         self.feeds = Feeds(self.context)
         self.fabrics = Fabrics(self.context)
+        self.certificates = Certificates(self.context)
+        self.certificate_roots = CertificateRoots(self.context)
+        self.certificate_feeds = CertificateFeeds(self.context)
         self.watching = Watching(self.context)
         self.control_plane = LocalControlPlane(
             self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels, self.ingresses
@@ -128,6 +134,7 @@ class Service:
         """Begin to follow the cache and to tidy up."""
         self.feeds.start()
         self.fabrics.start()
+        self.certificate_feeds.start()
         self._tasks.append(asyncio.create_task(self.housekeeping.run(), name="api housekeeping"))
         self._tasks.append(asyncio.create_task(self.standing.run(), name="api standing"))
 
@@ -136,6 +143,7 @@ class Service:
         self.watching.close()
         await self.feeds.close()
         await self.fabrics.close()
+        await self.certificate_feeds.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
