@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -17,20 +18,26 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from atoll.control.keeping import ThreadKeeper
+from atoll.control.leader import LEASE_S, Term, check, lead
+from atoll.model import keys
 from atoll.model.errors import (
     Compacted,
     Conflict,
     Corrupt,
     Forbidden,
     Invalid,
+    NotFound,
     OutcomeUnknown,
     TooLarge,
     Unauthenticated,
     Unavailable,
     Unsupported,
 )
+from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.store import VALUE_BYTES_MAX, Delete, Put, Revision, WatchBatch
 from atoll.store.etcd.address import EtcdAddress, load, members_of
+from atoll.store.etcd.keeping import EtcdLeaseKeeper
 from atoll.store.etcd.private import PrivateEtcd
 from atoll.store.etcd.store import FILLING, EtcdStore
 
@@ -446,3 +453,57 @@ async def test_half_of_a_pair_of_settings_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Invalid) as refused:
             load("etcd://a", **given)  # type: ignore[arg-type]
         assert refused.value.field == field
+
+
+async def test_a_leader_whose_event_loop_is_busy_for_longer_than_its_lease_leads_on(single: PrivateEtcd, store: EtcdStore) -> None:
+    terms: list[Term] = []
+    affirmed = [0.0]
+    begun = asyncio.Event()
+
+    async def work(term: Term) -> None:
+        terms.append(term)
+        begun.set()
+        await asyncio.Event().wait()
+
+    keep = ThreadKeeper(lambda: EtcdLeaseKeeper(single.address), SystemClock()).keep
+    leading = asyncio.create_task(lead(store, SystemClock(), "busy", work, affirmed.append, keep=keep))
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            await begun.wait()
+        time.sleep(LEASE_S + 2.0)  # noqa: ASYNC251 (to hold the loop up is what this is about)
+        assert affirmed[-1] > time.monotonic(), "while it was held up, nobody else could lead"
+        await check(store, terms[0])
+        await asyncio.sleep(1.0)
+        assert len(terms) == 1
+    finally:
+        leading.cancel()
+        await asyncio.gather(leading, return_exceptions=True)
+    assert await store.get(keys.LEADER) is None, "an orderly end gives the lease up"
+
+
+async def test_a_lease_that_is_gone_is_not_kept_alive_and_nor_is_any_where_no_member_answers(
+    single: PrivateEtcd, store: EtcdStore
+) -> None:
+    lease = (await store.lease_grant(60.0)).id
+    keeper, lost = EtcdLeaseKeeper(single.address), EtcdLeaseKeeper(EtcdAddress(("127.0.0.1:1",)))
+    for _ in range(2):
+        await asyncio.to_thread(keeper.keep_alive, lease, 5.0)
+    await store.lease_revoke(lease)
+    with pytest.raises(NotFound):
+        await asyncio.to_thread(keeper.keep_alive, lease, 5.0)
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
+        await asyncio.to_thread(lost.keep_alive, lease, 0.3)
+    for one in (keeper, lost):
+        one.close()
+
+
+async def test_a_lease_is_kept_alive_though_the_member_that_was_asked_ends(cluster: PrivateEtcd) -> None:
+    opened = await EtcdStore.open(cluster.address)
+    lease = (await opened.lease_grant(60.0)).id
+    keeper = EtcdLeaseKeeper(cluster.address)
+    await asyncio.to_thread(keeper.keep_alive, lease, 5.0)
+    cluster.kill(0)
+    async with asyncio.timeout(DEADLINE_S):
+        await asyncio.to_thread(keeper.keep_alive, lease, float(DEADLINE_S))
+    keeper.close()
+    await opened.close()

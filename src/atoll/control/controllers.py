@@ -7,7 +7,7 @@ import random
 from atoll.control.detection.exchange import Exchange
 from atoll.control.judging import Traffic
 from atoll.control.layouts import IngressHeartbeats
-from atoll.control.leader import Ended, Term, lead
+from atoll.control.leader import Ended, Keep, Term, lead
 from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser
@@ -33,6 +33,7 @@ async def run_control(
     traffic: Traffic | None = None,
     demand: Demand | None = None,
     ended: Ended | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
 
@@ -43,10 +44,11 @@ async def run_control(
     be; without one the quick way does.
     `demand` is what ingresses have requests for, by which apps wake and sleep.
     So is `traffic`: app → release → what ingresses counted, by which rollouts are judged.
-    `identity` names this server across its restarts; no two servers may share one. `ended` tells of the death of another.
+    `identity` names this server across its restarts; no two servers may share one. `ended` tells of the death of another, `keep`
+    keeps the lease alive: see `lead`.
     """
 
     async def work(term: Term) -> None:
         await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand).run()
 
-    await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None, ended)
+    await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None, ended, keep)

@@ -19,7 +19,7 @@ from atoll.model.ports.store import Compare, KeyValue, LeaseId, Put, Store, Targ
 
 LEASE_S = 5.0
 """How long a leader that died holds up the next."""
-KEEP_ALIVES_PER_LEASE = 3
+KEEP_EVERY_S = LEASE_S / 3
 POLL_S = 0.5
 """How often one who waits looks whether the leader is gone."""
 ERROR_PAUSE_S = 1.0
@@ -35,6 +35,9 @@ class Term(Struct, frozen=True):
 
 
 Affirm = Callable[[float], None]
+"""`(until)`: until then, on the monotonic clock, nobody else can lead. It may be called by another thread."""
+Keep = Callable[[LeaseId, float, Affirm], Awaitable[None]]
+"""`(lease, until, affirm)`: keep it alive, and return when it may have expired; at first that is `until`."""
 Ended = Callable[[str], Awaitable[None]]
 """`(identity)`: returns when the process of that server has ended; not at all where that cannot be known. It raises nothing."""
 
@@ -46,17 +49,19 @@ async def lead(
     work: Callable[[Term], Awaitable[None]],
     affirm: Affirm = lambda until: None,
     ended: Ended | None = None,
+    keep: Keep | None = None,
 ) -> None:
     """Run `work` whenever this server leads, for ever; it is cancelled when the lease is lost.
 
     `identity` names this server across its restarts: an earlier run's lease is taken over at once, so no two servers may share
     one. `affirm` is told until when, on the monotonic clock, nobody else can lead. When `work` ends or raises, leadership is given
     up and sought again. With `ended`, a leader whose process has died is replaced at once; else when its lease has run out.
+    `keep` keeps the lease alive; without one this event loop does, which loses it when it stands still for as long.
     """
     while True:
         pause_s = ERROR_PAUSE_S
         try:
-            pause_s = await _try(store, clock, identity, work, affirm, ended)
+            pause_s = await _try(store, clock, identity, work, affirm, ended, keep)
         except* AtollError as group:
             log.warning("leading was interrupted", server=identity, causes=[str(error) for error in group.exceptions])
         except* Exception:  # the outer edge: a server that waits to lead must not end for one loop's fault
@@ -71,18 +76,20 @@ async def _try(
     work: Callable[[Term], Awaitable[None]],
     affirm: Affirm,
     ended: Ended | None,
+    keep: Keep | None,
 ) -> float:
     """Lead if nobody else does; return how long to wait before the next try."""
     if ended is not None:
         await _wait_for_end(store, identity, ended)
-    asked = clock.monotonic()
-    term = await _acquire(store, identity)
-    if term is None:
+    acquired = await _acquire(store, clock, identity)
+    if acquired is None:
         return POLL_S
-    affirm(asked + LEASE_S)
+    term, until = acquired
+    affirm(until)
     log.info("leading", server=identity, fence=term.fence.expected)
+    keeping = keep(term.lease, until, affirm) if keep is not None else _keep_alive(store, clock, term.lease, until, affirm)
     try:
-        await _serve(store, clock, term, work, affirm)
+        await _serve(work(term), keeping)
     finally:
         await _give_up(store, term)
     log.info("not leading any more", server=identity)
@@ -127,24 +134,25 @@ async def _leads(store: Store, held: KeyValue) -> bool:
     return now is not None and now.create_revision == held.create_revision
 
 
-async def _acquire(store: Store, identity: str) -> Term | None:
+async def _acquire(store: Store, clock: Clock, identity: str) -> tuple[Term, float] | None:
+    """Return the term that has begun, and until when its lease surely lasts; None where another leads."""
     held = await store.get(keys.LEADER)
     if held is not None:
         if held.value != identity.encode():
             return None
         # It was us, before a restart. The key goes with its lease, so that ours gets a new create revision.
         await store.lease_revoke(held.lease)
+    until = clock.monotonic() + LEASE_S
     lease = await store.lease_grant(LEASE_S)
     result = await store.txn([absent(keys.LEADER)], [Put(keys.LEADER, identity.encode(), lease.id)])
     if not result.succeeded:
         await store.lease_revoke(lease.id)
         return None
-    return Term(Compare(keys.LEADER, Target.CREATE, int(result.revision)), lease.id)
+    return Term(Compare(keys.LEADER, Target.CREATE, int(result.revision)), lease.id), until
 
 
-async def _serve(store: Store, clock: Clock, term: Term, work: Callable[[Term], Awaitable[None]], affirm: Affirm) -> None:
-    working = asyncio.ensure_future(work(term))
-    keeping = asyncio.ensure_future(_keep_alive(store, clock, term, affirm))
+async def _serve(work: Awaitable[None], keep: Awaitable[None]) -> None:
+    working, keeping = asyncio.ensure_future(work), asyncio.ensure_future(keep)
     try:
         # Without a deadline: leading lasts until the lease is lost or the work ends.
         await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,23 +164,22 @@ async def _serve(store: Store, clock: Clock, term: Term, work: Callable[[Term], 
         await asyncio.gather(working, keeping, return_exceptions=True)
 
 
-async def _keep_alive(store: Store, clock: Clock, term: Term, affirm: Affirm) -> None:
+async def _keep_alive(store: Store, clock: Clock, lease: LeaseId, until: float, affirm: Affirm) -> None:
     """Return when the lease may have expired."""
-    good_until = clock.monotonic() + LEASE_S
     while True:
-        await asyncio.sleep(LEASE_S / KEEP_ALIVES_PER_LEASE)
+        await asyncio.sleep(KEEP_EVERY_S)
         asked = clock.monotonic()
         try:
-            async with asyncio.timeout(max(0.01, good_until - asked)):
-                await store.lease_keep_alive(term.lease)
-            good_until = asked + LEASE_S
-            affirm(good_until)
+            async with asyncio.timeout(max(0.01, until - asked)):
+                await store.lease_keep_alive(lease)
+            until = asked + LEASE_S
+            affirm(until)
         except NotFound:
             log.warning("the lease has expired")
             return
         except (AtollError, TimeoutError) as error:
             log.warning("the lease could not be kept alive", cause=str(error) or "timeout")
-            if clock.monotonic() >= good_until:
+            if clock.monotonic() >= until:
                 return
 
 

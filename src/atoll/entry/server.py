@@ -19,6 +19,8 @@ from atoll.api.service.sealing import KEY_BYTES
 from atoll.api.service.servers import check_key
 from atoll.control.controllers import run_control
 from atoll.control.detection.listening import listen_for_beats
+from atoll.control.keeping import ThreadKeeper
+from atoll.control.leader import Keep
 from atoll.control.optimiser import ProcessOptimiser
 from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.entry.config import Config, is_loopback, split_address
@@ -28,7 +30,7 @@ from atoll.entry.process import Stop, run, run_until, together
 from atoll.entry.serving import ServerCertificate, certificate_life_s, peer_dial, server_id, server_record
 from atoll.model import keys
 from atoll.model.errors import Corrupt, Invalid, Unauthenticated
-from atoll.model.ports.clock import SystemClock, system_random
+from atoll.model.ports.clock import Clock, SystemClock, system_random
 from atoll.model.ports.datagrams import Udp
 from atoll.model.ports.store import Store
 from atoll.model.records import Role
@@ -36,7 +38,7 @@ from atoll.model.views import TokenRequest
 from atoll.sdk.context import Saved, save
 from atoll.sdk.private_file import write_private
 from atoll.store.cache import State
-from atoll.store.place import open_place
+from atoll.store.place import Place, open_place
 
 GC_ALLOCATIONS = 20_000
 """Objects made beyond those that went, after which the youngest are looked at; Python's own default is 700."""
@@ -105,11 +107,21 @@ async def main(config: Config, stop: Stop) -> None:
                     identity=id,
                     detection=detection,
                     ended=Deaths(state).of,
+                    keep=lease_keeper(place, clock),
                 )
                 work = [control, beats, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]
                 await run_until(stop, together(*work))
     finally:
         await store.close()
+
+
+def lease_keeper(place: Place, clock: Clock) -> Keep | None:
+    """Return what keeps the leader's lease while the event loop is busy; None for SQLite, which nobody else can lead over."""
+    if isinstance(place, Path):
+        return None
+    from atoll.store.etcd.keeping import EtcdLeaseKeeper  # who keeps to SQLite does not pay for gRPC
+
+    return ThreadKeeper(lambda: EtcdLeaseKeeper(place), clock).keep
 
 
 def settle_memory() -> None:

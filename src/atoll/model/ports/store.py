@@ -169,3 +169,16 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class LeaseKeeper(Protocol):
+    """Keeps leases of a store alive for a thread of its own. Every call blocks; made, used and closed in one thread."""
+
+    def keep_alive(self, lease: LeaseId, wait_s: float) -> None:
+        """Have the lease last for its whole time again, trying for `wait_s` at most. Safe to repeat.
+
+        Raises NotFound: it has expired, and its keys are gone. Unavailable: the store does not answer.
+        """
+        ...
+
+    def close(self) -> None: ...

@@ -45,7 +45,7 @@ RESERVED = b"\0atoll/"
 """Keys of the store itself. No key of the contract holds NUL, so that they lie before all others and in no listing."""
 PROBE_KEY = RESERVED + b"probe"
 
-_OPTIONS = [
+OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -71,10 +71,10 @@ class Member:
     def __init__(self, target: str, address: EtcdAddress) -> None:
         self.target = target
         if address.ca is None:
-            self.channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
+            self.channel = grpc.aio.insecure_channel(target, options=OPTIONS)
         else:
             credentials = grpc.ssl_channel_credentials(address.ca, address.key, address.cert)
-            self.channel = grpc.aio.secure_channel(target, credentials, options=_OPTIONS)
+            self.channel = grpc.aio.secure_channel(target, credentials, options=OPTIONS)
         self.kv = rpc.KVStub(self.channel)
         self.lease = rpc.LeaseStub(self.channel)
         self.watch = rpc.WatchStub(self.channel)
