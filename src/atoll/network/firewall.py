@@ -45,8 +45,10 @@ def ruleset(
     """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link, `tunnels`
     are those to other nodes, and with `names` instances may ask the node itself for names.
 
-    Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our business. What is
-    refused is answered, so that nobody waits for it: with a reset where that is possible, as the kernel limits ICMP.
+    Each hook and each rule costs every packet: established connections pass after as few as can be, and the VXLAN's own packets
+    are in no connection table. Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our
+    business. What is refused is answered, so that nobody waits for it: with a reset where that is possible, as the kernel limits
+    ICMP.
     """
     links = f'"{prefix}*"'
     named = ", ".join(resolvers)
@@ -72,6 +74,7 @@ table inet {table} {{
   set admitted {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
   set fenced {{ type ipv4_addr; }}
   set permitted {{ type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; }}
+  set limited {{ type ipv4_addr; }}
   set bytes_out {{ type ipv4_addr; limit rate over 1 mbytes/second; }}
   set bytes_in {{ type ipv4_addr; limit rate over 1 mbytes/second; }}
   set packets_out {{ type ipv4_addr; limit rate over 1000/second; }}
@@ -84,16 +87,28 @@ table inet {table} {{
   }}
   chain origin {{
     type filter hook prerouting priority raw; policy accept;
-    iifname {links} iifname . ip saddr != @sources drop
-    iifname {links} meta nfproto ipv6 drop
-    iifname {links} ip saddr @packets_out drop
-    iifname {links} ip saddr @bytes_out drop
-    iifname {fabric} ip saddr != @peers drop
-    iifname {fabric} meta nfproto ipv6 drop
+    iifname {links} goto from_link
+    iifname {fabric} goto from_others
+    udp dport {VXLAN_PORT} @th,96,24 @vxlans notrack
   }}
-  chain inward {{
-    type filter hook postrouting priority filter; policy accept;
-    oifname != {links} accept
+  chain from_link {{
+    iifname . ip saddr != @sources drop
+    meta nfproto ipv6 drop
+    ip saddr @limited jump limits_out
+  }}
+  chain from_others {{
+    ip saddr != @peers drop
+    meta nfproto ipv6 drop
+  }}
+  chain outer {{
+    type filter hook output priority raw; policy accept;
+    udp dport {VXLAN_PORT} @th,96,24 @vxlans notrack
+  }}
+  chain limits_out {{
+    ip saddr @packets_out drop
+    ip saddr @bytes_out drop
+  }}
+  chain limits_in {{
     ip daddr @packets_in drop
     ip daddr @bytes_in drop
   }}
@@ -105,9 +120,9 @@ table inet {table} {{
     iifname {fabric} jump from_tunnel
     udp dport {VXLAN_PORT} @th,96,24 @vxlans ip saddr != @endpoints drop
     iifname != {links} accept
-    jump crowded
     {asking if names else ""}
     ct state established,related accept
+    jump crowded
     {ask}
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
     jump refused
@@ -139,14 +154,14 @@ table inet {table} {{
   }}
   chain between {{
     type filter hook forward priority filter; policy accept;
-    iifname {links} jump crowded
     oifname {fabric} tcp flags & (syn|rst) == syn tcp option maxseg size set rt mtu
+    oifname {links} ip daddr @limited jump limits_in
+    ct state established,related accept
+    iifname {links} jump crowded
     iifname {fabric} oifname {fabric} ip daddr @peers accept
     iifname {fabric} oifname != {links} drop
-    oifname {fabric} ct state established,related accept
     oifname {fabric} iifname != {links} drop
     iifname {links} udp dport {VXLAN_PORT} ip daddr @endpoints jump refused
-    oifname {links} ct state established,related accept
     iifname {links} oifname {links} jump private
     iifname {links} oifname {fabric} jump private
     iifname {fabric} ip saddr @nodes ip daddr . meta l4proto . th dport @inbound accept
@@ -156,7 +171,6 @@ table inet {table} {{
     oifname {links} ct status dnat ip daddr . meta l4proto . th dport @inbound accept
     oifname {links} drop
     iifname != {links} accept
-    ct state established,related accept
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
     ip daddr @closed jump refused
     ip daddr @peers jump refused
@@ -165,6 +179,7 @@ table inet {table} {{
   chain from_node {{
     type filter hook output priority filter; policy accept;
     oifname != {links} accept
+    ip daddr @limited jump limits_in
     ct state established,related accept
     ip daddr . meta l4proto . th dport @inbound accept
     jump refused

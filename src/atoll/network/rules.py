@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from atoll.model.spec import Allow, NetworkRules, PortProtocol
 
-SETS = ("guarded", "admitted", "fenced", "permitted", "bytes_out", "bytes_in", "packets_out", "packets_in")
+SETS = ("guarded", "admitted", "fenced", "permitted", "limited", "bytes_out", "bytes_in", "packets_out", "packets_in")
 PORT_MAX = 65_535
 BURST_SHARE = 10
 """A limit lets pass at once what it lets pass in so many parts of a second."""
@@ -43,6 +43,8 @@ def elements_of(ruled: Iterable[Ruled], members: Members, learned: Learned) -> d
         if rules.egress is not None:
             found["fenced"].append(one.address)
             found["permitted"] += _listed(one, rules.egress, members, learned)
+        if rules.bandwidth is not None or rules.packets is not None:
+            found["limited"].append(one.address)
         if rules.bandwidth is not None:
             burst = max(rules.bandwidth // BURST_SHARE, BURST_BYTES_MIN)
             limit = f"{one.address} limit rate over {int(rules.bandwidth)} bytes/second burst {burst} bytes"
