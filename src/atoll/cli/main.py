@@ -60,6 +60,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "store": ("store:store", "Move the cell's state to another store; back it up, restore and check it."),
         "token": ("tokens:token", "Make and withdraw access tokens."),
         "join-token": ("members:join_token", "Let new machines join: make and withdraw join tokens."),
+        "ingresses": ("ingresses:ingresses", "List the ingresses; forget one that is gone for good."),
         "servers": ("members:servers", "Show the servers that run, and which of them leads."),
         "authority": ("members:authority", "Show and rotate the cell's certificate authority."),
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 from urllib.parse import quote
 
@@ -12,7 +12,7 @@ import structlog
 
 from atoll.ingress.probe import Prober
 from atoll.ingress.rates import Rates
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, NotFound
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import Peer, Peers
 from atoll.model.records import IngressHeartbeat
@@ -61,7 +61,9 @@ class Heart:
         clock: Clock,
         problems: Callable[[], dict[str, str]] = _nothing,
         moved: Callable[[Mapping[str, float]], None] = _nobody,
+        register: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self._register = register
         self._problems = problems
         self._moved = moved
         self._admin = admin
@@ -99,8 +101,19 @@ class Heart:
             peers = await self._report.ingress_heartbeat(told)
             self._peers = peers.peers
             self._moved({**peers.sites, **self._prober.round_trips_ms})
+        except NotFound as error:
+            # It was forgotten while it was silent.
+            log.warning("ingress.forgotten", message=str(error))
+            await self._again()
         except AtollError as error:
             log.info("ingress.heartbeat-not-told", message=str(error), retry_in_s=BEAT_S)
+
+    async def _again(self) -> None:
+        try:
+            if self._register is not None:
+                await self._register()
+        except AtollError as error:
+            log.warning("ingress.not-registered", message=str(error), retry_in_s=BEAT_S)
 
 
 def app_requests(stats: str) -> dict[str, int]:

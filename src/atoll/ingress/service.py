@@ -134,6 +134,7 @@ class Ingress:
             clock=self._clock,
             problems=self._refusals.problems,
             moved=self._moved,
+            register=self._register,
         )
 
     async def run(self) -> None:

@@ -22,6 +22,7 @@ from atoll.model.membership import (
     ServerView,
 )
 from atoll.model.records import CELL
+from atoll.model.views import IngressView
 
 MEMBER_BYTES_MAX = 65_536
 """Of what a stranger may send."""
@@ -58,6 +59,14 @@ async def revoke_node(call: Call) -> IdentityView:
 
 async def revoke_ingress(call: Call) -> IdentityView:
     return await call.service.membership.revoke(MemberKind.INGRESS, call.path["ingress"], call.caller, request=call.request_key)
+
+
+async def list_ingresses(call: Call) -> tuple[IngressView, ...]:
+    return call.service.ingress_records.all()
+
+
+async def forget_ingress(call: Call) -> IngressView:
+    return await call.service.ingress_records.forget(call.path["ingress"], call.caller, request=call.request_key)
 
 
 async def remove_node(call: Call) -> IdentityView:
@@ -123,6 +132,8 @@ ROUTES: tuple[Route, ...] = (
     _admin("POST", "/v1/nodes/{node}/revoke", revoke_node, "Refuse a node from now on", IdentityView),
     _admin("DELETE", "/v1/nodes/{node}", remove_node, "Forget a node that is lost or revoked", IdentityView),
     _admin("POST", "/v1/ingresses/{ingress}/revoke", revoke_ingress, "Refuse an ingress from now on", IdentityView),
+    _admin("GET", "/v1/ingresses", list_ingresses, "The ingresses that have registered", tuple[IngressView, ...]),
+    _admin("DELETE", "/v1/ingresses/{ingress}", forget_ingress, "Forget an ingress that is gone for good", IngressView),
     _admin("GET", "/v1/authorities", list_authorities, "The cell's certificate authorities", tuple[AuthorityView, ...]),
     _admin("POST", "/v1/authorities/rotate", rotate, "Make a new authority", tuple[AuthorityView, ...], body=RotateRequest),
     _admin("GET", "/v1/servers", list_servers, "The servers that run, and which leads", tuple[ServerView, ...]),

@@ -71,6 +71,11 @@ class IngressHeartbeats:
         """Return a live view: ingress → its latest word."""
         return self._latest
 
+    def silent_s(self, ingress: str) -> float | None:
+        """Return how long ago an ingress was heard of; None for one that this server has not heard for an hour, or never."""
+        at = self._heard.get(ingress)
+        return None if at is None else max(0.0, self._context.clock.monotonic() - at)
+
     def _peers(self, site: str) -> Peers:
         records = [held.record for _, held in sorted(self._context.state.records(Ingress).items())]
         found = [Peer(one.site, one.address, one.http_port) for one in records if one.address and one.site != site]

@@ -28,6 +28,7 @@ from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.holds import Holds
 from atoll.api.service.housekeeping import Housekeeping
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
+from atoll.api.service.ingresses import Ingresses
 from atoll.api.service.instances import Instances
 from atoll.api.service.jobs import Jobs
 from atoll.api.service.join_tokens import JoinTokens
@@ -122,6 +123,7 @@ class Service:
         self.authorities = Authorities(self.context, certificate_life_s)
         self.join_tokens = JoinTokens(self.context, self.authorities, server)
         self.membership = Membership(self.context, self.authorities)
+        self.ingress_records = Ingresses(self.context, self.ingresses)
         self.standing = Standing(state, self.membership)
         self.servers = Servers(self.context, server, dial)
         if server is not None and dial is not None:

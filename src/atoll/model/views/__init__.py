@@ -16,6 +16,7 @@ from atoll.model.views.machines import DrainState as DrainState
 from atoll.model.views.machines import DrainView as DrainView
 from atoll.model.views.machines import GpuHolder as GpuHolder
 from atoll.model.views.machines import GpuHolding as GpuHolding
+from atoll.model.views.machines import IngressView as IngressView
 from atoll.model.views.machines import MaintenanceView as MaintenanceView
 from atoll.model.views.machines import NodeView as NodeView
 from atoll.model.views.machines import ReinstateRequest as ReinstateRequest

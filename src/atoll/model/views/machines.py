@@ -9,7 +9,7 @@ from msgspec import Struct
 from atoll.model.devices import GpuGrant
 from atoll.model.evacuation import Evacuation
 from atoll.model.maintenance import DRAIN_DEADLINE_S, Drain, Maintenance, Window
-from atoll.model.records import Brake, Heartbeat, Node, NodeHealth, NodePolicy, OwnerKind, Site
+from atoll.model.records import Brake, Heartbeat, Ingress, Node, NodeHealth, NodePolicy, OwnerKind, Site
 from atoll.model.spec.values import default
 from atoll.model.units import Seconds
 
@@ -144,3 +144,15 @@ class ReinstateRequest(Struct, frozen=True, forbid_unknown_fields=True):
     """With `reset`, the GPU is reset before."""
 
     reset: bool = False
+
+
+class IngressView(Struct, frozen=True, kw_only=True):
+    """An ingress that has registered."""
+
+    ingress: Ingress
+    silent_s: float | None = None
+    """Since the server that was asked heard of it; None where it has not for an hour, or never."""
+    requests_per_s: float = 0.0
+    """Smoothed over minutes."""
+    problems: int = 0
+    """Apps of whose routing it leaves out a part; their events say why."""
