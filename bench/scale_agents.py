@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import heapq
 import json
 import os
 import random
@@ -28,7 +29,7 @@ from atoll.model.records import Capacity, Event, Heartbeat, Node, Status, Usage,
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired, Phase
 from atoll.node.agent import REDIAL_MAX_S
-from atoll.node.beating import HEARTBEAT_S
+from atoll.node.beating import ANEW_S, DEAF_S, HEARTBEAT_S
 from atoll.node.contact import Contact
 from atoll.node.pulse import Pulse
 from atoll.node.report import LAZY_S, STATUSES_MAX, retry_delay
@@ -39,6 +40,8 @@ STARTS_S = (0.2, 1.0)
 JOINING_MAX = 64
 """Agents that register at a time; a whole data centre does not switch on at one moment either."""
 CPU_MILLI, MEMORY_BYTES = 64_000, 256 << 30
+TICK_S = 0.01
+"""How closely beats are sent when they are due: one task does it for all agents of a process."""
 
 
 class _Instance(msgspec.Struct):
@@ -171,6 +174,9 @@ class Agent:
         self._word = int(time.time() * 1000)
         self._common = f"Authorization: Bearer {token}\r\n{API_HEADER}: {API_VERSION}\r\nUser-Agent: atoll-agent\r\n"
         self._pulse: Pulse | None = None
+        self._heartbeat_s = HEARTBEAT_S
+        self._usage = b""
+        """The heartbeat of what runs, ready to send; empty when that has changed."""
         site = number % SITES
         capacity = Capacity(cpu_milli=CPU_MILLI, memory_bytes=MEMORY_BYTES, disk_bytes=1 << 40)
         self._node = Node(
@@ -188,7 +194,7 @@ class Agent:
 
     async def call(self, method: str, path: str, record: object = None) -> bytes:
         """One call on the connection that is kept for them; again with another where that was closed. Raises ConnectionError."""
-        body = b"" if record is None else codec.encode(record)
+        body = b"" if record is None else record if isinstance(record, bytes) else codec.encode(record)
         async with self._calling:
             kept = self._call is not None and not self._call.closed
             if self._call is None or self._call.closed:
@@ -259,33 +265,57 @@ class Agent:
             failures += 1
 
     async def _heartbeat(self) -> None:
+        """Say what is in use, as often as a real agent does."""
         await asyncio.sleep(self._chance.random() * HEARTBEAT_S)
+        loop = asyncio.get_running_loop()
         while True:
-            usage = tuple(
-                Usage(instance=id, cpu_milli=self._chance.randrange(500), memory_bytes=self._chance.randrange(1 << 28), pids=3)
-                for id, status in self.statuses.items()
-                if status.phase is Phase.RUNNING
-            )
-            beat = Heartbeat(node=self.name, at=time.time(), cpu_milli=1_000, memory_bytes=8 << 30, usage=usage)
             began = time.perf_counter()
             try:
-                await self.call("POST", "/heartbeat", beat)
+                await self.call("POST", "/heartbeat", self._usage or self._measure())
                 self.fleet.counts.heartbeats.append(time.perf_counter() - began)
             except (OSError, TimeoutError) as error:
                 self.fleet.counts.error(str(error) or repr(error))
-            await asyncio.sleep(HEARTBEAT_S)
+            pulse, began = self._pulse, loop.time()
+            while loop.time() < began + self._heartbeat_s - 0.01:
+                deaf = pulse is not None and pulse.deaf(loop.time())
+                if deaf and loop.time() >= began + DEAF_S - 0.01:
+                    break
+                await asyncio.sleep(min(DEAF_S, max(0.01, began + self._heartbeat_s - loop.time())))
+
+    def _measure(self) -> bytes:
+        usage = tuple(
+            Usage(instance=id, cpu_milli=self._chance.randrange(500), memory_bytes=self._chance.randrange(1 << 28), pids=3)
+            for id, status in self.statuses.items()
+            if status.phase is Phase.RUNNING
+        )
+        self._usage = codec.encode(Heartbeat(node=self.name, at=time.time(), cpu_milli=1_000, memory_bytes=8 << 30, usage=usage))
+        return self._usage
 
     async def _beat(self) -> None:
         loop = asyncio.get_running_loop()
-        grant = codec.decode(await self.call("GET", "/beats"), BeatGrant)
         pulse = Pulse(self.name, contact=Contact(boot_id=""), counter=int(time.time() * 1000))
         end = await Udp().open(("127.0.0.1", 0), lambda data, sender: pulse.receive(data, sender, loop.time()))
         pulse.send_to = end.send
         pulse.inside = f"127.0.0.1:{end.address[1]}"
-        pulse.serve(grant, self.fleet.addresses)
+        await self.ask_grant(pulse)
+        self._pulse = pulse
+        self.fleet.beat(pulse)
         while True:
-            due = pulse.tick(loop.time())
-            await asyncio.sleep(max(0.001, due - loop.time()))
+            await asyncio.sleep(ANEW_S * self._chance.uniform(0.9, 1.0))
+            await self.ask_grant(pulse)
+
+    async def ask_grant(self, pulse: Pulse | None = None) -> None:
+        """Ask for a key, and how often heartbeats are wanted."""
+        pulse = pulse or self._pulse
+        if pulse is None:
+            return
+        try:
+            grant = codec.decode(await self.call("GET", "/beats"), BeatGrant)
+        except (OSError, TimeoutError) as error:
+            self.fleet.counts.error(str(error) or repr(error))
+            return
+        pulse.serve(grant, self.fleet.addresses)
+        self._heartbeat_s = grant.heartbeat_s
 
     def _take(self, line: bytes) -> None:
         if not line:
@@ -310,6 +340,7 @@ class Agent:
             self.instances.pop(id, None)
             self._fresh.discard(id)
             status = self.statuses.pop(id, None)
+            self._usage = b""
             self.fleet.counts.running -= status is not None and status.ready
 
     def _begin(self, instance: _Instance) -> None:
@@ -365,6 +396,7 @@ class Agent:
         old = self.statuses.get(status.instance)
         self.fleet.counts.running += status.ready - (old is not None and old.ready)
         self.statuses[status.instance] = status
+        self._usage = b""
         self._fresh.add(status.instance)
         if soon:
             asyncio.get_running_loop().call_later(LAZY_S, self._wake.set)
@@ -401,6 +433,7 @@ class Fleet:
         self.joining = asyncio.Semaphore(JOINING_MAX)
         self.agents: list[Agent] = []
         self._at = 0
+        self._due: list[tuple[float, int, Pulse]] = []
 
     async def dial(self) -> Line:
         """Connect to the server that answered last, or to the next one. Raises OSError."""
@@ -415,6 +448,24 @@ class Fleet:
                 if self._at == at:
                     self._at += 1
         raise ConnectionError("no server takes connections")
+
+    def beat(self, pulse: Pulse) -> None:
+        """Have it beat from now on."""
+        heapq.heappush(self._due, (asyncio.get_running_loop().time(), id(pulse), pulse))
+
+    async def run_beats(self) -> None:
+        """Send every beat that is due, for ever: one task, since one for each agent would cost more than the beats do."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            while self._due and self._due[0][0] <= now:
+                _, number, pulse = self._due[0]
+                heapq.heapreplace(self._due, (max(now + 0.001, pulse.tick(now)), number, pulse))
+            await asyncio.sleep(TICK_S)
+
+    async def regrant(self) -> None:
+        """Have all ask for their keys anew, as each does by itself every five minutes."""
+        await asyncio.gather(*(agent.ask_grant() for agent in self.agents))
 
     async def churn(self, per_s: float) -> None:
         """Let so many instances a second lose their readiness for a while: two status changes each."""
@@ -436,6 +487,7 @@ async def main(addresses: str, first: int, count: int, *, beats: bool) -> None:
         token = (await lines.readline()).decode().strip()
         fleet.agents.append(Agent(number, token, fleet))
     tasks = [asyncio.create_task(agent.run()) for agent in fleet.agents]
+    tasks.append(asyncio.create_task(fleet.run_beats()))
     churning: asyncio.Task[None] | None = None
     while line := await lines.readline():
         word, _, rest = line.decode().strip().partition(" ")
@@ -443,6 +495,8 @@ async def main(addresses: str, first: int, count: int, *, beats: bool) -> None:
             if churning is not None:
                 churning.cancel()
             churning = asyncio.create_task(fleet.churn(float(rest))) if float(rest) else None
+        if word == "regrant":
+            await fleet.regrant()
         counts = fleet.counts
         said = {name: value for name, value in vars(counts).items() if name not in ("reports", "heartbeats")}
         said["instances"] = sum(len(agent.instances) for agent in fleet.agents)

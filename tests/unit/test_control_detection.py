@@ -58,7 +58,7 @@ class BeatingCell(Cell):
                 peer = detection.peers.get(name)
                 if peer is not None and name not in self.dead:
                     detection.peers.heard[peer.row] = now
-                    peer.direct_at = now
+                    self.detection.peers.direct[peer.row] = now
             detection.tick()
             await asyncio.sleep(TICK_S)
 

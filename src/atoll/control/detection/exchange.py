@@ -6,7 +6,7 @@ Every server hears every node, so that one that begins to lead knows who is ther
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import structlog
 from msgspec import Struct
@@ -114,10 +114,14 @@ class Exchange:
         silence = max(0.0, self.awake.now() - float(self.peers.heard[peer.row]))
         return 0.0 if peer.away and silence < AWAY_S else silence
 
-    def indirect(self, name: str) -> bool:
-        """Whether a node is heard through others only."""
-        peer = self.peers.get(name)
-        return peer is not None and self.standing(name) is Standing.HEARD and self.awake.now() - peer.direct_at > INDIRECT_S
+    @property
+    def heard(self) -> Set[str]:
+        """The nodes that have beaten since this server started; those in `watches` are not heard just now. A live view."""
+        return self.peers.names
+
+    def roundabout(self) -> set[str]:
+        """Return the nodes that are heard through others only."""
+        return {peer.name for peer in self.peers.indirect(self.awake.now() - INDIRECT_S) if peer.name not in self.watches}
 
     # What comes in.
 
@@ -167,7 +171,7 @@ class Exchange:
                 now = self.awake.now()
                 self.peers.heard[peer.row] = now
                 peer.epoch = beat.epoch
-                peer.direct_at = now
+                self.peers.direct[peer.row] = now
                 peer.address = sender
                 if beat.inside != peer.inside_text:
                     peer.inside_text, peer.inside = beat.inside, _address(beat.inside)
@@ -187,7 +191,7 @@ class Exchange:
         del self._pending[nonce]
         self.peers.heard[peer.row] = self.awake.now()
         if direct:
-            peer.direct_at = self.awake.now()
+            self.peers.direct[peer.row] = self.awake.now()
 
     def _relayed(self, data: bytes) -> None:
         relayed = beats.read_relayed(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 
 import numpy as np
 
@@ -25,7 +25,6 @@ class Peer:
         "address",
         "away",
         "basis",
-        "direct_at",
         "epoch",
         "inside",
         "inside_text",
@@ -55,7 +54,6 @@ class Peer:
         """Where it says that its neighbours find it."""
         self.inside_text = ""
         self.away = False
-        self.direct_at = 0.0
         self.seen: float | None = None
         """The value of its last heartbeat over HTTP that was looked at."""
 
@@ -83,6 +81,8 @@ class Peers:
         self._free: list[int] = []
         self.heard = np.full(64, -np.inf)
         """By row; of rows that nobody has, minus infinity."""
+        self.direct = np.full(64, -np.inf)
+        """The same of what came from the node itself."""
         self._sites: dict[str, list[Peer]] = {}
         self._all: list[Peer] = []
 
@@ -95,6 +95,10 @@ class Peers:
     def get(self, name: str) -> Peer | None:
         return self._by_name.get(name)
 
+    @property
+    def names(self) -> Set[str]:
+        return self._by_name.keys()
+
     def add(self, name: str) -> Peer:
         row = self._free.pop() if self._free else len(self._rows)
         peer = Peer(name, row)
@@ -102,6 +106,7 @@ class Peers:
             self._rows.append(peer)
             if row == len(self.heard):
                 self.heard = np.concatenate([self.heard, np.full(row, -np.inf)])
+                self.direct = np.concatenate([self.direct, np.full(row, -np.inf)])
         else:
             self._rows[row] = peer
         self._by_name[name] = peer
@@ -109,7 +114,7 @@ class Peers:
 
     def remove(self, name: str) -> None:
         peer = self._by_name.pop(name)
-        self.heard[peer.row] = -np.inf
+        self.heard[peer.row] = self.direct[peer.row] = -np.inf
         self._rows[peer.row] = None
         self._free.append(peer.row)
 
@@ -117,6 +122,12 @@ class Peers:
         """Return those that were last heard before that."""
         count = len(self._rows)
         rows = np.flatnonzero((self.heard[:count] < before) & (self.heard[:count] > -np.inf))
+        return [peer for row in rows if (peer := self._rows[row]) is not None]
+
+    def indirect(self, before: float) -> list[Peer]:
+        """Return those of which nothing has come straight since then, though they were heard later."""
+        count = len(self._rows)
+        rows = np.flatnonzero((self.direct[:count] < before) & (self.heard[:count] >= before))
         return [peer for row in rows if (peer := self._rows[row]) is not None]
 
     def latest(self) -> float:
