@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import stat
 from collections.abc import AsyncIterator, Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from runtime_world import World, make_layer
+from vmm_stand_ins import read_pages
 from vmm_world import STAND_INS, make_kernel, stand_in_world
 
 from atoll.model.errors import NotFound, RuntimeFailed, Unsupported
@@ -27,6 +29,7 @@ from atoll.runtimes.cloud_hypervisor import CloudHypervisorRuntime
 from atoll.runtimes.firecracker import FirecrackerRuntime
 from atoll.runtimes.mounts import mounts_below
 from atoll.runtimes.seccomp import capabilities_here
+from atoll.runtimes.snapshots import seal
 from atoll.runtimes.vm import cloud_hypervisor_api, firecracker_api
 from atoll.runtimes.vm.boxes import load_plan
 from atoll.runtimes.vm.http_api import Call, Refused
@@ -320,6 +323,61 @@ async def test_a_firecracker_machine_is_written_to_its_jail_while_it_stands_and_
     await fire.runtime.resume("a")
     await fire.runtime.signal("a", "SIGTERM")
     assert (await asyncio.wait_for(fire.runtime.wait("a"), 10)).code == 0
+
+
+async def test_firecracker_writes_what_has_changed_since_the_last_snapshot_and_each_snapshot_is_whole(fire: World) -> None:
+    await fire.launch("a", "run")
+    first, second, third = (fire.directory / name for name in ("first", "second", "third"))
+    await fire.runtime.snapshot("a", first)
+    await fire.runtime.snapshot("a", second)
+    assert len(read_pages(first / "ram")) == 1
+    assert read_pages(second / "ram") == [read_pages(first / "ram")[0], read_pages(second / "ram")[1]]
+    shutil.rmtree(first)
+    await fire.runtime.restore(fire.box("b", "run"), second)
+    shutil.rmtree(second)
+    await fire.reopen()
+    await fire.runtime.recover()
+    await fire.runtime.snapshot("b", third)
+    assert len(read_pages(third / "ram")) == 3
+    jail = told(fire).own(directory_of(fire, "b"))
+    assert not {"state", "ram"} & {path.name for path in jail.iterdir()}, "the room that it takes is the node's to give back"
+    await fire.runtime.restore(fire.box("c", "run"), third)
+    assert (await fire.shell("c", "exit 3"))[0] == 3
+
+
+async def test_copies_share_one_file_of_memory_that_no_monitor_can_write_to(fire: World) -> None:
+    await fire.launch("a", "run")
+    await fire.runtime.snapshot("a", fire.directory / "taken")
+    for id in ("b", "c"):
+        await fire.runtime.restore(fire.box(id, "run"), fire.directory / "taken")
+        memory = told(fire).own(directory_of(fire, id)) / "ram"
+        assert memory.samefile(fire.directory / "taken/ram")
+        assert (memory.stat().st_uid, stat.S_IMODE(memory.stat().st_mode)) == (0, 0o444)
+
+
+async def test_a_copy_that_its_monitor_refuses_is_gone_with_the_monitor_s_words(make: Make, world: World) -> None:
+    await world.launch("a", "run")
+    taken = world.directory / "taken"
+    snapshot = await world.runtime.snapshot("a", taken)
+    spoilt = taken / told(world).written[0]
+    spoilt.chmod(0o600)
+    spoilt.write_text("no state")
+    (taken / "manifest.json").unlink()
+    names = [file.name for file in snapshot.files]
+    seal(taken, names, compatibility=snapshot.compatibility, image=snapshot.image, limits=snapshot.limits, networked=False)
+    spoilt.chmod(0o444)
+    with pytest.raises(RuntimeFailed, match=r"refused PUT .*(load|restore)"):
+        await world.runtime.restore(world.box("b", "run"), taken)
+    assert not directory_of(world, "b").exists()
+    assert (await world.shell("a", "exit 4"))[0] == 4
+
+
+async def test_a_monitor_that_reads_memory_only_as_a_whole_makes_copies_all_the_same(make: Make) -> None:
+    world = make("whole")
+    await world.launch("a", "run")
+    await world.runtime.snapshot("a", world.directory / "taken")
+    await world.runtime.restore(world.box("b", "run"), world.directory / "taken")
+    assert (await world.shell("b", "exit 5"))[0] == 5
 
 
 async def test_a_firecracker_jail_holds_the_image_as_a_link_and_no_copy(fire: World) -> None:

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from msgspec import structs
 from runtime_world import LIMITS, World, make_layer, real_world
+from vmm_world import STAND_INS, stand_in_world
 
 from atoll.model.codec import decode, encode
 from atoll.model.errors import AtollError, Conflict, Corrupt, Invalid, NotFound, RuntimeFailed, Unsupported
@@ -26,7 +27,7 @@ from atoll.runtimes.snapshots import MANIFEST
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-ABLE = ("gvisor", "qemu")
+ABLE = ("gvisor", "qemu", "firecracker", "cloud-hypervisor")
 UNABLE = ("runc", "crun", "lxc")
 COPIES = 4
 
@@ -39,8 +40,9 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Taken:
     """An instance that runs, with `/data/mark` written, and a snapshot of it."""
 
-    def __init__(self, world: World, network: LinkNetwork | None, snapshot: Snapshot) -> None:
-        self.world, self.network, self.snapshot = world, network, snapshot
+    def __init__(self, world: World, network: LinkNetwork | None, snapshot: Snapshot, *, carries: bool) -> None:
+        """`carries` says whether what a copy is made of is in the snapshot: a stand-in's guest is no machine."""
+        self.world, self.network, self.snapshot, self.carries = world, network, snapshot, carries
         self.directory = world.directory / "snapshot"
 
     async def netns(self, id: str) -> Path | None:
@@ -67,7 +69,9 @@ class Taken:
 
 
 @pytest_asyncio.fixture(
-    scope="module", loop_scope="module", params=["fake", *(pytest.param(name, marks=pytest.mark.system) for name in ABLE)]
+    scope="module",
+    loop_scope="module",
+    params=["fake", *(pytest.param(name, marks=pytest.mark.system) for name in (*ABLE, *STAND_INS))],
 )
 async def taken(request: pytest.FixtureRequest, layer: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Taken]:
     directory = tmp_path_factory.mktemp("taken")
@@ -76,16 +80,18 @@ async def taken(request: pytest.FixtureRequest, layer: Path, tmp_path_factory: p
         host = FakeHost()
         world = World(directory, lambda: FakeRuntime(host))
     else:
-        world = real_world(request.param, directory, layer)
+        stands_in = request.param in STAND_INS
+        world = stand_in_world(request.param, directory, layer) if stands_in else real_world(request.param, directory, layer)
         network = LinkNetwork(f"10.94.{os.getpid() % 256}.0/24", directory / "network", prepared=1, resolver_sources=())
     links = []
     try:
         netns = (await network.attach("origin", project="p", ports=[])).netns if network else None
         await world.launch("origin", "run", netns=netns)
-        if world.real:
+        carries = request.param in ABLE
+        if carries:
             await world.shell("origin", "echo kept > /data/mark; echo origin > /etc/machine-id; echo in memory > /dev/shm/mark")
         snapshot = await world.runtime.snapshot("origin", directory / "snapshot")
-        yield Taken(world, network, snapshot)
+        yield Taken(world, network, snapshot, carries=carries)
     finally:
         await world.close()
         if network is not None:
@@ -97,8 +103,8 @@ async def taken(request: pytest.FixtureRequest, layer: Path, tmp_path_factory: p
 
 
 def needs_programs(taken: Taken) -> None:
-    if not taken.world.real:
-        pytest.skip("the fake runtime has no programs that could look around")
+    if not taken.carries:
+        pytest.skip("neither the fake runtime nor a stand-in has a guest in which programs could look around")
 
 
 async def test_the_instance_goes_on_after_its_snapshot(taken: Taken) -> None:
@@ -170,12 +176,12 @@ async def test_a_copy_is_reached_at_its_own_address(taken: Taken) -> None:
 
 async def test_a_copy_can_be_written_down_and_copied_itself(taken: Taken) -> None:
     await taken.copy("parent")
-    if taken.world.real:
+    if taken.carries:
         await taken.world.shell("parent", "echo second > /dev/shm/second")
     again = taken.world.directory / "again"
     snapshot = await taken.world.runtime.snapshot("parent", again)
     await taken.copy("child", again)
-    if taken.world.real:
+    if taken.carries:
         assert (await taken.world.shell("child", "cat /data/mark /dev/shm/second"))[1] == "kept\nsecond\n"
         assert snapshot.digest != taken.snapshot.digest
     shutil.rmtree(again)  # what was restored needs it no more

@@ -29,6 +29,7 @@ from stand_in_guest import Guest
 
 VERSIONS = {"firecracker": "1.17.0", "jailer": "1.17.0", "cloud-hypervisor": "48.0"}
 ANSWER_BROKEN = 70
+MEMORY_STEP = 1 << 20
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWPID = 0x20000, 0x40000000, 0x20000000
 MS_REC, MS_PRIVATE, MS_BIND = 16384, 1 << 18, 4096
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -39,8 +40,9 @@ class Fault(Exception):
         self.status, self.words = status, words
 
 
-TROUBLES = ("garbage", "silent", "refusing", "dying", "old")
-"""What a stand-in can be made to be: it answers with random bytes or not at all, refuses or dies when it should boot, is old."""
+TROUBLES = ("garbage", "silent", "refusing", "dying", "old", "whole")
+"""What a stand-in can be made to be: it answers with random bytes or not at all, refuses or dies when it should boot, is old, reads
+a snapshot's memory only as a whole."""
 
 
 class StandIn:
@@ -159,6 +161,8 @@ class Firecracker(StandIn):
         self.cards: dict[str, dict[str, Any]] = {}
         self.metadata: Any = None
         self.taps: list[int] = []
+        self.pages: list[bytes] = []
+        """What is written in the guest's memory, at every MEMORY_STEP."""
 
     def fault(self, words: tuple[str, ...]) -> Any:
         return {"fault_message": words[0]}
@@ -283,10 +287,13 @@ class Firecracker(StandIn):
         if "boot-source" not in self.config:
             raise Fault(400, "Start microvm error: Cannot start microvm without kernel configuration.")
         self.check_boot()
+        self._boot_own()
+        self.state = "Running"
+
+    def _boot_own(self) -> None:
         disk = next((drive["path_on_host"] for drive in self.drives.values() if not drive["is_read_only"]), None)
         if disk is not None and self._vsock is not None:
             self.boot_guest(disk)
-        self.state = "Running"
 
     def _patch(self, path: str, kind: str, name: str, body: Any) -> None:
         match kind:
@@ -319,8 +326,14 @@ class Firecracker(StandIn):
         if self.state != "Paused":
             raise Fault(400, "Create snapshot error: Operation not allowed while the microVM is running.")
         Path(body["snapshot_path"]).write_text(json.dumps({"snapshot": 1, "config": self.config, "drives": self.drives}))
+        # With each snapshot one more page is written to; of a Diff, only that one is in the file.
+        self.pages.append(f"page {len(self.pages)} of {self.id}".encode())
         with Path(body["mem_file_path"]).open("wb") as file:
             file.truncate(self.config["machine-config"]["mem_size_mib"] << 20)
+            for at, page in enumerate(self.pages):
+                if body["snapshot_type"] == "Full" or at == len(self.pages) - 1:
+                    file.seek(at * MEMORY_STEP)
+                    file.write(page)
 
     def _load(self, body: Any) -> None:
         if self.boot_path:
@@ -340,7 +353,17 @@ class Firecracker(StandIn):
                 400, "Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state from file"
             ) from None
         self.config, self.drives = saved["config"], saved["drives"]
+        if body.get("mem_backend", {}).get("backend_type", "File") == "File":
+            self.pages = read_pages(memory)
+        self.config["machine-config"]["track_dirty_pages"] = body.get("track_dirty_pages", False)
+        if "vsock" in self.config:
+            self.make_vsock(body.get("vsock_override", self.config["vsock"])["uds_path"])
+        for drive in self.drives.values():
+            if not os.access(drive["path_on_host"], os.R_OK):
+                raise Fault(400, f"Load snapshot error: Unable to open the backing file {drive['path_on_host']}")
         self.state = "Running" if body.get("resume_vm") else "Paused"
+        if self.state == "Running":
+            self._boot_own()
 
 
 class CloudHypervisor(StandIn):
@@ -476,15 +499,34 @@ class CloudHypervisor(StandIn):
             raise Fault(405, "The VM could not be snapshotted", "VM is not paused, or there is no such directory")
         (place / "config.json").write_text(json.dumps(self.config))
         (place / "state.json").write_text("{}")
+        with (place / "memory-ranges").open("wb") as file:
+            file.truncate(self.config["memory"]["size"])
 
     def _restore(self, body: Any) -> None:
         if self.state:
             raise Fault(404, "The VM could not be restored", "VM is already created")
+        if self.trouble == "whole" and "memory_restore_mode" in body:
+            raise Fault(400, "The VM could not be restored", "unknown field `memory_restore_mode`")
+        place = Path(body["source_url"].removeprefix("file://"))
         try:
-            self.config = json.loads((Path(body["source_url"].removeprefix("file://")) / "config.json").read_text())
+            self.config = json.loads((place / "config.json").read_text())
+            json.loads((place / "state.json").read_text())
+            (place / "memory-ranges").open("rb").close()
         except (OSError, ValueError):
             raise Fault(400, "The VM could not be restored", "Error opening the snapshot's configuration") from None
-        self.state = "Running" if body.get("resume") else "Paused"
+        self.state = "Paused"
+        if body.get("resume"):
+            self._boot()
+
+
+def read_pages(memory: Path) -> list[bytes]:
+    """Return what is written in a guest's memory."""
+    found = []
+    with memory.open("rb") as file:
+        while page := file.read(64).rstrip(b"\0"):
+            found.append(page)
+            file.seek(len(found) * MEMORY_STEP)
+    return found
 
 
 def _merged(old: Any, new: Any) -> Any:

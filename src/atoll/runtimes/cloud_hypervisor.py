@@ -10,6 +10,9 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import structlog
+
+from atoll.model.errors import Unsupported
 from atoll.model.ports.devices import DeviceNode
 from atoll.model.ports.runtime import Box, Feature
 from atoll.model.spec import RuntimeName
@@ -20,12 +23,13 @@ from atoll.runtimes.oci_probe import check_machine, once_per_boot, version_of
 from atoll.runtimes.trial import run_once
 from atoll.runtimes.vm import cloud_hypervisor_api as ask
 from atoll.runtimes.vm.boxes import SLOT_MIN, VmPlan
-from atoll.runtimes.vm.http_api import HttpApi
+from atoll.runtimes.vm.http_api import HttpApi, Refused
 from atoll.runtimes.vm.jail import INSIDE, Jail, make_tools, top_level
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
 from atoll.runtimes.vm.pci import check_devices, check_locking, locked_bytes, shown_of
 from atoll.runtimes.vm.tap import TAP
-from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
+from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, SAVE_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
+from atoll.runtimes.vm.written import open_to, show
 
 VERSION_MIN = (40, 0)
 BOOT_S_MAX = 20.0
@@ -40,6 +44,8 @@ TUN = DeviceNode(path="/dev/net/tun", host_path="/dev/net/tun", major=10, minor=
 _LSM = Path("/sys/kernel/security/lsm")
 VHOST = Path("/vhost.sock")
 
+log = structlog.get_logger()
+
 
 class CloudHypervisorRuntime(ToldRuntime):
     """Runs instances with Cloud Hypervisor for x86-64, 40 or newer, as root."""
@@ -48,6 +54,7 @@ class CloudHypervisorRuntime(ToldRuntime):
     slots = range(SLOT_MIN + 4096, SLOT_MIN + 6144)
     modules = ("virtio_pci", "virtio_balloon", "vmw_vsock_virtio_transport", *MODULES)
     features = ToldRuntime.features | {Feature.GPU}
+    written = ask.WRITTEN
 
     def __init__(
         self,
@@ -107,6 +114,8 @@ class CloudHypervisorRuntime(ToldRuntime):
             (plan.image_disk, Path(ask.IMAGE)),
             *shown_of(plan),
         ]
+        if plan.snapshot:
+            show(self.written_in(Path(plan.directory)), Path(plan.snapshot), self.written)
         if plan.link:
             # That the tap is there already is seen by this directory alone: the monitor then leaves its address as it is.
             shown.append((_empty(Path(plan.directory)), Path("/sys/class/net") / TAP))
@@ -145,6 +154,26 @@ class CloudHypervisorRuntime(ToldRuntime):
 
     async def boot(self, api: HttpApi) -> None:
         await api.send(ask.BOOT, deadline_s=BOOT_CALL_S_MAX)
+
+    def written_in(self, directory: Path) -> Path:
+        return self.own(directory) / ask.SNAPSHOT
+
+    async def write_down(self, api: HttpApi, plan: VmPlan) -> None:
+        if await asyncio.to_thread(self._switch, plan) is not None:
+            raise Unsupported("a machine at a switch in user space cannot be written down", mend="connect it by its tap")
+        await asyncio.to_thread(open_to, self.written_in(Path(plan.directory)), plan.uid)
+        await api.send(ask.snapshot(str(INSIDE / ask.SNAPSHOT)), deadline_s=SAVE_CALL_S_MAX)
+
+    async def load(self, api: HttpApi, plan: VmPlan) -> None:
+        try:
+            await api.send(ask.restore(str(INSIDE / ask.SNAPSHOT), on_demand=True, resume=True), deadline_s=BOOT_CALL_S_MAX)
+        except Refused as error:
+            # A version that cannot read memory as it is touched reads all of it; what else it refused, it refuses again.
+            log.info("vm.memory-read-at-once", instance=plan.id, why=str(error))
+            await api.send(ask.restore(str(INSIDE / ask.SNAPSHOT), resume=True), deadline_s=BOOT_CALL_S_MAX)
+
+    def version(self) -> str:
+        return version_of(self._binary, package="cloud-hypervisor", oldest=VERSION_MIN)
 
     async def is_paused(self, api: HttpApi) -> bool:
         return (await api.ask(ask.INFO, ask.Info)).state == "Paused"

@@ -6,6 +6,7 @@ It needs KVM, and hands on no device of the node. Its monitor is told everything
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from atoll.runtimes.vm.http_api import HttpApi, Refused
 from atoll.runtimes.vm.jail import LOG, Jail
 from atoll.runtimes.vm.jailer import Jailer, furnish, jail_id, jailer_command
 from atoll.runtimes.vm.kernel import MODULES, PLACES, GuestKernel
-from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
+from atoll.runtimes.vm.told import BOOT_CALL_S_MAX, SAVE_CALL_S_MAX, ToldRuntime, boots, file_bytes, program
+from atoll.runtimes.vm.written import keep_base, show
 
 VERSION_MIN = (1, 12)
 BOOT_S_MAX = 20.0
@@ -33,6 +35,8 @@ OVERHEAD_BYTES = 32 << 20
 API = "api.sock"
 MEND = "put firecracker and jailer of one release (1.12 or newer) into /usr/local/bin"
 _BASE = "vm"
+_MEMORY_BASE = "base.ram"
+"""In the box's directory, out of the monitor's reach: the memory as it was written last, where changes alone are written."""
 # The jailer ends once the monitor runs: its own words go to the log, the monitor's id to where the shim and later agents look.
 _SCRIPT = r"""
 log=$1 from=$2 to=$3; shift 3
@@ -51,6 +55,7 @@ class FirecrackerRuntime(ToldRuntime):
     name = RuntimeName.FIRECRACKER
     slots = range(SLOT_MIN + 2048, SLOT_MIN + 4096)
     modules = ("virtio_mmio", "virtio_balloon", "vmw_vsock_virtio_transport", *MODULES)
+    written = (ask.STATE, ask.MEMORY)
 
     def __init__(
         self,
@@ -140,6 +145,10 @@ class FirecrackerRuntime(ToldRuntime):
                 (plan.disk, ask.DISK),
             ],
         )
+        (Path(plan.directory) / _MEMORY_BASE).unlink(missing_ok=True)  # of a machine that has ended
+        if plan.snapshot:
+            show(jail.root, Path(plan.snapshot), self.written)
+            self.written_down(plan, Path(plan.snapshot))
         for name in (ask.LOG, ask.METRICS, ask.CONSOLE):
             place = jail.root / name
             place.touch(mode=0o600)
@@ -179,6 +188,31 @@ class FirecrackerRuntime(ToldRuntime):
 
     async def boot(self, api: HttpApi) -> None:
         await api.send(ask.START, deadline_s=BOOT_CALL_S_MAX)
+
+    async def write_down(self, api: HttpApi, plan: VmPlan) -> None:
+        changes_only = await asyncio.to_thread(self.base_of, plan, ask.MEMORY) is not None
+        call = ask.snapshot(f"/{ask.STATE}", f"/{ask.MEMORY}", changes_only=changes_only)
+        await api.send(call, deadline_s=SAVE_CALL_S_MAX)
+
+    def base_of(self, plan: VmPlan, name: str) -> Path | None:
+        base = Path(plan.directory) / _MEMORY_BASE
+        return base if name == ask.MEMORY and self._options.track_dirty_pages and base.exists() else None
+
+    def written_down(self, plan: VmPlan, directory: Path) -> None:
+        if self._options.track_dirty_pages:
+            keep_base(Path(plan.directory) / _MEMORY_BASE, directory / ask.MEMORY)
+
+    async def load(self, api: HttpApi, plan: VmPlan) -> None:
+        for call in ask.observing():
+            await api.send(call)
+        with contextlib.suppress(Refused):  # of a version that does not know it
+            await api.send(ask.SERIAL)
+        # The memory is mapped from its file, each page read when the guest touches it, and its own where it writes.
+        load = ask.restore(f"/{ask.STATE}", f"/{ask.MEMORY}", resume=True, track_dirty_pages=self._options.track_dirty_pages)
+        await api.send(load, deadline_s=BOOT_CALL_S_MAX)
+
+    def version(self) -> str:
+        return version_of(self._binary, package="firecracker", oldest=VERSION_MIN)
 
     async def is_paused(self, api: HttpApi) -> bool:
         return (await api.ask(ask.DESCRIBE, ask.InstanceInfo)).state == "Paused"

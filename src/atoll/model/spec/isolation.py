@@ -33,5 +33,5 @@ RUNTIMES_BY_ISOLATION: dict[Isolation, tuple[RuntimeName, ...]] = {
 }
 """Which runtimes provide an isolation, preferred first."""
 
-SNAPSHOT_RUNTIMES = (RuntimeName.GVISOR, RuntimeName.QEMU)
+SNAPSHOT_RUNTIMES = (RuntimeName.GVISOR, RuntimeName.QEMU, RuntimeName.FIRECRACKER, RuntimeName.CLOUD_HYPERVISOR)
 """Those that can write an instance's state down and go on from it, elsewhere and many times."""

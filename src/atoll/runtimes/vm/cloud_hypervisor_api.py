@@ -20,6 +20,9 @@ BOOT_ARGS = "console=ttyS0 quiet loglevel=3 panic=0 random.trust_cpu=on cryptomg
 """It ends by a power-off, which ends the monitor. A reset would start the machine again, and with it the instance's process, so a
 kernel that fails stands still until its instance's health check or its user ends it."""
 DEVICES = "/sys/bus/pci/devices"
+SNAPSHOT = "snapshot"
+"""Below INSIDE: where a machine is written down, and what a copy is made from; the monitor gives these files their names."""
+WRITTEN = ("config.json", "state.json", "memory-ranges")
 
 
 class Info(Struct, frozen=True):

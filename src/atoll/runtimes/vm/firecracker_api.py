@@ -19,6 +19,8 @@ from atoll.runtimes.vm.tap import TAP
 KERNEL, INITRAMFS, IMAGE, DISK = "kernel", "initramfs", "image", "disk.img"
 """Names in the jail."""
 LOG, METRICS, CONSOLE = "firecracker.log", "metrics", "console.log"
+STATE, MEMORY = "state", "ram"
+"""What a machine is written down in, and what a copy is made from."""
 LINK = "eth0"
 VCPUS_MAX = 32
 CONSOLE_BURST_BYTES, CONSOLE_REFILL_BYTES, CONSOLE_REFILL_MS = 128 << 10, 16 << 10, 60_000

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import os
 import shutil
 import signal
 import tempfile
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import structlog
 
 from atoll.model.errors import AtollError, DeadlineExceeded, RuntimeFailed, Unavailable, Unsupported
-from atoll.model.ports.runtime import Found, Started
+from atoll.model.ports.runtime import Compatibility, Feature, Found, Started
 from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_container import Container
 from atoll.runtimes.signals import signal_number
+from atoll.runtimes.snapshots import processor
 from atoll.runtimes.vm.boxes import VmPlan, load_plan
 from atoll.runtimes.vm.http_api import ANSWER_S_MAX, HttpApi
 from atoll.runtimes.vm.hybrid_vsock import AGENT_PORT, SOCKET, LogCarriers, connect_to_guest
+from atoll.runtimes.vm.kernel import PLACES
 from atoll.runtimes.vm.runtime import VmContainer, VmRuntime, last_words
+from atoll.runtimes.vm.written import Checked, clear, take_in
 
 API_S_MAX = 10.0
 """From the monitor's start until it listens."""
 BOOT_CALL_S_MAX = 30.0
+SAVE_CALL_S_MAX = 60.0
 LOGS_S_MAX = 5.0
 """How long the end of an instance waits for its output to be taken by the agent."""
 SNAPSHOT_SLACK_BYTES = 16 << 20
@@ -59,8 +66,25 @@ class ToldContainer(VmContainer):
 
 class ToldRuntime(VmRuntime):
     container_kind = ToldContainer
+    features = VmRuntime.features | {Feature.SNAPSHOT, Feature.FORK}
     answer_s = ANSWER_S_MAX
     """How long a monitor's answer is waited for."""
+    written: ClassVar[tuple[str, ...]]
+    """The files that its machine is written down in."""
+    _version = ""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        binary: str,
+        cgroup: str = "/atoll",
+        userns: bool | None = None,
+        kernels: Sequence[Path] = PLACES,
+        cache: Path | None = None,
+    ) -> None:
+        super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns, kernels=kernels, cache=cache)
+        self._checked = Checked()
 
     @abstractmethod
     def own(self, directory: Path) -> Path:
@@ -90,7 +114,60 @@ class ToldRuntime(VmRuntime):
     def begin(self, plan: VmPlan, pid: int) -> None:
         """Do what must be done to the monitor's process before the machine runs. Blocking. Raises OSError."""
 
+    @abstractmethod
+    async def write_down(self, api: HttpApi, plan: VmPlan) -> None:
+        """Have the monitor write its paused machine into `written` below `written_in`. Raises as HttpApi.send."""
+
+    @abstractmethod
+    async def load(self, api: HttpApi, plan: VmPlan) -> None:
+        """Have a monitor that was told nothing become the machine of the snapshot that it is shown, and go on. Raises likewise."""
+
+    def base_of(self, plan: VmPlan, name: str) -> Path | None:
+        """Return the file to which what the monitor writes under `name` are only the changes. Blocking."""
+        return None
+
+    def written_down(self, plan: VmPlan, directory: Path) -> None:
+        """The machine is in `directory` now. Blocking."""
+
+    def written_in(self, directory: Path) -> Path:
+        """Return where the monitor of the box in `directory` writes its machine down, and finds that of which it is a copy."""
+        return self.own(directory)
+
     async def configure(self, plan: VmPlan) -> None:
+        async def make(api: HttpApi) -> None:
+            await self.tell(api, plan)
+            await self.boot(api)
+
+        await self._bring_up(plan, make)
+
+    async def load_machine(self, container: VmContainer, plan: VmPlan) -> None:
+        await self._bring_up(plan, lambda api: self.load(api, plan))
+
+    def compatibility(self) -> Compatibility:
+        if not self._version:
+            self._version = self.version()
+        return Compatibility(self.name, self._version, processor(), os.uname().release)
+
+    @abstractmethod
+    def version(self) -> str:
+        """Return the monitor's version. Blocking. Raises Unsupported."""
+
+    async def save_machine(self, plan: VmPlan, directory: Path) -> Sequence[str]:
+        place, bytes_max = self.written_in(Path(plan.directory)), plan.ram_bytes + SNAPSHOT_SLACK_BYTES
+        await self._in_thread(clear, place, self.written)
+        try:
+            await self.write_down(self.api(Path(plan.directory)), plan)
+            for name in self.written:
+                base = self.base_of(plan, name)
+                taking = functools.partial(take_in, place, name, directory / name, bytes_max=bytes_max, base=base)
+                await self._in_thread(taking)
+            await self._in_thread(self.written_down, plan, directory)
+        finally:
+            await asyncio.shield(self._in_thread(clear, place, self.written))
+        return self.written
+
+    async def _bring_up(self, plan: VmPlan, make: Callable[[HttpApi], Awaitable[None]]) -> None:
+        """Have the monitor, which has just been started, run the machine that `make` tells it of. Raises RuntimeFailed."""
         directory = Path(plan.directory)
         container = self._told(plan.id)
         api = self.api(directory)
@@ -99,14 +176,16 @@ class ToldRuntime(VmRuntime):
                 await self._in_thread(self.begin, plan, container.first.pid)
             container.logs = self._carriers(plan)
             await self._await_api(api, container)
-            await self.tell(api, plan)
-            await self.boot(api)
+            await make(api)
         except (Unavailable, DeadlineExceeded) as error:
             words = await self._in_thread(last_words, directory)
             raise RuntimeFailed(f"{error}. {words}".strip(), mend="see vmm.log in the instance's directory") from None
         await self._in_thread((directory / _BOOTED).touch)
 
     async def _start(self, boxes: OciBoxes, container: Container) -> Started:
+        plan = await self._in_thread(load_plan, container.record.directory)
+        if plan.snapshot:
+            await self._in_thread(self._checked.check, Path(plan.snapshot))
         await self._in_thread(lambda: (container.record.directory / _BOOTED).unlink(missing_ok=True))
         return await super()._start(boxes, container)
 
