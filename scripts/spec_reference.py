@@ -214,6 +214,11 @@ MEANING: dict[str, tuple[str, str]] = {
     "Route.retries": ("Instead of `ingress.retries`.", "retries = 1"),
     "Route.request_headers": ("Changed after those of `[ingress]`.", 'request_headers = { set = { x-part = "api" } }'),
     "Route.response_headers": ("Changed after those of `[ingress]`.", 'response_headers = { remove = ["server"] }'),
+    "IngressRules.certificate": (
+        "Who signs for its hostnames that have no certificate: `own` or `acme`; see [certificates.md](certificates.md).",
+        'certificate = "acme"',
+    ),
+    "IngressRules.https_only": ("What comes without TLS is led to the same URL with it (308).", "https_only = true"),
     "IngressRules.timeout": (
         "From the whole request to the whole answer, then 504. Left out: while something moves. Ends streams, too.",
         'timeout = "30s"',

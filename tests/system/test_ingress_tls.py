@@ -17,10 +17,10 @@ from atoll.ingress import envoy
 from atoll.ingress.fake import FakeRouting
 from atoll.ingress.fake_certificates import FakeCertificates
 from atoll.ingress.service import Ingress
-from atoll.model.certificates import Material
+from atoll.model.certificates import CHALLENGE_PATH, ChallengeAnswer, Material
 from atoll.model.errors import AtollError, Conflict
 from atoll.model.records import Endpoint, Routing
-from atoll.model.spec import AppSpec, Port
+from atoll.model.spec import AppSpec, IngressRules, Port
 from made_certificates import Maker
 
 TIMEOUT_S = 30.0
@@ -59,9 +59,10 @@ class Cell:
     def tls_port(self) -> int:
         return self.ingress.envoy.tls_port
 
-    async def serve(self, name: str, *hosts: str, project: str = "default") -> None:
+    async def serve(self, name: str, *hosts: str, project: str = "default", https_only: bool = False) -> None:
         """Have an app that answers at these hostnames."""
-        spec = AppSpec(name=name, project=project, image="none", ports=(Port(port=self._port),))
+        rules = IngressRules(https_only=True) if https_only else None
+        spec = AppSpec(name=name, project=project, image="none", ports=(Port(port=self._port),), ingress=rules)
         routing = Routing(
             project=project,
             app=name,
@@ -70,15 +71,18 @@ class Cell:
             endpoints=(Endpoint(instance=f"{name}-1", node="n", address="127.0.0.1"),),
         )
         self.routing.put(routing)
-        await eventually(lambda: self.plain(hosts[-1]))
+        await eventually(lambda: self.answers(hosts[-1], "308" if https_only else "200"))
 
     def show(self, *materials: Material) -> None:
         self.certificates.put(*materials)
 
-    async def plain(self, host: str) -> bool:
+    async def answers(self, host: str, status: str, path: str = "/") -> bool:
+        return (await self.plain(host, path)).startswith(f"HTTP/1.1 {status}".encode())
+
+    async def plain(self, host: str, path: str = "/", *headers: str) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.ingress.http_port)
         try:
-            return (await ask(reader, writer, host)).startswith(b"HTTP/1.1 200")
+            return await ask(reader, writer, host, path, *headers)
         finally:
             writer.close()
 
@@ -104,13 +108,14 @@ class Cell:
             writer.close()
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, path: str = "/") -> bytes:
+async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str, path: str = "/", *headers: str) -> bytes:
     """Send a request on a connection that stays open, and return the whole answer."""
     async with asyncio.timeout(TIMEOUT_S):
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        lines = (f"GET {path} HTTP/1.1", f"Host: {host}", *headers, "", "")
+        writer.write("\r\n".join(lines).encode())
         head = await reader.readuntil(b"\r\n\r\n")
-        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-        return head + await reader.readexactly(int(length.partition(b":")[2]))
+        lengths = [line.partition(b":")[2] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+        return head + await reader.readexactly(int(lengths[0]) if lengths else 0)
 
 
 async def eventually(condition: object) -> None:
@@ -301,6 +306,34 @@ async def test_a_certificate_that_envoy_does_not_take_stops_no_other(cell: Cell)
     assert await cell.shown("broken.test") == fingerprint(good)
     assert await cell.shown("never.test") is None
     assert (await cell.get("broken.test")).startswith(b"HTTP/1.1 200")
+
+
+async def test_an_app_that_wants_tls_leads_there_and_others_are_served_without(cell: Cell) -> None:
+    await cell.serve("strict", "strict.test", https_only=True)
+    await cell.serve("lax", "lax.test")
+    cell.show(cell.maker.material("strict.test"))
+    await eventually(lambda: known(cell, "strict.test"))
+    # A client that names a port gets the port of TLS beside it; one that names none came by 80, and is led to 443.
+    for host, place in ((f"strict.test:{cell.ingress.http_port}", f"strict.test:{cell.tls_port}"), ("strict.test", "strict.test")):
+        answer = await cell.plain(host, "/a/b?c=d", "x-forwarded-proto: https")
+        assert answer.startswith(b"HTTP/1.1 308")
+        assert f"location: https://{place}/a/b?c=d\r\n".encode() in answer.replace(b":443/", b"/")
+    assert (await cell.get("strict.test")).startswith(b"HTTP/1.1 200")
+    assert await cell.answers("lax.test", "200")
+
+
+async def test_challenges_are_answered_for_every_hostname_before_its_app_and_before_its_wish_for_tls(cell: Cell) -> None:
+    await cell.serve("led", "led.test", https_only=True)
+    answers = [ChallengeAnswer(host=host, token="tok-1_x", answer=f"tok-1_x.{host}") for host in ("led.test", "appless.test")]
+    cell.certificates.challenge(*answers)
+    for host in ("led.test", "appless.test"):
+        await eventually(lambda host=host: cell.answers(host, "200", f"{CHALLENGE_PATH}tok-1_x"))
+        assert (await cell.plain(host, f"{CHALLENGE_PATH}tok-1_x")).endswith(f"tok-1_x.{host}".encode())
+        assert not (await cell.plain(host, f"{CHALLENGE_PATH}other")).startswith(b"HTTP/1.1 200")
+    assert await cell.answers("led.test", "308")
+    cell.certificates.challenge()
+    await eventually(lambda: cell.answers("appless.test", "404", f"{CHALLENGE_PATH}tok-1_x"))
+    await eventually(lambda: cell.answers("led.test", "308", f"{CHALLENGE_PATH}tok-1_x"))
 
 
 async def test_a_port_for_tls_that_is_taken_is_named_or_done_without(tmp_path: Path) -> None:

@@ -55,6 +55,10 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "defrag": ("planning:defrag", "Say which instances could be moved, and what that would free."),
         "runtimes": ("runtimes:runtimes", "Show what each runtime can do, and which nodes offer it."),
         "secrets": ("secrets:secrets", "Keep values that specs name but never hold."),
+        "certificates": (
+            "certificates:certificates",
+            "Serve hostnames over TLS: certificates from files, the cell's own, or ACME.",
+        ),
         "image": ("images:image", "Import and list images of the cell's own registry."),
         "projects": ("projects:projects", "List and make projects."),
         "store": ("store:store", "Move the cell's state to another store; back it up, restore and check it."),

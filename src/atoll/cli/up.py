@@ -36,6 +36,11 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]"),
         click.option("--ingress", metavar="HOST:PORT", help="Where apps are served.  [default: 127.0.0.1:8080]"),
+        click.option(
+            "--ingress-tls-port",
+            metavar="PORT|off",
+            help="Where apps are served over TLS.  [default: 443 beside 80, 8443 beside 8080, and so on]",
+        ),
         click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]"),
         click.option("--fabric-address", metavar="IP", help="Where other nodes reach this one.  [default: towards the servers]"),
         click.option("--domain", metavar="NAME", help="Apps are APP.NAME.  [default: localhost]"),

@@ -14,6 +14,8 @@ from atoll.store.place import SQLITE, Place, place_of
 DATA_DEFAULT = Path("/var/lib/atoll")
 API_DEFAULT = "127.0.0.1:7600"
 INGRESS_DEFAULT = "127.0.0.1:8080"
+TLS_PORT_APART = 443 - 80
+"""How far the ingress's port for TLS is from the plain one, where nothing else is said: 443 beside 80, 8443 beside 8080."""
 SUBNET_FORMER = "10.64.0.0/16"
 """What every node had before cells gave prefixes; a node whose instances still run keeps it."""
 DOMAIN_DEFAULT = "localhost"
@@ -28,6 +30,8 @@ class Config:
     data: Path = DATA_DEFAULT
     api: str = API_DEFAULT
     ingress: str = INGRESS_DEFAULT
+    ingress_tls_port: str = ""
+    """Where the ingress speaks TLS, at the same address: a port, or `off`; see `TLS_PORT_APART`."""
     subnet: str = ""
     """Of this node's instances; empty for the prefix that the cell gives."""
     fabric_address: str = ""
@@ -61,6 +65,19 @@ class Config:
     """URLs of the cell's servers, with commas, for an agent or ingress of another machine."""
     ca: str = ""
     """Their authority, as `--ca` takes it."""
+
+    @property
+    def tls_port(self) -> int | None:
+        """Return the port at which the ingress speaks TLS, None for nowhere. Raises Invalid."""
+        text, plain = self.ingress_tls_port, split_address(self.ingress, field="--ingress")[1]
+        if text == "off":
+            return None
+        if not text:
+            return plain + TLS_PORT_APART if 0 < plain <= 65_535 - TLS_PORT_APART else None
+        if not text.isdigit() or not 1 <= int(text) <= 65_535 or int(text) == plain:
+            mend = "give a port other than the plain one, or 'off'"
+            raise Invalid(f"--ingress-tls-port: {text[:20]!r} is not a port for TLS", field="ingress-tls-port", mend=mend)
+        return int(text)
 
     @property
     def listens(self) -> str:
@@ -149,6 +166,7 @@ class Config:
         }
         given |= {"subnet": self.subnet, "fabric-address": self.fabric_address}
         given |= {"listen": self.listen, "advertise": self.advertise, "key": self.key, "server": self.server, "ca": self.ca}
+        given |= {"ingress-tls-port": self.ingress_tls_port}
         given |= {"certificate-life": self.certificate_life if self.certificate_life != Config.certificate_life else ""}
         options += [f"--{name}={value}" for name, value in given.items() if value]
         options += [f"--{name}" for name, on in {"tls": self.tls, "insecure-plain": self.insecure_plain}.items() if on]

@@ -24,6 +24,9 @@ async def main(config: Config, stop: Stop) -> None:
         address=address,
         port=port,
         domain=config.domain,
+        certificates=control,
+        tls_port=config.tls_port,
+        tls_needed=bool(config.ingress_tls_port),
     )
     async with kept(found, MemberKind.INGRESS, control):
         await run_until(stop, ingress.run())

@@ -53,6 +53,7 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--data", type=Path, default=DATA_DEFAULT)
     parser.add_argument("--api", default=API_DEFAULT)
     parser.add_argument("--ingress", default=INGRESS_DEFAULT)
+    parser.add_argument("--ingress-tls-port", default="")
     parser.add_argument("--subnet", default="")
     parser.add_argument("--fabric-address", default="")
     parser.add_argument("--domain", default=DOMAIN_DEFAULT)

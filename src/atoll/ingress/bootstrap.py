@@ -285,6 +285,7 @@ def _local_replies() -> dict[str, Any]:
     place = "%REQ(:AUTHORITY):253%"
     return {
         "mappers": [
+            _as_it_is(200),
             _reply(["NR"], "not-found", f"no app is served at {place} under this path", "see `atoll apps` for what is"),
             _reply(["UH", "NC"], "unavailable", f"the app at {place} has no instance that is ready", "see `atoll ps`; retry soon"),
             _answer(
@@ -309,6 +310,15 @@ def _reply(flags: list[str], code: str, message: str, mend: str) -> dict[str, An
     return {
         "filter": {"response_flag_filter": {"flags": flags}},
         "body_format_override": {"json_format": _error(code, message, mend)},
+    }
+
+
+def _as_it_is(status: int) -> dict[str, Any]:
+    """What answers of this status say goes out as the route says it: to certificate authorities."""
+    comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "never"}}
+    return {
+        "filter": {"status_code_filter": {"comparison": comparison}},
+        "body_format_override": {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}, "content_type": "text/plain"},
     }
 
 

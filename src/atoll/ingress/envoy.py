@@ -141,7 +141,7 @@ class EnvoyProcess:
         except Conflict as error:
             if self._tls_needed:
                 raise
-            log.warning("ingress.without-tls", message=error.message, mend="choose a port with --ingress-tls")
+            log.warning("ingress.without-tls", message=error.message, mend="choose a port with --ingress-tls-port")
             self._listener = replace(listener, tls_port=0)
 
     def _bootstrap(self, listener: Listener) -> bytes:

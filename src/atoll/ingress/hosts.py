@@ -6,7 +6,7 @@ belong to the cluster, the idle time to the listener, and filters are off where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
@@ -20,12 +20,15 @@ from msgspec import Struct
 
 from atoll.ingress.clusters import tries
 from atoll.ingress.resources import ROUTE_CONFIG, Kind, Resource, Target, from_us, resource
+from atoll.model.certificates import CHALLENGE_PATH
 from atoll.model.spec import HeaderEdit, IngressRules, Route
 
 RATE_FILTER, BODY_FILTER, STICKY_FILTER = "rate", "body", "sticky"
 """The names of the filters that are off but for routes that ask for them."""
 APP, PROJECT = "app", "project"
 """What requests are counted by against a rate."""
+HTTPS_PORT = 443
+"""Of a URL with https that names none."""
 _INT_MAX = (1 << 63) - 1
 _ADD = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
@@ -41,13 +44,25 @@ class Leg(Struct, frozen=True):
     """What requests are counted by against a rate: (`app`, `PROJECT/APP`), (`project`, PROJECT)."""
 
 
-def virtual_host(host: str, places: Sequence[tuple[str, Sequence[Leg]]]) -> Resource:
-    """Return what a hostname leads to; of several path prefixes that match, the longest wins, and of one the most headers."""
+def virtual_host(
+    host: str,
+    places: Sequence[tuple[str, Sequence[Leg]]],
+    *,
+    https_port: int = 0,
+    challenges: Mapping[str, str] = {},
+) -> Resource:
+    """Return what a hostname leads to; of several path prefixes that match, the longest wins, and of one the most headers.
+
+    `https_port` is where requests are led that want TLS; `challenges` are what a certificate authority looks for, by token.
+    """
     name = f"{ROUTE_CONFIG}/{host}"
     ordered = sorted(places, key=lambda place: (-len(place[0].rstrip("/")), place[0]))
     message = route_components_pb2.VirtualHost(name=name, domains=[host])
+    message.routes.extend(_challenge(token, answer) for token, answer in sorted(challenges.items()))
     for path, legs in ordered:
         for leg in sorted(legs, key=lambda leg: (-len(leg.headers), leg.headers)):
+            if https_port and leg.rules is not None and leg.rules.https_only:
+                message.routes.extend(_to_https(path, leg, https_port))
             message.routes.extend(_routes(path, leg))
     return resource(Kind.HOST, name, message)
 
@@ -95,6 +110,28 @@ def _routes(path: str, leg: Leg) -> Iterable[route_components_pb2.Route]:
     buffer = buffer_pb2.BufferPerRoute(buffer=buffer_pb2.Buffer(max_request_bytes=wrappers_pb2.UInt32Value(value=int(body_max))))
     held.typed_per_filter_config[BODY_FILTER].CopyFrom(_packed(buffer))
     yield held
+
+
+def _to_https(path: str, leg: Leg, port: int) -> Iterable[route_components_pb2.Route]:
+    """Lead what came without TLS to the same place with it: a client that named a port to ours, any other to 443."""
+    for named in (True, False):
+        route = route_components_pb2.Route(name=_name(leg), match=_match(path, leg))
+        # Envoy itself says this of each connection, whatever the client sent.
+        route.match.headers.add(name="x-forwarded-proto").string_match.exact = "http"
+        if named:
+            route.match.headers.add(name=":authority").string_match.safe_regex.regex = r".*:[0-9]+"
+        route.redirect.https_redirect = True
+        route.redirect.port_redirect = port if named else HTTPS_PORT
+        route.redirect.response_code = route_components_pb2.RedirectAction.PERMANENT_REDIRECT
+        yield route
+
+
+def _challenge(token: str, answer: str) -> route_components_pb2.Route:
+    """Answer a certificate authority, also where the app of this hostname takes every path (RFC 8555, 8.3)."""
+    route = route_components_pb2.Route(match=route_components_pb2.RouteMatch(path=CHALLENGE_PATH + token))
+    route.direct_response.status = 200
+    route.direct_response.body.inline_string = answer
+    return route
 
 
 def _name(leg: Leg) -> str:

@@ -158,6 +158,7 @@ class Ingress:
 
     async def _serve(self) -> None:
         logs = [self._directory / ACCESS_LOG, self._directory / LOG]
+        self.table.https_port = self.envoy.tls_port
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.envoy.supervise(), name="ingress-envoy")
             tasks.create_task(self._follow(), name="ingress-routing")

@@ -53,6 +53,8 @@ class RoutingTable:
         self._sleepers: set[Target] = set()
         self._counted: set[str] = set()
         """Apps that scale by their requests."""
+        self.https_port = 0
+        """Where Envoy speaks TLS; 0 for nowhere. Set before the first batch."""
         self._answers: Mapping[str, Mapping[str, str]] = {}
         """Host → token → what certificate authorities look for there."""
         self._problems: dict[str, tuple[Problem, ...]] = {}
@@ -275,8 +277,9 @@ class RoutingTable:
     def _write_host(self, host: str) -> None:
         routes = [(path, next(iter(self._claims[HostPath(host, path)].values()))) for path in self._paths.get(host, ())]
         name = f"{resources.ROUTE_CONFIG}/{host}"
-        if routes:
-            self._write(hosts.virtual_host(host, routes))
+        challenges = self._answers.get(host, {})
+        if routes or challenges:
+            self._write(hosts.virtual_host(host, routes, https_port=self.https_port, challenges=challenges))
         else:
             self._erase(Kind.HOST, name)
 

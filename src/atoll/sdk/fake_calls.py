@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from atoll.api.service.holdings import holdings_of
 from atoll.model import codec
+from atoll.model.certificates import AcmeRequest, AcmeView, CertificateRequest, CertificateView, RootView
 from atoll.model.devices import GpuDevice, GpuHealth, GpuSample
 from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.evacuation import evacuation_of, in_force, labels_of
@@ -30,6 +31,7 @@ from atoll.model.records import (
     Site,
     Usage,
 )
+from atoll.model.records.certificate import CertificatePhase, CertificateSource
 from atoll.model.reservation import Reservation, ReservationSpec
 from atoll.model.rollouts import RolloutOrder
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
@@ -84,6 +86,7 @@ class FakeCalls(FakeWorld):
         self.brake: Brake | None = None
         self.drain_views: dict[str, list[DrainView]] = {}
         """Node → what is answered when it is asked how far it has been emptied, one after the other; the last stays."""
+        self.acme = AcmeView()
         self._tokens: dict[str, TokenView] = {}
 
     def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
@@ -120,6 +123,17 @@ class FakeCalls(FakeWorld):
                 return self._instance_view(project, id)
             case _, ["projects", project, "secrets", *rest]:
                 return self._secrets(method, project, rest, body)
+            case _, ["projects", project, "certificates", *rest]:
+                return self._certificates(method, project, rest, body)
+            case "GET", ["certificates", "root"]:
+                return RootView(certificate="root\n", fingerprint="0" * 64, not_after=self.now)
+            case _, ["certificates", "acme"]:
+                if method == "PUT":
+                    wish_acme = codec.decode(body, AcmeRequest)
+                    self.acme = AcmeView(directory=wish_acme.directory, contact=wish_acme.contact, eab_kid=wish_acme.eab_kid)
+                elif method == "DELETE":
+                    self.acme = AcmeView()
+                return self.acme
             case "GET", ["projects", project, "events"]:
                 return self._events(project, query)
             case _, ["sites", *rest]:
@@ -297,6 +311,32 @@ class FakeCalls(FakeWorld):
             case "DELETE", [name]:
                 self.get("secrets", f"{project}/{name}")
                 self.remove("secrets", f"{project}/{name}")
+                return {}
+            case _:
+                raise NotFound("no such call")
+
+    def _certificates(self, method: str, project: str, rest: list[str], body: bytes) -> object:
+        match (method, rest):
+            case "GET", []:
+                return self._page([view for view, _ in self.under("certificates", f"{project}/")])
+            case "GET", [host]:
+                return self.get("certificates", f"{project}/{host}")[0]
+            case "PUT", [host]:
+                wish = codec.decode(body, CertificateRequest)
+                signed = wish.source is CertificateSource.FILE
+                phase = CertificatePhase.VALID if signed else CertificatePhase.WAITING
+                view = CertificateView(
+                    host=host, project=project, source=wish.source, state=phase, chain=wish.chain, shared=wish.shared
+                )
+                if signed:
+                    view = replace(
+                        view, names=(host,), issuer="CN=fake", fingerprint="0" * 64, not_before=self.now, not_after=self.now
+                    )
+                self.put("certificates", f"{project}/{host}", view)
+                return view
+            case "DELETE", [host]:
+                self.get("certificates", f"{project}/{host}")
+                self.remove("certificates", f"{project}/{host}")
                 return {}
             case _:
                 raise NotFound("no such call")

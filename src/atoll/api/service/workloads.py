@@ -44,7 +44,8 @@ def check_host_ports(context: Context, spec: AppSpec) -> None:
     project = context.state.get(Project, spec.project)
     quota = project.record.quota if project is not None else None
     least = quota.host_port_min if quota is not None else HOST_PORT_MIN
-    of_ingresses = {held.record.http_port: name for name, held in context.state.records(Ingress).items()}
+    known = context.state.records(Ingress).items()
+    of_ingresses = {port: name for name, held in known for port in (held.record.http_port, held.record.https_port) if port}
     for index, port in enumerate(spec.ports):
         field = f"ports[{index}].host"
         if port.host is None:

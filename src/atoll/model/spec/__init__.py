@@ -20,6 +20,7 @@ from atoll.model.spec.gpu import GpuTopology as GpuTopology
 from atoll.model.spec.ingress import BODY_BYTES_MAX as BODY_BYTES_MAX
 from atoll.model.spec.ingress import HeaderEdit as HeaderEdit
 from atoll.model.spec.ingress import IngressRules as IngressRules
+from atoll.model.spec.ingress import Issuer as Issuer
 from atoll.model.spec.ingress import Limits as Limits
 from atoll.model.spec.ingress import Outliers as Outliers
 from atoll.model.spec.ingress import Rate as Rate

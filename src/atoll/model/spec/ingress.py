@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import re
 from typing import Annotated
 
@@ -68,9 +69,20 @@ class Outliers(SpecRecord, frozen=True, kw_only=True):
     """Percent of the instances that may be out at a time; with two instances, one."""
 
 
+class Issuer(enum.StrEnum):
+    """Who signs certificates."""
+
+    OWN = "own"
+    ACME = "acme"
+
+
 class IngressRules(SpecRecord, frozen=True, kw_only=True):
     """Every one optional; without it requests are treated as docs/ingress.md says."""
 
+    certificate: Issuer | None = None
+    """Who signs for those of its hostnames that have no certificate: the cell's own root, or the cell's ACME authority."""
+    https_only: bool = False
+    """Requests that come without TLS are led to the same URL with it (308)."""
     timeout: Seconds | None = None
     """From the whole request to the whole answer; then 504. None: as long as something moves."""
     retries: Annotated[int, Meta(ge=0, le=10)] = 4
