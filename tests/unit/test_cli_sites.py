@@ -13,6 +13,7 @@ from atoll.cli.main import cli
 from atoll.cli.session import Session
 from atoll.model.records import Capacity, Ingress, Node
 from atoll.model.spec import RuntimeName
+from atoll.model.views import IngressView
 from atoll.sdk.fake import FakeApi
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -135,3 +136,18 @@ def test_a_plan_shows_where_instances_near_their_users_go_and_how_far_each_candi
     refused = atoll.run("plan", str(tmp_path), code=1)
     assert "no-residency" in refused.stderr
     assert "atoll sites set ams --country CODE" in refused.stderr
+
+
+def test_ingresses_are_listed_with_when_they_were_heard_of_and_one_is_forgotten(tmp_path: Path) -> None:
+    atoll = Atoll(tmp_path)
+    for name, silent_s in (("edge-1", 3.0), ("edge-2", None)):
+        ingress = Ingress(name=name, site="ams", http_port=80, address="192.0.2.1")
+        atoll.api.ingress_views[name] = IngressView(ingress=ingress, silent_s=silent_s, requests_per_s=2.5, problems=1)
+    text = atoll.run("ingresses").stdout
+    assert "3 s ago" in text
+    assert "192.0.2.1:80" in text
+    assert [view["ingress"]["name"] for view in atoll.json("ingresses")] == ["edge-1", "edge-2"]
+    assert "forgotten" in atoll.run("ingresses", "forget", "edge-2").stderr
+    assert atoll.json("ingresses", "forget", "edge-1")["ingress"]["name"] == "edge-1"
+    assert atoll.json("ingresses") == []
+    assert "no ingress 'edge-1'" in atoll.run("ingresses", "forget", "edge-1", code=4).stderr

@@ -42,6 +42,7 @@ from atoll.model.views import (
     DrainRequest,
     DrainView,
     Info,
+    IngressView,
     InstanceView,
     JobView,
     MaintenanceView,
@@ -87,6 +88,7 @@ class FakeCalls(FakeWorld):
         self.drain_views: dict[str, list[DrainView]] = {}
         """Node → what is answered when it is asked how far it has been emptied, one after the other; the last stays."""
         self.acme = AcmeView()
+        self.ingress_views: dict[str, IngressView] = {}
         self._tokens: dict[str, TokenView] = {}
 
     def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
@@ -169,6 +171,12 @@ class FakeCalls(FakeWorld):
                 return view
             case "GET", ["usage"]:
                 return self.usage
+            case "GET", ["ingresses"]:
+                return tuple(self.ingress_views.values())
+            case "DELETE", ["ingresses", name]:
+                if name not in self.ingress_views:
+                    raise NotFound(f"no ingress '{name}'")
+                return self.ingress_views.pop(name)
             case _, ["tokens", *rest]:
                 return self._token_calls(method, rest, body)
             case _:
