@@ -239,6 +239,10 @@ MEANING: dict[str, tuple[str, str]] = {
     "IngressRules.rate": ("How many requests; the table below. More are answered 429.", "[ingress.rate]"),
     "IngressRules.limits": ("How much at a time; the table below. More is answered 503.", "[ingress.limits]"),
     "IngressRules.outliers": ("When an instance that fails is left out; the table below.", "[ingress.outliers]"),
+    "IngressRules.spill": (
+        "Requests under way for each instance of the nearest site, beyond which the next site gets some, too.",
+        "spill = 50",
+    ),
     "IngressRules.sticky": ("A cookie that brings a client back to its instance; the table below.", "[ingress.sticky]"),
     "IngressRules.request_headers": (
         "Set and taken away before the instance sees the request.",

@@ -18,6 +18,7 @@ from atoll.ingress.clusters import SPILL, WHOLE, Nearness, endpoints, levels_of
 from atoll.ingress.hosts import Leg, virtual_host
 from atoll.ingress.refused import Refused
 from atoll.ingress.resources import Kind, Target
+from atoll.ingress.spill import BACK_S, Spill
 from atoll.ingress.table import RoutingTable
 from atoll.model import codec
 from atoll.model.errors import Invalid
@@ -102,6 +103,9 @@ def test_the_own_site_comes_first_then_the_nearest_and_those_that_nobody_knows_l
     assert sites(levels_of(places, {}, NEAR)) == [{"local"}, {"ams"}, {"iad"}, {"x", "y"}]
     assert sites(levels_of(places, {}, Nearness("ams"))) == [{"ams"}, {"iad", "local", "x", "y"}]
     assert sites(levels_of(places, {}, NEAR, levels_max=2)) == [{"local"}, {"ams", "iad", "x", "y"}]
+    wide = ClusterLoadAssignment.FromString(endpoints(TARGET, places, near=NEAR, wide=2).body)
+    assert [group.priority for group in wide.endpoints] == [0, 1, 2]
+    assert [len(group.lb_endpoints) for group in wide.endpoints] == [2, 1, 2]
 
 
 def test_a_site_where_all_drains_is_a_level_with_the_next() -> None:
@@ -248,3 +252,64 @@ def test_what_envoy_refused_is_told_of_its_app_until_it_changes() -> None:
     assert refused.problems() == {"p/a": "'bad host' is not a hostname"}
     told(table, 3, routing(at("10.0.0.1")))
     assert refused.problems() == {}
+
+
+class Active:
+    """What Envoy says is under way."""
+
+    def __init__(self) -> None:
+        self.active = 0
+
+    async def get(self, path: str) -> bytes:
+        return f"cluster.p/a/80.upstream_rq_active: {self.active}\ncluster.p/a/80.upstream_rq_pending_active: 0\n".encode()
+
+
+class StepClock:
+    def __init__(self) -> None:
+        self.at = 1_000.0
+
+    def now(self) -> float:
+        return self.at
+
+    def monotonic(self) -> float:
+        return self.at
+
+
+async def test_too_much_at_the_nearest_site_goes_on_to_the_next_at_once_and_comes_back_after_a_while() -> None:
+    table, admin, clock = RoutingTable(NEAR), Active(), StepClock()
+    places = (at("10.0.0.1"), at("10.0.0.2", "ams"), at("10.0.0.3", "iad"))
+    told(table, 1, routing(*places, rules=IngressRules(spill=10)))
+    spill = Spill(table, admin, clock=clock, changed=lambda: None)
+
+    def priorities() -> list[int]:
+        made = ClusterLoadAssignment.FromString(table.resources[Kind.ENDPOINTS]["p/a/80"].body)
+        return [group.priority for group in made.endpoints for _ in group.lb_endpoints]
+
+    async def look(active: int, after_s: float = 0.5) -> list[int]:
+        clock.at += after_s
+        admin.active = active
+        await spill.look()
+        return priorities()
+
+    assert await look(10) == [0, 1, 2]
+    assert await look(11) == [0, 0, 1]
+    assert await look(20) == [0, 0, 1]
+    assert await look(21) == [0, 0, 0]
+    assert await look(500) == [0, 0, 0]
+    assert await look(14) == [0, 0, 0]
+    assert await look(15, BACK_S) == [0, 0, 0]
+    assert await look(14) == [0, 0, 0]
+    assert await look(14, BACK_S) == [0, 0, 1]
+    assert await look(0) == [0, 0, 1]
+    assert await look(0, BACK_S) == [0, 1, 2]
+    told(table, 2, routing(places[0]))
+    assert await look(500) == [0]
+
+
+async def test_an_app_that_does_not_say_how_much_is_too_much_stays_at_its_nearest_site() -> None:
+    table, admin = RoutingTable(NEAR), Active()
+    told(table, 1, routing(at("10.0.0.1"), at("10.0.0.2", "ams")))
+    table.take_changes()
+    admin.active = 10_000
+    await Spill(table, admin, clock=StepClock(), changed=lambda: None).look()
+    assert table.take_changes() == set()

@@ -194,21 +194,22 @@ def endpoints(
     *,
     activator: str | None = None,
     near: Nearness = Nearness(),
-    levels_max: int = LEVELS_MAX,
+    wide: int = 1,
 ) -> Resource:
     """Return where the instances of `target` are, each release of each level of sites a locality of its own.
 
     A draining one gets no new request; one at a bad address is left out. A release gets requests by its weight, or without weights
     by how many of its instances serve; what of it cannot be had goes to the others that have a weight. Requests go to the nearest
-    level, and to the next where that has none that is well. `activator` is the socket that requests go to where there is no other
-    place for them.
+    level, and to the next where that has none that is well; the first `wide` levels count as one. `activator` is the socket that
+    requests go to where there is no other place for them.
     """
     known: dict[str, Endpoint] = {}
     for place in places:
         before = known.get(place.address)
         if check_address(place.address) is None and (before is None or before.draining):
             known[place.address] = place
-    levels = levels_of(known.values(), weights, near, levels_max)
+    levels = levels_of(known.values(), weights, near)
+    levels = [[place for level in levels[:wide] for place in level], *levels[wide:]]
     message = endpoint_pb2.ClusterLoadAssignment(cluster_name=target.cluster)
     message.policy.overprovisioning_factor.value = SPILL if len(levels) > 1 and not weights else WHOLE
     for priority, level in enumerate(levels):

@@ -25,6 +25,7 @@ from atoll.ingress.meter import Meter
 from atoll.ingress.probe import Prober, own_address
 from atoll.ingress.refused import Refused
 from atoll.ingress.resources import Kind, Resource
+from atoll.ingress.spill import Spill
 from atoll.ingress.table import RoutingTable
 from atoll.model import records
 from atoll.model.certificates import CertificateFeed
@@ -124,6 +125,7 @@ class Ingress:
         )
         self._meter = Meter(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
         self._loads = Loads(self.table, self.envoy.admin, control_plane, ingress=name, clock=self._clock)
+        self._spill = Spill(self.table, self.envoy.admin, clock=self._clock, changed=self._publish)
         prober = Prober(site, self._clock)
         self._heart = Heart(
             self.envoy.admin,
@@ -170,6 +172,7 @@ class Ingress:
             tasks.create_task(self._demand.run(self.activator), name="ingress-demand")
             tasks.create_task(self._heart.run(), name="ingress-heart")
             tasks.create_task(self._loads.run(), name="ingress-loads")
+            tasks.create_task(self._spill.run(), name="ingress-spill")
             tasks.create_task(keep_bounded(logs, self.envoy.admin), name="ingress-logs")
 
     async def _follow(self) -> None:
@@ -241,6 +244,10 @@ class Ingress:
 
     def _moved(self, round_trips_ms: Mapping[str, float]) -> None:
         self.table.move(Nearness(self._site, dict(round_trips_ms)))
+        self._publish()
+
+    def _publish(self) -> None:
+        """Tell Envoy of what changed otherwise than by routing, which has been there before."""
         if changes := self.table.take_changes():
             self.ads.publish(changes)
 

@@ -42,6 +42,8 @@ class RoutingTable:
         """App → what Envoy counts its releases under → the release."""
         self._names: dict[str, tuple[str, ...]] = {}
         """App → its clusters."""
+        self._wide: dict[str, int] = {}
+        """App → how many of the nearest levels of sites count as one, of those where it is more than the nearest."""
         self._draining: set[str] = set()
         """Apps of which something drains."""
         self._limits: dict[str, dict[limits.Subject, limits.Limit]] = {}
@@ -191,11 +193,30 @@ class RoutingTable:
             for target in targets_of(self._places[key]):
                 self._write(self._endpoints(target, self._routings[key]))
 
+    def spilling(self) -> dict[str, int]:
+        """Return app → the most requests for each instance, of those at several sites that say so."""
+        found = {key: self._routings[key].spec.ingress for key in self._spread}
+        return {key: rules.spill for key, rules in found.items() if rules is not None and rules.spill is not None}
+
+    def serving_by_level(self, key: str) -> tuple[int, ...]:
+        """Return how many endpoints of an app serve at each level of sites, the nearest first."""
+        routing = self._routings[key]
+        levels = clusters.levels_of(routing.endpoints, routing.weights, self._near)
+        return tuple(sum(not place.draining for place in level) for level in levels)
+
+    def widen(self, key: str, levels: int) -> None:
+        """Have so many of the nearest levels of sites get the app's requests alike."""
+        if self._wide.get(key, 1) != levels:
+            self._wide[key] = levels
+            for target in targets_of(self._places[key]):
+                self._write(self._endpoints(target, self._routings[key]))
+
     def _endpoints(self, target: Target, routing: Routing) -> Resource:
         if not target.preview:
             asleep = routing.wakes and not serving(routing.endpoints)
             activator = socket_of(target) if asleep else None
-            return clusters.endpoints(target, routing.endpoints, routing.weights, activator=activator, near=self._near)
+            wide = self._wide.get(key_of(routing), 1)
+            return clusters.endpoints(target, routing.endpoints, routing.weights, activator=activator, near=self._near, wide=wide)
         return clusters.endpoints(target, routing.preview.endpoints if routing.preview is not None else (), near=self._near)
 
     def _write_limits(self, keys: Iterable[str]) -> None:
@@ -257,7 +278,7 @@ class RoutingTable:
         routing = self._routings.pop(key, None)
         before = self._places.pop(key, {})
         self._sleep(_wakeable(routing, before), set())
-        for kept in (self._zones, self._names, self._spread):
+        for kept in (self._zones, self._names, self._spread, self._wide):
             kept.pop(key, None)
         self._draining.discard(key)
         self.changes += 1

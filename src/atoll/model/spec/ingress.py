@@ -96,6 +96,8 @@ class IngressRules(SpecRecord, frozen=True, kw_only=True):
     rate: Rate | None = None
     limits: Limits | None = None
     outliers: Outliers | None = None
+    spill: _Count | None = None
+    """Requests under way for each instance of the nearest site, beyond which those of the next site get some, too."""
     sticky: Sticky | None = None
     request_headers: HeaderEdit | None = None
     response_headers: HeaderEdit | None = None
