@@ -70,3 +70,40 @@ def wait_for(holds: Any, seconds: float = 60.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_a_template_s_sandboxes_are_taken_once_each_refilled_and_end_when_nobody_uses_them(tmp_path: Path) -> None:
+    with ScratchAtoll("atoll-template-") as atoll:
+        archive = docker_archive(tmp_path / "busybox.tar", "busybox:1", program=Path(BOX), target=BOX)
+        image = atoll.atoll_json("image", "import", str(archive), "--name", "busybox", "--tag", "1")["image"]
+        keep = ("--", BOX, "sleep", "100000")
+        atoll.atoll("template", "create", "tools", "--image", image, "--pool", "2", "-e", "A=template", "-e", "B=template", *keep)
+        wait_for(lambda: len(pool(atoll)) == 2)
+        first = pool(atoll)
+
+        views = [atoll.atoll_json("sandbox", "create", name, "--template", "tools", "-e", f"B={name}") for name in ("one", "two")]
+        assert {view["instance"] for view in views} == first, "what was ready was taken, each once"
+        said = shell(atoll, "one", 'echo "$A $B $ATOLL_JOB $ATOLL_INSTANCE"')
+        assert said == f"template one one {views[0]['instance']}\n"
+        with pytest.raises(CommandFailed, match="there already"):
+            atoll.atoll("sandbox", "create", "one", "--template", "tools")
+        wait_for(lambda: len(pool(atoll)) == 2 and not pool(atoll) & first)
+        with pytest.raises(CommandFailed, match="waits in the pool"):
+            atoll.atoll("exec", next(iter(pool(atoll))), "--", BOX, "true")
+
+        atoll.atoll("sandbox", "create", "idle", "--template", "tools", "--idle-limit", "2s")
+        atoll.atoll("sandbox", "pause", "two")
+        states = {view["job"]["name"]: view for view in atoll.atoll_json("sandbox", "list")}
+        assert (states["two"]["paused"], states["one"]["paused"]) == (True, False)
+        wait_for(lambda: phase(atoll, "idle") == "failed")
+        assert "idle limit" in atoll.atoll("jobs", "show", "idle")
+
+        atoll.atoll("template", "rm", "tools")
+        wait_for(lambda: not pool(atoll))
+        assert shell(atoll, "one", "echo still here") == "still here\n"
+
+
+def pool(atoll: ScratchAtoll) -> set[str]:
+    """Return the instances that are ready to be taken."""
+    views = [view for view in atoll.atoll_json("ps") if view["instance"].get("standby") and view["instance"]["owner"] == "tools"]
+    return {view["instance"]["id"] for view in views if (view.get("status") or {}).get("ready")}
