@@ -21,6 +21,7 @@ import pytest
 
 from atoll.model.errors import Conflict, Exhausted, Unavailable
 from atoll.model.fabric import VXLAN_PORT, FabricNode, Member
+from atoll.model.flows import Flows, Reason
 from atoll.model.ports.network import Link
 from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
 from atoll.model.units import Bytes
@@ -512,6 +513,66 @@ async def test_bytes_beyond_an_instances_limit_are_dropped(network: LinkNetwork)
             while server.recv(2_000):
                 count += 1
     assert 20 < count < 150
+
+
+async def test_what_goes_between_apps_and_what_is_refused_is_counted_with_its_reason(network: LinkNetwork, subnet: str) -> None:
+    db_rules = NetworkRules(ingress=(Allow(app="web", ports=(8000,)),))
+    links = {
+        name: await network.attach(name, project=project, ports=(WEB,), rules=rules)
+        for name, project, rules in (
+            ("web", "p", NetworkRules(packets=50)),
+            ("db", "p", db_rules),
+            ("job", "p", NetworkRules(egress=())),
+            ("foreign", "q", None),
+        )
+    }
+    members = [
+        Member(id=name, project="q" if name == "foreign" else "p", owner=name, node="here", address=link.address)
+        for name, link in links.items()
+    ]
+    await network.see(FabricNode(name="here", prefix=subnet), {}, members)
+    assert await network.flows() == Flows()
+    with listening(links["db"], 8000) as server, closing(socket_in(links["web"])) as client:
+        client.connect((links["db"].address, 8000))
+        taken, _ = server.accept()
+        with closing(taken):
+            client.sendall(bytes(3_000))
+            got = 0
+            while got < 3_000:
+                got += len(taken.recv(4_096))
+    for source, target, port in (
+        ("web", "db", 9000),
+        ("db", "web", 9000),
+        ("job", "web", 8000),
+        ("foreign", "db", 8000),
+        ("web", "foreign", 8000),
+    ):
+        assert not connects(socket_in(links[source]), links[target].address, port)
+    assert not connects(socket_in(links["db"]), "169.254.169.254", 80)
+    with closing(socket_in(links["web"], kind=socket.SOCK_DGRAM)) as flood:
+        for _ in range(200):
+            flood.sendto(b"x", (links["db"].address, 8000))
+
+    flows = await network.flows()
+    sent = {(flow.source, flow.target): flow for flow in flows.flows}
+    assert sent["web", "db"].bytes > 3_000
+    assert sent["web", "db"].connections >= 2
+    assert 0 < sent["db", "web"].bytes < sent["web", "db"].bytes
+    assert {flow.project for flow in flows.flows} == {"p"}
+    refused = {
+        (one.project, one.source, one.target, one.address, one.port): one.reason for one in flows.refusals if one.protocol == "tcp"
+    }
+    assert refused == {
+        ("p", "web", "db", "", 9000): Reason.INGRESS,
+        ("p", "db", "web", "", 9000): Reason.PORT,
+        ("p", "job", "web", "", 8000): Reason.EGRESS,
+        ("q", "foreign", "", links["db"].address, 8000): Reason.PROJECT,
+        ("p", "web", "", links["foreign"].address, 8000): Reason.PROJECT,
+        ("p", "db", "", "169.254.169.254", 80): Reason.CLOSED,
+    }
+    assert flows.complete
+    assert flows.over["web"] > 100
+    assert flows.begun["db"] == 2
 
 
 async def test_ten_thousand_instances_of_other_nodes_are_told_apart_in_one_go(network: LinkNetwork, subnet: str) -> None:

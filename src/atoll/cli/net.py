@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from atoll.cli import names
+from atoll.cli.net_flows import show_flows, trace
 from atoll.cli.session import EXIT_FAILED, Session, command, group
 from atoll.model.units import format_bytes
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from atoll.model.records import Usage
 
 
-@group(example="atoll net check web db --port 5432\natoll net top\natoll net nodes\natoll net rotate-keys")
+@group(
+    example="atoll net check web db --port 5432\natoll net trace web db --port 5432\natoll net top --apps\natoll net nodes\n"
+    "atoll net rotate-keys"
+)
 def net() -> None:
     """Say what reaches what; show the fabric between nodes."""
 
@@ -45,16 +49,22 @@ async def check(session: Session, source: str, target: str, port: int, udp: bool
         click.get_current_context().exit(EXIT_FAILED)
 
 
-@command(example="atoll net top\natoll net top --interval 10 --json")
-@click.option("--interval", type=click.FloatRange(min=1.0, max=600.0), default=5.0, show_default=True, help="Seconds to look.")
-async def top(session: Session, interval: float) -> None:
-    """Show what goes over each instance's link, the busiest first: per second of the interval, and since it has the link."""
+@command(example="atoll net top\natoll net top --apps\natoll net top --interval 10 --json")
+@click.option("--interval", type=click.FloatRange(min=0.1, max=600.0), default=5.0, show_default=True, help="Seconds to look.")
+@click.option("--apps", "by_app", is_flag=True, help="By pair of apps, with what was refused.")
+async def top(session: Session, interval: float, by_app: bool) -> None:
+    """Show what goes over each instance's link, the busiest first: per second of the interval, and since it has the link. With
+    --apps: which app sent how much to which other, and what was refused and why."""
+    if by_app:
+        await show_flows(session, interval)
+        return
     async with session.client() as client:
         before = {usage.instance: usage for usage in await client.usage(session.project)}
         await asyncio.sleep(interval)
         after = await client.usage(session.project)
     shown = sorted(
-        ((usage, _rates(before.get(usage.instance), usage, interval)) for usage in after), key=lambda one: -sum(one[1].values())
+        ((usage, _rates(before.get(usage.instance), usage, interval)) for usage in after),
+        key=lambda one: -(one[1]["sent_bytes_per_s"] + one[1]["received_bytes_per_s"]),
     )
     if session.json:
         session.output.json([{"instance": usage.instance, **rates, **_totals(usage)} for usage, rates in shown])
@@ -68,23 +78,26 @@ async def top(session: Session, interval: float) -> None:
             f"{rates['received_packets_per_s']:.0f}",
             format_bytes(usage.sent_bytes),
             format_bytes(usage.received_bytes),
-            usage.network_drops,
+            usage.connections,
+            usage.network_drops + usage.limited_packets,
         )
         for usage, rates in shown
     ]
-    columns = ("INSTANCE", "SENT>", "RECEIVED>", "PACKETS SENT/S>", "RECEIVED/S>", "SENT IN ALL>", "RECEIVED IN ALL>", "DROPS>")
+    columns = (
+        "INSTANCE", "SENT>", "RECEIVED>", "PACKETS SENT/S>", "RECEIVED/S>", "SENT IN ALL>", "RECEIVED IN ALL>", "BEGUN>", "DROPS>",
+    )  # fmt: skip
     session.output.table(columns, rows, empty="no instance has told of its link yet")
 
 
 def _totals(usage: Usage) -> dict[str, int]:
-    names = ("sent_bytes", "sent_packets", "received_bytes", "received_packets", "network_drops")
+    names = ("sent_bytes", "sent_packets", "received_bytes", "received_packets", "network_drops", "connections", "limited_packets")
     return {name: getattr(usage, name) for name in names}
 
 
 def _rates(before: Usage | None, now: Usage, seconds: float) -> dict[str, float]:
     """Return what was counted per second; all of it is new for an instance that was not there before."""
     earlier = _totals(before) if before is not None else {}
-    counted = {name: total for name, total in _totals(now).items() if name != "network_drops"}
+    counted = {name: total for name, total in _totals(now).items() if name.startswith(("sent", "received"))}
     return {f"{name}_per_s": max(0, total - earlier.get(name, 0)) / seconds for name, total in counted.items()}
 
 
@@ -110,5 +123,5 @@ async def rotate_keys(session: Session) -> None:
     session.output.say("[green]✓[/] every node that is connected makes a new key now, all others when they are")
 
 
-for one in (check, top, list_nodes, rotate_keys):
+for one in (check, trace, top, list_nodes, rotate_keys):
     net.add_command(one)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll.model.errors import Exhausted, Unavailable
+from atoll.model.flows import Flows
 from atoll.model.ports.network import Counters, Link
 from atoll.model.spec import NetworkRules, Port, host_ports
 from atoll.network.addresses import AddressPool
@@ -27,6 +28,8 @@ class FakeNetworkState:
         self.failures = 0
         """So many of the next calls raise Unavailable, having changed nothing."""
         self.attached_total = 0
+        self.flows = Flows()
+        """What was counted; set it."""
 
     def published(self) -> dict[str, str]:
         """Return port of the node → the instance that answers there."""
@@ -82,6 +85,10 @@ class FakeNetwork:
     def counters(self) -> Mapping[str, Counters]:
         """Nothing ever goes over a link."""
         return {id: Counters(0, 0, 0, 0, 0) for id in self.state.links}
+
+    async def flows(self) -> Flows:
+        """What the state was given to tell."""
+        return self.state.flows
 
     async def close(self) -> None:
         """Let go; the state keeps every link."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from atoll.model.errors import RuntimeFailed, Unsupported
 from atoll.model.fabric import PROBE_PORT, VXLAN_PORT
 from atoll.model.spec import Port, PortProtocol
+from atoll.network.counted import KEPT_S, PAIRS_MAX, REASONS, REFUSED_MAX
 
 CLOSED = (
     "0.0.0.0/8",
@@ -29,6 +30,8 @@ CONNECTIONS_MAX = 16_384
 ASKED_MAX = 1_000
 """Questions for names that one instance may ask in a second: the agent itself answers them."""
 CONNECTIONS_TRACKED_MAX = 65_535
+_EGRESS, _PORT, _INGRESS, _PROJECT, _CLOSED, _NODE = range(1, 1 + len(REASONS))
+"""What a packet is marked with before it is refused, so that what is counted says why."""
 
 
 def ruleset(
@@ -80,8 +83,17 @@ table inet {table} {{
   set packets_out {{ type ipv4_addr; limit rate over 1000/second; }}
   set packets_in {{ type ipv4_addr; limit rate over 1000/second; }}
   set askers {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout 10s; }}
+  set pairs {{ type ipv4_addr . ipv4_addr; size {PAIRS_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
+  set begun {{ type ipv4_addr . ipv4_addr; size {PAIRS_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
+  set turned_away {{
+    type ipv4_addr . ipv4_addr . inet_proto . inet_service . mark
+    size {REFUSED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s
+  }}
+  set opened {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
+  set over {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
   set connections {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic; }}
   chain refused {{
+    meta l4proto {{ tcp, udp }} update @turned_away {{ ip saddr . ip daddr . meta l4proto . th dport . meta mark counter }}
     meta l4proto tcp reject with tcp reset
     reject
   }}
@@ -105,14 +117,15 @@ table inet {table} {{
     udp dport {VXLAN_PORT} @th,96,24 @vxlans notrack
   }}
   chain limits_out {{
-    ip saddr @packets_out drop
-    ip saddr @bytes_out drop
+    ip saddr @packets_out update @over {{ ip saddr counter }} drop
+    ip saddr @bytes_out update @over {{ ip saddr counter }} drop
   }}
   chain limits_in {{
-    ip daddr @packets_in drop
-    ip daddr @bytes_in drop
+    ip daddr @packets_in update @over {{ ip daddr counter }} drop
+    ip daddr @bytes_in update @over {{ ip daddr counter }} drop
   }}
   chain crowded {{
+    ct state new update @opened {{ ip saddr counter }}
     ct state new add @connections {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop
   }}
   chain to_node {{
@@ -125,56 +138,58 @@ table inet {table} {{
     jump crowded
     {ask}
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-    jump refused
+    meta mark set {_NODE} jump refused
   }}
   chain from_tunnel {{
     ct state established,related accept
     ip saddr @nodes udp dport {PROBE_PORT} accept
     ip saddr @nodes icmp type echo-request accept
-    jump refused
+    meta mark set {_NODE} jump refused
   }}
   chain private {{
     meta mark set 0
     meta mark set ip saddr map @project_of
     ip daddr . meta mark @member goto same_project
-    meta mark set 0
-    jump refused
+    meta mark set {_PROJECT} jump refused
   }}
   chain same_project {{
     meta mark set 0
-    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted jump refused
+    iifname {links} update @begun {{ ip saddr . ip daddr counter }}
+    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted meta mark set {_EGRESS} jump refused
     oifname {fabric} accept
     goto open_ports
   }}
   chain open_ports {{
-    ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted jump refused
+    ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted meta mark set {_INGRESS} jump refused
     ip daddr . meta l4proto . th dport @inbound accept
     icmp type echo-request accept
-    jump refused
+    meta mark set {_PORT} jump refused
   }}
   chain between {{
     type filter hook forward priority filter; policy accept;
     oifname {fabric} tcp flags & (syn|rst) == syn tcp option maxseg size set rt mtu
     oifname {links} ip daddr @limited jump limits_in
+    iifname {links} oifname {links} update @pairs {{ ip saddr . ip daddr counter }}
+    iifname {links} oifname {fabric} update @pairs {{ ip saddr . ip daddr counter }}
     ct state established,related accept
     iifname {links} jump crowded
     iifname {fabric} oifname {fabric} ip daddr @peers accept
     iifname {fabric} oifname != {links} drop
     oifname {fabric} iifname != {links} drop
-    iifname {links} udp dport {VXLAN_PORT} ip daddr @endpoints jump refused
+    iifname {links} udp dport {VXLAN_PORT} ip daddr @endpoints meta mark set {_NODE} jump refused
     iifname {links} oifname {links} jump private
     iifname {links} oifname {fabric} jump private
     iifname {fabric} ip saddr @nodes ip daddr . meta l4proto . th dport @inbound accept
-    iifname {fabric} ip saddr @nodes jump refused
+    iifname {fabric} ip saddr @nodes meta mark set {_PORT} jump refused
     iifname {fabric} jump private
     oifname {links} ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted drop
     oifname {links} ct status dnat ip daddr . meta l4proto . th dport @inbound accept
     oifname {links} drop
     iifname != {links} accept
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-    ip daddr @closed jump refused
-    ip daddr @peers jump refused
-    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted jump refused
+    ip daddr @closed meta mark set {_CLOSED} jump refused
+    ip daddr @peers meta mark set {_CLOSED} jump refused
+    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted meta mark set {_EGRESS} jump refused
   }}
   chain from_node {{
     type filter hook output priority filter; policy accept;
@@ -182,7 +197,7 @@ table inet {table} {{
     ip daddr @limited jump limits_in
     ct state established,related accept
     ip daddr . meta l4proto . th dport @inbound accept
-    jump refused
+    meta mark set {_PORT} jump refused
   }}
   chain published_to_others {{
     type nat hook prerouting priority dstnat; policy accept;
@@ -198,7 +213,7 @@ table inet {table} {{
     ip saddr {subnet} ip saddr != {node_address} oifname != {links} oifname != {fabric} masquerade
   }}
 }}
-""" + "\n".join(elements)
+""" + "\n".join(elements)  # noqa: S608 - an update of a firewall's set
 
 
 def inbound(address: str, ports: Sequence[Port]) -> list[str]:

@@ -11,10 +11,12 @@ from msgspec import Struct, structs
 
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.fabric import FabricNode, Member
+from atoll.model.flows import Flows
 from atoll.model.ports.network import Counters, Link
 from atoll.model.spec import NetworkRules, Port, host_ports
-from atoll.network import elements, firewall, resolvers
+from atoll.network import counted, elements, firewall, resolvers
 from atoll.network.addresses import AddressPool
+from atoll.network.counted import Counted
 from atoll.network.elements import ElementSocket
 from atoll.network.ledger import Entry, Ledger
 from atoll.network.listening import taken_ports
@@ -95,6 +97,8 @@ class LinkNetwork:
         self._ruled: dict[str, Ruled] = {}
         self._members: dict[tuple[str, str], list[str]] = {}
         self._learned: dict[tuple[str, str], list[str]] = {}
+        self._owners: dict[str, tuple[str, str]] = {}
+        """Address → project, and app or job, of every instance that is known."""
         self._admissions = Together(self._admit, self._lost)
 
     @property
@@ -131,6 +135,24 @@ class LinkNetwork:
                 found[id] = Counters(numbers[0], numbers[1], numbers[8], numbers[9], numbers[3] + numbers[11])
         return found
 
+    async def flows(self) -> Flows:
+        if self._state is None:
+            return Flows()
+        return await asyncio.to_thread(self._count, dict(self._owners), {at: id for id, (at, _) in self.links().items()})
+
+    def _count(self, owners: Mapping[str, tuple[str, str]], ids: Mapping[str, str]) -> Flows:
+        whole = True
+        found: dict[str, list[Counted]] = {}
+        for name in ("pairs", "begun", "turned_away", "opened", "over"):
+            found[name], all_of_it = counted.read(self._table, name)
+            whole = whole and all_of_it
+        flows = counted.flows_of(found["pairs"], found["begun"], found["turned_away"], owners.get, complete=whole)
+        singles = {
+            name: {ids[address]: each.packets for each in found[name] if (address := each.address) in ids}
+            for name in ("opened", "over")
+        }
+        return structs.replace(flows, begun=singles["opened"], over=singles["over"])
+
     async def see(
         self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member], number: int | None = None
     ) -> None:
@@ -152,6 +174,7 @@ class LinkNetwork:
         for member in members:
             by_app.setdefault((member.project, member.owner), []).append(member.address)
         self._members = by_app
+        self._owners = {member.address: (member.project, member.owner) for member in members}
         self._write_policies(opened)
 
     def wants_name(self, address: str, name: str) -> str | None:

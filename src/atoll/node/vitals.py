@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
+from atoll.model.flows import Flows
 from atoll.model.records import Heartbeat, Node, Usage
 from atoll.model.spec import AppSpec
 from atoll.node.beating import HEARTBEAT_S, Beating
@@ -109,7 +110,8 @@ class Vitals:
         gpus = await self._tools.gpus.samples() if self._tools.gpus is not None else ()
         targets = (target_of(runner.assignment, runner.state) for runner in self._runners.values())
         readings = await self._scrapes.ask([target for target in targets if target is not None])
-        usage = with_metrics(await self._usage(gpus), readings)
+        flows = await self._flows()
+        usage = with_metrics(await self._usage(gpus, flows), readings)
         at = self._tools.clock.now()
         heartbeat = Heartbeat(
             node=self._node.name,
@@ -120,6 +122,7 @@ class Vitals:
             gpus=gpus,
             images=tuple(self._tools.images.digests()[:IMAGES_MAX]),
             fetching=self._prefetch.fetching if self._prefetch is not None else "",
+            flows=replace(flows, begun={}, over={}) if flows.flows or flows.refusals else None,
         )
         sent_at = self._tools.clock.monotonic()
         async with asyncio.timeout(CALL_S):
@@ -127,7 +130,15 @@ class Vitals:
         if self._beating is None or self._beating.http_counts:
             self._contact.prove(sent_at)
 
-    async def _usage(self, samples: tuple[GpuSample, ...]) -> tuple[Usage, ...]:
+    async def _flows(self) -> Flows:
+        try:
+            async with asyncio.timeout(USAGE_S):
+                return await self._tools.network.flows()
+        except (AtollError, TimeoutError) as error:
+            log.debug("flows are not counted", error=str(error) or "timed out")
+            return Flows()
+
+    async def _usage(self, samples: tuple[GpuSample, ...], flows: Flows) -> tuple[Usage, ...]:
         found = []
         counters = self._tools.network.counters()
         owners = owners_of(samples, self._runners, self._machine.groups)
@@ -152,6 +163,8 @@ class Vitals:
                     received_bytes=counted.received_bytes,
                     received_packets=counted.received_packets,
                     network_drops=counted.drops,
+                    connections=flows.begun.get(runner.id, 0),
+                    limited_packets=flows.over.get(runner.id, 0),
                 )
             found.append(used)
         return tuple(found)

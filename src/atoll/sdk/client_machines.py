@@ -5,6 +5,7 @@ from __future__ import annotations
 from atoll.model import codec
 from atoll.model.devices import GpuDevice
 from atoll.model.fabric import Fabric, FabricNode, ReachView
+from atoll.model.flows import Flows
 from atoll.model.maintenance import MaintenanceSpec
 from atoll.model.membership import (
     AuthorityView,
@@ -45,6 +46,10 @@ class MachineCalls(Calls):
         """Return whether an app, job or instance reaches a port of another, and what stops it."""
         query = {"from": source, "to": target, "port": str(port), "protocol": protocol, "to_project": to_project or project}
         return await self._get(ReachView, path("projects", project, "reach", **query))
+
+    async def flows(self, project: str) -> Flows:
+        """Return what apps sent each other and what was refused, as of each node's last heartbeat."""
+        return await self._get(Flows, path("projects", project, "flows"))
 
     async def fabric(self) -> tuple[FabricNode, ...]:
         """Return the nodes that are in the fabric."""

@@ -13,6 +13,8 @@ from atoll.model.certificates import AcmeRequest, AcmeView, CertificateRequest, 
 from atoll.model.devices import GpuDevice, GpuHealth, GpuSample
 from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.evacuation import evacuation_of, in_force, labels_of
+from atoll.model.fabric import ReachView
+from atoll.model.flows import Flows
 from atoll.model.maintenance import Drain, Maintenance, MaintenanceSpec, selects, window_at
 from atoll.model.records import (
     App,
@@ -76,6 +78,9 @@ class FakeCalls(FakeWorld):
     def __init__(self) -> None:
         super().__init__()
         self.usage: list[Usage] = []
+        self.flows: list[Flows] = [Flows()]
+        """What nodes counted, one look after the other; the last stays."""
+        self.reach: ReachView | None = None
         self.release_views: dict[str, tuple[ReleaseView, ...]] = {}
         """App (`project/name`) → its releases, as a rollout shows them."""
         self.gpu_samples: dict[str, tuple[GpuSample, ...]] = {}
@@ -136,6 +141,10 @@ class FakeCalls(FakeWorld):
                 elif method == "DELETE":
                     self.acme = AcmeView()
                 return self.acme
+            case "GET", ["projects", _, "flows"]:
+                return self.flows.pop(0) if len(self.flows) > 1 else self.flows[0]
+            case "GET", ["projects", _, "reach"] if self.reach is not None:
+                return self.reach
             case "GET", ["projects", project, "events"]:
                 return self._events(project, query)
             case _, ["sites", *rest]:

@@ -11,6 +11,7 @@ from atoll.api.service import Need, authorize
 from atoll.model import codec
 from atoll.model.errors import Invalid
 from atoll.model.fabric import Fabric, FabricBatch, FabricGrant, FabricNode, FabricOffer, FabricPaths, ReachView
+from atoll.model.flows import Flows
 
 
 async def join_fabric(call: Call) -> FabricGrant:
@@ -41,6 +42,10 @@ async def check_reach(call: Call) -> ReachView:
     if protocol not in ("tcp", "udp"):
         raise Invalid(f"protocol: {protocol[:40]!r} is not tcp or udp", field="protocol")
     return call.service.fabrics.reach(project, source, target, int(port), protocol, other)
+
+
+async def project_flows(call: Call) -> Flows:
+    return call.service.nodes.flows(call.path["project"])
 
 
 async def fabric_nodes(call: Call) -> tuple[FabricNode, ...]:
@@ -98,6 +103,14 @@ ROUTES: tuple[Route, ...] = (
             Query("protocol", "tcp or udp; tcp where it is left out"),
             Query("to_project", "the target's project, if another"),
         ),
+    ),
+    Route(
+        method="GET",
+        path="/v1/projects/{project}/flows",
+        need=Need.READ,
+        run=project_flows,
+        summary="What apps sent each other, and what was refused and why, as nodes counted it",
+        answer=Flows,
     ),
     Route(
         method="GET",

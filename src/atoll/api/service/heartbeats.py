@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from atoll.model.errors import TooLarge
+from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX
 from atoll.model.ports.clock import Clock
 from atoll.model.records import Heartbeat
 
@@ -39,6 +40,9 @@ class Heartbeats:
                 raise TooLarge(f"usage: too many metrics of '{usage.instance[:60]}'; {most}", field="usage")
         if len(heartbeat.images) > IMAGES_MAX or any(len(words) > WORDS_MAX for words in (heartbeat.fetching, *heartbeat.images)):
             raise TooLarge(f"images: at most {IMAGES_MAX} in one heartbeat, of {WORDS_MAX} characters", field="images")
+        flows = heartbeat.flows
+        if flows is not None and (len(flows.flows) > FLOWS_MAX or len(flows.refusals) > REFUSALS_MAX or flows.begun or flows.over):
+            raise TooLarge(f"flows: at most {FLOWS_MAX} and {REFUSALS_MAX} refusals in one heartbeat", field="flows")
         self._latest[heartbeat.node] = heartbeat
         self._seen[heartbeat.node] = self._clock.monotonic()
 

@@ -19,6 +19,7 @@ from atoll.model import codec, keys
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.evacuation import evacuation_of, in_force
+from atoll.model.flows import Flow, Flows, Refusal
 from atoll.model.maintenance import Maintenance, Window
 from atoll.model.ports.control_plane import StreamKind
 from atoll.model.ports.store import Put, absent, unchanged
@@ -130,13 +131,38 @@ class Nodes:
         found = (usage for heartbeat in self._heartbeats.all().values() for usage in heartbeat.usage if usage.instance in seen)
         return tuple(sorted(found, key=lambda usage: usage.instance))
 
+    def flows(self, project: str) -> Flows:
+        """Return what instances of `project` sent each other and what was refused to them, as all nodes counted it."""
+        flows: dict[tuple[str, str], Flow] = {}
+        refusals: list[Refusal] = []
+        complete = True
+        for node, heartbeat in self._heartbeats.all().items():
+            told = heartbeat.flows or Flows()
+            complete = complete and told.complete
+            for flow in (each for each in told.flows if each.project == project):
+                held = flows.get((flow.source, flow.target), Flow(project=project, source=flow.source, target=flow.target))
+                flows[flow.source, flow.target] = replace(
+                    held,
+                    bytes=held.bytes + flow.bytes,
+                    packets=held.packets + flow.packets,
+                    connections=held.connections + flow.connections,
+                )
+            refusals += [replace(each, node=node) for each in told.refusals if each.project == project]
+        return Flows(
+            flows=tuple(sorted(flows.values(), key=lambda flow: (-flow.bytes, flow.source, flow.target))),
+            refusals=tuple(sorted(refusals, key=lambda each: (-each.packets, each.source, each.target, each.node))),
+            complete=complete,
+        )
+
     def _heartbeat(self, name: str, seen: Container[str], caller: Caller) -> Heartbeat | None:
         """Return a node's latest word, for a project's token without what instances of others use and say of themselves,
         and without images."""
         beat = self._heartbeats.latest(name)
         if beat is None or caller.project == EVERY_PROJECT:
             return beat
-        return replace(beat, images=(), fetching="", usage=tuple(usage for usage in beat.usage if usage.instance in seen))
+        return replace(
+            beat, images=(), fetching="", flows=None, usage=tuple(usage for usage in beat.usage if usage.instance in seen)
+        )
 
     def _on(self, name: str) -> list[Instance]:
         """Return what is placed on a node."""

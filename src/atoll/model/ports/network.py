@@ -8,6 +8,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from atoll.model.flows import Flows
 from atoll.model.spec import NetworkRules, Port
 
 
@@ -53,6 +54,12 @@ class Network(Protocol):
 
     def counters(self) -> Mapping[str, Counters]:
         """Return what went over each instance's link. Reads memory of the kernel only, and costs the same for any number."""
+        ...
+
+    async def flows(self) -> Flows:
+        """Return what instances of the node sent each other and those of other nodes, by pair of apps, and what was refused, with
+        how often each instance began a connection and how many of its packets were beyond its limits. Bounded; some ms at most.
+        """
         ...
 
     async def close(self) -> None:

@@ -133,6 +133,10 @@ class Usage(Record, frozen=True, kw_only=True):
     received_packets: int = 0
     network_drops: int = 0
     """Packets that its link had no room for; what rules and limits refuse is not among them."""
+    connections: int = 0
+    """That it began, to wherever; this and the next since it was last silent for ten minutes."""
+    limited_packets: int = 0
+    """Beyond its limits (`network.bandwidth`, `network.packets`), in either direction, and dropped."""
     metrics: dict[str, float] = {}
     """The app's own, as its `metrics` endpoint gave them."""
 

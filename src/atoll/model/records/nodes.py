@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from atoll.model.devices import GpuDevice, GpuSample, OfferedDevice
+from atoll.model.flows import Flows
 from atoll.model.maintenance import Drain
 from atoll.model.records.basis import Record
 from atoll.model.records.instances import Usage
@@ -99,3 +100,5 @@ class Heartbeat(Record, frozen=True, kw_only=True):
     """Digests by which images are found on the node, those used last first; not all where they are many."""
     fetching: str = ""
     """The image that is being fetched for later, and how far it is, in words."""
+    flows: Flows | None = None
+    """What its instances sent each other and those of other nodes."""

@@ -1,0 +1,174 @@
+"""What the firewall counted, read out of its sets: who sent how much to whom, and what was refused and why.
+
+The elements come and go by themselves: each is made by the first packet and goes after ten minutes without one. Layouts are those
+of <linux/netfilter/nf_tables.h>.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from atoll.model.errors import RuntimeFailed
+from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX, Flow, Flows, Reason, Refusal
+from atoll.network.netlink import REPLY_TIMEOUT_S, attribute
+
+ELEMENTS_MAX = 4096
+"""Of one set, in one look: some 15 ms of the agent's time."""
+KEPT_S = 600
+"""Seconds after its last packet until an element goes."""
+PAIRS_MAX, REFUSED_MAX = 65_535, 8_192
+"""Elements that a set holds; what comes beyond is not counted, and passes or is refused as ever."""
+REASONS = tuple(Reason)
+"""In the order of the firewall's numbers, which begin at 1."""
+
+_NETFILTER = 12
+_HEADER = struct.Struct("=IHHII")
+_FAMILY = struct.Struct("!BBH")
+_GET, _NEW = 10 << 8 | 13, 10 << 8 | 12
+_REQUEST_DUMP = 0x1 | 0x300
+_ERROR, _DONE = 2, 3
+_INET = 1
+_TYPE_MASK = 0x3FFF
+_LIST, _KEY, _VALUE, _EXPRESSION, _EXPRESSIONS, _DATA = 3, 1, 1, 7, 11, 2
+_ELEMENT_KEY = 1
+_BYTES, _PACKETS = 1, 2
+
+OwnerOf = Callable[[str], tuple[str, str] | None]
+"""Address → project, and app or job."""
+
+
+class Counted(NamedTuple):
+    key: bytes
+    packets: int
+    bytes: int
+
+    @property
+    def address(self) -> str:
+        """The first of the key."""
+        return _address(self.key, 0)
+
+
+def read(table: str, name: str, *, most: int = ELEMENTS_MAX) -> tuple[list[Counted], bool]:
+    """Return the first `most` elements of a set with their counters, and whether those are all. Blocking, for some ms.
+
+    Raises RuntimeFailed. A set that is not there has no elements.
+    """
+    body = _FAMILY.pack(_INET, 0, 0) + attribute(1, table.encode() + b"\0") + attribute(2, name.encode() + b"\0")
+    found: list[Counted] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER) as asking:
+        asking.settimeout(REPLY_TIMEOUT_S)
+        asking.bind((0, 0))
+        asking.send(_HEADER.pack(_HEADER.size + len(body), _GET, _REQUEST_DUMP, 1, 0) + body)
+        while True:
+            try:
+                answer = asking.recv(1 << 17)
+            except OSError as error:
+                raise RuntimeFailed(f"cannot read what the firewall counted: {error}") from None
+            at = 0
+            while at + _HEADER.size <= len(answer):
+                length, kind, _, _, _ = _HEADER.unpack_from(answer, at)
+                if kind in (_DONE, _ERROR) or length < _HEADER.size:
+                    return found, True
+                if kind == _NEW:
+                    found += elements_of(answer[at + _HEADER.size + _FAMILY.size : at + length])
+                    if len(found) >= most:
+                        return found[:most], False
+                at += (length + 3) & ~3
+
+
+def elements_of(body: bytes) -> Iterator[Counted]:
+    """Yield the elements of one message; one without a counter has zeros."""
+    for kind, listed in _attributes(body):
+        if kind != _LIST:
+            continue
+        for _, element in _attributes(listed):
+            key, packets, total = b"", 0, 0
+            for part, value in _attributes(element):
+                if part == _ELEMENT_KEY:
+                    key = next((data for inner, data in _attributes(value) if inner == _VALUE), b"")
+                elif part == _EXPRESSION:
+                    packets, total = _counter(value)
+                elif part == _EXPRESSIONS:
+                    for _, one in _attributes(value):
+                        packets, total = _counter(one)
+            yield Counted(key, packets, total)
+
+
+def _counter(expression: bytes) -> tuple[int, int]:
+    values = {}
+    for kind, data in _attributes(expression):
+        if kind == _DATA:
+            values = {inner: int.from_bytes(number, "big") for inner, number in _attributes(data) if len(number) == 8}
+    return values.get(_PACKETS, 0), values.get(_BYTES, 0)
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, at)
+        if length < 4:
+            return
+        yield kind & _TYPE_MASK, data[at + 4 : at + length]
+        at += (length + 3) & ~3
+
+
+def flows_of(
+    pairs: Iterable[Counted], begun: Iterable[Counted], refused: Iterable[Counted], owner_of: OwnerOf, *, complete: bool = True
+) -> Flows:
+    """Return what was counted, by pair of apps: the busiest pairs, and what was refused most. Addresses of nobody are left out."""
+    flows: dict[tuple[str, str, str], list[int]] = {}
+    refusals: dict[tuple[str, str, str, str, str, int, Reason], int] = {}
+    for counted, connections in ((pairs, False), (begun, True)):
+        for each in counted:
+            source, target = owner_of(_address(each.key, 0)), owner_of(_address(each.key, 4))
+            if source is None or target is None or source[0] != target[0]:
+                continue
+            sums = flows.setdefault((source[0], source[1], target[1]), [0, 0, 0])
+            if connections:
+                sums[2] += each.packets
+            else:
+                sums[0] += each.bytes
+                sums[1] += each.packets
+    for each in refused:
+        source, address = owner_of(_address(each.key, 0)), _address(each.key, 4)
+        if source is None or len(each.key) < 20:
+            continue
+        target = owner_of(address)
+        protocol = "udp" if each.key[8] == socket.IPPROTO_UDP else "tcp"
+        (port,) = struct.unpack_from("!H", each.key, 12)
+        (number,) = struct.unpack_from("=I", each.key, 16)
+        reason = REASONS[number - 1] if 0 < number <= len(REASONS) else Reason.NODE
+        # Whose an address of another project is, is that project's own.
+        mine = target is not None and target[0] == source[0]
+        name = target[1] if target is not None and mine else ""
+        known = (source[0], source[1], name, "" if mine else address, protocol, port, reason)
+        refusals[known] = refusals.get(known, 0) + each.packets
+    busiest = sorted(flows.items(), key=lambda one: (-one[1][0], one[0]))[:FLOWS_MAX]
+    most = sorted(refusals.items(), key=lambda one: (-one[1], one[0]))[:REFUSALS_MAX]
+    return Flows(
+        flows=tuple(
+            Flow(project=project, source=source, target=target, bytes=sums[0], packets=sums[1], connections=sums[2])
+            for (project, source, target), sums in busiest
+        ),
+        refusals=tuple(
+            Refusal(
+                project=project,
+                source=source,
+                target=target,
+                address=address,
+                protocol=protocol,
+                port=port,
+                reason=reason,
+                packets=packets,
+            )
+            for (project, source, target, address, protocol, port, reason), packets in most
+        ),
+        complete=complete and len(flows) <= FLOWS_MAX and len(refusals) <= REFUSALS_MAX,
+    )
+
+
+def _address(key: bytes, at: int) -> str:
+    return socket.inet_ntoa(key[at : at + 4].ljust(4, b"\0"))
