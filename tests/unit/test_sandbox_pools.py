@@ -17,6 +17,7 @@ from atoll.api.service import KINDS, SYSTEM, RequestKey, Service
 from atoll.control.actions import Create, Decision, Remove, Seen, Update, WriteJobStatus
 from atoll.control.jobs import JobFacts, decide_job
 from atoll.model.errors import Conflict, Invalid, NotFound
+from atoll.model.evacuation import Evacuation
 from atoll.model.records import Instance, Job, JobPhase, JobStatus, OwnerKind
 from atoll.model.spec import JobSpec, check_job
 from atoll.model.states import Desired, Phase
@@ -56,6 +57,13 @@ def test_what_is_made_of_an_older_spec_or_stands_on_a_lost_node_is_replaced() ->
     assert [c.instance.release for c in of(Create, made.actions)] == [1, 1]
     made = decide(ready("a"), ready("b"), ready("c", lost_at=NOW - 1))
     assert [r.instance.id for r in of(Remove, made.actions)] == ["c"]
+    assert len(of(Create, made.actions)) == 1
+
+
+def test_what_waits_on_a_node_that_is_to_be_empty_goes_at_once_and_others_are_made_elsewhere() -> None:
+    drained = Evacuation(why="it is being drained", since=NOW - 1, deadline=NOW + 3600)
+    made = decide(ready("a"), ready("b"), replace(ready("c"), evacuation=drained))
+    assert told_to_go(made) == ["c"]
     assert len(of(Create, made.actions)) == 1
 
 
