@@ -33,6 +33,7 @@ from atoll.node.beating import ANEW_S, DEAF_S, HEARTBEAT_S
 from atoll.node.contact import Contact
 from atoll.node.pulse import Pulse
 from atoll.node.report import LAZY_S, STATUSES_MAX, retry_delay
+from atoll.sdk.websocket import PING_S
 
 SITES = 50
 STARTS_S = (0.2, 1.0)
@@ -40,6 +41,8 @@ STARTS_S = (0.2, 1.0)
 JOINING_MAX = 64
 """Agents that register at a time; a whole data centre does not switch on at one moment either."""
 CPU_MILLI, MEMORY_BYTES = 64_000, 256 << 30
+PING = bytes((0x89, 0x84, 1, 2, 3, 4, 0, 0, 0, 0))
+"""A ping of four bytes, masked (RFC 6455, 5.5.2)."""
 TICK_S = 0.01
 """How closely beats are sent when they are due: one task does it for all agents of a process."""
 
@@ -257,6 +260,7 @@ class Agent:
                     raise ConnectionError(f"tunnel: {status}")
                 self.fleet.counts.tunnels += 1
                 failures = 0
+                self.fleet.pinged(line)
                 await line.ended
                 self.fleet.counts.tunnels -= 1
             except (OSError, TimeoutError) as error:
@@ -462,6 +466,15 @@ class Fleet:
                 _, number, pulse = self._due[0]
                 heapq.heapreplace(self._due, (max(now + 0.001, pulse.tick(now)), number, pulse))
             await asyncio.sleep(TICK_S)
+
+    def pinged(self, line: Line) -> None:
+        """Have a tunnel pinged as a real agent does it."""
+        asyncio.get_running_loop().call_later(PING_S, self._ping, line)
+
+    def _ping(self, line: Line) -> None:
+        if line.transport is not None and not line.closed:
+            line.transport.write(PING)
+            self.pinged(line)
 
     async def regrant(self) -> None:
         """Have all ask for their keys anew, as each does by itself every five minutes."""

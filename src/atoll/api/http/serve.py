@@ -91,15 +91,28 @@ class _Impatient:
 
 
 class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
-    """uvicorn's WebSockets; someone who pauses the output of a command is given longer."""
+    """uvicorn's WebSockets; someone who pauses the output of a command is given longer. Only a peer that is silent is pinged: an
+    agent pings by itself, and of thousands of tunnels nothing else is heard."""
 
     patience_s = PAUSED_S
     _shown: Shown | None = None
+    _heard_at = float("-inf")
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._shown = shown_by(transport)
         self.have_the_kernel_watch()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self.loop.time()
+        super().data_received(data)
+
+    def send_keepalive_ping(self) -> None:
+        left_s = self._heard_at + (self.ping_interval or 0.0) - self.loop.time()
+        if left_s > 0:
+            self.ping_timer = self.loop.call_later(left_s, self.send_keepalive_ping)
+        else:
+            super().send_keepalive_ping()
 
     async def run_asgi(self) -> None:
         if self._shown is not None:
