@@ -41,6 +41,12 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar="PORT|off",
             help="Where apps are served over TLS.  [default: 443 beside 80, 8443 beside 8080, and so on]",
         ),
+        click.option("--otlp", metavar="URL", help="Where the ingress sends traces: an OpenTelemetry collector, OTLP over HTTP."),
+        click.option(
+            "--trace-percent",
+            type=click.FloatRange(0, 100),
+            help="How many of the requests are traced.  [default: 100]",
+        ),
         click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]"),
         click.option("--fabric-address", metavar="IP", help="Where other nodes reach this one.  [default: towards the servers]"),
         click.option("--domain", metavar="NAME", help="Apps are APP.NAME.  [default: localhost]"),

@@ -32,6 +32,10 @@ class Config:
     ingress: str = INGRESS_DEFAULT
     ingress_tls_port: str = ""
     """Where the ingress speaks TLS, at the same address: a port, or `off`; see `TLS_PORT_APART`."""
+    otlp: str = ""
+    """The OpenTelemetry collector that the ingress sends traces to, by OTLP over HTTP; empty for none."""
+    trace_percent: float = 100.0
+    """Of the requests that bring no decision with them."""
     subnet: str = ""
     """Of this node's instances; empty for the prefix that the cell gives."""
     fabric_address: str = ""

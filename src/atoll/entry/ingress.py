@@ -6,6 +6,7 @@ from atoll.entry.config import Config, split_address
 from atoll.entry.joining import kept, reach
 from atoll.entry.process import Stop, run, run_until
 from atoll.ingress.service import Ingress
+from atoll.ingress.tracing import tracing_of
 from atoll.model.membership import MemberKind
 
 
@@ -27,6 +28,7 @@ async def main(config: Config, stop: Stop) -> None:
         certificates=control,
         tls_port=config.tls_port,
         tls_needed=bool(config.ingress_tls_port),
+        tracing=tracing_of(config.otlp, config.trace_percent),
     )
     async with kept(found, MemberKind.INGRESS, control):
         await run_until(stop, ingress.run())

@@ -10,6 +10,7 @@ from atoll.ingress import tls
 from atoll.ingress.clusters import METADATA
 from atoll.ingress.hosts import BODY_FILTER, RATE_FILTER, STICKY_FILTER
 from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
+from atoll.ingress.tracing import Tracing, collector, tracer
 from atoll.model.spec import BODY_BYTES_MAX
 from atoll.model.traffic import BOUNDS_MS
 from atoll.model.worker import SERVICE_HEADER, SERVICES, SERVICES_SOCKET
@@ -53,6 +54,7 @@ class Listener(Struct, frozen=True, kw_only=True):
     connections_max: int
     tls_port: int = 0
     """Where they come in over TLS; 0 for nowhere."""
+    tracing: Tracing | None = None
 
 
 def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
             },
             "cds_config": _from_us(),
         },
-        "static_resources": {"listeners": [*_listeners(listener), _services()], "clusters": [_control()]},
+        "static_resources": {"listeners": [*_listeners(listener, name), _services()], "clusters": _clusters(listener)},
         "cluster_manager": {"enable_deferred_cluster_creation": True},
         "deferred_stat_options": {"enable_deferred_creation_stats": True},
         # What is kept is what is read: 10,000 apps with all of Envoy's statistics cost 300 MB.
@@ -105,6 +107,10 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
     }
 
 
+def _clusters(listener: Listener) -> list[dict[str, Any]]:
+    return [_control(), *([collector(listener.tracing)] if listener.tracing is not None else [])]
+
+
 def _control() -> dict[str, Any]:
     options = {
         _TYPE: f"{_GOOGLE}.extensions.upstreams.http.v3.HttpProtocolOptions",
@@ -123,20 +129,24 @@ def _control() -> dict[str, Any]:
     }
 
 
-def _listener(listener: Listener) -> dict[str, Any]:
+def _listener(listener: Listener, name: str) -> dict[str, Any]:
     return {
         "name": "http",
         "address": {"socket_address": {"address": listener.address, "port_value": listener.port}},
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
-        "filter_chains": _filter_chains(_connection_manager()),
+        "filter_chains": _filter_chains(_traced(_connection_manager(), listener, name)),
     }
 
 
-def _listeners(listener: Listener) -> list[dict[str, Any]]:
-    plain = _listener(listener)
+def _traced(manager: dict[str, Any], listener: Listener, name: str) -> dict[str, Any]:
+    return {**manager, "tracing": tracer(listener.tracing, name=name)} if listener.tracing is not None else manager
+
+
+def _listeners(listener: Listener, name: str) -> list[dict[str, Any]]:
+    plain = _listener(listener, name)
     if not listener.tls_port:
         return [plain]
-    manager = _connection_manager()
+    manager = _traced(_connection_manager(), listener, name)
     return [plain, tls.listener(listener.address, listener.tls_port, manager, buffer_bytes=BUFFER_BYTES, source=_from_us())]
 
 

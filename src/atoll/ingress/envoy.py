@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from atoll.ingress.admin import EnvoyAdmin
 from atoll.ingress.bootstrap import ADMIN_SOCKET, Listener, bootstrap
 from atoll.ingress.running import Running, alive, ended, started_at
+from atoll.ingress.tracing import Tracing
 from atoll.model import codec
 from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Unavailable, Unsupported
 from atoll.model.ports.clock import Clock
@@ -60,6 +61,7 @@ class EnvoyProcess:
         binary: Path | None = None,
         tls_port: int = 0,
         tls_needed: bool = True,
+        tracing: Tracing | None = None,
     ) -> None:
         """`tls_port` is where it speaks TLS, 0 for nowhere; if that port is taken and TLS is not `tls_needed`, it does without."""
         self.admin = EnvoyAdmin(directory / ADMIN_SOCKET)
@@ -70,7 +72,7 @@ class EnvoyProcess:
         self._workers = workers or os.cpu_count() or 1
         self._name = name
         self._tls_needed = tls_needed
-        self._listener = Listener(address=address, port=port, connections_max=connections_max(), tls_port=tls_port)
+        self._listener = Listener(address=address, port=port, connections_max=connections_max(), tls_port=tls_port, tracing=tracing)
         self._running: Running | None = None
         self._child: subprocess.Popen[bytes] | None = None
 

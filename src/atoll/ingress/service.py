@@ -27,6 +27,7 @@ from atoll.ingress.refused import Refused
 from atoll.ingress.resources import Kind, Resource
 from atoll.ingress.spill import Spill
 from atoll.ingress.table import RoutingTable
+from atoll.ingress.tracing import Tracing
 from atoll.model import records
 from atoll.model.certificates import CertificateFeed
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
@@ -87,6 +88,7 @@ class Ingress:
         certificates: CertificateFeed | None = None,
         tls_port: int | None = None,
         tls_needed: bool = True,
+        tracing: Tracing | None = None,
     ) -> None:
         """`certificates` is where those come from that are shown at `tls_port` (None for no TLS); see `EnvoyProcess`."""
         self.http_port = port or free_port(address)
@@ -117,6 +119,7 @@ class Ingress:
             binary=binary,
             tls_port=(tls_port or free_port(address)) if tls_port is not None else 0,
             tls_needed=tls_needed,
+            tracing=tracing,
         )
         self._demand = Demand(self.table, self.envoy.admin, control_plane, ingress=name)
         self.activator = Activator(self.table, directory, wake=self._demand.wake)
