@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from msgspec import structs
 
 from atoll.cli.session import EXIT_FAILED, Session, command
 
@@ -13,15 +14,22 @@ if TYPE_CHECKING:
     from atoll.entry.findings import Finding
 
 
-@command(example="sudo atoll doctor\natoll doctor --json | jq -r '.findings[] | select(.level != \"ok\") | .mend'")
+@command(
+    example="sudo atoll doctor\nsudo atoll doctor --network\natoll doctor --json | jq -r '.findings[] | select(.level != \"ok\") | .mend'"
+)
 @click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]")
 @click.option("--ingress", metavar="HOST:PORT", help="Where apps would be served.  [default: 127.0.0.1:8080]")
 @click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]")
-def doctor(session: Session, data: Path | None, ingress: str | None, subnet: str | None) -> None:
-    """Say what this machine can and cannot run, and how to mend each. Changes nothing; best run as root.
+@click.option("--network", is_flag=True, help="Measure what each feature of the network is worth on this machine: some 20 s.")
+def doctor(session: Session, data: Path | None, ingress: str | None, subnet: str | None, network: bool) -> None:
+    """Say what this machine can and cannot run, and how to mend each. Changes nothing; best run as root. With --network, measure
+    the network's features instead, each with and without, in namespaces that are made for it.
 
     Exits 1 when something is missing that containers cannot do without.
     """
+    if network:
+        _measure(session)
+        return
     from atoll.entry.config import Config
     from atoll.entry.doctor import can_run, examine, running
 
@@ -38,6 +46,34 @@ def doctor(session: Session, data: Path | None, ingress: str | None, subnet: str
         _conclude(session, findings, running(config), able=able)
     if not able:
         click.get_current_context().exit(EXIT_FAILED)
+
+
+def _measure(session: Session) -> None:
+    import os
+
+    from atoll.model.errors import Unsupported
+    from atoll.network.trials import measure
+
+    if os.geteuid() != 0:
+        raise Unsupported("measuring makes network namespaces, which needs root", mend="run it with sudo")
+    with session.output.err.status("measuring") as status:
+        trials = measure(lambda words: status.update(f"measuring: {words}"))
+    if session.json:
+        session.output.json([{**structs.asdict(trial), "ratio": trial.ratio} for trial in trials])
+        return
+    rows = [
+        (
+            trial.feature,
+            "" if trial.without is None else f"{trial.without:.1f}",
+            "" if trial.with_it is None else f"{trial.with_it:.1f}",
+            "" if trial.ratio is None else f"{trial.ratio:.2f}",
+            trial.used,
+            trial.said,
+        )
+        for trial in trials
+    ]
+    session.output.table(("FEATURE", "WITHOUT>", "WITH>", "RATIO>", "USED", "MEASURED"), rows)
+    session.output.say("[dim]Gbit/s of TCP on this machine, medians of runs in turn; what else runs here makes them smaller[/]")
 
 
 def _show(session: Session, findings: list[Finding]) -> None:
