@@ -219,8 +219,8 @@ def _row(view: JobView) -> tuple[Any, ...]:
     took = format_seconds(status.finished_at - (status.started_at or job.created_at)) if status and status.finished_at else "–"
     return (
         job.name,
-        state(str(status.phase) if status else "pending"),
-        f"{done}/{job.spec.completions}",
+        state("template" if job.spec.pool is not None else str(status.phase) if status else "pending"),
+        f"{done}/{job.spec.completions}" if job.spec.pool is None else "–",
         status.active if status else 0,
         failures or "",
         age(job.created_at),

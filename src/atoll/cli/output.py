@@ -37,6 +37,8 @@ COLOURS = {
     "waking": "yellow",
     "parked": "dim",
     "standby": "dim",
+    "paused": "dim",
+    "template": "dim",
     "stopping": "yellow",
     "cordoned": "yellow",
     "drained": "yellow",
