@@ -21,6 +21,7 @@ from atoll.model.records import (
     AppStatus,
     Capacity,
     Heartbeat,
+    Ingress,
     Instance,
     Node,
     NodeHealth,
@@ -107,6 +108,7 @@ async def cell() -> AsyncIterator[Cell]:
         service.heartbeats.note(beat)
         classes = tuple(100 if bound == 10 else 0 for bound in BOUNDS_MS)
         counted = ReleaseTraffic(project="default", app="llm", release=1, counts=Counts(100, 3, classes))
+        await made.put(keys.ingress("g"), Ingress(name="g", site="ams", http_port=80))
         service.traffic.note(TrafficReport(ingress="g", started=1.0, releases=(counted,)))
         yield made
     await store.close()
@@ -131,6 +133,8 @@ async def test_nodes_devices_apps_and_instances_are_told(cell: Cell) -> None:
         'atoll_app_parked{project="default",app="llm"} 1',
         'atoll_app_requests_total{project="default",app="llm",release="1"} 100',
         'atoll_app_errors_total{project="default",app="llm",release="1"} 3',
+        'atoll_ingress_requests_total{project="default",app="llm",release="1",ingress="g",site="ams"} 100',
+        'atoll_ingress_errors_total{project="default",app="llm",release="1",ingress="g",site="ams"} 3',
         'atoll_app_latency_seconds{project="default",app="llm",release="1",quantile="0.5"} 0.0085',
         'atoll_app_weight_ratio{project="default",app="llm",release="2"} 0.05',
         'atoll_instance_ready{project="default",app="llm",instance="llm-1",node="n1"} 1',

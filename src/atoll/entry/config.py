@@ -160,6 +160,8 @@ class Config:
             options.append(f"--nvproxy-driver={self.nvproxy_driver}")
         if self.cdi_devices:
             options.append(f"--cdi-devices={self.cdi_devices}")
+        if self.otlp:
+            options += [f"--otlp={self.otlp}", f"--trace-percent={self.trace_percent:g}"]
         if self.log_json:
             options.append("--log-json")
         given: dict[str, object] = {

@@ -54,6 +54,8 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--api", default=API_DEFAULT)
     parser.add_argument("--ingress", default=INGRESS_DEFAULT)
     parser.add_argument("--ingress-tls-port", default="")
+    parser.add_argument("--otlp", default="")
+    parser.add_argument("--trace-percent", type=float, default=Config.trace_percent)
     parser.add_argument("--subnet", default="")
     parser.add_argument("--fabric-address", default="")
     parser.add_argument("--domain", default=DOMAIN_DEFAULT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import defaultdict
+from collections.abc import Mapping
 
 from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
@@ -15,6 +16,7 @@ from atoll.model.records import (
     App,
     AppStatus,
     Heartbeat,
+    Ingress,
     Instance,
     Node,
     NodeHealth,
@@ -24,6 +26,7 @@ from atoll.model.records import (
     Status,
     Usage,
 )
+from atoll.model.traffic import Counts
 from atoll.store.index import by_project
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -53,6 +56,8 @@ FAMILIES = {
     "atoll_app_replicas_most": ("gauge", "The most that its metric may ask for, of an app that scales by one."),
     "atoll_app_requests_total": ("counter", "Requests to the release that were answered, as ingresses counted them."),
     "atoll_app_errors_total": ("counter", "Of them those answered with 500 to 599."),
+    "atoll_ingress_requests_total": ("counter", "Requests to the release that were answered at the ingress, since it was started."),
+    "atoll_ingress_errors_total": ("counter", "Of them those answered with 500 to 599."),
     "atoll_app_latency_seconds": ("gauge", "Within it so large a share of its requests of the last minute were answered."),
     "atoll_app_weight_ratio": ("gauge", "Share of the app's requests that the release is given, while it is not by instances."),
     "atoll_instance_ready": ("gauge", "1 where the instance serves."),
@@ -85,9 +90,11 @@ class Exposition:
             self._node(page, held.record, beats.get(node))
             await page.turn()
         seen = [key for key, held in self._state.records(App).items() if _shown(held.record.project, caller, project)]
+        counted = self._traffic.by_ingress()
         for key in sorted(seen):
             if (app := self._state.get(App, key)) is not None:  # it may have gone while others had their turn
                 self._app(page, key, app.record)
+                self._at_ingresses(page, app.record, counted.get(key, {}))
             await page.turn()
         instances = self._state.records(Instance) if project is None else self._state.found(Instance, by_project, project)
         seen = [key for key, held in instances.items() if _shown(held.record.project, caller, project)]
@@ -149,6 +156,15 @@ class Exposition:
                 value = counts.quantile_s(share)
                 if value is not None:
                     page.add("atoll_app_latency_seconds", {**labels, "release": str(release), "quantile": str(share)}, value)
+
+    def _at_ingresses(self, page: _Page, app: App, counted: Mapping[str, Mapping[int, Counts]]) -> None:
+        for name, releases in sorted(counted.items()):
+            ingress = self._state.get(Ingress, name)
+            site = ingress.record.site if ingress is not None else ""
+            for release, counts in sorted(releases.items()):
+                labels = {"project": app.project, "app": app.name, "release": str(release), "ingress": name, "site": site}
+                page.add("atoll_ingress_requests_total", labels, counts.requests)
+                page.add("atoll_ingress_errors_total", labels, counts.errors)
 
     def _instance(self, page: _Page, key: str, instance: Instance, usage: Usage | None) -> None:
         owner = "app" if instance.owner_kind is OwnerKind.APP else "job"

@@ -60,6 +60,13 @@ class Traffic:
         """Return app → release → all that was counted; a live view for the analysis of rollouts."""
         return self._totals
 
+    def by_ingress(self) -> dict[AppKey, dict[str, dict[int, Counts]]]:
+        """Return app → ingress → release → what that ingress has counted since it was started."""
+        found: dict[AppKey, dict[str, dict[int, Counts]]] = {}
+        for (ingress, app), (_, said) in self._said.items():
+            found.setdefault(app, {})[ingress] = dict(said)
+        return found
+
     def recent(self, key: AppKey) -> dict[int, tuple[Counts, float]]:
         """Return release → what was counted in about the last `RECENT_S`, and in how many seconds."""
         now = self._clock.monotonic()
