@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from atoll.entry.findings import Finding
 
 
-@command(
-    example="sudo atoll doctor\nsudo atoll doctor --network\natoll doctor --json | jq -r '.findings[] | select(.level != \"ok\") | .mend'"
+_EXAMPLES = (
+    "sudo atoll doctor",
+    "sudo atoll doctor --network",
+    "atoll doctor --json | jq -r '.findings[] | select(.level != \"ok\") | .mend'",
 )
+
+
+@command(example="\n".join(_EXAMPLES))
 @click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]")
 @click.option("--ingress", metavar="HOST:PORT", help="Where apps would be served.  [default: 127.0.0.1:8080]")
 @click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]")
