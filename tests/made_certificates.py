@@ -32,18 +32,18 @@ class Maker:
     def __init__(self, name: str = "root", above: Maker | None = None, now: float | None = None) -> None:
         self.now = now if now is not None else datetime.datetime.now(datetime.UTC).timestamp()
         self._above = above
-        self._key = new_key()
+        self.key = new_key()
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        issuer, signer = (above._name, above._key) if above is not None else (self._name, self._key)
-        self._certificate = (
-            self._builder(self._name, issuer, self._key.public_key(), -DAY_S, 3650 * DAY_S)
+        issuer, signer = (above._name, above.key) if above is not None else (self._name, self.key)
+        self.certificate = (
+            self._builder(self._name, issuer, self.key.public_key(), -DAY_S, 3650 * DAY_S)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(signer, hashes.SHA256())
         )
 
     @property
     def pem(self) -> str:
-        return self._certificate.public_bytes(serialization.Encoding.PEM).decode()
+        return self.certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def sign(
         self,
@@ -61,7 +61,7 @@ class Maker:
             builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
         if uses:
             builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
-        leaf = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+        leaf = builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
         return leaf + (self.pem if self._above is not None else ""), pem(private)
 
     def material(self, host: str, *, project: str = "default", shared: bool = False, key: Any = None) -> Material:

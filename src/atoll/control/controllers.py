@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
+from atoll.control.certificates import CertificateLoop, Signers
 from atoll.control.detection.exchange import Exchange
 from atoll.control.judging import Traffic
 from atoll.control.layouts import IngressHeartbeats
@@ -34,6 +36,7 @@ async def run_control(
     demand: Demand | None = None,
     ended: Ended | None = None,
     keep: Keep | None = None,
+    certificates: Signers | None = None,
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
 
@@ -46,9 +49,15 @@ async def run_control(
     So is `traffic`: app → release → what ingresses counted, by which rollouts are judged.
     `identity` names this server across its restarts; no two servers may share one. `ended` tells of the death of another, `keep`
     keeps the lease alive: see `lead`.
+    `certificates` signs hostnames; without it nobody looks after those here, and `state` needs none of `certificates.KINDS`.
     """
 
     async def work(term: Term) -> None:
-        await Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand).run()
+        loop = Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(loop.run(), name="control: loop")
+            if certificates is not None:
+                own = CertificateLoop(store, state, clock, chance, term, certificates)
+                tasks.create_task(own.run(), name="control: certificates")
 
     await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None, ended, keep)

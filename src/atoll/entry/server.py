@@ -24,6 +24,7 @@ from atoll.control.keeping import ThreadKeeper
 from atoll.control.leader import Keep
 from atoll.control.optimiser import ProcessOptimiser
 from atoll.control.world import KINDS as CONTROL_KINDS
+from atoll.entry.certificates import signers_of
 from atoll.entry.config import Config, is_loopback, split_address
 from atoll.entry.deaths import Deaths
 from atoll.entry.exchange import exchange_of
@@ -112,6 +113,7 @@ async def main(config: Config, stop: Stop) -> None:
                     identity=id,
                     detection=detection,
                     ended=Deaths(state).of,
+                    certificates=signers_of(service),
                     keep=lease_keeper(place, clock),
                 )
                 work = [control, beats, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]

@@ -88,13 +88,14 @@ class CertificateFeeds:
         """Return chain and key; None where there is no certificate yet, or its key cannot be opened."""
         held, status = self._state.get(Certificate, host), self._state.get(CertificateStatus, host)
         wanted, told = held.record if held is not None else None, status.record if status is not None else None
-        if wanted is not None and wanted.source is CertificateSource.FILE:
-            project, chain, sealed, place = wanted.project, wanted.chain, wanted.sealed, keys.certificate(host)
-        elif told is not None and (wanted is None or (wanted.source, wanted.project) == (told.source, told.project)):
+        if told is not None and wanted is not None and (told.project != wanted.project or wanted.source is CertificateSource.FILE):
+            told = None
+        if told is not None and told.chain:
             project, chain, sealed, place = told.project, told.chain, told.sealed, keys.certificate_status(host)
+        elif wanted is not None and wanted.chain:
+            # Handed in; or of before, until what is wanted in its place has been signed.
+            project, chain, sealed, place = wanted.project, wanted.chain, wanted.sealed, keys.certificate(host)
         else:
-            return None
-        if not chain or not sealed:
             return None
         try:
             key = self._context.sealer.open(sealed, place).decode()

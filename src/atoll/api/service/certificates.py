@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 
+from msgspec.structs import replace
+
 from atoll.api.service.access import EVERY_PROJECT, Caller
 from atoll.api.service.claims import DEFAULT_PROJECT
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
@@ -65,10 +67,10 @@ class Certificates:
         hostname that is another project's, Exhausted.
         """
         check_host(host)
-        chain, key = "", b""
+        chain, key, not_after = "", b"", 0.0
         if wish.source is CertificateSource.FILE:
             checked = check_chain(host, wish.chain, wish.key, self._context.clock.now())
-            chain, key = checked.chain, checked.key.encode()
+            chain, key, not_after = checked.chain, checked.key.encode(), checked.described.not_after
         elif wish.chain or wish.key:
             raise Invalid(f"chain: source '{wish.source}' takes none", field="chain", mend="leave chain and key out")
         elif wish.source is CertificateSource.ACME and host.startswith("*."):
@@ -86,12 +88,19 @@ class Certificates:
                 raise Exhausted(
                     f"there are {CERTIFICATES_MAX} certificates already", mend="remove those of hostnames that are gone"
                 )
+            # What was handed in before is shown until what is wanted in its place has been signed.
+            before = held.record if held is not None and not key else None
             record = Certificate(
                 host=host,
                 project=project,
                 source=wish.source,
-                chain=chain,
-                sealed=self._context.sealer.seal(key, keys.certificate(host)) if key else b"",
+                chain=chain if before is None else before.chain,
+                sealed=before.sealed
+                if before is not None
+                else self._context.sealer.seal(key, keys.certificate(host))
+                if key
+                else b"",
+                not_after=not_after if before is None else before.not_after,
                 shared=wish.shared,
                 version=1 + (held.record.version if held is not None else 0),
                 updated_at=self._context.clock.now(),
@@ -178,9 +187,12 @@ class Certificates:
     ) -> CertificateView:
         wanted, told = held.record if held is not None else None, status.record if status is not None else None
         if wanted is not None and told is not None and told.source is not wanted.source:
-            told = None  # of what it was before
+            # Of what it was before: how that stood means nothing any more, but it is still shown.
+            told = replace(told, phase=CertificatePhase.WAITING, error="", retry_at=0.0, renew_at=0.0)
         source = wanted.source if wanted is not None else told.source if told is not None else CertificateSource.FILE
-        shown = wanted.chain if wanted is not None and source is CertificateSource.FILE else told.chain if told is not None else ""
+        shown = told.chain if told is not None and source is not CertificateSource.FILE else ""
+        if not shown and wanted is not None:
+            shown = wanted.chain
         described = self._describe(host, shown) if shown else None
         signed = told is not None and source is not CertificateSource.FILE
         phase = told.phase if told is not None and signed else CertificatePhase.WAITING

@@ -38,6 +38,8 @@ class Certificate(Record, frozen=True, kw_only=True):
     """PEM, the hostname's own certificate first."""
     sealed: bytes = b""
     """The private key (PEM), sealed with the cell's key."""
+    not_after: float = 0.0
+    """When `chain` ends."""
     shared: bool = False
     """It may be shown for hostnames of other projects, too."""
     version: int = 1
@@ -56,6 +58,7 @@ class CertificateStatus(Record, frozen=True, kw_only=True):
     chain: str = ""
     sealed: bytes = b""
     """The key of `chain`, which serves until a newer one is there."""
+    not_after: float = 0.0
     renew_at: float = 0.0
     order: str = ""
     """The URL of the order that is under way."""

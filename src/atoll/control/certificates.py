@@ -1,0 +1,397 @@
+"""The leader's part of certificates: has those signed that are not handed in, renews them, and says when one ends.
+
+Each hostname's status is written under the term's fence, every step of an order among it, so that the next leader goes on
+where this one was killed: the order, the key that it is for, and what ingresses answer are in the record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import structlog
+from msgspec.structs import replace
+
+from atoll.control.leader import Term
+from atoll.control.orders import AcmeFailed, Authority, Connect, Pace, fulfil, new_key, request_for
+from atoll.control.wishes import Wish, wishes_of
+from atoll.control.writer import Unit, Writer
+from atoll.model import codec, keys
+from atoll.model.chains import check_chain
+from atoll.model.errors import AtollError, Compacted, Conflict, DeadlineExceeded, Fenced, Invalid
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.store import Delete, Op, Put, Store, absent, unchanged
+from atoll.model.records import App, Event, Severity, new_suffix
+from atoll.model.records.certificate import AcmeSettings, Certificate, CertificatePhase, CertificateSource, CertificateStatus
+from atoll.store.cache import Delta, Held, State
+
+KINDS: dict[str, type] = {
+    keys.CERTIFICATES: Certificate,
+    keys.CERTIFICATE_STATUSES: CertificateStatus,
+    keys.ACME_SETTINGS: AcmeSettings,
+}
+"""What the `State` must hold, beside those of `world`."""
+AT_ONCE = 8
+"""Hostnames that are worked on side by side."""
+RENEW_AT = 2 / 3
+JITTER = 0.05
+"""Of the life: so far from `RENEW_AT` on either side, that certificates made together are not renewed together."""
+WARN_DAYS = (14, 3, 0)
+"""An event says that a certificate from files ends: so many days before, and when it has ended."""
+DAY_S = 86_400.0
+RESTART_S = 5.0
+TOKEN_CHARS_MAX = 256
+
+log = structlog.get_logger()
+
+
+class Seal(Protocol):
+    """The cell's key; see `api.service.sealing`."""
+
+    def seal(self, plain: bytes, context: str) -> bytes: ...
+
+    def open(self, sealed: bytes, context: str) -> bytes: ...
+
+
+Sign = Callable[[str], Awaitable[tuple[str, bytes]]]
+"""Hostname → chain and key (PEM), signed by the cell's own root."""
+
+
+class Signers:
+    """What a certificate can come from; `entry` chooses the implementations."""
+
+    def __init__(self, seal: Seal, own: Sign, connect: Connect, pace: Pace = Pace()) -> None:
+        self.seal = seal
+        self.own = own
+        self.connect = connect
+        self.pace = pace
+
+
+class CertificateLoop:
+    """One term of looking after certificates. `run` never returns by itself."""
+
+    def __init__(self, store: Store, state: State, clock: Clock, chance: random.Random, term: Term, signers: Signers) -> None:
+        self._state = state
+        self._clock = clock
+        self._chance = chance
+        self._writer = Writer(store, term)
+        self._signers = signers
+        self._pace = signers.pace
+        self._changed = asyncio.Event()
+        self._busy: dict[str, asyncio.Task[None]] = {}
+        self._queue: deque[Wish] = deque()
+        """What was due when all was looked at last, and has not begun."""
+        self._authority: tuple[int, Authority] | None = None
+        """The settings' revision, and what they lead to."""
+        self._paused_until = 0.0
+        """The authority wants no new order before."""
+
+    async def run(self) -> None:
+        """Raises Fenced when another leads; whatever else goes wrong is logged and tried again."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow(), name="certificates: follow")
+                while True:
+                    try:
+                        wait_s = await self._look(tasks)
+                    except Fenced:
+                        raise
+                    except Exception:  # the outer edge: certificates must not end the leader's other work
+                        log.exception("certificates could not be looked at", retry_s=RESTART_S)
+                        wait_s = RESTART_S
+                    await self._wait(wait_s)
+        finally:
+            self._busy.clear()
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                # Without a deadline: a quiet cell has no changes.
+                async for deltas in self._state.changes():
+                    if any(_concerns(delta) for delta in deltas.deltas):
+                        self._changed.set()
+            except Compacted:
+                self._changed.set()
+
+    async def _wait(self, wait_s: float) -> None:
+        try:
+            async with asyncio.timeout(min(max(0.0, wait_s), self._pace.look_s)):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+        await asyncio.sleep(self._pace.gather_s)
+        self._changed.clear()
+
+    async def _look(self, tasks: asyncio.TaskGroup) -> float:
+        """Begin what is due, and return in how many seconds to look again."""
+        now, wishes = self._clock.now(), wishes_of(self._state)
+        for host, held in list(self._state.records(CertificateStatus).items()):
+            if host not in self._busy and host not in self._state.broken(Certificate) and _stale(held.record, wishes.get(host)):
+                await self._forget(host, held)
+        times = {host: self._due(wish, now) for host, wish in wishes.items() if host not in self._busy}
+        self._queue = deque(wishes[host] for host in sorted(times, key=lambda host: (times[host], host)) if times[host] <= now)
+        self._begin(tasks)
+        return min((at for at in times.values() if at > now), default=math.inf) - now
+
+    def _begin(self, tasks: asyncio.TaskGroup) -> None:
+        """Begin as much of what is due as is worked on side by side; the next as soon as one has ended."""
+        while self._queue and len(self._busy) < AT_ONCE:
+            wish = self._queue.popleft()
+            task = tasks.create_task(self._serve(wish), name=f"certificate {wish.host}")
+            self._busy[wish.host] = task
+            task.add_done_callback(lambda task, host=wish.host: self._ended(tasks, host, task))  # type: ignore[misc]
+
+    def _ended(self, tasks: asyncio.TaskGroup, host: str, task: asyncio.Task[None]) -> None:
+        self._busy.pop(host, None)
+        if task.cancelled() or task.exception() is not None:
+            return
+        with contextlib.suppress(RuntimeError):  # the term is ending, and nothing may begin in it any more
+            self._begin(tasks)
+        if not self._queue:
+            self._changed.set()
+
+    def _due(self, wish: Wish, now: float) -> float:
+        """Return when something is to be done for a hostname."""
+        held = self._state.get(CertificateStatus, wish.host)
+        status = held.record if held is not None and _same(held.record, wish) else None
+        if wish.source is CertificateSource.FILE:
+            added = self._state.get(Certificate, wish.host)
+            return _warning_at(added.record.not_after, status.warned_at if status is not None else 0.0) if added else math.inf
+        at = 0.0
+        if status is None:
+            pass
+        elif status.phase is CertificatePhase.VALID:
+            at = status.renew_at
+        elif status.phase is CertificatePhase.FAILED:
+            settings = self._state.get(AcmeSettings, "cell")
+            fresh = (
+                wish.source is CertificateSource.ACME and settings is not None and settings.record.updated_at > status.updated_at
+            )
+            at = 0.0 if fresh else status.retry_at
+        if wish.source is CertificateSource.ACME:
+            at = max(at, self._paused_until)
+        return at
+
+    async def _serve(self, wish: Wish) -> None:
+        if self._due(wish, self._clock.now()) > self._clock.now():
+            return  # it was done, or put off, since it was found due
+        try:
+            match wish.source:
+                case CertificateSource.FILE:
+                    await self._warn(wish)
+                case CertificateSource.OWN:
+                    await self._sign(wish)
+                case CertificateSource.ACME:
+                    await self._order(wish)
+        except Fenced:
+            raise
+        except Conflict as error:
+            log.info("a certificate's record has changed; it is looked at again", host=wish.host, cause=error.message)
+        except AtollError as error:
+            await self._fail(wish, error)
+        except Exception as error:  # the outer edge: one hostname's fault stays its own
+            log.exception("a certificate could not be had", host=wish.host)
+            await self._fail(wish, AtollError(f"a fault in the server: {type(error).__name__}"))
+
+    async def _sign(self, wish: Wish) -> None:
+        chain, key = await self._signers.own(wish.host)
+        await self._valid(wish, chain, key)
+
+    async def _order(self, wish: Wish) -> None:
+        if wish.host.startswith("*."):
+            raise Invalid("ACME over HTTP proves no wildcard", mend="add a certificate from files")
+        authority = self._connected()
+        status = self._status(wish)
+        order = None
+        if status.order:
+            try:
+                order = await authority.look(status.order)
+            except AcmeFailed as error:
+                if not error.kind:
+                    raise
+                log.info("an order is not known any more", host=wish.host, cause=error.message)
+        if order is None or order.state == "invalid":
+            order = await authority.begin(wish.host)
+            sealed = self._signers.seal.seal(new_key(), _next(wish.host))
+            status = replace(status, phase=CertificatePhase.ORDERING, order=order.url, next_sealed=sealed, challenges={})
+            await self._write(wish, status)
+        key = self._signers.seal.open(status.next_sealed, _next(wish.host))
+
+        async def show(answers: dict[str, str]) -> None:
+            if any(len(token) > TOKEN_CHARS_MAX or not _plain(token) for token in answers):
+                raise AcmeFailed("the authority's token is none")
+            now = replace(self._status(wish), phase=CertificatePhase.ORDERING, challenges=answers)
+            await self._write(wish, now)
+
+        try:
+            async with asyncio.timeout(self._pace.order_s):
+                chain = await fulfil(authority, order, request_for(wish.host, key), self._pace, show)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the authority has not decided within {self._pace.order_s:.0f} s") from None
+        await self._valid(wish, chain, key)
+
+    def _connected(self) -> Authority:
+        settings = self._state.get(AcmeSettings, "cell")
+        if settings is None:
+            raise Invalid("no ACME authority is chosen for this cell", mend="atoll certificates acme --directory URL")
+        if self._authority is None or self._authority[0] != settings.revision:
+            self._authority = (settings.revision, self._signers.connect(settings.record))
+            self._paused_until = 0.0
+        return self._authority[1]
+
+    async def _valid(self, wish: Wish, chain: str, key: bytes) -> None:
+        """Check what was signed, seal its key and have ingresses show it."""
+        now = self._clock.now()
+        checked = check_chain(wish.host, chain, key.decode(), now)
+        described = checked.described
+        life_s = described.not_after - described.not_before
+        renew_at = described.not_before + life_s * (RENEW_AT + JITTER * (2 * self._chance.random() - 1))
+        status = CertificateStatus(
+            host=wish.host,
+            project=wish.project,
+            source=wish.source,
+            app=wish.app,
+            phase=CertificatePhase.VALID,
+            chain=checked.chain,
+            sealed=self._signers.seal.seal(checked.key.encode(), keys.certificate_status(wish.host)),
+            not_after=described.not_after,
+            renew_at=max(renew_at, now),
+            updated_at=now,
+        )
+        message = f"a certificate for {wish.host} was signed by {described.issuer}"
+        await self._write(wish, status, self._event(wish, "certificate-issued", message, Severity.INFO))
+        log.info("a certificate was signed", host=wish.host, source=wish.source.value, issuer=described.issuer)
+
+    async def _fail(self, wish: Wish, error: AtollError) -> None:
+        """Write what went wrong; the next try comes later and later, and not before the authority wants it."""
+        now = self._clock.now()
+        status = self._status(wish)
+        attempts = status.attempts + 1
+        wait_s = min(self._pace.retry_max_s, self._pace.retry_min_s * 2 ** min(attempts - 1, 20)) * self._chance.uniform(0.8, 1.2)
+        kind = error.kind if isinstance(error, AcmeFailed) else ""
+        if isinstance(error, AcmeFailed):
+            wait_s = max(wait_s, min(error.retry_after_s, 7 * DAY_S))
+            if kind == "rateLimited":
+                self._paused_until = max(self._paused_until, now + (error.retry_after_s or wait_s))
+        over = bool(kind) or isinstance(error, Invalid)
+        words = error.message + (f"; {error.mend}" if error.mend else "")
+        failed = replace(
+            status,
+            phase=CertificatePhase.FAILED,
+            challenges={},
+            attempts=attempts,
+            retry_at=now + wait_s,
+            error=words[:1_000],
+            # An order that is refused is over; one that only takes its time, or whose authority is away, goes on.
+            order="" if over else status.order,
+            next_sealed=b"" if over else status.next_sealed,
+        )
+        message = f"no certificate for {wish.host}: {failed.error}; next try in {wait_s:.0f} s"
+        log.warning("a certificate could not be had", host=wish.host, cause=failed.error, retry_in_s=round(wait_s))
+        try:
+            await self._write(wish, failed, self._event(wish, "certificate-failed", message, Severity.WARNING))
+        except Conflict:
+            return
+
+    async def _warn(self, wish: Wish) -> None:
+        """Say that a certificate from files ends soon: nobody else renews it."""
+        added = self._state.get(Certificate, wish.host)
+        if added is None:
+            return
+        now, ends = self._clock.now(), added.record.not_after
+        days = max(0, math.ceil((ends - now) / DAY_S))
+        words = f"ends in {days} days" if ends > now else "has expired"
+        event = self._event(wish, "certificate-ends", f"the certificate of {wish.host} {words}; add a newer one", Severity.WARNING)
+        status = self._status(wish)
+        await self._write(wish, replace(status, phase=CertificatePhase.VALID, not_after=ends, warned_at=now), event)
+
+    def _status(self, wish: Wish) -> CertificateStatus:
+        """Return how it stands with this wish; what is shown for another one, from before, goes on until there is better."""
+        held = self._state.get(CertificateStatus, wish.host)
+        if held is not None and _same(held.record, wish):
+            return replace(held.record, app=wish.app)
+        status = CertificateStatus(host=wish.host, project=wish.project, source=wish.source, app=wish.app, updated_at=0.0)
+        if held is not None and held.record.project == wish.project:
+            status = replace(status, chain=held.record.chain, sealed=held.record.sealed, not_after=held.record.not_after)
+        return status
+
+    async def _write(self, wish: Wish, status: CertificateStatus, *events: Event) -> None:
+        """Raises Conflict: the record was changed meanwhile."""
+        held, key = self._state.get(CertificateStatus, wish.host), keys.certificate_status(wish.host)
+        compare = absent(key) if held is None else unchanged(key, held.revision)
+        status = replace(status, updated_at=self._clock.now())
+        await self._commit(Unit(wish.host, (compare,), (Put(key, codec.encode(status)), *(_put(event) for event in events))))
+
+    async def _forget(self, host: str, held: Held[CertificateStatus]) -> None:
+        key = keys.certificate_status(host)
+        ops: tuple[Op, ...] = (Delete(key),)
+        try:
+            await self._commit(Unit(host, (unchanged(key, held.revision),), ops))
+        except Conflict:
+            self._changed.set()
+
+    async def _commit(self, unit: Unit) -> None:
+        outcome = await self._writer.commit([unit])
+        if outcome.conflicts or outcome.refused:
+            raise Conflict(f"the record of {unit.source} was not written")
+        await self._state.reach(outcome.revision)
+
+    def _event(self, wish: Wish, code: str, message: str, severity: Severity) -> Event:
+        now = self._clock.now()
+        return Event(
+            id=f"{int(now * 1000):013d}-{new_suffix(self._chance.choice, 8)}",
+            at=now,
+            project=wish.project,
+            subject=f"certificate/{wish.host}",
+            code=code,
+            message=message,
+            severity=severity,
+            data={"app": wish.app} if wish.app else {},
+        )
+
+
+def _put(event: Event) -> Put:
+    return Put(keys.event(event.project, event.id), codec.encode(event))
+
+
+def _next(host: str) -> str:
+    """Return what the key of an order is sealed for."""
+    return keys.certificate_status(host) + "/next"
+
+
+def _same(status: CertificateStatus, wish: Wish) -> bool:
+    return (status.project, status.source) == (wish.project, wish.source)
+
+
+def _stale(status: CertificateStatus, wish: Wish | None) -> bool:
+    """Whether a status is of no use any more: nobody wants the hostname, another project does, or its chain is handed in."""
+    return (
+        wish is None or status.project != wish.project or (status.source != wish.source and wish.source is CertificateSource.FILE)
+    )
+
+
+def _plain(token: str) -> bool:
+    return token.isascii() and token.replace("-", "").replace("_", "").isalnum()
+
+
+def _warning_at(not_after: float, warned_at: float) -> float:
+    """Return when to say next that a certificate ends; infinite once all has been said."""
+    for days in WARN_DAYS:
+        at = not_after - days * DAY_S
+        if at > warned_at:
+            return at
+    return math.inf
+
+
+def _concerns(delta: Delta) -> bool:
+    if delta.kind in (Certificate, CertificateStatus, AcmeSettings):
+        return True
+    return delta.kind is App and any(
+        held is not None and held.record.spec.ingress is not None and held.record.spec.ingress.certificate is not None
+        for held in (delta.old, delta.new)
+    )

@@ -1,0 +1,58 @@
+"""Which hostnames are to have a certificate, and who signs each: what users have added, and what apps ask for. Pure."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from atoll.model.certificates import wildcard_of
+from atoll.model.records import App, RouteClaim
+from atoll.model.records.certificate import Certificate, CertificateSource
+from atoll.model.spec import Issuer
+from atoll.store.cache import State
+
+LOCAL = ("localhost", "internal", "local")
+"""Ends of names that no public authority can reach (RFC 6761, RFC 6762, and `internal`, which is kept for private use)."""
+
+
+class Wish(Struct, frozen=True, kw_only=True):
+    """A hostname that is to have a certificate. `app` is empty where a `Certificate` says so."""
+
+    host: str
+    project: str
+    source: CertificateSource
+    app: str = ""
+
+
+def wishes_of(state: State) -> dict[str, Wish]:
+    """Return hostname → wish. What a user has added goes before what an app asks for."""
+    found: dict[str, Wish] = {}
+    for issuer in Issuer:
+        source = CertificateSource(issuer.value)
+        for key, app in state.found(App, issuer_of, issuer).items():
+            if app.record.deleting:
+                continue
+            for place in state.found(RouteClaim, app_of, key):
+                host = place.partition("/")[0]
+                if _asked_for(state, host, app.record.project, source):
+                    found[host] = Wish(host=host, project=app.record.project, source=source, app=app.record.name)
+    for host, held in state.records(Certificate).items():
+        found[host] = Wish(host=host, project=held.record.project, source=held.record.source)
+    return found
+
+
+def _asked_for(state: State, host: str, project: str, source: CertificateSource) -> bool:
+    """Whether an app's hostname has none yet, and can have one from that source."""
+    if source is CertificateSource.ACME and (host.startswith("*.") or "." not in host or host.rpartition(".")[2] in LOCAL):
+        return False
+    wild = state.get(Certificate, wildcard_of(host))
+    return wild is None or not (wild.record.shared or wild.record.project == project)
+
+
+def issuer_of(key: str, record: App) -> Issuer | None:
+    """Apps by who signs for them."""
+    return record.spec.ingress.certificate if record.spec.ingress is not None else None
+
+
+def app_of(key: str, record: RouteClaim) -> str:
+    """Claims by their app."""
+    return f"{record.project}/{record.app}"
