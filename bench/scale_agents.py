@@ -318,7 +318,7 @@ class Agent:
         except (OSError, TimeoutError) as error:
             self.fleet.counts.error(str(error) or repr(error))
             return
-        pulse.serve(grant, self.fleet.addresses)
+        pulse.serve(grant, [_address(text) for text in grant.servers] or self.fleet.addresses)
         self._heartbeat_s = grant.heartbeat_s
 
     def _take(self, line: bytes) -> None:
@@ -429,6 +429,11 @@ class Agent:
                     failures += 1
 
 
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host, int(port)
+
+
 class Fleet:
     def __init__(self, addresses: list[tuple[str, int]], *, beats: bool) -> None:
         self.addresses = addresses
@@ -492,8 +497,7 @@ class Fleet:
 
 async def main(addresses: str, first: int, count: int, *, beats: bool) -> None:
     loop = asyncio.get_running_loop()
-    pairs = [(address.rpartition(":")[0], int(address.rpartition(":")[2])) for address in addresses.split(",")]
-    fleet = Fleet(pairs, beats=beats)
+    fleet = Fleet([_address(text) for text in addresses.split(",")], beats=beats)
     lines = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     for number in range(first, first + count):
