@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -24,6 +25,7 @@ from atoll.ingress.resources import (
     check_address,
     from_us,
     resource,
+    written,
     zone_of,
 )
 from atoll.model.records import Endpoint
@@ -85,9 +87,19 @@ def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = 
 
     `sites`: they are, or were, at several sites. Envoy counts requests of a cluster that changes anew, so this stays once it is so.
     """
-    rules = rules or IngressRules()
+    rest = _usual(target.http2, sites) if rules is None else _cluster(rules, target.http2, sites)
+    # Messages that follow one another on the wire are one.
+    return written(Kind.CLUSTER, target.cluster, cluster_pb2.Cluster(name=target.cluster).SerializeToString() + rest)
+
+
+@functools.cache
+def _usual(http2: bool, sites: bool) -> bytes:
+    """All clusters without rules differ by their names alone, and there are thousands of them."""
+    return _cluster(IngressRules(), http2, sites)
+
+
+def _cluster(rules: IngressRules, http2: bool, sites: bool) -> bytes:
     message = cluster_pb2.Cluster(
-        name=target.cluster,
         type=cluster_pb2.Cluster.EDS,
         eds_cluster_config=cluster_pb2.Cluster.EdsClusterConfig(eds_config=from_us()),
         connect_timeout=duration_pb2.Duration(seconds=CONNECT_TIMEOUT_S),
@@ -113,14 +125,15 @@ def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = 
     options.common_http_protocol_options.CopyFrom(
         protocol_pb2.HttpProtocolOptions(idle_timeout=duration_pb2.Duration(seconds=UPSTREAM_IDLE_S))
     )
-    if target.http2:
+    if http2:
         options.explicit_http_config.http2_protocol_options.allow_connect = True
     else:
         options.explicit_http_config.http_protocol_options.SetInParent()
     packed = any_pb2.Any()
     packed.Pack(options)
     message.typed_extension_protocol_options["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"].CopyFrom(packed)
-    return resource(Kind.CLUSTER, target.cluster, message)
+    body: bytes = message.SerializeToString(deterministic=True)
+    return body
 
 
 def _breaker(rules: IngressRules) -> circuit_breaker_pb2.CircuitBreakers.Thresholds:

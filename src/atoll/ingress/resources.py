@@ -87,7 +87,11 @@ class Problem(Struct, frozen=True):
 
 
 def resource(kind: Kind, name: str, message: Message) -> Resource:
-    body = message.SerializeToString(deterministic=True)
+    return written(kind, name, message.SerializeToString(deterministic=True))
+
+
+def written(kind: Kind, name: str, body: bytes) -> Resource:
+    """Return the resource whose message is `body` on the wire."""
     return Resource(kind, name, hashlib.blake2b(body, digest_size=9).hexdigest(), body)
 
 
