@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 
 from msgspec.structs import replace
 
@@ -23,15 +23,31 @@ from atoll.model.flows import Flow, Flows, Refusal
 from atoll.model.maintenance import Maintenance, Window
 from atoll.model.ports.control_plane import StreamKind
 from atoll.model.ports.store import Put, absent, unchanged
-from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, Prefetch, Status, Usage
+from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Prefetch, Status, Usage
 from atoll.model.streams import ReinstateOptions
 from atoll.model.views import NodeView, Page
-from atoll.store.cache import Held
+from atoll.store.cache import Held, State
 from atoll.store.index import by_project
 
 LABELS_MAX = 256
 REINSTATE_S = 110.0
 """How long an agent has to reinstate a GPU, with a reset of it: above its own deadline."""
+
+
+class Sizes:
+    """What instances may use, for one answer: the same for all of one release, of which a page of nodes shows many."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._known: dict[tuple[str, OwnerKind, str, int], tuple[int, int] | None] = {}
+
+    def of(self, instance: Instance) -> tuple[int, int] | None:
+        """Return milli-cores and bytes; None where the spec is no longer kept."""
+        which = (instance.project, instance.owner_kind, instance.owner, instance.release)
+        if which not in self._known:
+            spec = spec_of(self._state, instance)
+            self._known[which] = (spec.resources.cpu.milli, spec.resources.memory) if spec is not None else None
+        return self._known[which]
 
 
 class Nodes:
@@ -46,13 +62,13 @@ class Nodes:
         held = self._state.get(Node, name)
         if held is None:
             raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
-        return self._view(held, self._on(name), caller, self._windows())
+        return self._view(held, caller, self._windows(), Sizes(self._state))
 
     def all(self, *, limit: int, after: str = "", caller: Caller = SYSTEM) -> Page[NodeView]:
-        windows = self._windows()
+        windows, sizes = self._windows(), Sizes(self._state)
 
         def view(held: Held[Node]) -> NodeView:
-            return self._view(held, self._on(held.record.name), caller, windows)
+            return self._view(held, caller, windows, sizes)
 
         return page(self._state, Node, "", view, limit=limit, after=after)
 
@@ -164,35 +180,32 @@ class Nodes:
             beat, images=(), fetching="", flows=None, usage=tuple(usage for usage in beat.usage if usage.instance in seen)
         )
 
-    def _on(self, name: str) -> list[Instance]:
-        """Return what is placed on a node."""
-        return [held.record for held in self._state.found(Instance, by_node, name).values()]
-
     def _windows(self) -> list[tuple[Maintenance, Window]]:
         """Return the windows of maintenance that are in force now."""
         return in_force((held.record for held in self._state.records(Maintenance).values()), self._context.clock.now())
 
-    def _view(
-        self, held: Held[Node], placed: Iterable[Instance], caller: Caller, windows: Sequence[tuple[Maintenance, Window]]
-    ) -> NodeView:
+    def _view(self, held: Held[Node], caller: Caller, windows: Sequence[tuple[Maintenance, Window]], sizes: Sizes) -> NodeView:
         name = held.record.name
         liveness = self._state.get(NodeLiveness, name)
         policy = self._state.get(NodePolicy, name)
         prefetch = self._state.get(Prefetch, name)
+        statuses = self._state.records(Status)
         cpu_milli = memory_bytes = count = 0
         holding: list[Instance] = []
         seen: set[str] = set()
-        for instance in placed:
+        for key, placed in self._state.found(Instance, by_node, name).items():
+            instance = placed.record
             if caller.sees(instance.project):
                 seen.add(instance.id)
-            status = self._state.get(Status, f"{instance.project}/{instance.id}")
-            spec = spec_of(self._state, instance)
-            if spec is None or (status is not None and status.record.phase.final):
+            status = statuses.get(key)
+            size = sizes.of(instance)
+            if size is None or (status is not None and status.record.phase.final):
                 continue
-            cpu_milli += spec.resources.cpu.milli
-            memory_bytes += spec.resources.memory
+            cpu_milli += size[0]
+            memory_bytes += size[1]
             count += 1
-            holding.append(instance)
+            if instance.gpus:
+                holding.append(instance)
         return NodeView(
             node=held.record,
             health=liveness.record.health if liveness is not None else NodeHealth.READY,
