@@ -173,6 +173,17 @@ def test_an_app_that_was_at_several_sites_once_keeps_the_cluster_that_it_got_the
     assert table.resources[Kind.CLUSTER]["p/a/80"] == several
 
 
+def test_a_cluster_does_not_change_while_something_drains_whose_requests_are_counted_in_it() -> None:
+    table = RoutingTable()
+    told(table, 1, routing(at("10.0.0.1")))
+    before = table.resources[Kind.CLUSTER]["p/a/80"]
+    rules = IngressRules(retries=1)
+    told(table, 2, routing(at("10.0.0.1", draining=True), at("10.0.0.2"), rules=rules))
+    assert table.resources[Kind.CLUSTER]["p/a/80"] == before
+    told(table, 3, routing(at("10.0.0.2"), rules=rules))
+    assert table.resources[Kind.CLUSTER]["p/a/80"] != before
+
+
 def test_when_sites_change_places_only_endpoints_of_apps_at_several_are_written() -> None:
     table = RoutingTable(NEAR)
     told(table, 1, routing(at("10.0.0.1", "iad"), at("10.0.0.2", "ams")), replace(routing(at("10.0.0.3")), app="b", hosts=()))

@@ -180,7 +180,9 @@ class RoutingTable:
         scale = routing.spec.scale
         (self._counted.add if scale is not UNSET and scale.counts_requests else self._counted.discard)(key)
         for target in targets:
-            self._write(clusters.cluster(target, routing.spec.ingress, sites=len(sites) > 1))
+            # Envoy counts requests of a cluster that changes anew, and a drain waits for what is counted.
+            if not draining or target.cluster not in self.resources[Kind.CLUSTER]:
+                self._write(clusters.cluster(target, routing.spec.ingress, sites=len(sites) > 1))
             self._write(self._endpoints(target, routing))
         return self._claim(key, before, places) if old is None or before != places else set()
 
