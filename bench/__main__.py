@@ -18,6 +18,10 @@ BENCHES = {
         "first request of an app that sleeps, less its start; errors in cycles of sleeping and waking",
         "3 min",
     ),
+    "autoscale": (
+        "cold starts against idle cost on a day of Azure Functions: fixed windows, Knative, hybrid histogram, ours",
+        "1 min",
+    ),
     "gpu": ("GPUs in sandboxes beside a bare process, discovery, walls, MIG packing; without a GPU the fake's contract", "2 min"),
     "weights": ("start with 500 MB of weights: on the node, fetched ahead, fetched first", "3 min"),
     "detection": (

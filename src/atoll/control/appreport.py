@@ -104,7 +104,10 @@ def _tell_awake(facts: AppFacts, decision: Decision) -> None:
     if facts.awake is None or before is None or facts.awake is (before > 0):
         return
     if facts.awake:
-        tell(facts, decision, "app-woken", "woken: there is something to do for it")
+        why = "a request is expected" if facts.foreseen else "there is something to do for it"
+        tell(facts, decision, "app-woken", f"woken: {why}")
+    elif facts.foreseen:
+        tell(facts, decision, "app-asleep", "sleeps: no request is expected soon enough")
     else:
         idle = facts.app.spec.scale.idle_after if facts.app.spec.scale is not UNSET else 0.0
         tell(facts, decision, "app-asleep", f"sleeps: no request for {format_seconds(idle)}")
@@ -128,7 +131,8 @@ def _phase(facts: AppFacts, rollout: Rollout, plan: Plan, standing: Standing, no
         return (AppPhase.ASLEEP, "the next request wakes it") if facts.awake is False else (AppPhase.STOPPED, "")
     if status is not None and status.phase is RolloutPhase.REVERTED:
         note = f" ({said})" if said else ""
-        part = f"has {100 - status.weight} % of the requests, and gets more as it comes back" if status.weight else "serves"
+        left = status.leaving.weight if status.leaving is not None else 0
+        part = f"has {100 - left} % of the requests, and gets more as it comes back" if left else "serves"
         text = f"release {facts.app.release} was taken back: {status.message}; release {status.stable} {part}{note}"
         return AppPhase.FAILED, text
     if rollout.complete:

@@ -29,6 +29,8 @@ class AppFacts(Struct, frozen=True, kw_only=True):
     """What the app's metric asks for, where it scales by one."""
     awake: bool | None = None
     """Of an app that sleeps: whether it is to have instances now. None of any other."""
+    foreseen: bool = False
+    """Whether that was decided by what is expected of it."""
     verdict: Verdict | None = None
     """What was found of the release that is being rolled out, last."""
     sites: Mapping[str, int] = {}

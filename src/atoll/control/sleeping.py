@@ -2,7 +2,8 @@
 
 An app is awake when an ingress had a request for it in the last `idle_after`, or it was deployed or changed in that time, so that a
 release that cannot start is seen at once. One that is awake stays so while anything is unknown: an ingress that has not been
-heard may serve requests that nobody here knows of, and a new leader has heard nothing yet.
+heard may serve requests that nobody here knows of, and a new leader has heard nothing yet. With `idle = "predict"` its own past
+says when it sleeps and wakes (`scheduling.forecast`), once there is one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from atoll.control.actions import Decision
 from atoll.control.facts import AppFacts
 from atoll.control.windows import floor_of
 from atoll.model.ports.clock import Clock
+from atoll.model.spec import Idle
 from atoll.model.states import Desired
 from atoll.model.traffic import Load
+from atoll.scheduling.forecast import LINGER_S, Forecast, awake_at
 
 FRESH_S = 15.0
 """An ingress of which nothing was heard for longer may have requests that are not known here."""
@@ -43,18 +46,24 @@ class Demand(Protocol):
         ...
 
     @property
+    def forecasts(self) -> Mapping[str, Forecast]:
+        """App → its past, of apps that sleep by what is expected of them; an app that is not there has none yet."""
+        ...
+
+    @property
     def loads(self) -> Mapping[str, Mapping[str, Load]]:
         """Ingress → app → what it last said of its requests, of apps that scale by them."""
         ...
 
 
 class NoDemand:
-    """Nobody asks for anything, until somebody sets `last`, `heard` and `loads`."""
+    """Nobody asks for anything, until somebody sets what is known."""
 
     def __init__(self) -> None:
         self.changed: Callable[[str], None] = lambda app: None
         self.last: dict[str, float] = {}
         self.heard: dict[str, float] = {}
+        self.forecasts: dict[str, Forecast] = {}
         self.loads: dict[str, dict[str, Load]] = {}
 
 
@@ -76,18 +85,25 @@ class Sleeping:
             decision.wake(floor.until)
         if floor.least:
             return replace(facts, awake=True)
-        now = self._clock.monotonic()
+        now, key = self._clock.monotonic(), f"{app.project}/{app.name}"
+        changed = now - max(0.0, decision.now - app.updated_at)
+        forecast = self._demand.forecasts.get(key) if scale.idle is Idle.PREDICT else None
         idle_s = idle_for(
             now,
-            asked=self._demand.last.get(f"{app.project}/{app.name}", -math.inf),
-            changed=now - max(0.0, decision.now - app.updated_at),
+            asked=self._demand.last.get(key, -math.inf),
+            changed=changed,
             began=self._began,
             heard=[self._demand.heard.get(ingress, -math.inf) for ingress in facts.ingresses],
             runs=any(seen.instance.desired is Desired.RUN for seen in facts.instances),
         )
-        awake = idle_s < scale.idle_after
+        if forecast is not None and now - changed >= scale.idle_after and idle_s >= LINGER_S:
+            awake, again = awake_at(forecast, decision.now, float(scale.idle_after))
+            decision.wake(again + SLACK_S)
+            return replace(facts, awake=awake, foreseen=True)
+        stays_s = float(scale.idle_after) if forecast is None or now - changed < scale.idle_after else LINGER_S
+        awake = idle_s < stays_s
         if awake:
-            decision.wake(decision.now + float(scale.idle_after) - idle_s + SLACK_S)
+            decision.wake(decision.now + stays_s - idle_s + SLACK_S)
         return replace(facts, awake=awake)
 
 

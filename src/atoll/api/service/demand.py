@@ -5,10 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec import UNSET
+
 from atoll.api.service.context import Context
 from atoll.model.errors import NotFound, TooLarge
 from atoll.model.records import App, Ingress
+from atoll.model.spec import Idle
 from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport, Load
+from atoll.scheduling.forecast import MINUTE_S, Forecast
+
+FORECASTS_MAX = 10_000
+"""Apps whose past is kept, some 4 KiB each; one beyond them sleeps after `idle_after`."""
 
 
 class Demands:
@@ -19,6 +26,7 @@ class Demands:
         self.changed: Callable[[str], None] = lambda app: None
         self.last: dict[str, float] = {}
         self.heard: dict[str, float] = {}
+        self.forecasts: dict[str, Forecast] = {}
         self.loads: dict[str, dict[str, Load]] = {}
 
     def note(self, report: DemandReport) -> None:
@@ -36,6 +44,7 @@ class Demands:
             if held is None or not held.record.sleeps:
                 continue
             self.last[app] = now
+            self._learn(held.record)
             self.changed(app)
         if report.loads:
             self._add(report)
@@ -46,6 +55,20 @@ class Demands:
             if len(self.last) > DEMAND_APPS_MAX:
                 for gone in [app for app in self.last if state.get(App, app) is None]:
                     del self.last[gone]
+
+    def _learn(self, app: App) -> None:
+        """Note that there is a request now, for an app that sleeps by what is expected of it; of `FORECASTS_MAX` at most."""
+        scale, key = app.spec.scale, f"{app.project}/{app.name}"
+        if scale is UNSET or scale.idle is not Idle.PREDICT:
+            self.forecasts.pop(key, None)
+            return
+        if key not in self.forecasts:
+            for gone in [each for each in self.forecasts if self._context.state.get(App, each) is None]:
+                del self.forecasts[gone]
+            if len(self.forecasts) >= FORECASTS_MAX:
+                return
+            self.forecasts[key] = Forecast()
+        self.forecasts[key].note(int(self._context.clock.now() // MINUTE_S))
 
     def _add(self, report: DemandReport) -> None:
         state = self._context.state
