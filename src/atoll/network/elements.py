@@ -21,6 +21,7 @@ from atoll.network.netlink import REPLY_TIMEOUT_S, attribute
 _NETLINK_NETFILTER = 12
 _HEADER = struct.Struct("=IHHII")
 _FAMILY = struct.Struct("!BBH")
+_PREFIX = struct.Struct("=HHHHHH")
 _SUBSYSTEM = 10
 _BEGIN, _END = 0x10, 0x11
 _NEW, _DELETE = _SUBSYSTEM << 8 | 12, _SUBSYSTEM << 8 | 14
@@ -72,9 +73,24 @@ def merged(parts: Iterable[Elements]) -> list[Elements]:
 
 
 def _element(key: bytes | tuple[bytes, bytes]) -> bytes:
+    """Return one element's attributes, all but keys and values made once for each length of them."""
     if isinstance(key, bytes):
-        return attribute(1 | _NESTED, attribute(1, key))
-    return attribute(1 | _NESTED, attribute(1, key[0])) + attribute(2 | _NESTED, attribute(1, key[1]))
+        return _around(len(key)) + key
+    inner, value = key
+    return _around(len(inner), len(value)) + inner + _between(len(value)) + value
+
+
+@functools.lru_cache(maxsize=64)
+def _around(key: int, value: int | None = None) -> bytes:
+    """Return what stands before a key of so many bytes, which is a multiple of four, as is a value's length."""
+    nested = 8 + key
+    whole = 4 + nested + (0 if value is None else 8 + value)
+    return _PREFIX.pack(whole, 1 | _NESTED, nested, 1 | _NESTED, 4 + key, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _between(value: int) -> bytes:
+    return struct.pack("=HHHH", 8 + value, 2 | _NESTED, 4 + value, 1)
 
 
 class ElementSocket:
@@ -131,7 +147,7 @@ class ElementSocket:
 
     def _body(self, elements: Elements) -> bytes:
         name, keys = elements
-        listed = b"".join(attribute(1 | _NESTED, _element(key)) for key in keys)
+        listed = b"".join([_element(key) for key in keys])
         return self._table + attribute(2, name.encode() + b"\0") + attribute(3 | _NESTED, listed)
 
     def _result(self, first: int, expected: int) -> int:
