@@ -707,7 +707,7 @@ async def test_what_cannot_be_read_is_kept_where_it_runs(service: Service) -> No
 
 
 async def test_what_has_ended_for_good_is_not_handed_out_again(service: Service) -> None:
-    """A node that lost power may have forgotten the end, and would run a job's try twice."""
+    """A node that lost power, or whose disk was full, may have forgotten the end, and would run a job's try twice."""
     await service.apps.put(SYSTEM, app_spec())
     store = service.context.store
     for name, phase in (("web-1", Phase.FAILED), ("web-2", Phase.RUNNING), ("web-3", Phase.LOST)):
@@ -717,7 +717,7 @@ async def test_what_has_ended_for_good_is_not_handed_out_again(service: Service)
     feed = service.feeds.assignments("n1")
     batch = await asyncio.wait_for(anext(feed), 5)
     assert {one.instance.id for one in batch.put} == {"web-2", "web-3"}
-    assert batch.kept == {"web-1": Desired.RUN}
+    assert batch.kept == {"web-1": Desired.STOP}
     await feed.aclose()  # type: ignore[attr-defined]
 
 

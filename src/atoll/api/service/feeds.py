@@ -190,7 +190,7 @@ class Feeds:
             if assignment is not None:
                 put.append(assignment)
             else:
-                kept[held.record.id] = held.record.desired
+                kept[held.record.id] = self._kept(held)
         return AssignmentBatch(revision, True, tuple(put), kept=kept, prefetch=self._prefetch(node))
 
     def _prefetch(self, node: str) -> tuple[str, ...]:
@@ -211,17 +211,15 @@ class Feeds:
             elif (assignment := self._assignment(held)) is not None:
                 put.append(assignment)
             else:
-                kept[id] = held.record.desired
+                kept[id] = self._kept(held)
         return AssignmentBatch(revision, False, tuple(put), tuple(removed), kept, prefetch)
 
     def _assignment(self, held: Held[Instance]) -> Assignment | None:
         """Return what the node needs to run it; None where the node goes on with what it has of it, if anything.
 
-        So it is with what has ended there for good: a node that forgot the end (it lost power, and with it its newest records)
-        would run it again.
+        So it is with what has ended there for good.
         """
-        status = self._state.get(Status, f"{held.record.project}/{held.record.id}")
-        if status is not None and status.record.node == held.record.node and status.record.phase in _ENDED:
+        if self._has_ended(held.record):
             return None
         spec = spec_of(self._state, held.record)
         if spec is None:
@@ -232,6 +230,14 @@ class Feeds:
             )
             return None
         return Assignment(instance=held.record, workload=spec, revision=held.revision)
+
+    def _kept(self, held: Held[Instance]) -> Desired:
+        """A node that forgot an end (it lost power or its disk was full, and so its newest records) is not to run it again."""
+        return Desired.STOP if self._has_ended(held.record) else held.record.desired
+
+    def _has_ended(self, instance: Instance) -> bool:
+        status = self._state.get(Status, f"{instance.project}/{instance.id}")
+        return status is not None and status.record.node == instance.node and status.record.phase in _ENDED
 
     def _routing(self, key: str) -> Routing | None:
         """Compute an app's routing, once for all ingresses."""

@@ -22,8 +22,8 @@ class AssignmentBatch(Struct, frozen=True):
     removed: tuple[str, ...] = ()
     """Instance ids: remove every trace of them."""
     kept: dict[str, Desired] = {}
-    """Instances of which no more can be told, because a record of theirs is missing or damaged: what the node knows of them
-    holds, and of others it need not know."""
+    """Instances of which no more can be told, because a record of theirs is missing or damaged, or is to be done, because they have
+    ended for good: what the node knows of them holds, and of others it need not know."""
     prefetch: tuple[str, ...] | None = None
     """Images (references with digests) that the node may need soon, the likeliest first; None where nothing new is said of them.
     A wish: nothing fails where it is not followed."""
