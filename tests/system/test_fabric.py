@@ -26,6 +26,7 @@ from atoll.control import world
 from atoll.control.controllers import run_control
 from atoll.model.errors import Unsupported
 from atoll.model.fabric import FabricNode
+from atoll.model.flows import Reason
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import Instance, Node, Role, Status
 from atoll.model.spec import AppSpec, Constraint, Health, HealthKind, Placement, Port, Resources, Scale, Stop
@@ -198,6 +199,10 @@ class World:
     def sent(self, instance: str) -> int:
         return sum(usage.sent_bytes for usage in self.service.nodes.usage(SYSTEM, None) if usage.instance == instance)
 
+    def flow(self, source: str, target: str) -> int:
+        flows = self.service.nodes.flows("shop").flows
+        return sum(each.bytes for each in flows if (each.source, each.target) == (source, target))
+
     def logs(self) -> str:
         return "\n".join(f"--- {host.name}\n{(host.data / 'log').read_text()[-3000:]}" for host in self.hosts.values())
 
@@ -343,6 +348,9 @@ async def test_an_app_calls_another_region_by_name_no_other_project_can_and_a_cu
     assert not made.service.fabrics.reach("spy", "spy", "web", 8000, "tcp", "shop").ok
     assert "directly" in link()
     await until(lambda: made.sent(web.instance) > 600_000, made, "what went over a link is told")
+    await until(lambda: made.flow("web", "caller") > 400_000, made, "what apps sent each other on different nodes is told")
+    refused = {(each.source, each.target, each.address, each.reason) for each in made.service.nodes.flows("spy").refusals}
+    assert refused == {("spy", "", near.address, Reason.PROJECT), ("spy", "", web.address, Reason.PROJECT)}
 
     # Without the control plane: names are answered, and a cut link is gone around all the same.
     made.silence(True)
