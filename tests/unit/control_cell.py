@@ -13,6 +13,7 @@ from msgspec import structs
 from atoll.control.controllers import run_control
 from atoll.control.detection.exchange import Exchange
 from atoll.control.optimiser import InlineOptimiser, Optimiser
+from atoll.control.queries import Ask
 from atoll.control.sleeping import NoDemand
 from atoll.control.world import KINDS
 from atoll.model import codec, keys
@@ -106,6 +107,8 @@ class Cell:
         """What ingresses have counted: app → release → all of it."""
         self.demand = NoDemand()
         """What ingresses have requests for: tests set it."""
+        self.ask: Ask | None = None
+        """How Prometheus servers are asked."""
         self.metrics: Callable[[Instance], dict[str, float]] = lambda instance: {}
         """What instances that are ready say of themselves with each heartbeat."""
         self.uses: Callable[[Instance], dict[str, int]] = lambda instance: {}
@@ -155,6 +158,7 @@ class Cell:
             optimiser=self.optimiser,
             traffic=self.traffic,
             demand=self.demand,
+            ask=self.ask,
         )
         task = asyncio.ensure_future(control)
         self._tasks.append(task)

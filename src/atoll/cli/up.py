@@ -55,6 +55,11 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--region", metavar="NAME", help="The group of sites.  [default: local]"),
         click.option("--default-registry", metavar="HOST", help="Where images without a host come from."),
         click.option(
+            "--prometheus",
+            metavar="HOST:PORT,…",
+            help="Prometheus servers that apps may scale by (scale.prometheus); the leading server asks no other.",
+        ),
+        click.option(
             "--cdi-devices",
             metavar="KIND,…",
             help="Devices of CDI specs that specs may ask for, e.g. vendor.com/class or vendor.com/class:shared.",

@@ -13,6 +13,7 @@ from atoll.control.leader import Ended, Keep, Term, lead
 from atoll.control.loop import Loop
 from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser
+from atoll.control.queries import Ask
 from atoll.control.readings import Heartbeats
 from atoll.control.sleeping import Demand
 from atoll.model.ports.clock import Clock
@@ -34,6 +35,7 @@ async def run_control(
     optimiser: Optimiser | None = None,
     traffic: Traffic | None = None,
     demand: Demand | None = None,
+    ask: Ask | None = None,
     ended: Ended | None = None,
     keep: Keep | None = None,
     certificates: Signers | None = None,
@@ -45,7 +47,7 @@ async def run_control(
     `detection` says which nodes are silent; without one their heartbeats over HTTP do, slowly.
     `ingresses` is read live too: ingress → its latest word, by which apps come near their users; `optimiser` says where they should
     be; without one the quick way does.
-    `demand` is what ingresses have requests for, by which apps wake and sleep.
+    `demand` is what ingresses have requests for, by which apps wake, sleep and scale; `ask` is how Prometheus servers are asked.
     So is `traffic`: app → release → what ingresses counted, by which rollouts are judged.
     `identity` names this server across its restarts; no two servers may share one. `ended` tells of the death of another, `keep`
     keeps the lease alive: see `lead`.
@@ -53,7 +55,7 @@ async def run_control(
     """
 
     async def work(term: Term) -> None:
-        loop = Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand)
+        loop = Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand, ask)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(loop.run(), name="control: loop")
             if certificates is not None:

@@ -30,6 +30,7 @@ from atoll.control.optimiser import Optimiser, QuickOptimiser
 from atoll.control.placement import Placement
 from atoll.control.prefetch import Prefetching
 from atoll.control.quarrels import Quarrels
+from atoll.control.queries import Ask, Queries
 from atoll.control.readings import Heartbeats, Readings
 from atoll.control.sleeping import Demand, NoDemand, Sleeping
 from atoll.control.timers import Timers
@@ -87,6 +88,7 @@ class Loop:
         optimiser: Optimiser | None = None,
         traffic: Traffic | None = None,
         demand: Demand | None = None,
+        ask: Ask | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -101,7 +103,8 @@ class Loop:
         self._heartbeats: Heartbeats = heartbeats if heartbeats is not None else {}
         self._judging = Judging(self._world, clock, traffic if traffic is not None else {})
         self._demand = demand or NoDemand()
-        self._readings = Readings(self._world, clock, self._heartbeats, self._demand, {})
+        self._queries = Queries(self._world, clock, ask)
+        self._readings = Readings(self._world, clock, self._heartbeats, self._demand, self._queries)
         self._sleeping = Sleeping(self._demand, clock)
         self._prefetching = Prefetching(self._world, self._placement, clock, heartbeats if heartbeats is not None else {})
         self._layouts = Layouts(
@@ -141,6 +144,7 @@ class Loop:
                 tasks.create_task(self._follow(changes), name="control: follow")
                 tasks.create_task(self._work(), name="control: work")
                 tasks.create_task(self._layouts.run(), name="control: layouts")
+                tasks.create_task(self._queries.run(), name="control: queries")
         finally:
             self._demand.changed = lambda app: None
             if self._detection is not None:

@@ -12,13 +12,14 @@ from atoll.control.autoscale import BOUNDS, Cause, Memory, Need, ScaleFacts, Sig
 from atoll.control.facts import AppFacts
 from atoll.control.loads import Loads
 from atoll.control.pressure import PressureFacts, PressureMemory, decide_pressure
+from atoll.control.queries import Queries
 from atoll.control.signals import prometheus_signal, signals_of
 from atoll.control.sleeping import Demand
 from atoll.control.windows import floor_of
 from atoll.control.world import World, owner_of
 from atoll.model.ports.clock import Clock
-from atoll.model.records import Heartbeat, Instance, Usage
-from atoll.model.spec import PrometheusQuery, Scale
+from atoll.model.records import Heartbeat, Instance, Severity, Usage
+from atoll.model.spec import Scale
 
 FRESH_S = 15.0
 """A reading older than this is none: three heartbeats, after which a node counts as unreachable, too."""
@@ -27,19 +28,19 @@ WINDOW = Cause(text="a window of its schedule is open")
 
 Heartbeats = Mapping[str, Heartbeat]
 """Node → its latest heartbeat. Owned by whoever takes them, and read live."""
-Answers = Mapping[PrometheusQuery, tuple[float, float]]
-"""Query → its last answer, and when it came, on the monotonic clock. Read live."""
 
 
 class Readings:
     """Takes in heartbeats at each tick, and marks the apps that they say something of. Keeps what decisions leave behind."""
 
-    def __init__(self, world: World, clock: Clock, heartbeats: Heartbeats, demand: Demand, answers: Answers) -> None:
+    def __init__(self, world: World, clock: Clock, heartbeats: Heartbeats, demand: Demand, queries: Queries) -> None:
         self._world = world
         self._clock = clock
         self._heartbeats = heartbeats
         self._loads = Loads(world, clock, demand)
-        self._answers = answers
+        self._queries = queries
+        self._failing: set[str] = set()
+        """Apps of which it was told that their query has no answer."""
         self._last: dict[str, Heartbeat] = {}
         self._heard: dict[str, float] = {}
         self._usages: dict[str, dict[str, Usage]] = {}
@@ -54,6 +55,7 @@ class Readings:
         for memories in (self._memories, self._pressures):
             for gone in memories.keys() - scaling:
                 del memories[gone]
+        self._failing &= scaling
         for gone in self._last.keys() - self._heartbeats.keys():
             for index in (self._last, self._heard, self._usages):
                 index.pop(gone, None)
@@ -83,6 +85,7 @@ class Readings:
         floor = floor_of(scale, decision.now)
         if floor.until is not None:
             decision.wake(floor.until)
+        self._tell_query(key, facts, scale, decision)
         least = max(app.replicas, 1)
         now = self._clock.monotonic()
         if status is None or status.scaled is None:
@@ -106,12 +109,22 @@ class Readings:
         self._memories[key] = choice.memory
         return replace(facts, choice=choice)
 
+    def _tell_query(self, key: str, facts: AppFacts, scale: Scale, decision: Decision) -> None:
+        """Say once that the app's query has no answer, and again after it has had one."""
+        problem = self._queries.problems.get(scale.prometheus) if scale.prometheus is not None else None
+        if problem is None:
+            self._failing.discard(key)
+        elif key not in self._failing:
+            self._failing.add(key)
+            text = f"scale.prometheus: {problem}"
+            decision.tell(facts.app.project, f"app/{facts.app.name}", "query-failed", text, Severity.WARNING)
+
     def _signals(self, facts: AppFacts, scale: Scale, now: float) -> Iterable[Signal]:
         ready = [seen for seen in facts.instances if seen.ready]
         found = [usage for seen in ready if (usage := self._usage(seen, now)) is not None]
         yield from signals_of(facts.app.spec, scale, len(ready), found)
         if scale.prometheus is not None:
-            yield prometheus_signal(scale.prometheus, self._answers.get(scale.prometheus), now)
+            yield prometheus_signal(scale.prometheus, self._queries.answers.get(scale.prometheus), now)
 
     def _usage(self, seen: Seen, now: float) -> Usage | None:
         node = seen.instance.node

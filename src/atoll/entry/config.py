@@ -47,6 +47,8 @@ class Config:
     default_registry: str = ""
     nvproxy_driver: str = ""
     """The driver version that gVisor shall take the node's NVIDIA driver for; at the operator's own risk."""
+    prometheus: str = ""
+    """Prometheus servers that apps may be scaled by: `HOST:PORT`, by commas; no other is asked."""
     cdi_devices: str = ""
     """Kinds of CDI devices that may be asked for: `vendor.com/class`, with `:shared` where any number may have one; by commas."""
     log_json: bool = False
@@ -158,6 +160,8 @@ class Config:
             options.append(f"--default-registry={self.default_registry}")
         if self.nvproxy_driver:
             options.append(f"--nvproxy-driver={self.nvproxy_driver}")
+        if self.prometheus:
+            options.append(f"--prometheus={self.prometheus}")
         if self.cdi_devices:
             options.append(f"--cdi-devices={self.cdi_devices}")
         if self.otlp:

@@ -64,6 +64,7 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--region", default="local")
     parser.add_argument("--default-registry", default="")
     parser.add_argument("--nvproxy-driver", default="")
+    parser.add_argument("--prometheus", default="")
     parser.add_argument("--cdi-devices", default="")
     parser.add_argument("--log-json", action="store_true")
     parser.add_argument("--store", default="")

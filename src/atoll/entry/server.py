@@ -23,6 +23,7 @@ from atoll.control.detection.listening import listen_for_beats
 from atoll.control.keeping import ThreadKeeper
 from atoll.control.leader import Keep
 from atoll.control.optimiser import ProcessOptimiser
+from atoll.control.queries import Ask
 from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.entry.certificates import signers_of
 from atoll.entry.config import Config, is_loopback, split_address
@@ -109,6 +110,7 @@ async def main(config: Config, stop: Stop) -> None:
                     traffic=service.traffic.totals(),
                     ingresses=service.ingresses.all(),
                     demand=service.demand,
+                    ask=_ask(config.prometheus),
                     optimiser=ProcessOptimiser(config.server_data / "kernels"),
                     identity=id,
                     detection=detection,
@@ -129,6 +131,15 @@ def lease_keeper(place: Place, clock: Clock) -> Keep | None:
     from atoll.store.etcd.keeping import EtcdLeaseKeeper  # who keeps to SQLite does not pay for gRPC
 
     return ThreadKeeper(lambda: EtcdLeaseKeeper(place), clock).keep
+
+
+def _ask(servers: str) -> Ask | None:
+    """Return how Prometheus servers are asked, where the operator has named any. Raises Invalid."""
+    if not servers:
+        return None
+    from atoll.entry.prometheus import PrometheusClient, servers_of  # a client that most servers have no use for
+
+    return PrometheusClient(servers_of(servers))
 
 
 def settle_memory() -> None:
