@@ -72,4 +72,19 @@ if [ "$(cat .venv/.workerd-digest 2>/dev/null)" != "$workerd" ] || [ ! -x .venv/
         rm -rf "$place"
     fi
 fi
+
+# An ACME authority for the tests of certificates: built from its Go module, whose sums Go checks. Without Go those tests skip.
+pebble=github.com/letsencrypt/pebble/v2/cmd/pebble@v2.10.3
+if [ "$(cat .venv/.pebble-version 2>/dev/null)" != "$pebble" ] || [ ! -x .venv/bin/pebble ]; then
+    if ! command -v go > /dev/null; then
+        say "no Go, so no pebble: the tests of ACME skip (install Go, then run this again)"
+    else
+        say "pebble into .venv"
+        if GOBIN="$PWD/.venv/bin" go install -trimpath "$pebble" 2> /dev/null; then
+            printf '%s\n' "$pebble" > .venv/.pebble-version
+        else
+            say "Go could not build pebble: the tests of ACME skip"
+        fi
+    fi
+fi
 scripts/guest-kernel.sh || say "virtual machines will not be offered"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 from typing import Any
 
 from cryptography import x509
@@ -52,13 +53,16 @@ class Maker:
         begins_s: float = -60.0,
         ends_s: float = 30 * DAY_S,
         uses: tuple[Any, ...] = (ExtendedKeyUsageOID.SERVER_AUTH,),
+        addresses: tuple[str, ...] = (),
     ) -> tuple[str, str]:
         """Return a chain without the root, and its key (PEM)."""
         private = key or new_key()
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "leaf")])
         builder = self._builder(subject, self._name, private.public_key(), begins_s, ends_s)
         if names:
-            builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), critical=False)
+            named: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
+            named += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
+            builder = builder.add_extension(x509.SubjectAlternativeName(named), critical=False)
         if uses:
             builder = builder.add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         leaf = builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()

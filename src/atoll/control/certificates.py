@@ -11,7 +11,7 @@ import contextlib
 import math
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 import structlog
@@ -28,7 +28,7 @@ from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Delete, Op, Put, Store, absent, unchanged
 from atoll.model.records import App, Event, Severity, new_suffix
 from atoll.model.records.certificate import AcmeSettings, Certificate, CertificatePhase, CertificateSource, CertificateStatus
-from atoll.store.cache import Delta, Held, State
+from atoll.store.cache import Delta, Deltas, Held, State
 
 KINDS: dict[str, type] = {
     keys.CERTIFICATES: Certificate,
@@ -93,9 +93,11 @@ class CertificateLoop:
 
     async def run(self) -> None:
         """Raises Fenced when another leads; whatever else goes wrong is logged and tried again."""
+        # Asked for before the first look, so that no change falls in between.
+        changes = self._state.changes()
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow(), name="certificates: follow")
+                tasks.create_task(self._follow(changes), name="certificates: follow")
                 while True:
                     try:
                         wait_s = await self._look(tasks)
@@ -108,14 +110,15 @@ class CertificateLoop:
         finally:
             self._busy.clear()
 
-    async def _follow(self) -> None:
+    async def _follow(self, changes: AsyncIterator[Deltas]) -> None:
         while True:
             try:
                 # Without a deadline: a quiet cell has no changes.
-                async for deltas in self._state.changes():
+                async for deltas in changes:
                     if any(_concerns(delta) for delta in deltas.deltas):
                         self._changed.set()
             except Compacted:
+                changes = self._state.changes()
                 self._changed.set()
 
     async def _wait(self, wait_s: float) -> None:
