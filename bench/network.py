@@ -7,6 +7,7 @@ import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,7 +42,11 @@ def run(arguments: Sequence[str]) -> Report:
     for name, part in PARTS.items():
         if options.only is None or name in options.only:
             with tempfile.TemporaryDirectory(prefix="bench-net-") as directory:
-                part(report, Path(directory), options)
+                try:
+                    part(report, Path(directory), options)
+                except (RuntimeError, OSError) as error:  # the other parts' figures are worth having
+                    report.add(Result(f"{name}: broke off", None, "", why=str(error)))
+            print(f"bench network: {name} done", file=sys.stderr, flush=True)
             loads.append(os.getloadavg()[0])
     report.notes.append(f"{options.rounds} runs of {options.seconds} s of each way, in turn; medians; TCP with {CONGESTION}")
     fast = "as fast as the sender can (to a guest: 1.25 times what the bare tap takes)"

@@ -185,7 +185,7 @@ class Net:
             if "error" not in answer and done.returncode == 0:
                 break
             words = answer.get("error") or done.stderr.strip() or str(done.returncode)
-            if time.monotonic() > deadline or not any(sign in words for sign in ("refused", "busy")):
+            if time.monotonic() > deadline or not any(sign in words for sign in ("refused", "busy", "reset", "control")):
                 raise RuntimeError(f"iperf3 to {address}: {words}")
             time.sleep(0.3)
         if packets:

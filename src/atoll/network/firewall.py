@@ -154,7 +154,7 @@ table inet {table} {{
   }}
   chain same_project {{
     meta mark set 0
-    iifname {links} update @begun {{ ip saddr . ip daddr counter }}
+    iifname {links} update @begun {{ ip saddr . ip daddr counter }} update @pairs {{ ip saddr . ip daddr counter }}
     ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted meta mark set {_EGRESS} jump refused
     oifname {fabric} accept
     goto open_ports
@@ -165,13 +165,16 @@ table inet {table} {{
     icmp type echo-request accept
     meta mark set {_PORT} jump refused
   }}
+  chain known {{
+    iifname {links} oifname {links} update @pairs {{ ip saddr . ip daddr counter }} accept
+    iifname {links} oifname {fabric} update @pairs {{ ip saddr . ip daddr counter }}
+    accept
+  }}
   chain between {{
     type filter hook forward priority filter; policy accept;
     oifname {fabric} tcp flags & (syn|rst) == syn tcp option maxseg size set rt mtu
     oifname {links} ip daddr @limited jump limits_in
-    iifname {links} oifname {links} update @pairs {{ ip saddr . ip daddr counter }}
-    iifname {links} oifname {fabric} update @pairs {{ ip saddr . ip daddr counter }}
-    ct state established,related accept
+    ct state established,related goto known
     iifname {links} jump crowded
     iifname {fabric} oifname {fabric} ip daddr @peers accept
     iifname {fabric} oifname != {links} drop
