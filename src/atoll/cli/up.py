@@ -200,6 +200,9 @@ def _show(session: Session, config: Config) -> None:
     grid.add_row(
         "ingress", escape(f"{places['ingress']}  (apps at http://APP.{config.domain}:{config.ingress.rpartition(':')[2]})")
     )
+    if config.tls_port is not None:
+        where = f"https://{config.ingress.rpartition(':')[0]}:{config.tls_port}"
+        grid.add_row("", escape(f"{where}  (hostnames that have a certificate: `atoll certificates`)"))
     grid.add_row("token", escape(f"in {places['token_file']}"))
     if config.data != DATA_DEFAULT:
         grid.add_row("to use it", escape(f"export ATOLL_DATA={config.data}"))
