@@ -33,18 +33,10 @@ NONE = Verdict(outcome=Outcome.NONE, words="3 of the 100 requests", at=NOW)
 
 
 def plan(rules: Rollout = CANARY, last: RolloutStatus | None = STEP_1, **more: Any) -> Plan:
-    usual = {
-        "rules": rules,
-        "release": 2,
-        "last": last,
-        "served": 1,
-        "wanted": 10,
-        "made": 1,
-        "ready": 1,
-        "others": 10,
-        "old_ready": 10,
-    }
-    return decide_rollout(RolloutFacts(**{**usual, "progressed_at": NOW - 30, **more}), NOW)
+    usual: dict[str, Any] = {"rules": rules, "release": 2, "last": last, "served": 1, "wanted": 10, "made": 1, "ready": 1}
+    facts = {**usual, "others": 10, "progressed_at": NOW - 30, **more}
+    ready_of = {1: 10, 2: 0, facts["release"]: facts["ready"]}
+    return decide_rollout(RolloutFacts(**{"ready_of": ready_of, **facts}), NOW)
 
 
 def order(**more: Any) -> RolloutOrder:
@@ -205,13 +197,27 @@ def test_a_rolling_rollout_that_nobody_steers_has_no_status_and_one_that_is_paus
     assert "exited with status 1" in status_of(late).message
 
 
-def test_what_overtakes_a_canary_or_goes_back_by_hand_takes_its_requests_away_at_once() -> None:
-    third = plan(last=STEP_2, release=3, ready=0)
+def test_what_overtakes_a_canary_takes_its_requests_away_as_fast_as_the_old_release_can_take_them() -> None:
+    third = plan(last=STEP_2, release=3, ready=0, ready_of={1: 10, 2: 5})
     assert status_of(third).weights == {3: 0, 1: 100}
-    back = plan(last=STEP_2, release=1, ready=9, others=5)
-    assert status_of(back).weights == {1: 100}
-    done = plan(last=back.status, release=1, ready=10, others=0)
+    few = plan(last=STEP_2, release=3, ready=0, ready_of={1: 7, 2: 5})
+    assert status_of(few).weights == {3: 0, 1: 70, 2: 30}
+    assert status_of(plan(last=few.status, release=3, ready=0, ready_of={1: 9, 2: 3})).weights == {3: 0, 1: 90, 2: 10}
+    begun = plan(last=few.status, release=3, ready=1, ready_of={1: 7, 2: 4, 3: 1})
+    assert status_of(begun).weights == {3: 5, 1: 65, 2: 30}
+    assert status_of(plan(last=few.status, release=3, ready=0, ready_of={1: 7})).weights == {3: 0, 1: 100}
+
+
+def test_who_goes_back_by_hand_gives_the_old_release_what_it_has_instances_for() -> None:
+    whole = plan(last=STEP_2, release=1, ready=10, others=5)
+    assert status_of(whole).weights == {1: 100}
+    done = plan(last=whole.status, release=1, ready=10, others=0)
     assert (status_of(done).phase, status_of(done).weights) == (RolloutPhase.COMPLETE, {})
+    few = plan(last=STEP_2, release=1, ready=7, others=5, ready_of={1: 7, 2: 5})
+    assert (status_of(few).weights, few.wake_at) == ({1: 70, 2: 30}, NOW + 100)
+    assert status_of(going_on(few, 5, 6)).weights == {1: 70, 2: 30}
+    assert status_of(going_on(few, 2, 10)).weights == {1: 100}
+    assert status_of(going_on(few, 5, 7, NOW + 100)).weights == {1: 100}
 
 
 def counts(requests: int, errors: int = 0, slow: int = 0) -> Counts:
@@ -355,26 +361,33 @@ def test_a_release_that_is_taken_back_keeps_what_the_old_one_has_too_few_instanc
     rules = structs.replace(CANARY, max_unavailable=unavailable)
     if last.strategy is Strategy.ROLLING:
         rules = structs.replace(rules, strategy=Strategy.ROLLING, steps=())
-    made = plan(rules, last, ready=ready, old_ready=old_ready, order=order(aborted=True))
+    made = plan(rules, last, ready=ready, ready_of={1: old_ready, 2: ready}, order=order(aborted=True))
     status = status_of(made)
-    assert (status.phase, status.weight) == (RolloutPhase.REVERTED, left)
+    assert (status.phase, status.weight) == (RolloutPhase.REVERTED, None)
     assert status.weights == ({1: 100} if left is None else {2: left, 1: 100 - left})
     assert made.wake_at == (None if left is None else NOW + rules.deadline)
     (told,) = made.told
     assert ("has all requests" in told.message) is (left is None)
 
 
+def going_on(last: Plan, new: int, old: int, now: float = NOW) -> Plan:
+    """Return what becomes of a rollout when so many of release 2 and 1 are ready."""
+    status = status_of(last)
+    facts = {"rules": CANARY, "release": status.release, "last": status, "served": 1, "wanted": 10, "others": new}
+    ready = {1: old, 2: new}
+    return decide_rollout(RolloutFacts(**facts, progressed_at=NOW - 30, ready=ready.get(status.release, 0), ready_of=ready), now)
+
+
 def test_going_back_gives_the_old_release_more_as_it_comes_back_and_never_less_and_all_of_it_by_the_deadline() -> None:
-    back = status_of(plan(CANARY, STEP_2, ready=5, old_ready=7, order=order(aborted=True)))
-    more = status_of(plan(CANARY, back, ready=3, old_ready=9))
-    assert more.weights == {2: 10, 1: 90}
-    assert status_of(plan(CANARY, more, ready=3, old_ready=5)).weights == {2: 10, 1: 90}
-    whole = plan(CANARY, more, ready=1, old_ready=10)
+    back = plan(CANARY, STEP_2, ready=5, ready_of={1: 7, 2: 5}, order=order(aborted=True))
+    more = going_on(back, 3, 9)
+    assert status_of(more).weights == {2: 10, 1: 90}
+    assert status_of(going_on(more, 3, 5)).weights == {2: 10, 1: 90}
+    whole = going_on(more, 1, 10)
     assert (status_of(whole).weights, codes(whole)) == ({1: 100}, ["rollout-restored"])
-    assert status_of(plan(CANARY, status_of(whole), ready=1, old_ready=2)).weights == {1: 100}
-    late = plan(CANARY, structs.replace(more, since=NOW - 100), ready=3, old_ready=9)
-    assert status_of(late).weights == {1: 100}
-    assert "not all of it came back within 1m40s" in late.told[0].message
+    assert status_of(going_on(whole, 1, 2)).weights == {1: 100}
+    assert status_of(going_on(more, 3, 9, NOW + 99)).weights == {2: 10, 1: 90}
+    assert status_of(going_on(more, 3, 9, NOW + 100)).weights == {1: 100}
 
 
 def test_of_a_canary_that_is_taken_back_only_as_many_leave_as_the_old_one_has_stand_ins_for() -> None:

@@ -8,6 +8,8 @@ look at and may still come round.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from msgspec import structs
 
 from atoll.control import evacuation, gpus
@@ -122,7 +124,7 @@ class _Step:
             made=len(self.new) + len(failed),
             ready=updated,
             others=sum(seen.instance.release != app.release for seen in self.old),
-            old_ready=sum(seen.ready and seen.instance.release == served for seen in (*self.old, *self.sick)),
+            ready_of=Counter(seen.instance.release for seen in self.ready),
             progressed_at=progressed_at,
             verdict=self.facts.verdict,
         )
@@ -234,7 +236,8 @@ class _Step:
         """Return how many instances of the release before must be made, while it is kept or the wanted one has failed."""
         waiting_old = sum(not self._current(seen) for seen in self.waiting)
         wanted = self.plan.old or self._served_wanted()
-        return min(wanted - len(self.old) - waiting_old, self.plan.most - self._total())
+        there = sum(seen.instance.release != self._leaving for seen in self.old)
+        return min(wanted - there - waiting_old, self.plan.most - self._total())
 
     def _served_wanted(self) -> int:
         """Return how many of what served before are kept while the wanted release has failed.
@@ -326,17 +329,26 @@ class _Step:
         why = seen.ailment.why if seen.ailment else ""
         retire(self.decision, seen, why, drain_s=drain_s, ingresses=self.facts.ingresses, excused=True)
 
+    @property
+    def _leaving(self) -> int | None:
+        """The release that keeps some requests only until another is whole again."""
+        leaving = self.plan.status.leaving if self.plan.status is not None else None
+        return leaving.release if leaving is not None else None
+
     def _retire_old(self, rollout: Rollout) -> None:
         """Take away as many of the old as the ready ones allow, those that do not serve first."""
         serving = self._serving()
         least = budget.least_in_rollout(self.app.spec, self.wanted)
         spare = len(self.old) + len(self.ready_new) - least
-        if self.plan.old:
-            spare = min(spare, len(self.old) - self.plan.old)
-        elif rollout.failed and rollout.served in self.facts.specs:
+        if not self.plan.old and rollout.failed and rollout.served in self.facts.specs:
             spare = min(spare, len(self.old) - self._served_wanted())
-        reason = f"replaced by release {self.release}"
-        for seen in sorted(self.old, key=lambda s: (s.ready, s.instance.created_at, s.instance.id)):
+        leaving, reason = self._leaving, f"replaced by release {self.release}"
+        kept = sum(seen.instance.release != leaving for seen in self.old)
+        for seen in sorted(self.old, key=lambda s: (s.ready, s.instance.release != leaving, s.instance.created_at, s.instance.id)):
+            if self.plan.old and seen.instance.release != leaving:
+                if kept <= self.plan.old:
+                    continue  # as many of the release before stay
+                kept -= 1
             if spare <= 0 or (seen.ready and serving <= least):
                 break
             self._retire(seen, reason)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from atoll.control.analysis import Verdict
 from atoll.model.records import Severity
-from atoll.model.rollouts import RolloutOrder, RolloutStatus
+from atoll.model.rollouts import Leaving, RolloutOrder, RolloutStatus
 from atoll.model.spec import Rollout
 
 
@@ -31,8 +33,8 @@ class RolloutFacts(Struct, frozen=True, kw_only=True):
     """Of them those that last."""
     others: int = 0
     """Instances of other releases that are meant to run."""
-    old_ready: int = 0
-    """Instances of `served` that take requests."""
+    ready_of: Mapping[int, int] = {}
+    """Release → its instances that take requests."""
     progressed_at: float = 0.0
     """When the last instance became ready."""
     verdict: Verdict | None = None
@@ -83,13 +85,21 @@ def canary_count(wanted: int, weight: int) -> int:
     return min(wanted, max(1, math.ceil(wanted * weight / 100)))
 
 
-def share_left(facts: RolloutFacts, before: int | None) -> int | None:
-    """Return what percent of the requests a release that was taken back keeps for now: as much as the old one has too few
-    instances for. Never more than `before` (None: than its part of what serves); None for nothing.
+def leaves(facts: RolloutFacts, stable: int, release: int, before: int | None, now: float) -> Leaving | None:
+    """Return what `release`, which is on its way out, keeps of the requests at first: `before`, or its part of what serves, but no
+    more than `stable` has too few instances for. None for nothing.
     """
-    enough = facts.wanted - facts.rules.max_unavailable
-    if not facts.ready or not facts.wanted or facts.old_ready >= max(1, enough):
+    there = facts.ready_of.get(release, 0)
+    if before is None:
+        before = 100 * there // max(1, there + facts.ready_of.get(stable, 0))
+    return still_leaves(facts, stable, Leaving(release=release, weight=before, until=now + facts.rules.deadline), now)
+
+
+def still_leaves(facts: RolloutFacts, stable: int, leaving: Leaving | None, now: float) -> Leaving | None:
+    """Return what is left to it now: less with each instance of `stable` that is ready, never more; None for nothing."""
+    if leaving is None or not facts.wanted or now >= leaving.until or not facts.ready_of.get(leaving.release):
         return None
-    missing = 100 - 100 * facts.old_ready // max(1, enough)
-    part = before if before is not None else 100 * facts.ready // (facts.ready + facts.old_ready)
-    return min(missing, part) or None
+    enough = max(1, facts.wanted - facts.rules.max_unavailable)
+    missing = 100 - 100 * facts.ready_of.get(stable, 0) // enough
+    weight = min(missing, leaving.weight)
+    return replace(leaving, weight=weight) if weight > 0 else None

@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from atoll.control.analysis import Outcome
-from atoll.control.rollout_facts import Plan, RolloutFacts, Told, canary_count, plan_of, share_left
+from atoll.control.rollout_facts import Plan, RolloutFacts, Told, canary_count, leaves, plan_of
 from atoll.model.records import Severity
 from atoll.model.rollouts import RolloutOrder, RolloutPhase, RolloutStatus
 from atoll.model.spec import Strategy
@@ -224,25 +224,15 @@ class Step:
         self._set(phase=RolloutPhase.PROGRESSING, message="")
         return self._end()
 
-    def give_back(self) -> Plan:
-        """The release was taken back, and keeps what the old one has too few instances for, until they are there."""
-        until = self.status.since + self.rules.deadline
-        left = share_left(self.facts, self.status.weight) if self.now < until else None
-        self._set(weight=left)
-        if left is not None:
-            self._wake(until)
-            return self._end()
-        late = "" if self.now < until else f", though not all of it came back within {format_seconds(self.rules.deadline)}"
-        self._tell("rollout-restored", f"release {self.status.stable} has all requests again{late}")
-        return self._end()
-
     def _revert(self, why: str) -> Plan:
-        left = share_left(self.facts, self.status.weight)
-        self._set(phase=RolloutPhase.REVERTED, weight=left, since=self.now, message=why)
+        before = self.status.weight if self.status.strategy is not Strategy.ROLLING else None
+        leaving = leaves(self.facts, self.status.stable, self.facts.release, before, self.now)
+        self._set(phase=RolloutPhase.REVERTED, weight=None, since=self.now, message=why, leaving=leaving)
         stable = f"Release {self.status.stable} has all requests"
-        if left is not None:
-            stable = f"Release {self.status.stable} has {100 - left} % of the requests, and more as its instances come back"
-            self._wake(self.now + self.rules.deadline)
+        if leaving is not None:
+            stable = (
+                f"Release {self.status.stable} has {100 - leaving.weight} % of the requests, and more as its instances come back"
+            )
         text = f"release {self.facts.release} was taken back: {why}. {stable}"
         asked = self.order.aborted
         self._tell("rollout-reverted", text, Severity.WARNING if asked else Severity.ERROR, to=self.status.stable)

@@ -15,9 +15,9 @@ from atoll.control.rollout_facts import Plan as Plan
 from atoll.control.rollout_facts import RolloutFacts as RolloutFacts
 from atoll.control.rollout_facts import Told as Told
 from atoll.control.rollout_facts import canary_count as canary_count
-from atoll.control.rollout_facts import order_of, plan_of
+from atoll.control.rollout_facts import leaves, order_of, plan_of, still_leaves
 from atoll.control.rollout_steps import Step
-from atoll.model.rollouts import RolloutPhase, RolloutStatus
+from atoll.model.rollouts import Leaving, RolloutPhase, RolloutStatus
 from atoll.model.spec import Strategy
 
 
@@ -30,17 +30,28 @@ def is_steered(facts: RolloutFacts) -> bool:
 
 def decide_rollout(facts: RolloutFacts, now: float) -> Plan:
     """Return what the rollout comes to at `now`, in seconds since the epoch."""
+    made = _decide(facts, now)
+    leaving = made.status.leaving if made.status is not None else None
+    if leaving is not None and (made.wake_at is None or leaving.until < made.wake_at):
+        made = replace(made, wake_at=leaving.until)
+    return made
+
+
+def _decide(facts: RolloutFacts, now: float) -> Plan:
     order, last = order_of(facts), facts.last
     attempt = order.attempt if order is not None else 0
     status = last if last is not None and (last.release, last.attempt) == (facts.release, attempt) else None
-    if status is not None and status.phase is RolloutPhase.REVERTED and status.weight:
-        return Step(facts, status, order, now).give_back()
+    if status is not None and status.leaving is not None:
+        status = replace(status, leaving=still_leaves(facts, status.stable, status.leaving, now))
+        if status.leaving is None and status.phase is RolloutPhase.REVERTED:
+            text = f"release {status.stable} has all requests again"
+            return plan_of(facts, status, told=(Told("rollout-restored", text, data={"release": status.release}),))
     if status is not None and status.phase in (RolloutPhase.REVERTED, RolloutPhase.COMPLETE):
         return plan_of(facts, status)
     if status is not None and status.phase is RolloutPhase.KEEPING:
         return Step(facts, status, order, now).keep()
     if facts.served == facts.release:
-        return plan_of(facts, _returning(facts, status, attempt))
+        return plan_of(facts, _returning(facts, status, attempt, now))
     if not facts.served or not facts.kept or not is_steered(facts):
         return plan_of(facts, None)
     if status is None:
@@ -52,17 +63,32 @@ def decide_rollout(facts: RolloutFacts, now: float) -> Plan:
             strategy=facts.rules.strategy,
             weight=None if rolling else 0,
             since=now if rolling else 0.0,
+            leaving=None if rolling else _overtaken(facts, facts.served, now),
         )
     return Step(facts, status, order, now).go_on()
 
 
-def _returning(facts: RolloutFacts, status: RolloutStatus | None, attempt: int) -> RolloutStatus | None:
-    """What is wanted serves already: of another release, on the way out, nothing is served from now on."""
-    if status is None and facts.last is not None and facts.last.weights and facts.others:
-        own = facts.release
+def _returning(facts: RolloutFacts, status: RolloutStatus | None, attempt: int, now: float) -> RolloutStatus | None:
+    """What is wanted served before: nothing else is served from now on, but what its own instances are too few for."""
+    own, last = facts.release, facts.last
+    if status is None and last is not None and last.weights and facts.others:
         return RolloutStatus(
-            release=own, stable=own, attempt=attempt, strategy=facts.last.strategy, phase=RolloutPhase.PROMOTING, weight=100
+            release=own,
+            stable=own,
+            attempt=attempt,
+            strategy=last.strategy,
+            phase=RolloutPhase.PROMOTING,
+            weight=100,
+            leaving=_overtaken(facts, own, now),
         )
     if status is not None and not facts.others:
-        return replace(status, phase=RolloutPhase.COMPLETE, message="")
+        return replace(status, phase=RolloutPhase.COMPLETE, message="", leaving=None)
     return status
+
+
+def _overtaken(facts: RolloutFacts, stable: int, now: float) -> Leaving | None:
+    """Return what is left to the release that had requests until now, and is neither the wanted one nor `stable`."""
+    before = facts.last.weights if facts.last is not None else {}
+    others = {release: weight for release, weight in before.items() if release not in (facts.release, stable) and weight > 0}
+    release = max(others, key=lambda each: (others[each], each), default=0)
+    return leaves(facts, stable, release, others[release], now) if release else None

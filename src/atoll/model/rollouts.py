@@ -43,6 +43,16 @@ class RolloutOrder(Struct, frozen=True, kw_only=True, omit_defaults=True):
     by: str = ""
 
 
+class Leaving(Struct, frozen=True, kw_only=True):
+    """A release that was taken back, that people went back from, or that another overtook."""
+
+    release: int
+    weight: int
+    """Percent of the requests."""
+    until: float
+    """Then it has none, however few there are of `stable`."""
+
+
 class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the rollout of `release` in place of `stable` stands. Writer: app controller."""
 
@@ -55,8 +65,7 @@ class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     step: int = 0
     """Index of the step that is in force, or on its way."""
     weight: int | None = None
-    """Percent of the requests that go to `release`; None: to every ready instance alike, and after a revert none. A release that
-    was taken back keeps some while the old one has too few instances for all."""
+    """Percent of the requests that go to `release`; None: to every ready instance alike, and after a revert none."""
     since: float = 0.0
     """When this step's weight, or this phase, came into force; 0 while instances are being made for it."""
     failures: int = 0
@@ -69,17 +78,26 @@ class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The last verdict, in words and numbers."""
     message: str = ""
     """What is waited for, or why it was reverted."""
+    leaving: Leaving | None = None
+    """A release on its way out that keeps a part of what is `stable`'s, as long as that has too few instances for all of it."""
 
     @property
     def weights(self) -> dict[int, int]:
         """Return release → percent of the requests; empty where all ready instances are alike."""
-        if self.phase is RolloutPhase.REVERTED and not self.weight:
-            return {self.stable: 100}
-        if self.weight is None or self.phase is RolloutPhase.COMPLETE:
+        if self.phase is RolloutPhase.REVERTED:
+            found = {self.stable: 100}
+        elif self.weight is None or self.phase is RolloutPhase.COMPLETE:
             return {}
-        if self.release == self.stable:
-            return {self.release: 100}
-        return {self.release: self.weight, self.stable: 100 - self.weight}
+        elif self.release == self.stable:
+            found = {self.release: 100}
+        else:
+            found = {self.release: self.weight, self.stable: 100 - self.weight}
+        if self.leaving is None:
+            return found
+        left = min(self.leaving.weight, found[self.stable])
+        if not left:
+            return found
+        return {**found, self.stable: found[self.stable] - left, self.leaving.release: left}
 
     @property
     def serving(self) -> int:

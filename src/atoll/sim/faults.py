@@ -51,6 +51,12 @@ class Profile(Struct, frozen=True, kw_only=True):
     """Share of the apps that must never run twice."""
     beats: bool
     """Agents beat, and silent nodes are found within seconds; without, by their heartbeats over HTTP alone."""
+    shares: float = 0.0
+    """Share of the apps that go by canary or blue-green."""
+    drains: bool = False
+    """An operator drains machines."""
+    schedules: int = 0
+    """Jobs with a schedule."""
     core_only: bool
     """At the end only a core is healed at first: a majority of the store, one server, some machines."""
 
@@ -118,6 +124,9 @@ def profile_of(choose: random.Random) -> Profile:
         once=0.3,
         beats=choose.random() < 0.2,
         core_only=not calm and choose.random() < 0.3,
+        shares=choose.choice((0.0, 0.0, 0.5)),
+        drains=choose.random() < 0.2,
+        schedules=int(choose.random() < 0.2),
     )
 
 

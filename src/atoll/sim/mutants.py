@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from atoll.api.service import reports
 from atoll.control import nodes
 from atoll.control.detection.exchange import Exchange
+from atoll.control.judging import Traffic
 from atoll.control.leader import Term
 from atoll.control.loop import Loop
 from atoll.devices.node import NodeDevices
@@ -133,8 +134,9 @@ def _impatiently() -> Work:
         heard: Mapping[str, float],
         term: Term,
         detection: Exchange | None,
+        traffic: Traffic | None,
     ) -> None:
-        await control(store, _Impatient(state), clock, choose, heard, term, detection)  # type: ignore[arg-type]
+        await control(store, _Impatient(state), clock, choose, heard, term, detection, traffic)  # type: ignore[arg-type]
 
     return work
 

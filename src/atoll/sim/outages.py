@@ -49,6 +49,9 @@ def quiet(profile: Profile) -> Profile:
         chaos=(),
         skew_s=0.5,
         core_only=False,
+        shares=0.0,
+        drains=False,
+        schedules=0,
     )
 
 

@@ -73,6 +73,7 @@ class Requests:
             if endpoint is None:
                 break
             why = await self._send(ingress, endpoint)
+            ingress.count(app, endpoint.release, failed=bool(why))
             if not why:
                 self.answered += 1
                 self._story.mark("request: answered" if not tried else "request: answered by another instance")

@@ -45,6 +45,7 @@ class Rest:
         for user in self._world.app_users:
             reasons.extend(self._app_restless(user))
         reasons.extend(reason for user in self._world.job_users if (reason := user.unfinished(self._world.rules)))
+        reasons.extend(reason for user in self._world.schedule_users if (reason := user.unfinished(self._world.rules)))
         reasons.extend(self._leaks())
         reasons.extend(self._gpus_restless())
         return reasons

@@ -52,6 +52,8 @@ class Rules:
         """Node → since when it is lost."""
         self.unwell_at: dict[str, float] = {}
         """Machine → when it was last away, paused, or out of some server's reach."""
+        self._runs: set[str] = set()
+        """Jobs that schedules have made."""
         self._ready_since: dict[str, tuple[int, float]] = {}
         """App → how many are ready, and since when it is so many."""
 
@@ -101,6 +103,8 @@ class Rules:
                 self._check_lost(key)
         elif kind is Status and new is not None:
             self._check_status(key, old, new)
+        elif kind is Job and new is not None and old is None and new.parent:
+            self._check_run(key)
         elif kind is Release and old is not None and new is not None and old != new:
             self._story.breaks(f"release {key} was changed")
         elif kind is Event and new is not None and old is None:
@@ -143,6 +147,12 @@ class Rules:
             self._story.breaks(f"{new.instance} went from {old.phase} to {new.phase}")
         if new.ready and new.phase is not Phase.RUNNING:
             self._story.breaks(f"{new.instance} is {new.phase} and ready")
+
+    def _check_run(self, key: str) -> None:
+        """A time of a schedule has one run, and each call for one has one."""
+        if key in self._runs:
+            self._story.breaks(f"the run {key} of a schedule was made again")
+        self._runs.add(key)
 
     def _check_room(self, name: str) -> None:
         """A node never has more placed on it than it has."""

@@ -12,6 +12,7 @@ from atoll.api.service.context import KINDS as API_KINDS
 from atoll.api.service.service import Service
 from atoll.control.detection.exchange import Exchange
 from atoll.control.detection.listening import listen_for_beats
+from atoll.control.judging import Traffic
 from atoll.control.leader import Term, lead
 from atoll.control.loop import Loop
 from atoll.control.world import KINDS as CONTROL_KINDS
@@ -34,7 +35,9 @@ START_RETRY_S = 0.5
 
 BEATS_PORT = 7600
 
-Work = Callable[[Store, State, VirtualClock, random.Random, Mapping[str, float], Term, Exchange | None], Awaitable[None]]
+Work = Callable[
+    [Store, State, VirtualClock, random.Random, Mapping[str, float], Term, Exchange | None, Traffic | None], Awaitable[None]
+]
 
 
 async def control(
@@ -45,9 +48,10 @@ async def control(
     heard: Mapping[str, float],
     term: Term,
     detection: Exchange | None = None,
+    traffic: Traffic | None = None,
 ) -> None:
     """Run one term of the leader's loop, as a server does."""
-    await Loop(store, state, clock, choose, heard, term, detection=detection).run()
+    await Loop(store, state, clock, choose, heard, term, detection=detection, traffic=traffic).run()
 
 
 class Server:
@@ -163,7 +167,7 @@ class Server:
 
         async def work(term: Term) -> None:
             self._story.mark("leader: rival's term")
-            await self._work(store, state, self.clock, self._choose, self.heard(), term, None)
+            await self._work(store, state, self.clock, self._choose, self.heard(), term, None, None)
 
         try:
             async with asyncio.timeout(span_s), State(store, KINDS) as state:
@@ -200,7 +204,8 @@ class Server:
                 async def work(term: Term) -> None:
                     self._story.mark("leader: term")
                     self._story.tell("a server leads", server=self.name)
-                    await self._work(store, state, self.clock, self._choose, self.heard(), term, exchange)
+                    counted = service.traffic.totals()
+                    await self._work(store, state, self.clock, self._choose, self.heard(), term, exchange, counted)
 
                 exchange = self._exchange(service, state) if self._faults.profile.beats else None
                 listening = (

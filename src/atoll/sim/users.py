@@ -49,6 +49,8 @@ class User:
         self.choose = choose
         self.story = story
         self._requests = 0
+        self.enough = False
+        """Set it, and the user wishes no more, and leaves things as they are to be in the end."""
 
     async def insist(self, what: str, call: Callable[[Service, RequestKey], Awaitable[T]]) -> T:
         """Make one write with one request key, again until its answer arrives. Raises what the API refuses it with."""
@@ -71,6 +73,12 @@ class User:
         """Wish for one thing after another."""
         raise NotImplementedError
 
+    async def idle(self, most_s: float) -> None:
+        """Let time pass, less once it is enough."""
+        until = asyncio.get_running_loop().time() + self.choose.random() * most_s
+        while not self.enough and asyncio.get_running_loop().time() < until:  # noqa: ASYNC110 - `enough` is set once in a run
+            await asyncio.sleep(RETRY_S)
+
     async def read(self, call: Callable[[Service], T]) -> T:
         async def now(service: Service) -> T:
             return call(service)
@@ -91,8 +99,6 @@ class AppUser(User):
         super().__init__(f"user of {name}", line, choose, story)
         self.app = name
         self.calm = calm
-        self.enough = False
-        """Set it, and the user wishes no more, once the app is left with a release that works."""
         self.exists = False
         self.version = 0
         self.release = 0

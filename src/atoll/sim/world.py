@@ -18,13 +18,16 @@ from atoll.sim.line import Line
 from atoll.sim.machine import SimMachine
 from atoll.sim.members import Cluster
 from atoll.sim.net import Net
+from atoll.sim.operators import Operator
 from atoll.sim.registers import Register
 from atoll.sim.requests import Requests
 from atoll.sim.rest import Rest
 from atoll.sim.rules import Rules
+from atoll.sim.schedules import ScheduleUser
 from atoll.sim.server import Server
+from atoll.sim.steering import SteeringUser
 from atoll.sim.story import Story
-from atoll.sim.users import PROJECT, AppUser, JobUser
+from atoll.sim.users import PROJECT, AppUser, JobUser, User
 
 REST_S = 400.0
 """After healing, everything must have come to rest within so long (virtual) a time."""
@@ -82,11 +85,11 @@ class World:
             bays = Bays(choose.randint(0 if number else 1, 2), choose.randint(0, 1)) if profile.gpus else Bays(0)
             self._add_machine(name, number, choose.choice((2_000, 4_000, 8_000)), choose.choice((2, 4)) << 30, bays)
         self.ingresses = [self._make_ingress(site) for site in self.sites]
-        self.app_users = [
-            AppUser(f"app{n}", self.user_line(), choose, story, calm=profile.calm, gpu=self._gpu(first=n == 0), once=profile.once)
-            for n in range(profile.apps)
-        ]
+        self.app_users = [self._app_user(n) for n in range(profile.apps)]
         self.job_users = [JobUser(f"job{n}", self.user_line(), choose, story, gpu=self._gpu()) for n in range(profile.jobs)]
+        self.schedule_users = [ScheduleUser(f"cron{n}", self.user_line(), choose, story) for n in range(profile.schedules)]
+        nodes = sorted(self.machines)
+        self.operators = [Operator(nodes, self.user_line(), choose, story, calm=profile.calm)] if profile.drains else []
         self.register = Register([self.user_line() for _ in range(REGISTER_CLIENTS)], choose, story)
         self.requests = Requests(
             self.ingresses,
@@ -104,6 +107,19 @@ class World:
         """Return where a process is; `number` counts those of its kind."""
         return self.sites[number % len(self.sites)]
 
+    def _app_user(self, number: int) -> AppUser:
+        name, profile = f"app{number}", self.profile
+        gpu = self._gpu(first=number == 0)
+        # Two sets beside each other need twice the devices, which there may never be.
+        if gpu is None and profile.shares and self.choose.random() < profile.shares:
+            for ingress in self.ingresses:
+                ingress.tellers = ingress.tellers or [self._line(ingress.name, [server]) for server in self.servers]
+            return SteeringUser(name, self.user_line(), self.choose, self.story, calm=profile.calm, once=profile.once)
+        return AppUser(name, self.user_line(), self.choose, self.story, calm=profile.calm, gpu=gpu, once=profile.once)
+
+    def _line(self, name: str, servers: list[Server]) -> Line:
+        return Line(name, servers, self.net, Life(name), self.faults, self.story, self.choose)
+
     def _make_servers(self) -> None:
         for number in range(self.profile.servers):
             name = f"s{number}"
@@ -119,8 +135,7 @@ class World:
     def _make_ingress(self, site: str) -> SimIngress:
         name = f"edge-{site}"
         self.net.place(name, site)
-        line = Line(name, self.servers, self.net, Life(name), self.faults, self.story, self.choose)
-        return self._parts.ingress(name, site, line, self.choose, self.rules.routed)
+        return self._parts.ingress(name, site, self._line(name, self.servers), self.choose, self.rules.routed)
 
     def _skew_s(self) -> float:
         return self.choose.uniform(-self.profile.skew_s, self.profile.skew_s) if self.profile.skew_s else 0.0
@@ -151,6 +166,10 @@ class World:
         )
         return machine
 
+    @property
+    def users(self) -> list[User]:
+        return [*self.app_users, *self.job_users, *self.schedule_users, *self.operators]
+
     def user_line(self) -> Line:
         return Line(USERS, self.servers, self.net, Life("a user"), self.faults, self.story, self.choose)
 
@@ -169,7 +188,7 @@ class World:
         """Live through it all. What was broken is in `story`."""
         lasting = self.set_going()
         asking = asyncio.create_task(self.requests.run([user.app for user in self.app_users]), name="requests")
-        wishing = [asyncio.create_task(user.run(), name=user.name) for user in (*self.app_users, *self.job_users)]
+        wishing = [asyncio.create_task(user.run(), name=user.name) for user in self.users]
         writing = asyncio.create_task(self.register.run(), name="register")
         breaking = asyncio.create_task(self.chaos.run(), name="chaos")
         lasting.add(asking)
@@ -214,7 +233,7 @@ class World:
 
     async def _finish(self, wishing: list[asyncio.Task[None]]) -> None:
         """Let each user get the answer to the last wish, and then wish only for what works."""
-        for user in self.app_users:
+        for user in (*self.app_users, *self.schedule_users, *self.operators):
             user.enough = True
         done, waiting = await asyncio.wait(wishing, timeout=REST_S)
         for task in waiting:
