@@ -250,3 +250,25 @@ def test_one_that_was_taken_keeps_its_limit_when_the_agent_is_another(play: Play
             assert await world.ended_after_s() <= LIMIT_S + 60
 
     play(story)
+
+
+def test_one_of_a_pool_has_run_a_command_before_it_is_taken_and_no_other_has(play: Play) -> None:
+    async def story(world: World) -> None:
+        calls: list[str] = []
+
+        async def before(call: str, id: str) -> None:
+            calls.append(call)
+
+        world.host.before = before
+        async with world.agent():
+            await world.sandbox(standby=True, pool=1)
+            await asyncio.sleep(1)
+            assert calls.count("exec") == 1
+            assert world.phase is Phase.RUNNING
+            world.control.remove(ID)
+            await asyncio.sleep(30)
+            await world.sandbox()
+            await asyncio.sleep(1)
+            assert calls.count("exec") == 1
+
+    play(story)

@@ -13,7 +13,7 @@ import structlog
 from msgspec.structs import replace
 
 from atoll.model.errors import AtollError
-from atoll.model.ports.runtime import Runtime
+from atoll.model.ports.runtime import Feature, Runtime
 from atoll.model.records import Assignment, Status
 from atoll.model.states import Phase
 from atoll.model.units import format_seconds
@@ -57,6 +57,9 @@ from atoll.node.transitions import (
 
 LAUNCH_S = 60.0
 """Deadline of starting a process."""
+WARM = ("true",)
+WARM_S = 30.0
+"""Deadline of it."""
 SIGNAL_S = 30.0
 """Deadline of delivering a signal."""
 RECORD_RETRY_S = 5.0
@@ -324,6 +327,20 @@ class Runner:
             self.handle(LaunchFailed(in_words(error)))
         else:
             self.handle(Launched(started.pid, started.at))
+            if self.assignment.instance.standby and self._rules.restart is None and Feature.EXEC in runtime.features:
+                self._spawn(self._warm(runtime))
+
+    async def _warm(self, runtime: Runtime) -> None:
+        """Run a command in a sandbox of a pool before somebody takes it: where the processor is emulated, its first one takes many
+        times as long as all others. An image without that program is warmed in part.
+        """
+        with contextlib.suppress(AtollError, TimeoutError):
+            async with asyncio.timeout(WARM_S):
+                execution = await runtime.exec(self.id, WARM)
+                try:
+                    await execution.wait()
+                finally:
+                    await execution.close()
 
     async def _rest(self, step: Park | Wake) -> None:
         runtime = self.runtime

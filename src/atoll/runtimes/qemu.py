@@ -165,6 +165,7 @@ class QemuRuntime(VmRuntime):
             opened=self._opened(plan),
             file_bytes=file_bytes(plan),
             groups=tuple(path for path in group.directories if (path / "cgroup.procs").exists()),
+            small_pages=bool(plan.snapshot),
         )
 
     def monitor(self, plan: VmPlan) -> list[str]:
@@ -279,12 +280,15 @@ def pci_devices(addresses: Sequence[str], window_bytes: int = 0) -> list[str]:
 def kernel_line(accelerator: str) -> str:
     """Return the kernel's command line.
 
-    Where the processor is emulated, the kernel cannot measure how fast it is, and hangs in one boot of ten trying: it is told.
+    Where the processor is emulated, the kernel cannot measure how fast it is, and hangs in one boot of ten trying: it is told. There
+    it is spared, too, what each instruction pays for and nobody uses: no speculation is to be kept in, no profile of AppArmor is
+    loaded, nobody reads an audit trail, and pages are not cleared twice.
     """
     words = ["console=ttyS0", "quiet", "loglevel=3", "reboot=t", "panic=-1", "random.trust_cpu=on", "cryptomgr.notests=1"]
     if accelerator == "tcg":
         khz = tsc_khz()
         words += [f"tsc_early_khz={khz}", f"lpj={khz * 1000 // _KERNEL_HZ}", "mitigations=off"]
+        words += ["audit=0", "lsm=landlock,lockdown,yama", "init_on_alloc=0"]
     return " ".join(words)
 
 

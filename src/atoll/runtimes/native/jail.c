@@ -14,6 +14,7 @@
  *     -m BYTES           how much memory it may lock
  *     -t NAME            a tap of the network namespace that this is started in, as descriptor 5
  *     -o FILE=NUMBER     a file, open for reading, as descriptor NUMBER (14 to 19)
+ *     -s                 its memory in small pages: of a huge one that it touches once, all would be its own
  *   atoll-jail tsc
  *     Says how fast this processor's time stamp counter runs, in kHz.
  *
@@ -55,7 +56,7 @@ static struct {
         char kind;
         char *source, *place;
     } items[ITEMS_MAX];
-    int group_count, item_count;
+    int group_count, item_count, small_pages;
 } jail;
 
 static int report = -1;
@@ -82,13 +83,14 @@ static _Noreturn void die(const char *what) {
 }
 
 static void parse(int argc, char **argv) {
-    for (int option; (option = getopt(argc, argv, "+p:l:r:u:b:w:d:g:t:f:m:o:")) != -1;) {
+    for (int option; (option = getopt(argc, argv, "+p:l:r:u:b:w:d:g:t:f:m:o:s")) != -1;) {
         switch (option) {
         case 'p': jail.pid_file = optarg; break;
         case 'l': jail.log = optarg; break;
         case 'r': jail.root = optarg; break;
         case 'u': jail.uid = strtoul(optarg, NULL, 10); break;
         case 't': jail.tap = optarg; break;
+        case 's': jail.small_pages = 1; break;
         case 'f': jail.file_bytes = strtoull(optarg, NULL, 10); break;
         case 'm': jail.locked_bytes = strtoull(optarg, NULL, 10); break;
         case 'g':
@@ -193,6 +195,7 @@ static void give_up_all(void) {
     const struct rlimit file = {jail.file_bytes, jail.file_bytes}, locked = {jail.locked_bytes, jail.locked_bytes};
     if (setrlimit(RLIMIT_CORE, &core) < 0 || (jail.file_bytes && setrlimit(RLIMIT_FSIZE, &file) < 0)) die("limits");
     if (jail.locked_bytes && setrlimit(RLIMIT_MEMLOCK, &locked) < 0) die("the memory that it may lock");
+    if (jail.small_pages) prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0); /* what cannot be had costs memory, and nothing else */
     signal(SIGXFSZ, SIG_IGN); /* what is beyond it is lost, and nothing else */
     for (int at = 0; at < CAPABILITIES; at++)
         if (prctl(PR_CAPBSET_READ, at) == 1 && prctl(PR_CAPBSET_DROP, at) < 0) die("capabilities");
@@ -227,7 +230,8 @@ static int say_tsc(void) { return 1; }
 
 int main(int argc, char **argv) {
     if (argc == 2 && strcmp(argv[1], "tsc") == 0) return say_tsc();
-    char *nothing[] = {"PATH=/usr/bin", "HOME=/", NULL}, words[WORDS_MAX];
+    /* A monitor's few threads need no heap each. */
+    char *nothing[] = {"PATH=/usr/bin", "HOME=/", "MALLOC_ARENA_MAX=1", NULL}, words[WORDS_MAX];
     int pipe[2];
     parse(argc, argv);
     take_descriptors();

@@ -44,6 +44,8 @@ class Jail(Struct, frozen=True, kw_only=True):
     locked_bytes: int = 0
     """How much memory it may lock; 0 leaves that as it is here."""
     groups: tuple[Path, ...] = ()
+    small_pages: bool = False
+    """Whether it is to have no huge pages, for a monitor whose own memory is to be as little as possible."""
 
 
 def jail_command(jail: Jail, pid_file: Path, command: Sequence[str]) -> list[str]:
@@ -64,6 +66,8 @@ def jail_command(jail: Jail, pid_file: Path, command: Sequence[str]) -> list[str
         line += ["-m", str(jail.locked_bytes)]
     if jail.tap is not None:
         line += ["-t", jail.tap]
+    if jail.small_pages:
+        line += ["-s"]
     return [*line, "--", *command]
 
 
