@@ -281,8 +281,8 @@ class Agent:
                 self.fleet.counts.error(str(error) or repr(error))
             pulse, began = self._pulse, loop.time()
             while loop.time() < began + self._heartbeat_s - 0.01:
-                deaf = pulse is not None and pulse.deaf(loop.time())
-                if deaf and loop.time() >= began + DEAF_S - 0.01:
+                cut_off = pulse is not None and pulse.cut_off(loop.time())
+                if cut_off and loop.time() >= began + DEAF_S - 0.01:
                     break
                 await asyncio.sleep(min(DEAF_S, max(0.01, began + self._heartbeat_s - loop.time())))
 

@@ -84,7 +84,7 @@ class Net:
         try:
             while True:
                 if name not in self.paused:
-                    exchange.tick()
+                    exchange.tick(behind=end.behind())
                 await asyncio.sleep(TICK_S)
         finally:
             end.close()

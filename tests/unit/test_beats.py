@@ -30,9 +30,9 @@ def test_a_beat_is_read_as_it_was_written(session: int, counter: int, inside: st
     assert (kind, beats.read_beat(data, said)) == (Kind.BEAT, beat)
 
 
-@given(U64, U64, U64, st.integers(0, 2**32 - 1), st.booleans())
-def test_an_ack_is_read_as_it_was_written(session: int, counter: int, last: int, window: int, leads: bool) -> None:
-    ack = Ack(session, counter, last, window, leads)
+@given(U64, U64, U64, st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+def test_an_ack_is_read_as_it_was_written(session: int, counter: int, last: int, window: int, leads: bool, busy: bool) -> None:
+    ack = Ack(session, counter, last, window, leads, busy)
     data = beats.pack_ack(KEY, ack)
     assert beats.read_ack(KEY, data, beats.kind_of(data)[1]) == ack
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -12,6 +13,7 @@ from detection_net import CELL_KEY, Net
 from atoll.control.detection.decide import Standing
 from atoll.model import beats
 from atoll.model.beats import Kind, Relayed
+from atoll.model.ports.datagrams import Udp
 from atoll.node.beating import DEAF_S as HTTP_DEAF_S
 from atoll.node.beating import HEARTBEAT_S
 from atoll.node.pulse import DEAF_S, RATE_MAX, RATE_MIN
@@ -347,6 +349,85 @@ def test_when_the_leader_dies_the_server_that_takes_over_is_not_flooded() -> Non
         assert net.silent("other") == set()
 
     on_net(test)
+
+
+def test_a_server_that_is_behind_believes_nothing_and_is_not_sent_more_for_it() -> None:
+    async def test(net: Net) -> None:
+        names = await fleet(net)
+        leader, here = net.servers["leader"], ("leader", 7600)
+        net.net.behind.add(here)
+        net.loss = 0.5
+        await asyncio.sleep(10)
+        net.seen.clear()
+        await net.kill("n0")
+        await asyncio.sleep(60)
+        sent = sum(to == here for _, _, to in net.seen) / 60 / (len(names) - 1)
+        assert sent < RATE_MIN + 0.5, "what is lost in its own queue is no loss on the way"
+        assert net.silent() == set()
+        assert leader.traffic.shed > 60
+        net.net.behind.clear()
+        net.loss = 0.0
+        assert await net.until_silent("n0") < GOAL_S
+        await asyncio.sleep(20)
+        assert net.silent() == {"n0"}
+
+    on_net(test)
+
+
+def test_while_nobody_leads_nothing_is_said_over_http_for_it_as_it_would_help_nobody() -> None:
+    async def test(net: Net) -> None:
+        await net.server("other", leads=False)
+        await fleet(net)
+        net.servers["leader"].lead(False)
+        await asyncio.sleep(10)
+        pulses = net.pulses.values()
+        assert all(pulse.deaf(net.clock.monotonic()) and not pulse.cut_off(net.clock.monotonic()) for pulse in pulses)
+        net.cut |= {("other", name) for name in net.pulses}
+        await asyncio.sleep(DEAF_S + 1)
+        assert all(pulse.cut_off(net.clock.monotonic()) for pulse in pulses), "that one may lead"
+
+    on_net(test)
+
+
+def test_the_leader_is_beaten_to_though_it_is_not_listed_any_more() -> None:
+    async def test(net: Net) -> None:
+        await net.server("other", leads=False)
+        await fleet(net)
+        pulse, day = net.pulses["n1"], beats.epoch_at(net.clock.now())
+        grant = beats.BeatGrant(key=beats.key_of(CELL_KEY, "n1", day), epoch=day, lasts_s=1e6)
+        pulse.serve(grant, [("other", 7600)])
+        await asyncio.sleep(30)
+        assert net.silent() == set()
+        assert not pulse.deaf(net.clock.monotonic())
+        net.servers["leader"].lead(False)
+        net.servers["other"].lead(True)
+        await asyncio.sleep(5)
+        pulse.serve(grant, [("other", 7600)])
+        net.seen.clear()
+        await asyncio.sleep(5)
+        assert not [to for _, sender, to in net.seen if sender[0] == "n1" and to[0] == "leader"], "nor is one that leads no more"
+
+    on_net(test)
+
+
+async def test_a_socket_in_which_much_waits_says_so_until_it_is_taken() -> None:
+    taken = 0
+
+    def take(data: bytes, sender: tuple[str, int]) -> None:
+        nonlocal taken
+        taken += 1
+
+    end = await Udp().open(("127.0.0.1", 0), take)
+    assert not end.behind()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far:
+        for _ in range(30_000):
+            far.sendto(bytes(60), end.address)
+    assert end.behind()
+    async with asyncio.timeout(30):
+        while end.behind():  # noqa: ASYNC110 - the socket is taken from in between, and tells nobody
+            await asyncio.sleep(0)
+    assert taken > 100
+    end.close()
 
 
 @pytest.mark.parametrize("cut_off", [False, True])

@@ -62,6 +62,8 @@ class Flag:
     """The agent ends in order: it will be silent for a while, and what runs goes on."""
     LEADS: Final = 1
     """An ACK of the server that leads."""
+    BUSY: Final = 2
+    """An ACK of a server that does not get through what it is sent: what it has not heard was not lost on the way."""
     FOUND: Final = 1
     """A RELAYED that carries an answer."""
 
@@ -85,6 +87,7 @@ class Ack(Struct, frozen=True):
     window: int
     """Bit `n`: `last - n` has come."""
     leads: bool
+    busy: bool = False
 
 
 class Relay(Struct, frozen=True):
@@ -200,7 +203,7 @@ _NAME_AT = _HEAD.size + _BEAT.size
 
 
 def pack_ack(key: bytes, ack: Ack) -> bytes:
-    head = _HEAD.pack(_MAGIC, Kind.ACK, Flag.LEADS if ack.leads else Flag.NONE)
+    head = _HEAD.pack(_MAGIC, Kind.ACK, Flag.LEADS * ack.leads | Flag.BUSY * ack.busy)
     return _seal(key, head + _ACK.pack(ack.session, ack.counter, ack.last, ack.window))
 
 
@@ -209,7 +212,7 @@ def read_ack(key: bytes, data: bytes, flags: int) -> Ack:
     if len(body) != _ACK.size:
         raise NotOurs("not an ACK")
     session, counter, last, window = _ACK.unpack(body)
-    return Ack(session, counter, last, window, bool(flags & Flag.LEADS))
+    return Ack(session, counter, last, window, flags & Flag.LEADS != 0, flags & Flag.BUSY != 0)
 
 
 def pack_ping(key: bytes, nonce: int) -> bytes:

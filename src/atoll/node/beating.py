@@ -55,7 +55,7 @@ class Beating:
         self._servers = tuple(servers)
         self._bind = bind
         self._count = 0
-        self._deaf = False
+        self._cut_off = False
         self._heartbeat_s = HEARTBEAT_S
         self.contact = contact
         self.pulse = Pulse(node, contact=contact, counter=int(clock.now() * 1000))
@@ -63,10 +63,6 @@ class Beating:
         """Whether the end of `run` is told to the servers; a process that is killed tells nobody (for the simulator)."""
         self.on_deaf: Callable[[], None] = lambda: None
         """Called when servers that did answer do not any more."""
-
-    @property
-    def deaf(self) -> bool:
-        return self._deaf
 
     @property
     def http_counts(self) -> bool:
@@ -77,9 +73,10 @@ class Beating:
     @property
     def heartbeat_s(self) -> float:
         """How often a heartbeat over HTTP is needed to show that this node lives, and what is in use on it."""
-        if self._deaf:
+        now = self._clock.monotonic()
+        if self.pulse.cut_off(now):
             return DEAF_S
-        return self._heartbeat_s if self.pulse.answered else HEARTBEAT_S
+        return self._heartbeat_s if self.pulse.answered and not self.pulse.deaf(now) else HEARTBEAT_S
 
     async def run(self) -> None:
         """Beat for ever."""
@@ -111,11 +108,11 @@ class Beating:
         while True:
             now = self._clock.monotonic()
             due = self.pulse.tick(now)
-            deaf = self.pulse.deaf(now)
-            if deaf and not self._deaf:
+            cut_off = self.pulse.cut_off(now)
+            if cut_off and not self._cut_off:
                 log.warning("the server that leads acknowledges no beats; heartbeats come sooner", node=self._node)
                 self.on_deaf()
-            self._deaf = deaf
+            self._cut_off = cut_off
             if now - saved >= SAVE_S:
                 self.contact.save()
                 saved = now

@@ -44,6 +44,8 @@ CARRY_KEPT_S = 3.0
 CARRIED_MAX = 512
 DEAF_S = 2.5
 """Without an ACK of the server that leads for so long, it may not hear our datagrams; heartbeats over HTTP then come sooner."""
+BUSY_S = 10.0
+"""So long after a server has said that it is behind it is sent few beats, and is not missed."""
 DEAF_EAGER_S = 10.0
 """So long after that it beats at the full rate to a server that does not answer."""
 
@@ -60,7 +62,7 @@ class Carried(Struct, frozen=True):
 class Server:
     """What the agent knows of one server. Mutable."""
 
-    __slots__ = ("asked_at", "burst", "counter", "first", "heard_at", "loss", "next", "sent", "session")
+    __slots__ = ("asked_at", "burst", "busy_until", "counter", "first", "heard_at", "loss", "next", "sent", "session")
 
     def __init__(self, counter: int) -> None:
         self.counter = counter
@@ -76,6 +78,12 @@ class Server:
         self.next = -math.inf
         """When the next beat is due."""
         self.burst = 0
+        self.busy_until = -math.inf
+        """Until then what it does not hear is lost with itself, and more of it would make that worse."""
+
+    def answers(self, now: float) -> bool:
+        """Whether it is heard, as far as it ever was."""
+        return self.heard_at is None or now - self.heard_at <= DEAF_S or now < self.busy_until
 
     def rate(self, now: float) -> int:
         """Return how many beats a second it is due: as many as the way there asks for.
@@ -83,7 +91,7 @@ class Server:
         One that does not answer any more may lose what it is sent, so it is sent more for a while. One that answers is not,
         whatever the others do: else the server that takes over from one that died would be flooded at that moment.
         """
-        if self.heard_at is None:
+        if self.heard_at is None or now < self.busy_until:
             return RATE_MIN
         silent_s = now - self.heard_at
         if silent_s > DEAF_S:
@@ -103,6 +111,8 @@ class Pulse:
         self._servers: dict[Address, Server] = {}
         self._places = 0
         self._began: float | None = None
+        self._leader: Address | None = None
+        """Of the server that has led last, as far as is known here."""
         self._led_at: float | None = None
         """When the server that leads answered last; until it ever has, when any first did."""
         self._carried: dict[int, Carried] = {}
@@ -113,8 +123,11 @@ class Pulse:
         self.sent = 0
 
     def serve(self, grant: BeatGrant, servers: list[Address]) -> None:
-        """Beat with this key, to these."""
+        """Beat with this key, to these; and to the one that led last, though it is not among them: its entry in the list of servers
+        may have run out while it was busy, and what it does not hear any more it gives up."""
         self._grant = grant
+        if self._leader is not None and self._leader not in servers:
+            servers = [*servers, self._leader]
         known = self._servers
         self._servers = {}
         for address in servers:
@@ -137,6 +150,11 @@ class Pulse:
         """Whether the server that leads does not answer, though one has: it alone judges, so what others hear is no help."""
         return self._led_at is not None and now - self._led_at > DEAF_S
 
+    def cut_off(self, now: float) -> bool:
+        """Whether the leader does not answer, and may be one that does not hear us: some server that did answer does not any more.
+        Where all do, and none says that it leads, there is no leader, or one to which this node has never beaten."""
+        return self.deaf(now) and not all(server.answers(now) for server in self._servers.values())
+
     def tick(self, now: float) -> float:
         """Send what is due, and return when to come again. Raises nothing."""
         if self._began is None:
@@ -149,7 +167,8 @@ class Pulse:
                     server.burst = BURST
                 self._beat(address, server, now)
                 server.burst = max(0, server.burst - 1)
-                server.next = now + (BURST_GAP_S if server.burst else 1.0 / (RATE_MAX if eager else server.rate(now)))
+                rate = RATE_MAX if eager and now >= server.busy_until else server.rate(now)
+                server.next = now + (BURST_GAP_S if server.burst else 1.0 / rate)
             due = min(due, server.next)
         carries = self.carries_until(now)
         return due if carries is None else min(due, carries)
@@ -214,15 +233,20 @@ class Pulse:
             pass
 
     def _ack(self, ack: beats.Ack, now: float) -> None:
-        server = next((server for server in self._servers.values() if ack.counter in server.sent), None)
-        if server is None:
+        found = next(((at, server) for at, server in self._servers.items() if ack.counter in server.sent), None)
+        if found is None:
             return  # an answer to nothing that was asked: old, or made up
+        address, server = found
         sent_at = server.sent[ack.counter]
         for counter in [counter for counter in server.sent if counter <= ack.counter]:
             del server.sent[counter]
         server.heard_at = now
         if ack.leads or self._led_at is None:
             self._led_at = now
+        if ack.leads:
+            self._leader = address
+        if ack.busy:
+            server.busy_until = now + BUSY_S
         if ack.last > server.counter:
             server.counter = ack.last  # our clock was set back between two lives
         if ack.session != server.session:
@@ -230,7 +254,9 @@ class Pulse:
             server.next = now  # the next beat is the first that counts there
             return
         span = min(WINDOW, ack.last - server.first + 1)
-        if span >= SPAN_MIN:
+        if now < server.busy_until:
+            server.first, server.loss = server.counter + 1, 0.0
+        elif span >= SPAN_MIN:
             measured = max(0.0, 1.0 - ack.window.bit_count() / span)
             worse = measured > server.loss or server.loss == 1.0
             server.loss = measured if worse else 0.7 * server.loss + 0.3 * measured

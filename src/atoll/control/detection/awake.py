@@ -17,11 +17,14 @@ class AwakeClock:
         self.paused_s = 0.0
         """Of all pauses together."""
 
-    def tick(self, monotonic: float) -> float:
-        """Take in that it is `monotonic` now, and return the time awake. Called at least every `STEP_MAX_S` by one who is."""
+    def tick(self, monotonic: float, *, behind: bool = False) -> float:
+        """Take in that it is `monotonic` now, and return the time awake. Called at least every `STEP_MAX_S` by one who is.
+
+        Who is `behind` with what it is told is not awake either: what it has not heard may be waiting for it.
+        """
         step = monotonic - self._last
         self._last = monotonic
-        counted = min(max(step, 0.0), STEP_MAX_S)
+        counted = 0.0 if behind else min(max(step, 0.0), STEP_MAX_S)
         self.paused_s += step - counted
         self._passed += counted
         return self._passed

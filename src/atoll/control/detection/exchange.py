@@ -5,6 +5,7 @@ Every server hears every node, so that one that begins to lead knows who is ther
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Mapping, Set
 
@@ -42,7 +43,7 @@ class Traffic:
     """What went in and out since the beginning."""
 
     def __init__(self) -> None:
-        self.received = self.received_bytes = self.sent = self.sent_bytes = self.refused = 0
+        self.received = self.received_bytes = self.sent = self.sent_bytes = self.refused = self.shed = 0
 
 
 class Exchange:
@@ -87,6 +88,8 @@ class Exchange:
         self.send_to: Callable[[bytes, Address], None] = lambda _data, _to: None
         self.changed: Callable[[], None] = lambda: None
         self.leading = False
+        self.behind = False
+        """Whether more comes than is taken."""
         self._leads_until = float("-inf")
 
     def lead(self, leading: bool) -> None:
@@ -132,6 +135,8 @@ class Exchange:
         try:
             kind, flags = beats.kind_of(data)
             match kind:
+                case Kind.BEAT if self.behind and not flags:
+                    self.traffic.shed += 1  # one a second asks for an answer, and that is enough to be heard
                 case Kind.BEAT:
                     self._beat(data, beats.read_beat(data, flags), sender)
                 case Kind.PONG:
@@ -180,7 +185,7 @@ class Exchange:
                     return
         last, window = (peer.last, peer.window) if peer is not None else (0, 0)
         leads = self.leading and self._clock.monotonic() < self._leads_until
-        self._send(beats.pack_ack(key, Ack(self._session, beat.counter, last, window, leads)), sender)
+        self._send(beats.pack_ack(key, Ack(self._session, beat.counter, last, window, leads, self.behind)), sender)
 
     def _pong(self, data: bytes, nonce: int, *, direct: bool) -> None:
         pending = self._pending.get(nonce)
@@ -208,9 +213,17 @@ class Exchange:
 
     # What time brings.
 
-    def tick(self) -> None:
-        """Look who is silent. Called every `TICK_S`."""
-        now = self.awake.tick(self._clock.monotonic())
+    def tick(self, *, behind: bool = False) -> None:
+        """Look who is silent. Called every `TICK_S`. While the server is `behind` with what comes, time stands still: it believes
+        nothing, answers only what asks, and says so, so that agents do not take for lost on the way what was lost here."""
+        if behind is not self.behind:
+            self.behind = behind
+            log.log(
+                logging.WARNING if behind else logging.INFO,
+                "more beats come than are taken; nobody is believed silent" if behind else "all beats are taken again",
+                shed=self.traffic.shed,
+            )
+        now = self.awake.tick(self._clock.monotonic(), behind=behind)
         if now >= self._index_at:
             self._index_at = now + INDEX_S
             self._tidy(now)

@@ -29,7 +29,7 @@ async def listen_for_beats(exchange: Exchange, opener: Opener, bind: Address) ->
         exchange.send_to = end.send
         try:
             while True:
-                exchange.tick()
+                exchange.tick(behind=end.behind())
                 await asyncio.sleep(TICK_S)
         finally:
             exchange.send_to = lambda _data, _to: None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import socket
+import struct
 from collections.abc import Callable
 from typing import Protocol
 
@@ -21,6 +22,10 @@ DRAIN_MAX = 512
 """Datagrams taken at once before the event loop gets its turn."""
 BUFFER_BYTES = 32 << 20
 """Asked of the kernel for what waits to be taken: three seconds of 10,000 a second, at some 770 bytes of its memory each."""
+BEHIND_SHARE = 8
+"""A socket of whose buffer more than this part waits is behind: by about a second at 10,000 a second."""
+_MEMINFO, _MEMINFO_WORDS = 55, struct.Struct("9I")
+"""SO_MEMINFO (linux/sock_diag.h): bytes that wait, the buffer's size, …, and last how many datagrams were lost for want of it."""
 
 
 class Datagrams(Protocol):
@@ -31,6 +36,10 @@ class Datagrams(Protocol):
 
     def send(self, data: bytes, to: Address) -> None:
         """Send, or lose it: this neither waits nor raises."""
+        ...
+
+    def behind(self) -> bool:
+        """Whether much waits to be taken, or was lost since the last call because too much did: who is not heard may be in it."""
         ...
 
     def close(self) -> None: ...
@@ -58,6 +67,7 @@ class UdpDatagrams:
         self._receive = receive
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._drain)
+        self._lost = 0
 
     @property
     def address(self) -> Address:
@@ -80,6 +90,14 @@ class UdpDatagrams:
             self._socket.sendto(data, to)
         except OSError:
             pass
+
+    def behind(self) -> bool:
+        try:
+            words = _MEMINFO_WORDS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, _MEMINFO, _MEMINFO_WORDS.size))
+        except (OSError, struct.error):
+            return False  # a kernel that does not tell
+        lost, self._lost = words[8] != self._lost, words[8]
+        return lost or words[0] > words[1] // BEHIND_SHARE
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
@@ -128,6 +146,8 @@ class MemoryNet:
     def __init__(self, fate: Callable[[Address, Address], tuple[float, ...]] = lambda _from, _to: (0.0,)) -> None:
         self.fate = fate
         self.sent = 0
+        self.behind: set[Address] = set()
+        """Ends that say that they are behind."""
         self._ends: dict[Address, MemoryDatagrams] = {}
         self._ports = 40_000
 
@@ -172,6 +192,9 @@ class MemoryDatagrams:
 
     def send(self, data: bytes, to: Address) -> None:
         self._net.carry(data, self.address, to)
+
+    def behind(self) -> bool:
+        return self.address in self._net.behind
 
     def close(self) -> None:
         self._net.closed(self.address)
