@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from atoll.model.errors import AtollError, Unsupported
-from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.qemu import QemuRuntime
 from atoll.runtimes.runc import RuncRuntime
+from bench.busybox import Boxes
 from bench.report import Report, Result, percentile
 
 COLD = 6
@@ -31,7 +30,6 @@ BURST = 100
 MEMORY_OF = 6
 LIMITS = Limits(cpu_milli=1000, memory_bytes=64 << 20, disk_bytes=64 << 20, pids=64)
 """A machine has 64 MiB more for its kernel: 128 MiB in all."""
-BUSYBOX = Path("/bin/busybox")
 KINDS = {"runc": RuncRuntime, "gvisor": GvisorRuntime, "qemu": QemuRuntime}
 
 
@@ -151,41 +149,15 @@ class _Node:
     def __init__(self, name: str, directory: Path) -> None:
         self.runtime: Any = KINDS[name](directory / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}")
         self.snapshot = directory / "snapshot"
-        self._directory = directory
         self._tag = uuid.uuid4().hex[:6]  # the name of a sandbox of gVisor is taken on the whole machine
-        layer = directory / "layer"
-        for part in ("bin", "etc", "tmp"):
-            (layer / part).mkdir(parents=True)
-        shutil.copy(BUSYBOX, layer / "bin/busybox")
-        for applet in ("sleep", "echo"):
-            (layer / "bin" / applet).symlink_to("busybox")
-        self._image = Image(reference="bench", digest="sha256:0", config=ImageConfig(), layers=(layer,))
-        self._readers: dict[str, list[int]] = {}
+        self._boxes = Boxes(directory, LIMITS)
         self._pids: dict[str, int] = {}
 
     def id(self, name: str) -> str:
         return f"{self._tag}-{name}"
 
     def _box(self, name: str) -> Box:
-        fifos = []
-        for stream in ("out", "err"):
-            path = self._directory / f"{name}.{stream}"
-            os.mkfifo(path)
-            self._readers.setdefault(name, []).append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-            fifos.append(path)
-        return Box(
-            id=self.id(name),
-            directory=self._directory / "instances" / name,
-            image=self._image,
-            argv=("sleep", "100000"),
-            env=(),
-            workdir="/",
-            user="",
-            hostname=name,
-            limits=LIMITS,
-            stdout=fifos[0],
-            stderr=fifos[1],
-        )
+        return self._boxes.make(self.id(name), name)
 
     async def cold(self, name: str) -> None:
         await self.runtime.create(self._box(name))
@@ -217,15 +189,10 @@ class _Node:
 
     async def delete(self, name: str) -> None:
         await self.runtime.delete(self.id(name))
-        for fd in self._readers.pop(name, ()):
-            os.close(fd)
-        for stream in ("out", "err"):
-            (self._directory / f"{name}.{stream}").unlink(missing_ok=True)
+        self._boxes.forget(name)
 
     async def close(self) -> None:
         for found in await self.runtime.recover():
             await self.runtime.delete(found.id)
         await self.runtime.close()
-        for fds in self._readers.values():
-            for fd in fds:
-                os.close(fd)
+        self._boxes.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shutil
 import subprocess
 import tempfile
@@ -19,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from atoll.model.errors import AtollError, Unsupported
-from atoll.model.ports.images import Image, ImageConfig
-from atoll.model.ports.runtime import Box, Limits
+from atoll.model.ports.runtime import Limits
 from atoll.model.spec import Isolation
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.offer import RUNTIMES, isolation_of
 from bench import copies
+from bench.busybox import BUSYBOX, Boxes
 from bench.report import Report, Result, percentile
 
 SAMPLES = 30
 WARM_UP = 2
-BUSYBOX = Path("/bin/busybox")
 LIMITS = Limits(cpu_milli=2000, memory_bytes=128 << 20, disk_bytes=256 << 20, pids=128)
 FIRST_COMMAND_MS = 40
 """The goal for containers; a sandbox's is about its own tool."""
@@ -102,38 +100,10 @@ class _Bench:
     def __init__(self, runtime: OciRuntime) -> None:
         self._runtime = runtime
         self._directory = Path(tempfile.mkdtemp(prefix="atoll-bench-"))
-        layer = self._directory / "layer"
-        for name in ("bin", "etc", "tmp"):
-            (layer / name).mkdir(parents=True)
-        shutil.copy(BUSYBOX, layer / "bin/busybox")
-        for name in ("sleep", "echo"):
-            (layer / "bin" / name).symlink_to("busybox")
-        self._image = Image(reference="bench", digest="sha256:0", config=ImageConfig(), layers=(layer,))
-        self._readers: list[int] = []
-
-    def _box(self, id: str) -> Box:
-        fifos = []
-        for name in ("out", "err"):
-            path = self._directory / f"{id}.{name}"
-            os.mkfifo(path)
-            self._readers.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-            fifos.append(path)
-        return Box(
-            id=id,
-            directory=self._directory / "instances" / id,
-            image=self._image,
-            argv=("sleep", "1000"),
-            env=(),
-            workdir="/",
-            user="",
-            hostname=id,
-            limits=LIMITS,
-            stdout=fifos[0],
-            stderr=fifos[1],
-        )
+        self._boxes = Boxes(self._directory, LIMITS)
 
     async def ours(self, id: str) -> float:
-        await self._runtime.create(self._box(id))
+        await self._runtime.create(self._boxes.make(id))
         began = time.perf_counter()
         await self._runtime.start(id)
         took_ms = (time.perf_counter() - began) * 1000
@@ -142,7 +112,7 @@ class _Bench:
 
     async def bare(self, id: str) -> float:
         """The tool alone on what `create` made; clearing away is the runtime's, as after a start that failed."""
-        box = self._box(id)
+        box = self._boxes.make(id)
         await self._runtime.create(box)
         boxes = await self._runtime._boxes()
         if isinstance(self._runtime, LxcRuntime):
@@ -162,7 +132,7 @@ class _Bench:
 
     async def first_command(self, id: str) -> float:
         began = time.perf_counter()
-        await self._runtime.create(self._box(id))
+        await self._runtime.create(self._boxes.make(id))
         await self._runtime.start(id)
         execution = await self._runtime.exec(id, ["echo", "hello"])
         answer = await execution.read()
@@ -181,8 +151,7 @@ class _Bench:
             except AtollError as error:
                 print(f"{found.id} is left behind: {error}")
         await runtime.close()
-        for fd in self._readers:
-            os.close(fd)
+        self._boxes.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
