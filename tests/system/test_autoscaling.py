@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+from busybox_app import NEEDS, deployed, wait_for
 
 from atoll.entry.scratch import ScratchAtoll
-from atoll.images.minimal import docker_archive
 
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.timeout(240),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes namespaces, mounts and cgroups"),
-    pytest.mark.skipif(not Path("/bin/busybox").exists(), reason="needs the package busybox-static"),
-]
+pytestmark = NEEDS
 SPEC = """
 name = "queue"
 image = "{image}"
@@ -33,11 +24,7 @@ stop = {{ grace = "1s" }}
 
 
 def test_an_app_grows_with_its_queue_is_seen_to_and_shrinks_after_it(tmp_path: Path) -> None:
-    with ScratchAtoll("atoll-scale-") as atoll:
-        archive = docker_archive(tmp_path / "busybox.tar", "busybox:1", program=Path("/bin/busybox"), target="/bin/busybox")
-        image = atoll.atoll_json("image", "import", str(archive), "--name", "busybox", "--tag", "1")["image"]
-        (tmp_path / "atoll.toml").write_text(SPEC.format(image=image))
-        atoll.atoll("deploy", "-f", str(tmp_path / "atoll.toml"))
+    with deployed("atoll-scale-", SPEC, tmp_path) as atoll:
         (first,) = instances(atoll)
         say(atoll, first, "queue_depth 15\\ntokens_per_second 321.5")
         wait_for(lambda: len(instances(atoll)) == 2, "a second instance")
@@ -67,10 +54,3 @@ def metrics(atoll: ScratchAtoll) -> bytes:
     with urllib.request.urlopen(request, timeout=10) as answer:
         text: bytes = answer.read()
     return text
-
-
-def wait_for(holds: Callable[[], bool], what: str, seconds: float = 40.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.2)

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from busybox_app import NEEDS, deployed, wait_for
 
 from atoll.entry.scratch import ScratchAtoll
-from atoll.images.minimal import docker_archive
 
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.timeout(240),
-    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes namespaces, mounts and cgroups"),
-    pytest.mark.skipif(not Path("/bin/busybox").exists(), reason="needs the package busybox-static"),
-]
+pytestmark = NEEDS
 SPEC = """
 name = "sleepy"
 image = "{image}"
@@ -32,11 +23,7 @@ stop = {{ grace = "1s" }}
 
 
 def test_an_app_sleeps_when_nobody_asks_for_it_and_the_next_request_wakes_it(tmp_path: Path) -> None:
-    with ScratchAtoll("atoll-wake-") as atoll:
-        archive = docker_archive(tmp_path / "busybox.tar", "busybox:1", program=Path("/bin/busybox"), target="/bin/busybox")
-        image = atoll.atoll_json("image", "import", str(archive), "--name", "busybox", "--tag", "1")["image"]
-        (tmp_path / "atoll.toml").write_text(SPEC.format(image=image))
-        atoll.atoll("deploy", "-f", str(tmp_path / "atoll.toml"))
+    with deployed("atoll-wake-", SPEC, tmp_path) as atoll:
         assert ask(atoll) == (200, b"hello\n")
         for _ in range(2):
             wait_for(lambda: not atoll.atoll_json("ps", "sleepy"), "it to sleep")
@@ -54,10 +41,3 @@ def ask(atoll: ScratchAtoll) -> tuple[int, bytes]:
     request = urllib.request.Request(f"http://{atoll.ingress}/", headers={"Host": "sleepy.localhost"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return answer.status, answer.read()
-
-
-def wait_for(holds: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.2)
