@@ -19,9 +19,9 @@ from atoll.model import codec, keys
 from atoll.model.certificates import AcmeRequest, CertificateBatch, CertificateRequest, ChallengeAnswer
 from atoll.model.chains import check_chain
 from atoll.model.ports.clock import SystemClock
-from atoll.model.records import Role, RouteClaim
+from atoll.model.records import Ingress, Role, RouteClaim
 from atoll.model.records.certificate import AcmeSettings, Certificate, CertificatePhase, CertificateSource, CertificateStatus
-from atoll.model.spec import AppSpec, Port, Route
+from atoll.model.spec import AppSpec, IngressRules, Port, Route
 from atoll.model.views import TokenRequest
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -133,6 +133,9 @@ async def test_a_hostname_of_another_project_is_refused_and_its_owner_named_to_w
     # A wildcard would be shown for what others own below it.
     assert (await api.refused(await api.add("*.test", who="stranger", project="team")))[0] == 409
     assert (await api.add("*.elsewhere.test", who="stranger", project="team")).status_code == 200
+    # And a hostname that a wildcard of another's app leads.
+    await api.put(keys.route("*.wild.test", "/"), RouteClaim(project="default", app="web"))
+    assert (await api.refused(await api.add("a.b.wild.test", who="stranger", project="team")))[0] == 409
     # A part of a path or of a name is not the hostname itself.
     assert (await api.add("unclaimed.test", who="stranger", project="team")).status_code == 200
 
@@ -353,3 +356,13 @@ async def test_an_app_may_claim_a_hostname_that_another_projects_certificate_nam
     held = api.service.context.state.get(RouteClaim, "taken.test/")
     assert held is not None
     assert held.record.project == "default"
+
+
+async def test_an_app_that_wants_tls_is_named_by_its_https_url_where_the_ingress_speaks_it(api: Api) -> None:
+    spec = AppSpec(name="web", image="x.test/web:1", ports=(Port(port=80),), ingress=IngressRules(https_only=True))
+    await api.service.control_plane.register_ingress(Ingress(name="edge", http_port=8080))
+    assert (await api.service.apps.put(SYSTEM, spec)).urls == ("http://web.apps.test:8080/",)
+    await api.service.control_plane.register_ingress(Ingress(name="edge", http_port=8080, https_port=8443))
+    assert api.service.apps.get("default", "web").urls == ("https://web.apps.test:8443/",)
+    await api.service.control_plane.register_ingress(Ingress(name="edge", http_port=80, https_port=443))
+    assert api.service.apps.get("default", "web").urls == ("https://web.apps.test/",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from envoy.config.route.v3.route_components_pb2 import VirtualHost
 from envoy.extensions.transport_sockets.tls.v3.secret_pb2 import Secret
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 
@@ -9,7 +10,11 @@ from atoll.ingress import delta
 from atoll.ingress.certificates import CertificateTable
 from atoll.ingress.delta import DeltaSession, Verdicts
 from atoll.ingress.resources import Kind
-from atoll.model.certificates import CertificateBatch, ChallengeAnswer, Material
+from atoll.ingress.table import RoutingTable
+from atoll.model.certificates import CHALLENGE_PATH, CertificateBatch, ChallengeAnswer, Material
+from atoll.model.ports.control_plane import RoutingBatch
+from atoll.model.records import Routing
+from atoll.model.spec import AppSpec, Port
 
 
 def material(host: str, *, project: str = "default", chain: str = "chain", shared: bool = False) -> Material:
@@ -193,3 +198,19 @@ def test_challenges_are_told_of_by_the_hosts_whose_answers_changed() -> None:
 def test_no_key_shows_in_what_is_printed() -> None:
     secret = material("a.test")
     assert "key of" not in f"{secret!r} {CertificateBatch(1, True, (secret,))!r}"
+
+
+def test_a_challenge_for_a_name_below_a_wildcard_leaves_the_wildcards_app_in_its_place() -> None:
+    table = RoutingTable()
+    spec = AppSpec(name="web", project="p", image="x", ports=(Port(port=80),))
+    routing = Routing(project="p", app="web", spec=spec, hosts=(("*.shop.test", "/", 80, False),))
+    table.apply(RoutingBatch(1, True, (routing,)))
+    assert table.project_of("a.shop.test") == "p"
+    assert table.project_of("b.a.shop.test") == "p"
+    assert table.project_of("shop.test") is None
+    table.challenge({"a.shop.test": {"t": "answer"}}, {"a.shop.test"})
+    host = VirtualHost.FromString(table.resources[Kind.HOST]["http/a.shop.test"].body)
+    assert [route.match.path or route.match.prefix for route in host.routes] == [f"{CHALLENGE_PATH}t", "/"]
+    assert host.routes[1].route.cluster == "p/web/80"
+    table.challenge({}, {"a.shop.test"})
+    assert "http/a.shop.test" not in table.resources[Kind.HOST]

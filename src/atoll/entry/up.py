@@ -233,7 +233,10 @@ def holder(config: Config) -> int | None:
 def check(config: Config) -> None:
     """Raise Unsupported or Conflict for what would keep `atoll up` from working, before anything is made."""
     check_root()
-    for option, address in (("--listen" if config.listen else "--api", config.listens), ("--ingress", config.ingress)):
+    wanted = [("--listen" if config.listen else "--api", config.listens), ("--ingress", config.ingress)]
+    if config.tls_port is not None and config.ingress_tls_port:
+        wanted.append(("--ingress-tls-port", f"{config.ingress.rpartition(':')[0]}:{config.tls_port}"))
+    for option, address in wanted:
         host, port = split_address(address, field=option)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -244,8 +247,12 @@ def check(config: Config) -> None:
                 raise Conflict(
                     f"{option}: cannot listen on {address}: {os.strerror(error.errno or 0)}",
                     field=option,
-                    mend=f"end what uses that port, or give another, e.g. {option} {host}:{port + 1}",
+                    mend=f"end what uses that port, or give another, e.g. {option} {_another(option, host, port)}",
                 ) from None
+
+
+def _another(option: str, host: str, port: int) -> str:
+    return str(port + 1) if option.endswith("-port") else f"{host}:{port + 1}"
 
 
 def check_root() -> None:

@@ -12,6 +12,7 @@ from atoll.ingress.hosts import Leg
 from atoll.ingress.legs import Places, legs_of, limits_of, targets_of
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
 from atoll.ingress.sleepers import serving, socket_of
+from atoll.model.certificates import wildcards_over
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Routing
 
@@ -132,9 +133,10 @@ class RoutingTable:
         return self._routings.get(key)
 
     def project_of(self, host: str) -> str | None:
-        """Return the project whose app answers at `host` itself; None where there is none."""
-        for path in self._paths.get(host, ()):
-            return next(iter(self._claims[HostPath(host, path)])).partition("/")[0]
+        """Return the project whose app answers at `host`, be it by a wildcard; None where there is none."""
+        for name in (host, *wildcards_over(host)):
+            for path in self._paths.get(name, ()):
+                return next(iter(self._claims[HostPath(name, path)])).partition("/")[0]
         return None
 
     def challenge(self, answers: Mapping[str, Mapping[str, str]], changed: Iterable[str]) -> None:
@@ -298,9 +300,12 @@ class RoutingTable:
         return [place for place in places if key in self._claims.get(place, {})]
 
     def _write_host(self, host: str) -> None:
-        routes = [(path, next(iter(self._claims[HostPath(host, path)].values()))) for path in self._paths.get(host, ())]
         name = f"{resources.ROUTE_CONFIG}/{host}"
-        challenges = self._answers.get(host, {})
+        challenges = self._answers.get(host, {}) if resources.check_host_path(host, "/") is None else {}
+        # A host that is written for its challenges alone would hide the wildcard that leads it.
+        names = (host, *wildcards_over(host)) if challenges else (host,)
+        led = next((each for each in names if self._paths.get(each)), host)
+        routes = [(path, next(iter(self._claims[HostPath(led, path)].values()))) for path in self._paths.get(led, ())]
         if routes or challenges:
             self._write(hosts.virtual_host(host, routes, https_port=self.https_port, challenges=challenges))
         else:

@@ -147,6 +147,12 @@ def wildcard_of(host: str) -> str:
     return f"*.{host.partition('.')[2]}"
 
 
+def wildcards_over(host: str) -> list[str]:
+    """Return every wildcard that a route to `host` may be written as, the nearest first: unlike a certificate's, of any depth."""
+    parts = host.removeprefix("*.").split(".")
+    return ["*." + ".".join(parts[start:]) for start in range(0 if host.startswith("*.") else 1, len(parts))]
+
+
 def covers(name: str, host: str) -> bool:
     """Whether a certificate's `name` is good for `host`; a wildcard host only by the same wildcard."""
     return name == host or (name.startswith("*.") and not host.startswith("*.") and wildcard_of(host) == name)

@@ -379,10 +379,12 @@ class Apps:
         ingress = min(self._state.records(Ingress).items(), default=None)
         if ingress is None:
             return ()
-        port = ingress[1].record.http_port
-        suffix = "" if port == 80 else f":{port}"
+        known = ingress[1].record
+        secure = app.spec.ingress is not None and app.spec.ingress.https_only and known.https_port > 0
+        scheme, port, usual = ("https", known.https_port, 443) if secure else ("http", known.http_port, 80)
+        suffix = "" if port == usual else f":{port}"
         hosts = claims.hosts_of(app.spec, self._context.domain)
-        return tuple(f"http://{host.host}{suffix}{host.path}" for host in hosts if not host.host.startswith("*"))
+        return tuple(f"{scheme}://{host.host}{suffix}{host.path}" for host in hosts if not host.host.startswith("*"))
 
 
 def _order_back(old: App, spec: AppSpec, target: int) -> RolloutOrder | None:

@@ -17,6 +17,7 @@ from atoll.model.certificates import (
     CertificateView,
     check_host,
     wildcard_of,
+    wildcards_over,
 )
 from atoll.model.chains import Described, check_chain, describe
 from atoll.model.errors import Conflict, Exhausted, Forbidden, Invalid, NotFound
@@ -139,8 +140,10 @@ class Certificates:
         self._check_domain(project, host)
         if shared:
             return
-        claims = self._state.found(RouteClaim, of_parent if host.startswith("*.") else of_host, host.removeprefix("*."))
-        for place, claim in claims.items():
+        claims = [self._state.found(RouteClaim, of_host, name) for name in (host, *wildcards_over(host))]
+        if host.startswith("*."):
+            claims.append(self._state.found(RouteClaim, of_parent, host.removeprefix("*.")))
+        for place, claim in ((place, claim) for found in claims for place, claim in found.items()):
             if claim.record.project != project:
                 raise self._taken(caller, claim.record.project, place.partition("/")[0])
 

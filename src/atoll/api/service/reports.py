@@ -130,6 +130,8 @@ async def register_ingress(context: Context, ingress: Ingress) -> None:
     check_id(ingress.name, "name")
     if not 1 <= ingress.http_port <= 65_535:
         raise Invalid(f"http_port: {ingress.http_port} is not a port", field="http_port")
+    if not 0 <= ingress.https_port <= 65_535:
+        raise Invalid(f"https_port: {ingress.https_port} is not a port", field="https_port")
 
     def build() -> Draft[None]:
         held = context.state.get(Ingress, ingress.name)
