@@ -148,6 +148,7 @@ class Context:
         self.entropy = entropy
         self.images: ImageResolver | None = None
         self._lease: tuple[float, LeaseId] | None = None
+        self._asking: asyncio.Future[Revision] | None = None
 
     async def write(self, kind: type[T], build: Callable[[], Draft[T]], request: RequestKey | None = None) -> T:
         """Make the write that `build` decides from the cache, and return its answer once the cache shows it.
@@ -201,13 +202,25 @@ class Context:
 
         Raises Unavailable when it falls too far behind: nobody may be told what is only what this server has missed.
         """
-        newest = await self.store.revision()
+        newest = await self._newest()
         if self.state.revision >= newest:
             return False
         await self.reach(newest)
         if self.state.revision < newest:
             raise Unavailable("this server has not heard of all that was written", mend="try again, or ask another server")
         return True
+
+    async def _newest(self) -> Revision:
+        """Return the store's newest revision, read after this call began. Whoever asks before that read begins shares it: when
+        thousands of agents come at once, most of what they say is known, and one read serves all that came in one turn."""
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(self._ask())
+            self._asking.add_done_callback(_noticed)
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> Revision:
+        self._asking = None  # who asks from here on may have written after the read began
+        return await self.store.revision()
 
     async def reach(self, revision: Revision) -> None:
         """Wait until the cache has seen `revision`, so that who wrote can read it here; give up after `REACH_S`."""
@@ -247,6 +260,12 @@ class Context:
             lease = await self.store.lease_grant(REQUEST_KEEP_S + REQUEST_LEASE_S)
             self._lease = (now, lease.id)
         return self._lease[1]
+
+
+def _noticed(asked: asyncio.Future[Revision]) -> None:
+    """Take note of a failure that nobody waits for any more."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def check_match(held: Held[T] | None, if_match: int | None, what: str) -> None:

@@ -93,7 +93,9 @@ class UdpDatagrams:
 
     def behind(self) -> bool:
         try:
-            words = _MEMINFO_WORDS.unpack(self._socket.getsockopt(socket.SOL_SOCKET, _MEMINFO, _MEMINFO_WORDS.size))
+            words: tuple[int, ...] = _MEMINFO_WORDS.unpack(
+                self._socket.getsockopt(socket.SOL_SOCKET, _MEMINFO, _MEMINFO_WORDS.size)
+            )
         except (OSError, struct.error):
             return False  # a kernel that does not tell
         lost, self._lost = words[8] != self._lost, words[8]
