@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+from msgspec import structs
 
 from atoll.model.errors import RuntimeFailed
 from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX, Flow, Flows, Reason, Refusal
@@ -77,6 +79,21 @@ def read(table: str, name: str, *, most: int = ELEMENTS_MAX) -> tuple[list[Count
                     if len(found) >= most:
                         return found[:most], False
                 at += (length + 3) & ~3
+
+
+def count(table: str, owners: Mapping[str, tuple[str, str]], ids: Mapping[str, str]) -> Flows:
+    """Return all that a node's firewall counted; `owners` is address → project and app or job, `ids` address → instance of the
+    node. Blocking, for some ms. Raises RuntimeFailed."""
+    whole = True
+    found: dict[str, list[Counted]] = {}
+    for name in ("pairs", "begun", "turned_away", "opened", "over"):
+        found[name], all_of_it = read(table, name)
+        whole = whole and all_of_it
+    flows = flows_of(found["pairs"], found["begun"], found["turned_away"], owners.get, complete=whole)
+    singles = {
+        name: {ids[each.address]: each.packets for each in found[name] if each.address in ids} for name in ("opened", "over")
+    }
+    return structs.replace(flows, begun=singles["opened"], over=singles["over"])
 
 
 def elements_of(body: bytes) -> Iterator[Counted]:

@@ -16,13 +16,12 @@ from atoll.model.ports.network import Counters, Link
 from atoll.model.spec import NetworkRules, Port, host_ports
 from atoll.network import counted, elements, firewall, resolvers
 from atoll.network.addresses import AddressPool
-from atoll.network.counted import Counted
 from atoll.network.elements import ElementSocket
 from atoll.network.ledger import Entry, Ledger
 from atoll.network.listening import taken_ports
+from atoll.network.policies import Policies
 from atoll.network.pool import SlotPool
 from atoll.network.private import Private, of_nodes
-from atoll.network.rules import Ruled, elements_of
 from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
 from atoll.network.together import Together
 from atoll.network.tunnels import names_of
@@ -31,8 +30,6 @@ PREPARED_DEFAULT = 32
 """Slots made ahead: as many starts in one moment wait for none. One costs about 2 ms to make, and some memory of the kernel."""
 RULES_CHECK_S = 2.0
 """Seconds within which rules that somebody removed are back."""
-LEARNED_MAX = 64
-"""Addresses of one name of a rule."""
 FORWARDING = "ipv4/ip_forward"
 
 log = structlog.get_logger()
@@ -92,13 +89,7 @@ class LinkNetwork:
         self._private = Private(self._addresses.network)
         self._around: dict[str, list[str]] = {}
         """Set → elements that say who the other nodes are."""
-        self._policies: dict[str, list[str]] = {}
-        """Set → elements of what apps' own rules let through."""
-        self._ruled: dict[str, Ruled] = {}
-        self._members: dict[tuple[str, str], list[str]] = {}
-        self._learned: dict[tuple[str, str], list[str]] = {}
-        self._owners: dict[str, tuple[str, str]] = {}
-        """Address → project, and app or job, of every instance that is known."""
+        self._policies = Policies()
         self._admissions = Together(self._admit, self._lost)
 
     @property
@@ -138,20 +129,8 @@ class LinkNetwork:
     async def flows(self) -> Flows:
         if self._state is None:
             return Flows()
-        return await asyncio.to_thread(self._count, dict(self._owners), {at: id for id, (at, _) in self.links().items()})
-
-    def _count(self, owners: Mapping[str, tuple[str, str]], ids: Mapping[str, str]) -> Flows:
-        whole = True
-        found: dict[str, list[Counted]] = {}
-        for name in ("pairs", "begun", "turned_away", "opened", "over"):
-            found[name], all_of_it = counted.read(self._table, name)
-            whole = whole and all_of_it
-        flows = counted.flows_of(found["pairs"], found["begun"], found["turned_away"], owners.get, complete=whole)
-        singles = {
-            name: {ids[address]: each.packets for each in found[name] if (address := each.address) in ids}
-            for name in ("opened", "over")
-        }
-        return structs.replace(flows, begun=singles["opened"], over=singles["over"])
+        ids = {address: id for id, (address, _) in self.links().items()}
+        return await asyncio.to_thread(counted.count, self._table, dict(self._policies.owners), ids)
 
     async def see(
         self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member], number: int | None = None
@@ -170,41 +149,22 @@ class LinkNetwork:
         for part in new:
             opened.sets.change(add=[part])
         self._around = self._flush(opened, self._around, of_nodes(own, nodes, number))
-        by_app: dict[tuple[str, str], list[str]] = {}
-        for member in members:
-            by_app.setdefault((member.project, member.owner), []).append(member.address)
-        self._members = by_app
-        self._owners = {member.address: (member.project, member.owner) for member in members}
+        self._policies.see(members)
         self._write_policies(opened)
 
     def wants_name(self, address: str, name: str) -> str | None:
         """Return the `host` of a rule of the instance at `address` that `name` falls under."""
-        ruled = self._ruled.get(address)
-        for allow in (ruled.rules.egress or ()) if ruled is not None else ():
-            if allow.host == name or (allow.host and allow.host.startswith("*.") and name.endswith(allow.host[1:])):
-                return allow.host
-        return None
+        return self._policies.wants_name(address, name)
 
     def learn_name(self, address: str, host: str, addresses: Sequence[str]) -> None:
         """Let the instance go to what a name of its rules means; the last `LEARNED_MAX` addresses of each count."""
-        known = self._learned.get((address, host), [])
-        merged = [*(one for one in known if one not in addresses), *addresses][-LEARNED_MAX:]
-        if set(merged) != set(known) and self._state is not None:
-            self._learned[(address, host)] = merged
+        if self._state is not None and self._policies.learn(address, host, addresses):
             self._write_policies(self._state)
 
-    def _rule(self, opened: _Open, address: str, project: str, rules: NetworkRules | None) -> None:
-        before = self._ruled.pop(address, None)
-        if rules is not None:
-            self._ruled[address] = Ruled(address, project, rules)
-        for key in [key for key in self._learned if key[0] == address]:
-            del self._learned[key]
-        if before is not None or rules is not None:
-            self._write_policies(opened)
-
     def _write_policies(self, opened: _Open) -> None:
-        if self._ruled or any(self._policies.values()):
-            self._policies = self._flush(opened, self._policies, elements_of(self._ruled.values(), self._members, self._learned))
+        wanted = self._policies.wanted()
+        if wanted:
+            self._policies.written = self._flush(opened, self._policies.written, wanted)
 
     def _flush(self, opened: _Open, before: Mapping[str, list[str]], now: dict[str, list[str]]) -> dict[str, list[str]]:
         """Replace the sets that differ, all in one transaction."""
@@ -223,7 +183,8 @@ class LinkNetwork:
             if held.entry.rules != rules:
                 held = self._held[id] = _Held(held.slot, structs.replace(held.entry, rules=rules))
                 self._ledger.write([held.entry])
-                self._rule(opened, held.slot.address, project, rules)
+                if self._policies.rule(held.slot.address, project, rules):
+                    self._write_policies(opened)
             return self._link(self._change_ports(opened, held, tuple(ports)))
         self._check_published(id, ports)
         slot = await opened.pool.take()
@@ -243,11 +204,8 @@ class LinkNetwork:
         try:
             # The ledger first: a slot that nobody is known to have is removed by the next agent.
             self._ledger.write([each.entry for each in many], handed_out=True)
-            ruled = {each.slot.address: each for each in many if each.entry.rules is not None}
-            for address, each in ruled.items():
-                assert each.entry.rules is not None  # noqa: S101 - chosen for it
-                self._ruled[address] = Ruled(address, each.entry.project, each.entry.rules)
-            if ruled:
+            news = [self._policies.rule(each.slot.address, each.entry.project, each.entry.rules) for each in many]
+            if any(news):
                 self._write_policies(self._state)  # before anything is open
             parts = []
             for each in many:
@@ -261,7 +219,7 @@ class LinkNetwork:
             self._ledger.remove([each.slot.number for each in many])
             for each in many:
                 self._private.gone(each.slot.address)
-                self._ruled.pop(each.slot.address, None)
+                self._policies.rule(each.slot.address, each.entry.project, None)
             raise
         for each in many:
             self._projects[each.slot.address] = each.entry.project
@@ -325,7 +283,7 @@ class LinkNetwork:
                 elements=[
                     *(
                         firewall.add(self._table, name, values)
-                        for name, values in {**self._private.text(), **self._around, **self._policies}.items()
+                        for name, values in {**self._private.text(), **self._around, **self._policies.written}.items()
                     ),
                     firewall.add(self._table, "sources", [f'"{slot.interface}" . {slot.address}' for slot in slots]),
                     firewall.add(self._table, "inbound", ports),
@@ -403,7 +361,8 @@ class LinkNetwork:
         )
         self._private.gone(slot.address)
         self._projects.pop(slot.address, None)
-        self._rule(opened, slot.address, held.entry.project, None)
+        if self._policies.rule(slot.address, held.entry.project, None):
+            self._write_policies(opened)
         del self._held[held.entry.id]  # only now: what could not be shut can be tried again
 
     async def _open(self) -> _Open:
@@ -460,9 +419,8 @@ class LinkNetwork:
         for each in held:
             self._private.admit(each.slot.address, each.entry.project)
             self._projects[each.slot.address] = each.entry.project
-            if each.entry.rules is not None:
-                self._ruled[each.slot.address] = Ruled(each.slot.address, each.entry.project, each.entry.rules)
-        self._policies = elements_of(self._ruled.values(), self._members, self._learned)
+            self._policies.rule(each.slot.address, each.entry.project, each.entry.rules)
+        self._policies.written = self._policies.wanted()
         self._write_rules(maker, nftables, held, [each.slot for each in held])
         maker.open_subnet()
         for each in held:
