@@ -14,6 +14,10 @@ BENCHES = {
     "runtimes": ("start by each runtime beside its own tool, and time to the first command", "1 min"),
     "workers": ("a worker's start to its first answer, beside workerd alone and runc's containers", "1 min"),
     "standby": ("from a scale-up to ready: a parked instance that is woken beside a cold start", "3 min"),
+    "ingress": (
+        "requests/s at 1, 1,000 and 10,000 routes beside a lean Envoy, HAProxy, nginx; changes; failed requests under load",
+        "5 min",
+    ),
     "certificates": ("memory, changes and handshakes with 10,000 certificates, beside a filter chain for each hostname", "8 min"),
     "wake": (
         "first request of an app that sleeps, less its start; errors in cycles of sleeping and waking",

@@ -1,0 +1,88 @@
+"""Requests that fail while an app is deployed again, scaled, restarted and moved off its node, on a real `atoll up` under load."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from atoll.entry.scratch import ScratchAtoll, ScratchNode
+from atoll.images.minimal import docker_archive
+from bench.ingress_peers import compile_answer, counted, wrk_command
+from bench.report import Report, Result
+
+CONNECTIONS = 16
+LOAD_S = 60.0
+WAIT_S = 60.0
+PER_S_MIN = 1_000.0
+SPEC = """
+name = "web"
+image = "{image}"
+command = ["/bin/answer", "8000", "{body}"]
+ports = [{{ port = 8000 }}]
+scale = {{ replicas = {replicas} }}
+resources = {{ memory = "32MiB", cpu = 0.2 }}
+stop = {{ grace = "1s" }}
+rollout = {{ drain = "20s" }}
+"""
+
+
+def live(report: Report) -> None:
+    """Add what was counted to `report`."""
+    what = "failed requests while an app is deployed, scaled, restarted and its node drained"
+    try:
+        with (
+            ScratchAtoll("atoll-bench-") as atoll,
+            ScratchNode(atoll, "second"),
+            tempfile.TemporaryDirectory(dir="/tmp") as scratch,
+        ):
+            program = compile_answer(Path(scratch))
+            archive = docker_archive(Path(scratch) / "answer.tar", "answer:1", program=program, target="/bin/answer")
+            image = atoll.atoll_json("image", "import", str(archive), "--name", "answer", "--tag", "1")["image"]
+            spec = Path(scratch) / "web.toml"
+
+            def deploy(body: str, replicas: int) -> None:
+                spec.write_text(SPEC.format(image=image, body=body, replicas=replicas))
+                atoll.atoll("deploy", "-f", str(spec))
+
+            deploy("one", 2)
+            _until_served(atoll.ingress)
+            port = int(atoll.ingress.rpartition(":")[2])
+            load = subprocess.Popen(
+                wrk_command(port, "web.localhost", CONNECTIONS, LOAD_S), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            steps: list[str] = []
+            began = time.monotonic()
+            for name, step in (
+                ("deploy", lambda: deploy("two", 2)),
+                ("scale up", lambda: atoll.atoll("scale", "web", "4")),
+                ("scale down", lambda: atoll.atoll("scale", "web", "1")),
+                ("restart", lambda: atoll.atoll("restart", "web")),
+                ("drain", lambda: atoll.atoll("nodes", "drain", "second")),
+                ("undrain", lambda: atoll.atoll("nodes", "undrain", "second")),
+                ("deploy", lambda: deploy("three", 3)),
+            ):
+                step()
+                steps.append(f"{name} until {time.monotonic() - began:.1f} s")
+            text, _ = load.communicate(timeout=LOAD_S + WAIT_S)
+            found = counted(text)
+            report.add(Result(what, float(found.failed), "requests", goal="<= 0"))
+            report.add(Result("requests/s meanwhile", found.per_s, "1/s", goal=f">= {PER_S_MIN:g}"))
+            report.notes.append(f"{found.requests:,} requests in {LOAD_S:g} s on {CONNECTIONS} connections: {', '.join(steps)}")
+    except (OSError, RuntimeError) as error:
+        report.add(Result(what, None, "requests", goal="<= 0", why=str(error)[:300]))
+
+
+def _until_served(ingress: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            request = urllib.request.Request(f"http://{ingress}/", headers={"Host": "web.localhost"})
+            with urllib.request.urlopen(request, timeout=WAIT_S):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
