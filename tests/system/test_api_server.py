@@ -27,6 +27,8 @@ from atoll.api.registry.handlers import registry_handler
 from atoll.api.registry.registry import Registry
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
+from atoll.model.certificates import CertificateRequest
+from atoll.model.chains import check_chain
 from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Forbidden, NotFound, Unavailable
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import StreamKind
@@ -35,10 +37,12 @@ from atoll.model.spec import AppSpec, Port
 from atoll.model.states import Desired, Phase
 from atoll.model.streams import ExecOptions, Kind, pack, unpack
 from atoll.model.views import TokenRequest
+from atoll.sdk import client as sdk
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.http import HttpTransport
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
+from made_certificates import Maker
 
 SPEC = AppSpec(name="web", image="registry.test/web:1", ports=(Port(port=8000),))
 INSTANCES = "/v1/projects/default/instances"
@@ -183,6 +187,29 @@ async def test_an_ingress_gets_ready_endpoints_marked_as_they_drain(cell: Cell) 
     assert (await following(stream)).put[0].endpoints == ()
     await stream.aclose()  # type: ignore[attr-defined]
     await edge.close()
+
+
+async def test_an_ingress_is_told_of_certificates_with_their_keys_and_an_agent_is_not(cell: Cell) -> None:
+    client = sdk.Client.connect(cell.address, await cell.token(Role.ADMIN))
+    chain, key = Maker().sign("www.test")
+    await client.put_certificate("default", "www.test", CertificateRequest(chain=chain, key=key))
+    assert [view.host for view in await client.certificates("default")] == ["www.test"]
+    edge = HttpControlPlane(cell.address, await cell.token(Role.INGRESS, subject="edge"))
+    stream = edge.certificates("edge")
+    batch = await following(stream)
+    assert batch.complete
+    assert [(one.host, one.project) for one in batch.put] == [("www.test", "default")]
+    assert check_chain("www.test", batch.put[0].chain, batch.put[0].key, time.time())
+    await client.remove_certificate("default", "www.test")
+    while not (batch := await following(stream)).removed:
+        assert batch.put == ()
+    assert batch.removed == ("www.test",)
+    await stream.aclose()  # type: ignore[attr-defined]
+    agent = HttpControlPlane(cell.address, await cell.token(Role.AGENT, subject="edge"))
+    with pytest.raises(Forbidden):
+        await following(agent.certificates("edge"))
+    for each in (client, edge, agent):
+        await each.close()
 
 
 async def agent_echoes(agent: HttpControlPlane, node: str, requests: list[Any]) -> None:

@@ -16,7 +16,7 @@ from atoll.model.certificates import covers
 
 RESPONSE_RESOURCES_MAX = 2_000
 SECRETS_MAX = 16_384
-"""Certificates that Envoy keeps in memory, some 60 KB each. Of a wildcard it has one for each name that a client makes up, so that
+"""Certificates that Envoy keeps in memory, some 20 KiB each. Of a wildcard it has one for each name that a client makes up, so that
 without a bound strangers could fill it; one that was let go of is asked for again when it is needed, which takes 3 ms."""
 HOLD_S = 1.0
 """The longest that a hostname waits for the endpoints it leads to. Envoy asks for them within a millisecond or two."""
