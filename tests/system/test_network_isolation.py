@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -119,6 +119,79 @@ async def test_the_instance_sees_the_node_by_an_address_of_the_subnet(network: L
         connection, peer = server.accept()
         connection.close()
         assert peer[0] == subnet.replace(".0/24", ".1")
+
+
+def untracked(link: Link, act: Callable[[], object]) -> int:
+    """Return how many packets that came from the instance to the node while `act` ran were in no connection table."""
+    table = f"untracked{os.getpid()}"
+    rules = (
+        f"add table inet {table}; add chain inet {table} c {{ type filter hook input priority -5; }};"
+        f'add rule inet {table} c iifname "{link.interface}" ct state untracked counter'
+    )
+    subprocess.run(["nft", rules], check=True, timeout=30)
+    try:
+        act()
+        listed = subprocess.run(
+            ["nft", "-j", "list", "chain", "inet", table, "c"], capture_output=True, check=True, timeout=30
+        ).stdout
+        rule = next(each["rule"] for each in json.loads(listed)["nftables"] if "rule" in each)
+        return next(int(part["counter"]["packets"]) for part in rule["expr"] if "counter" in part)
+    finally:
+        subprocess.run(["nft", "delete", "table", "inet", table], check=True, timeout=30)
+
+
+async def test_what_the_node_calls_is_in_no_connection_table_and_lets_the_instance_begin_nothing(
+    network: LinkNetwork, subnet: str
+) -> None:
+    link = await network.attach("a", project="p", ports=(WEB,))
+    node_address = subnet.replace(".0/24", ".1")
+    with listening(link, 8000):
+        assert untracked(link, lambda: from_node(link.address, 8000)) >= 2
+    with closing(socket.socket()) as server:
+        server.bind((node_address, 0))
+        server.listen()
+        for flags in (0x02, 0x10, 0x12):  # SYN, ACK, both: from the declared port, as answers are
+            segment(link, 8000, node_address, server.getsockname()[1], flags)
+        server.settimeout(PATIENCE_S)
+        with pytest.raises(TimeoutError):
+            server.accept()
+        with closing(socket_in(link)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.bind((link.address, 8000))
+            with pytest.raises(OSError, match="refused"):
+                client.connect((node_address, server.getsockname()[1]))
+    # Where a port is published, the node's own calls of that are translated, and so tracked.
+    free = free_port()
+    await network.attach("a", project="p", ports=(Port(port=8000, host=free),))
+    with listening(link, 8000):
+        assert untracked(link, lambda: from_node(node_address, free)) == 0
+        assert from_node(node_address, free)
+        assert from_node(link.address, 8000)
+    await network.attach("a", project="p", ports=(WEB,))
+    with listening(link, 8000):
+        assert untracked(link, lambda: from_node(link.address, 8000)) >= 2
+        await network.attach("a", project="p", ports=())
+        assert not from_node(link.address, 8000)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as tried:
+        tried.bind(("", 0))
+        return int(tried.getsockname()[1])
+
+
+def segment(link: Link, source: int, target: str, port: int, flags: int) -> None:
+    """Send a TCP segment of the instance's by hand."""
+    tcp = struct.pack("!HHIIBBHHH", source, port, 1, 1, 5 << 4, flags, 1024, 0, 0)
+    pseudo = socket.inet_aton(link.address) + socket.inet_aton(target) + struct.pack("!BBH", 0, socket.IPPROTO_TCP, len(tcp))
+    total = sum(struct.unpack(f"!{len(pseudo + tcp) // 2}H", pseudo + tcp))
+    total = (total & 0xFFFF) + (total >> 16)
+    tcp = tcp[:16] + struct.pack("!H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF) + tcp[18:]
+    header = struct.pack(
+        "!BBHHHBBH4s4s", 0x45, 0, 20 + len(tcp), 0, 0, 64, 6, 0, socket.inet_aton(link.address), socket.inet_aton(target)
+    )
+    with closing(socket_in(link, kind=socket.SOCK_RAW, protocol=socket.IPPROTO_RAW)) as sender:
+        sender.sendto(header + tcp, (target, 0))
 
 
 async def test_instances_of_one_project_reach_each_others_declared_ports_and_no_other_projects(network: LinkNetwork) -> None:

@@ -40,6 +40,20 @@ def inbound(address: str, ports: Sequence[Port]) -> Elements:
     return "inbound", [packed + key for key in _port_keys(tuple(ports))]
 
 
+def plain(address: str, ports: Sequence[Port]) -> Elements:
+    """Return the keys of a set of `ipv4_addr . inet_service`; see `firewall.plain`."""
+    packed = socket.inet_aton(address)
+    return "plain", [packed + key for key in _plain_keys(tuple(ports))]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain_keys(ports: tuple[Port, ...]) -> tuple[bytes, ...]:
+    if any(port.host is not None for port in ports):
+        return ()
+    numbers = {port.port for port in ports if port.protocol is not PortProtocol.UDP}
+    return tuple(struct.pack("!Hxx", number) for number in sorted(numbers))
+
+
 @functools.lru_cache(maxsize=1024)
 def _port_keys(ports: tuple[Port, ...]) -> tuple[bytes, ...]:
     numbers = {(socket.IPPROTO_UDP if port.protocol is PortProtocol.UDP else socket.IPPROTO_TCP, port.port) for port in ports}

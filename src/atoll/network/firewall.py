@@ -64,6 +64,7 @@ delete table inet {table}
 table inet {table} {{
   set sources {{ type ifname . ipv4_addr; }}
   set inbound {{ type ipv4_addr . inet_proto . inet_service; }}
+  set plain {{ type ipv4_addr . inet_service; }}
   map published {{ type inet_proto . inet_service : ipv4_addr . inet_service; }}
   set resolvers {{ type ipv4_addr; {f"elements = {{ {named} }}" if named else ""} }}
   set closed {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {", ".join((*CLOSED, subnet))} }} }}
@@ -107,6 +108,7 @@ table inet {table} {{
     iifname . ip saddr != @sources drop
     meta nfproto ipv6 drop
     ip saddr @limited jump limits_out
+    ip daddr {node_address} tcp flags & (syn|ack) != syn ip saddr . tcp sport @plain notrack
   }}
   chain from_others {{
     ip saddr != @peers drop
@@ -114,6 +116,7 @@ table inet {table} {{
   }}
   chain outer {{
     type filter hook output priority raw; policy accept;
+    oifname {links} ip saddr {node_address} ip daddr . tcp dport @plain notrack
     udp dport {VXLAN_PORT} @th,96,24 @vxlans notrack
   }}
   chain limits_out {{
@@ -135,6 +138,7 @@ table inet {table} {{
     iifname != {links} accept
     {asking if names else ""}
     ct state established,related accept
+    ct state untracked ip saddr . tcp sport @plain accept
     jump crowded
     {ask}
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
@@ -222,6 +226,17 @@ table inet {table} {{
 def inbound(address: str, ports: Sequence[Port]) -> list[str]:
     """Return the elements of `inbound` for an instance's declared ports."""
     return sorted({f"{address} . {'udp' if port.protocol is PortProtocol.UDP else 'tcp'} . {port.port}" for port in ports})
+
+
+def plain(address: str, ports: Sequence[Port]) -> list[str]:
+    """Return the elements of `plain`: TCP ports between which and the node itself no connection need be tracked.
+
+    What the node begins is let through by the port alone, and of what comes from there only what begins nothing. Where a port is
+    published the node's own calls of that are translated, and so tracked.
+    """
+    if any(port.host is not None for port in ports):
+        return []
+    return sorted({f"{address} . {port.port}" for port in ports if port.protocol is not PortProtocol.UDP})
 
 
 def published(address: str, ports: Sequence[Port]) -> list[str]:

@@ -210,7 +210,7 @@ class LinkNetwork:
             parts = []
             for each in many:
                 address, ports = each.slot.address, each.entry.ports
-                parts.append(elements.inbound(address, ports))
+                parts += [elements.inbound(address, ports), elements.plain(address, ports)]
                 if host_ports(ports):
                     parts.append(elements.published(address, ports))
                 parts += self._private.admit(address, each.entry.project)
@@ -270,6 +270,7 @@ class LinkNetwork:
         """Replace the whole table: `slots` may send, and the ports of `held` are open."""
         held = list(held)
         ports = [element for each in held for element in firewall.inbound(each.slot.address, each.entry.ports)]
+        plain = [element for each in held for element in firewall.plain(each.slot.address, each.entry.ports)]
         published = [element for each in held for element in firewall.published(each.slot.address, each.entry.ports)]
         nftables.run(
             firewall.ruleset(
@@ -287,6 +288,7 @@ class LinkNetwork:
                     ),
                     firewall.add(self._table, "sources", [f'"{slot.interface}" . {slot.address}' for slot in slots]),
                     firewall.add(self._table, "inbound", ports),
+                    firewall.add(self._table, "plain", plain),
                     firewall.add(self._table, "published", published),
                 ],
             )
@@ -335,14 +337,15 @@ class LinkNetwork:
             return held
         entry = structs.replace(held.entry, ports=ports)
         self._ledger.write([entry])
-        name, old = elements.inbound(held.slot.address, held.entry.ports)
-        _, new = elements.inbound(held.slot.address, ports)
+        add, delete = [elements.published(held.slot.address, ports)], []
+        for kind in (elements.inbound, elements.plain):
+            name, old = kind(held.slot.address, held.entry.ports)
+            _, new = kind(held.slot.address, ports)
+            add.append((name, [key for key in new if key not in old]))
+            delete.append((name, [key for key in old if key not in new]))
         # A port that leads elsewhere now must go before it comes again.
         opened.sets.change(delete=[elements.published(held.slot.address, held.entry.ports)])
-        opened.sets.change(
-            add=[(name, [key for key in new if key not in old]), elements.published(held.slot.address, ports)],
-            delete=[(name, [key for key in old if key not in new])],
-        )
+        opened.sets.change(add=add, delete=delete)
         changed = self._held[entry.id] = _Held(held.slot, entry)
         return changed
 
@@ -355,6 +358,7 @@ class LinkNetwork:
             delete=[
                 elements.published(slot.address, ports),
                 elements.inbound(slot.address, ports),
+                elements.plain(slot.address, ports),
                 elements.source(slot.interface, slot.address),
                 *self._private.forget(slot.address),
             ]
