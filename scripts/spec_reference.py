@@ -219,6 +219,10 @@ MEANING: dict[str, tuple[str, str]] = {
         'certificate = "acme"',
     ),
     "IngressRules.https_only": ("What comes without TLS is led to the same URL with it (308).", "https_only = true"),
+    "IngressRules.instance_tls": (
+        "The instances speak TLS themselves, and are known by this; the table below. Else plainly.",
+        "[ingress.instance_tls]",
+    ),
     "IngressRules.timeout": (
         "From the whole request to the whole answer, then 504. Left out: while something moves. Ends streams, too.",
         'timeout = "30s"',
@@ -260,6 +264,15 @@ MEANING: dict[str, tuple[str, str]] = {
         'eject = "30s"',
     ),
     "Outliers.share": ("Percent of the instances that may be left out at a time, but always one of several.", "share = 50"),
+    "InstanceTls.ca": (
+        "Who must have signed the instance's certificate (PEM). This or `pins` is needed.",
+        """[ingress.instance_tls] with ca = '''PEM'''""",
+    ),
+    "InstanceTls.name": ("With `ca`: a name that the certificate must have.", 'name = "web.internal"'),
+    "InstanceTls.pins": (
+        "SHA-256 of public keys (SubjectPublicKeyInfo) in base64, one of which the instance must have.",
+        'pins = ["k2oYXKqiZrucvpgengXLeM1zKwsygOuURBK7b4+PB68="]',
+    ),
     "Sticky.cookie": ("Its name.", 'cookie = "session-at"'),
     "Sticky.ttl": ("How long the client keeps it; left out, until the browser is closed.", 'ttl = "1h"'),
     "HeaderEdit.set": ("Name → value, in place of what is there; at most 32.", 'set = { x-env = "prod" }'),
@@ -445,6 +458,7 @@ SECTIONS = (
     ("Limits", "`[ingress.limits]`", "", "AppSpec"),
     ("Outliers", "`[ingress.outliers]`", "", "AppSpec"),
     ("Sticky", "`[ingress.sticky]`", "", "AppSpec"),
+    ("InstanceTls", "`[ingress.instance_tls]`", "Of all `http` ports of the app. Its health check is by `tcp` then.", "AppSpec"),
     ("HeaderEdit", "`[ingress.request_headers]`, `[ingress.response_headers]`, and those of a route", "", "AppSpec"),
     ("Health", "`[health]` (apps)", "", "AppSpec"),
     ("Scale", "`[scale]` (apps)", "", "AppSpec"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import socket
 import ssl
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from atoll.ingress import envoy
 from atoll.ingress.fake import FakeRouting
@@ -20,7 +23,7 @@ from atoll.ingress.service import Ingress
 from atoll.model.certificates import CHALLENGE_PATH, ChallengeAnswer, Material
 from atoll.model.errors import AtollError, Conflict
 from atoll.model.records import Endpoint, Routing
-from atoll.model.spec import AppSpec, IngressRules, Port
+from atoll.model.spec import AppSpec, IngressRules, InstanceTls, Port, check_app
 from made_certificates import Maker
 
 TIMEOUT_S = 30.0
@@ -334,6 +337,37 @@ async def test_challenges_are_answered_for_every_hostname_before_its_app_and_bef
     cell.certificates.challenge()
     await eventually(lambda: cell.answers("appless.test", "404", f"{CHALLENGE_PATH}tok-1_x"))
     await eventually(lambda: cell.answers("led.test", "308", f"{CHALLENGE_PATH}tok-1_x"))
+
+
+async def test_an_instance_that_speaks_tls_gets_requests_only_if_it_is_who_the_app_says(cell: Cell, tmp_path: Path) -> None:
+    chain, key = cell.maker.sign("web.internal")
+    (tmp_path / "pem").write_text(chain + key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "pem")
+    server = await asyncio.start_server(_instance, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    public = x509.load_pem_x509_certificate(chain.encode()).public_key()
+    der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    pin, other = (base64.b64encode(hashlib.sha256(each).digest()).decode() for each in (der, b"another key"))
+    known_by = {
+        "ca": (InstanceTls(ca=cell.maker.pem), "200"),
+        "name": (InstanceTls(ca=cell.maker.pem, name="web.internal"), "200"),
+        "pin": (InstanceTls(pins=(other, pin)), "200"),
+        "wrong-ca": (InstanceTls(ca=Maker("stranger").pem), "503"),
+        "wrong-name": (InstanceTls(ca=cell.maker.pem, name="other.internal"), "503"),
+        "wrong-pin": (InstanceTls(pins=(other,)), "503"),
+    }
+    for name, (wanted, _) in known_by.items():
+        spec = AppSpec(name=name, image="none", ports=(Port(port=port),), ingress=IngressRules(instance_tls=wanted))
+        check_app(spec)
+        endpoints = (Endpoint(instance=f"{name}-1", node="n", address="127.0.0.1"),)
+        hosts = ((f"{name}.inside.test", "/", port, False),)
+        cell.routing.put(Routing(project="default", app=name, spec=spec, hosts=hosts, endpoints=endpoints))
+    try:
+        for name, (_, status) in known_by.items():
+            await eventually(lambda name=name, status=status: cell.answers(f"{name}.inside.test", status))
+    finally:
+        server.close()
 
 
 async def test_a_port_for_tls_that_is_taken_is_named_or_done_without(tmp_path: Path) -> None:

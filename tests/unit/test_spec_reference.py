@@ -11,6 +11,7 @@ import pytest
 
 from atoll.model import codec
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
+from made_certificates import Maker
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +66,7 @@ _BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
     ((), "idle_limit"): {"sandbox": True},
     ((), "pool"): {"sandbox": True},
     (("gpu",), "sharing"): {"count": 0.5},
+    (("instance_tls",), "name"): {"ca": Maker().pem},
     (("gpu",), "topology"): {"count": 2},
     (("scale",), "idle"): {"replicas": 0},
     (("placement",), "together"): {"gang": True},
@@ -86,6 +88,7 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[ingress.limits]`": (("ingress", "limits"), AppSpec, {}),
     "`[ingress.outliers]`": (("ingress", "outliers"), AppSpec, {}),
     "`[ingress.sticky]`": (("ingress", "sticky"), AppSpec, {}),
+    "`[ingress.instance_tls]`": (("ingress", "instance_tls"), AppSpec, {}),
     "`[ingress.request_headers]`, `[ingress.response_headers]`, and those of a route": (
         ("ingress", "request_headers"),
         AppSpec,

@@ -15,6 +15,7 @@ from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 from google.protobuf import any_pb2, duration_pb2, wrappers_pb2
 from msgspec import Struct
 
+from atoll.ingress import tls
 from atoll.ingress.resources import (
     BREAKER_MAX,
     BUFFER_BYTES,
@@ -125,6 +126,8 @@ def _cluster(rules: IngressRules, http2: bool, sites: bool) -> bytes:
     options.common_http_protocol_options.CopyFrom(
         protocol_pb2.HttpProtocolOptions(idle_timeout=duration_pb2.Duration(seconds=UPSTREAM_IDLE_S))
     )
+    if rules.instance_tls is not None:
+        message.transport_socket.CopyFrom(tls.to_instances(rules.instance_tls, http2=http2))
     if http2:
         options.explicit_http_config.http2_protocol_options.allow_connect = True
     else:

@@ -1,13 +1,18 @@
-"""The listener that speaks TLS, as a part of Envoy's bootstrap. Pure.
+"""TLS on both sides of Envoy: the listener for clients, as a part of its bootstrap, and the way to instances. Pure.
 
-Of certificates it knows nothing: for each name that a client says (SNI) Envoy asks for a secret of that name on the stream that it
-has with us, keeps it, and takes each newer one for the connections that come after it. So a certificate costs nothing until it is
-used, and an open connection never notices a change. A name that has no certificate is refused at once.
+Of certificates the listener knows nothing: for each name that a client says (SNI) Envoy asks for a secret of that name on the
+stream that it has with us, keeps it, and takes each newer one for the connections that come after it. So a certificate costs
+nothing until it is used, and an open connection never notices a change. A name that has no certificate is refused at once.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from envoy.config.core.v3 import base_pb2
+from envoy.extensions.transport_sockets.tls.v3 import common_pb2, tls_pb2
+
+from atoll.model.spec import InstanceTls
 
 ALPN = ("h2", "http/1.1")
 NO_NAME = "-"
@@ -41,6 +46,24 @@ def listener(address: str, port: int, manager: dict[str, Any], *, buffer_bytes: 
             }
         ],
     }
+
+
+def to_instances(wanted: InstanceTls, *, http2: bool) -> base_pb2.TransportSocket:
+    """Return how instances are spoken to that speak TLS: whoever is not the one that the app names gets no request."""
+    context = tls_pb2.UpstreamTlsContext(sni=wanted.name or "")
+    common = context.common_tls_context
+    common.tls_params.tls_minimum_protocol_version = common_pb2.TlsParameters.TLSv1_2
+    common.alpn_protocols.append("h2" if http2 else "http/1.1")
+    if wanted.ca:
+        common.validation_context.trusted_ca.inline_string = wanted.ca
+    if wanted.name is not None:
+        match = common.validation_context.match_typed_subject_alt_names.add()
+        match.san_type = common_pb2.SubjectAltNameMatcher.DNS
+        match.matcher.exact = wanted.name
+    common.validation_context.verify_certificate_spki.extend(wanted.pins)
+    socket = base_pb2.TransportSocket(name="envoy.transport_sockets.tls")
+    socket.typed_config.Pack(context)
+    return socket
 
 
 def _socket(source: dict[str, Any]) -> dict[str, Any]:

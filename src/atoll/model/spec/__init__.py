@@ -25,6 +25,7 @@ from atoll.model.spec.ingress import Limits as Limits
 from atoll.model.spec.ingress import Outliers as Outliers
 from atoll.model.spec.ingress import Rate as Rate
 from atoll.model.spec.ingress import Sticky as Sticky
+from atoll.model.spec.instance_tls import InstanceTls as InstanceTls
 from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION as RUNTIMES_BY_ISOLATION
 from atoll.model.spec.isolation import SNAPSHOT_RUNTIMES as SNAPSHOT_RUNTIMES
 from atoll.model.spec.isolation import Isolation as Isolation

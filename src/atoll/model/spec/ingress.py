@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from atoll.model.errors import Invalid
 from atoll.model.names import SpecRecord
+from atoll.model.spec.instance_tls import InstanceTls, check_instance_tls
 from atoll.model.spec.values import default
 from atoll.model.units import Bytes, Seconds
 
@@ -83,6 +84,8 @@ class IngressRules(SpecRecord, frozen=True, kw_only=True):
     """Who signs for those of its hostnames that have no certificate: the cell's own root, or the cell's ACME authority."""
     https_only: bool = False
     """Requests that come without TLS are led to the same URL with it (308)."""
+    instance_tls: InstanceTls | None = None
+    """The instances speak TLS themselves. None: plainly, over the project's network."""
     timeout: Seconds | None = None
     """From the whole request to the whole answer; then 504. None: as long as something moves."""
     retries: Annotated[int, Meta(ge=0, le=10)] = 4
@@ -124,6 +127,8 @@ def check_ingress(rules: IngressRules) -> None:
             raise Invalid(f"ingress.sticky.cookie: {sticky.cookie!r} is no cookie's name", field="ingress.sticky.cookie", mend=mend)
         if sticky.ttl is not None and sticky.ttl < 1:
             raise Invalid("ingress.sticky.ttl: at least 1s", field="ingress.sticky.ttl")
+    if rules.instance_tls is not None:
+        check_instance_tls(rules.instance_tls)
     check_edit("ingress.request_headers", rules.request_headers)
     check_edit("ingress.response_headers", rules.response_headers)
 
