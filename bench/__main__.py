@@ -11,7 +11,11 @@ BENCHES = {
     "schedule": ("placements/s planned, committed and observed; plan latency at 100,000 nodes", "4 min"),
     "packing": ("GPUs allocated by each packing policy on openb lists, both tie-breaks, against FGD", "3 min"),
     "placement": ("latency of global placement beside the integer optimum by HiGHS", "1 min"),
-    "runtimes": ("start by each runtime beside its own tool, and time to the first command", "1 min"),
+    "runtimes": (
+        "start by each runtime beside its own tool, time to the first command, copies of snapshots, a burst of 100",
+        "6 min",
+    ),
+    "sandboxes": ("a sandbox taken out of a template's pool beside one that is made, each to its first command", "4 min"),
     "workers": ("a worker's start to its first answer, beside workerd alone and runc's containers", "1 min"),
     "standby": ("from a scale-up to ready: a parked instance that is woken beside a cold start", "3 min"),
     "ingress": (

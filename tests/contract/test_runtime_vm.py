@@ -572,7 +572,7 @@ async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world:
     assert found["stays"].pid is not None
     assert "sleep 12345" not in (await world.shell("stays", "ps"))[1]  # the command ended with its agent
     assert found["starting"].pid is not None
-    for _ in range(100):
+    for _ in range(600):
         with contextlib.suppress(BlockingIOError):
             if os.read(reader, 100) == b"begun\n":
                 break
