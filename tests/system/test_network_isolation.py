@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 
-from atoll.model.errors import Conflict, Exhausted, Unavailable
+from atoll.model.errors import Conflict, Exhausted, RuntimeFailed, Unavailable
 from atoll.model.fabric import VXLAN_PORT, FabricNode, Member
 from atoll.model.flows import Flows, Reason
 from atoll.model.ports.network import Link
 from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
 from atoll.model.units import Bytes
-from atoll.network import namespaces, slots
+from atoll.network import namespaces, netlink, slots
 from atoll.network.links import LinkNetwork
 
 pytestmark = [pytest.mark.system, pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root")]
@@ -403,6 +403,13 @@ async def test_200_starts_and_stops_leave_nothing(network: LinkNetwork, tmp_path
     assert await asyncio.to_thread(traces, network, tmp_path / "network") == []
     routes = Path("/proc/net/fib_trie").read_text()
     assert subnet.replace(".0/24", ".") not in routes
+
+
+def test_a_thousand_changes_of_links_at_once_are_all_answered() -> None:
+    with netlink.RouteSocket() as routes:
+        routes.send(*(netlink.set_group(0x7FFFFFFF, 1) for _ in range(1_000)))  # there is no such link, which is no error here
+        with pytest.raises(RuntimeFailed, match="bring a link up"):
+            routes.send(*(netlink.set_group(0x7FFFFFFF, 1) for _ in range(300)), netlink.set_up(0x7FFFFFFF))
 
 
 async def test_a_namespace_that_a_process_still_holds_loses_its_link_all_the_same(network: LinkNetwork) -> None:

@@ -15,6 +15,8 @@ from types import TracebackType
 
 from atoll.model.errors import RuntimeFailed
 
+AT_ONCE = 64
+"""Requests in one message: the answers to all of them must fit into the socket's buffer."""
 REPLY_TIMEOUT_S = 10.0
 """The kernel answers at once; only a machine in deep trouble takes longer."""
 
@@ -156,18 +158,23 @@ class RouteSocket:
 
         Raises RuntimeFailed with the first that was refused; the others have been done nevertheless.
         """
+        failures: list[RuntimeFailed | None] = []
         with self._lock:
-            first = self._sequence + 1
-            self._sequence += len(requests)
-            parts = []
-            for sequence, request in enumerate(requests, first):
-                head = _HEADER.pack(_HEADER.size + len(request.body), request.kind, request.flags, sequence, 0)
-                parts.append(head + request.body)
-            self._socket.send(b"".join(parts))
-            failures = self._answers(requests, first)
+            for at in range(0, len(requests), AT_ONCE):
+                failures += self._send_some(requests[at : at + AT_ONCE])
         for failure in failures:
             if failure is not None:
                 raise failure
+
+    def _send_some(self, requests: Sequence[Request]) -> list[RuntimeFailed | None]:
+        first = self._sequence + 1
+        self._sequence += len(requests)
+        parts = []
+        for sequence, request in enumerate(requests, first):
+            head = _HEADER.pack(_HEADER.size + len(request.body), request.kind, request.flags, sequence, 0)
+            parts.append(head + request.body)
+        self._socket.send(b"".join(parts))
+        return self._answers(requests, first)
 
     def _answers(self, requests: Sequence[Request], first: int) -> list[RuntimeFailed | None]:
         results: list[RuntimeFailed | None] = []
