@@ -120,6 +120,18 @@ async def test_an_assigned_instance_runs_and_is_reported_with_its_address(world:
     assert world.control.nodes["n1"].runtimes == (RuntimeName.RUNC,)
 
 
+async def test_what_a_timer_would_begin_while_the_agent_ends_is_not_begun(world: World) -> None:
+    async with world.agent() as agent:
+        await world.phase(world.app("web-1"), Phase.RUNNING)
+    begun: list[str] = []
+
+    async def work() -> None:
+        begun.append("it is too late for this")
+
+    await agent._spawn(work())
+    assert begun == []
+
+
 async def test_the_process_gets_the_image_s_the_cell_s_and_the_spec_s_environment(world: World) -> None:
     config = ImageConfig(entrypoint=("/bin/web",), command=("--serve",), env=("A=image", "B=image"), user="app", workdir="/srv")
     world.images.add("registry/web", config=config)

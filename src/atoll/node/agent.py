@@ -240,7 +240,12 @@ class Agent:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         if self._group is None:
             raise AssertionError("nothing is spawned before run")
-        return self._group.create_task(work)
+        try:
+            return self._group.create_task(work)
+        except RuntimeError:
+            # The agent is ending, and a timer came up before it was stopped: nothing is begun any more.
+            work.close()
+            return asyncio.get_running_loop().create_task(_nothing())
 
     def _begin(self, entry: Entry, *, recorded: bool) -> Runner:
         if self._tools is None:
@@ -395,3 +400,7 @@ async def _with_silence(items: AsyncIterator[T], silence_s: float) -> AsyncItera
         close = getattr(iterator, "aclose", None)
         if close is not None:
             await close()
+
+
+async def _nothing() -> None:
+    """Stands for work of an agent that is ending."""
