@@ -51,7 +51,7 @@ ACTIONS_PER_WAKE = 8_000
 """Actions after which a wake looks at no further owner: deciding, planning and encoding more at a time holds up the event loop
 for so long that, on a busy machine, the leader's own lease runs out."""
 REACH_S = 5.0
-"""The longest wait for the cache to show what was written; after it everything is looked at afresh."""
+"""A wait of so long for the cache to show what was written is told; after a failure it is tried again."""
 TICK_S = 1.0
 """How often nodes are looked at, and a part of all owners, whatever has happened."""
 TICKS_PER_ROUND = 60
@@ -270,14 +270,23 @@ class Loop:
                 pass
 
     async def _reach(self, revision: Revision) -> None:
+        """Return when the joins hold what is written up to `revision`, however long that takes, or the term ends.
+
+        To give up and look at everything afresh would be no help: what is missing is missing then, too. And where the cache is
+        late because this process is busy, it would be the later for it.
+        """
         if self._world.revision >= revision:
             return
-        async with asyncio.timeout(REACH_S):
-            await self._world.state.reach(revision)
-            while self._world.revision < revision:
-                # The cache has it; `_follow` takes it over in its next turn.
-                await self._changed.wait()
-                self._changed.clear()
+        while self._world.revision < revision:
+            try:
+                async with asyncio.timeout(REACH_S):
+                    await self._world.state.reach(revision)
+                    while self._world.revision < revision:
+                        # The cache has it; `_follow` takes it over in its next turn.
+                        await self._changed.wait()
+                        self._changed.clear()
+            except TimeoutError:
+                log.warning("the cache is late; nothing is decided before it shows what was written", waits_for=revision)
         self._changed.set()
 
     async def _catch_up(self) -> None:

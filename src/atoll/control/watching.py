@@ -49,14 +49,14 @@ class NodeWatch:
         for gone in self._known.keys() - nodes.keys():
             for index in (self._known, self._values, self._heard):
                 index.pop(gone, None)
-        for name in nodes.keys() - self._known.keys():
-            self._known[name] = monotonic
+        new = nodes.keys() - self._known.keys()
+        self._known.update(dict.fromkeys(new, monotonic))
         doubtful: dict[str, NodeFacts] = {}
         for name in self._doubtful(nodes):
             value = self._last_seen.get(name)
             if value is not None and value != self._values.get(name):
                 # The first value may be from long ago: only the next one is a sign of life.
-                if name in self._values:
+                if name not in new:
                     self._heard[name] = monotonic
                 self._values[name] = value
             liveness = self._world.state.get(NodeLiveness, name)
