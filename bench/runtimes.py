@@ -24,7 +24,7 @@ from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.lxc import LxcRuntime
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.offer import RUNTIMES, isolation_of
-from bench import copies
+from bench import copies, machines
 from bench.busybox import BUSYBOX, Boxes
 from bench.report import Report, Result, percentile
 
@@ -59,6 +59,8 @@ def run(arguments: list[str]) -> Report:
     for kind in (kind for kind in beside if isolation_of(kind.name) in (Isolation.CONTAINER, Isolation.SANDBOX)):
         with tempfile.TemporaryDirectory(prefix="atoll-bench-") as directory:
             asyncio.run(_measure(kind(Path(directory) / "runtime", cgroup=f"/atoll-bench-{uuid.uuid4().hex[:8]}"), report, samples))
+    if not options.copies_only:
+        machines.measure(report, samples)
     copies.measure(report, samples, alive=options.alive, burst=options.burst, kinds=options.copies_of or tuple(copies.KINDS))
     return report
 

@@ -280,9 +280,9 @@ def pci_devices(addresses: Sequence[str], window_bytes: int = 0) -> list[str]:
 def kernel_line(accelerator: str) -> str:
     """Return the kernel's command line.
 
-    Where the processor is emulated, the kernel cannot measure how fast it is, and hangs in one boot of ten trying: it is told. There
-    it is spared, too, what each instruction pays for and nobody uses: no speculation is to be kept in, no profile of AppArmor is
-    loaded, nobody reads an audit trail, and pages are not cleared twice.
+    Where the processor is emulated, the kernel cannot measure how fast it is, and hangs in one boot of ten trying: it is told.
+    There it is spared, too, what takes time and serves nobody: no speculation is to be kept in, no profile of AppArmor is loaded,
+    nobody reads an audit trail, and pages are not cleared twice.
     """
     words = ["console=ttyS0", "quiet", "loglevel=3", "reboot=t", "panic=-1", "random.trust_cpu=on", "cryptomgr.notests=1"]
     if accelerator == "tcg":
