@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,13 +15,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from atoll.control import certificates as controller
-from atoll.control.certificates import CertificateLoop, Signers
+from atoll.control.certificates import CertificateLoop
 from atoll.control.fake_authority import FakeAuthority
 from atoll.control.leader import Term, lead
 from atoll.control.orders import AcmeFailed, Pace
+from atoll.control.signers import Signers
 from atoll.control.world import KINDS as WORLD
 from atoll.model import codec, keys
 from atoll.model.chains import describe
+from atoll.model.errors import Unavailable
+from atoll.model.ports.store import Compare, KeyValue, Op, TxnResult
 from atoll.model.records import App, Event, RouteClaim
 from atoll.model.records.certificate import (
     AcmeSettings,
@@ -52,10 +55,28 @@ class PlainSeal:
         return plain
 
 
+class FlakyStore(MemoryStore):
+    """What another store holds, whose transactions fail while `failing` is set."""
+
+    def __init__(self, behind: MemoryStore, clock: LoopClock) -> None:
+        super().__init__(clock)
+        self._behind = behind
+        self.failing = False
+
+    async def get(self, key: str) -> KeyValue | None:
+        return await self._behind.get(key)
+
+    async def txn(self, compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()) -> TxnResult:
+        if self.failing:
+            raise Unavailable("the disk is full")
+        return await self._behind.txn(compare, then, otherwise)
+
+
 class Cell:
     def __init__(self) -> None:
         self.clock = LoopClock()
         self.store = MemoryStore(self.clock)
+        self.written = FlakyStore(self.store, self.clock)
         self.state = State(self.store, {**WORLD, **controller.KINDS, keys.CERTIFICATE_ROOTS: CertificateRoot})
         self.authority = FakeAuthority(self.signed, self.answered)
         self.connected: list[AcmeSettings] = []
@@ -71,13 +92,14 @@ class Cell:
     async def __aexit__(self, *_: object) -> None:
         await self.kill()
         await self.state.close()
+        await self.written.close()
         await self.store.close()
 
     def lead(self, identity: str = "a") -> None:
         signers = Signers(PlainSeal(), self.own, self.connect, Pace())
 
         async def work(term: Term) -> None:
-            await CertificateLoop(self.store, self.state, self.clock, random.Random(7), term, signers).run()
+            await CertificateLoop(self.written, self.state, self.clock, random.Random(7), term, signers).run()
 
         self._leaders.append(asyncio.ensure_future(lead(self.store, self.clock, identity, work)))
 
@@ -437,3 +459,18 @@ async def test_hundreds_are_signed_side_by_side_and_each_once(cell: Cell) -> Non
         await cell.until(f"h{number}.test", CertificatePhase.VALID)
     await asyncio.sleep(60)
     assert cell.signed_by_own == 200
+
+
+@virtual
+async def test_a_store_that_cannot_be_written_for_a_while_ends_nobodys_term(cell: Cell) -> None:
+    cell.lead()
+    await cell.choose()
+    await cell.wish("a.test", CertificateSource.ACME)
+    first = await cell.until("a.test", CertificatePhase.VALID)
+    cell.written.failing = True
+    await cell.wish("b.test", CertificateSource.ACME)
+    await asyncio.sleep(100)
+    assert cell.status("b.test") is None
+    cell.written.failing = False
+    await cell.until("b.test", CertificatePhase.VALID)
+    assert cell.status("a.test") == first

@@ -11,24 +11,25 @@ import contextlib
 import math
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Protocol
+from collections.abc import AsyncIterator
 
 import structlog
 from msgspec.structs import replace
 
+from atoll.control.certificate_statuses import DAY_S, Statuses, same, stale, warning_at
 from atoll.control.leader import Term
-from atoll.control.orders import AcmeFailed, Authority, Connect, Pace, fulfil, new_key, request_for
+from atoll.control.orders import AcmeFailed, Authority, fulfil, new_key, request_for
+from atoll.control.signers import Signers
 from atoll.control.wishes import Wish, wishes_of
-from atoll.control.writer import Unit, Writer
-from atoll.model import codec, keys
+from atoll.control.writer import Writer
+from atoll.model import keys
 from atoll.model.chains import check_chain
 from atoll.model.errors import AtollError, Compacted, Conflict, DeadlineExceeded, Fenced, Invalid
 from atoll.model.ports.clock import Clock
-from atoll.model.ports.store import Delete, Op, Put, Store, absent, unchanged
-from atoll.model.records import App, Event, Severity, new_suffix
+from atoll.model.ports.store import Store
+from atoll.model.records import App, Severity
 from atoll.model.records.certificate import AcmeSettings, Certificate, CertificatePhase, CertificateSource, CertificateStatus
-from atoll.store.cache import Delta, Deltas, Held, State
+from atoll.store.cache import Delta, Deltas, State
 
 KINDS: dict[str, type] = {
     keys.CERTIFICATES: Certificate,
@@ -41,35 +42,10 @@ AT_ONCE = 8
 RENEW_AT = 2 / 3
 JITTER = 0.05
 """Of the life: so far from `RENEW_AT` on either side, that certificates made together are not renewed together."""
-WARN_DAYS = (14, 3, 0)
-"""An event says that a certificate from files ends: so many days before, and when it has ended."""
-DAY_S = 86_400.0
 RESTART_S = 5.0
 TOKEN_CHARS_MAX = 256
 
 log = structlog.get_logger()
-
-
-class Seal(Protocol):
-    """The cell's key; see `api.service.sealing`."""
-
-    def seal(self, plain: bytes, context: str) -> bytes: ...
-
-    def open(self, sealed: bytes, context: str) -> bytes: ...
-
-
-Sign = Callable[[str], Awaitable[tuple[str, bytes]]]
-"""Hostname → chain and key (PEM), signed by the cell's own root."""
-
-
-class Signers:
-    """What a certificate can come from; `entry` chooses the implementations."""
-
-    def __init__(self, seal: Seal, own: Sign, connect: Connect, pace: Pace = Pace()) -> None:
-        self.seal = seal
-        self.own = own
-        self.connect = connect
-        self.pace = pace
 
 
 class CertificateLoop:
@@ -79,7 +55,7 @@ class CertificateLoop:
         self._state = state
         self._clock = clock
         self._chance = chance
-        self._writer = Writer(store, term)
+        self._statuses = Statuses(state, Writer(store, term), clock, chance)
         self._signers = signers
         self._pace = signers.pace
         self._changed = asyncio.Event()
@@ -134,8 +110,10 @@ class CertificateLoop:
         """Begin what is due, and return in how many seconds to look again."""
         now, wishes = self._clock.now(), wishes_of(self._state)
         for host, held in list(self._state.records(CertificateStatus).items()):
-            if host not in self._busy and host not in self._state.broken(Certificate) and _stale(held.record, wishes.get(host)):
-                await self._forget(host, held)
+            unread = host in self._state.broken(Certificate)
+            useless = host not in self._busy and not unread and stale(held.record, wishes.get(host))
+            if useless and not await self._statuses.forget(host, held):
+                self._changed.set()
         times = {host: self._due(wish, now) for host, wish in wishes.items() if host not in self._busy}
         self._queue = deque(wishes[host] for host in sorted(times, key=lambda host: (times[host], host)) if times[host] <= now)
         self._begin(tasks)
@@ -161,10 +139,10 @@ class CertificateLoop:
     def _due(self, wish: Wish, now: float) -> float:
         """Return when something is to be done for a hostname."""
         held = self._state.get(CertificateStatus, wish.host)
-        status = held.record if held is not None and _same(held.record, wish) else None
+        status = held.record if held is not None and same(held.record, wish) else None
         if wish.source is CertificateSource.FILE:
             added = self._state.get(Certificate, wish.host)
-            return _warning_at(added.record.not_after, status.warned_at if status is not None else 0.0) if added else math.inf
+            return warning_at(added.record.not_after, status.warned_at if status is not None else 0.0) if added else math.inf
         at = 0.0
         if status is None:
             pass
@@ -196,10 +174,20 @@ class CertificateLoop:
         except Conflict as error:
             log.info("a certificate's record has changed; it is looked at again", host=wish.host, cause=error.message)
         except AtollError as error:
-            await self._fail(wish, error)
+            await self._fail_safely(wish, error)
         except Exception as error:  # the outer edge: one hostname's fault stays its own
             log.exception("a certificate could not be had", host=wish.host)
-            await self._fail(wish, AtollError(f"a fault in the server: {type(error).__name__}"))
+            await self._fail_safely(wish, AtollError(f"a fault in the server: {type(error).__name__}"))
+
+    async def _fail_safely(self, wish: Wish, error: AtollError) -> None:
+        """As `_fail`; where the store cannot be written either, nothing is known of it, and it is tried again soon."""
+        try:
+            await self._fail(wish, error)
+        except Fenced:
+            raise
+        except AtollError as unwritten:
+            log.warning("what became of a certificate could not be written", host=wish.host, cause=unwritten.message)
+            await asyncio.sleep(RESTART_S)
 
     async def _sign(self, wish: Wish) -> None:
         chain, key = await self._signers.own(wish.host)
@@ -209,7 +197,7 @@ class CertificateLoop:
         if wish.host.startswith("*."):
             raise Invalid("ACME over HTTP proves no wildcard", mend="add a certificate from files")
         authority = self._connected()
-        status = self._status(wish)
+        status = self._statuses.of(wish)
         order = None
         if status.order:
             try:
@@ -222,14 +210,14 @@ class CertificateLoop:
             order = await authority.begin(wish.host)
             sealed = self._signers.seal.seal(new_key(), _next(wish.host))
             status = replace(status, phase=CertificatePhase.ORDERING, order=order.url, next_sealed=sealed, challenges={})
-            await self._write(wish, status)
+            await self._statuses.write(wish, status)
         key = self._signers.seal.open(status.next_sealed, _next(wish.host))
 
         async def show(answers: dict[str, str]) -> None:
             if any(len(token) > TOKEN_CHARS_MAX or not _plain(token) for token in answers):
                 raise AcmeFailed("the authority's token is none")
-            now = replace(self._status(wish), phase=CertificatePhase.ORDERING, challenges=answers)
-            await self._write(wish, now)
+            now = replace(self._statuses.of(wish), phase=CertificatePhase.ORDERING, challenges=answers)
+            await self._statuses.write(wish, now)
 
         try:
             async with asyncio.timeout(self._pace.order_s):
@@ -267,13 +255,13 @@ class CertificateLoop:
             updated_at=now,
         )
         message = f"a certificate for {wish.host} was signed by {described.issuer}"
-        await self._write(wish, status, self._event(wish, "certificate-issued", message, Severity.INFO))
+        await self._statuses.write(wish, status, self._statuses.event(wish, "certificate-issued", message, Severity.INFO))
         log.info("a certificate was signed", host=wish.host, source=wish.source.value, issuer=described.issuer)
 
     async def _fail(self, wish: Wish, error: AtollError) -> None:
         """Write what went wrong; the next try comes later and later, and not before the authority wants it."""
         now = self._clock.now()
-        status = self._status(wish)
+        status = self._statuses.of(wish)
         attempts = status.attempts + 1
         wait_s = min(self._pace.retry_max_s, self._pace.retry_min_s * 2 ** min(attempts - 1, 20)) * self._chance.uniform(0.8, 1.2)
         kind = error.kind if isinstance(error, AcmeFailed) else ""
@@ -296,10 +284,7 @@ class CertificateLoop:
         )
         message = f"no certificate for {wish.host}: {failed.error}; next try in {wait_s:.0f} s"
         log.warning("a certificate could not be had", host=wish.host, cause=failed.error, retry_in_s=round(wait_s))
-        try:
-            await self._write(wish, failed, self._event(wish, "certificate-failed", message, Severity.WARNING))
-        except Conflict:
-            return
+        await self._statuses.write(wish, failed, self._statuses.event(wish, "certificate-failed", message, Severity.WARNING))
 
     async def _warn(self, wish: Wish) -> None:
         """Say that a certificate from files ends soon: nobody else renews it."""
@@ -309,57 +294,11 @@ class CertificateLoop:
         now, ends = self._clock.now(), added.record.not_after
         days = max(0, math.ceil((ends - now) / DAY_S))
         words = f"ends in {days} days" if ends > now else "has expired"
-        event = self._event(wish, "certificate-ends", f"the certificate of {wish.host} {words}; add a newer one", Severity.WARNING)
-        status = self._status(wish)
-        await self._write(wish, replace(status, phase=CertificatePhase.VALID, not_after=ends, warned_at=now), event)
-
-    def _status(self, wish: Wish) -> CertificateStatus:
-        """Return how it stands with this wish; what is shown for another one, from before, goes on until there is better."""
-        held = self._state.get(CertificateStatus, wish.host)
-        if held is not None and _same(held.record, wish):
-            return replace(held.record, app=wish.app)
-        status = CertificateStatus(host=wish.host, project=wish.project, source=wish.source, app=wish.app, updated_at=0.0)
-        if held is not None and held.record.project == wish.project:
-            status = replace(status, chain=held.record.chain, sealed=held.record.sealed, not_after=held.record.not_after)
-        return status
-
-    async def _write(self, wish: Wish, status: CertificateStatus, *events: Event) -> None:
-        """Raises Conflict: the record was changed meanwhile."""
-        held, key = self._state.get(CertificateStatus, wish.host), keys.certificate_status(wish.host)
-        compare = absent(key) if held is None else unchanged(key, held.revision)
-        status = replace(status, updated_at=self._clock.now())
-        await self._commit(Unit(wish.host, (compare,), (Put(key, codec.encode(status)), *(_put(event) for event in events))))
-
-    async def _forget(self, host: str, held: Held[CertificateStatus]) -> None:
-        key = keys.certificate_status(host)
-        ops: tuple[Op, ...] = (Delete(key),)
-        try:
-            await self._commit(Unit(host, (unchanged(key, held.revision),), ops))
-        except Conflict:
-            self._changed.set()
-
-    async def _commit(self, unit: Unit) -> None:
-        outcome = await self._writer.commit([unit])
-        if outcome.conflicts or outcome.refused:
-            raise Conflict(f"the record of {unit.source} was not written")
-        await self._state.reach(outcome.revision)
-
-    def _event(self, wish: Wish, code: str, message: str, severity: Severity) -> Event:
-        now = self._clock.now()
-        return Event(
-            id=f"{int(now * 1000):013d}-{new_suffix(self._chance.choice, 8)}",
-            at=now,
-            project=wish.project,
-            subject=f"certificate/{wish.host}",
-            code=code,
-            message=message,
-            severity=severity,
-            data={"app": wish.app} if wish.app else {},
+        event = self._statuses.event(
+            wish, "certificate-ends", f"the certificate of {wish.host} {words}; add a newer one", Severity.WARNING
         )
-
-
-def _put(event: Event) -> Put:
-    return Put(keys.event(event.project, event.id), codec.encode(event))
+        status = self._statuses.of(wish)
+        await self._statuses.write(wish, replace(status, phase=CertificatePhase.VALID, not_after=ends, warned_at=now), event)
 
 
 def _next(host: str) -> str:
@@ -367,28 +306,8 @@ def _next(host: str) -> str:
     return keys.certificate_status(host) + "/next"
 
 
-def _same(status: CertificateStatus, wish: Wish) -> bool:
-    return (status.project, status.source) == (wish.project, wish.source)
-
-
-def _stale(status: CertificateStatus, wish: Wish | None) -> bool:
-    """Whether a status is of no use any more: nobody wants the hostname, another project does, or its chain is handed in."""
-    return (
-        wish is None or status.project != wish.project or (status.source != wish.source and wish.source is CertificateSource.FILE)
-    )
-
-
 def _plain(token: str) -> bool:
     return token.isascii() and token.replace("-", "").replace("_", "").isalnum()
-
-
-def _warning_at(not_after: float, warned_at: float) -> float:
-    """Return when to say next that a certificate ends; infinite once all has been said."""
-    for days in WARN_DAYS:
-        at = not_after - days * DAY_S
-        if at > warned_at:
-            return at
-    return math.inf
 
 
 def _concerns(delta: Delta) -> bool:

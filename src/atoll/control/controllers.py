@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from atoll.control.certificates import CertificateLoop, Signers
+from atoll.control.certificates import CertificateLoop
 from atoll.control.detection.exchange import Exchange
 from atoll.control.judging import Traffic
 from atoll.control.layouts import IngressHeartbeats
@@ -15,6 +15,7 @@ from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser
 from atoll.control.queries import Ask
 from atoll.control.readings import Heartbeats
+from atoll.control.signers import Signers
 from atoll.control.sleeping import Demand
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Store

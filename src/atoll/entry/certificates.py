@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from atoll.api.service import Service
-from atoll.control.certificates import Signers
 from atoll.control.orders import Authority, Pace
+from atoll.control.signers import Signers
 from atoll.model.records.certificate import AcmeSettings
 
 

@@ -1,0 +1,112 @@
+"""How each hostname's certificate stands, as the leader writes it: under its fence, and only over what it has read."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+
+import structlog
+from msgspec.structs import replace
+
+from atoll.control.wishes import Wish
+from atoll.control.writer import Unit, Writer
+from atoll.model import codec, keys
+from atoll.model.errors import Conflict
+from atoll.model.ports.clock import Clock
+from atoll.model.ports.store import Delete, Put, absent, unchanged
+from atoll.model.records import Event, Severity, new_suffix
+from atoll.model.records.certificate import CertificateSource, CertificateStatus
+from atoll.store.cache import Held, State
+
+DAY_S = 86_400.0
+WARN_DAYS = (14, 3, 0)
+"""An event says that a certificate from files ends: so many days before, and when it has ended."""
+REACH_S = 5.0
+"""The longest wait for the cache to show what was written; what is decided from an older one is refused by the store."""
+
+log = structlog.get_logger()
+
+
+class Statuses:
+    """Reads and writes `CertificateStatus`, one hostname at a time. Writes raise Fenced when another leads."""
+
+    def __init__(self, state: State, writer: Writer, clock: Clock, chance: random.Random) -> None:
+        self._state = state
+        self._writer = writer
+        self._clock = clock
+        self._chance = chance
+
+    def of(self, wish: Wish) -> CertificateStatus:
+        """Return how it stands with this wish; what is shown for another one, from before, goes on until there is better."""
+        held = self._state.get(CertificateStatus, wish.host)
+        if held is not None and same(held.record, wish):
+            return replace(held.record, app=wish.app)
+        status = CertificateStatus(host=wish.host, project=wish.project, source=wish.source, app=wish.app, updated_at=0.0)
+        if held is not None and held.record.project == wish.project:
+            status = replace(status, chain=held.record.chain, sealed=held.record.sealed, not_after=held.record.not_after)
+        return status
+
+    async def write(self, wish: Wish, status: CertificateStatus, *events: Event) -> None:
+        """Write how it stands, and tell. Raises Conflict: the record was changed meanwhile."""
+        held, key = self._state.get(CertificateStatus, wish.host), keys.certificate_status(wish.host)
+        compare = absent(key) if held is None else unchanged(key, held.revision)
+        status = replace(status, updated_at=self._clock.now())
+        await self._commit(Unit(wish.host, (compare,), (Put(key, codec.encode(status)), *(_put(event) for event in events))))
+
+    async def forget(self, host: str, held: Held[CertificateStatus]) -> bool:
+        """Remove a record, and return whether it was still as it was read."""
+        key = keys.certificate_status(host)
+        try:
+            await self._commit(Unit(host, (unchanged(key, held.revision),), (Delete(key),)))
+        except Conflict:
+            return False
+        return True
+
+    def event(self, wish: Wish, code: str, message: str, severity: Severity) -> Event:
+        now = self._clock.now()
+        return Event(
+            id=f"{int(now * 1000):013d}-{new_suffix(self._chance.choice, 8)}",
+            at=now,
+            project=wish.project,
+            subject=f"certificate/{wish.host}",
+            code=code,
+            message=message,
+            severity=severity,
+            data={"app": wish.app} if wish.app else {},
+        )
+
+    async def _commit(self, unit: Unit) -> None:
+        outcome = await self._writer.commit([unit])
+        if outcome.conflicts or outcome.refused:
+            raise Conflict(f"the record of {unit.source} was not written")
+        try:
+            async with asyncio.timeout(REACH_S):
+                await self._state.reach(outcome.revision)
+        except TimeoutError:
+            log.warning("the cache does not follow the store", behind=outcome.revision)
+
+
+def same(status: CertificateStatus, wish: Wish) -> bool:
+    """Whether a status is about this wish, or about what was there before."""
+    return (status.project, status.source) == (wish.project, wish.source)
+
+
+def stale(status: CertificateStatus, wish: Wish | None) -> bool:
+    """Whether a status is of no use any more: nobody wants the hostname, another project does, or its chain is handed in."""
+    return (
+        wish is None or status.project != wish.project or (status.source != wish.source and wish.source is CertificateSource.FILE)
+    )
+
+
+def warning_at(not_after: float, warned_at: float) -> float:
+    """Return when to say next that a certificate ends; infinite once all has been said."""
+    for days in WARN_DAYS:
+        at = not_after - days * DAY_S
+        if at > warned_at:
+            return at
+    return math.inf
+
+
+def _put(event: Event) -> Put:
+    return Put(keys.event(event.project, event.id), codec.encode(event))
