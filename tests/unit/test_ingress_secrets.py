@@ -105,6 +105,14 @@ def test_a_wildcard_is_sent_under_each_name_and_its_change_to_all_of_them() -> N
     assert stream.answer() == ({"a.w.test": "newer", "b.w.test": "newer"}, set())
 
 
+def test_a_name_in_capitals_is_the_same_name_also_when_its_certificate_changes() -> None:
+    stream = Stream(material("a.test"), material("*.w.test"))
+    stream.ask("A.Test", "B.w.TEST")
+    assert stream.answer() == ({"A.Test": "chain", "B.w.TEST": "chain"}, set())
+    stream.put(material("a.test", chain="newer"), material("*.w.test", chain="newer"))
+    assert stream.answer() == ({"A.Test": "newer", "B.w.TEST": "newer"}, set())
+
+
 def test_nothing_is_said_while_it_is_not_known_what_there_is() -> None:
     stream = Stream()
     stream.withheld.add(Kind.SECRET)

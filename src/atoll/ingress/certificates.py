@@ -37,7 +37,8 @@ class CertificateTable(Mapping[str, Resource]):
         return len(self._materials)
 
     def material(self, name: str) -> Material | None:
-        """Return the certificate that is shown to who says `name`."""
+        """Return the certificate that is shown to who says `name`, in capitals or not."""
+        name = name.lower()
         owner = self._project_of(name)
         for host in (name, wildcard_of(name)):
             found = self._materials.get(host)

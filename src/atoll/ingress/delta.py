@@ -87,6 +87,8 @@ class DeltaSession:
         self._held_until: float | None = None
         self._kept: dict[str, None] = {}
         """Secrets that Envoy holds, in the order in which it asked for them. It never says when it has no use for one any more."""
+        self._odd: set[str] = set()
+        """Of them those that a client has written in capitals."""
         self._withdrawn: set[str] = set()
         """Secrets that it is about to be told to let go of."""
 
@@ -104,8 +106,9 @@ class DeltaSession:
         for kind, name in names:
             if (channel := self._channels.get(kind)) is not None:
                 channel.dirty.add(name)
-                if kind is Kind.SECRET and name.startswith("*."):
-                    channel.dirty.update(kept for kept in self._kept if covers(name, kept))
+                if kind is Kind.SECRET:
+                    several = self._kept if name.startswith("*.") else self._odd
+                    channel.dirty.update(kept for kept in several if covers(name, kept.lower()))
 
     def receive(self, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
         """Take over what Envoy asks for, and its answer to the last response. A kind that is not ours is ignored."""
@@ -132,7 +135,7 @@ class DeltaSession:
         for name in request.resource_names_unsubscribe:
             channel.subscribed.discard(name)
             if kind is Kind.SECRET:
-                self._kept.pop(name, None)
+                self._let_go(name)
             if not channel.wildcard:
                 channel.sent.pop(name, None)
                 channel.applied.pop(name, None)
@@ -209,7 +212,7 @@ class DeltaSession:
                     # Envoy asks again when the next client says this name.
                     channel.subscribed.discard(name)
                     self._withdrawn.discard(name)
-                    self._kept.pop(name, None)
+                    self._let_go(name)
                 message.removed_resources.append(name)
                 continue
             if kind is Kind.CLUSTER:
@@ -224,13 +227,19 @@ class DeltaSession:
         """Note that Envoy keeps this secret from now on; of too many it lets go of the one that it has had longest."""
         channel.unanswered.add(name)
         self._withdrawn.discard(name)
-        self._kept.pop(name, None)
+        self._let_go(name)
         self._kept[name] = None
+        if name != name.lower():
+            self._odd.add(name)
         if len(self._kept) > SECRETS_MAX:
             oldest = next(iter(self._kept))
-            del self._kept[oldest]
+            self._let_go(oldest)
             self._withdrawn.add(oldest)
             channel.dirty.add(oldest)
+
+    def _let_go(self, name: str) -> None:
+        self._kept.pop(name, None)
+        self._odd.discard(name)
 
     def _expect_endpoints(self, cluster: str) -> None:
         endpoints = self._channels.get(Kind.ENDPOINTS)
