@@ -6,7 +6,7 @@ import random
 
 import pytest
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.ingress.delta import HOLD_S, RESPONSE_RESOURCES_MAX, DeltaSession, Verdicts
@@ -252,6 +252,7 @@ def test_a_bad_cluster_or_endpoint_stops_no_other_app(kind: Kind) -> None:
         assert world.has(Kind.ENDPOINTS)[name] == world.wanted(Kind.ENDPOINTS)[name]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 40))
 def test_whatever_happens_envoy_ends_with_all_that_is_good(seed: int, steps: int) -> None:
     choose = random.Random(seed)

@@ -9,7 +9,7 @@ from envoy.config.cluster.v3.cluster_pb2 import Cluster
 from envoy.config.core.v3.health_check_pb2 import DRAINING, HEALTHY
 from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.route.v3.route_components_pb2 import VirtualHost
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -142,6 +142,7 @@ _STEPS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(_STEPS, max_size=12), st.booleans())
 def test_the_resources_are_always_whole(steps: list[tuple[str, Hosts, list[str]] | str], complete_last: bool) -> None:
     """Every host leads to clusters that exist and have endpoints, no host is there twice, and the way there does not matter."""
