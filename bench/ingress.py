@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
+from msgspec import structs
 
 from atoll.ingress.fake import FakeRouting
+from atoll.ingress.resources import Kind
 from atoll.ingress.service import Ingress
 from atoll.model.records import Endpoint, Routing
 from atoll.model.spec import AppSpec, Port
@@ -23,6 +27,7 @@ from bench.report import Report, Result, median, percentile
 ROUTES = (1, 1_000, 10_000)
 READY_S = 120.0
 PROBE_S = 30.0
+DARK_ROUNDS = 10
 ADDRESSES = ("127.0.0.2", "127.0.0.3")
 
 
@@ -78,6 +83,8 @@ async def _at(report: Report, directory: Path, backend: Backend, routes: int, op
             report.add(Result(f"our process's memory with {routes:,} apps", _rss_mib(os.getpid()), "MiB"))
         await _throughput(report, directory, ingress, backend, routes, options)
         await _changes(report, control, ingress, backend, routes, options.changes)
+        if routes == min(options.routes):
+            await _dark(report, control, ingress)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -144,6 +151,42 @@ async def _changes(report: Report, control: FakeRouting, ingress: Ingress, backe
     report.add(Result(f"new app → routable among {routes:,}, p99", percentile(fresh, 99), "ms"))
     report.add(Result(f"endpoint change → traffic among {routes:,}, p50", percentile(moved, 50), "ms", goal="<= 5"))
     report.add(Result(f"endpoint change → traffic among {routes:,}, p99", percentile(moved, 99), "ms"))
+
+
+async def _dark(report: Report, control: FakeRouting, ingress: Ingress) -> None:
+    """Measure how long requests take of an app whose nearest site answers no packet any more: the first, and later ones."""
+    first: list[float] = []
+    later: list[float] = []
+    clock = asyncio.get_running_loop().time
+    for number in range(DARK_ROUNDS):
+        name = f"dark{number}"
+        async with _Named(ADDRESSES[1:]) as port:
+            with socket.socket() as listener, contextlib.ExitStack() as stack:
+                # It accepts nothing and its queue is full: the kernel answers no further connection.
+                listener.bind((ADDRESSES[0], port))
+                listener.listen(0)
+                for _ in range(4):
+                    filler = stack.enter_context(socket.socket())
+                    filler.setblocking(False)
+                    filler.connect_ex((ADDRESSES[0], port))
+                made = routing(0, port)
+                places = tuple(
+                    Endpoint(instance=f"{name}-{site}", node="n", site=site, address=address, release=1)
+                    for site, address in zip(("local", "next"), ADDRESSES, strict=True)
+                )
+                control.put(structs.replace(made, app=name, hosts=((f"{name}.localhost", "/", port, False),), endpoints=places))
+                host = f"{name}.localhost"
+                hosts = ingress.table.resources[Kind.HOST]
+                while f"http/{host}" not in hosts:  # noqa: ASYNC110  # the table has no event
+                    await asyncio.sleep(0.001)
+                await ingress.ads.applied((Kind.HOST, f"http/{host}"), hosts[f"http/{host}"].version, timeout_s=PROBE_S)
+                for times in (first, later, later):
+                    began = clock()
+                    await _until(ingress.http_port, host, lambda body: True)
+                    times.append((clock() - began) * 1000)
+    report.add(Result("the nearest site goes dark → first answer of the next, p50", percentile(first, 50), "ms", goal="<= 1000"))
+    report.add(Result("the nearest site goes dark → first answer of the next, longest", max(first), "ms", goal="<= 1000"))
+    report.add(Result("the same for requests after it, p50", percentile(later, 50), "ms"))
 
 
 class _Named:

@@ -194,6 +194,27 @@ async def test_a_route_has_a_timeout_of_its_own_and_a_try_that_takes_too_long_is
         assert asked == 1
 
 
+async def test_a_route_says_how_often_another_try_is_made(site: Site) -> None:
+    asked: Counter[bytes] = Counter()
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        asked[head.split()[1]] += 1
+        if head.split()[1] == b"/probe":
+            writer.write(plain(200))
+        writer.close()
+
+    async with answering(hang_up) as backend:
+        places = tuple(("hangs.localhost", path) for path in ("/", "/once", "/twice"))
+        routes = tuple(Route(host="hangs.localhost", path=path, retries=n) for path, n in (("/once", 0), ("/twice", 1)))
+        host = await put(site, with_rules(routing("hangs", backend, hosts=places), IngressRules(retries=3), *routes))
+        for path in ("/", "/once", "/twice"):
+            answer = await get(site.port, host, path)
+            assert answer.status == 503
+            assert "broke the connection" in answer.error["message"]
+        assert (asked[b"/"], asked[b"/once"], asked[b"/twice"]) == (4, 1, 2)
+
+
 async def test_statuses_that_the_app_names_are_tried_again_and_others_are_not(site: Site) -> None:
     counts: Counter[bytes] = Counter()
 
