@@ -96,6 +96,6 @@ def _compare(report: Report, apps: list[App], curve: Curve, references: Referenc
             f"{100 * each.share:.1f} % on the mean of the apps; {each.idle_s / 3600:.0f} h idle; woken ahead {each.woken} times"
         )
     report.notes.append(
-        f"{len(apps)} apps that nothing was tuned on, {requests} requests in a day; every policy learns from the day's beginning; "
-        "share of cold starts is of all requests; instances beyond an app's first are left out for all"
+        f"{len(apps)} apps that no weight was fitted on, {requests} requests in a day; every policy learns from the day's "
+        "beginning; share of cold starts is of all requests; instances beyond an app's first are left out for all"
     )

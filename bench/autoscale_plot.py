@@ -9,6 +9,7 @@ from bench.autoscale_policies import Outcome
 OURS = "#0b6e99"
 COLOURS = {"fixed window": "#d9730d", "Knative": "#ad1a72", "hybrid histogram": "#5a8f29"}
 MARKS = {"fixed window": "o", "Knative": "D", "hybrid histogram": "s"}
+SHORT = {"range 60 min": "1 h", "range 120 min": "2 h", "range 240 min": "4 h", "60 min": "1 h"}
 NAMED_S = {60: "1 min", 300: "5 min", 600: "10 min", 1_800: "30 min", 3_600: "1 h"}
 
 
@@ -45,9 +46,9 @@ def draw(path: Path, curve: list[tuple[int, Outcome]], references: dict[str, lis
         for (name, _), at_x, at_y in zip(points, x, y, strict=True):
             if family == "Knative":
                 continue
-            below = family == "hybrid histogram"
+            below = name in ("range 10 min", "range 30 min", "20 min")
             axis.annotate(
-                name.removeprefix("range "),
+                SHORT.get(name, name.removeprefix("range ")),
                 (at_x, at_y),
                 xytext=(-4, -12) if below else (5, 5),
                 textcoords="offset points",
@@ -58,10 +59,11 @@ def draw(path: Path, curve: list[tuple[int, Outcome]], references: dict[str, lis
     axis.set_yscale("log")
     axis.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1.0], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
     axis.minorticks_off()
+    axis.margins(x=0.06)
     axis.set_xlabel("idle instances, hours in the day over all apps")
     axis.set_ylabel("requests that met a cold start, %")
     axis.grid(visible=True, which="both", alpha=0.2)
     axis.legend(frameon=False, loc="upper right")
-    axis.set_title("A day of Azure Functions, 2019: apps that nothing was tuned on", loc="left", fontsize=11)
+    axis.set_title("A day of Azure Functions, 2019: apps that no weight was fitted on", loc="left", fontsize=11)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

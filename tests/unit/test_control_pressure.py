@@ -10,9 +10,12 @@ import pytest
 from control_cell import Cell, run_virtual
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
+from test_control_layouts import ask, by_site, web, world
 
 from atoll.control.autoscale import ROUNDING
 from atoll.control.loads import POINTS, Track
+from atoll.control.optimiser import QuickOptimiser
 from atoll.control.pressure import DECIDE_S, Pressure, PressureFacts, PressureMemory, decide_pressure
 from atoll.control.sleeping import FRESH_S
 from atoll.model.records import App, Event, Instance
@@ -306,5 +309,31 @@ def test_in_a_window_of_its_schedule_an_app_has_at_least_so_many_and_sleeps_afte
             assert cell.clock.now() % 86_400 // 60 == 13 * 60 + 50
             await cell.until(lambda: not cell.instances(), within_s=500)
             assert cell.clock.now() % 86_400 // 60 >= 13 * 60 + 55
+
+    run_virtual(story())
+
+
+def test_what_is_added_near_users_goes_to_the_site_where_their_requests_come_in() -> None:
+    async def story() -> None:
+        async with Cell() as cell:
+            cell.optimiser = QuickOptimiser()  # what is added goes by the quick way, whatever moves later
+            ask(cell, ams=90.0, sin=10.0)
+            await world(cell)
+            await cell.deploy(replace(web(), scale=Scale(replicas=2, max=6, rps=50)), replicas=2)
+            await cell.until(lambda: cell.ready() == 2)
+            await asyncio.sleep(60)
+            ask(cell, ams=15.0, sin=170.0)
+
+            async def say() -> None:
+                while True:
+                    await asyncio.sleep(2.0)
+                    now = cell.clock.monotonic()
+                    for site, rate in (("ams", 15), ("iad", 0), ("sin", 170)):
+                        cell.demand.loads[site] = {"default/web": Load(1.0, now, int(rate * now), 0.0)}
+
+            before = by_site(cell)
+            cell.keep(asyncio.ensure_future(say()))
+            await cell.until(lambda: cell.ready() == 4, within_s=100)
+            assert by_site(cell).get("sin", 0) == before.get("sin", 0) + 2
 
     run_virtual(story())

@@ -34,7 +34,7 @@ from atoll.model.records import (
 from atoll.model.rollouts import RolloutStatus
 from atoll.model.spec import AppSpec, Metrics, Port, Scale
 from atoll.model.states import Phase
-from atoll.model.traffic import BOUNDS_MS, Counts, ReleaseTraffic, TrafficReport
+from atoll.model.traffic import BOUNDS_MS, AppLoad, Counts, DemandReport, ReleaseTraffic, TrafficReport
 from atoll.model.views import TokenRequest
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -110,6 +110,8 @@ async def cell() -> AsyncIterator[Cell]:
         counted = ReleaseTraffic(project="default", app="llm", release=1, counts=Counts(100, 3, classes))
         await made.put(keys.ingress("g"), Ingress(name="g", site="ams", http_port=80))
         service.traffic.note(TrafficReport(ingress="g", started=1.0, releases=(counted,)))
+        load = AppLoad("default/llm", 100, 12.5)
+        await service.control_plane.demand(DemandReport(ingress="g", started=1.0, uptime_s=2.0, loads=(load,)))
         yield made
     await store.close()
 
@@ -134,6 +136,7 @@ async def test_nodes_devices_apps_and_instances_are_told(cell: Cell) -> None:
         'atoll_app_requests_total{project="default",app="llm",release="1"} 100',
         'atoll_app_errors_total{project="default",app="llm",release="1"} 3',
         'atoll_ingress_requests_total{project="default",app="llm",release="1",ingress="g",site="ams"} 100',
+        'atoll_ingress_request_seconds_total{project="default",app="llm",ingress="g",site="ams"} 12.5',
         'atoll_ingress_errors_total{project="default",app="llm",release="1",ingress="g",site="ams"} 3',
         'atoll_app_latency_seconds{project="default",app="llm",release="1",quantile="0.5"} 0.0085',
         'atoll_app_weight_ratio{project="default",app="llm",release="2"} 0.05',

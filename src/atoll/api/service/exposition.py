@@ -26,7 +26,7 @@ from atoll.model.records import (
     Status,
     Usage,
 )
-from atoll.model.traffic import Counts
+from atoll.model.traffic import Counts, Load
 from atoll.store.index import by_project
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -58,6 +58,10 @@ FAMILIES = {
     "atoll_app_errors_total": ("counter", "Of them those answered with 500 to 599."),
     "atoll_ingress_requests_total": ("counter", "Requests to the release that were answered at the ingress, since it was started."),
     "atoll_ingress_errors_total": ("counter", "Of them those answered with 500 to 599."),
+    "atoll_ingress_request_seconds_total": (
+        "counter",
+        "Seconds that requests were under way at the ingress, added up, of an app that scales by its requests.",
+    ),
     "atoll_app_latency_seconds": ("gauge", "Within it so large a share of its requests of the last minute were answered."),
     "atoll_app_weight_ratio": ("gauge", "Share of the app's requests that the release is given, while it is not by instances."),
     "atoll_instance_ready": ("gauge", "1 where the instance serves."),
@@ -81,6 +85,8 @@ class Exposition:
         self._context = context
         self._state = context.state
         self._heartbeats = heartbeats
+        self.loads: Mapping[str, Mapping[str, Load]] = {}
+        """Ingress → app → its load, of apps that scale by their requests; set by whoever takes it."""
 
     async def text(self, caller: Caller, project: str | None = None) -> bytes:
         """Return all that `caller` may see, or of it one project's apps and instances beside the nodes."""
@@ -165,6 +171,11 @@ class Exposition:
                 labels = {"project": app.project, "app": app.name, "release": str(release), "ingress": name, "site": site}
                 page.add("atoll_ingress_requests_total", labels, counts.requests)
                 page.add("atoll_ingress_errors_total", labels, counts.errors)
+        for name, loads in sorted(self.loads.items()):
+            load, ingress = loads.get(f"{app.project}/{app.name}"), self._state.get(Ingress, name)
+            if load is not None and ingress is not None:
+                labels = {"project": app.project, "app": app.name, "ingress": name, "site": ingress.record.site}
+                page.add("atoll_ingress_request_seconds_total", labels, load.request_s)
 
     def _instance(self, page: _Page, key: str, instance: Instance, usage: Usage | None) -> None:
         owner = "app" if instance.owner_kind is OwnerKind.APP else "job"

@@ -120,6 +120,7 @@ class Service:
         )
         self.control_plane.counted = self.traffic
         self.demand = self.control_plane.wanted
+        self.exposition.loads = self.demand.loads
         self.authorities = Authorities(self.context, certificate_life_s)
         self.join_tokens = JoinTokens(self.context, self.authorities, server)
         self.membership = Membership(self.context, self.authorities)
