@@ -8,7 +8,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from atoll.entry.scratch import ScratchAtoll, ScratchNode
+from atoll.entry.scratch import CommandFailed, ScratchAtoll, ScratchNode
 from atoll.images.minimal import docker_archive
 from bench.ingress_peers import compile_answer, counted, wrk_command
 from bench.report import Report, Result
@@ -71,7 +71,7 @@ def live(report: Report) -> None:
             report.add(Result(what, float(found.failed), "requests", goal="<= 0"))
             report.add(Result("requests/s meanwhile", found.per_s, "1/s", goal=f">= {PER_S_MIN:g}"))
             report.notes.append(f"{found.requests:,} requests in {LOAD_S:g} s on {CONNECTIONS} connections: {', '.join(steps)}")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, CommandFailed) as error:
         report.add(Result(what, None, "requests", goal="<= 0", why=str(error)[:300]))
 
 
