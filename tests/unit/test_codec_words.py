@@ -11,7 +11,10 @@ import pytest
 
 from atoll.model import codec
 from atoll.model.errors import Invalid
-from atoll.model.spec import AppSpec, JobSpec
+from atoll.model.ports.control_plane import AssignmentBatch
+from atoll.model.records import Assignment, Instance, OwnerKind
+from atoll.model.spec import AppSpec, Gpu, JobSpec, Port, Resources
+from atoll.model.views import InstanceView, Page
 
 
 @pytest.mark.parametrize(
@@ -92,3 +95,24 @@ def test_a_kind_that_is_none_is_refused_with_what_it_may_be() -> None:
     with pytest.raises(Invalid) as caught:
         codec.convert({"name": "web", "kind": "service"}, AppSpec)
     assert (str(caught.value), caught.value.mend) == ("kind: no such value here: 'service'", "write 'app', or leave it out")
+
+
+def test_what_a_peer_of_the_next_version_says_is_read_without_what_is_not_known_yet() -> None:
+    instance = Instance(id="web-1", project="p", owner_kind=OwnerKind.APP, owner="web", created_at=1.0)
+    ports = (Port(port=80),)
+    app = AppSpec(name="web", image="x", env={"A": "1"}, ports=ports, resources=Resources(gpu=Gpu(count=2)))
+    for spec in (app, JobSpec(name="sum", image="x", completions=3)):
+        batch = AssignmentBatch(3, True, put=(Assignment(instance=instance, workload=spec, revision=2),))
+        plain = codec.to_plain(batch)
+        workload = plain["put"][0]["workload"]
+        for table in (plain, plain["put"][0], workload, workload["resources"], *workload.get("ports", ())):
+            table["tomorrow"] = {"a": [1, {"b": None}]}
+        data = codec.encode(plain)
+        with pytest.raises(Invalid, match="unknown field `tomorrow`"):
+            codec.decode(data, AssignmentBatch)
+        assert codec.decode_known(data, AssignmentBatch) == batch
+        assert codec.convert_known(plain, AssignmentBatch) == batch
+    view = Page(items=(InstanceView(instance=instance, revision=1),), revision=1)
+    assert codec.decode_known(codec.encode(view), Page[InstanceView]) == view
+    with pytest.raises(Invalid, match="expected text"):
+        codec.decode_known(b'{"name": 5, "tomorrow": 1}', AppSpec)

@@ -152,14 +152,14 @@ async def _begun(client: Client, project: str, name: str) -> AsyncIterator[str]:
         if line.kind is None:
             complete = True
         elif line.kind == "job-statuses" and id == name:
-            ended = line.record is None or codec.convert(line.record, JobStatus).phase.final
+            ended = line.record is None or codec.convert_known(line.record, JobStatus).phase.final
         elif line.record is None:
             owners.pop(id, None)
             statuses.pop(id, None)
-        elif line.kind == "instances" and (instance := codec.convert(line.record, Instance)).owner == name:
+        elif line.kind == "instances" and (instance := codec.convert_known(line.record, Instance)).owner == name:
             owners[id] = instance.owner_kind
         elif line.kind == "statuses":
-            statuses[id] = codec.convert(line.record, Status)
+            statuses[id] = codec.convert_known(line.record, Status)
         for known in owners.keys() & statuses.keys():
             status = statuses[known]
             if status.phase.live or (owners[known] is OwnerKind.JOB and status.started_at is not None):

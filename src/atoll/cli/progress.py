@@ -58,15 +58,15 @@ class Progress:
                 if line.record is None:
                     self.gone = True
                 elif line.revision > self.revision:
-                    self.app, self.revision = codec.convert(line.record, App), line.revision
+                    self.app, self.revision = codec.convert_known(line.record, App), line.revision
             case "app-statuses" if key == self.app.name and line.record is not None:
-                self.status, self._status_revision = codec.convert(line.record, AppStatus), line.revision
+                self.status, self._status_revision = codec.convert_known(line.record, AppStatus), line.revision
             case "instances":
                 self._take_instance(key, line, now)
             case "statuses":
                 self._take_status(key, line, now)
             case "events" if line.record is not None:
-                event = codec.convert(line.record, Event)
+                event = codec.convert_known(line.record, Event)
                 if event.at >= self.app.updated_at and self._concerns(event):
                     return event
             case _:
@@ -78,7 +78,7 @@ class Progress:
             self._instances.pop(id, None)
             self._rejected_since.pop(id, None)
             return
-        instance = codec.convert(line.record, Instance)
+        instance = codec.convert_known(line.record, Instance)
         if instance.owner != self.app.name or instance.owner_kind != "app":
             return
         self._instances[id] = (instance, line.revision)
@@ -93,7 +93,7 @@ class Progress:
             return
         if not id.startswith(self.app.name):
             return
-        status, before = codec.convert(line.record, Status), self._statuses.get(id)
+        status, before = codec.convert_known(line.record, Status), self._statuses.get(id)
         self._statuses[id] = status
         # The agent reports the newest word only, so that what was tried in between may go unseen: the time tells.
         if status.phase is Phase.BACKOFF and (before is None or (before.phase, before.phase_at) != (status.phase, status.phase_at)):

@@ -121,7 +121,8 @@ class ScratchNode:
         file = self.data / "agent" / "token"
         file.touch(mode=0o600)
         file.write_text(token)
-        self._config = Config(data=self.data, api=scratch.api, node=name, subnet=free_subnet(os.getpid() + free_port()))
+        self.config = Config(data=self.data, api=scratch.api, node=name, subnet=free_subnet(os.getpid() + free_port()))
+        self._arguments = self.config.arguments()
         self._environment = scratch.environment
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -132,9 +133,13 @@ class ScratchNode:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def begin_with(self, arguments: list[str], environment: dict[str, str]) -> None:
+        """Have the agent be started with these: another version's, say."""
+        self._arguments, self._environment = arguments, environment
+
     def start(self) -> None:
         """Start the agent; it is ready when the control plane lists the node with a heartbeat."""
-        arguments = [sys.executable, "-m", "atoll.entry.agent", *self._config.arguments()]
+        arguments = [sys.executable, "-m", "atoll.entry.agent", *self._arguments]
         with open(self.data / "log", "ab") as log:
             self._process = subprocess.Popen(arguments, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 

@@ -30,6 +30,7 @@ _WORDS = {
 }
 """msgspec's types as people who write specs know them."""
 _TYPES = re.compile(r"`([a-z]+(?: \| [a-z]+)*)`")
+UNKNOWN = "unknown field"
 INPUT_BYTES_MAX = 1 << 20
 """The largest spec or request body that is decoded, in bytes."""
 
@@ -90,6 +91,63 @@ def convert(value: object, kind: type[T]) -> T:
     except RecursionError:
         raise Invalid("nested too deeply") from None
     return record
+
+
+def decode_known(data: bytes, kind: type[T]) -> T:
+    """As `decode`, for what a peer says that may be of the next version: fields that this one does not know are left out.
+
+    What people write is read with `decode`, which refuses them.
+    """
+    try:
+        return decode(data, kind)
+    except Invalid as error:
+        if UNKNOWN not in error.message:
+            raise
+    return convert(_known(kind, msgspec.json.decode(data)), kind)
+
+
+def convert_known(value: object, kind: type[T]) -> T:
+    """As `convert`, and as `decode_known`."""
+    try:
+        return convert(value, kind)
+    except Invalid as error:
+        if UNKNOWN not in error.message:
+            raise
+    return convert(_known(kind, value), kind)
+
+
+def _known(kind: Any, value: Any) -> Any:
+    """Return plain data without the fields that a `kind` does not have."""
+    origin = get_origin(kind)
+    struct = origin if isinstance(origin, type) else kind
+    if isinstance(struct, type) and issubclass(struct, msgspec.Struct):
+        if not isinstance(value, dict):
+            return value
+        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+        tag = struct.__struct_config__.tag_field
+        return {name: _known(fields.get(name), inner) for name, inner in value.items() if name in fields or name == tag}
+    arguments = get_args(kind)
+    if isinstance(value, dict):
+        if origin is dict:
+            return {name: _known(arguments[1], inner) for name, inner in value.items()}
+        candidates = [one for one in arguments if _takes(one, value)]
+        return _known(candidates[0], value) if candidates else value
+    if isinstance(value, (list, tuple)):
+        if origin in (tuple, list):
+            return [_known(arguments[0], inner) for inner in value]
+        candidates = [one for one in arguments if get_origin(one) in (tuple, list)]
+        return _known(candidates[0], value) if candidates else value
+    return value
+
+
+def _takes(kind: Any, value: dict[str, Any]) -> bool:
+    """Whether one kind of several is meant by a table: by its tag, where it has one."""
+    origin = get_origin(kind)
+    struct = origin if isinstance(origin, type) else kind
+    if isinstance(struct, type) and issubclass(struct, msgspec.Struct):
+        config = struct.__struct_config__
+        return config.tag_field is None or value.get(config.tag_field, config.tag) == config.tag
+    return origin is dict or any(_takes(one, value) for one in get_args(kind) if origin not in (tuple, list))
 
 
 def to_plain(record: object) -> Any:
@@ -202,7 +260,7 @@ def invalid(error: msgspec.ValidationError, kind: Any = None) -> Invalid:
     field = path.removeprefix("$").lstrip(".") if path else None
     if what.startswith("Expected "):
         what = "e" + _TYPES.sub(_in_words, what)[1:]
-    what = what.replace("Object contains unknown field", "unknown field").replace("Object missing required field", "missing")
+    what = what.replace("Object contains unknown field", UNKNOWN).replace("Object missing required field", "missing")
     mend = None
     steps = re.sub(r"\[[^\]]*\]", ".[]", field).split(".") if field else []
     if steps and what.startswith(("Invalid enum value", "expected text")):

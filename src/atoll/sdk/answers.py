@@ -50,7 +50,7 @@ def read(answer: Answer, kind: type[T]) -> T:
     """Return the record in a good answer; raise the error in any other."""
     check(answer)
     try:
-        return codec.decode(answer.body, kind)
+        return codec.decode_known(answer.body, kind)
     except errors.Invalid as error:
         raise errors.AtollError(
             f"the API's answer is not what this version understands: {error}", mend="use an `atoll` of the server's version"

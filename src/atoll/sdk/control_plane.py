@@ -164,7 +164,7 @@ class HttpControlPlane:
         async with self._transport.lines(where) as lines:
             async for line in lines:
                 try:
-                    batch = codec.decode(line, kind)
+                    batch = codec.decode_known(line, kind)
                 except Invalid as error:
                     raise _broken(line, error) from None
                 yield batch
