@@ -16,6 +16,8 @@ from typing import ClassVar
 from atoll.ingress.envoy import find_binary
 
 UP_S = 20.0
+TIMEOUT_S = 10
+"""Of a request; one that takes longer has failed. On a busy machine wrk itself may not get its turn for the two seconds of its default."""
 PROXY_CORE, OTHER_CORE = 0, 1
 
 
@@ -183,7 +185,7 @@ def wrk(port: int, host: str, connections: int, seconds: float) -> Load:
 
 
 def wrk_command(port: int, host: str, connections: int, seconds: float) -> list[str]:
-    load = ["-t", "1", "-c", str(connections), "-d", f"{max(1, round(seconds))}s"]
+    load = ["-t", "1", "-c", str(connections), "-d", f"{max(1, round(seconds))}s", "--timeout", f"{TIMEOUT_S}s"]
     return ["wrk", *load, "-H", f"Host: {host}", f"http://127.0.0.1:{port}/"]
 
 
