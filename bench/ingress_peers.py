@@ -17,7 +17,7 @@ from atoll.ingress.envoy import find_binary
 
 UP_S = 20.0
 TIMEOUT_S = 10
-"""Of a request; one that takes longer has failed. On a busy machine wrk itself may not get its turn for the two seconds of its default."""
+"""Of a request; one that takes longer has failed. On a busy machine wrk itself may not get its turn for its own two seconds."""
 PROXY_CORE, OTHER_CORE = 0, 1
 
 
