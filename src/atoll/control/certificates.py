@@ -218,6 +218,8 @@ class CertificateLoop:
                 raise AcmeFailed("the authority's token is none")
             now = replace(self._statuses.of(wish), phase=CertificatePhase.ORDERING, challenges=answers)
             await self._statuses.write(wish, now)
+            if self._signers.answered is not None:
+                await self._signers.answered(wish.host, answers)
 
         try:
             async with asyncio.timeout(self._pace.order_s):

@@ -88,8 +88,8 @@ Connect = Callable[[AcmeSettings], Authority]
 class Pace(Struct, frozen=True, kw_only=True):
     """How long things take, in seconds."""
 
-    settle_s: float = 2.0
-    """From the answer's record until every ingress gives it: their streams hear of it within milliseconds."""
+    settle_s: float = 1.0
+    """After the ingresses that are known answer, for those that are not: their streams hear of it within milliseconds."""
     poll_s: float = 2.0
     order_s: float = 180.0
     """An order that is not decided by then is looked at again later; it is not given up."""

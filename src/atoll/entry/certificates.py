@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atoll.api.service import Service
+from atoll.control.answering import Answering
 from atoll.control.orders import Authority, Pace
 from atoll.control.signers import Signers
 from atoll.model.records.certificate import AcmeSettings
@@ -17,4 +18,4 @@ def signers_of(service: Service, pace: Pace = Pace()) -> Signers:
 
         return AcmeAccount(settings, roots.keys_of(settings))
 
-    return Signers(service.context.sealer, roots.sign, connect, pace)
+    return Signers(service.context.sealer, roots.sign, connect, pace, Answering(service.context.state))
