@@ -107,7 +107,7 @@ class Cell:
         """What ingresses have counted: app → release → all of it."""
         self.demand = NoDemand()
         """What ingresses have requests for: tests set it."""
-        self.ask: Ask | None = None
+        self.prometheus: Ask | None = None
         """How Prometheus servers are asked."""
         self.metrics: Callable[[Instance], dict[str, float]] = lambda instance: {}
         """What instances that are ready say of themselves with each heartbeat."""
@@ -158,7 +158,7 @@ class Cell:
             optimiser=self.optimiser,
             traffic=self.traffic,
             demand=self.demand,
-            ask=self.ask,
+            ask=self.prometheus,
         )
         task = asyncio.ensure_future(control)
         self._tasks.append(task)

@@ -133,7 +133,7 @@ class Oracle:
 class Asking(Cell):
     def __init__(self, oracle: Ask | None) -> None:
         super().__init__()
-        self.ask = oracle
+        self.prometheus = oracle
 
     async def begin(self, *names: str) -> None:
         for name in ("n1", "n2"):
