@@ -9,15 +9,14 @@ from msgspec.structs import replace
 
 from atoll.api.service.access import Caller, check_id
 from atoll.api.service.authorities import RENEW_LATE_S, Authorities
-from atoll.api.service.context import Context, Draft, RequestKey
-from atoll.api.service.lookups import by_node
+from atoll.api.service.context import Context, Draft
+from atoll.api.service.expulsions import ROLES, Expulsions
 from atoll.api.service.signing import Shown, Signed, Subject, key_digest, proved, requested_key
 from atoll.model import codec, keys
-from atoll.model.errors import AtollError, Conflict, Forbidden, Invalid, NotFound, Revoked, Unauthenticated
+from atoll.model.errors import AtollError, Conflict, Forbidden, Invalid, Revoked, Unauthenticated
 from atoll.model.membership import (
     Certified,
     Identity,
-    IdentityView,
     JoinRequest,
     JoinToken,
     MemberKind,
@@ -26,39 +25,31 @@ from atoll.model.membership import (
     renewal_message,
     uri_of,
 )
-from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
+from atoll.model.ports.store import Delete, Put, absent, unchanged
 from atoll.model.records import (
     CELL_PROJECT,
     Event,
     Ingress,
-    Instance,
     Node,
-    NodeHealth,
-    NodeLiveness,
     Role,
     Severity,
-    Status,
     Token,
     new_suffix,
 )
 
 REFUSALS_S = 10.0
 """Of one kind of refusal there is one event in so long, so that a stranger who tries for ever fills no store."""
-NAMED_MAX = 5
-"""Instances that an error names."""
 _JOIN_MEND = "make another with 'atoll join-token create' on a machine that may"
-_ROLES = {MemberKind.NODE: Role.AGENT, MemberKind.INGRESS: Role.INGRESS}
 _RECORDS: dict[MemberKind, type[Node] | type[Ingress]] = {MemberKind.NODE: Node, MemberKind.INGRESS: Ingress}
 """What a member is registered with, also one that shows a token and so has no Identity."""
-_KINDS = {role: kind for kind, role in _ROLES.items()}
+_KINDS = {role: kind for kind, role in ROLES.items()}
 
 log = structlog.get_logger()
 
 
-class Membership:
+class Membership(Expulsions):
     def __init__(self, context: Context, authorities: Authorities) -> None:
-        self._context = context
-        self._state = context.state
+        super().__init__(context)
         self._authorities = authorities
 
     def caller(self, shown: Shown) -> Caller:
@@ -71,7 +62,7 @@ class Membership:
             raise Unauthenticated("the certificate's authority has been retired", mend="renew it, or join anew")
         return Caller(
             id=f"{kind}/{name}/{identity.enrolment}",
-            role=_ROLES[kind],
+            role=ROLES[kind],
             subject=name,
             name=name,
             authority=shown.authority,
@@ -150,78 +141,6 @@ class Membership:
 
         return await self._context.write(Certified, build)
 
-    async def revoke(self, kind: MemberKind, name: str, caller: Caller, *, request: RequestKey | None = None) -> IdentityView:
-        """Let a machine's certificate and tokens count no more, at every server within moments, also on streams that are open.
-
-        What runs there goes on until the machine counts as lost. Only a join token that names it lets it in again.
-        Raises NotFound. Safe to repeat.
-        """
-        check_id(name, "name")
-
-        def build() -> Draft[IdentityView]:
-            held = self._state.get(Identity, f"{kind}/{name}")
-            tokens = self._tokens_of(kind, name)
-            known = kind is MemberKind.NODE and self._state.get(Node, name) is not None
-            if held is None and not tokens and not known:
-                raise NotFound(f"no {kind} '{name[:60]}'", mend="'atoll nodes' lists them")
-            now = self._context.clock.now()
-            old = held.record if held is not None else Identity(kind=kind, name=name, enrolment="", joined_at=now)
-            if old.revoked_at is not None and not tokens and not self._invitations(kind, name):
-                return Draft(answer=lambda _: _view(old))
-            identity = replace(old, revoked_at=old.revoked_at or now)
-            compare, ops = self._put_identity(identity)
-            ops += [Delete(keys.token(token.digest)) for token in tokens]
-            ops += [Delete(keys.join_token(id)) for id in self._invitations(kind, name)]
-            who = caller.name or caller.id
-            ops.append(self._event(kind, name, f"{kind}-revoked", f"{kind} {name} was revoked, by {who}", Severity.WARNING))
-            return Draft(compare=compare, ops=ops, answer=lambda _: _view(identity))
-
-        return await self._context.write(IdentityView, build, request)
-
-    async def remove_node(self, name: str, caller: Caller, *, request: RequestKey | None = None) -> IdentityView:
-        """Forget a node for good: its records, its certificate, its tokens. Safe to repeat until it is gone.
-
-        Raises NotFound, Conflict: it answers and is not revoked, or instances are still placed there.
-        """
-        check_id(name, "name")
-
-        def build() -> Draft[IdentityView]:
-            node = self._state.get(Node, name)
-            held = self._state.get(Identity, f"{MemberKind.NODE}/{name}")
-            if node is None and held is None:
-                raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
-            liveness = self._state.get(NodeLiveness, name)
-            health = liveness.record.health if liveness is not None else NodeHealth.READY
-            revoked = held is not None and held.record.revoked_at is not None
-            if node is not None and health is NodeHealth.READY and not revoked:
-                raise Conflict(
-                    f"node '{name}' answers", mend=f"end its agent and wait until it is lost, or: atoll nodes revoke {name}"
-                )
-            placed = self._held_by(name)
-            if placed:
-                what = "1 instance is" if len(placed) == 1 else f"{len(placed)} instances are"
-                mend = "wait until they are replaced, then try again"
-                raise Conflict(f"{what} placed on node '{name}': {', '.join(placed[:NAMED_MAX])}", mend=mend)
-            now = self._context.clock.now()
-            gone = held.record if held is not None else Identity(kind=MemberKind.NODE, name=name, enrolment="", joined_at=now)
-            compare: list[Compare] = []
-            ops: list[Op] = [Delete(keys.token(token.digest)) for token in self._tokens_of(MemberKind.NODE, name)]
-            for key, record in ((keys.node(name), node), (keys.identity(MemberKind.NODE, name), held)):
-                if record is not None:
-                    compare.append(unchanged(key, record.revision))
-                    ops.append(Delete(key))
-            ops += [Delete(keys.node_policy(name)), Delete(keys.node_liveness(name)), Delete(keys.prefetch(name))]
-            ops += [Delete(keys.fabric_node(name)), Delete(keys.fabric_paths(name))]
-            ops += [Delete(keys.join_token(id)) for id in self._invitations(MemberKind.NODE, name)]
-            who = caller.name or caller.id
-            ops.append(self._event(MemberKind.NODE, name, "node-removed", f"node {name} was removed, by {who}"))
-            return Draft(compare=compare, ops=ops, answer=lambda _: _view(replace(gone, revoked_at=gone.revoked_at or now)))
-
-        return await self._context.write(IdentityView, build, request)
-
-    def identities(self) -> tuple[IdentityView, ...]:
-        return tuple(_view(held.record) for _, held in sorted(self._state.records(Identity).items()))
-
     def still(self, caller: Caller) -> AtollError | None:
         """Return why who was admitted may not go on; None while he may. Who has renewed since goes on with what he showed."""
         until = caller.expires_at
@@ -286,36 +205,8 @@ class Membership:
                     mend=f"choose another name with --node, or replace it: atoll join-token create --{token.kind} {name}",
                 )
 
-    def _held_by(self, node: str) -> list[str]:
-        """Return the instances that a node holds: what has ended for good holds nothing, though it is kept to be read."""
-        there = [held.record for held in self._state.found(Instance, by_node, node).values()]
-        statuses = {one.id: self._state.get(Status, f"{one.project}/{one.id}") for one in there}
-        return sorted(one.id for one in there if (held := statuses[one.id]) is None or not held.record.phase.final)
-
-    def _put_identity(self, identity: Identity) -> tuple[list[Compare], list[Op]]:
-        key = keys.identity(identity.kind, identity.name)
-        held = self._state.get(Identity, f"{identity.kind}/{identity.name}")
-        return [absent(key) if held is None else unchanged(key, held.revision)], [Put(key, codec.encode(identity))]
-
-    def _tokens_of(self, kind: MemberKind, name: str) -> list[Token]:
-        tokens = (held.record for held in self._state.records(Token).values())
-        return [token for token in tokens if token.role is _ROLES[kind] and token.subject == name]
-
-    def _invitations(self, kind: MemberKind, name: str) -> list[str]:
-        """Return the join tokens for exactly this machine: those of before do not let it in again."""
-        found = ((id, held.record) for id, held in self._state.records(JoinToken).items())
-        return [id for id, token in found if token.kind is kind and token.subject == name]
-
     def _certified(self, name: str, signed: Signed) -> Certified:
         return Certified(name=name, certificate=signed.certificate, bundle=self._authorities.bundle())
-
-    def _event(self, kind: MemberKind, name: str, code: str, message: str, severity: Severity = Severity.INFO) -> Put:
-        at = self._context.clock.now()
-        id = f"{int(at * 1000):013d}-{name}-{code}"
-        subject = f"{kind}/{name}"
-        node = name if kind is MemberKind.NODE else None
-        event = Event(id=id, at=at, project=CELL_PROJECT, subject=subject, code=code, message=message, severity=severity, node=node)
-        return Put(keys.event(CELL_PROJECT, id), codec.encode(event))
 
     async def _refused(self, code: str, name: str, error: AtollError) -> None:
         """Say in the log and in an event that someone was turned away; of many alike only the first is an event."""
@@ -353,13 +244,3 @@ def _named(uri: str) -> tuple[MemberKind, str]:
 
 def _kind_of(role: Role) -> MemberKind | None:
     return _KINDS.get(role)
-
-
-def _view(identity: Identity) -> IdentityView:
-    return IdentityView(
-        kind=identity.kind,
-        name=identity.name,
-        joined_at=identity.joined_at,
-        expires_at=identity.expires_at,
-        revoked_at=identity.revoked_at,
-    )
