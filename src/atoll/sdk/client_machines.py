@@ -21,6 +21,7 @@ from atoll.model.views import (
     BrakeView,
     DrainRequest,
     DrainView,
+    IngressView,
     MaintenanceView,
     NodeView,
     ReinstateRequest,
@@ -137,6 +138,14 @@ class MachineCalls(Calls):
 
     async def revoke_ingress(self, name: str) -> IdentityView:
         return await self._write(IdentityView, "POST", path("ingresses", name, "revoke"))
+
+    async def ingresses(self) -> list[IngressView]:
+        """Return the ingresses that have registered."""
+        return await self._get(list[IngressView], path("ingresses"))
+
+    async def forget_ingress(self, name: str) -> IngressView:
+        """Forget an ingress that is gone for good. Raises NotFound, Conflict where it was heard of lately."""
+        return await self._write(IngressView, "DELETE", path("ingresses", name))
 
     async def remove_node(self, name: str) -> IdentityView:
         """Forget a node that is lost or revoked. Raises Conflict where it answers, or holds instances."""
