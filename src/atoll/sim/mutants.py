@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from atoll.api.service import reports
 from atoll.control import nodes
@@ -20,28 +19,32 @@ from atoll.control.detection.exchange import Exchange
 from atoll.control.judging import Traffic
 from atoll.control.leader import Term
 from atoll.control.loop import Loop
-from atoll.devices.node import NodeDevices
-from atoll.model.devices import GpuDevice, GpuHealth
 from atoll.model.ports.store import Store
-from atoll.model.records import Assignment, Endpoint
-from atoll.model.states import Desired
-from atoll.network.fake import FakeNetwork
 from atoll.node import agent
-from atoll.node.fake import FakeMachine
-from atoll.node.record import Entry
-from atoll.node.transitions import State as NodeState
 from atoll.sim import planted
 from atoll.sim.clock import VirtualClock
 from atoll.sim.faults import Profile
-from atoll.sim.gpus import Rack
 from atoll.sim.ingress import SimIngress
-from atoll.sim.lives import SimNetwork
 from atoll.sim.machine import SimMachine
-from atoll.sim.members import Apply, Cluster, Member
+from atoll.sim.members import Cluster
 from atoll.sim.planted import Through
-from atoll.sim.record import SimRecord
+from atoll.sim.planted_parts import (
+    BoastfulMachine,
+    CarelessCluster,
+    DeafIngress,
+    DenyingMachine,
+    EagerCluster,
+    ForgetfulMachine,
+    TwoHeadedMachine,
+    UndeadMachine,
+)
+from atoll.sim.planted_parts import LeakyMachine as LeakyMachine
 from atoll.sim.run import Outcome, run_seed
 from atoll.sim.server import Server, Work, control
+from atoll.sim.shapes import agents_die, leaders_change, nodes_cut_off, servers_lag, words_late
+from atoll.sim.shapes import gpus_fail as gpus_fail
+from atoll.sim.shapes import members_fall as members_fall
+from atoll.sim.shapes import rivalry as rivalry
 from atoll.sim.world import Parts
 from atoll.store.cache import State
 
@@ -139,168 +142,6 @@ def _impatiently() -> Work:
         await control(store, _Impatient(state), clock, choose, heard, term, detection, traffic)  # type: ignore[arg-type]
 
     return work
-
-
-# The store's members.
-
-
-class EagerCluster(Cluster):
-    """Acknowledges what only its leader has."""
-
-    async def led(self, member: Member) -> None:
-        if not self.hears(member):
-            await super().led(member)
-
-    def propose(self, apply: Apply) -> Any:
-        answer = super().propose(apply)
-        leader = self.leader
-        if leader is not None:
-            self._commit(leader, len(leader.log))
-        return answer
-
-
-class CarelessCluster(Cluster):
-    """Makes anyone leader, whatever it has missed."""
-
-    def _age(self, member: Member) -> tuple[int, int]:
-        return (0, 0)
-
-
-# Machines.
-
-
-class LeakyNetwork(SimNetwork):
-    async def detach(self, id: str) -> None:
-        """Forget to."""
-
-
-class LeakyMachine(SimMachine):
-    def make_network(self) -> FakeNetwork:
-        return LeakyNetwork(self.links, self.life, self._faults, self._story)
-
-
-class BoastfulMachine(SimMachine):
-    """Says that it has more than it has."""
-
-    def __init__(self, *arguments: Any, **rest: Any) -> None:
-        super().__init__(*arguments, **rest)
-        self._machine = FakeMachine(cpu_milli=8 * self.capacity[0], memory_bytes=8 * self.capacity[1])
-
-
-class LostRecord(SimRecord):
-    def load(self) -> list[Entry]:
-        return []
-
-
-class ForgetfulMachine(SimMachine):
-    """Finds its record empty at every start."""
-
-    def make_record(self) -> SimRecord:
-        return LostRecord(self.disk, self.life)
-
-
-class StaleRecord(SimRecord):
-    """Keeps neither that an instance is to stop nor how far it came since it ran."""
-
-    def put_assignment(self, assignment: Assignment) -> None:
-        super().put_assignment(replace(assignment, instance=replace(assignment.instance, desired=Desired.RUN)))
-
-    def put_state(self, id: str, state: NodeState) -> None:
-        if state.desired is Desired.RUN and not state.phase.final:
-            super().put_state(id, state)
-
-
-class UndeadMachine(SimMachine):
-    """Starts again what was to stop when its agent starts again."""
-
-    def make_record(self) -> SimRecord:
-        return StaleRecord(self.disk, self.life)
-
-
-class TwoHeadedMachine(SimMachine):
-    """Starts an agent beside the one that should have ended: both adopt what runs."""
-
-    async def crash_agent(self) -> None:
-        self._story.tell("the agent lives on beside the next", node=self.name)
-        self.life = type(self.life)("nobody")
-        self.life.end()
-        self.agent = None
-
-
-class Denying(NodeDevices):
-    """Says of every device that it is well."""
-
-    async def inventory(self) -> tuple[GpuDevice, ...]:
-        return tuple(replace(each, health=GpuHealth.OK, present=True, reason="") for each in await super().inventory())
-
-
-class DenyingRack(Rack):
-    kind = Denying
-
-
-class DenyingMachine(SimMachine):
-    kind_of_rack = DenyingRack
-
-
-# The ingress.
-
-
-class DeafIngress(SimIngress):
-    """Sends requests to what is draining."""
-
-    def takes(self, endpoint: Endpoint) -> bool:
-        return True
-
-
-# What runs are made of.
-
-
-def rivalry(profile: Profile) -> Profile:
-    """Make a run of nothing but hanging stores and servers that stand for leader."""
-    kinds = ("stall", "rival")
-    return replace(profile, calm=False, span_s=60.0, chaos=kinds, chaos_every_s=2.5, latency_s=0.01, apps=3, nodes=2, servers=1)
-
-
-def gpus_fail(profile: Profile) -> Profile:
-    """Make a run of GPUs that vanish, break and fall silent."""
-    chaos = ("gpu-vanish", "gpu-xid", "gpu-silent", "agent-crash", "machine-restart")
-    return replace(profile, calm=False, gpus=True, chaos=chaos, chaos_every_s=4.0, latency_s=0.01, core_only=False)
-
-
-def members_fall(profile: Profile) -> Profile:
-    """Make a run of members of the store that are killed, stopped and cut off."""
-    chaos = ("member-crash", "member-pause", "member-cut")
-    return replace(profile, calm=False, members=3, chaos=chaos, chaos_every_s=2.0, latency_s=0.01)
-
-
-def servers_lag(profile: Profile) -> Profile:
-    """Make a run of several servers that hear late of what the others write."""
-    return replace(
-        profile, calm=False, servers=3, slow_watch=0.5, chaos=("stop-instance", "stop-instance", "server-crash"), chaos_every_s=0.7
-    )
-
-
-def leaders_change(profile: Profile) -> Profile:
-    """Make a run of servers that stand still, crash and lag."""
-    chaos = ("server-pause", "server-crash", "stall", "rival")
-    return replace(profile, calm=False, servers=3, slow_watch=0.5, chaos=chaos, chaos_every_s=3.0, latency_s=0.01, nodes=2, apps=3)
-
-
-def nodes_cut_off(profile: Profile) -> Profile:
-    """Make a run of nodes that lose the servers for long."""
-    chaos = ("partition", "one-way")
-    calmer = replace(profile, calm=False, latency_s=0.01, lost=0.0, beats=True, once=1.0)
-    return replace(calmer, span_s=150.0, chaos=chaos, chaos_every_s=15.0)
-
-
-def words_late(profile: Profile) -> Profile:
-    """Make a run of requests that arrive again, late."""
-    return replace(profile, calm=False, repeated=0.5, latency_s=0.01, span_s=60.0)
-
-
-def agents_die(profile: Profile) -> Profile:
-    """Make a run of agents that are killed."""
-    return replace(profile, calm=False, chaos=("agent-crash", "stop-instance"), chaos_every_s=1.5, latency_s=0.05)
 
 
 MUTANTS = (
