@@ -145,7 +145,8 @@ def nginx(directory: Path, backend: int) -> Peer | None:
 
 
 def _up(name: str, port: int, command: list[str]) -> Peer:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # In a session of its own, as ours is: the kernel shares a busy machine out among sessions.
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + UP_S
     while True:
         with socket.socket() as probe:
