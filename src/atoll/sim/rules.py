@@ -13,7 +13,8 @@ from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.ports.runtime import Box
 from atoll.model.ports.store import Change, Revision, WatchBatch
-from atoll.model.records import App, Event, Instance, Job, Node, NodeHealth, NodeLiveness, OwnerKind, Release, Status
+from atoll.model.records import App, AppStatus, Event, Instance, Job, Node, NodeHealth, NodeLiveness, OwnerKind, Release, Status
+from atoll.model.rollouts import RolloutPhase
 from atoll.model.spec import Workload
 from atoll.model.states import TRANSITIONS, Desired, Phase, advance
 from atoll.sim.gpus import overcommitted
@@ -189,13 +190,16 @@ class Rules:
         return release.spec if release else None
 
     def ready(self, app: str) -> int:
-        """Return how many instances of an app serve."""
+        """Return how many instances of an app serve. What is kept without requests, beside the release that has them, does not."""
+        status: AppStatus | None = self.records[AppStatus].get(app)
+        rollout = status.rollout if status is not None else None
+        kept = rollout.stable if rollout is not None and rollout.phase is RolloutPhase.KEEPING else None
         count = 0
         for key, instance in self.records[Instance].items():
-            status: Status | None = self.records[Status].get(key)
+            said: Status | None = self.records[Status].get(key)
             if f"{instance.project}/{instance.owner}" == app and instance.owner_kind is OwnerKind.APP:
-                serves = instance.desired is Desired.RUN and not instance.standby
-                count += bool(serves and status and status.ready)
+                serves = instance.desired is Desired.RUN and not instance.standby and instance.release != kept
+                count += bool(serves and said and said.ready)
         return count
 
     def _check_serving(self) -> None:
