@@ -107,7 +107,8 @@ class Holdings:
         holdings = self._file.now.holdings
         holders = sorted(id for id, grants in holdings.items() if any(grant.device == device for grant in grants))
         if holders:
-            raise Conflict(f"{device} is still held by {', '.join(holders)}", mend="end what holds it first: atoll scale APP 0, or atoll jobs cancel JOB")
+            mend = "end what holds it first: atoll scale APP 0, or atoll jobs cancel JOB"
+            raise Conflict(f"{device} is still held by {', '.join(holders)}", mend=mend)
         pids = sorted({pid for sample in await self._drivers.samples() if sample.device == device for pid in sample.processes})
         if pids:
             raise Conflict(f"{device} is still used by process {', '.join(map(str, pids))} of the node", mend="end it first")

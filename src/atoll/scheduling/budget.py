@@ -2,7 +2,8 @@
 
 Everything that takes an instance away though it works asks here: rollouts, drains, maintenance, sick GPUs, preemption, moves. All
 of them count what is ready now, so that what one has taken is missing for all, and no two spend the same budget.
-Not among them: a smaller wish (fewer replicas, deletion), an operator's stop of one instance, and what is forced when a deadline is over.
+Not among them: a smaller wish (fewer replicas, deletion), an operator's stop of one instance, and what is forced when a deadline
+is over.
 """
 
 from __future__ import annotations
