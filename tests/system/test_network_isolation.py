@@ -146,7 +146,7 @@ async def test_what_the_node_calls_is_in_no_connection_table_and_lets_the_instan
     link = await network.attach("a", project="p", ports=(WEB,))
     node_address = subnet.replace(".0/24", ".1")
     with listening(link, 8000):
-        assert untracked(link, lambda: from_node(link.address, 8000)) >= 2
+        assert untracked(link, lambda: from_node(link.address, 8000)) >= 1
     with closing(socket.socket()) as server:
         server.bind((node_address, 0))
         server.listen()
@@ -169,7 +169,7 @@ async def test_what_the_node_calls_is_in_no_connection_table_and_lets_the_instan
         assert from_node(link.address, 8000)
     await network.attach("a", project="p", ports=(WEB,))
     with listening(link, 8000):
-        assert untracked(link, lambda: from_node(link.address, 8000)) >= 2
+        assert untracked(link, lambda: from_node(link.address, 8000)) >= 1
         await network.attach("a", project="p", ports=())
         assert not from_node(link.address, 8000)
 
