@@ -67,6 +67,8 @@ def live(report: Report) -> None:
                 step()
                 steps.append(f"{name} until {time.monotonic() - began:.1f} s")
             text, _ = load.communicate(timeout=LOAD_S + WAIT_S)
+            # Returns when its instances are gone: the second node's agent ends without stopping what it runs.
+            atoll.atoll("delete", "web", "--yes")
             found = counted(text)
             report.add(Result(what, float(found.failed), "requests", goal="<= 0"))
             report.add(Result("requests/s meanwhile", found.per_s, "1/s", goal=f">= {PER_S_MIN:g}"))
