@@ -257,6 +257,21 @@ def test_a_name_that_is_taken_and_one_that_is_none_are_refused() -> None:
     run_virtual(story())
 
 
+def test_nobody_works_in_what_waits_in_a_pool() -> None:
+    async def story() -> None:
+        async with AsyncExitStack() as stack:
+            servers = await start(stack)
+            service = servers.services[0]
+            await service.jobs.put(SYSTEM, SPEC)
+            await servers.cell.until(lambda: servers.full(3))
+            with pytest.raises(Conflict, match="waits in the pool of template 'tools'"):
+                service.instances.running("default", servers.pool()[0].id)
+            view = await service.pools.take("default", "tools", TakeRequest(name="mine"))
+            assert service.instances.running("default", view.instance).owner == "mine"
+
+    run_virtual(story())
+
+
 def test_a_template_that_cannot_run_makes_no_hot_loop() -> None:
     async def story() -> None:
         async with AsyncExitStack() as stack:

@@ -17,9 +17,9 @@ from atoll.api.http.calls import admit, internal, parse_query
 from atoll.api.service import Caller, Need, Service
 from atoll.api.service.access import check_id
 from atoll.model import codec
-from atoll.model.errors import AtollError, Conflict, Invalid, NotFound
+from atoll.model.errors import AtollError, Invalid, NotFound
 from atoll.model.ports.control_plane import Channel, StreamKind
-from atoll.model.records import Instance, NodeHealth, NodeLiveness, OwnerKind
+from atoll.model.records import Instance, NodeHealth, NodeLiveness
 from atoll.model.streams import ExecOptions, FilesOptions, LogOptions
 
 T = TypeVar("T")
@@ -42,9 +42,6 @@ async def open_exec(service: Service, caller: Caller, path: dict[str, str], quer
     if not options.argv or not options.argv[0]:
         raise Invalid("argv: empty; say what to run", field="argv")
     instance = service.instances.running(path["project"], path["instance"])
-    if instance.standby and instance.owner_kind is OwnerKind.JOB:
-        mend = f"take one: atoll sandbox create NAME --template {instance.owner}"
-        raise Conflict(f"instance '{instance.id}' waits in the pool of template '{instance.owner}'", mend=mend)
     variables = service.pools.variables(instance)
     if variables:
         options = replace(options, env={**variables, **options.env})

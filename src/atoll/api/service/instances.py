@@ -71,8 +71,14 @@ class Instances:
         return instance
 
     def running(self, project: str, id: str) -> Instance:
-        """Return an instance in which something runs. Raises NotFound, Conflict."""
+        """Return an instance in which something runs, for somebody to work in.
+
+        Raises NotFound, Conflict (also for one in a template's pool, which is to be as it was made when it is taken).
+        """
         instance = self.placed(project, id)
+        if instance.standby and instance.owner_kind is OwnerKind.JOB:
+            mend = f"take one: atoll sandbox create NAME --template {instance.owner}"
+            raise Conflict(f"instance '{id}' waits in the pool of template '{instance.owner}'", mend=mend)
         status = self._state.get(Status, f"{project}/{id}")
         if status is None or not status.record.phase.live:
             phase = status.record.phase if status is not None else "pending"
