@@ -403,7 +403,7 @@ static int is_outside; /* a child of an older kernel's, which joins the group it
 static pid_t fork_inside(void) {
     if (testing) return fork();
     if (setns(namespaces[PIDS], CLONE_NEWPID) < 0) return -1;
-    /* Begun in the instance's group: moving a process there waits for the kernel to be quiet, which takes milliseconds each time. */
+    /* Begun in the instance's group: moving a process there waits until every processor has passed a quiet point (RCU). */
     struct clone_args how = {.flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = group_place};
     pid_t child = syscall(SYS_clone3, &how, sizeof how);
     if (child < 0 && errno == ENOSYS && (child = fork()) == 0) is_outside = 1;
