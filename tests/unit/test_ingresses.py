@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Mapping
 
 import pytest
-from test_rollouts_service import Cell, cell
+from test_rollouts_service import Cell, FakeClock, cell
 
-from atoll.api.service import SYSTEM, Caller
+from atoll.api.service import KINDS, SYSTEM, Caller, Service
 from atoll.api.service.ingresses import ALIVE_S
 from atoll.ingress.fake import FakeRouting
 from atoll.ingress.heartbeat import Heart
 from atoll.ingress.probe import Prober
-from atoll.model import keys
+from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable
 from atoll.model.ports.control_plane import Peers
 from atoll.model.records import Ingress, IngressHeartbeat, Role, RoundTrips, Routing, Site
 from atoll.model.spec import AppSpec, IngressRules, Port, Quota, Rate, Route
 from atoll.model.views import TokenRequest
+from atoll.sdk.control_plane import HttpControlPlane
+from atoll.sdk.failover import Failover
+from atoll.sdk.http import HttpTransport
+from atoll.sdk.transport import Answer
+from atoll.store.cache import State
 
 __all__ = ["cell"]
 EDGE = Ingress(name="edge", site="here", http_port=80, address="192.0.2.1")
@@ -75,6 +81,48 @@ async def test_an_ingress_that_is_heard_of_is_not_forgotten_and_one_that_is_sile
         await cell.service.ingress_records.forget("edge", SYSTEM)
     with pytest.raises(NotFound):
         await cell.service.control_plane.ingress_heartbeat(beat())
+
+
+class Way(HttpTransport):
+    """The way to one server, for heartbeats of ingresses; it takes a second."""
+
+    def __init__(self, service: Service, clock: FakeClock) -> None:
+        super().__init__("http://server")
+        self._service, self._clock = service, clock
+
+    async def request(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float = 30.0
+    ) -> Answer:
+        assert (method, path) == ("POST", "/v1/ingresses/edge/heartbeat")
+        self._clock.at += 1.0
+        peers = await self._service.control_plane.ingress_heartbeat(codec.decode(body, IngressHeartbeat))
+        return Answer(200, {}, codec.encode(peers))
+
+
+async def test_every_server_knows_that_an_ingress_is_there_and_one_that_began_lately_forgets_none(cell: Cell) -> None:
+    await register(cell)
+    await cell.deploy()
+    store = cell.service.context.store
+    async with (
+        State(store, KINDS) as state,
+        Service(store, state, cell.clock, random.Random(2), bytes(32)) as second,
+    ):
+        control = HttpControlPlane("", None, transport=Failover([Way(cell.service, cell.clock), Way(second, cell.clock)]))
+        cell.clock.at += ALIVE_S - 1
+        with pytest.raises(Conflict, match="started only now") as caught:
+            await second.ingress_records.forget("edge", SYSTEM)
+        assert "again in 1 s" in (caught.value.mend or "")
+        for _ in range(4):
+            cell.clock.at += 8.0
+            problems = {"default/web": "taken"}
+            await control.ingress_heartbeat(IngressHeartbeat(ingress="edge", site="here", at=cell.clock.at, problems=problems))
+        for service in (cell.service, second):
+            with pytest.raises(Conflict, match="heard of"):
+                await service.ingress_records.forget("edge", SYSTEM)
+        assert len(await events(cell)) == 1, "what two servers heard happened once"
+        cell.clock.at += ALIVE_S
+        assert (await second.ingress_records.forget("edge", SYSTEM)).ingress.name == "edge"
+        await control.close()
 
 
 class Nothing:

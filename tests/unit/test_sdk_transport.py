@@ -13,7 +13,7 @@ from control_cell import run_virtual
 from atoll.model import codec
 from atoll.model.errors import Conflict, Invalid, NotFound, OutcomeUnknown, Unauthenticated, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch
-from atoll.model.records import Assignment, Heartbeat, Instance, OwnerKind, Status
+from atoll.model.records import Assignment, Heartbeat, IngressHeartbeat, Instance, OwnerKind, Status
 from atoll.model.spec import AppSpec, JobSpec, Port
 from atoll.model.states import Phase
 from atoll.model.traffic import TrafficReport
@@ -333,6 +333,27 @@ class Elsewhere(HttpTransport):
         await asyncio.sleep(self.after_s)
         self.taken.append(path)
         return Answer(self.status, {}, b"{}")
+
+
+async def test_an_ingress_hears_that_it_was_forgotten_though_the_first_server_is_away() -> None:
+    async def forgotten(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b'{"error": {"code": "not-found", "message": "no ingress"}}', "404 Not Found"))
+
+    async def peers(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b'{"sites": {"ams": 3.0}}'))
+
+    async def broken(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(b"{}", "503 Service Unavailable"))
+
+    beat = IngressHeartbeat(ingress="g", at=1.0)
+    async with serving(broken) as one, serving(forgotten) as two, serving(forgotten) as three:
+        control = HttpControlPlane(",".join(each.address for each in (one, two, three)), None)
+        with pytest.raises(NotFound):
+            await control.ingress_heartbeat(beat)
+        three.handler = peers
+        assert (await control.ingress_heartbeat(beat)).sites == {"ams": 3.0}
+        assert [len(each.requests) for each in (one, two, three)] == [2, 2, 2]
+        await control.close()
 
 
 def test_a_heartbeat_is_told_to_every_server_and_one_that_hangs_does_not_hold_up_the_next() -> None:

@@ -40,7 +40,7 @@ async def forget(session: Session, name: str) -> None:
     """Forget an ingress that is gone for good.
 
     Until then every instance that drains waits for its word, and no app is put to sleep while it is silent. It is refused while
-    the ingress is heard of. One that comes back after all must join anew.
+    the ingress is heard of, and in the first 35 s of a server. One that comes back after all must join anew.
     """
     async with session.client() as client:
         view = await client.forget_ingress(name)

@@ -57,7 +57,10 @@ class HttpControlPlane:
         self._node = node.name
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
-        """Tell every server, for only the one that leads judges by it. Raises what the first did when none has taken it."""
+        """Tell every server, for only the one that leads judges by it.
+
+        Raises when none has taken it: what the first that answered did.
+        """
         await self._tell_all(path("nodes", heartbeat.node, "heartbeat"), heartbeat, slow_s=SLOW_S)
 
     async def beat_grant(self, node: str) -> BeatGrant:
@@ -103,21 +106,23 @@ class HttpControlPlane:
         return self._batches(path("ingresses", ingress, "certificates"), CertificateBatch)
 
     async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
-        return codec.decode(await self._call("POST", path("ingresses", heartbeat.ingress, "heartbeat"), heartbeat), Peers)
+        """Tell every server: each may be asked to forget an ingress that is silent. Raises as `heartbeat`."""
+        where = path("ingresses", heartbeat.ingress, "heartbeat")
+        return codec.decode(await self._tell_all(where, heartbeat, slow_s=SLOW_S), Peers)
 
     async def drained(self, ingress: str, instances: Sequence[str]) -> None:
         await self._call("POST", path("ingresses", ingress, "drained"), _Drained(instances))
 
     async def traffic(self, report: TrafficReport) -> None:
-        """Tell every server, for only the one that leads decides by it. Raises what the first did when none has taken it."""
+        """Tell every server, for only the one that leads decides by it. Raises as `heartbeat`."""
         await self._tell_all(path("ingresses", report.ingress, "traffic"), report)
 
     async def demand(self, report: DemandReport) -> None:
         """As `traffic`."""
         await self._tell_all(path("ingresses", report.ingress, "demand"), report)
 
-    async def _tell_all(self, where: str, report: object, *, slow_s: float = CALL_S) -> None:
-        """Where one server has taken it, the others are waited for until `slow_s`, and given up."""
+    async def _tell_all(self, where: str, report: object, *, slow_s: float = CALL_S) -> bytes:
+        """Return the answer of the first server that has taken it; the others are waited for until `slow_s`, and given up."""
         each: Sequence[Transport] = self._transport.each if isinstance(self._transport, Failover) else (self._transport,)
         calls = [asyncio.ensure_future(self._call("POST", where, report, one)) for one in each]
         try:
@@ -129,9 +134,12 @@ class HttpControlPlane:
             for call in calls:
                 call.cancel()
             told = await asyncio.gather(*calls, return_exceptions=True)
+        taken = [one for one in told if not isinstance(one, BaseException)]
+        if taken:
+            return taken[0]
         failed = [one for one in told if isinstance(one, BaseException)]
-        if len(failed) == len(told):
-            raise failed[0]
+        # A server that refuses says more than one that is away.
+        raise next((one for one in failed if not isinstance(one, Unavailable)), failed[0])
 
     async def join_fabric(self, node: str, offer: FabricOffer) -> FabricGrant:
         return codec.decode(await self._call("PUT", path("nodes", node, "fabric"), offer), FabricGrant)

@@ -99,6 +99,8 @@ class IngressHeartbeats:
         fresh = {app: words for app, words in heartbeat.problems.items() if before.get(app) != words}
         ops: list[Op] = []
         now = self._context.clock.now()
+        if abs(now - heartbeat.at) < WRITE_S:
+            now = heartbeat.at  # the same for every server that hears it: one event, not one of each
         for key, words in sorted(fresh.items())[:EVENTS_PER_BEAT_MAX]:
             if self._context.state.get(App, key) is None:
                 continue

@@ -17,12 +17,13 @@ ALIVE_S = 35.0
 
 
 class Ingresses:
-    """What this server hears: with several servers an ingress may speak to another one."""
+    """What this server hears: an ingress tells every server that it is there. One that began lately has heard nothing yet."""
 
     def __init__(self, context: Context, heartbeats: IngressHeartbeats) -> None:
         self._context = context
         self._state = context.state
         self._heartbeats = heartbeats
+        self._began = context.clock.monotonic()
 
     def all(self) -> tuple[IngressView, ...]:
         """Return every ingress that has registered, by name."""
@@ -38,7 +39,8 @@ class Ingresses:
     async def forget(self, name: str, caller: Caller, *, request: RequestKey | None = None) -> IngressView:
         """Forget an ingress that is gone for good: no drain waits for it any more, and it keeps no app awake.
 
-        What it showed to be let in counts no longer, so that it must join anew. Raises NotFound, Conflict: it is there.
+        What it showed to be let in counts no longer, so that it must join anew. Raises NotFound, Conflict: it is there,
+        or this server has not listened for long enough to know.
         """
         check_id(name, "name")
 
@@ -49,6 +51,10 @@ class Ingresses:
             identity = self._state.get(Identity, f"{MemberKind.INGRESS}/{name}")
             revoked = identity is not None and identity.record.revoked_at is not None
             silent_s = self._heartbeats.silent_s(name)
+            listened_s = self._context.clock.monotonic() - self._began
+            if silent_s is None and listened_s < ALIVE_S and not revoked:
+                mend = f"again in {ALIVE_S - listened_s:.0f} s; or revoke it first"
+                raise Conflict(f"this server has started only now, and cannot know whether ingress '{name}' is there", mend=mend)
             if silent_s is not None and silent_s < ALIVE_S and not revoked:
                 mend = f"end it, and wait for {ALIVE_S:.0f} s; or revoke it first"
                 raise Conflict(f"ingress '{name}' was heard of {silent_s:.0f} s ago", mend=mend)
