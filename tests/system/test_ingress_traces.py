@@ -98,7 +98,9 @@ def test_a_collector_is_named_by_a_url(url: str, means: Tracing | None) -> None:
     assert tracing_of(url) == means
 
 
-@pytest.mark.parametrize("url", ["c.example:4318", "grpc://c.example", "http://", "http://u:p@c.example", "http://c.example:x"])
+@pytest.mark.parametrize(
+    "url", ["c.example:4318", "grpc://c.example", "http://", "http://:p@c.example", "http://c.example:x", "http://[x"]
+)
 def test_what_is_no_collector_is_refused(url: str) -> None:
     with pytest.raises(Invalid):
         tracing_of(url)

@@ -324,6 +324,9 @@ async def test_the_acme_authority_is_an_admins_choice_and_its_keys_never_come_ou
         assert "PRIVATE" not in text
     for bad, field in (
         ({"directory": "http://ca.test/dir"}, "directory"),
+        ({"directory": "https://[x"}, "directory"),
+        ({"directory": "https://ca.test:99999/dir"}, "directory"),
+        ({"directory": "https://:pw@ca.test/dir"}, "directory"),
         ({"directory": "https://ca.test/dir", "contact": ["nobody"]}, "contact"),
         ({"directory": "https://ca.test/dir", "eab_kid": "k"}, "eab_kid"),
         ({"directory": "https://ca.test/dir", "eab_kid": "k", "eab_key": "?"}, "eab_key"),

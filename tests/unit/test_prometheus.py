@@ -15,6 +15,7 @@ from atoll.entry.prometheus import ANSWER_BYTES_MAX, PrometheusClient, servers_o
 from atoll.model.errors import AtollError, Forbidden, Invalid, Unavailable
 from atoll.model.records import Event
 from atoll.model.spec import AppSpec, PrometheusQuery, Scale
+from atoll.model.spec.sources import check_sources
 from atoll.model.units import Seconds
 
 
@@ -59,6 +60,22 @@ def test_servers_that_may_be_asked_are_named_with_their_ports() -> None:
     for text in ("a.example", "a.example:0", ":9090", "a:b"):
         with pytest.raises(Invalid, match="not HOST:PORT"):
             servers_of(text)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://[x", "http://a:99999", "http://a:0", "http://:pw@a", "http://a/\x01", "ftp://a", "http://", "http://a?b", "a:9090"],
+)
+async def test_what_is_no_servers_url_is_refused_in_words_when_it_is_given_and_when_it_is_asked(url: str) -> None:
+    query = PrometheusQuery(url=url, query="a", target=1)
+    scale = Scale(max=8, prometheus=query)
+    with pytest.raises(Invalid, match=r"scale\.prometheus\.url") as refused:
+        check_sources(AppSpec(name="web", image="x", scale=scale), scale)
+    assert "pw" not in str(refused.value)
+    client = PrometheusClient(frozenset({("a", 80), ("a", 9090)}))
+    with pytest.raises(Invalid, match=r"scale\.prometheus\.url"):
+        await client.ask(query)
+    await client.close()
 
 
 class Server:

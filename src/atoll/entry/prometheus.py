@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -17,9 +16,10 @@ from msgspec import Struct, field
 from atoll.control.queries import ANSWER_S
 from atoll.model.errors import Forbidden, Invalid, Unavailable
 from atoll.model.spec import PrometheusQuery
+from atoll.model.spec.sources import prometheus_url
+from atoll.model.urls import PORTS
 
 ANSWER_BYTES_MAX = 1 << 20
-PORTS = {"http": 80, "https": 443}
 SERVERS_MAX = 64
 
 
@@ -47,8 +47,8 @@ class PrometheusClient:
 
     async def ask(self, query: PrometheusQuery) -> float:
         """See `control.queries.Ask`. A repeat is safe."""
-        parts = urlsplit(query.url)
-        host, port = parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
+        parts = prometheus_url(query)  # a spec from before may hold what is refused today
+        host, port = parts.host, parts.port or PORTS[parts.scheme]
         if (host, port) not in self._allowed:
             raise Forbidden(
                 f"the operator has not allowed '{host[:80]}:{port}' to be asked",
@@ -61,6 +61,8 @@ class PrometheusClient:
                 body = await _read(answer)
             finally:
                 await answer.aclose()
+        except httpx.InvalidURL as error:
+            raise Invalid(f"scale.prometheus.url: {error}", field="scale.prometheus.url") from None
         except httpx.HTTPError as error:
             raise Unavailable(f"{host}:{port} does not answer: {error or type(error).__name__}") from None
         return value_in(body, answer.status_code)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from atoll.ingress.clusters import METADATA
 from atoll.model.errors import Invalid
+from atoll.model.urls import url_of
 
 COLLECTOR = "collector"
 TRACES_PATH = "/v1/traces"
@@ -35,19 +35,13 @@ def tracing_of(url: str, percent: float = 100.0) -> Tracing | None:
     """Return what a collector's URL means; None for an empty one. Raises Invalid."""
     if not url:
         return None
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError as error:
-        raise Invalid(f"--otlp: {url[:80]!r}: {error}", field="otlp", mend=_MEND) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
-        raise Invalid(f"--otlp: {url[:80]!r} is no collector's URL", field="otlp", mend=_MEND)
+    parts = url_of(url, what="--otlp", field="otlp", mend=_MEND)
     if not 0 <= percent <= 100:
         raise Invalid(f"--trace-percent: from 0 to 100, got {percent:g}", field="trace-percent")
     tls = parts.scheme == "https"
     path = parts.path.rstrip("/") or ""
     path = path if path.endswith(TRACES_PATH) else path + TRACES_PATH
-    return Tracing(host=parts.hostname, port=port or (443 if tls else 4318), tls=tls, path=path, percent=percent)
+    return Tracing(host=parts.host, port=parts.port or (443 if tls else 4318), tls=tls, path=path, percent=percent)
 
 
 def tracer(tracing: Tracing, *, name: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import datetime
-from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -22,6 +21,7 @@ from atoll.model.membership import EARLY_S
 from atoll.model.ports.store import Delete, Put, absent, unchanged
 from atoll.model.records import CELL
 from atoll.model.records.certificate import AcmeKeys, AcmeSettings, CertificateRoot
+from atoll.model.urls import url_of
 from atoll.store.cache import Held
 
 OWN_LIFE_S = 90 * 86_400.0
@@ -143,10 +143,8 @@ class CertificateRoots:
 
 
 def _check(wish: AcmeRequest) -> None:
-    parts = urlsplit(wish.directory)
-    if parts.scheme != "https" or not parts.hostname or parts.username or parts.fragment:
-        mend = "for example https://acme-v02.api.letsencrypt.org/directory"
-        raise Invalid(f"directory: {wish.directory[:100]!r} is no https URL", field="directory", mend=mend)
+    mend = "for example https://acme-v02.api.letsencrypt.org/directory"
+    url_of(wish.directory, what="directory", field="directory", mend=mend, schemes=("https",), query=True)
     for address in wish.contact:
         name, at, domain = address.partition("@")
         if not (name and at and "." in domain and address.isascii()) or any(char in address for char in " ,;?<>\r\n"):

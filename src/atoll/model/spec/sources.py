@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import urlsplit
 
 from msgspec import Meta
 
@@ -12,6 +11,7 @@ from atoll.model.cron import EXPRESSION_CHARS_MAX, ZONE_CHARS_MAX, check_cron, t
 from atoll.model.errors import Invalid
 from atoll.model.names import SpecRecord
 from atoll.model.spec.values import REPLICAS_MAX
+from atoll.model.urls import Url, url_of
 
 if TYPE_CHECKING:
     from atoll.model.spec.app import AppSpec
@@ -53,6 +53,16 @@ class PrometheusQuery(SpecRecord, frozen=True, kw_only=True):
     """As many instances are wanted as make the answer, divided by them, at most this."""
 
 
+def prometheus_url(query: PrometheusQuery) -> Url:
+    """Return where `query` goes. Raises Invalid."""
+    return url_of(
+        query.url,
+        what="scale.prometheus.url",
+        field="scale.prometheus.url",
+        mend="write http://HOST:PORT or https://HOST:PORT, with a path where it needs one, without user and query",
+    )
+
+
 def sources_of(scale: Scale) -> tuple[str, ...]:
     """Return the keys of `scale` that say how many instances are needed."""
     given = ("metric", "concurrency", "rps", "cpu", "memory", "gpu", "windows", "prometheus")
@@ -79,7 +89,7 @@ def check_sources(spec: AppSpec, scale: Scale) -> None:
     for index, window in enumerate(scale.windows):
         _check_window(window, scale, f"scale.windows[{index}]")
     if scale.prometheus is not None:
-        _check_url(scale.prometheus.url)
+        prometheus_url(scale.prometheus)
     if scale.idle is Idle.PREDICT and not scale.sleeps:
         raise Invalid(
             "scale.idle: 'predict' is for apps that sleep, and this one always has an instance",
@@ -98,14 +108,4 @@ def _check_window(window: ScaleWindow, scale: Scale, field: str) -> None:
             f"{field}.replicas: {window.replicas} is above scale.max, {scale.max}",
             field=f"{field}.replicas",
             mend="raise scale.max, or ask for fewer",
-        )
-
-
-def _check_url(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
-        raise Invalid(
-            "scale.prometheus.url: not an address of a Prometheus server",
-            field="scale.prometheus.url",
-            mend="write http://HOST:PORT or https://HOST:PORT, with a path where it needs one, without user and query",
         )
