@@ -655,6 +655,46 @@ async def test_what_goes_between_apps_and_what_is_refused_is_counted_with_its_re
     assert flows.begun["db"] == 2
 
 
+async def test_what_was_counted_of_an_address_is_not_its_next_holders(tmp_path: Path, subnet: str) -> None:
+    subnet = subnet.replace("/24", "/29")  # so that an address comes back soon
+    own = FabricNode(name="here", prefix=subnet)
+    network = LinkNetwork(subnet, tmp_path / "small", prepared=0)
+
+    async def attach(project: str) -> dict[str, Link]:
+        links = {name: await network.attach(f"{project}-{name}", project=project, ports=(WEB,)) for name in ("web", "db")}
+        members = [
+            Member(id=link.id, project=project, owner=name, node="here", address=link.address) for name, link in links.items()
+        ]
+        await network.see(own, {}, members)
+        return links
+
+    try:
+        first = await attach("p")
+        with listening(first["db"], 8000):
+            assert connects(socket_in(first["web"]), first["db"].address, 8000)
+        assert not connects(socket_in(first["web"]), first["db"].address, 9000)
+        before = await network.flows()
+        assert before.flows
+        assert before.refusals
+        assert before.begun["p-web"] == 2
+        for link in first.values():
+            await network.detach(link.id)
+        for round in range(8):  # until the first two have come back, in turn
+            second = await attach(f"q{round}")
+            if {link.address for link in second.values()} == {link.address for link in first.values()}:
+                break
+            for link in second.values():
+                await network.detach(link.id)
+        assert {link.address for link in second.values()} == {link.address for link in first.values()}
+        assert await network.flows() == Flows()
+        assert not connects(socket_in(second["web"]), second["db"].address, 9000)
+        after = await network.flows()
+        assert [one.project for one in after.refusals] == [f"q{round}"]  # and it counts anew
+    finally:
+        await network.recover(())
+        await network.close()
+
+
 async def test_ten_thousand_instances_of_other_nodes_are_told_apart_in_one_go(network: LinkNetwork, subnet: str) -> None:
     own = FabricNode(name="here", prefix=subnet)
     there = FabricNode(name="there", prefix="10.200.0.0/16", endpoint="192.0.2.9")

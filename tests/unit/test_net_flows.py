@@ -16,12 +16,13 @@ from atoll.api.service.heartbeats import Heartbeats
 from atoll.cli.main import cli
 from atoll.cli.session import Session
 from atoll.model.errors import TooLarge
-from atoll.model.fabric import ReachStep, ReachView
+from atoll.model.fabric import Member, ReachStep, ReachView
 from atoll.model.flows import FLOWS_MAX, Flow, Flows, Reason, Refusal
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import Heartbeat
-from atoll.network.counted import REASONS, Counted, elements_of, flows_of
+from atoll.network.counted import REASONS, Counted, elements_of, flows_of, keys_of
 from atoll.network.netlink import attribute
+from atoll.network.policies import Policies
 from atoll.sdk.fake import FakeApi
 
 OWNERS = {"10.0.0.2": ("shop", "web"), "10.0.0.3": ("shop", "web"), "10.0.0.4": ("shop", "db"), "10.0.1.2": ("other", "db")}
@@ -75,6 +76,26 @@ def test_the_kernels_elements_are_read_with_their_counters() -> None:
 
     body = attribute(1, b"t\0") + attribute(3 | 0x8000, element(b"abcdefgh", 5, 700) + element(b"ijklmnop", 1, 2**40))
     assert list(elements_of(body)) == [Counted(b"abcdefgh", 5, 700), Counted(b"ijklmnop", 1, 2**40)]
+
+
+def test_an_address_whose_holder_has_gone_or_is_another_now_is_to_be_forgotten() -> None:
+    def member(address: str, project: str, owner: str = "web") -> Member:
+        return Member(id="x", project=project, owner=owner, node="n", address=address)
+
+    policies = Policies()
+    policies.see([member("10.0.0.2", "shop"), member("10.0.0.3", "shop"), member("10.0.0.4", "shop"), member("10.0.0.5", "shop")])
+    assert policies.left == set()
+    policies.see([member("10.0.0.2", "shop"), member("10.0.0.3", "other"), member("10.0.0.4", "shop", "db")])
+    assert policies.left == {"10.0.0.3", "10.0.0.4", "10.0.0.5"}
+
+
+def test_what_is_forgotten_of_an_address_is_all_that_was_sent_from_it_or_to_it() -> None:
+    of, to, other = (pair(*ends) for ends in (("10.0.0.2", "10.0.0.4"), ("10.0.0.4", "10.0.0.2"), ("10.0.0.3", "10.0.0.4")))
+    gone = {socket.inet_aton("10.0.0.2")}
+    assert keys_of([of, to, other], gone, 2) == [of.key, to.key]
+    assert keys_of([of, to, other], gone, 1) == [of.key]
+    turned = refused("10.0.0.3", "10.0.0.2", 80, Reason.PORT)
+    assert keys_of([turned, refused("10.0.0.3", "10.0.0.4", 80, Reason.PORT)], gone, 2) == [turned.key]
 
 
 @given(st.binary(max_size=200))

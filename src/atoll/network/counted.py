@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from msgspec import structs
 
 from atoll.model.errors import RuntimeFailed
 from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX, Flow, Flows, Reason, Refusal
+from atoll.network.elements import ElementSocket
 from atoll.network.netlink import REPLY_TIMEOUT_S, attribute
 
 ELEMENTS_MAX = 4096
@@ -25,6 +26,10 @@ PAIRS_MAX, REFUSED_MAX = 65_535, 8_192
 """Elements that a set holds; what comes beyond is not counted, and passes or is refused as ever."""
 REASONS = tuple(Reason)
 """In the order of the firewall's numbers, which begin at 1."""
+SETS = {"pairs": 2, "begun": 2, "turned_away": 2, "opened": 1, "over": 1}
+"""Set → how many addresses its keys begin with."""
+DELETED_AT_ONCE = 512
+"""Keys of one transaction, which has a bound of 64 KiB."""
 
 _NETFILTER = 12
 _HEADER = struct.Struct("=IHHII")
@@ -53,10 +58,11 @@ class Counted(NamedTuple):
         return _address(self.key, 0)
 
 
-def read(table: str, name: str, *, most: int = ELEMENTS_MAX) -> tuple[list[Counted], bool]:
+def read(table: str, name: str, *, most: int = ELEMENTS_MAX, near: Collection[bytes] = ()) -> tuple[list[Counted], bool]:
     """Return the first `most` elements of a set with their counters, and whether those are all. Blocking, for some ms.
 
-    Raises RuntimeFailed. A set that is not there has no elements.
+    With `near` only those of messages in which one of these bytes occurs: some 400 elements come in one, and looking through it is
+    quick. Raises RuntimeFailed. A set that is not there has no elements.
     """
     body = _FAMILY.pack(_INET, 0, 0) + attribute(1, table.encode() + b"\0") + attribute(2, name.encode() + b"\0")
     found: list[Counted] = []
@@ -74,7 +80,7 @@ def read(table: str, name: str, *, most: int = ELEMENTS_MAX) -> tuple[list[Count
                 length, kind, _, _, _ = _HEADER.unpack_from(answer, at)
                 if kind in (_DONE, _ERROR) or length < _HEADER.size:
                     return found, True
-                if kind == _NEW:
+                if kind == _NEW and (not near or any(one in answer[at : at + length] for one in near)):
                     found += elements_of(answer[at + _HEADER.size + _FAMILY.size : at + length])
                     if len(found) >= most:
                         return found[:most], False
@@ -86,7 +92,7 @@ def count(table: str, owners: Mapping[str, tuple[str, str]], ids: Mapping[str, s
     node. Blocking, for some ms. Raises RuntimeFailed."""
     whole = True
     found: dict[str, list[Counted]] = {}
-    for name in ("pairs", "begun", "turned_away", "opened", "over"):
+    for name in SETS:
         found[name], all_of_it = read(table, name)
         whole = whole and all_of_it
     flows = flows_of(found["pairs"], found["begun"], found["turned_away"], owners.get, complete=whole)
@@ -94,6 +100,27 @@ def count(table: str, owners: Mapping[str, tuple[str, str]], ids: Mapping[str, s
         name: {ids[each.address]: each.packets for each in found[name] if each.address in ids} for name in ("opened", "over")
     }
     return structs.replace(flows, begun=singles["opened"], over=singles["over"])
+
+
+def forget(table: str, addresses: Collection[str], sets: ElementSocket) -> None:
+    """Delete what was counted from or to `addresses`: whoever gets one next begins at nothing. Blocking, for some ms; some 1 s
+    for each full set. Safe to repeat: what was deleted stays so. Raises RuntimeFailed.
+    """
+    packed = {socket.inet_aton(address) for address in addresses}
+    if not packed:
+        return
+    # One element that goes by itself meanwhile spoils a transaction: what is left then is deleted one by one.
+    for at_once in (DELETED_AT_ONCE, 1):
+        for name, heads in SETS.items():
+            counted, _ = read(table, name, most=PAIRS_MAX, near=packed)
+            keys = keys_of(counted, packed, heads)
+            for at in range(0, len(keys), at_once):
+                sets.change(delete=[(name, keys[at : at + at_once])])
+
+
+def keys_of(counted: Iterable[Counted], packed: Collection[bytes], heads: int) -> list[bytes]:
+    """Return the keys of which one of the first `heads` fields is one of the addresses."""
+    return [each.key for each in counted if any(each.key[4 * at : 4 * at + 4] in packed for at in range(heads))]
 
 
 def elements_of(body: bytes) -> Iterator[Counted]:

@@ -130,7 +130,17 @@ class LinkNetwork:
         if self._state is None:
             return Flows()
         ids = {address: id for id, (address, _) in self.links().items()}
-        return await asyncio.to_thread(counted.count, self._table, dict(self._policies.owners), ids)
+        # Who has an address now may be heard of later than that it has it.
+        owners = {
+            address: owner for address, owner in self._policies.owners.items() if self._projects.get(address, owner[0]) == owner[0]
+        }
+        left, self._policies.left = self._policies.left, set()
+        try:
+            await asyncio.to_thread(counted.forget, self._table, left, self._state.sets)
+        except BaseException:
+            self._policies.left |= left
+            raise
+        return await asyncio.to_thread(counted.count, self._table, owners, ids)
 
     async def see(
         self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member], number: int | None = None
@@ -364,6 +374,7 @@ class LinkNetwork:
             ]
         )
         self._private.gone(slot.address)
+        self._policies.left.add(slot.address)
         self._projects.pop(slot.address, None)
         if self._policies.rule(slot.address, held.entry.project, None):
             self._write_policies(opened)

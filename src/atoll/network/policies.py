@@ -19,6 +19,8 @@ class Policies:
         self.written: dict[str, list[str]] = {}
         self.owners: dict[str, tuple[str, str]] = {}
         """Address → project, and app or job, of every instance that is known."""
+        self.left: set[str] = set()
+        """Addresses whose holder has gone: what was counted of them is nobody's. Whoever deletes that takes them out."""
         self._ruled: dict[str, Ruled] = {}
         self._members: dict[tuple[str, str], list[str]] = {}
         self._learned: dict[tuple[str, str], list[str]] = {}
@@ -40,10 +42,11 @@ class Policies:
 
     def see(self, members: Iterable[Member]) -> None:
         """Take in all instances of the node's projects, wherever they are."""
-        self._members, self.owners = {}, {}
+        before, self._members, self.owners = self.owners, {}, {}
         for member in members:
             self._members.setdefault((member.project, member.owner), []).append(member.address)
             self.owners[member.address] = (member.project, member.owner)
+        self.left.update(address for address, owner in before.items() if self.owners.get(address) != owner)
 
     def wants_name(self, address: str, name: str) -> str | None:
         """Return the `host` of a rule of the instance at `address` that `name` falls under."""
