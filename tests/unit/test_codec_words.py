@@ -114,5 +114,9 @@ def test_what_a_peer_of_the_next_version_says_is_read_without_what_is_not_known_
         assert codec.convert_known(plain, AssignmentBatch) == batch
     view = Page(items=(InstanceView(instance=instance, revision=1),), revision=1)
     assert codec.decode_known(codec.encode(view), Page[InstanceView]) == view
+    plain = codec.to_plain(view)
+    for table in (plain, plain["items"][0], plain["items"][0]["instance"]):
+        table["tomorrow"] = 1
+    assert codec.decode_known(codec.encode(plain), Page[InstanceView]) == view
     with pytest.raises(Invalid, match="expected text"):
         codec.decode_known(b'{"name": 5, "tomorrow": 1}', AppSpec)
