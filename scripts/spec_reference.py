@@ -322,7 +322,7 @@ MEANING: dict[str, tuple[str, str]] = {
     "ScaleWindow.timezone": ("Of the two.", 'timezone = "Europe/Berlin"'),
     "ScaleWindow.replicas": ("The least in that time.", "replicas = 3"),
     "PrometheusQuery.url": (
-        "The server, without `/api/v1/query`, user, password and query. Only hosts that the operator allows: `atoll up --prometheus HOST:PORT`.",
+        "The server, without `/api/v1/query` and user. Only hosts that the operator allows: `atoll up --prometheus HOST:PORT`.",
         'url = "http://prometheus.example:9090"',
     ),
     "PrometheusQuery.query": ("PromQL; its answer is one number, or one series.", 'query = "sum(queue_depth)"'),
