@@ -222,3 +222,16 @@ def test_a_challenge_for_a_name_below_a_wildcard_leaves_the_wildcards_app_in_its
     assert host.routes[1].route.cluster == "p/web/80"
     table.challenge({}, {"a.shop.test"})
     assert "http/a.shop.test" not in table.resources[Kind.HOST]
+
+
+def test_of_several_projects_on_one_hostname_the_shortest_path_says_whose_certificate_is_shown() -> None:
+    """Stores from before a hostname had one project may have such."""
+    table = RoutingTable()
+    routings = []
+    for project, path in (("b", "/zz"), ("c", "/z"), ("a", "/"), ("d", "/abc"), ("e", "/ab"), ("f", "/a")):
+        spec = AppSpec(name="web", project=project, image="x", ports=(Port(port=80),))
+        routings.append(Routing(project=project, app="web", spec=spec, hosts=(("shop.test", path, 80, False),)))
+    table.apply(RoutingBatch(1, True, tuple(routings)))
+    certificates = CertificateTable(table.project_of)
+    certificates.apply(CertificateBatch(1, True, (material("shop.test", project="a"),)))
+    assert certificates.material("shop.test") is not None

@@ -133,10 +133,14 @@ class RoutingTable:
         return self._routings.get(key)
 
     def project_of(self, host: str) -> str | None:
-        """Return the project whose app answers at `host`, be it by a wildcard; None where there is none."""
+        """Return the project whose app answers at `host`, be it by a wildcard; None where there is none.
+
+        A hostname is one project's. Where an older store has several on it, the shortest path says whose.
+        """
         for name in (host, *wildcards_over(host)):
-            for path in self._paths.get(name, ()):
-                return next(iter(self._claims[HostPath(name, path)])).partition("/")[0]
+            owner = self.owner_of(name)
+            if owner is not None:
+                return owner.partition("/")[0]
         return None
 
     def challenge(self, answers: Mapping[str, Mapping[str, str]], changed: Iterable[str]) -> None:
@@ -157,9 +161,8 @@ class RoutingTable:
 
     def owner_of(self, host: str) -> str | None:
         """Return the app (`PROJECT/NAME`) that a hostname leads to at its shortest path."""
-        for path in sorted(self._paths.get(host, ())):
-            return next(iter(self._claims[HostPath(host, path)]))
-        return None
+        paths = self._paths.get(host)
+        return next(iter(self._claims[HostPath(host, min(paths))])) if paths else None
 
     def _put(self, key: str, routing: Routing) -> set[str]:
         old = self._routings.get(key)

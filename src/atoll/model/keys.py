@@ -27,6 +27,8 @@ DRAINED = "drained/"
 INGRESSES = "ingresses/"
 ROUTES = "routes/"
 """`routes/HOST/PATH` → the app that owns it, so that two apps cannot claim one."""
+ROUTE_HOSTS = "route-hosts/"
+"""`route-hosts/HOST` → the project that claimed a path of it last: two claims at once meet here. Whose it is the claims say."""
 REQUESTS = "requests/"
 FABRICS = "fabrics/"
 FABRIC_NODES = "fabric-nodes/"
@@ -140,6 +142,10 @@ def ingress(name: str) -> str:
 
 def route(host: str, path: str) -> str:
     return f"{ROUTES}{host}{path}"
+
+
+def route_host(host: str) -> str:
+    return f"{ROUTE_HOSTS}{host}"
 
 
 def request(token_id: str, key: str) -> str:

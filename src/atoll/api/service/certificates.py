@@ -7,7 +7,7 @@ import datetime
 from msgspec.structs import replace
 
 from atoll.api.service.access import EVERY_PROJECT, Caller
-from atoll.api.service.claims import DEFAULT_PROJECT
+from atoll.api.service.claims import DEFAULT_PROJECT, answering, of_host
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.projects import require_project
 from atoll.model import codec, keys
@@ -17,7 +17,6 @@ from atoll.model.certificates import (
     CertificateView,
     check_host,
     wildcard_of,
-    wildcards_over,
 )
 from atoll.model.chains import Described, check_chain, describe
 from atoll.model.errors import Conflict, Exhausted, Forbidden, Invalid, NotFound
@@ -140,12 +139,18 @@ class Certificates:
         self._check_domain(project, host)
         if shared:
             return
-        claims = [self._state.found(RouteClaim, of_host, name) for name in (host, *wildcards_over(host))]
+        for owner, name in self._holders(host).items():
+            if owner != project:
+                raise self._taken(caller, owner, name)
+
+    def _holders(self, host: str) -> dict[str, str]:
+        """Return project → hostname, of those whose apps answer where the certificate would be shown."""
+        first = answering(self._context, host)
+        found = dict([first] if first is not None else [])
         if host.startswith("*."):
-            claims.append(self._state.found(RouteClaim, of_parent, host.removeprefix("*.")))
-        for place, claim in ((place, claim) for found in claims for place, claim in found.items()):
-            if claim.record.project != project:
-                raise self._taken(caller, claim.record.project, place.partition("/")[0])
+            for place, claim in self._state.found(RouteClaim, of_parent, host.removeprefix("*.")).items():
+                found.setdefault(claim.record.project, place.partition("/")[0])
+        return found
 
     def _check_domain(self, project: str, host: str) -> None:
         """Under the cell's own domain each project has its part, as routes have."""
@@ -235,11 +240,6 @@ class Certificates:
 
 def of_project(key: str, record: Certificate | CertificateStatus) -> str:
     return record.project
-
-
-def of_host(key: str, record: RouteClaim) -> str:
-    """Claims by their hostname."""
-    return key.partition("/")[0]
 
 
 def of_parent(key: str, record: RouteClaim) -> str:

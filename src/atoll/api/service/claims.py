@@ -1,4 +1,4 @@
-"""Who owns which hostname and path. One owner each: a duplicate would make the ingress refuse everything."""
+"""Who owns which hostname and path. A place has one app, or the ingress would refuse everything; a hostname has one project."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from msgspec import Struct
 from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
 from atoll.model import codec, keys
+from atoll.model.certificates import wildcards_over
 from atoll.model.errors import Conflict, Forbidden, Invalid
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
-from atoll.model.records import App, Project, RouteClaim
+from atoll.model.records import App, Project, RouteClaim, RouteHost
 from atoll.model.spec import AppSpec, Port, Strategy, normal_path
 
 DEFAULT_PROJECT = "default"
@@ -97,10 +98,11 @@ def check_hosts(context: Context, spec: AppSpec) -> None:
 def claim(context: Context, caller: Caller, old: AppSpec | None, new: AppSpec) -> tuple[list[Compare], list[Op]]:
     """Return what makes `new` own its places, and gives back those that only `old` had.
 
-    Raises Conflict naming the place, and its owner where `caller` may see that.
+    Raises Conflict naming the place or hostname, and its owner where `caller` may see that.
     """
     compare: list[Compare] = []
     ops: list[Op] = []
+    fresh: set[str] = set()
     wanted = places_of(new, context.domain)
     for place in sorted(wanted):
         key = keys.route(*place)
@@ -111,8 +113,13 @@ def claim(context: Context, caller: Caller, old: AppSpec | None, new: AppSpec) -
             compare.append(unchanged(key, held.revision))
             if (held.record.project, held.record.app) == (new.project, new.name):
                 continue
-            compare.extend(_take(context, caller, held.record, place))
+            compare.extend(_take(context, caller, held.record, place, new.project))
+        fresh.add(place[0])
         ops.append(Put(key, codec.encode(RouteClaim(project=new.project, app=new.name))))
+    for host in sorted(fresh):
+        compare_host, ops_host = _enter(context, caller, new.project, host, wanted)
+        compare.extend(compare_host)
+        ops.extend(ops_host)
     if old is not None:
         compare_old, ops_old = release(context, old, keep=wanted)
         compare.extend(compare_old)
@@ -134,20 +141,61 @@ def release(context: Context, spec: AppSpec, keep: set[tuple[str, str]] | None =
 
 
 def orphans(context: Context) -> Sequence[tuple[str, int]]:
-    """Return (key, revision) of claims whose app is gone or no longer wants them."""
+    """Return (key, revision) of claims whose app is gone or no longer wants them, and of hostnames without any."""
     found = []
     for behind, held in context.state.records(RouteClaim).items():
         host, slash, path = behind.partition("/")
         if not _wanted(context, held.record, (host, slash + path)):
             found.append((keys.ROUTES + behind, int(held.revision)))
+    for host, entered in context.state.records(RouteHost).items():
+        # Whoever claims a place on it writes this record too: then it is not removed.
+        if not context.state.found(RouteClaim, of_host, host):
+            found.append((keys.route_host(host), int(entered.revision)))
     return found
 
 
-def _take(context: Context, caller: Caller, claim: RouteClaim, place: tuple[str, str]) -> list[Compare]:
+def of_host(key: str, record: RouteClaim) -> str:
+    """Claims by their hostname."""
+    return key.partition("/")[0]
+
+
+def answering(context: Context, host: str) -> tuple[str, str] | None:
+    """Return the project that answers at `host` and the hostname that it claimed, be it a wildcard; None where nobody does.
+
+    Stores from before a hostname had one project may show several: as in the ingress, the shortest path says whose it is.
+    """
+    for name in (host, *wildcards_over(host)):
+        found = context.state.found(RouteClaim, of_host, name)
+        if found:
+            return found[min(found)].record.project, name
+    return None
+
+
+def _enter(
+    context: Context, caller: Caller, project: str, host: str, wanted: set[tuple[str, str]]
+) -> tuple[list[Compare], list[Op]]:
+    """Return what keeps a hostname to one project when it claims a place there, whatever others claim meanwhile."""
+    key = keys.route_host(host)
+    entered = context.state.get(RouteHost, host)
+    compare = [absent(key) if entered is None else unchanged(key, entered.revision)]
+    ops: list[Op] = [Put(key, codec.encode(RouteHost(project=project)))]
+    for behind, held in context.state.found(RouteClaim, of_host, host).items():
+        place = host, behind.removeprefix(host)
+        if held.record.project == project or place in wanted:
+            continue
+        # One that nobody needs is removed: its app must not come back to it unseen.
+        compare.append(unchanged(keys.ROUTES + behind, held.revision))
+        compare.extend(_take(context, caller, held.record, place, project))
+        ops.append(Delete(keys.ROUTES + behind))
+    return compare, ops
+
+
+def _take(context: Context, caller: Caller, claim: RouteClaim, place: tuple[str, str], project: str) -> list[Compare]:
     """Return the comparisons under which a claim that nobody needs any more may be taken over."""
     if _wanted(context, claim, place):
         owner = f"app '{claim.app}' in project '{claim.project}'" if caller.sees(claim.project) else "another project"
-        raise Conflict(f"routes: {place[0]}{place[1]} belongs to {owner}", field="routes", mend="choose another host or path")
+        mend = "choose another host or path" if claim.project == project else "choose another host: all its paths are one project's"
+        raise Conflict(f"routes: {place[0]}{place[1]} belongs to {owner}", field="routes", mend=mend)
     key = keys.app(claim.project, claim.app)
     held = context.state.get(App, f"{claim.project}/{claim.app}")
     return [absent(key) if held is None else unchanged(key, held.revision)]

@@ -44,5 +44,6 @@ from atoll.model.records.routing import Endpoint as Endpoint
 from atoll.model.records.routing import Ingress as Ingress
 from atoll.model.records.routing import Preview as Preview
 from atoll.model.records.routing import RouteClaim as RouteClaim
+from atoll.model.records.routing import RouteHost as RouteHost
 from atoll.model.records.routing import Routing as Routing
 from atoll.model.records.routing import Rule as Rule

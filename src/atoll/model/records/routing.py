@@ -29,10 +29,16 @@ class Ingress(Record, frozen=True, kw_only=True):
 
 
 class RouteClaim(Record, frozen=True, kw_only=True):
-    """Which app owns a hostname and path, so that no two do. Writer: API."""
+    """Which app owns a hostname and path, so that no two do; all of one hostname are of one project. Writer: API."""
 
     project: str
     app: str
+
+
+class RouteHost(Record, frozen=True, kw_only=True):
+    """Written with each new claim on a hostname, so that of two projects that claim paths of it at once one does. Writer: API."""
+
+    project: str
 
 
 class Endpoint(Record, frozen=True, kw_only=True):
