@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 from control_cell import Cell, run_virtual
 
-from atoll.control.queries import ANSWER_S, EVERY_S, Ask
+from atoll.control.queries import ANSWER_S, EVERY_S, NO_ROOM, PROJECT_QUERIES_MAX, QUERIES_MAX, Ask, Queries, rooms_of
+from atoll.control.world import World
 from atoll.entry.prometheus import ANSWER_BYTES_MAX, PrometheusClient, servers_of, value_in
+from atoll.model import keys
 from atoll.model.errors import AtollError, Forbidden, Invalid, Unavailable
-from atoll.model.records import Event
+from atoll.model.records import App, Event, OwnerKind
 from atoll.model.spec import AppSpec, PrometheusQuery, Scale
 from atoll.model.spec.sources import check_sources
 from atoll.model.units import Seconds
@@ -215,3 +218,56 @@ def test_where_no_server_may_be_asked_the_app_says_so_and_stays() -> None:
             assert cell.wanted() == 1
 
     run_virtual(story())
+
+
+class Moody:
+    """Answers 1, and never where the query says so. Keeps when it was asked what."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, str]] = []
+
+    async def ask(self, query: PrometheusQuery) -> float:
+        self.asked.append((asyncio.get_running_loop().time(), query.query))
+        if query.query.startswith("slow"):
+            await asyncio.sleep(1_000_000)
+        return 1.0
+
+
+async def ask_for(cell: Cell, project: str, name: str, query: str) -> None:
+    scale = Scale(max=8, prometheus=PrometheusQuery(url="http://p.example:9090", query=query, target=10))
+    spec = AppSpec(name=name, image="x", scale=scale)
+    await cell.put(
+        keys.app(project, name), App(project=project, name=name, spec=spec, release=1, replicas=1, created_at=0, updated_at=0)
+    )
+
+
+def test_a_project_whose_servers_are_slow_holds_back_nobodys_answers_and_hears_what_is_too_much() -> None:
+    async def story() -> None:
+        async with Cell() as cell:
+            for at in range(PROJECT_QUERIES_MAX + 5):
+                await ask_for(cell, "a", f"web{at:04}", f"slow{at}")
+            await ask_for(cell, "b", "web", "quick")
+            world = World(cell.state, cell.clock.monotonic)
+            world.rebuild()
+            moody = Moody()
+            queries = Queries(world, cell.clock, moody)
+            cell.keep(asyncio.ensure_future(queries.run()))
+            await asyncio.sleep(10 * EVERY_S + 1)
+            at = [when for when, query in moody.asked if query == "quick"]
+            assert len(at) == 11
+            assert max(later - sooner for sooner, later in itertools.pairwise(at)) < EVERY_S + 1
+            slow = {query for _, query in moody.asked if query.startswith("slow")}
+            assert len(slow) == PROJECT_QUERIES_MAX
+            assert sum(problem == NO_ROOM for problem in queries.problems.values()) == 5
+            assert (OwnerKind.APP, f"a/web{PROJECT_QUERIES_MAX:04}") in world.dirty
+
+    run_virtual(story())
+
+
+def test_projects_get_room_for_their_queries_in_turns() -> None:
+    assert rooms_of({"a": 1_000, "b": 1}) == {"a": PROJECT_QUERIES_MAX, "b": 1}
+    many = rooms_of({f"p{at:02}": 1_000 for at in range(20)} | {"z": 30})
+    assert sum(many.values()) == QUERIES_MAX
+    assert many["z"] == 30
+    assert set(many.values()) - {30} == {48, 49}
+    assert len(rooms_of({f"p{at:04}": 1 for at in range(QUERIES_MAX + 1)})) == QUERIES_MAX
