@@ -241,7 +241,7 @@ apps = st.builds(
     health=health,
     stop=st.builds(Stop, grace=st.sampled_from([Seconds(0), Seconds(10)])),
 )
-jobs = st.just(JobSpec(name="sum", image="sum"))
+jobs = st.sampled_from([JobSpec(name="sum", image="sum"), JobSpec(name="tools", image="tools", sandbox=True, pool=2)])
 workloads: st.SearchStrategy[Workload] = st.one_of(apps, jobs)
 
 

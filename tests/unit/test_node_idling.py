@@ -21,6 +21,7 @@ from atoll.model.streams import Kind, pack
 from atoll.model.units import Seconds
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
+from atoll.node.attend import WARM_S
 from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
 from atoll.node.record import MemoryRecord
 from atoll.runtimes.fake import FakeHost, FakeRuntime
@@ -248,6 +249,53 @@ def test_one_that_was_taken_keeps_its_limit_when_the_agent_is_another(play: Play
         assert world.memory.load()[0].assignment.instance.owner == "mine"
         async with world.agent():
             assert await world.ended_after_s() <= LIMIT_S + 60
+
+    play(story)
+
+
+def test_one_of_a_pool_is_ready_once_its_first_command_has_ended_also_by_the_next_agent(play: Play) -> None:
+    async def story(world: World) -> None:
+        slow_s, commands = 10.0, 0
+
+        async def before(call: str, id: str) -> None:
+            nonlocal commands
+            if call == "exec":
+                commands += 1
+                await asyncio.sleep(slow_s)
+
+        world.host.before = before
+        async with world.agent():
+            making = asyncio.create_task(world.sandbox(standby=True, pool=1))
+            await world.until(lambda status: status.phase is Phase.RUNNING)
+            await asyncio.sleep(8)
+            assert commands == 1
+            assert not world.control.statuses[ID].ready
+        async with world.agent():  # which finds it running, and not ready
+            await asyncio.sleep(8)
+            assert commands == 2
+            assert not world.control.statuses[ID].ready
+            await making
+        async with world.agent():
+            await asyncio.sleep(30)
+            assert commands == 2
+            assert world.control.statuses[ID].ready
+
+    play(story)
+
+
+def test_one_of_a_pool_in_which_no_command_ends_is_ready_all_the_same_after_a_bound(play: Play) -> None:
+    async def story(world: World) -> None:
+        async def before(call: str, id: str) -> None:
+            if call == "exec":
+                await asyncio.Event().wait()
+
+        world.host.before = before
+        async with world.agent():
+            making = asyncio.create_task(world.sandbox(standby=True, pool=1))
+            await asyncio.sleep(WARM_S - 1)
+            assert not world.control.statuses[ID].ready
+            await making
+            assert world.phase is Phase.RUNNING
 
     play(story)
 

@@ -1,4 +1,4 @@
-"""The three things that are done for an instance beside starting it: wait for its end, probe it, remove what it leaves."""
+"""What is done for an instance beside starting it: wait for its end, warm it, probe it, remove what it leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import structlog
 
 from atoll.model.errors import AtollError, NotFound
-from atoll.model.ports.runtime import Runtime
+from atoll.model.ports.runtime import Feature, Runtime
 from atoll.model.records import Exit
 from atoll.model.spec import AppSpec, Workload
 from atoll.node.report import RETRY_MAX_S
@@ -20,6 +20,9 @@ RETRY_S = 0.5
 """First wait before another try; it doubles."""
 WATCH_TRIES_MAX = 5
 """Failures of `wait` in a row after which the process counts as ended, and is removed to make sure."""
+WARM = ("true",)
+WARM_S = 30.0
+"""Deadline of it; after that its sandbox is ready nevertheless."""
 PROBE_SLACK_S = 5.0
 """How much longer than the check's own timeout a probe may take in all."""
 
@@ -38,6 +41,25 @@ async def await_exit(runtime: Runtime | None, id: str) -> Exit | None:
             log.warning("wait failed", instance=id, error=str(error), attempt=attempt)
             await asyncio.sleep(RETRY_S * 2**attempt)
     return None
+
+
+async def warm(runtime: Runtime | None, id: str) -> None:
+    """Run a command in a sandbox of a pool before somebody takes it: where the processor is emulated, its first one takes many
+    times as long as all others. An image without that program is warmed in part.
+    """
+    if runtime is None or Feature.EXEC not in runtime.features:
+        return
+    try:
+        async with asyncio.timeout(WARM_S):
+            execution = await runtime.exec(id, WARM)
+            try:
+                await execution.wait()
+            finally:
+                await execution.close()
+    except (AtollError, TimeoutError) as error:
+        log.info("not warmed", instance=id, error=str(error) or "timed out")
+    except Exception:  # the outer edge of a task: a pool must not wait for ever
+        log.exception("not warmed", instance=id)
 
 
 async def probe_once(tools: Tools, runtime: Runtime | None, id: str, workload: Workload, rules: Rules, address: str | None) -> str:

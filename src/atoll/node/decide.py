@@ -180,7 +180,7 @@ def _recovered_live(rules: Rules, state: State, found: Recovered, now: Now) -> O
     if state.rest is not Rest.AWAKE:
         after, actions = adopted(alive, now)
         return after, (Watch(), *actions, note)
-    probing = rules.health is not None or (rules.gate_port is not None and not state.ready)
+    probing = rules.health is not None or ((rules.gate_port is not None or rules.warmed) and not state.ready)
     after = enter(alive, Phase.RUNNING, now, probe_due=now.monotonic if probing else None)
     return idle_again(rules, after, now), (Watch(), note)
 

@@ -21,6 +21,8 @@ GATE_INTERVAL_S = 1.0
 
 def first_probe_due(rules: Rules, now: Now) -> float | None:
     """Return when a process that has just started is probed; None for one that is ready without."""
+    if rules.warmed:
+        return now.monotonic
     if rules.health is None and rules.gate_port is None:
         return None
     by_command = rules.health is not None and rules.health.kind is HealthKind.EXEC

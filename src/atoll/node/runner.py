@@ -13,11 +13,11 @@ import structlog
 from msgspec.structs import replace
 
 from atoll.model.errors import AtollError
-from atoll.model.ports.runtime import Feature, Runtime
+from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Status
 from atoll.model.states import Phase
 from atoll.model.units import format_seconds
-from atoll.node.attend import await_exit, probe_once, remove
+from atoll.node.attend import await_exit, probe_once, remove, warm
 from atoll.node.decide import decide
 from atoll.node.prepare import Preparation, in_words
 from atoll.node.record import Entry
@@ -57,9 +57,6 @@ from atoll.node.transitions import (
 
 LAUNCH_S = 60.0
 """Deadline of starting a process."""
-WARM = ("true",)
-WARM_S = 30.0
-"""Deadline of it."""
 SIGNAL_S = 30.0
 """Deadline of delivering a signal."""
 RECORD_RETRY_S = 5.0
@@ -327,20 +324,6 @@ class Runner:
             self.handle(LaunchFailed(in_words(error)))
         else:
             self.handle(Launched(started.pid, started.at))
-            if self.assignment.instance.standby and self._rules.restart is None and Feature.EXEC in runtime.features:
-                self._spawn(self._warm(runtime))
-
-    async def _warm(self, runtime: Runtime) -> None:
-        """Run a command in a sandbox of a pool before somebody takes it: where the processor is emulated, its first one takes many
-        times as long as all others. An image without that program is warmed in part.
-        """
-        with contextlib.suppress(AtollError, TimeoutError):
-            async with asyncio.timeout(WARM_S):
-                execution = await runtime.exec(self.id, WARM)
-                try:
-                    await execution.wait()
-                finally:
-                    await execution.close()
 
     async def _rest(self, step: Park | Wake) -> None:
         runtime = self.runtime
@@ -382,6 +365,10 @@ class Runner:
         self.handle(Ended(exit))
 
     async def _probe(self, run: int) -> None:
+        if self._rules.warmed:
+            await warm(self.runtime, self.id)
+            self.handle(Probed(run))
+            return
         workload, address = self.assignment.workload, self.state.address
         self.handle(Probed(run, await probe_once(self._tools, self.runtime, self.id, workload, self._rules, address)))
 

@@ -27,6 +27,8 @@ class Rules(Struct, frozen=True, kw_only=True):
     health: Health | None = None
     gate_port: int | None = None
     """Without a health check: ready once this port accepts a connection; None when running is enough."""
+    warmed: bool = False
+    """In a template's pool: ready once a command has run in it."""
     idle_limit_s: float | None = None
     """Of a sandbox: ended when nobody has used it for so long."""
     memory_bytes: int = 0
@@ -102,9 +104,10 @@ def rules_of(workload: Workload) -> Rules:
     """Return the rules of an app's or a job's instances."""
     memory_bytes = int(workload.resources.memory)
     if not isinstance(workload, AppSpec):
-        limit = workload.idle_limit if isinstance(workload, JobSpec) and workload.pool is None else None
+        warmed = isinstance(workload, JobSpec) and workload.pool is not None
+        limit = workload.idle_limit if isinstance(workload, JobSpec) and not warmed else None
         idle_limit_s = float(limit) if limit is not None else None
-        return Rules(restart=None, stop=workload.stop, memory_bytes=memory_bytes, idle_limit_s=idle_limit_s)
+        return Rules(restart=None, stop=workload.stop, memory_bytes=memory_bytes, warmed=warmed, idle_limit_s=idle_limit_s)
     streams = [port.port for port in workload.ports if port.protocol is not PortProtocol.UDP]
     gate = streams[0] if streams and workload.health is None else None
     return Rules(restart=workload.restart, stop=workload.stop, health=workload.health, gate_port=gate, memory_bytes=memory_bytes)
