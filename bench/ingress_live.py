@@ -6,10 +6,14 @@ import subprocess
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 from atoll.entry.scratch import CommandFailed, ScratchAtoll, ScratchNode
 from atoll.images.minimal import docker_archive
+from atoll.model import codec
+from atoll.model.states import Desired
+from atoll.model.views import InstanceView
 from bench.ingress_peers import compile_answer, counted, wrk_command
 from bench.report import Report, Result
 
@@ -29,8 +33,8 @@ rollout = {{ drain = "20s" }}
 """
 
 
-def live(report: Report) -> None:
-    """Add what was counted to `report`."""
+def live(report: Report, load_s: float = LOAD_S) -> None:
+    """Add what was counted under `load_s` of load to `report`."""
     what = "failed requests while an app is deployed, scaled, restarted and its node drained"
     try:
         with (
@@ -47,34 +51,65 @@ def live(report: Report) -> None:
                 spec.write_text(SPEC.format(image=image, body=body, replicas=replicas))
                 atoll.atoll("deploy", "-f", str(spec))
 
+            def drain() -> str:
+                """Move the only instance off its node, wherever that is, and return what was moved."""
+                node, ids = holder(_views(atoll))
+                atoll.atoll("nodes", "drain", node, "--wait")
+                after, others = holder(_views(atoll))
+                if after == node or set(ids) & set(others):
+                    raise RuntimeError(f"{', '.join(ids)} did not leave node '{node}', though it was drained")
+                atoll.atoll("nodes", "undrain", node)
+                return f" ({', '.join(ids)} on '{node}' → {', '.join(others)} on '{after}')"
+
             deploy("one", 2)
             _until_served(atoll.ingress)
             port = int(atoll.ingress.rpartition(":")[2])
-            load = subprocess.Popen(
-                wrk_command(port, "web.localhost", CONNECTIONS, LOAD_S), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            steps: list[str] = []
-            began = time.monotonic()
-            for name, step in (
-                ("deploy", lambda: deploy("two", 2)),
-                ("scale up", lambda: atoll.atoll("scale", "web", "4")),
-                ("scale down", lambda: atoll.atoll("scale", "web", "1")),
-                ("restart", lambda: atoll.atoll("restart", "web")),
-                ("drain", lambda: atoll.atoll("nodes", "drain", "second")),
-                ("undrain", lambda: atoll.atoll("nodes", "undrain", "second")),
-                ("deploy", lambda: deploy("three", 3)),
-            ):
-                step()
-                steps.append(f"{name} until {time.monotonic() - began:.1f} s")
-            text, _ = load.communicate(timeout=LOAD_S + WAIT_S)
+            command = wrk_command(port, "web.localhost", CONNECTIONS, load_s)
+            load = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            try:
+                steps: list[str] = []
+                began = time.monotonic()
+                for name, step in (
+                    ("deploy", lambda: deploy("two", 2)),
+                    ("scale up", lambda: atoll.atoll("scale", "web", "4")),
+                    ("scale down", lambda: atoll.atoll("scale", "web", "1")),
+                    ("restart", lambda: atoll.atoll("restart", "web")),
+                    ("drain", drain),
+                    ("deploy", lambda: deploy("three", 3)),
+                ):
+                    told = step()
+                    moved = told if name == "drain" else ""
+                    steps.append(f"{name} until {time.monotonic() - began:.1f} s{moved}")
+                if load.poll() is not None:
+                    raise RuntimeError(f"the load of {load_s:g} s ended before all was done: {', '.join(steps)}")
+                text, _ = load.communicate(timeout=load_s + WAIT_S)
+            finally:
+                load.kill()
+                load.wait()
             # Returns when its instances are gone: the second node's agent ends without stopping what it runs.
             atoll.atoll("delete", "web", "--yes")
             found = counted(text)
             report.add(Result(what, float(found.failed), "requests", goal="<= 0"))
             report.add(Result("requests/s meanwhile", found.per_s, "1/s", goal=f">= {PER_S_MIN:g}"))
-            report.notes.append(f"{found.requests:,} requests in {LOAD_S:g} s on {CONNECTIONS} connections: {', '.join(steps)}")
-    except (OSError, RuntimeError, CommandFailed) as error:
+            report.notes.append(f"{found.requests:,} requests in {load_s:g} s on {CONNECTIONS} connections: {', '.join(steps)}")
+    except (OSError, RuntimeError, CommandFailed, subprocess.TimeoutExpired) as error:
         report.add(Result(what, None, "requests", goal="<= 0", why=str(error)[:300]))
+
+
+def holder(views: Iterable[InstanceView]) -> tuple[str, list[str]]:
+    """Return the node with most of the instances that are to stay and serve, and those. Raises RuntimeError: there are none."""
+    found: dict[str, list[str]] = {}
+    for view in views:
+        one = view.instance
+        if one.node is not None and one.desired is Desired.RUN and view.status is not None and view.status.ready:
+            found.setdefault(one.node, []).append(one.id)
+    if not found:
+        raise RuntimeError("no instance of 'web' serves on any node, so that there is none to be drained")
+    return max(found.items(), key=lambda item: len(item[1]))
+
+
+def _views(atoll: ScratchAtoll) -> list[InstanceView]:
+    return [codec.convert(view, InstanceView) for view in atoll.atoll_json("ps", "web")]
 
 
 def _until_served(ingress: str) -> None:
