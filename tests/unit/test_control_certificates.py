@@ -474,3 +474,19 @@ async def test_a_store_that_cannot_be_written_for_a_while_ends_nobodys_term(cell
     cell.written.failing = False
     await cell.until("b.test", CertificatePhase.VALID)
     assert cell.status("a.test") == first
+
+
+@virtual
+async def test_a_certificate_of_another_project_is_no_wish_for_a_hostname_that_an_app_has(cell: Cell) -> None:
+    cell.lead()
+    for host in ("later.test", "x.wild.test", "free.test", "plain.test"):
+        await cell.put(keys.certificate(host), Certificate(host=host, project="q", source=CertificateSource.OWN, updated_at=0.0))
+    await cell.until("later.test", CertificatePhase.VALID)
+    await cell.app("web", Issuer.OWN, "later.test")
+    await cell.app("plain", None, "plain.test", "*.wild.test")
+    await cell.when(lambda: (status := cell.status("later.test")) is not None and status.project == "p")
+    status = await cell.until("later.test", CertificatePhase.VALID)
+    assert status.app == "web"
+    # And nothing is renewed for who does not answer there.
+    await cell.when(lambda: cell.status("plain.test") is None and cell.status("x.wild.test") is None)
+    assert cell.status("free.test") is not None

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import pytest
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
-from atoll.model.certificates import CertificateRequest
-from atoll.model.errors import Conflict
+from atoll.model.certificates import CertificateRequest, Material
+from atoll.model.errors import Conflict, NotFound
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.store import Delete
 from atoll.model.records import RouteClaim, RouteHost
+from atoll.model.records.certificate import CertificatePhase, CertificateSource, CertificateStatus
 from atoll.model.spec import AppSpec, Port, Route
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -103,3 +105,69 @@ async def test_claims_of_an_older_store_count_and_what_shares_a_hostname_there_g
     with pytest.raises(Conflict, match="belongs to project 'a'"):
         await service.certificates.put(SYSTEM, "b", "shop.example", added("shop.example"))
     await service.apps.put(SYSTEM, spec("a", "shop.example/", image="x.test/web:3"))
+
+
+async def shown(service: Service, host: str) -> Material | None:
+    """Return what an ingress that begins now is told of a hostname."""
+    found: dict[str, Material] = {}
+    async with asyncio.timeout(30), aclosing(service.certificate_feeds.certificates("edge")) as feed:  # type: ignore[type-var]
+        async for batch in feed:
+            found |= {material.host: material for material in batch.put}
+            if batch.complete:
+                break
+    return found.get(host)
+
+
+async def test_who_has_the_hostname_replaces_a_certificate_that_another_added_before(service: Service) -> None:
+    for host in ("later.example", "*.later.example", "x.later.example"):
+        await service.certificates.put(SYSTEM, "b", host, added(host))
+    with pytest.raises(Conflict, match="project 'b'"):
+        await service.certificates.put(SYSTEM, "a", "later.example", added("later.example"))
+    await service.apps.put(SYSTEM, spec("a", "later.example/", "x.later.example/"))
+    for host in ("later.example", "*.later.example", "x.later.example"):
+        view = await service.certificates.put(SYSTEM, "a", host, added(host), if_match=0 if host == "later.example" else None)
+        assert view.project == "a"
+        with pytest.raises(NotFound):
+            service.certificates.get("b", host)
+        with pytest.raises(Conflict, match="project 'a'"):
+            await service.certificates.put(SYSTEM, "b", host, added(host))
+
+
+async def test_what_another_handed_in_is_not_taken_over_with_its_hostname(service: Service) -> None:
+    await service.certificates.put(SYSTEM, "b", "later.example", added("later.example"))
+    await service.apps.put(SYSTEM, spec("a", "later.example/"))
+    await service.certificates.put(SYSTEM, "a", "later.example", CertificateRequest(source=CertificateSource.OWN))
+    assert service.certificates.get("a", "later.example").chain == ""
+    assert await shown(service, "later.example") is None
+
+
+async def test_a_shared_certificate_and_one_whose_project_answers_too_are_nobody_elses_to_replace(service: Service) -> None:
+    await service.certificates.put(SYSTEM, "default", "*.wide.example", added("*.wide.example", shared=True))
+    await service.certificates.put(SYSTEM, "b", "*.both.example", added("*.both.example"))
+    await service.apps.put(SYSTEM, spec("b", "b.both.example/"))
+    await service.apps.put(SYSTEM, spec("a", "a.wide.example/", "a.both.example/"))
+    for host in ("*.wide.example", "*.both.example"):
+        with pytest.raises(Conflict):
+            await service.certificates.put(SYSTEM, "a", host, added(host))
+
+
+async def test_what_an_app_had_signed_is_shown_beside_what_another_project_added_before(service: Service) -> None:
+    await service.certificates.put(SYSTEM, "b", "later.example", added("later.example"))
+    await service.apps.put(SYSTEM, spec("a", "later.example/"))
+    chain, key = MAKER.sign("later.example")
+    place = keys.certificate_status("later.example")
+    sealed = service.context.sealer.seal(key.encode(), place)
+    status = CertificateStatus(
+        host="later.example",
+        project="a",
+        source=CertificateSource.OWN,
+        app="web",
+        phase=CertificatePhase.VALID,
+        chain=chain,
+        sealed=sealed,
+        updated_at=0.0,
+    )
+    await put(service, place, status)
+    material = await shown(service, "later.example")
+    assert material is not None
+    assert (material.project, material.chain) == ("a", chain)

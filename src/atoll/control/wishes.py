@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from atoll.model.certificates import wildcard_of
+from atoll.model.certificates import wildcard_of, wildcards_over
 from atoll.model.records import App, RouteClaim
 from atoll.model.records.certificate import Certificate, CertificateSource
 from atoll.model.spec import Issuer
@@ -24,7 +24,7 @@ class Wish(Struct, frozen=True, kw_only=True):
 
 
 def wishes_of(state: State) -> dict[str, Wish]:
-    """Return hostname → wish. What a user has added goes before what an app asks for."""
+    """Return hostname → wish. What a user has added goes before what an app asks for, but not for another project's hostname."""
     found: dict[str, Wish] = {}
     for issuer in Issuer:
         source = CertificateSource(issuer.value)
@@ -36,6 +36,8 @@ def wishes_of(state: State) -> dict[str, Wish]:
                 if _asked_for(state, host, app.record.project, source):
                     found[host] = Wish(host=host, project=app.record.project, source=source, app=app.record.name)
     for host, held in state.records(Certificate).items():
+        if not held.record.shared and _answering(state, host) not in (None, held.record.project):
+            continue
         found[host] = Wish(host=host, project=held.record.project, source=held.record.source)
     return found
 
@@ -48,6 +50,15 @@ def _asked_for(state: State, host: str, project: str, source: CertificateSource)
     return wild is None or not (wild.record.shared or wild.record.project == project)
 
 
+def _answering(state: State, host: str) -> str | None:
+    """Return the project whose app answers at `host`, as the ingress sees it; None where there is none."""
+    for name in (host, *wildcards_over(host)):
+        claims = state.found(RouteClaim, of_host, name)
+        if claims:
+            return claims[min(claims)].record.project
+    return None
+
+
 def issuer_of(key: str, record: App) -> Issuer | None:
     """Apps by who signs for them."""
     return record.spec.ingress.certificate if record.spec.ingress is not None else None
@@ -56,3 +67,8 @@ def issuer_of(key: str, record: App) -> Issuer | None:
 def app_of(key: str, record: RouteClaim) -> str:
     """Claims by their app."""
     return f"{record.project}/{record.app}"
+
+
+def of_host(key: str, record: RouteClaim) -> str:
+    """Claims by their hostname."""
+    return key.partition("/")[0]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import structlog
 from msgspec.structs import replace
 
+from atoll.api.service.claims import answering
 from atoll.api.service.context import Context
 from atoll.api.service.feeds import Listener
 from atoll.api.service.following import Following
@@ -88,6 +89,10 @@ class CertificateFeeds:
         """Return chain and key; None where there is no certificate yet, or its key cannot be opened."""
         held, status = self._state.get(Certificate, host), self._state.get(CertificateStatus, host)
         wanted, told = held.record if held is not None else None, status.record if status is not None else None
+        if told is not None and wanted is not None and told.project != wanted.project and not wanted.shared:
+            owner = answering(self._context, host)
+            if owner is not None and owner[0] == told.project:
+                wanted = None  # added by another project before the hostname was this one's
         if told is not None and wanted is not None and (told.project != wanted.project or wanted.source is CertificateSource.FILE):
             told = None
         if told is not None and told.chain:

@@ -63,8 +63,9 @@ class Certificates:
     ) -> CertificateView:
         """Add or replace the certificate of a hostname; ingresses show it within moments. Safe to repeat.
 
-        Raises Invalid for one that no ingress could show for this hostname, naming `chain` or `key`; Conflict and Forbidden for a
-        hostname that is another project's, Exhausted.
+        It takes the place of another project's only where this project's apps answer and that one's do not. Raises Invalid for one
+        that no ingress could show for this hostname, naming `chain` or `key`; Conflict and Forbidden for a hostname that is
+        another project's, Exhausted.
         """
         check_host(host)
         chain, key, not_after = "", b"", 0.0
@@ -83,13 +84,14 @@ class Certificates:
             self._check_owner(caller, project, host, held, shared=wish.shared)
             if wish.source is CertificateSource.ACME:
                 self._check_acme()
-            check_match(held, if_match, f"the certificate of {host}")
+            own = held if held is not None and held.record.project == project else None
+            check_match(own, if_match, f"the certificate of {host}")
             if held is None and len(self._state.records(Certificate)) >= CERTIFICATES_MAX:
                 raise Exhausted(
                     f"there are {CERTIFICATES_MAX} certificates already", mend="remove those of hostnames that are gone"
                 )
-            # What was handed in before is shown until what is wanted in its place has been signed.
-            before = held.record if held is not None and not key else None
+            # What was handed in before is shown until what is wanted in its place has been signed; never by another project.
+            before = own.record if own is not None and not key else None
             record = Certificate(
                 host=host,
                 project=project,
@@ -134,12 +136,16 @@ class Certificates:
         if shared and caller.project != EVERY_PROJECT:
             mend = "use a token for all projects, or leave shared out"
             raise Forbidden("shared: this token is for one project", field="shared", mend=mend)
+        holders = self._holders(host)
         if held is not None and held.record.project != project:
-            raise self._taken(caller, held.record.project, f"the certificate of {host}")
+            # Added before the hostname was this project's: it is not shown here, and must not stand in the way.
+            replaceable = project in holders and held.record.project not in holders and not held.record.shared
+            if not replaceable:
+                raise self._taken(caller, held.record.project, f"the certificate of {host}")
         self._check_domain(project, host)
         if shared:
             return
-        for owner, name in self._holders(host).items():
+        for owner, name in holders.items():
             if owner != project:
                 raise self._taken(caller, owner, name)
 
