@@ -43,6 +43,8 @@ RENEW_AT = 2 / 3
 JITTER = 0.05
 """Of the life: so far from `RENEW_AT` on either side, that certificates made together are not renewed together."""
 RESTART_S = 5.0
+PAUSE_MAX_S = 600.0
+"""So long at most one hostname's `rateLimited` holds all others': most limits are of that name, and each waits for its own."""
 TOKEN_CHARS_MAX = 256
 
 log = structlog.get_logger()
@@ -270,7 +272,7 @@ class CertificateLoop:
         if isinstance(error, AcmeFailed):
             wait_s = max(wait_s, min(error.retry_after_s, 7 * DAY_S))
             if kind == "rateLimited":
-                self._paused_until = max(self._paused_until, now + (error.retry_after_s or wait_s))
+                self._paused_until = max(self._paused_until, now + min(error.retry_after_s or wait_s, PAUSE_MAX_S))
         over = bool(kind) or isinstance(error, Invalid)
         words = error.message + (f"; {error.mend}" if error.mend else "")
         failed = replace(
