@@ -38,6 +38,7 @@ SAMPLES = 20
 POOL = 3
 WAIT_S = 120.0
 GOAL_MS = 10
+"""From the call that takes one to its first command's output, whatever the runtime."""
 KINDS_OF = {"runc": Isolation.CONTAINER, "gvisor": Isolation.SANDBOX, "qemu": Isolation.VM}
 
 
@@ -92,7 +93,7 @@ async def _server_side(report: Report, samples: int) -> None:
                 if not view.instance:
                     raise RuntimeError("nothing was taken")
         await store.close()
-    report.add(Result("sandbox taken, in the server (one synced write), p50", percentile(took, 50), "ms", None, f"<= {GOAL_MS}"))
+    report.add(Result("sandbox taken, in the server (one synced write), p50", percentile(took, 50), "ms"))
     report.add(Result("sandbox taken, in the server (one synced write), p99", percentile(took, 99), "ms"))
 
 
@@ -122,11 +123,19 @@ async def _measure(report: Report, atoll: ScratchAtoll, name: str, image: str, s
                 first.append(first_ms)
                 made.append(made_ms)
         await client.delete_job("default", spec.name)
-    report.add(Result(f"{name}: taken, as its client sees it, p50", percentile(taken, 50), "ms", None, f"<= {GOAL_MS}"))
-    report.add(Result(f"{name}: taken, as its client sees it, p99", percentile(taken, 99), "ms"))
-    what = f"{name}: taken to its first command's output, beside made to the same, p50"
-    report.add(Result(what, percentile(first, 50), "ms", percentile(made, 50)))
-    report.add(Result(f"{name}: taken to its first command's output, p99", percentile(first, 99), "ms"))
+    report.results += rows(name, taken, first, made)
+
+
+def rows(name: str, taken: Sequence[float], first: Sequence[float], made: Sequence[float]) -> list[Result]:
+    """Return a runtime's rows, of ms. The goal is about the time to the first command, of which taking is a part without one."""
+    what = f"{name}: taken to its first command's output"
+    return [
+        Result(f"{what}, p50", percentile(first, 50), "ms", None, f"<= {GOAL_MS}"),
+        Result(f"{what}, p99", percentile(first, 99), "ms"),
+        Result(f"{what}, beside made to the same, p50", percentile(first, 50), "ms", percentile(made, 50)),
+        Result(f"{name}: of it the taking, as its client sees it, p50", percentile(taken, 50), "ms"),
+        Result(f"{name}: of it the taking, as its client sees it, p99", percentile(taken, 99), "ms"),
+    ]
 
 
 def _pooled(spec: JobSpec, pool: int) -> JobSpec:
