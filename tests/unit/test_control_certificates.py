@@ -492,3 +492,81 @@ async def test_a_certificate_of_another_project_is_no_wish_for_a_hostname_that_a
     # And nothing is renewed for who does not answer there.
     await cell.when(lambda: cell.status("plain.test") is None and cell.status("x.wild.test") is None)
     assert cell.status("free.test") is not None
+
+
+@virtual
+async def test_who_removes_a_hostname_and_adds_it_again_waits_as_long_as_who_leaves_it(cell: Cell) -> None:
+    cell.authority.validate = lambda host: "connection refused"
+    cell.lead()
+    await cell.choose()
+    await cell.wish("a.test", CertificateSource.ACME)
+    await cell.app("web", Issuer.ACME, "b.test")
+    first = {host: await cell.until(host, CertificatePhase.FAILED, 1) for host in ("a.test", "b.test")}
+    for _ in range(10):
+        await cell.delete(keys.certificate("a.test"))
+        await cell.app("web", None, "b.test")
+        await asyncio.sleep(2)
+        await cell.wish("a.test", CertificateSource.ACME)
+        await cell.app("web", Issuer.ACME, "b.test")
+        await asyncio.sleep(2)
+    assert cell.authority.calls.count("begin") == 2
+    status = cell.status("b.test")
+    assert status is not None
+    assert status.app == "web", "it is the app's again, and shown as such while it waits"
+    for host, before in first.items():
+        second = await cell.until(host, CertificatePhase.FAILED, 2)
+        assert second.updated_at >= before.retry_at
+        assert second.retry_at - second.updated_at >= 0.8 * 120
+
+
+@virtual
+async def test_another_source_in_between_is_no_way_around_the_wait(cell: Cell) -> None:
+    cell.authority.validate = lambda host: "connection refused"
+    cell.lead()
+    await cell.choose()
+    await cell.wish("a.test", CertificateSource.ACME)
+    first = await cell.until("a.test", CertificatePhase.FAILED, 1)
+    for number in range(4):
+        # The cell's own root makes nobody wait.
+        await cell.wish("a.test", CertificateSource.OWN)
+        await cell.until("a.test", CertificatePhase.VALID)
+        if number % 2:
+            await cell.delete(keys.certificate("a.test"))
+            await asyncio.sleep(2)
+        await cell.wish("a.test", CertificateSource.FILE, chain="x", sealed=b"x", not_after=START + DAY_S)
+        await asyncio.sleep(2)
+        await cell.wish("a.test", CertificateSource.ACME)
+        await asyncio.sleep(2)
+        assert cell.clock.now() < first.retry_at
+    assert cell.authority.calls.count("begin") == 1
+    second = await cell.until("a.test", CertificatePhase.FAILED, 2)
+    assert second.updated_at >= first.retry_at
+    cell.authority.validate = lambda host: ""
+    status = await cell.until("a.test", CertificatePhase.VALID)
+    assert (status.source, status.attempts, status.retry_at) == (CertificateSource.ACME, 0, 0.0)
+
+
+@virtual
+async def test_of_a_failure_that_nobody_waits_for_the_wait_alone_is_kept_and_only_until_it_is_over(cell: Cell) -> None:
+    cell.lead()
+    await cell.choose()
+    await cell.wish("a.test", CertificateSource.ACME)
+    first = await cell.until("a.test", CertificatePhase.VALID)
+    cell.authority.validate = lambda host: "connection refused"
+    await asyncio.sleep(first.renew_at - cell.clock.now())
+    failed = await cell.until("a.test", CertificatePhase.FAILED, 1)
+    assert failed.chain == first.chain
+    await cell.delete(keys.certificate("a.test"))
+    await cell.when(lambda: (status := cell.status("a.test")) is None or not status.chain)
+    rest = cell.status("a.test")
+    assert rest is not None
+    assert (rest.sealed, rest.attempts, rest.retry_at) == (b"", 1, failed.retry_at)
+    # Another project's hostname by now: what failed before is not its own.
+    await cell.put(
+        keys.certificate("a.test"), Certificate(host="a.test", project="q", source=CertificateSource.ACME, updated_at=0.0)
+    )
+    await cell.when(lambda: (status := cell.status("a.test")) is not None and status.project == "q")
+    assert cell.clock.now() < failed.retry_at
+    await cell.until("a.test", CertificatePhase.FAILED, 1)
+    await cell.delete(keys.certificate("a.test"))
+    await cell.when(lambda: cell.status("a.test") is None)

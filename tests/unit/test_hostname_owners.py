@@ -11,7 +11,7 @@ import pytest
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
-from atoll.model.certificates import CertificateRequest, Material
+from atoll.model.certificates import AcmeRequest, CertificateRequest, Material
 from atoll.model.errors import Conflict, NotFound
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.store import Delete
@@ -171,3 +171,22 @@ async def test_what_an_app_had_signed_is_shown_beside_what_another_project_added
     material = await shown(service, "later.example")
     assert material is not None
     assert (material.project, material.chain) == ("a", chain)
+
+
+async def test_the_wait_that_is_left_of_a_removed_certificate_is_seen_only_by_who_adds_it_again(service: Service) -> None:
+    status = CertificateStatus(
+        host="slow.example",
+        project="a",
+        source=CertificateSource.ACME,
+        phase=CertificatePhase.FAILED,
+        attempts=3,
+        retry_at=9e9,
+        updated_at=0.0,
+    )
+    await put(service, keys.certificate_status("slow.example"), status)
+    assert service.certificates.all("a", limit=10).items == ()
+    with pytest.raises(NotFound):
+        await service.certificates.remove("a", "slow.example")
+    await service.certificate_roots.set_acme(AcmeRequest(directory="https://ca.test/dir"))
+    view = await service.certificates.put(SYSTEM, "a", "slow.example", CertificateRequest(source=CertificateSource.ACME))
+    assert (view.state, view.retry_at) == (CertificatePhase.FAILED, 9e9)

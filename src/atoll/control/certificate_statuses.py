@@ -16,7 +16,7 @@ from atoll.model.errors import Conflict
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Delete, Put, absent, unchanged
 from atoll.model.records import Event, Severity, new_suffix
-from atoll.model.records.certificate import CertificateSource, CertificateStatus
+from atoll.model.records.certificate import CertificatePhase, CertificateSource, CertificateStatus
 from atoll.store.cache import Held, State
 
 DAY_S = 86_400.0
@@ -44,7 +44,10 @@ class Statuses:
             return replace(held.record, app=wish.app)
         status = CertificateStatus(host=wish.host, project=wish.project, source=wish.source, app=wish.app, updated_at=0.0)
         if held is not None and held.record.project == wish.project:
-            status = replace(status, chain=held.record.chain, sealed=held.record.sealed, not_after=held.record.not_after)
+            before = held.record
+            status = replace(status, chain=before.chain, sealed=before.sealed, not_after=before.not_after)
+            # Another source in between is no way around the wait after a failure.
+            status = replace(status, attempts=before.attempts, retry_at=before.retry_at)
         return status
 
     async def write(self, wish: Wish, status: CertificateStatus, *events: Event) -> None:
@@ -54,11 +57,12 @@ class Statuses:
         status = replace(status, updated_at=self._clock.now())
         await self._commit(Unit(wish.host, (compare,), (Put(key, codec.encode(status)), *(_put(event) for event in events))))
 
-    async def forget(self, host: str, held: Held[CertificateStatus]) -> bool:
-        """Remove a record, and return whether it was still as it was read."""
+    async def leave(self, host: str, held: Held[CertificateStatus], left: CertificateStatus | None) -> bool:
+        """Have no more than `left` of a record, and return whether it was still as it was read."""
         key = keys.certificate_status(host)
+        op = Delete(key) if left is None else Put(key, codec.encode(left))
         try:
-            await self._commit(Unit(host, (unchanged(key, held.revision),), (Delete(key),)))
+            await self._commit(Unit(host, (unchanged(key, held.revision),), (op,)))
         except Conflict:
             return False
         return True
@@ -97,6 +101,21 @@ def stale(status: CertificateStatus, wish: Wish | None) -> bool:
     return (
         wish is None or status.project != wish.project or (status.source != wish.source and wish.source is CertificateSource.FILE)
     )
+
+
+def left_of(status: CertificateStatus, wish: Wish | None, now: float) -> CertificateStatus | None:
+    """Return what is to stand of a status that nobody works on; None for nothing.
+
+    Of one that is of no use the wait after a failure is left, until it is over: who removes a hostname and adds it again waits as
+    long as who leaves it. Another project, which has the hostname now, does not wait for it.
+    """
+    if wish is not None and not stale(status, wish):
+        return replace(status, app=wish.app) if wish.app and not status.app else status
+    if status.attempts == 0 or status.retry_at <= now or (wish is not None and wish.project != status.project):
+        return None
+    # As of ACME, whatever it was of: the cell's own root makes nobody wait.
+    rest = replace(status, source=CertificateSource.ACME, phase=CertificatePhase.FAILED, app="", challenges={}, renew_at=0.0)
+    return replace(rest, chain="", sealed=b"", not_after=0.0, warned_at=0.0)
 
 
 def warning_at(not_after: float, warned_at: float) -> float:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 import structlog
 from msgspec.structs import replace
 
-from atoll.control.certificate_statuses import DAY_S, Statuses, same, stale, warning_at
+from atoll.control.certificate_statuses import DAY_S, Statuses, left_of, same, warning_at
 from atoll.control.leader import Term
 from atoll.control.orders import AcmeFailed, Authority, fulfil, new_key, request_for
 from atoll.control.signers import Signers
@@ -112,9 +112,10 @@ class CertificateLoop:
         """Begin what is due, and return in how many seconds to look again."""
         now, wishes = self._clock.now(), wishes_of(self._state)
         for host, held in list(self._state.records(CertificateStatus).items()):
-            unread = host in self._state.broken(Certificate)
-            useless = host not in self._busy and not unread and stale(held.record, wishes.get(host))
-            if useless and not await self._statuses.forget(host, held):
+            if host in self._busy or host in self._state.broken(Certificate):
+                continue
+            left = left_of(held.record, wishes.get(host), now)
+            if left != held.record and not await self._statuses.leave(host, held, left):
                 self._changed.set()
         times = {host: self._due(wish, now) for host, wish in wishes.items() if host not in self._busy}
         self._queue = deque(wishes[host] for host in sorted(times, key=lambda host: (times[host], host)) if times[host] <= now)
@@ -141,16 +142,18 @@ class CertificateLoop:
     def _due(self, wish: Wish, now: float) -> float:
         """Return when something is to be done for a hostname."""
         held = self._state.get(CertificateStatus, wish.host)
-        status = held.record if held is not None and same(held.record, wish) else None
+        status = held.record if held is not None and held.record.project == wish.project else None
+        known = status is not None and same(status, wish)
         if wish.source is CertificateSource.FILE:
             added = self._state.get(Certificate, wish.host)
-            return warning_at(added.record.not_after, status.warned_at if status is not None else 0.0) if added else math.inf
+            warned_at = status.warned_at if status is not None and known else 0.0
+            return warning_at(added.record.not_after, warned_at) if added else math.inf
         at = 0.0
         if status is None:
             pass
-        elif status.phase is CertificatePhase.VALID:
+        elif known and status.phase is CertificatePhase.VALID:
             at = status.renew_at
-        elif status.phase is CertificatePhase.FAILED:
+        elif status.phase is CertificatePhase.FAILED if known else wish.source is CertificateSource.ACME and status.attempts:
             settings = self._state.get(AcmeSettings, "cell")
             fresh = (
                 wish.source is CertificateSource.ACME and settings is not None and settings.record.updated_at > status.updated_at
@@ -245,6 +248,9 @@ class CertificateLoop:
         checked = check_chain(wish.host, chain, key.decode(), now)
         described = checked.described
         life_s = described.not_after - described.not_before
+        before = self._statuses.of(wish)
+        # What ACME refused is not made good by another source.
+        waits = wish.source is not CertificateSource.ACME and before.retry_at > now
         renew_at = described.not_before + life_s * (RENEW_AT + JITTER * (2 * self._chance.random() - 1))
         status = CertificateStatus(
             host=wish.host,
@@ -256,6 +262,8 @@ class CertificateLoop:
             sealed=self._signers.seal.seal(checked.key.encode(), keys.certificate_status(wish.host)),
             not_after=described.not_after,
             renew_at=max(renew_at, now),
+            attempts=before.attempts if waits else 0,
+            retry_at=before.retry_at if waits else 0.0,
             updated_at=now,
         )
         message = f"a certificate for {wish.host} was signed by {described.issuer}"

@@ -189,7 +189,9 @@ class Certificates:
             held = None
         if status is not None and status.record.project != project:
             status = None
-        return self._of(host, held, status, chain=chain) if held is not None or status is not None else None
+        if held is None and (status is None or not status.record.app):
+            return None  # nobody asks for it: there is at most a wait, kept for when somebody does
+        return self._of(host, held, status, chain=chain)
 
     def _of(
         self,
@@ -202,7 +204,9 @@ class Certificates:
         wanted, told = held.record if held is not None else None, status.record if status is not None else None
         if wanted is not None and told is not None and told.source is not wanted.source:
             # Of what it was before: how that stood means nothing any more, but it is still shown.
-            told = replace(told, phase=CertificatePhase.WAITING, error="", retry_at=0.0, renew_at=0.0)
+            waits = wanted.source is CertificateSource.ACME and told.attempts
+            retry_at = told.retry_at if waits else 0.0
+            told = replace(told, phase=CertificatePhase.WAITING, error="", retry_at=retry_at, renew_at=0.0)
         source = wanted.source if wanted is not None else told.source if told is not None else CertificateSource.FILE
         shown = told.chain if told is not None and source is not CertificateSource.FILE else ""
         if not shown and wanted is not None:
@@ -223,7 +227,7 @@ class Certificates:
             not_before=described.not_before if described is not None else None,
             not_after=described.not_after if described is not None else None,
             renew_at=told.renew_at or None if told is not None and signed else None,
-            retry_at=told.retry_at or None if told is not None and signed else None,
+            retry_at=told.retry_at or None if told is not None and signed and phase is not CertificatePhase.VALID else None,
             error=self._words(described, told.error if told is not None and signed else ""),
             chain=shown if chain else "",
             revision=held.revision if held is not None else status.revision if status is not None else 0,
