@@ -10,9 +10,11 @@ import pytest
 from control_cell import Cell, run_virtual
 from msgspec import structs
 
+from atoll.control.detection.awake import BEHIND_MAX_S
 from atoll.control.detection.brake import HOLD_S
 from atoll.control.detection.exchange import Exchange
 from atoll.control.detection.rules import TICK_S
+from atoll.control.nodes import LOST_S
 from atoll.control.patience import STOP_MARGIN_S, patience_s
 from atoll.model import keys
 from atoll.model.errors import Invalid
@@ -30,6 +32,8 @@ class BeatingCell(Cell):
     def __init__(self) -> None:
         super().__init__()
         self.dead: set[str] = set()
+        self.flooded = False
+        """The leader's socket is full of what others sent, and no beat gets through."""
 
     async def begin(self, **sites: str) -> None:
         """Start with these nodes, each in its site; what stands behind a slash is its region."""
@@ -56,10 +60,10 @@ class BeatingCell(Cell):
             now = detection.awake.now()
             for name in self.state.records(Node):
                 peer = detection.peers.get(name)
-                if peer is not None and name not in self.dead:
+                if peer is not None and name not in self.dead and not self.flooded:
                     detection.peers.heard[peer.row] = now
                     self.detection.peers.direct[peer.row] = now
-            detection.tick()
+            detection.tick(behind=self.flooded)
             await asyncio.sleep(TICK_S)
 
     def die(self, *names: str) -> float:
@@ -328,3 +332,31 @@ def test_the_leaders_span_is_longer_than_the_nodes_whatever_the_policy() -> None
             for leaving in (False, True):
                 span = patience_s(structs.replace(WEB, lost=lost), leaving=leaving)
                 assert span > limit + float(WEB.stop.grace) + 10
+
+
+def test_while_strangers_flood_the_port_the_dead_are_found_over_http_and_that_is_told() -> None:
+    async def main(cell: BeatingCell) -> None:
+        await cell.begin(n1="a", n2="a", n3="b", n4="b")
+        cell.die("n4")
+        await cell.until(lambda: cell.health("n4") is NodeHealth.LOST)
+        cell.flooded = True
+        await asyncio.sleep(BEHIND_MAX_S + 2)
+        assert [event.subject for event in cell.events("beats-overrun")] == ["cell/main"]
+        died = cell.die("n1")
+        await cell.until(lambda: cell.health("n1") is NodeHealth.LOST, within_s=2 * LOST_S)
+        assert LOST_S - 10 < cell.clock.now() - died < LOST_S + 10
+        await asyncio.sleep(300)
+        lost = [event.subject for event in cell.events("node-lost")]
+        assert lost == ["node/n4", "node/n1"], "no other, and none of them twice"
+        assert not [event for event in cell.events("node-unreachable") if event.subject in ("node/n2", "node/n3")]
+        cell.come_back("n4")
+        await cell.until(lambda: cell.health("n4") is NodeHealth.READY, within_s=60)
+        cell.flooded = False
+        await asyncio.sleep(BEHIND_MAX_S + 2)
+        assert len(cell.events("beats-heard")) == len(cell.events("beats-overrun")) == 1
+        died = cell.die("n2")
+        await cell.until(lambda: cell.health("n2") is NodeHealth.LOST)
+        assert cell.clock.now() - died < 7.0, "in seconds, though its last heartbeat counts, too"
+        assert [event.subject for event in cell.events("node-lost")] == ["node/n4", "node/n1", "node/n2"]
+
+    live(main)

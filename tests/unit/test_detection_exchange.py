@@ -10,6 +10,7 @@ import pytest
 from control_cell import LoopClock, run_virtual
 from detection_net import CELL_KEY, Net
 
+from atoll.control.detection.awake import BEHIND_MAX_S, AwakeClock
 from atoll.control.detection.decide import Standing
 from atoll.model import beats
 from atoll.model.beats import Kind, Relayed
@@ -357,7 +358,7 @@ def test_a_server_that_is_behind_believes_nothing_and_is_not_sent_more_for_it() 
         leader, here = net.servers["leader"], ("leader", 7600)
         net.net.behind.add(here)
         net.loss = 0.5
-        await asyncio.sleep(10)
+        await asyncio.sleep(BEHIND_MAX_S)
         net.seen.clear()
         await net.kill("n0")
         await asyncio.sleep(60)
@@ -367,11 +368,23 @@ def test_a_server_that_is_behind_believes_nothing_and_is_not_sent_more_for_it() 
         assert leader.traffic.shed > 60
         net.net.behind.clear()
         net.loss = 0.0
-        assert await net.until_silent("n0") < GOAL_S
+        assert await net.until_silent("n0") < BEHIND_MAX_S + GOAL_S, "it catches up for as long as it was behind, and no longer"
         await asyncio.sleep(20)
         assert net.silent() == {"n0"}
 
     on_net(test)
+
+
+@pytest.mark.parametrize(("behind_of_10", "overrun"), [(5, False), (6, True), (10, True)])
+def test_who_is_behind_for_long_lets_time_go_on_and_at_half_speed_at_least(behind_of_10: int, overrun: bool) -> None:
+    awake = AwakeClock(0.0)
+    for tick in range(1, 3_001):
+        awake.tick(tick / 10, behind=tick % 10 < behind_of_10)
+    assert awake.overrun is overrun
+    assert awake.now() > 140
+    for tick in range(3_001, 3_201):
+        awake.tick(tick / 10)
+    assert not awake.overrun
 
 
 def test_while_nobody_leads_nothing_is_said_over_http_for_it_as_it_would_help_nobody() -> None:

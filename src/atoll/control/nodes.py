@@ -1,7 +1,8 @@
 """Whether nodes answer: ready → unreachable → lost, and back.
 
 A node that beats is given up when the detection believes that it is silent, some four seconds after its last sign, if the brake
-allows. One that does not (an older agent, a network without datagrams) is judged by its heartbeats over HTTP, slowly.
+allows. One that does not (an older agent, a network without datagrams) is judged by its heartbeats over HTTP, slowly; and so are
+all while more beats come than are taken, though a beat that gets through is a sign of life, too.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     watched_since: float
     """Since when this process has led and known the node: silence before it says nothing."""
     standing: Standing | None = None
-    """What the detection says; None for a node that has not beaten since this process started."""
-    silence_s: float = 0.0
-    """The same for how long it has not been heard."""
+    """What the detection says; None where it says nothing: it has not beaten since this process started, or beats are overrun."""
+    silence_s: float | None = None
+    """The same for how long no beat of it has been heard."""
 
     @property
     def last(self) -> NodeHealth:
@@ -42,8 +43,9 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
 
     def silent_s(self, monotonic: float) -> float:
         if self.standing is not None:
-            return self.silence_s
-        return monotonic - max(self.watched_since, self.heard if self.heard is not None else self.watched_since)
+            return self.silence_s or 0.0
+        over_http = monotonic - max(self.watched_since, self.heard if self.heard is not None else self.watched_since)
+        return over_http if self.silence_s is None else min(over_http, self.silence_s)
 
     @property
     def heard_now(self) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from atoll.control.actions import Decision, WriteBrake
 from atoll.control.detection import brake as brakes
+from atoll.control.detection.awake import BEHIND_MAX_S
 from atoll.control.detection.places import Place, dark
+from atoll.control.nodes import LOST_S
 from atoll.control.world import World
 from atoll.model.records import CELL_PROJECT, Brake, BrakeRelease, Node, NodeHealth, NodeLiveness, Severity
 
@@ -25,6 +27,7 @@ class Outages:
         """Places → since when all of their nodes have been silent."""
         self._told: set[Place] | None = None
         self._roundabout: frozenset[str] = frozenset()
+        self._overrun = False
 
     def look(self, silent: set[str], doubted: int, decision: Decision, monotonic: float) -> None:
         """Take in which nodes do not answer, and how many more are about to be believed silent."""
@@ -91,6 +94,21 @@ class Outages:
             text = f"node {name} is heard through other nodes only; the way between it and the leader is broken"
             decision.tell(CELL_PROJECT, f"node/{name}", "path-broken", text, Severity.WARNING, node=name)
         self._roundabout = frozenset(names)
+
+    def tell_overrun(self, overrun: bool, decision: Decision) -> None:
+        """Tell that more beats come than are taken, which anybody can bring about who reaches the port, and that this is over."""
+        if overrun is self._overrun:
+            return
+        self._overrun = overrun
+        if overrun:
+            text = (
+                f"more comes to the port for beats than the leader takes, for {BEHIND_MAX_S:g} s: until that ends, heartbeats over "
+                f"HTTP alone show which nodes are dead, after {LOST_S:g} s; let only nodes reach that port, or give the server "
+                "more of a processor"
+            )
+            self._tell("cell/main", "beats-overrun", text, decision, Severity.ERROR)
+        else:
+            self._tell("cell/main", "beats-heard", "all beats are taken again, and nodes that die are found in seconds", decision)
 
     def _tell(
         self, subject: str, code: str, text: str, decision: Decision, severity: Severity = Severity.INFO, **data: int

@@ -66,15 +66,18 @@ class NodeWatch:
                 heard=self._heard.get(name),
                 watched_since=self._known[name],
                 standing=self._detection.standing(name) if self._detection is not None else None,
-                silence_s=(self._detection.silence_s(name) or 0.0) if self._detection is not None else 0.0,
+                silence_s=self._detection.silence_s(name) if self._detection is not None else None,
             )
         silent = {name for name, facts in doubtful.items() if is_silent(facts, monotonic)}
-        doubted = sum(facts.standing is Standing.SUSPECT and facts.silence_s >= brake.DOUBTED_S for facts in doubtful.values())
+        doubted = sum(
+            facts.standing is Standing.SUSPECT and facts.silent_s(monotonic) >= brake.DOUBTED_S for facts in doubtful.values()
+        )
         self._outages.look(silent, doubted, decision, monotonic)
         for facts in doubtful.values():
             may_lose = not is_to_be_lost(facts, monotonic) or self._outages.may_lose()
             decide_node(facts, monotonic, decision, may_lose=may_lose)
         if self._detection is not None:
+            self._outages.tell_overrun(self._detection.overrun, decision)
             self._outages.tell_roundabout(self._detection.roundabout() & nodes.keys(), decision)
 
     def _doubtful(self, nodes: Mapping[str, Held[Node]]) -> list[str]:

@@ -90,6 +90,8 @@ class Exchange:
         self.leading = False
         self.behind = False
         """Whether more comes than is taken."""
+        self.overrun = False
+        """Whether it has for so long (`BEHIND_MAX_S`) that silence says nothing: heartbeats over HTTP decide about nodes."""
         self._leads_until = float("-inf")
 
     def lead(self, leading: bool) -> None:
@@ -103,10 +105,12 @@ class Exchange:
         self._leads_until = until
 
     def standing(self, name: str) -> Standing | None:
-        """Return how a node stands; None for one that has not beaten since this server started."""
+        """Return how a node stands; None for one that has not beaten since this server started, and of which beats say nothing."""
         if self.peers.get(name) is None:
             return None
         watch = self.watches.get(name)
+        if self.overrun and watch is None:
+            return None
         return watch.standing if watch is not None else Standing.HEARD
 
     def silence_s(self, name: str) -> float | None:
@@ -119,8 +123,11 @@ class Exchange:
 
     @property
     def heard(self) -> Set[str]:
-        """The nodes that have beaten since this server started; those in `watches` are not heard just now. A live view."""
-        return self.peers.names
+        """The nodes that have beaten since this server started; those in `watches` are not heard just now. A live view.
+
+        None while more comes than is taken for long: then heartbeats over HTTP must be looked at, too.
+        """
+        return frozenset() if self.overrun else self.peers.names
 
     def roundabout(self) -> set[str]:
         """Return the nodes that are heard through others only."""
@@ -215,7 +222,8 @@ class Exchange:
 
     def tick(self, *, behind: bool = False) -> None:
         """Look who is silent. Called every `TICK_S`. While the server is `behind` with what comes, time stands still: it believes
-        nothing, answers only what asks, and says so, so that agents do not take for lost on the way what was lost here."""
+        nothing, answers only what asks, and says so, so that agents do not take for lost on the way what was lost here. That may
+        last for `BEHIND_MAX_S`, since any stranger can have it so; then nodes are judged by heartbeats over HTTP."""
         if behind is not self.behind:
             self.behind = behind
             log.log(
@@ -227,7 +235,12 @@ class Exchange:
         if now >= self._index_at:
             self._index_at = now + INDEX_S
             self._tidy(now)
+        if self.awake.overrun is not self.overrun:
+            self._overrun(self.awake.overrun)
         if not self.leading:
+            return
+        if self.overrun:
+            self._hear(now)
             return
         rules = self._rules
         silent = self.peers.silent(now - rules.suspect_s)
@@ -256,6 +269,27 @@ class Exchange:
                         pass
             self.watches[peer.name] = watch
         if changed:
+            self.changed()
+
+    def _overrun(self, overrun: bool) -> None:
+        """Begin or end to believe nobody silent by beats. Who was believed so stays; who was asked is asked anew afterwards."""
+        self.overrun = overrun
+        log.log(
+            logging.WARNING if overrun else logging.INFO,
+            "more beats come than are taken, and that does not end; heartbeats over HTTP decide"
+            if overrun
+            else "beats decide again",
+        )
+        self.watches = {name: watch for name, watch in self.watches.items() if watch.standing is Standing.SILENT}
+        self.changed()
+
+    def _hear(self, now: float) -> None:
+        """Stop watching the nodes that are heard again, by a beat that got through or over HTTP."""
+        silent = {peer.name: peer for peer in self.peers.silent(now - self._rules.suspect_s)}
+        heard = [name for name in self.watches if name not in silent or self._touched(silent[name], now)]
+        for name in heard:
+            self._clear(name)
+        if heard:
             self.changed()
 
     def _others(self, now: float) -> float | None:
