@@ -118,7 +118,7 @@ class CertificateBatch(Struct, frozen=True):
     removed: tuple[str, ...] = ()
     """Hosts."""
     kept: tuple[str, ...] = ()
-    """Hosts whose record cannot be read now: what is known of them holds."""
+    """Hosts whose record or key cannot be read now: what is known of them holds."""
     challenges: tuple[ChallengeAnswer, ...] | None = None
     """All that are to be answered; None where nothing new is said of them."""
 

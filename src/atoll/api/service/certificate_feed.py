@@ -59,13 +59,13 @@ class CertificateFeeds:
                 told: set[str] = set()
                 while len(hosts) > AT_ONCE:
                     batch = self._batch(hosts[:AT_ONCE])
-                    told.update(material.host for material in batch.put)
+                    told.update(batch.kept, (material.host for material in batch.put))
                     yield batch
                     await asyncio.sleep(0)
                     del hosts[:AT_ONCE]
                 last = self._batch(hosts)
                 if complete:
-                    last = replace(last, complete=True, removed=(), kept=tuple(sorted(told | self._unread())))
+                    last = replace(last, complete=True, removed=(), kept=tuple(sorted(told.union(last.kept, self._unread()))))
                 now = self._answers()
                 yield replace(last, challenges=now) if complete or now != challenges else last
                 challenges = now
@@ -74,10 +74,22 @@ class CertificateFeeds:
             self._listeners.discard(listener)
 
     def _batch(self, hosts: list[str]) -> CertificateBatch:
-        put = tuple(found for host in hosts if (found := self._material(host)) is not None)
-        there = {material.host for material in put}
-        removed = tuple(host for host in hosts if host not in there and host not in self._unread())
-        return CertificateBatch(int(self._state.revision), False, put, removed)
+        put: list[Material] = []
+        removed: list[str] = []
+        kept: list[str] = []
+        for host in hosts:
+            try:
+                found = self._material(host)
+            except Corrupt as error:
+                # As with a record that cannot be read: who shows it has a key that could be opened, and goes on with that.
+                log.error("a certificate's key cannot be opened", host=host, cause=error.message)
+                kept.append(host)
+                continue
+            if found is not None:
+                put.append(found)
+            elif host not in self._unread():
+                removed.append(host)
+        return CertificateBatch(int(self._state.revision), False, tuple(put), tuple(removed), tuple(kept))
 
     def _hosts(self) -> set[str]:
         return {*self._state.records(Certificate), *self._state.records(CertificateStatus)}
@@ -86,7 +98,7 @@ class CertificateFeeds:
         return {*self._state.broken(Certificate), *self._state.broken(CertificateStatus)}
 
     def _material(self, host: str) -> Material | None:
-        """Return chain and key; None where there is no certificate yet, or its key cannot be opened."""
+        """Return chain and key; None where there is no certificate yet. Raises Corrupt: its key cannot be opened."""
         held, status = self._state.get(Certificate, host), self._state.get(CertificateStatus, host)
         wanted, told = held.record if held is not None else None, status.record if status is not None else None
         if told is not None and wanted is not None and told.project != wanted.project and not wanted.shared:
@@ -102,11 +114,7 @@ class CertificateFeeds:
             project, chain, sealed, place = wanted.project, wanted.chain, wanted.sealed, keys.certificate(host)
         else:
             return None
-        try:
-            key = self._context.sealer.open(sealed, place).decode()
-        except Corrupt as error:
-            log.error("a certificate's key cannot be opened", host=host, cause=error.message)
-            return None
+        key = self._context.sealer.open(sealed, place).decode()
         return Material(host=host, project=project, chain=chain, key=key, shared=wanted.shared if wanted is not None else False)
 
     def _answers(self) -> tuple[ChallengeAnswer, ...]:
