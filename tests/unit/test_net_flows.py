@@ -11,9 +11,11 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.text import Text
 
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.cli.main import cli
+from atoll.cli.net_flows import decided
 from atoll.cli.session import Session
 from atoll.model.errors import TooLarge
 from atoll.model.fabric import Member, ReachStep, ReachView
@@ -152,6 +154,13 @@ def test_trace_says_what_stops_it_and_shows_what_is_refused_meanwhile(api: FakeA
     assert "ingress: no ingress rule of db allows it" in said
     assert "web → db: 10 packets, 2.0KiB, 3 begun; back: 1 packets" in output
     assert "REFUSED 5 on node n1: the target's ingress rules do not allow it" in output
+
+
+def test_trace_shows_a_mend_with_its_brackets() -> None:
+    stops = ReachStep(what="port", ok=False, detail="shop has [ports]", mend="add it to the [[ports]] of shop")
+    view = ReachView(source="web-1", target="shop-1", protocol="tcp", port=9999, ok=False, steps=(stops,))
+    shown = [Text.from_markup(line).plain for line in decided(view)]
+    assert shown == ["✗ port: shop has [ports]", "→ add it to the [[ports]] of shop"]
 
 
 def test_trace_of_an_instance_counts_what_is_of_its_app(api: FakeApi, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def certificates() -> None:
 @click.option("--shared", is_flag=True, help="Show it for hostnames of other projects, too.")
 async def add(session: Session, host: str, cert: Path | None, key: Path | None, own: bool, acme: bool, shared: bool) -> None:
     """Add or replace the certificate of a hostname; ingresses show it at once, and no connection is dropped."""
+    from rich.markup import escape
+
     from atoll.model.certificates import CertificateRequest
     from atoll.model.records.certificate import CertificateSource
 
@@ -57,7 +59,9 @@ async def add(session: Session, host: str, cert: Path | None, key: Path | None, 
     if session.json:
         session.output.json(view)
     elif source is CertificateSource.FILE:
-        session.output.say(f"[green]✓[/] {view.host} shows a certificate of {view.issuer}, good until {_date(view.not_after)}")
+        session.output.say(
+            f"[green]✓[/] {view.host} shows a certificate of {escape(view.issuer)}, good until {_date(view.not_after)}"
+        )
     else:
         session.output.say(f"[green]✓[/] {view.host} is to be signed; `atoll certificates show {view.host}` says how it stands")
 
@@ -99,6 +103,8 @@ async def list_certificates(session: Session) -> None:
 @click.option("--chain", is_flag=True, help="Print the chain in PEM, and nothing else.")
 async def show(session: Session, host: str, chain: bool) -> None:
     """Show one certificate: what it says, how its signing stands, and the last error."""
+    from rich.markup import escape
+
     async with session.client() as client:
         view = await client.certificate(session.project, host.lower())
     if session.json:
@@ -110,13 +116,13 @@ async def show(session: Session, host: str, chain: bool) -> None:
     session.output.say(f"{view.host}: source {view.source}, {_state(view)}" + (f" ({_whose(view)})" if _whose(view) else ""))
     if view.fingerprint:
         session.output.say(f"  names        {', '.join(view.names)}")
-        session.output.say(f"  issuer       {view.issuer}")
+        session.output.say(f"  issuer       {escape(view.issuer)}")
         session.output.say(f"  fingerprint  sha256:{view.fingerprint}")
         session.output.say(f"  good         from {_date(view.not_before)} until {_date(view.not_after)}")
     if view.renew_at:
         session.output.say(f"  renewal      {_date(view.renew_at)}")
     if view.error:
-        session.output.say(f"  last error   {view.error}")
+        session.output.say(f"  last error   {escape(view.error)}")
     if view.retry_at:
         session.output.say(f"  next try     {_date(view.retry_at)}")
 

@@ -40,12 +40,15 @@ async def copy(session: Session, source: str, target: str) -> None:
     there, here = _remote(source), _remote(target)
     if bool(there) == bool(here):
         raise Invalid("one of SRC and DST must be INSTANCE:PATH, the other a path here", mend="e.g. atoll cp app.conf hello:/etc/")
+    from rich.markup import escape
+
     from atoll.cli.instances import one_running
 
+    said = escape(f"{source} → {target}")
     name = (there or here or ("", ""))[0]
     async with session.client() as client:
         id = (await one_running(client, session.project, name)).instance.id
-        with _Counter(session, f"{source} → {target}") as counter:
+        with _Counter(session, said) as counter:
             if there:
                 await _fetch(client, session.project, id, there[1], Path(target), target.endswith("/"), counter.add)
             elif here:
@@ -53,7 +56,7 @@ async def copy(session: Session, source: str, target: str) -> None:
     if session.json:
         session.output.json({"source": source, "target": target, "instance": id, "bytes": counter.bytes})
     else:
-        session.output.say(f"[green]✓[/] {source} → {target} ({format_bytes(counter.bytes)})")
+        session.output.say(f"[green]✓[/] {said} ({format_bytes(counter.bytes)})")
 
 
 def _remote(text: str) -> tuple[str, str] | None:

@@ -80,6 +80,8 @@ async def _where_else(client: Client, project: str, name: str) -> str:
 
 
 async def _print_kept(session: Session, client: Client, views: list[InstanceView], options: Any, printer: _Printer) -> None:
+    from rich.markup import escape
+
     together = asyncio.Semaphore(READ_TOGETHER)
     failures: list[AtollError] = []
 
@@ -90,7 +92,7 @@ async def _print_kept(session: Session, client: Client, views: list[InstanceView
             except AtollError as error:
                 failures.append(error)
                 if len(views) > 1:
-                    session.output.say(f"[yellow]{view.instance.id}[/]: {error}")
+                    session.output.say(f"[yellow]{view.instance.id}[/]: {escape(str(error))}")
                 return []
 
     merged = [line for lines in await asyncio.gather(*(read(view) for view in views)) for line in lines]
@@ -104,6 +106,7 @@ async def _print_kept(session: Session, client: Client, views: list[InstanceView
 async def _follow(session: Session, client: Client, name: str, views: list[InstanceView], options: Any, printer: _Printer) -> None:
     """Follow the instances there are and those that come. Ends when `name` is one instance, or a job, and it has ended."""
     from msgspec.structs import replace
+    from rich.markup import escape
 
     from atoll.model.errors import Exhausted
 
@@ -117,7 +120,7 @@ async def _follow(session: Session, client: Client, name: str, views: list[Insta
         except AtollError as error:
             if single:
                 raise
-            session.output.say(f"[yellow]{id}[/]: {error}")
+            session.output.say(f"[yellow]{id}[/]: {escape(str(error))}")
 
     async with asyncio.TaskGroup() as group:
 

@@ -120,10 +120,14 @@ def owner_of(given: str, instance: str) -> str:
 
 def decided(view: ReachView) -> list[str]:
     """Return the decision in words: the first step that stops it, or that none does."""
+    from rich.markup import escape
+
     stops = next((step for step in view.steps if not step.ok), None)
     if stops is None:
         return [f"[green]✓[/] {view.source} may reach {view.protocol} {view.port} of {view.target}"]
-    return [f"[red]✗[/] {stops.what}: {stops.detail}", *([f"[cyan]→ {stops.mend}[/]"] if stops.mend else [])]
+    # A mend may hold brackets of its own, as `[[ports]]`.
+    mend = [f"[cyan]→ {escape(stops.mend)}[/]"] if stops.mend else []
+    return [f"[red]✗[/] {escape(f'{stops.what}: {stops.detail}')}", *mend]
 
 
 def passed(pair: tuple[str, str], before: Flows, now: Flows, port: int, protocol: str) -> str:

@@ -244,10 +244,12 @@ async def reinstate(session: Session, name: str, gpu: str, reset: bool) -> None:
     if session.json:
         session.output.json(device)
         return
+    from rich.markup import escape
+
     from atoll.cli import gpus
 
     if device.health is GpuHealth.QUARANTINED:
-        session.output.say(f"[yellow]![/] {gpus.short(device.id)} of {name} is still {gpus.word(device)}: {device.reason}")
+        session.output.say(f"[yellow]![/] {gpus.short(device.id)} of {name} is still {gpus.word(device)}: {escape(device.reason)}")
     else:
         was = "was reset and is" if reset else "is"
         session.output.say(f"[green]✓[/] {gpus.short(device.id)} of {name} {was} offered again")

@@ -175,13 +175,15 @@ class _View:
 
 
 async def _show_last_lines(session: Session, client: Client, error: AtollError) -> None:
+    from rich.markup import escape
+
     if not isinstance(error, RolloutFailed) or error.instance is None:
         return
     try:
         async with asyncio.timeout(5.0):
             said = [line.text async for line in client.logs(session.project, error.instance, LogOptions(tail=LOG_LINES))]
     except (AtollError, TimeoutError) as why:
-        session.output.say(f"[dim]its log cannot be read: {why or 'no answer within 5 s'}[/]")
+        session.output.say(f"[dim]its log cannot be read: {escape(str(why) or 'no answer within 5 s')}[/]")
         return
     if said:
         session.output.say(f"[dim]last lines of {error.instance}:[/]")
@@ -191,6 +193,8 @@ async def _show_last_lines(session: Session, client: Client, error: AtollError) 
 
 def show_result(session: Session, view: AppView, took_s: float) -> None:
     """Print the URL of an app that serves, or with --json the app."""
+    from rich.markup import escape
+
     if session.json:
         session.output.json(view)
         return
@@ -199,7 +203,7 @@ def show_result(session: Session, view: AppView, took_s: float) -> None:
     rollout = view.status.rollout if view.status is not None else None
     if rollout is not None and rollout.release == app.release and rollout.phase is RolloutPhase.WAITING:
         share = f" with {rollout.weight} % of the requests" if rollout.weight is not None else ""
-        session.output.say(f"[yellow]◐[/] {app.name} release {app.release}{share} {rollout.message}")
+        session.output.say(f"[yellow]◐[/] {app.name} release {app.release}{share} {escape(rollout.message)}")
         session.output.say(f"[dim]see: atoll rollout status {app.name}[/]")
         return
     what = f"{wanted} ready" if wanted else "no instances wanted"

@@ -53,6 +53,8 @@ async def list_sites(session: Session) -> None:
 @names.argument("name", "sites", metavar="SITE")
 async def show(session: Session, name: str) -> None:
     """Show one site, and how far the nearest others are."""
+    from rich.markup import escape
+
     async with session.client() as client:
         view = await client.site(name)
     if session.json:
@@ -60,7 +62,7 @@ async def show(session: Session, name: str) -> None:
         return
     site = view.site
     words = f"region {site.region or 'as its nodes say'}, country {site.country or 'unknown'}, at {_place(view)}"
-    session.output.say(f"{site.name}: {words}" + (f" ({site.note})" if site.note else ""))
+    session.output.say(f"{site.name}: {words}" + (f" ({escape(site.note)})" if site.note else ""))
     session.output.say(f"{view.nodes} nodes, {len(view.ingresses)} ingresses, {view.requests_per_s:g} requests/s")
     nearest = sorted(view.round_trips_ms.items(), key=lambda item: (item[1], item[0]))[:NEAREST]
 
