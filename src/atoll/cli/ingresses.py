@@ -15,6 +15,8 @@ def ingresses() -> None:
 @command(name="list", example="atoll ingresses list")
 async def list_ingresses(session: Session) -> None:
     """List the ingresses, with when the server last heard of each."""
+    from rich.markup import escape
+
     async with session.client() as client:
         views = await client.ingresses()
     if session.json:
@@ -32,6 +34,9 @@ async def list_ingresses(session: Session) -> None:
         for view in views
     ]
     session.output.table(("INGRESS", "SITE", "ADDRESS", "HEARD OF>", "REQUESTS/S>", "PROBLEMS>"), rows, empty="no ingress yet")
+    for view in views:
+        if view.problem:
+            session.output.say(f"[yellow]![/] {escape(view.ingress.name)}: {escape(view.problem)}")
 
 
 @command(example="atoll ingresses forget edge-2")

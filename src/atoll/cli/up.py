@@ -131,32 +131,35 @@ def up(session: Session, detach: bool, **given: Any) -> None:
         _detached(session, config)
         return
     from atoll.entry.preflight import check_settings, make_data
-    from atoll.entry.up import check, check_root, foreground, lock
+    from atoll.entry.up import check, check_root, foreground, lock, without_tls
 
     check_root()
     check_settings(config)
     make_data(config)
     with lock(config):
         check(config)
+        plain = without_tls(config)
     if os.fork() == 0:
-        _announce(session, config)
+        _announce(session, config, plain)
     sys.exit(foreground(config))
 
 
 def _detached(session: Session, config: Config) -> None:
     from atoll.entry.launch import launch
+    from atoll.entry.up import without_tls
 
+    plain = without_tls(config)
     began = time.monotonic()
     with session.output.err.status("starting") as status:
         pid = launch(config, progress=lambda waits: status.update(f"waiting for {waits}"))
     if session.json:
-        session.output.json({**_places(config), "pid": pid, "ready_s": round(time.monotonic() - began, 3)})
+        session.output.json({**_places(config, plain), "pid": pid, "ready_s": round(time.monotonic() - began, 3)})
         return
     session.output.say(f"[green]✓[/] atoll runs, process {pid}, ready after {time.monotonic() - began:.1f} s")
-    _show(session, config)
+    _show(session, config, plain)
 
 
-def _announce(session: Session, config: Config) -> None:
+def _announce(session: Session, config: Config, plain: str) -> None:
     """In a child of its own: say where everything is once it serves, and end. Never returns."""
     from atoll.entry.launch import missing
 
@@ -167,7 +170,7 @@ def _announce(session: Session, config: Config) -> None:
             try:
                 if asyncio.run(missing(config)) is None:
                     session.output.say("[green]✓[/] everything serves")
-                    _show(session, config)
+                    _show(session, config, plain)
                     code = 0
             except AtollError:
                 pass  # not yet
@@ -176,23 +179,26 @@ def _announce(session: Session, config: Config) -> None:
         os._exit(code)
 
 
-def _places(config: Config) -> dict[str, str]:
+def _places(config: Config, plain: str = "") -> dict[str, str]:
+    """Return where what is; `plain` is why the ingress does without TLS."""
+    secure = config.tls_port is not None and not plain
     return {
         "api": config.url,
         "ingress": f"http://{config.ingress}",
+        "ingress_tls": f"https://{config.ingress.rpartition(':')[0]}:{config.tls_port}" if secure else "",
         "domain": config.domain,
         "token_file": str(config.client_file),
         "data": str(config.data),
     }
 
 
-def _show(session: Session, config: Config) -> None:
+def _show(session: Session, config: Config, plain: str = "") -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from atoll.entry.config import DATA_DEFAULT
 
-    places = _places(config)
+    places = _places(config, plain)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
@@ -200,9 +206,10 @@ def _show(session: Session, config: Config) -> None:
     grid.add_row(
         "ingress", escape(f"{places['ingress']}  (apps at http://APP.{config.domain}:{config.ingress.rpartition(':')[2]})")
     )
-    if config.tls_port is not None:
-        where = f"https://{config.ingress.rpartition(':')[0]}:{config.tls_port}"
-        grid.add_row("", escape(f"{where}  (hostnames that have a certificate: `atoll certificates`)"))
+    if places["ingress_tls"]:
+        grid.add_row("", escape(f"{places['ingress_tls']}  (hostnames that have a certificate: `atoll certificates`)"))
+    elif plain:
+        grid.add_row("", f"[yellow]{escape(plain)}[/]")
     grid.add_row("token", escape(f"in {places['token_file']}"))
     if config.data != DATA_DEFAULT:
         grid.add_row("to use it", escape(f"export ATOLL_DATA={config.data}"))

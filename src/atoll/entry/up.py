@@ -238,17 +238,37 @@ def check(config: Config) -> None:
         wanted.append(("--ingress-tls-port", f"{config.ingress.rpartition(':')[0]}:{config.tls_port}"))
     for option, address in wanted:
         host, port = split_address(address, field=option)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise Conflict(
-                    f"{option}: cannot listen on {address}: {os.strerror(error.errno or 0)}",
-                    field=option,
-                    mend=f"end what uses that port, or give another, e.g. {option} {_another(option, host, port)}",
-                ) from None
+        try:
+            _try(host, port)
+        except OSError as error:
+            raise Conflict(
+                f"{option}: cannot listen on {address}: {os.strerror(error.errno or 0)}",
+                field=option,
+                mend=f"end what uses that port, or give another, e.g. {option} {_another(option, host, port)}",
+            ) from None
+
+
+def without_tls(config: Config) -> str:
+    """Return why the ingress would do without TLS if it started now, though its port was not turned off; empty where it would not.
+
+    Only a port that nobody has named: one that was is refused by `check`.
+    """
+    if config.tls_port is None or config.ingress_tls_port:
+        return ""
+    host = split_address(config.ingress, field="--ingress")[0]
+    try:
+        _try(host, config.tls_port)
+    except OSError as error:
+        words = os.strerror(error.errno or 0)
+        return f"no TLS: cannot listen on {host}:{config.tls_port}: {words}; name another port with --ingress-tls-port"
+    return ""
+
+
+def _try(host: str, port: int) -> None:
+    """Raise OSError where nobody can listen."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
 
 
 def _another(option: str, host: str, port: int) -> str:

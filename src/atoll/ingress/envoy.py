@@ -72,6 +72,8 @@ class EnvoyProcess:
         self._workers = workers or os.cpu_count() or 1
         self._name = name
         self._tls_needed = tls_needed
+        self.without_tls = ""
+        """Why it does without TLS although a port was named; empty where it does not."""
         self._listener = Listener(address=address, port=port, connections_max=connections_max(), tls_port=tls_port, tracing=tracing)
         self._running: Running | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -95,7 +97,9 @@ class EnvoyProcess:
         if left is not None:
             for listener in self._listeners():
                 if left.digest == self._digest(listener) and await self._answers():
-                    self._running, self._listener = left, listener
+                    self._running = left
+                    if listener != self._listener:
+                        self._do_without("its port was taken when Envoy started; restart the ingress once it is free")
                     log.info("ingress.envoy-adopted", pid=left.pid)
                     return
             await self._end(left)
@@ -143,8 +147,13 @@ class EnvoyProcess:
         except Conflict as error:
             if self._tls_needed:
                 raise
-            log.warning("ingress.without-tls", message=error.message, mend="choose a port with --ingress-tls-port")
-            self._listener = replace(listener, tls_port=0)
+            mend = "name another port with --ingress-tls-port"
+            log.warning("ingress.without-tls", message=error.message, mend=mend)
+            self._do_without(f"{error.message}; {mend}")
+
+    def _do_without(self, why: str) -> None:
+        self.without_tls = f"no TLS: {why}"
+        self._listener = replace(self._listener, tls_port=0)
 
     def _bootstrap(self, listener: Listener) -> bytes:
         return json.dumps(bootstrap(listener, name=self._name), indent=1).encode()

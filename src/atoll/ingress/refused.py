@@ -22,8 +22,8 @@ class Refused:
         if len(self._words) < REFUSALS_MAX:
             self._words[resource.kind, resource.name] = (resource.version, words)
 
-    def problems(self) -> dict[str, str]:
-        """Return `PROJECT/APP` → what is left out of its routing, of at most `PROBLEMS_MAX` apps."""
+    def problems(self, most: int = PROBLEMS_MAX) -> dict[str, str]:
+        """Return `PROJECT/APP` → what is left out of its routing, of at most `most` apps."""
         found: dict[str, str] = {}
         for problem in self._table.problems:
             found.setdefault(problem.app, problem.message)
@@ -33,7 +33,7 @@ class Refused:
                 del self._words[name]
             elif (app := self._app(name)) is not None:
                 found.setdefault(app, f"Envoy does not take it, and what it took last serves on: {words}")
-        return dict(sorted(found.items())[:PROBLEMS_MAX])
+        return dict(sorted(found.items())[:most])
 
     def _app(self, name: Name) -> str | None:
         kind, text = name

@@ -23,7 +23,7 @@ from atoll.ingress.loads import Loads
 from atoll.ingress.logs import keep_bounded
 from atoll.ingress.meter import Meter
 from atoll.ingress.probe import Prober, own_address
-from atoll.ingress.refused import Refused
+from atoll.ingress.refused import PROBLEMS_MAX, Refused
 from atoll.ingress.resources import Kind, Resource
 from atoll.ingress.spill import Spill
 from atoll.ingress.table import RoutingTable
@@ -33,6 +33,7 @@ from atoll.model.certificates import CertificateFeed
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.control_plane import Peers, RoutingBatch
+from atoll.model.records import INGRESS_PROBLEM
 from atoll.model.traffic import DemandReport, TrafficReport
 from atoll.model.worker import SERVICES
 
@@ -137,7 +138,7 @@ class Ingress:
             ingress=name,
             site=site,
             clock=self._clock,
-            problems=self._refusals.problems,
+            problems=self._problems,
             moved=self._moved,
             register=self._register,
         )
@@ -253,6 +254,10 @@ class Ingress:
         """Tell Envoy of what changed otherwise than by routing, which has been there before."""
         if changes := self.table.take_changes():
             self.ads.publish(changes)
+
+    def _problems(self) -> dict[str, str]:
+        own = {INGRESS_PROBLEM: self.envoy.without_tls} if self.envoy.without_tls else {}
+        return {**own, **self._refusals.problems(PROBLEMS_MAX - len(own))}
 
     def _refused(self, resource: Resource, words: str) -> None:
         self._refusals.note(resource, words[:WORDS_MAX])

@@ -9,7 +9,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Conflict, NotFound
 from atoll.model.membership import Identity, JoinToken, MemberKind
 from atoll.model.ports.store import Compare, Delete, Op, Put, unchanged
-from atoll.model.records import CELL_PROJECT, Event, Ingress, Role, Token
+from atoll.model.records import CELL_PROJECT, INGRESS_PROBLEM, Event, Ingress, Role, Token
 from atoll.model.views import IngressView
 
 ALIVE_S = 35.0
@@ -33,7 +33,9 @@ class Ingresses:
             silent_s = self._heartbeats.silent_s(name)
             requests = round(sum(beat.requests.values()), 3) if beat is not None else 0.0
             problems = len(beat.problems) if beat is not None else 0
-            found.append(IngressView(ingress=held.record, silent_s=silent_s, requests_per_s=requests, problems=problems))
+            problem = beat.problems.get(INGRESS_PROBLEM, "") if beat is not None else ""
+            view = IngressView(ingress=held.record, silent_s=silent_s, requests_per_s=requests, problems=problems, problem=problem)
+            found.append(view)
         return tuple(found)
 
     async def forget(self, name: str, caller: Caller, *, request: RequestKey | None = None) -> IngressView:

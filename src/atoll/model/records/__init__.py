@@ -36,6 +36,7 @@ from atoll.model.records.nodes import NodeHealth as NodeHealth
 from atoll.model.records.nodes import NodeLiveness as NodeLiveness
 from atoll.model.records.nodes import NodePolicy as NodePolicy
 from atoll.model.records.nodes import Prefetch as Prefetch
+from atoll.model.records.places import INGRESS_PROBLEM as INGRESS_PROBLEM
 from atoll.model.records.places import IngressHeartbeat as IngressHeartbeat
 from atoll.model.records.places import RoundTrips as RoundTrips
 from atoll.model.records.places import Site as Site

@@ -34,6 +34,10 @@ class RoundTrips(Record, frozen=True, kw_only=True):
     at: float
 
 
+INGRESS_PROBLEM = "ingress"
+"""What no app's key is: it has no `/`."""
+
+
 class IngressHeartbeat(Record, frozen=True, kw_only=True):
     """An ingress's sign of life: who asks here, and how far the other sites are. Never stored."""
 
@@ -45,4 +49,7 @@ class IngressHeartbeat(Record, frozen=True, kw_only=True):
     round_trips_ms: dict[str, float] = {}
     """Other site → smoothed round trip, of those that answer."""
     problems: dict[str, str] = {}
-    """`PROJECT/APP` → what of its routing is left out here, and why, in words; at most 100."""
+    """`PROJECT/APP` → what of its routing is left out here, and why, in words; at most 100.
+
+    `INGRESS_PROBLEM` → what is wrong with the ingress itself.
+    """

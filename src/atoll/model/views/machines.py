@@ -155,4 +155,6 @@ class IngressView(Struct, frozen=True, kw_only=True):
     requests_per_s: float = 0.0
     """Smoothed over minutes."""
     problems: int = 0
-    """Apps of whose routing it leaves out a part; their events say why."""
+    """Apps of whose routing it leaves out a part, whose events say why; and one where `problem` says something."""
+    problem: str = ""
+    """What is wrong with the ingress itself."""
