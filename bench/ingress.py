@@ -20,7 +20,7 @@ from atoll.ingress.resources import Kind
 from atoll.ingress.service import Ingress
 from atoll.model.records import Endpoint, Routing
 from atoll.model.spec import AppSpec, Port
-from bench.ingress_live import live
+from bench.ingress_live import LOAD_S, live
 from bench.ingress_peers import Backend, Load, Peer, envoy_lean, haproxy, nginx, pin, processor_s, wrk
 from bench.report import Report, Result, median, percentile
 
@@ -39,6 +39,7 @@ def run(arguments: Sequence[str]) -> Report:
     parser.add_argument("--changes", type=int, default=40, help="new apps, and as many changes of an endpoint")
     parser.add_argument("--routes", type=int, nargs="*", default=list(ROUTES))
     parser.add_argument("--no-live", action="store_true", help="without the part on a real `atoll up`")
+    parser.add_argument("--live-seconds", type=float, default=LOAD_S, help="of load on that `atoll up`")
     options = parser.parse_args(arguments)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     report = Report("ingress")
@@ -46,7 +47,7 @@ def run(arguments: Sequence[str]) -> Report:
         for routes in options.routes:
             asyncio.run(_at(report, Path(scratch) / f"r{routes}", backend, routes, options))
     if not options.no_live:
-        live(report)
+        live(report, options.live_seconds)
     report.notes.append(
         f"one worker of each proxy on a core of its own, instance and wrk on the other; {options.connections} connections, "
         f"{options.runs} runs of {options.seconds:g} s, interleaved, medians"
