@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from atoll.cli.finding import Finder, of_any, of_sandbox
 from atoll.cli.session import Session, command
 from atoll.cli.untar import unpack
 from atoll.model.errors import AtollError, Invalid, NotFound, RuntimeFailed
@@ -27,36 +28,45 @@ PIPE_S = 60.0
 """The longest that one side waits for the other to move."""
 
 
-@command(
-    name="cp", example="atoll cp app.conf hello:/etc/app.conf\natoll cp hello:/var/log ./logs\natoll cp site/ hello-1-abc:/srv/"
+def copy_command(find: Finder, *, example: str, help: str) -> click.Command:
+    """Return a `cp` into and out of what `find` finds."""
+
+    @command(name="cp", example=example, help=help)
+    @click.argument("source", metavar="SRC")
+    @click.argument("target", metavar="DST")
+    async def made(session: Session, source: str, target: str) -> None:
+        there, here = _remote(source), _remote(target)
+        if bool(there) == bool(here):
+            mend = f"e.g. {example.splitlines()[0]}"
+            raise Invalid("one of SRC and DST must be NAME:PATH, the other a path here", mend=mend)
+        name = (there or here or ("", ""))[0]
+        async with session.client() as client:
+            id = await find(client, session.project, name)
+            with _Counter(session, f"{source} → {target}") as counter:
+                if there:
+                    await _fetch(client, session.project, id, there[1], Path(target), target.endswith("/"), counter.add)
+                elif here:
+                    await _store(client, session.project, id, Path(source), here[1], counter.add)
+        if session.json:
+            session.output.json({"source": source, "target": target, "instance": id, "bytes": counter.bytes})
+        else:
+            session.output.say(f"[green]✓[/] {source} → {target} ({format_bytes(counter.bytes)})")
+
+    return made
+
+
+_NAMES = "A DST that ends in / (or is a directory here) keeps the name of SRC; any other DST is the new name."
+
+copy = copy_command(
+    of_any,
+    example="atoll cp app.conf hello:/etc/app.conf\natoll cp hello:/var/log ./logs\natoll cp site/ hello-1-abc:/srv/",
+    help=f"Copy a file or directory; one side is APP:PATH or INSTANCE:PATH.\n\n{_NAMES}",
 )
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
-async def copy(session: Session, source: str, target: str) -> None:
-    """Copy a file or directory; one side is APP:PATH or INSTANCE:PATH.
-
-    A DST that ends in / (or is a directory here) keeps the name of SRC; any other DST is the new name.
-    """
-    there, here = _remote(source), _remote(target)
-    if bool(there) == bool(here):
-        raise Invalid("one of SRC and DST must be INSTANCE:PATH, the other a path here", mend="e.g. atoll cp app.conf hello:/etc/")
-    from rich.markup import escape
-
-    from atoll.cli.instances import one_running
-
-    said = escape(f"{source} → {target}")
-    name = (there or here or ("", ""))[0]
-    async with session.client() as client:
-        id = (await one_running(client, session.project, name)).instance.id
-        with _Counter(session, said) as counter:
-            if there:
-                await _fetch(client, session.project, id, there[1], Path(target), target.endswith("/"), counter.add)
-            elif here:
-                await _store(client, session.project, id, Path(source), here[1], counter.add)
-    if session.json:
-        session.output.json({"source": source, "target": target, "instance": id, "bytes": counter.bytes})
-    else:
-        session.output.say(f"[green]✓[/] {said} ({format_bytes(counter.bytes)})")
+copy_sandbox = copy_command(
+    of_sandbox,
+    example="atoll sandbox cp script.py try:/tmp/\natoll sandbox cp try:/tmp/out ./out",
+    help=f"Copy a file or directory; one side is SANDBOX:PATH.\n\n{_NAMES}",
+)
 
 
 def _remote(text: str) -> tuple[str, str] | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from atoll.cli import names
+from atoll.cli.finding import Finder, of_any, of_sandbox
 from atoll.cli.session import Session, command
 from atoll.model.errors import AtollError, Invalid, Unavailable
 from atoll.model.streams import ExecOptions, Kind
@@ -24,50 +25,70 @@ READ_BYTES = 32_768
 SHELL = ("/bin/sh",)
 
 
-@command(
-    name="exec",
+def exec_command(find: Finder, *, kind: str, metavar: str, example: str, help: str) -> click.Command:
+    """Return an `exec` that works in what `find` finds; the shell completes names of `kind`."""
+
+    @command(
+        name="exec",
+        example=example,
+        help=help,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    )
+    @click.option("--interactive", "-i", is_flag=True, help="Pass stdin on.")
+    @click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
+    @click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable for the command (not for secrets).")
+    @click.option("--workdir", "-w", metavar="DIR", help="Where the command starts.")
+    @click.option("--user", "-u", metavar="USER[:GROUP]", help="Who the command runs as.")
+    @names.argument("name", kind, metavar=metavar)
+    @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND…")
+    async def made(
+        session: Session,
+        interactive: bool,
+        tty: bool,
+        env: tuple[str, ...],
+        workdir: str | None,
+        user: str | None,
+        name: str,
+        argv: tuple[str, ...],
+    ) -> None:
+        argv = argv[1:] if argv[:1] == ("--",) else argv
+        if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise Invalid("--tty: stdin and stdout are not a terminal", field="tty", mend="leave out -t")
+        rows, columns = _size()
+        options = ExecOptions(
+            argv=argv or SHELL, env=variables(env, tty=tty), workdir=workdir, user=user, tty=tty, rows=rows, columns=columns
+        )
+        async with session.client() as client:
+            running = await client.exec(session.project, await find(client, session.project, name), options)
+            try:
+                with _raw_terminal() if tty else contextlib.nullcontext():
+                    code = await _attend(running, interactive=interactive, tty=tty)
+            finally:
+                await running.close()
+        click.get_current_context().exit(code)
+
+    return made
+
+
+execute = exec_command(
+    of_any,
+    kind="running",
+    metavar="APP|INSTANCE",
     example="atoll exec hello -- ls -l /app\natoll exec -it hello   # a shell\necho hi | atoll exec -i hello -- cat",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)
-@click.option("--interactive", "-i", is_flag=True, help="Pass stdin on.")
-@click.option("--tty", "-t", is_flag=True, help="Give the command a terminal.")
-@click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable for the command (not for secrets).")
-@click.option("--workdir", "-w", metavar="DIR", help="Where the command starts.")
-@click.option("--user", "-u", metavar="USER[:GROUP]", help="Who the command runs as.")
-@names.argument("name", "running", metavar="APP|INSTANCE")
-@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND…")
-async def execute(
-    session: Session,
-    interactive: bool,
-    tty: bool,
-    env: tuple[str, ...],
-    workdir: str | None,
-    user: str | None,
-    name: str,
-    argv: tuple[str, ...],
-) -> None:
-    """Run a command inside a running instance; its exit status becomes this command's own.
+    help="""Run a command inside a running instance; its exit status becomes this command's own.
 
     Of an app, a ready instance is taken. Without a command, a shell.
-    """
-    from atoll.cli.instances import one_running
+    """,
+)
 
-    argv = argv[1:] if argv[:1] == ("--",) else argv
-    if tty and not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise Invalid("--tty: stdin and stdout are not a terminal", field="tty", mend="leave out -t")
-    rows, columns = _size()
-    options = ExecOptions(
-        argv=argv or SHELL, env=variables(env, tty=tty), workdir=workdir, user=user, tty=tty, rows=rows, columns=columns
-    )
-    async with session.client() as client:
-        view = await one_running(client, session.project, name)
-        running = await client.exec(session.project, view.instance.id, options)
-        try:
-            with _raw_terminal() if tty else contextlib.nullcontext():
-                code = await _attend(running, interactive=interactive, tty=tty)
-        finally:
-            await running.close()
-    click.get_current_context().exit(code)
+
+execute_sandbox = exec_command(
+    of_sandbox,
+    kind="sandboxes",
+    metavar="SANDBOX",
+    example="atoll sandbox exec try -- python -V\natoll sandbox exec -it try   # a shell",
+    help="""Run a command inside a sandbox; its exit status becomes this command's own. Without a command, a shell.""",
+)
 
 
 async def _attend(running: Exec, *, interactive: bool, tty: bool) -> int:

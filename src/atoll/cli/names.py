@@ -29,7 +29,7 @@ def name_from(text: str) -> str:
 
 
 def argument(name: str, kind: str, **options: Any) -> Callable[[Any], Any]:
-    """A `click.argument` whose values the shell completes; `kind` is `apps`, `jobs`, `nodes` or `running`."""
+    """A `click.argument` whose values the shell completes; `kind` is `apps`, `jobs`, `sandboxes`, `sites`, `nodes` or `running`."""
     return click.argument(name, shell_complete=_completer(kind), **options)
 
 
@@ -58,6 +58,8 @@ async def _ask(client: Client, project: str, kind: str) -> set[str]:
             return {view.app.name for view in await client.apps(project)}
         case "jobs":
             return {view.job.name for view in await client.jobs(project)}
+        case "sandboxes":
+            return {view.job.name for view in await client.jobs(project) if view.job.spec.sandbox and view.job.spec.pool is None}
         case "sites":
             return {view.site.name for view in await client.sites()}
         case "nodes":

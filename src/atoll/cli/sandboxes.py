@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from atoll.cli.copy import copy
-from atoll.cli.execute import execute
+from atoll.cli.copy import copy_sandbox
+from atoll.cli.execute import execute_sandbox
 from atoll.cli.session import Session, command, group
 from atoll.model.errors import Invalid
 
@@ -162,7 +162,7 @@ async def list_sandboxes(session: Session) -> None:
         )
         for view in views
     ]
-    session.output.table(("SANDBOX", "STATE", "IMAGE", "NOTE"), rows, empty="no sandboxes; make one with: atoll sandbox create")
+    session.output.table(("SANDBOX", "STATE", "IMAGE~", "NOTE"), rows, empty="no sandboxes; make one with: atoll sandbox create")
 
 
 @command(example="atoll sandbox pause try")
@@ -292,5 +292,6 @@ async def remove(session: Session, name: str) -> None:
         session.output.say(f"[green]✓[/] sandbox {name} is gone")
 
 
-for _each in (create, list_sandboxes, pause, resume, snapshot, snapshots, remove_snapshot, fork, remove, execute, copy):
+_OWN = (create, list_sandboxes, pause, resume, snapshot, snapshots, remove_snapshot, fork, remove)
+for _each in (*_OWN, execute_sandbox, copy_sandbox):
     sandbox.add_command(_each)

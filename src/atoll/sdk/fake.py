@@ -27,6 +27,8 @@ class FakeApi(FakeCalls):
         super().__init__()
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         """Method, path and headers of each request."""
+        self.channels: list[str] = []
+        """Path of each live stream that was asked for."""
         self.logs: dict[str, list[LogLine]] = {}
         self.files: dict[str, bytes] = {}
         """Instance and path → tar stream: what `get` answers, and what `put` left."""
@@ -90,6 +92,7 @@ class FakeApi(FakeCalls):
 
     async def channel(self, path: str) -> Channel:
         self._check_up()
+        self.channels.append(path)
         segments, query = _parts(path)
         match segments:
             case ["projects", project, "instances", id, "exec"]:

@@ -22,6 +22,7 @@ from atoll.model.records import (
     Event,
     Heartbeat,
     Ingress,
+    Instance,
     Job,
     JobPhase,
     Node,
@@ -271,8 +272,10 @@ class FakeCalls(FakeWorld):
         return AppView(app=app, status=status, revision=revision, urls=urls)
 
     def _instances(self, project: str, query: dict[str, str]) -> list[InstanceView]:
-        wanted = query.get("app") or query.get("job")
-        found = [instance for instance, _ in self.under("instances", f"{project}/") if wanted in (None, instance.owner)]
+        def keep(instance: Instance) -> bool:
+            return not query.keys() & {"app", "job"} or query.get(instance.owner_kind.value) == instance.owner
+
+        found = [instance for instance, _ in self.under("instances", f"{project}/") if keep(instance)]
         return [self._instance_view(project, instance.id) for instance in found]
 
     def _instance_view(self, project: str, id: str) -> InstanceView:

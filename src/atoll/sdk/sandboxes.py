@@ -35,16 +35,24 @@ async def paused_of(client: Client, project: str) -> set[str]:
     return {each.instance.owner for each in found if each.status is not None and each.status.paused}
 
 
-async def instance_of(client: Client, project: str, name: str) -> Instance:
-    """Return a sandbox's instance. Raises NotFound, Conflict (it has none that runs)."""
+async def sandbox_of(client: Client, project: str, name: str) -> JobView:
+    """Return a sandbox; an app may have the same name. Raises NotFound for a job or template, too."""
     view = await client.job(project, name)
-    if not view.job.spec.sandbox:
-        raise NotFound(f"'{name}' is a job, and no sandbox", mend="'atoll sandbox list' lists them")
     if view.job.spec.pool is not None:
         raise NotFound(f"'{name}' is a template, and no sandbox", mend=f"take one: atoll sandbox create NAME --template {name}")
+    if not view.job.spec.sandbox:
+        raise NotFound(f"'{name}' is a job, and no sandbox", mend="'atoll sandbox list' lists them")
+    return view
+
+
+async def instance_of(client: Client, project: str, name: str) -> Instance:
+    """Return a sandbox's instance. Raises NotFound, Conflict (it has none that runs)."""
+    view = await sandbox_of(client, project, name)
     for found in await client.instances(project, job=name):
         if found.status is not None and found.status.phase.live:
             return found.instance
+    if view.status is not None and view.status.phase.final:
+        raise _ended(view)
     raise Conflict(f"sandbox '{name}' does not run", mend=f"see why: atoll jobs show {name}")
 
 
@@ -55,7 +63,7 @@ async def running(client: Client, project: str, name: str, *, deadline_s: float)
             while True:
                 view, told = await client.job(project, name), ""
                 if view.status is not None and view.status.phase.final:
-                    raise Conflict(f"sandbox '{name}' has ended: {view.status.message}", mend=f"see why: atoll jobs show {name}")
+                    raise _ended(view)
                 for found in await client.instances(project, job=name):
                     if found.status is not None and found.status.phase is Phase.RUNNING:
                         return found.instance
@@ -68,8 +76,15 @@ async def running(client: Client, project: str, name: str, *, deadline_s: float)
         ) from None
 
 
+def _ended(view: JobView) -> Conflict:
+    name, why = view.job.name, view.status.message if view.status is not None else ""
+    return Conflict(f"sandbox '{name}' has ended" + (f": {why}" if why else ""), mend=f"see why: atoll jobs show {name}")
+
+
 async def remove(client: Client, project: str, name: str, *, deadline_s: float) -> None:
-    """End a sandbox and forget it, so that its name is free. Raises DeadlineExceeded: it ends, and is forgotten a day later."""
+    """End a sandbox and forget it, so that its name is free. Raises NotFound, DeadlineExceeded: it ends, and is forgotten a day
+    later."""
+    await sandbox_of(client, project, name)
     await client.cancel_job(project, name)
     try:
         async with asyncio.timeout(deadline_s):
@@ -92,9 +107,9 @@ async def fork(client: Client, project: str, name: str, new: str) -> JobView:
 
     Not atomic: if the second fails, the snapshot is left, and collected by its node in time.
     """
+    spec = (await sandbox_of(client, project, name)).job.spec
     held = await hold(client, project, name, "snapshot")
     assert held.snapshot is not None  # noqa: S101 - what a snapshot answers
-    spec = (await client.job(project, name)).job.spec
     return await client.create_job(from_snapshot(replace(spec, name=new), held.snapshot.digest, held.node))
 
 

@@ -1,0 +1,67 @@
+"""`atoll sandbox` and `atoll template` over an API in memory: which of several things a name means, and what people are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from msgspec.structs import replace
+
+from atoll.cli.main import cli
+from atoll.cli.session import Session
+from atoll.model.records import Job, JobPhase, JobStatus
+from atoll.model.spec import JobSpec
+from atoll.model.states import Phase
+from atoll.sdk.fake import FakeApi
+
+
+@pytest.fixture
+def api() -> FakeApi:
+    return FakeApi()
+
+
+def call(api: FakeApi, directory: Path, *arguments: str, code: int = 0) -> Result:
+    environment = {"ATOLL_API": "http://fake", "ATOLL_TOKEN": "t", "XDG_CONFIG_HOME": str(directory), "NO_COLOR": "1"}
+    result = CliRunner().invoke(
+        cli, list(arguments), obj=Session(dial=lambda _: api), env=environment | {"COLUMNS": "200"}, catch_exceptions=False
+    )
+    assert result.exit_code == code, (result.exit_code, result.stdout, result.stderr)
+    return result
+
+
+def make_app(api: FakeApi, directory: Path, name: str) -> None:
+    call(api, directory, "deploy", "--image", "x:1", "--name", name, "--port", "80")
+
+
+def make_sandbox(api: FakeApi, name: str, phase: JobPhase = JobPhase.RUNNING, message: str = "") -> None:
+    """A job that is a sandbox, with its instance, which runs unless it has ended."""
+    spec = JobSpec(name=name, image="x:1", sandbox=True)
+    api.put("jobs", f"default/{name}", Job(project="default", name=name, spec=spec, created_at=1.0))
+    api.finish("default", spec, phase if phase.final else JobPhase.SUCCEEDED)
+    if not phase.final:
+        id = f"default/{name}-0abc"
+        status, _ = api.get("statuses", id)
+        api.put("statuses", id, replace(status, phase=Phase.RUNNING, exit=None))
+    api.put("job-statuses", f"default/{name}", JobStatus(project="default", name=name, phase=phase, message=message))
+
+
+def test_exec_and_cp_work_in_the_sandbox_beside_an_app_of_the_same_name(api: FakeApi, tmp_path: Path) -> None:
+    make_app(api, tmp_path, "hello")
+    make_sandbox(api, "hello")
+    assert call(api, tmp_path, "sandbox", "exec", "hello", "--", "echo", "hi").stdout == "hi\n"
+    call(api, tmp_path, "exec", "hello", "--", "echo", "hi")
+    (tmp_path / "file").write_text("x")
+    call(api, tmp_path, "sandbox", "cp", str(tmp_path / "file"), "hello:/tmp/")
+    assert [path.split("?")[0].split("/")[-2] for path in api.channels] == ["hello-0abc", "hello-110abc", "hello-0abc"]
+    assert list(api.files) == ["hello-0abc:/tmp/"]
+
+
+@pytest.mark.parametrize("words", [("exec", "hello", "--", "echo"), ("cp", "hello:/x", "."), ("pause", "hello"), ("rm", "hello")])
+def test_an_app_or_a_job_is_no_sandbox(api: FakeApi, tmp_path: Path, words: tuple[str, ...]) -> None:
+    make_app(api, tmp_path, "hello")
+    call(api, tmp_path, "sandbox", *words, code=4)
+    spec = JobSpec(name="hello", image="x:1")
+    api.put("jobs", "default/hello", Job(project="default", name="hello", spec=spec, created_at=1.0))
+    assert "'hello' is a job, and no sandbox" in call(api, tmp_path, "sandbox", *words, code=4).stderr
+    assert not api.get("jobs", "default/hello")[0].cancelled
