@@ -229,7 +229,7 @@ async def releases(session: Session, app: str) -> None:
         )
         for release in found
     ]
-    session.output.table(("RELEASE>", "NOW", "AGE>", "BY", "IMAGE", "NOTE"), rows, empty="no releases")
+    session.output.table(("RELEASE>", "NOW", "AGE>", "BY", "IMAGE~", "NOTE"), rows, empty="no releases")
 
 
 def _image(reference: str | None) -> str:

@@ -94,7 +94,7 @@ async def list_certificates(session: Session) -> None:
         (view.host, view.source, _state(view), _date(view.not_after), _date(view.renew_at), view.error or _whose(view))
         for view in views
     ]
-    columns = ("HOST", "SOURCE", "STATE", "ENDS", "RENEWAL", "NOTE")
+    columns = ("HOST", "SOURCE", "STATE", "ENDS?", "RENEWAL?", "NOTE")
     session.output.table(columns, rows, empty=f"no certificates in project '{session.project}'")
 
 

@@ -60,13 +60,13 @@ async def show_flows(session: Session, interval_s: float) -> None:
                 each.target or each.address,
                 f"{each.protocol} {each.port}",
                 each.packets,
-                REASONS[each.reason],
                 each.node,
+                REASONS[each.reason],
             )
             for each in after.refusals
         ]
         session.output.print("")
-        session.output.table(("FROM", "TO", "PORT", "REFUSED>", "WHY", "NODE"), refused)
+        session.output.table(("FROM", "TO", "PORT", "REFUSED>", "NODE", "WHY"), refused)
     if not after.complete:
         session.output.say("[yellow]![/] there is more than nodes tell of; these are the busiest")
 

@@ -23,6 +23,9 @@ PIPE_COLUMNS = 1_000
 BAR_CELLS = 8
 LAST_COLUMN_MIN = 24
 """Characters that the last column keeps before others are left out."""
+CUT_MIN = 16
+"""Characters that are left of what may be cut."""
+MARKS = "?>~"
 
 COLOURS = {
     "running": "green",
@@ -157,18 +160,21 @@ def _console(stream: Any) -> Console:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int | None = None) -> Table:
-    """Return rows under headings. A heading may end in `>` (set to the right) and `?` (left out where `width` is too little,
-    the last such column first). The last column wraps; without a `width` nothing is cut."""
+    """Return rows under headings. A heading may end in `>` (set to the right), `~` (its cells are cut where `width` is too
+    little) and `?` (left out where that is not enough, the last such column first). The last column wraps; without a `width`
+    nothing is cut."""
     from rich.table import Table
 
     cells = [[_cell(value) for value in row] for row in rows]
+    if width is not None:
+        cells = _cut(columns, cells, width)
     shown = _fitting(columns, cells, width)
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", collapse_padding=True)
     for index in shown:
         heading = columns[index]
         last = index == shown[-1] and width is not None
         justify: Literal["left", "right"] = "right" if ">" in heading else "left"
-        made.add_column(heading.rstrip("?>"), justify=justify, no_wrap=not last, overflow="fold" if last else "ellipsis")
+        made.add_column(heading.rstrip(MARKS), justify=justify, no_wrap=not last, overflow="fold" if last else "ellipsis")
     for row in cells:
         made.add_row(*(row[index] for index in shown))
     return made
@@ -177,14 +183,36 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int |
 def _fitting(columns: Sequence[str], cells: Sequence[Sequence[Text]], width: int | None) -> list[int]:
     """Return which columns are shown."""
     shown = list(range(len(columns)))
-    widths = [max(len(columns[i].rstrip("?>")), *(row[i].cell_len for row in cells)) if cells else 0 for i in shown]
-    widths[-1] = min(widths[-1], LAST_COLUMN_MIN)
+    widths = _widths(columns, cells)
     while width is not None and sum(widths[i] + 2 for i in shown) > width + 2:
         droppable = [i for i in shown if "?" in columns[i]]
         if not droppable:
             break
         shown.remove(droppable[-1])
     return shown
+
+
+def _widths(columns: Sequence[str], cells: Sequence[Sequence[Text]]) -> list[int]:
+    """Return what each column needs, in characters."""
+    widths = [max(len(name.rstrip(MARKS)), *(row[i].cell_len for row in cells)) if cells else 0 for i, name in enumerate(columns)]
+    widths[-1] = min(widths[-1], LAST_COLUMN_MIN)
+    return widths
+
+
+def _cut(columns: Sequence[str], cells: list[list[Text]], width: int) -> list[list[Text]]:
+    """Return cells of which those that may be cut are as short as the others need; what may be left out is not counted."""
+    widths = _widths(columns, cells)
+    needed = sum(widths[i] + 2 for i, name in enumerate(columns) if "?" not in name) - 2
+    for index, name in enumerate(columns):
+        if "~" not in name or needed <= width:
+            continue
+        most = max(CUT_MIN, widths[index] - (needed - width))
+        needed -= max(0, widths[index] - most)
+        for row in cells:
+            if row[index].cell_len > most:
+                row[index] = row[index].copy()
+                row[index].truncate(most, overflow="ellipsis")
+    return cells
 
 
 def _cell(value: Any) -> Text:

@@ -83,7 +83,7 @@ async def list_templates(session: Session) -> None:
         )
         for view in views
     ]
-    columns = ("TEMPLATE", "READY>", "ISOLATION", "IMAGE", "NOTE")
+    columns = ("TEMPLATE", "READY>", "ISOLATION", "IMAGE~", "NOTE")
     session.output.table(columns, rows, empty="no templates; make one with: atoll template create")
 
 
