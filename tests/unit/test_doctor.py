@@ -107,6 +107,22 @@ def test_where_it_runs_already_the_verdict_does_not_say_to_start_it(tmp_path: Pa
     assert "start with" not in result.stdout
 
 
+@pytest.mark.parametrize("named", ["option", "variable"])
+def test_an_address_that_the_own_atoll_holds_is_well(tmp_path: Path, named: str) -> None:
+    with socket.socket() as taken, open(tmp_path / "lock", "w+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        own = ["--data", str(tmp_path)] if named == "option" else []
+        environment = {"ATOLL_DATA": str(tmp_path)} if named == "variable" else {}
+        result = CliRunner().invoke(cli, ["doctor", "--json", *own, "--ingress", address], env=environment)
+    finding = next(each for each in json.loads(result.stdout)["findings"] if each["name"] == "ingress address")
+    assert (finding["level"], finding["found"]) == ("ok", f"{address}, held by `atoll up`, process 4711")
+
+
 def looked(hardware: FakeHardware, root: Path) -> list[findings.Finding]:
     return list(gpus(root, hardware=lambda: [hardware]))
 

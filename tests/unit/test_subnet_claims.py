@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from atoll.model.errors import Conflict, Retry
-from atoll.network.claims import hold_subnet
+from atoll.network.checks import check_network
+from atoll.network.claims import held_by, hold_subnet
 
 
 @pytest.mark.parametrize("other", ["10.64.0.0/20", "10.64.0.0/16", "10.64.8.0/24"])
@@ -39,3 +40,13 @@ def test_what_is_no_claim_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / f"{space}-nonsense").write_text("x")
     (tmp_path / "1-10.64.0.0-20").write_text("of another network namespace")
     os.close(hold_subnet("10.64.0.0/20", "one", tmp_path))
+
+
+def test_the_subnet_of_a_data_directory_is_what_its_agent_holds_now(tmp_path: Path) -> None:
+    held = hold_subnet("10.64.0.0/20", "process 7 (/var/lib/a)", tmp_path)
+    assert held_by("(/var/lib/a)", tmp_path) == "10.64.0.0/20"
+    assert held_by("(/var/lib/b)", tmp_path) is None
+    found = next(check for check in check_network("10.64.0.0/16", held="10.64.0.0/20") if check.name == "instances' subnet")
+    assert (found.ok, found.detail) == (True, "10.64.0.0/20, held by the agent that runs")
+    os.close(held)
+    assert held_by("(/var/lib/a)", tmp_path) is None

@@ -22,7 +22,7 @@ _EXAMPLES = (
 
 
 @command(example="\n".join(_EXAMPLES))
-@click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]")
+@click.option("--data", type=click.Path(path_type=Path), help="The data directory; else ATOLL_DATA.  [default: /var/lib/atoll]")
 @click.option("--ingress", metavar="HOST:PORT", help="Where apps would be served.  [default: 127.0.0.1:8080]")
 @click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]")
 @click.option("--network", is_flag=True, help="Measure what each feature of the network is worth on this machine: some 20 s.")
@@ -35,10 +35,14 @@ def doctor(session: Session, data: Path | None, ingress: str | None, subnet: str
     if network:
         _measure(session)
         return
+    import os
+
     from atoll.entry.config import Config
     from atoll.entry.doctor import can_run, examine, running
 
     api = (session.api_given or "").removeprefix("http://").rstrip("/")
+    place = os.environ.get("ATOLL_DATA")  # as `atoll up` says for the other commands
+    data = data or (Path(place) if place else None)
     given = {"data": data.absolute() if data else None, "ingress": ingress, "subnet": subnet, "api": api or None}
     with session.output.err.status("looking at this machine"):
         config = Config(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import re
@@ -168,6 +169,7 @@ def _idmapped() -> Finding:
 
 def network(config: Config) -> Iterator[Finding]:
     from atoll.network.checks import check_network
+    from atoll.network.claims import held_by
 
     veth = Part("network", "namespaces and veth", "each instance has a network of its own", core=True)
     if os.geteuid() != 0:
@@ -179,7 +181,7 @@ def network(config: Config) -> Iterator[Finding]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
         words = done.stderr.strip().splitlines()[-1:] or ["made one"]
         yield veth(OK if done.returncode == 0 else MISSING, words[0], "modprobe veth; run outside of a restricted container")
-    for check in check_network(config.subnet or SUBNET_FORMER):
+    for check in check_network(config.subnet or SUBNET_FORMER, held=held_by(f"({config.data})")):
         level = OK if check.ok else DEGRADED if check.ok is None else MISSING
         yield Part("network", check.name, "instances' links, addresses and way out", core=check.ok is False)(
             level, check.detail, check.mend
@@ -267,9 +269,6 @@ def places(config: Config) -> Iterator[Finding]:
     process = running(config)
     for name, address in (("API address", config.api), ("ingress address", config.ingress)):
         place = Part("places", name, "`atoll up` listens there", core=True)
-        if process is not None:
-            yield place(OK, f"{address}, held by `atoll up`, process {process}")
-            continue
         try:
             host, port = split_address(address, field=name)
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -277,6 +276,9 @@ def places(config: Config) -> Iterator[Finding]:
                 probe.bind((host, port))
             yield place(OK, f"{address} is free")
         except (OSError, AtollError) as error:
+            if process is not None and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                yield place(OK, f"{address}, held by `atoll up`, process {process}")
+                continue
             option = "--api" if name.startswith("API") else "--ingress"
             words = error.strerror if isinstance(error, OSError) else str(error)
             yield place(MISSING, f"{address}: {words}", f"end what listens there, or give another {option} to `atoll up`")

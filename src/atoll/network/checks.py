@@ -26,9 +26,10 @@ class Check(Struct, frozen=True):
     mend: str = ""
 
 
-def check_network(subnet: str = "10.64.0.0/16") -> tuple[Check, ...]:
-    """Return what was found, in the order in which it should be mended."""
-    return (_capabilities(), _nftables(), _sysctl(), _subnet(subnet), _forwarding(), _resolvers(), *_neighbours())
+def check_network(subnet: str = "10.64.0.0/16", *, held: str | None = None) -> tuple[Check, ...]:
+    """Return what was found, in the order in which it should be mended. `held` is the subnet that the node here has already."""
+    of_instances = _subnet(subnet) if held is None else Check("instances' subnet", True, f"{held}, held by the agent that runs")
+    return (_capabilities(), _nftables(), _sysctl(), of_instances, _forwarding(), _resolvers(), *_neighbours())
 
 
 def _capabilities() -> Check:
