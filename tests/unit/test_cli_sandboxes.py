@@ -10,10 +10,13 @@ from msgspec.structs import replace
 
 from atoll.cli.main import cli
 from atoll.cli.session import Session
-from atoll.model.records import Job, JobPhase, JobStatus
+from atoll.model.errors import DeadlineExceeded
+from atoll.model.records import Job, JobPhase, JobStatus, Rejection
 from atoll.model.spec import JobSpec
 from atoll.model.states import Phase
+from atoll.sdk.client import Client
 from atoll.sdk.fake import FakeApi
+from atoll.sdk.sandboxes import running
 
 
 @pytest.fixture
@@ -65,3 +68,26 @@ def test_an_app_or_a_job_is_no_sandbox(api: FakeApi, tmp_path: Path, words: tupl
     api.put("jobs", "default/hello", Job(project="default", name="hello", spec=spec, created_at=1.0))
     assert "'hello' is a job, and no sandbox" in call(api, tmp_path, "sandbox", *words, code=4).stderr
     assert not api.get("jobs", "default/hello")[0].cancelled
+
+
+def test_a_node_that_is_not_there_is_refused_before_anything_is_made(api: FakeApi, tmp_path: Path) -> None:
+    made = ("--image", "x:1", "--node", "nowhere")
+    assert "no node 'nowhere'" in call(api, tmp_path, "sandbox", "create", "try", *made, code=4).stderr
+    assert "no node 'nowhere'" in call(api, tmp_path, "template", "create", "tools", "--pool", "1", *made, code=4).stderr
+    assert not api.under("jobs")
+
+
+async def test_who_waits_for_a_sandbox_is_told_why_once_and_in_the_end(api: FakeApi) -> None:
+    make_sandbox(api, "try")
+    instance, _ = api.get("instances", "default/try-0abc")
+    rejection = Rejection(code="no-room", message="none of 2 nodes fits: 2 have no room", mend="add a node")
+    api.put("instances", "default/try-0abc", replace(instance, node=None, rejection=rejection))
+    api.remove("statuses", "default/try-0abc")
+    told: list[str] = []
+    async with Client(api) as client:
+        with pytest.raises(DeadlineExceeded, match="does not run after 0 s: none of 2 nodes fits: 2 have no room") as raised:
+            await running(client, "default", "try", deadline_s=0.0, told=told.append)
+    assert told == ["none of 2 nodes fits: 2 have no room"]
+    assert raised.value.mend is not None
+    assert raised.value.mend.startswith("add a node; ")
+    assert raised.value.mend.endswith("atoll sandbox rm try")

@@ -61,12 +61,15 @@ async def create(
     env: tuple[str, ...],
     argv: tuple[str, ...],
 ) -> None:
-    """Make a sandbox. Without a command it waits, and needs a shell in the image."""
+    """Make a sandbox, and wait until it runs, saying why it does not yet. Without a command it does nothing, and needs a shell in
+    the image."""
     made = {"image": image, "isolation": isolation, "runtime": runtime}
     limits = {"deadline": time_limit, "idle_limit": idle_limit}
     if template is None:
         spec = sandbox_spec(session, name, file, made | limits, env, argv, snapshot=snapshot, node=node)
         async with session.client() as client:
+            if node:
+                await client.node(node)  # one that is not there would be waited for
             await _said(session, client, await client.create_job(spec))
         return
     others = {"file": file, **made, "snapshot": snapshot, "node": node, "command": argv}
@@ -126,14 +129,20 @@ def sandbox_spec(
 
 async def _said(session: Session, client: Client, view: JobView) -> None:
     """Wait until the sandbox can be worked in, and say so."""
+    from rich.markup import escape
+
     from atoll.sdk.sandboxes import running
 
     name = view.job.name
     if session.json and view.instance:
         session.output.json(view)
         return
+
+    def waits(why: str) -> None:
+        session.output.say(f"{name} waits: {escape(why)}")
+
     with session.output.err.status(f"{name} starts"):
-        instance = await running(client, view.job.project, name, deadline_s=START_S_MAX)
+        instance = await running(client, view.job.project, name, deadline_s=START_S_MAX, told=waits)
     if session.json:
         session.output.json(await client.job(view.job.project, name))
         return

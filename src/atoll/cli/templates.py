@@ -55,6 +55,8 @@ async def create(
     given["pool"] = str(pool)
     spec = sandbox_spec(session, name, file, given, env, argv, snapshot=snapshot, node=node)
     async with session.client() as client:
+        if node:
+            await client.node(node)  # one that is not there would be waited for
         view = await client.put_job(spec)
     if session.json:
         session.output.json(view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -11,7 +12,7 @@ from atoll.model.records import Instance
 from atoll.model.spec import Constraint, JobSpec
 from atoll.model.states import Phase
 from atoll.model.streams import Held
-from atoll.model.views import JobView
+from atoll.model.views import InstanceView, JobView
 from atoll.sdk.client import Client
 
 KEEPS_RUNNING = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait; done")
@@ -56,24 +57,40 @@ async def instance_of(client: Client, project: str, name: str) -> Instance:
     raise Conflict(f"sandbox '{name}' does not run", mend=f"see why: atoll jobs show {name}")
 
 
-async def running(client: Client, project: str, name: str, *, deadline_s: float) -> Instance:
-    """Return a sandbox's instance once it runs. Raises Conflict for one that ended, DeadlineExceeded with why it waits."""
+async def running(
+    client: Client, project: str, name: str, *, deadline_s: float, told: Callable[[str], None] | None = None
+) -> Instance:
+    """Return a sandbox's instance once it runs; `told` hears why it does not yet, whenever that changes.
+
+    Raises Conflict for one that ended, DeadlineExceeded with why it waits.
+    """
+    why, mend = "", ""
     try:
         async with asyncio.timeout(deadline_s):
             while True:
-                view, told = await client.job(project, name), ""
+                view = await client.job(project, name)
                 if view.status is not None and view.status.phase.final:
                     raise _ended(view)
+                before = why
                 for found in await client.instances(project, job=name):
                     if found.status is not None and found.status.phase is Phase.RUNNING:
                         return found.instance
-                    if found.instance.rejection is not None:
-                        told = f": {found.instance.rejection.message}"
+                    why, mend = _waits(found)
+                if why and why != before and told is not None:
+                    told(why)
                 await asyncio.sleep(STEP_S)
     except TimeoutError:
-        raise DeadlineExceeded(
-            f"sandbox '{name}' does not run after {deadline_s:g} s{told}", mend=f"it goes on starting; see: atoll jobs show {name}"
-        ) from None
+        message = f"sandbox '{name}' does not run after {deadline_s:g} s" + (f": {why}" if why else "")
+        goes_on = f"it goes on starting; see: atoll jobs show {name}; or end it: atoll sandbox rm {name}"
+        raise DeadlineExceeded(message, mend=f"{mend}; {goes_on}" if mend else goes_on) from None
+
+
+def _waits(view: InstanceView) -> tuple[str, str]:
+    """Return why an instance does not run yet, and what would help."""
+    rejection = view.instance.rejection
+    if rejection is not None and view.instance.node is None:
+        return rejection.message, rejection.mend
+    return (view.status.message if view.status is not None else ""), ""
 
 
 def _ended(view: JobView) -> Conflict:
