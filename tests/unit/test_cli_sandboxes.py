@@ -91,3 +91,13 @@ async def test_who_waits_for_a_sandbox_is_told_why_once_and_in_the_end(api: Fake
     assert raised.value.mend is not None
     assert raised.value.mend.startswith("add a node; ")
     assert raised.value.mend.endswith("atoll sandbox rm try")
+
+
+def test_exec_in_what_has_ended_names_the_command_that_shows_why(api: FakeApi, tmp_path: Path) -> None:
+    make_sandbox(api, "try", JobPhase.FAILED, "its time limit was reached")
+    ended = call(api, tmp_path, "sandbox", "exec", "try", "--", "echo", code=6).stderr
+    assert ended == "error: sandbox 'try' has ended: its time limit was reached\nmend: see why: atoll jobs show try\n"
+    assert "mend: look why: atoll jobs show try\n" in call(api, tmp_path, "exec", "try", "--", "echo", code=4).stderr
+    api.failing["web"] = "boom"
+    call(api, tmp_path, "deploy", "--image", "x:1", "--name", "web", "--port", "80", "-d")
+    assert "mend: look why: atoll status web\n" in call(api, tmp_path, "exec", "web", "--", "echo", code=4).stderr

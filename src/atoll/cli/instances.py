@@ -139,7 +139,9 @@ async def one_running(client: Client, project: str, name: str) -> InstanceView:
         return running[0]
     if views:
         stands = ", ".join(f"{view.instance.id} is {phase_word(view)}" for view in views[:3])
-        raise NotFound(f"'{name}' has no running instance: {stands}", mend=f"look why: atoll status {views[0].instance.owner}")
+        first = views[0].instance
+        look = f"atoll {'jobs show' if first.owner_kind == 'job' else 'status'} {first.owner}"
+        raise NotFound(f"'{name}' has no running instance: {stands}", mend=f"look why: {look}")
     raise NotFound(f"'{name}' has no instances", mend=f"start some: atoll scale {name} 1")
 
 
