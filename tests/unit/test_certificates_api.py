@@ -21,7 +21,7 @@ from atoll.model.chains import check_chain
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import Ingress, Role, RouteClaim
 from atoll.model.records.certificate import AcmeSettings, Certificate, CertificatePhase, CertificateSource, CertificateStatus
-from atoll.model.spec import AppSpec, IngressRules, Port, Route
+from atoll.model.spec import AppSpec, IngressRules, Issuer, Port, Route
 from atoll.model.views import TokenRequest
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -369,3 +369,22 @@ async def test_an_app_that_wants_tls_is_named_by_its_https_url_where_the_ingress
     assert api.service.apps.get("default", "web").urls == ("https://web.apps.test:8443/",)
     await api.service.control_plane.register_ingress(Ingress(name="edge", http_port=80, https_port=443))
     assert api.service.apps.get("default", "web").urls == ("https://web.apps.test/",)
+
+
+async def test_an_app_that_asks_for_a_certificate_is_named_by_its_https_url_too_and_first_once_it_is_signed(api: Api) -> None:
+    await api.service.control_plane.register_ingress(Ingress(name="edge", http_port=8080, https_port=8443))
+
+    async def urls(issuer: Issuer, *hosts: str) -> tuple[str, ...]:
+        routes = tuple(Route(host=host) for host in hosts)
+        rules = IngressRules(certificate=issuer)
+        spec = AppSpec(name="web", image="x.test/web:1", ports=(Port(port=80),), routes=routes, ingress=rules)
+        return (await api.service.apps.put(SYSTEM, spec)).urls
+
+    secure, plain = "https://web.apps.test:8443/", "http://web.apps.test:8080/"
+    assert await urls(Issuer.OWN) == (plain, secure)
+    signed = CertificateStatus(
+        host="web.apps.test", project="default", source=CertificateSource.OWN, chain="x", updated_at=0.0, app="web"
+    )
+    await api.put(keys.certificate_status("web.apps.test"), signed)
+    assert await urls(Issuer.OWN) == (secure, plain)
+    assert (await urls(Issuer.ACME, "web.internal"))[2:] == ("http://web.internal:8080/",), "no authority signs it"

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from atoll.model.certificates import wildcard_of, wildcards_over
+from atoll.model.certificates import provable, wildcard_of, wildcards_over
 from atoll.model.records import App, RouteClaim
 from atoll.model.records.certificate import Certificate, CertificateSource
 from atoll.model.spec import Issuer
 from atoll.store.cache import State
-
-LOCAL = ("localhost", "internal", "local")
-"""Ends of names that no public authority can reach (RFC 6761, RFC 6762, and `internal`, which is kept for private use)."""
 
 
 class Wish(Struct, frozen=True, kw_only=True):
@@ -44,7 +41,7 @@ def wishes_of(state: State) -> dict[str, Wish]:
 
 def _asked_for(state: State, host: str, project: str, source: CertificateSource) -> bool:
     """Whether an app's hostname has none yet, and can have one from that source."""
-    if source is CertificateSource.ACME and (host.startswith("*.") or "." not in host or host.rpartition(".")[2] in LOCAL):
+    if source is CertificateSource.ACME and not provable(host):
         return False
     wild = state.get(Certificate, wildcard_of(host))
     return wild is None or not (wild.record.shared or wild.record.project == project)

@@ -17,6 +17,8 @@ CERTIFICATES_MAX = 50_000
 """Of a cell, beside those that apps ask for."""
 HOST_PATTERN = r"(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*"
 _HOST = re.compile(HOST_PATTERN)
+LOCAL = ("localhost", "internal", "local")
+"""Ends of names that no public authority can reach (RFC 6761, RFC 6762, and `internal`, which is kept for private use)."""
 CHALLENGE_PATH = "/.well-known/acme-challenge/"
 """Where an authority looks for an answer (RFC 8555, 8.3)."""
 
@@ -140,6 +142,11 @@ def check_host(host: str, field: str = "host") -> str:
         mend = "write it in lower case, e.g. www.example.com or *.example.com; other alphabets as xn--…"
         raise Invalid(f"{field}: {host[:80]!r} is not a hostname", field=field, mend=mend)
     return host
+
+
+def provable(host: str) -> bool:
+    """Whether a public ACME authority could have it proved over HTTP that `host` leads to this cell (RFC 8555, 8.3)."""
+    return "." in host and not host.startswith("*.") and host.rpartition(".")[2] not in LOCAL
 
 
 def wildcard_of(host: str) -> str:

@@ -17,11 +17,13 @@ from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_host_ports, check_secrets, pin
 from atoll.model import codec, keys
+from atoll.model.certificates import provable
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
 from atoll.model.records import App, AppStatus, Ingress, Instance, Release
+from atoll.model.records.certificate import CertificateStatus
 from atoll.model.rollouts import RolloutOrder, RolloutPhase
-from atoll.model.spec import AppSpec, Strategy, check_app, check_gang_of
+from atoll.model.spec import AppSpec, Issuer, Strategy, check_app, check_gang_of
 from atoll.model.views import AppView, Page
 from atoll.store.cache import Held
 
@@ -380,11 +382,27 @@ class Apps:
         if ingress is None:
             return ()
         known = ingress[1].record
-        secure = app.spec.ingress is not None and app.spec.ingress.https_only and known.https_port > 0
-        scheme, port, usual = ("https", known.https_port, 443) if secure else ("http", known.http_port, 80)
-        suffix = "" if port == usual else f":{port}"
-        hosts = claims.hosts_of(app.spec, self._context.domain)
-        return tuple(f"{scheme}://{host.host}{suffix}{host.path}" for host in hosts if not host.host.startswith("*"))
+        hosts = [host for host in claims.hosts_of(app.spec, self._context.domain) if not host.host.startswith("*")]
+        return tuple(url for host in hosts for url in self._urls_of(app.spec, host, known))
+
+    def _urls_of(self, spec: AppSpec, host: claims.Host, ingress: Ingress) -> list[str]:
+        """Return where the app answers at one place: with TLS, too, where it asks for a certificate, and first once it has it."""
+        plain = _url("http", host, ingress.http_port, 80)
+        rules = spec.ingress
+        if not ingress.https_port or rules is None or not (rules.https_only or rules.certificate is not None):
+            return [plain]
+        secure = _url("https", host, ingress.https_port, 443)
+        if rules.https_only:
+            return [secure]
+        if rules.certificate is Issuer.ACME and not provable(host.host):
+            return [plain]
+        status = self._state.get(CertificateStatus, host.host)
+        signed = status is not None and status.record.project == spec.project and bool(status.record.chain)
+        return [secure, plain] if signed else [plain, secure]
+
+
+def _url(scheme: str, host: claims.Host, port: int, usual: int) -> str:
+    return f"{scheme}://{host.host}{'' if port == usual else f':{port}'}{host.path}"
 
 
 def _order_back(old: App, spec: AppSpec, target: int) -> RolloutOrder | None:
