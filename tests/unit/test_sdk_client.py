@@ -301,3 +301,12 @@ async def test_records_with_defaults_survive_the_way_through_json() -> None:
     job = (await Client(api).job("default", "sum")).job
     assert isinstance(job, Job)
     assert job.spec == JobSpec(name="sum", image="x", completions=2)
+
+
+def test_who_has_no_token_is_told_of_the_data_directory_and_finds_one_there(tmp_path: Path) -> None:
+    told = answers.from_answer(401, codec.encode({"error": {"code": "unauthenticated", "message": "no token"}}))
+    assert "ATOLL_DATA=D" in (told.mend or "")
+    context.save(tmp_path / "client.json", context.Saved(address="http://127.0.0.1:7601", token="t"))
+    environment = {"ATOLL_DATA": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "none")}
+    found = context.resolve(environment=environment)
+    assert (found.address, found.token) == ("http://127.0.0.1:7601", "t")

@@ -146,7 +146,7 @@ def common_options() -> list[click.Option]:
     return [
         click.Option(["--json", "as_json"], is_flag=True, help="Print JSON on stdout, for programs."),
         click.Option(["--project", "-p"], metavar="NAME", help="The project; else ATOLL_PROJECT, else 'default'."),
-        click.Option(["--api"], metavar="URL", help="Where the API answers; else ATOLL_API, else what `atoll up` wrote."),
+        click.Option(["--api"], metavar="URL", help="Where the API answers; else ATOLL_API, else that of the Atoll in ATOLL_DATA."),
         click.Option(["--ca"], metavar="FILE|PIN", help="The cell's authority: PEM, or its sha256 fingerprint; else ATOLL_CA."),
     ]
 

@@ -26,7 +26,8 @@ _BY_STATUS: dict[int, type[errors.AtollError]] = {
     503: errors.Unavailable,
     504: errors.DeadlineExceeded,
 }
-_TOKEN_MEND = "give a token: ATOLL_TOKEN=…, or run this where `atoll up` runs, as the same user"  # noqa: S105 - words, not a token
+_WHERE = "run this where `atoll up` runs, as the same user, and after `atoll up --data D` with ATOLL_DATA=D"
+_TOKEN_MEND = f"give a token: ATOLL_TOKEN=…, or {_WHERE}"
 
 
 def from_body(body: ErrorBody) -> errors.AtollError:

@@ -68,7 +68,7 @@ def load(path: Path) -> Saved | None:
             f"{path} may not be read by this user", mend="run as the user who ran `atoll up`, or set ATOLL_TOKEN"
         ) from None
     except Invalid as error:
-        raise Invalid(f"{path}: {error}", mend="remove the file; `atoll up` writes it again") from None
+        raise Invalid(f"{path}: {error}", mend="remove the file; `atoll up` writes DATA/client.json again") from None
 
 
 def resolve(
