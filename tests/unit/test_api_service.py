@@ -476,6 +476,23 @@ async def test_a_job_is_made_once_cancelled_and_forgotten_when_it_has_finished(s
     assert service.context.state.get(Job, "default/crunch") is None
 
 
+@pytest.mark.parametrize(
+    ("spec", "what", "mend"),
+    [
+        (JobSpec(name="try", image="registry.test/x:1"), "job", "atoll jobs delete try"),
+        (JobSpec(name="try", image="registry.test/x:1", sandbox=True), "sandbox", "atoll sandbox rm try"),
+        (JobSpec(name="try", image="registry.test/x:1", sandbox=True, pool=0), "template", "atoll template rm try"),
+    ],
+)
+async def test_a_name_that_is_taken_says_by_what_and_how_to_be_rid_of_it(
+    service: Service, spec: JobSpec, what: str, mend: str
+) -> None:
+    await service.jobs.create(SYSTEM, spec)
+    with pytest.raises(Conflict, match=f"a {what} 'try' is there already") as raised:
+        await service.jobs.create(SYSTEM, JobSpec(name="try", image="registry.test/x:1"))
+    assert mend in (raised.value.mend or "")
+
+
 async def test_stopping_an_instance_drains_it_once(service: Service) -> None:
     instance = Instance(id="web-1", project="default", owner_kind=OwnerKind.APP, owner="web", node="n1", created_at=1)
     await put_record(service, keys.instance("default", "web-1"), instance)

@@ -101,3 +101,13 @@ def test_exec_in_what_has_ended_names_the_command_that_shows_why(api: FakeApi, t
     api.failing["web"] = "boom"
     call(api, tmp_path, "deploy", "--image", "x:1", "--name", "web", "--port", "80", "-d")
     assert "mend: look why: atoll status web\n" in call(api, tmp_path, "exec", "web", "--", "echo", code=4).stderr
+
+
+def test_what_is_not_there_is_called_by_its_own_name(api: FakeApi, tmp_path: Path) -> None:
+    for words in (("sandbox", "rm", "try"), ("sandbox", "pause", "try"), ("sandbox", "exec", "try", "echo")):
+        told = call(api, tmp_path, *words, code=4).stderr
+        assert told == "error: no sandbox 'try' in project 'default'\nmend: 'atoll sandbox list' lists them\n"
+    told = call(api, tmp_path, "template", "rm", "tools", code=4).stderr
+    assert told == "error: no template 'tools' in project 'default'\nmend: 'atoll template list' lists them\n"
+    make_sandbox(api, "try")
+    assert "'try' is a sandbox, and no template" in call(api, tmp_path, "template", "rm", "try", code=4).stderr

@@ -97,11 +97,10 @@ def _ready(view: InstanceView) -> bool:
 @names.argument("name", "jobs", metavar="TEMPLATE")
 async def remove(session: Session, name: str) -> None:
     """Remove a template and end its pool; sandboxes that were taken from it go on."""
-    from atoll.model.errors import NotFound
+    from atoll.sdk.sandboxes import template_of
 
     async with session.client() as client:
-        if (await client.job(session.project, name)).job.spec.pool is None:
-            raise NotFound(f"'{name}' is no template", mend="'atoll template list' lists them")
+        await template_of(client, session.project, name)
         await client.delete_job(session.project, name)
     if session.json:
         session.output.json({"removed": name})

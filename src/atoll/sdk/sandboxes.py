@@ -38,12 +38,30 @@ async def paused_of(client: Client, project: str) -> set[str]:
 
 async def sandbox_of(client: Client, project: str, name: str) -> JobView:
     """Return a sandbox; an app may have the same name. Raises NotFound for a job or template, too."""
-    view = await client.job(project, name)
+    view = await _job(client, project, name, "sandbox")
     if view.job.spec.pool is not None:
         raise NotFound(f"'{name}' is a template, and no sandbox", mend=f"take one: atoll sandbox create NAME --template {name}")
     if not view.job.spec.sandbox:
         raise NotFound(f"'{name}' is a job, and no sandbox", mend="'atoll sandbox list' lists them")
     return view
+
+
+async def template_of(client: Client, project: str, name: str) -> JobView:
+    """Return a template. Raises NotFound for a sandbox or job, too."""
+    view = await _job(client, project, name, "template")
+    if view.job.spec.pool is None:
+        what = "sandbox" if view.job.spec.sandbox else "job"
+        raise NotFound(f"'{name}' is a {what}, and no template", mend="'atoll template list' lists them")
+    return view
+
+
+async def _job(client: Client, project: str, name: str, what: str) -> JobView:
+    """Return a job. Where there is none, raise NotFound in the words of who looks for a `what`."""
+    try:
+        return await client.job(project, name)
+    except NotFound:
+        await client.instances(project, job=name)  # raises for a project that is not there
+        raise NotFound(f"no {what} '{name[:60]}' in project '{project}'", mend=f"'atoll {what} list' lists them") from None
 
 
 async def instance_of(client: Client, project: str, name: str) -> Instance:

@@ -19,6 +19,23 @@ from atoll.model.views import JobView, Page
 from atoll.store.cache import Held
 
 
+def check_free(context: Context, project: str, name: str) -> None:
+    """Raise Conflict, with how to be rid of it, for a name that a job, a sandbox or a template has, or an instance of an earlier
+    one."""
+    held = context.state.get(Job, f"{project}/{name}")
+    if held is not None:
+        spec = held.record.spec
+        what, end = ("job", "jobs delete")
+        if spec.sandbox:
+            what, end = ("sandbox", "sandbox rm") if spec.pool is None else ("template", "template rm")
+        mend = f"remove it (atoll {end} {name}), or give the new one another name"
+        raise Conflict(f"a {what} '{name}' is there already", field="name", mend=mend)
+    if context.state.found(Instance, by_owner, (OwnerKind.JOB, project, name)):
+        # They would be taken for the new job's.
+        mend = "try again in a moment, or use another name"
+        raise Conflict(f"instances of an earlier job '{name}' are still being removed", field="name", mend=mend)
+
+
 class Jobs:
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -44,13 +61,7 @@ class Jobs:
 
         def build() -> Draft[JobView]:
             require_project(self._context, spec.project)
-            if self._state.get(Job, f"{spec.project}/{spec.name}") is not None:
-                mend = "delete it, or give the new one another name"
-                raise Conflict(f"a job '{spec.name}' is there already", field="name", mend=mend)
-            if self._state.found(Instance, by_owner, (OwnerKind.JOB, spec.project, spec.name)):
-                # They would be taken for the new job's.
-                mend = "try again in a moment, or use another name"
-                raise Conflict(f"instances of an earlier job '{spec.name}' are still being removed", field="name", mend=mend)
+            check_free(self._context, spec.project, spec.name)
             check_secrets(self._context, spec)
             pinned = pin(self._context, caller, spec)
             now = self._context.clock.now()

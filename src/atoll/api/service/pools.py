@@ -10,10 +10,11 @@ from msgspec.structs import replace
 
 from atoll.api.service.access import check_name
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.jobs import check_free
 from atoll.api.service.lookups import by_owner
 from atoll.api.service.projects import require_project
 from atoll.model import codec, keys
-from atoll.model.errors import Conflict, NotFound
+from atoll.model.errors import NotFound
 from atoll.model.ports.store import Delete, Put, absent, unchanged
 from atoll.model.records import Instance, Job, JobStatus, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Status
 from atoll.model.spec import check_job
@@ -45,7 +46,7 @@ class Pools:
         def build() -> Draft[JobView]:
             let_go()
             held = self._template(project, template)
-            self._check_free(project, wish.name)
+            check_free(self._context, project, wish.name)
             spec = held.record.spec
             spec = replace(
                 spec,
@@ -97,13 +98,6 @@ class Pools:
             require_project(self._context, project)
             raise NotFound(f"no template '{name[:60]}' in project '{project}'", mend="'atoll template list' lists them")
         return held
-
-    def _check_free(self, project: str, name: str) -> None:
-        if self._state.get(Job, f"{project}/{name}") is not None:
-            raise Conflict(f"a job '{name}' is there already", field="name", mend="delete it, or give the new one another name")
-        if self._state.found(Instance, by_owner, (OwnerKind.JOB, project, name)):
-            mend = "try again in a moment, or use another name"
-            raise Conflict(f"instances of an earlier job '{name}' are still being removed", field="name", mend=mend)
 
     def _ready(self, template: Job) -> Held[Instance] | None:
         """Return one of the pool that can be taken, any: so that servers seldom choose the same."""
