@@ -128,6 +128,8 @@ def test_a_bad_name_of_a_variable_is_refused() -> None:
         ({"volumes": [{"name": "a", "path": "/data/../etc"}]}, "volumes[0].path"),
         ({"volumes": [{"name": "a", "path": "/d"}, {"name": "b", "path": "/d"}]}, "volumes"),
         ({"env": {"A": "1"}, "secrets": {"A": "db"}}, "secrets.A"),
+        ({"ingress": {"certificate": "own"}, "ports": []}, "ingress.certificate"),
+        ({"ingress": {"certificate": "acme"}, "ports": [{"port": 53, "protocol": "udp"}]}, "ingress.certificate"),
     ],
 )
 def test_a_spec_that_contradicts_itself_is_refused_with_its_field(changes: dict[str, Any], field: str) -> None:

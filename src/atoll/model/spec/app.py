@@ -108,6 +108,12 @@ def check_app(spec: AppSpec) -> None:
     check_unique([route.place for route in spec.routes], "routes", "host, path and headers")
     if spec.ingress is not None:
         check_ingress(spec.ingress)
+        if spec.ingress.certificate is not None and spec.port_named(None) is None:
+            raise Invalid(
+                "ingress.certificate: no http port, and so no hostname to sign",
+                field="ingress.certificate",
+                mend="add a port with protocol = 'http', or leave certificate out",
+            )
     for index, route in enumerate(spec.routes):
         check_route(f"routes[{index}]", route)
         port = spec.port_named(route.port)
