@@ -132,3 +132,12 @@ def test_the_port_for_tls_is_beside_the_plain_one_unless_it_is_said(ingress: str
 def test_a_port_for_tls_that_is_none_is_refused(given: str) -> None:
     with pytest.raises(Invalid, match="ingress-tls-port"):
         _ = Config(ingress_tls_port=given).tls_port
+
+
+@pytest.mark.parametrize("host", ["https://www.test", "www.test/x", "www.test:443", "a_b.test", "10.0.0.1", ""])
+@pytest.mark.parametrize("words", [("add", "--own"), ("show",), ("remove", "--yes")])
+def test_what_is_no_hostname_is_refused_before_anything_is_asked(atoll: Atoll, host: str, words: tuple[str, ...]) -> None:
+    said = atoll.run(words[0], host, *words[1:], code=2).stderr
+    assert "is not a hostname" in said
+    assert ("without scheme" in said) == bool({"/", ":"} & set(host))
+    assert atoll.api.requests == []

@@ -140,6 +140,8 @@ def check_host(host: str, field: str = "host") -> str:
     """Return `host` if it can have a certificate: a name in lower case, or `*.` and a name. Raises Invalid."""
     if len(host) > 253 or _HOST.fullmatch(host) is None or host.removeprefix("*.").replace(".", "").isdigit():
         mend = "write it in lower case, e.g. www.example.com or *.example.com; other alphabets as xn--…"
+        if "/" in host or ":" in host:
+            mend = "give the name alone, without scheme, port and path, e.g. www.example.com"
         raise Invalid(f"{field}: {host[:80]!r} is not a hostname", field=field, mend=mend)
     return host
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from atoll.model.certificates import AcmeRequest, AcmeView, CertificateRequest, CertificateView, RootView
+from atoll.model.certificates import AcmeRequest, AcmeView, CertificateRequest, CertificateView, RootView, check_host
 from atoll.model.views import (
     SecretRequest,
     SecretView,
@@ -28,14 +28,14 @@ class SecretCalls(Calls):
 
     async def certificate(self, project: str, host: str) -> CertificateView:
         """Return one with its chain; its key comes out to nobody but ingresses."""
-        return await self._get(CertificateView, path("projects", project, "certificates", host))
+        return await self._get(CertificateView, path("projects", project, "certificates", check_host(host)))
 
     async def put_certificate(self, project: str, host: str, wish: CertificateRequest) -> CertificateView:
-        """Add or replace the certificate of a hostname. Raises Invalid, naming `chain` or `key`, and Conflict."""
-        return await self._write(CertificateView, "PUT", path("projects", project, "certificates", host), wish)
+        """Add or replace the certificate of a hostname. Raises Invalid, naming `host`, `chain` or `key`, and Conflict."""
+        return await self._write(CertificateView, "PUT", path("projects", project, "certificates", check_host(host)), wish)
 
     async def remove_certificate(self, project: str, host: str) -> None:
-        await self._delete(path("projects", project, "certificates", host))
+        await self._delete(path("projects", project, "certificates", check_host(host)))
 
     async def certificate_root(self) -> RootView:
         """Return what to trust for hostnames that the cell signs itself."""
