@@ -296,6 +296,7 @@ def _local_replies() -> dict[str, Any]:
     return {
         "mappers": [
             _as_it_is(200),
+            _as_it_is(308),
             _reply(["NR"], "not-found", f"no app is served at {place} under this path", "see `atoll apps` for what is"),
             _reply(["UH", "NC"], "unavailable", f"the app at {place} has no instance that is ready", "see `atoll ps`; retry soon"),
             _answer(
@@ -324,7 +325,7 @@ def _reply(flags: list[str], code: str, message: str, mend: str) -> dict[str, An
 
 
 def _as_it_is(status: int) -> dict[str, Any]:
-    """What answers of this status say goes out as the route says it: to certificate authorities."""
+    """What answers of this status say goes out as the route says it: to certificate authorities, and nothing beside a way on."""
     comparison = {"op": "EQ", "value": {"default_value": status, "runtime_key": "never"}}
     return {
         "filter": {"status_code_filter": {"comparison": comparison}},
