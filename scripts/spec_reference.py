@@ -19,7 +19,7 @@ HINTS = {
     "bytes, or e.g. '256MiB'": "size",
     "seconds, or e.g. '1m30s'": "duration",
     "cores": "cores",
-    "lower-case letters, digits and '-', at most 40": "name",
+    "lower-case letters, digits and '-', at most 40, a letter first and no '-' last": "name",
 }
 MEANING: dict[str, tuple[str, str]] = {
     "Workload.name": ("What it is called in its project; part of its hostname and of its instances' ids.", 'name = "web"'),

@@ -91,6 +91,48 @@ def test_wherever_one_of_a_few_values_stands_another_is_refused_with_all_of_them
             assert caught.value.mend == "use one of " + ", ".join(str(member.value) for member in kind), path
 
 
+def patterns(kind: Any, within: set[Any]) -> Iterator[msgspec.Meta]:
+    """Yield what is said of every text in a record type that must match a pattern."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        if kind not in within:
+            within.add(kind)
+            for field in msgspec.structs.fields(kind):
+                yield from patterns(field.type, within)
+        return
+    yield from (meta for meta in getattr(kind, "__metadata__", ()) if isinstance(meta, msgspec.Meta) and meta.pattern)
+    for argument in get_args(kind):
+        yield from patterns(argument, within)
+
+
+@pytest.mark.parametrize("spec", [AppSpec, JobSpec])
+def test_every_pattern_of_a_spec_is_described_in_words(spec: type) -> None:
+    found = list(patterns(spec, set()))
+    assert len(found) >= 10
+    assert [meta.pattern for meta in found if not meta.description] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "Z_3"}, "name: expected lower-case letters, digits and '-', at most 40, a letter first and no '-' last"),
+        (
+            {"name": "web", "routes": [{"host": "HELLO.localhost"}]},
+            "routes[0].host: expected a hostname of lower-case letters, digits, '-' and '.', as www.example.com or *.example.com",
+        ),
+        ({"name": "web", "env": {"1": "x"}}, "env: a key of it: expected letters, digits and '_', at most 128, no digit first"),
+        ({"name": "web", "stop": {"signal": "TERM"}}, "stop.signal: expected a signal's name, such as 'SIGTERM'"),
+    ],
+)
+def test_a_text_that_may_not_be_is_refused_with_what_is_allowed(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        codec.convert(given, AppSpec)
+    assert str(caught.value) == message
+    assert caught.value.field == message.partition(":")[0]
+    with pytest.raises(Invalid) as caught:
+        codec.decode(codec.encode(given), AppSpec)
+    assert str(caught.value) == message
+
+
 def test_a_kind_that_is_none_is_refused_with_what_it_may_be() -> None:
     with pytest.raises(Invalid) as caught:
         codec.convert({"name": "web", "kind": "service"}, AppSpec)

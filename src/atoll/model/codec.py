@@ -19,7 +19,7 @@ from atoll.model.units import Bytes, Cores, Seconds
 T = TypeVar("T")
 
 _QUANTITIES = (Bytes, Seconds, Cores)
-_PATH = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
+_PATH = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`(?P<path>[^`]*)`)?", re.DOTALL)
 _WORDS = {
     "array": "a list",
     "object": "a table",
@@ -30,6 +30,7 @@ _WORDS = {
 }
 """msgspec's types as people who write specs know them."""
 _TYPES = re.compile(r"`([a-z]+(?: \| [a-z]+)*)`")
+_REGEX = re.compile(r"expected text matching regex (.*)", re.DOTALL)
 UNKNOWN = "unknown field"
 INPUT_BYTES_MAX = 1 << 20
 """The largest spec or request body that is decoded, in bytes."""
@@ -241,6 +242,21 @@ def _choices(kind: Any, steps: list[str]) -> list[str]:
     return next((found for argument in get_args(kind) if (found := _choices(argument, inner))), [])
 
 
+def _described(kind: Any, regex: str, seen: set[Any]) -> str | None:
+    """Return what the description of a `kind` says about texts that match `regex`, as Python quotes it."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        if kind in seen:
+            return None
+        seen.add(kind)
+        inner = [field.type for field in msgspec.structs.fields(kind)]
+    else:
+        for meta in getattr(kind, "__metadata__", ()):
+            if isinstance(meta, msgspec.Meta) and meta.pattern is not None and repr(meta.pattern) == regex:
+                return meta.description
+        inner = [*get_args(kind), *([get_origin(kind)] if get_origin(kind) is not None else [])]
+    return next((found for each in inner if (found := _described(each, regex, seen))), None)
+
+
 def _tag(kind: Any, steps: list[str]) -> str | None:
     """Return what the field that tells kinds of records apart must say, if the path in steps names one."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
@@ -260,6 +276,8 @@ def invalid(error: msgspec.ValidationError, kind: Any = None) -> Invalid:
     field = path.removeprefix("$").lstrip(".") if path else None
     if what.startswith("Expected "):
         what = "e" + _TYPES.sub(_in_words, what)[1:]
+    if (regex := _REGEX.fullmatch(what)) and (words := _described(kind, regex[1], set())):
+        what = f"expected {words}"
     what = what.replace("Object contains unknown field", UNKNOWN).replace("Object missing required field", "missing")
     mend = None
     steps = re.sub(r"\[[^\]]*\]", ".[]", field).split(".") if field else []
@@ -270,4 +288,6 @@ def invalid(error: msgspec.ValidationError, kind: Any = None) -> Invalid:
     elif steps and what.startswith("Invalid value") and (tag := _tag(kind, steps)) is not None:
         what = what.replace("Invalid value", "no such value here:")
         mend = f"write '{tag}', or leave it out"
+    if match and match["key"]:
+        what = f"a key of it: {what}"
     return Invalid(f"{field}: {what}" if field else what, field=field or None, mend=mend)

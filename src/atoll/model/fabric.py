@@ -26,7 +26,14 @@ DOMAIN = "internal"
 """What names of the fabric end in: `APP.PROJECT.internal`."""
 
 Endpoint = Annotated[str, Meta(max_length=45)]
-PublicKey = Annotated[str, Meta(pattern=r"^([A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=)?$(?!\n)", max_length=44)]
+PublicKey = Annotated[
+    str,
+    Meta(
+        pattern=r"^([A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=)?$(?!\n)",
+        description="a key of WireGuard in base64, or nothing",
+        max_length=44,
+    ),
+]
 """32 bytes in the one way to write them, so that equal keys are equal texts."""
 
 

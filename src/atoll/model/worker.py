@@ -39,11 +39,14 @@ VARS_BYTES_MAX = 128 << 10
 BINDINGS_MAX = 256
 MAIN_SUFFIXES = (".js", ".mjs")
 
-ClassName = Annotated[str, Meta(pattern=r"^[A-Za-z_$][A-Za-z0-9_$]{0,127}$(?!\n)")]
+ClassName = Annotated[str, Meta(pattern=r"^[A-Za-z_$][A-Za-z0-9_$]{0,127}$(?!\n)", description="the name of a class in JavaScript")]
 KEY_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$(?!\n)"
-Key = Annotated[str, Meta(pattern=KEY_PATTERN)]
+Key = Annotated[str, Meta(pattern=KEY_PATTERN, description="letters, digits, '_', '.' and '-', at most 128, no '.' or '-' first")]
 """A part of a path on disk, so neither hidden nor leading elsewhere."""
-RelativePath = Annotated[str, Meta(pattern=r"^[^/\x00-\x1f\x7f][^\x00-\x1f\x7f]*$(?!\n)", max_length=1024)]
+RelativePath = Annotated[
+    str,
+    Meta(pattern=r"^[^/\x00-\x1f\x7f][^\x00-\x1f\x7f]*$(?!\n)", description="a path below the app's directory", max_length=1024),
+]
 
 
 class ServiceBinding(SpecRecord, frozen=True, kw_only=True):
@@ -82,9 +85,17 @@ class Worker(SpecRecord, frozen=True, kw_only=True):
     files: tuple[str, ...] = (".",)
     """Paths below the app's directory where the modules are."""
     ignore: tuple[str, ...] = (".*", "node_modules", "atoll.*", "wrangler.*", "package*.json", "*.md", "*.map", "*.ts")
-    compatibility_date: Annotated[str, Meta(pattern=r"^20[0-9]{2}-[01][0-9]-[0-3][0-9]$(?!\n)")]
+    compatibility_date: Annotated[
+        str, Meta(pattern=r"^20[0-9]{2}-[01][0-9]-[0-3][0-9]$(?!\n)", description="a date such as 2026-11-27")
+    ]
     """workerd behaves as it did on that day."""
-    compatibility_flags: Annotated[tuple[Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,64}$(?!\n)")], ...], Meta(max_length=64)] = ()
+    compatibility_flags: Annotated[
+        tuple[
+            Annotated[str, Meta(pattern=r"^[a-z0-9_]{1,64}$(?!\n)", description="lower-case letters, digits and '_', at most 64")],
+            ...,
+        ],
+        Meta(max_length=64),
+    ] = ()
     vars: Annotated[dict[EnvName, Any], Meta(max_length=BINDINGS_MAX)] = {}
     """Name → any value that JSON has. Not for secrets: specs are stored and shown."""
     services: Annotated[tuple[ServiceBinding, ...], Meta(max_length=64)] = ()

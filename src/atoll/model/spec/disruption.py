@@ -10,7 +10,10 @@ from atoll.model.errors import Invalid
 from atoll.model.names import SpecRecord
 from atoll.model.spec.values import REPLICAS_MAX
 
-Amount = Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] | Annotated[str, Meta(pattern=r"^(100|[0-9]{1,2})%$(?!\n)")]
+Amount = (
+    Annotated[int, Meta(ge=0, le=REPLICAS_MAX)]
+    | Annotated[str, Meta(pattern=r"^(100|[0-9]{1,2})%$(?!\n)", description="a number, or a share such as '25%'")]
+)
 """A number of instances, or a percentage of those that are wanted."""
 
 

@@ -21,7 +21,10 @@ class InstanceTls(SpecRecord, frozen=True, kw_only=True):
 
     ca: Annotated[str, Meta(max_length=16_384)] = ""
     """PEM: who must have signed the instance's certificate."""
-    name: Annotated[str, Meta(pattern=_NAME, max_length=253)] | None = None
+    name: (
+        Annotated[str, Meta(pattern=_NAME, max_length=253, description="a hostname of lower-case letters, digits, '-' and '.'")]
+        | None
+    ) = None
     """With `ca`: a name that the certificate must have; it is asked for by it, too (SNI)."""
     pins: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=PINS_MAX)] = ()
     """SHA-256 of public keys (SubjectPublicKeyInfo) in base64, of which the instance must have one."""

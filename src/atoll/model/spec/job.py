@@ -55,7 +55,7 @@ class JobSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="job"):
     """Finished runs that are kept, whatever `keep` says."""
     sandbox: bool = False
     """It is a sandbox: one instance that is made to be worked in; `deadline` is its time limit."""
-    snapshot: Annotated[str, Meta(pattern=SNAPSHOT_DIGEST)] | None = None
+    snapshot: Annotated[str, Meta(pattern=SNAPSHOT_DIGEST, description="'sha256:' and 64 hexadecimal digits")] | None = None
     """Of a sandbox: the snapshot that it goes on from, on the node that a constraint names."""
     idle_limit: Seconds | None = None
     """Of a sandbox: it is ended when no command and no copy of files was under way in it for so long, paused or not."""

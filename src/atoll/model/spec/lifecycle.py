@@ -33,7 +33,9 @@ class Restart(SpecRecord, frozen=True, kw_only=True):
 
 
 class Stop(SpecRecord, frozen=True, kw_only=True):
-    signal: Annotated[str, Meta(pattern=r"^SIG[A-Z0-9+]{1,10}$(?!\n)")] = "SIGTERM"
+    signal: Annotated[str, Meta(pattern=r"^SIG[A-Z0-9+]{1,10}$(?!\n)", description="a signal's name, such as 'SIGTERM'")] = (
+        "SIGTERM"
+    )
     grace: Seconds = default(Seconds(10))
     """From the signal to SIGKILL."""
 

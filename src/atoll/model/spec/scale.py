@@ -29,7 +29,9 @@ class Scale(SpecRecord, frozen=True, kw_only=True):
 
     replicas: Annotated[int, Meta(ge=0, le=REPLICAS_MAX)] = 1
     max: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] | None = None
-    metric: Annotated[str, Meta(pattern=METRIC_PATTERN)] | None = None
+    metric: (
+        Annotated[str, Meta(pattern=METRIC_PATTERN, description="letters, digits, '_' and ':', at most 128, no digit first")] | None
+    ) = None
     """A metric that the app gives away (`metrics`), such as the depth of its queue."""
     target: Annotated[float, Meta(gt=0)] | None = None
     """As many instances are wanted as make the metric, summed up and divided by them, at most this."""

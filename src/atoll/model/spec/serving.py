@@ -22,6 +22,7 @@ Hostname = Annotated[
     str,
     Meta(
         pattern=r"^(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*$(?!\n)",
+        description="a hostname of lower-case letters, digits, '-' and '.', as www.example.com or *.example.com",
         max_length=253,
     ),
 ]
@@ -60,7 +61,7 @@ class Route(SpecRecord, frozen=True, kw_only=True):
     """A hostname and path that lead to the app's port."""
 
     host: Hostname
-    path: Annotated[str, Meta(pattern=r"^/", max_length=1024)] = "/"
+    path: Annotated[str, Meta(pattern=r"^/", max_length=1024, description="a path that begins with '/'")] = "/"
     port: Name | None = None
     """The name of the port; the first `http` port where absent."""
     headers: dict[str, Annotated[str, Meta(max_length=1024)]] = {}
@@ -108,7 +109,7 @@ class Health(SpecRecord, frozen=True, kw_only=True):
 
     kind: HealthKind = HealthKind.TCP
     port: Name | None = None
-    path: Annotated[str, Meta(pattern=r"^/", max_length=1024)] = "/"
+    path: Annotated[str, Meta(pattern=r"^/", max_length=1024, description="a path that begins with '/'")] = "/"
     command: tuple[Argument, ...] = ()
     start: Seconds = default(Seconds(60))
     """How long it may take until the first success; failures before that do not count."""
@@ -122,7 +123,7 @@ class Metrics(SpecRecord, frozen=True, kw_only=True):
 
     port: Name | None = None
     """The name of the port; the first `http` port where absent."""
-    path: Annotated[str, Meta(pattern=r"^/", max_length=1024)] = "/metrics"
+    path: Annotated[str, Meta(pattern=r"^/", max_length=1024, description="a path that begins with '/'")] = "/metrics"
     names: Annotated[tuple[Annotated[str, Meta(max_length=128)], ...], Meta(max_length=16)] = ()
     """Those that are shown and kept, beside the one that `scale` names."""
 

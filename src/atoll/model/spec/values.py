@@ -9,8 +9,8 @@ from msgspec import Meta, field
 from atoll.model.errors import Invalid
 
 EnvValue = Annotated[str, Meta(max_length=32_768)]
-Argument = Annotated[str, Meta(max_length=131_072, pattern=r"^[^\x00]*$(?!\n)")]
-AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*$(?!\n)", max_length=4_096)]
+Argument = Annotated[str, Meta(max_length=131_072, pattern=r"^[^\x00]*$(?!\n)", description="text without a zero byte")]
+AbsolutePath = Annotated[str, Meta(pattern=r"^/[^\x00]*$(?!\n)", description="a path that begins with '/'", max_length=4_096)]
 REPLICAS_MAX = 100_000
 T = TypeVar("T")
 

@@ -20,7 +20,14 @@ from atoll.model.spec.values import AbsolutePath, Argument, EnvValue, check_uniq
 from atoll.model.spec.volumes import Volume, check_volumes
 from atoll.model.units import Bytes, Cores
 
-DeviceName = Annotated[str, Meta(pattern=r"^[a-z0-9A-Z][-.a-z0-9A-Z]*/[-_.a-z0-9A-Z]+=[-_.:a-z0-9A-Z]+$", max_length=320)]
+DeviceName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9A-Z][-.a-z0-9A-Z]*/[-_.a-z0-9A-Z]+=[-_.:a-z0-9A-Z]+$",
+        description="a device as VENDOR/CLASS=NAME",
+        max_length=320,
+    ),
+]
 """CDI's fully qualified name of a device."""
 DEVICE_RUNTIMES = (RuntimeName.RUNC, RuntimeName.CRUN, RuntimeName.LXC)
 """Runtimes that can hand on a device of a CDI spec."""
