@@ -152,7 +152,7 @@ def test_trace_says_what_stops_it_and_shows_what_is_refused_meanwhile(api: FakeA
     code, output, said = run(api, tmp_path, "net", "trace", "web", "db", "--port", "5432", "--for", "0.1", "--interval", "0.1")
     assert code == 1
     assert "ingress: no ingress rule of db allows it" in said
-    assert "web → db: 10 packets, 2.0KiB, 3 begun; back: 1 packets" in output
+    assert "web → db, all ports: 10 packets, 2.0KiB, 3 begun; back: 1 packets" in output
     assert "REFUSED 5 on node n1: the target's ingress rules do not allow it" in output
 
 
@@ -178,3 +178,10 @@ def test_top_by_apps_shows_pairs_and_refusals(api: FakeApi, tmp_path: Path) -> N
     assert code == 0
     assert "20.0KiB/s" in output
     assert "the target declares no such port" in output
+
+
+def test_top_by_apps_without_any_says_that_counts_go_with_their_instances(tmp_path: Path) -> None:
+    code, _, said = run(FakeApi(), tmp_path, "net", "top", "--apps", "--interval", "0.1")
+    assert code == 0
+    assert "no app has sent another anything in the last ten minutes" in said
+    assert "of the instances that there are now" in said

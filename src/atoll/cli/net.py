@@ -54,7 +54,7 @@ async def check(session: Session, source: str, target: str, port: int, udp: bool
 @click.option("--apps", "by_app", is_flag=True, help="By pair of apps, with what was refused.")
 async def top(session: Session, interval: float, by_app: bool) -> None:
     """Show what goes over each instance's link, the busiest first: per second of the interval, and since it has the link. With
-    --apps: which app sent how much to which other, and what was refused and why."""
+    --apps: which app sent how much to which other, and what was refused and why; what was counted of an instance goes with it."""
     if by_app:
         await show_flows(session, interval)
         return

@@ -27,6 +27,9 @@ REASONS = {
 }
 
 
+NOTHING = "no app has sent another anything in the last ten minutes, of the instances that there are now: counts go with them"
+
+
 async def show_flows(session: Session, interval_s: float) -> None:
     """Show what every pair of apps sent each other in an interval, and what was refused."""
     async with session.client() as client:
@@ -52,7 +55,7 @@ async def show_flows(session: Session, interval_s: float) -> None:
             )
         )
     columns = ("FROM", "TO", "SENT>", "PACKETS/S>", "SENT IN ALL>", "PACKETS>", "BEGUN>")
-    session.output.table(columns, rows, empty="no app has sent another anything in the last ten minutes")
+    session.output.table(columns, rows, empty=NOTHING)
     if after.refusals:
         refused = [
             (
@@ -83,7 +86,8 @@ async def show_flows(session: Session, interval_s: float) -> None:
 async def trace(session: Session, source: str, target: str, port: int, udp: bool, interval: float, seconds: float) -> None:
     """Say whether FROM reaches a port of TO, as `check` does, and then show what really goes between them and what nodes refuse.
 
-    Nodes count what goes; nothing is sent for this. Exits 1 when a rule or a link stops it.
+    Nodes count what goes, on all ports together, and what they refuse, by port; nothing is sent for this. Exits 1 when a rule or a
+    link stops it.
     """
     protocol = "udp" if udp else "tcp"
     async with session.client() as client:
@@ -131,11 +135,13 @@ def decided(view: ReachView) -> list[str]:
 
 
 def passed(pair: tuple[str, str], before: Flows, now: Flows, port: int, protocol: str) -> str:
-    """Return one line: what went between two apps since `before`, and what of it was refused on that port."""
+    """Return one line: what went between two apps since `before`, whatever the port, and what was refused on that port."""
     source, target = pair
     there = since(flow_of(before, source, target), flow_of(now, source, target))
     back = since(flow_of(before, target, source), flow_of(now, target, source))
-    line = f"{source} → {target}: {there['packets']} packets, {format_bytes(there['bytes'])}, {there['connections']} begun"
+    line = (
+        f"{source} → {target}, all ports: {there['packets']} packets, {format_bytes(there['bytes'])}, {there['connections']} begun"
+    )
     line += f"; back: {back['packets']} packets, {format_bytes(back['bytes'])}"
     for each in refused_since(before, now, pair, port, protocol):
         line += f"; REFUSED {each['packets']} on node {each['node']}: {REASONS[str(each['reason'])]}"
