@@ -74,7 +74,7 @@ class Cell:
             endpoints=(Endpoint(instance=f"{name}-1", node="n", address="127.0.0.1"),),
         )
         self.routing.put(routing)
-        await eventually(lambda: self.answers(hosts[-1], "308" if https_only else "200"))
+        await eventually(lambda: self.answers(hosts[-1], "503" if https_only else "200"))
 
     def show(self, *materials: Material) -> None:
         self.certificates.put(*materials)
@@ -315,12 +315,13 @@ async def test_an_app_that_wants_tls_leads_there_and_others_are_served_without(c
     await cell.serve("strict", "strict.test", https_only=True)
     await cell.serve("lax", "lax.test")
     cell.show(cell.maker.material("strict.test"))
-    await eventually(lambda: known(cell, "strict.test"))
+    await eventually(lambda: cell.answers("strict.test", "308"))
     # A client that names a port gets the port of TLS beside it; one that names none came by 80, and is led to 443.
     for host, place in ((f"strict.test:{cell.ingress.http_port}", f"strict.test:{cell.tls_port}"), ("strict.test", "strict.test")):
         answer = await cell.plain(host, "/a/b?c=d", "x-forwarded-proto: https")
         assert answer.startswith(b"HTTP/1.1 308")
         assert f"location: https://{place}/a/b?c=d\r\n".encode() in answer.replace(b":443/", b"/")
+        assert answer.endswith(b"\r\n\r\n"), "there is no body of an error"
     assert (await cell.get("strict.test")).startswith(b"HTTP/1.1 200")
     assert await cell.answers("lax.test", "200")
 
@@ -333,10 +334,10 @@ async def test_challenges_are_answered_for_every_hostname_before_its_app_and_bef
         await eventually(lambda host=host: cell.answers(host, "200", f"{CHALLENGE_PATH}tok-1_x"))
         assert (await cell.plain(host, f"{CHALLENGE_PATH}tok-1_x")).endswith(f"tok-1_x.{host}".encode())
         assert not (await cell.plain(host, f"{CHALLENGE_PATH}other")).startswith(b"HTTP/1.1 200")
-    assert await cell.answers("led.test", "308")
+    assert await cell.answers("led.test", "503")
     cell.certificates.challenge()
     await eventually(lambda: cell.answers("appless.test", "404", f"{CHALLENGE_PATH}tok-1_x"))
-    await eventually(lambda: cell.answers("led.test", "308", f"{CHALLENGE_PATH}tok-1_x"))
+    await eventually(lambda: cell.answers("led.test", "503", f"{CHALLENGE_PATH}tok-1_x"))
 
 
 async def test_an_instance_that_speaks_tls_gets_requests_only_if_it_is_who_the_app_says(cell: Cell, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2
 
 from atoll.ingress.resources import Kind, Name, Resource
-from atoll.model.certificates import CertificateBatch, Material, wildcard_of
+from atoll.model.certificates import CertificateBatch, Material, wildcard_of, wildcards_over
 
 
 class CertificateTable(Mapping[str, Resource]):
@@ -23,6 +24,10 @@ class CertificateTable(Mapping[str, Resource]):
         self._materials: dict[str, Material] = {}
         self.challenges: dict[str, dict[str, str]] = {}
         """Host → token → what is answered under it."""
+        self.whole = False
+        """Whether all certificates have been told."""
+        self._below: Counter[str] = Counter()
+        """Wildcard → how many certificates are there for names below it, at any depth."""
 
     def __getitem__(self, name: str) -> Resource:
         found = self.material(name)
@@ -46,6 +51,10 @@ class CertificateTable(Mapping[str, Resource]):
                 return found
         return None
 
+    def serves(self, host: str) -> bool:
+        """Whether a route to `host` can be had with TLS, one to a wildcard where a name below it can. Thought so until all is told."""
+        return not self.whole or self.material(host) is not None or (host.startswith("*.") and self._below[host] > 0)
+
     def apply(self, batch: CertificateBatch) -> tuple[set[Name], set[str]]:
         """Take over what changed; return the secrets that this touches (a wildcard stands for all below it), and the hosts of
         challenges."""
@@ -53,9 +62,13 @@ class CertificateTable(Mapping[str, Resource]):
         gone = set(self._materials) - set(put) - set(batch.kept) if batch.complete else set(batch.removed) - set(put)
         changed = {host for host, material in put.items() if self._materials.get(host) != material}
         for host in gone:
-            self._materials.pop(host, None)
+            if self._materials.pop(host, None) is not None:
+                self._below.subtract(wildcards_over(host))
         for host in changed:
+            if host not in self._materials:
+                self._below.update(wildcards_over(host))
             self._materials[host] = put[host]
+        self.whole = self.whole or batch.complete
         return {(Kind.SECRET, host) for host in changed | gone}, self._challenge(batch)
 
     def _challenge(self, batch: CertificateBatch) -> set[str]:

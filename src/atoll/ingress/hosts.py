@@ -49,11 +49,13 @@ def virtual_host(
     places: Sequence[tuple[str, Sequence[Leg]]],
     *,
     https_port: int = 0,
+    served: bool = True,
     challenges: Mapping[str, str] = {},
 ) -> Resource:
     """Return what a hostname leads to; of several path prefixes that match, the longest wins, and of one the most headers.
 
-    `https_port` is where requests are led that want TLS; `challenges` are what a certificate authority looks for, by token.
+    `https_port` is where requests are led that want TLS, and `served` whether there is a certificate for it: where there is none,
+    they are refused in words. `challenges` are what a certificate authority looks for, by token.
     """
     name = f"{ROUTE_CONFIG}/{host}"
     ordered = sorted(places, key=lambda place: (-len(place[0].rstrip("/")), place[0]))
@@ -62,7 +64,7 @@ def virtual_host(
     for path, legs in ordered:
         for leg in sorted(legs, key=lambda leg: (-len(leg.headers), leg.headers)):
             if https_port and leg.rules is not None and leg.rules.https_only:
-                message.routes.extend(_to_https(path, leg, https_port))
+                message.routes.extend(_to_https(path, leg, https_port) if served else [_without_certificate(path, leg, host)])
             message.routes.extend(_routes(path, leg))
     return resource(Kind.HOST, name, message)
 
@@ -115,15 +117,30 @@ def _routes(path: str, leg: Leg) -> Iterable[route_components_pb2.Route]:
 def _to_https(path: str, leg: Leg, port: int) -> Iterable[route_components_pb2.Route]:
     """Lead what came without TLS to the same place with it: a client that named a port to ours, any other to 443."""
     for named in (True, False):
-        route = route_components_pb2.Route(name=_name(leg), match=_match(path, leg))
-        # Envoy itself says this of each connection, whatever the client sent.
-        route.match.headers.add(name="x-forwarded-proto").string_match.exact = "http"
+        route = _plain(path, leg)
         if named:
             route.match.headers.add(name=":authority").string_match.safe_regex.regex = r".*:[0-9]+"
         route.redirect.https_redirect = True
         route.redirect.port_redirect = port if named else HTTPS_PORT
         route.redirect.response_code = route_components_pb2.RedirectAction.PERMANENT_REDIRECT
         yield route
+
+
+def _without_certificate(path: str, leg: Leg, host: str) -> route_components_pb2.Route:
+    """Refuse what came without TLS, as nobody could be served with it either."""
+    route = _plain(path, leg)
+    route.direct_response.status = 503
+    words = f"{host} is served with TLS only, and has no certificate yet: `atoll certificates` says why"
+    route.direct_response.body.inline_string = words
+    return route
+
+
+def _plain(path: str, leg: Leg) -> route_components_pb2.Route:
+    """Return a route for what came without TLS."""
+    route = route_components_pb2.Route(name=_name(leg), match=_match(path, leg))
+    # Envoy itself says this of each connection, whatever the client sent.
+    route.match.headers.add(name="x-forwarded-proto").string_match.exact = "http"
+    return route
 
 
 def _challenge(token: str, answer: str) -> route_components_pb2.Route:

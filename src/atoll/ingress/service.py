@@ -165,6 +165,7 @@ class Ingress:
     async def _serve(self) -> None:
         logs = [self._directory / ACCESS_LOG, self._directory / LOG]
         self.table.https_port = self.envoy.tls_port
+        self.table.serves = self.certificates.serves
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.envoy.supervise(), name="ingress-envoy")
             tasks.create_task(self._follow(), name="ingress-routing")
@@ -196,14 +197,14 @@ class Ingress:
 
     async def _follow_certificates(self, feed: CertificateFeed) -> None:
         """As `_follow`, for the certificates."""
-        retry_s, whole = RETRY_S, False
+        retry_s = RETRY_S
         while True:
             try:
                 async for batch in feed.certificates(self._name):
                     secrets, challenged = self.certificates.apply(batch)
                     self.table.challenge(self.certificates.challenges, challenged)
-                    whole = whole or batch.complete
-                    if whole:
+                    self.table.certified(None if batch.complete else {host for _, host in secrets})
+                    if self.certificates.whole:
                         self.ads.publish_secrets(secrets | self.table.take_changes())
                     retry_s = RETRY_S
             except AtollError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from msgspec import UNSET
 
@@ -12,7 +12,7 @@ from atoll.ingress.hosts import Leg
 from atoll.ingress.legs import Places, legs_of, limits_of, targets_of
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
 from atoll.ingress.sleepers import serving, socket_of
-from atoll.model.certificates import wildcards_over
+from atoll.model.certificates import wildcard_of, wildcards_over
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Routing
 
@@ -58,6 +58,10 @@ class RoutingTable:
         """Apps that scale by their requests."""
         self.https_port = 0
         """Where Envoy speaks TLS; 0 for nowhere. Set before the first batch."""
+        self.serves: Callable[[str], bool] = lambda host: True
+        """Whether a hostname has a certificate; nobody is led to TLS where it has none. Set before the first batch."""
+        self._strict: dict[str, bool] = {}
+        """Hostname that is served with TLS only → whether it had a certificate when it was written."""
         self._answers: Mapping[str, Mapping[str, str]] = {}
         """Host → token → what certificate authorities look for there."""
         self._problems: dict[str, tuple[Problem, ...]] = {}
@@ -148,6 +152,13 @@ class RoutingTable:
         self._answers = answers
         for host in changed:
             self._write_host(host)
+
+    def certified(self, changed: Collection[str] | None) -> None:
+        """Take over which hostnames have a certificate now, after those of `changed` have; None for all."""
+        touched = {*changed, *(over for host in changed for over in wildcards_over(host))} if changed is not None else None
+        for host, served in list(self._strict.items()):
+            if (touched is None or host in touched or wildcard_of(host) in touched) and self.serves(host) != served:
+                self._write_host(host)
 
     def endpoints_of(self, key: str) -> tuple[Endpoint, ...]:
         """Return an app's endpoints, draining ones among them; none for an app that is not there."""
@@ -309,8 +320,12 @@ class RoutingTable:
         names = (host, *wildcards_over(host)) if challenges else (host,)
         led = next((each for each in names if self._paths.get(each)), host)
         routes = [(path, next(iter(self._claims[HostPath(led, path)].values()))) for path in self._paths.get(led, ())]
+        self._strict.pop(host, None)
+        served = True
+        if self.https_port and any(leg.rules is not None and leg.rules.https_only for _, legs in routes for leg in legs):
+            served = self._strict[host] = self.serves(host)
         if routes or challenges:
-            self._write(hosts.virtual_host(host, routes, https_port=self.https_port, challenges=challenges))
+            self._write(hosts.virtual_host(host, routes, https_port=self.https_port, served=served, challenges=challenges))
         else:
             self._erase(Kind.HOST, name)
 
