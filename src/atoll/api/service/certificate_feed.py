@@ -30,7 +30,7 @@ class CertificateFeeds:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._state = context.state
-        self._listeners: set[Listener] = set()
+        self._listeners: dict[Listener, None] = {}  # in the order they came, which repeats
         self._challenged: dict[str, dict[str, str]] = {}
         """Host → token → answer, of orders that are under way."""
         self._following = Following(self._state, "certificates", self._apply, self._rebuild)
@@ -49,7 +49,7 @@ class CertificateFeeds:
             raise Unavailable("the server is stopping", mend="connect again")
         self.start()
         listener = Listener()
-        self._listeners.add(listener)
+        self._listeners[listener] = None
         challenges: tuple[ChallengeAnswer, ...] | None = None
         try:
             while True:
@@ -71,7 +71,7 @@ class CertificateFeeds:
                 challenges = now
                 await listener.wait(keepalive_s)
         finally:
-            self._listeners.discard(listener)
+            self._listeners.pop(listener, None)
 
     def _batch(self, hosts: list[str]) -> CertificateBatch:
         put: list[Material] = []

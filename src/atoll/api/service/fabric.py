@@ -54,7 +54,7 @@ class Fabrics:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._state = context.state
-        self._listeners: dict[str, set[Listener]] = defaultdict(set)
+        self._listeners: dict[str, dict[Listener, None]] = defaultdict(dict)  # in the order they came, which repeats
         self._members: dict[str, dict[str, Member]] = defaultdict(dict)
         """Project → instance → member."""
         self._present: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -146,7 +146,7 @@ class Fabrics:
             raise Unavailable("the server is stopping", mend="connect again")
         self.start()
         listener = Listener()
-        self._listeners[node].add(listener)
+        self._listeners[node][listener] = None
         nodes: dict[str, FabricNode] = {}
         members: dict[str, Member] = {}
         try:
@@ -177,7 +177,7 @@ class Fabrics:
                 await listener.wait(keepalive_s)
                 await asyncio.sleep(GATHER_S)
         finally:
-            self._listeners[node].discard(listener)
+            self._listeners[node].pop(listener, None)
             if not self._listeners[node]:
                 del self._listeners[node]
 

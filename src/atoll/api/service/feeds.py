@@ -94,8 +94,8 @@ class Feeds:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._state = context.state
-        self._agents: dict[str, set[Listener]] = defaultdict(set)
-        self._ingresses: set[Listener] = set()
+        self._agents: dict[str, dict[Listener, None]] = defaultdict(dict)  # in the order they came, which repeats
+        self._ingresses: dict[Listener, None] = {}
         self._by_node: dict[str, set[str]] = defaultdict(set)
         self._by_app: dict[str, set[str]] = defaultdict(set)
         self._routings: dict[str, Routing | None] = {}
@@ -132,7 +132,7 @@ class Feeds:
                     yield self._assignment_changes(node, revision, dirty, prefetch)
                 await listener.wait(keepalive_s)
         finally:
-            self._agents[node].discard(listener)
+            self._agents[node].pop(listener, None)
             if not self._agents[node]:
                 del self._agents[node]
 
@@ -171,14 +171,14 @@ class Feeds:
                     yield RoutingBatch(revision, False, tuple(put), tuple(removed))
                 await listener.wait(keepalive_s)
         finally:
-            self._ingresses.discard(listener)
+            self._ingresses.pop(listener, None)
 
-    def _listen(self, group: set[Listener]) -> Listener:
+    def _listen(self, group: dict[Listener, None]) -> Listener:
         if self._following.closed:
             raise Unavailable("the server is stopping", mend="connect again")
         self.start()
         listener = Listener()
-        group.add(listener)
+        group[listener] = None
         return listener
 
     def _all_assignments(self, node: str, revision: int) -> AssignmentBatch:
