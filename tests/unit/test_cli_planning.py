@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from atoll.cli.main import cli
+from atoll.cli.planning import placed_words
 from atoll.cli.session import Session
 from atoll.model.devices import GpuDevice
 from atoll.model.records import App, Capacity, Instance, Node, OwnerKind
@@ -58,6 +59,8 @@ def test_a_plan_shows_the_nodes_their_scores_and_what_the_others_lack(atoll: Ato
     assert "all 3 instances of web find a node" in said.stderr
     assert "n1" in said.stdout
     assert "PACKING" in said.stdout
+    assert "-0" not in said.stdout.split()
+    assert "the node with the highest TOTAL is taken first" in said.stderr
     assert "NODES TURNED AWAY" in said.stdout
     assert "memory" in said.stdout
     assert atoll.json("plan", str(atoll.directory))["placed"] == {"n1": 2, "n2": 1}
@@ -72,6 +75,21 @@ def test_a_plan_that_does_not_fit_says_what_would_help_and_fails(atoll: Atoll) -
     assert "no-memory: none of 3 nodes fits" in said.stderr
     assert "mend: needs 1.0GiB more memory on the best node, n1" in said.stderr
     assert atoll.json("plan", "-f", str(file), code=1)["unplaced"] == 1
+
+
+@pytest.mark.parametrize(
+    ("instances", "unplaced", "words"),
+    [
+        (0, 0, "web wants no instance now"),
+        (1, 0, "the one instance of web finds a node"),
+        (1, 1, "the one instance of web finds no node"),
+        (3, 0, "all 3 instances of web find a node"),
+        (3, 1, "2 of 3 instances of web find a node"),
+        (3, 3, "none of 3 instances of web finds a node"),
+    ],
+)
+def test_what_a_plan_finds_is_said_once_in_words(instances: int, unplaced: int, words: str) -> None:
+    assert placed_words("web", instances, unplaced) == words
 
 
 def test_an_instance_is_explained(atoll: Atoll) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.model.units import BYTES_MAX, SECONDS_MAX, Bytes, Cores, Seconds, format_bytes, format_seconds
+from atoll.model.units import BYTES_MAX, SECONDS_MAX, Bytes, Cores, Seconds, format_bytes, format_count, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,7 @@ def test_quantities_read_as_people_read_them() -> None:
         "3m10s",
         "2d4h",
     )
+
+
+def test_one_of_something_is_not_many() -> None:
+    assert [format_count(number, "file") for number in (0, 1, 2)] == ["0 files", "1 file", "2 files"]

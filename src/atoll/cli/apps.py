@@ -11,7 +11,7 @@ import click
 from atoll.cli import names
 from atoll.cli.session import Session, command
 from atoll.model.errors import Invalid
-from atoll.model.units import format_seconds
+from atoll.model.units import format_count, format_seconds
 
 if TYPE_CHECKING:
     from atoll.model.spec import Resources, Scale
@@ -260,7 +260,7 @@ async def delete(session: Session, app: str, yes: bool, detach: bool) -> None:
     async with session.client() as client:
         view = await client.app(session.project, app)
         if not yes:
-            confirm(f"Delete app '{app}' with {view.app.wanted(view.status)} instances?")
+            confirm(f"Delete app '{app}' with {format_count(view.app.wanted(view.status), 'instance')}?")
         await client.delete_app(session.project, app)
         if not detach:
             from atoll.cli.rollout import until_gone

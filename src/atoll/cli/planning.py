@@ -10,6 +10,7 @@ import click
 from atoll.cli import kept, names
 from atoll.cli.session import EXIT_FAILED, Session, command
 from atoll.model.errors import NotFound
+from atoll.model.units import format_count
 
 if TYPE_CHECKING:
     from atoll.model.records import Rejection
@@ -45,7 +46,7 @@ async def plan(session: Session, directory: Path | None, file: Path | None) -> N
         session.output.json(view)
     else:
         _summary(session, view.name, view.instances, view.unplaced)
-        session.output.table(("NODE", "INSTANCES>"), list(view.placed.items()), empty="no instance finds a node")
+        session.output.table(("NODE", "INSTANCES>"), list(view.placed.items()))
         _details(session, view.explanation, view.rejection)
     if view.unplaced:
         click.get_current_context().exit(EXIT_FAILED)
@@ -64,7 +65,9 @@ async def explain(session: Session, instance: str) -> None:
         session.output.json(view)
         return
     where = f"is on {view.instance.node}" if view.instance.node else "has no node"
-    session.output.say(f"{view.instance.id} {where}; of {view.explanation.nodes} nodes {view.explanation.feasible} would take it")
+    session.output.say(
+        f"{view.instance.id} {where}; of {format_count(view.explanation.nodes, 'node')} {view.explanation.feasible} would take it"
+    )
     if view.instance.gpus:
         from atoll.cli.gpus import grants_words
 
@@ -103,10 +106,18 @@ async def defrag(session: Session) -> None:
 
 
 def _summary(session: Session, name: str, instances: int, unplaced: int) -> None:
-    if unplaced:
-        session.output.say(f"{instances - unplaced} of {instances} instances of {name} find a node")
-    else:
-        session.output.say(f"all {instances} instances of {name} find a node")
+    session.output.say(placed_words(name, instances, unplaced))
+
+
+def placed_words(name: str, instances: int, unplaced: int) -> str:
+    """Return how many of an app's or job's instances find a node."""
+    if instances == 0:
+        return f"{name} wants no instance now"
+    if instances == 1:
+        return f"the one instance of {name} finds {'no' if unplaced else 'a'} node"
+    if unplaced == instances:
+        return f"none of {instances} instances of {name} finds a node"
+    return f"{instances - unplaced if unplaced else 'all'} {'of ' if unplaced else ''}{instances} instances of {name} find a node"
 
 
 def _details(session: Session, explanation: Explanation, rejection: Rejection | None) -> None:
@@ -139,6 +150,7 @@ def _details(session: Session, explanation: Explanation, rejection: Rejection | 
             for one in explanation.candidates
         ]
         output.table(columns, rows)
+        output.say("[dim]the node with the highest TOTAL is taken first[/]")
     if explanation.layout:
         where = ", ".join(f"{site} {count}" for site, count in explanation.layout.items())
         mean = f", {explanation.layout_ms:.1f}ms on average to its users" if explanation.layout_ms is not None else ""

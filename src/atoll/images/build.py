@@ -24,6 +24,7 @@ from atoll.images.unpack import from_os_error
 from atoll.model.errors import ImageError, Invalid, Unsupported
 from atoll.model.ports.images import ImageConfig
 from atoll.model.spec import Build
+from atoll.model.units import format_count
 
 BUILDER = 1
 """Raised when the same input gives another layer than before."""
@@ -158,7 +159,7 @@ class _Build:
         self.comments.append("the app's files")
         if found := self._find("files", key, always=True):
             return found
-        self.tell("files", f"{len(files)} files")
+        self.tell("files", format_count(len(files), "file"))
         with self._steps.workplace() as work:
             trusted = settled(files)
             layer = work / "layer"

@@ -91,6 +91,11 @@ def format_bytes(value: int) -> str:
     return f"{size:.1f}TiB"
 
 
+def format_count(count: int, what: str) -> str:
+    """Return so many of something: `format_count(1, "file") == "1 file"`, `format_count(3, "file") == "3 files"`."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def format_seconds(value: float) -> str:
     """Return a span as people read it: `"0.5s"`, `"3m10s"`, `"2d4h"`."""
     if value < 60:

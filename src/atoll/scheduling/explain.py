@@ -131,11 +131,12 @@ def explain(
     layout = snapshot.whereabouts.layouts.get(owner_of_group(group)) if wants_users(demand) else None
     total = sum(columns.values(), np.zeros(len(rows)))
     order = np.lexsort((snapshot.ranks()[rows], -total))[:limit]
+    # `+ 0.0` makes 0 of what a wish that is turned round leaves as -0.
     candidates = tuple(
         Candidate(
             node=snapshot.names[rows[place]],
-            total=float(total[place]),
-            scores={name: float(values[place]) for name, values in columns.items()},
+            total=float(total[place]) + 0.0,
+            scores={name: float(values[place]) + 0.0 for name, values in columns.items()},
             room=int(room[rows[place]]),
             gpus=(view.devices.preview(int(rows[place]), demand.gpu) or ()) if demand.gpu is not None else (),
             site=snapshot.nodes[snapshot.names[rows[place]]].site,
