@@ -11,7 +11,7 @@ import pytest
 from runtime_world import EVERY, World, make_layer, real_world
 from vmm_world import STAND_INS, stand_in_world
 
-from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, RuntimeFailed, Unsupported
+from atoll.model.errors import AtollError, CommandNotFound, Conflict, Invalid, NotFound, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Feature
 from atoll.model.spec import RUNTIMES_BY_ISOLATION, Isolation
 from atoll.runtimes.fake import FakeHost, FakeRuntime
@@ -148,7 +148,7 @@ async def test_exec_takes_input_until_its_end(world: World) -> None:
 
 async def test_exec_of_a_command_that_does_not_exist_is_named(world: World) -> None:
     await world.launch("a", "run")
-    with pytest.raises(RuntimeFailed, match="missing"):
+    with pytest.raises(CommandNotFound, match="missing"):
         await world.runtime.exec("a", ["missing"])
 
 

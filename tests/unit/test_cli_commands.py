@@ -282,7 +282,7 @@ def test_exec_passes_output_input_and_exit_status_on(atoll: Atoll) -> None:
     atoll.deploy()
     assert atoll.run("exec", "web", "--", "echo", "--json", "-p").stdout == "--json -p\n"
     assert atoll.run("exec", "web", "exit", "7", code=7).stderr == "bye\n"
-    assert "cannot start 'nope'" in atoll.run("exec", "web-111abc", "--", "nope", code=1).stderr
+    assert "cannot start 'nope'" in atoll.run("exec", "web-111abc", "--", "nope", code=127).stderr
     assert "not a terminal" in atoll.run("exec", "-it", "web", code=2).stderr
     assert "is not NAME=VALUE" in atoll.run("exec", "-e", "x", "web", "--", "echo", code=2).stderr
 
@@ -310,6 +310,7 @@ def test_cp_brings_a_file_out_under_either_name(atoll: Atoll) -> None:
     assert (atoll.directory / "app.conf").read_bytes() == b"x=1\n"
     assert atoll.json("cp", "web:/etc/app.conf", str(atoll.directory / "other"))["instance"] == "web-110abc"
     assert (atoll.directory / "other").read_bytes() == b"x=1\n"
+    assert atoll.json("cp", "web:/etc/app.conf", str(atoll.directory / "other"))["bytes"] == 4
     assert "no such file or directory: /nope" in atoll.run("cp", "web:/nope", str(atoll.directory), code=4).stderr
     assert "mkdir -p" in atoll.run("cp", "web:/etc/app.conf", str(atoll.directory / "no" / "where"), code=4).stderr
 
@@ -323,7 +324,9 @@ def test_cp_takes_directories_in(atoll: Atoll) -> None:
     with tarfile.open(fileobj=io.BytesIO(atoll.api.files["web-111abc:/srv/"])) as archive:
         assert archive.getnames() == ["site", "site/sub", "site/sub/page"]
         assert archive.getmember("site/sub/page").uid == 0
-    atoll.run("cp", str(site), "web-111abc:/srv/www")
+    (site / "sub" / "small").write_bytes(b"z" * 12)
+    assert atoll.json("cp", str(site), "web-111abc:/srv/www")["bytes"] == 300_012
+    assert "(12B)" in atoll.run("cp", str(site / "sub" / "small"), "web-111abc:/srv/").stderr
     with tarfile.open(fileobj=io.BytesIO(atoll.api.files["web-111abc:/srv"])) as archive:
         assert archive.getnames()[0] == "www"
     assert "no such file" in atoll.run("cp", str(site / "nope"), "web:/srv/", code=4).stderr

@@ -87,7 +87,7 @@ async def test_exec_takes_input(control: FakeControlPlane) -> None:
     [
         (StreamKind.EXEC, "web-1", {"argv": []}, "invalid"),
         (StreamKind.EXEC, "web-1", {}, "invalid"),
-        (StreamKind.EXEC, "web-1", {"argv": ["missing"]}, "runtime-failed"),
+        (StreamKind.EXEC, "web-1", {"argv": ["missing"]}, "command-not-found"),
         (StreamKind.EXEC, "web-9", {"argv": ["echo"]}, "not-found"),
         (StreamKind.LOGS, "web-9", {}, "not-found"),
         (StreamKind.LOGS, "web-1", {"tail": "many"}, "invalid"),

@@ -44,13 +44,14 @@ def copy_command(find: Finder, *, example: str, help: str) -> click.Command:
             id = await find(client, session.project, name)
             with _Counter(session, f"{source} → {target}") as counter:
                 if there:
-                    await _fetch(client, session.project, id, there[1], Path(target), target.endswith("/"), counter.add)
-                elif here:
-                    await _store(client, session.project, id, Path(source), here[1], counter.add)
+                    size = await _fetch(client, session.project, id, there[1], Path(target), target.endswith("/"), counter.add)
+                else:
+                    assert here  # noqa: S101 - one of the two
+                    size = await _store(client, session.project, id, Path(source), here[1], counter.add)
         if session.json:
-            session.output.json({"source": source, "target": target, "instance": id, "bytes": counter.bytes})
+            session.output.json({"source": source, "target": target, "instance": id, "bytes": size})
         else:
-            session.output.say(f"[green]✓[/] {source} → {target} ({format_bytes(counter.bytes)})")
+            session.output.say(f"[green]✓[/] {source} → {target} ({format_bytes(size)})")
 
     return made
 
@@ -80,10 +81,10 @@ def _remote(text: str) -> tuple[str, str] | None:
 
 
 class _Counter:
-    """Counts bytes, and shows them while they move."""
+    """Counts the bytes of a tar stream, and shows them while they move."""
 
     def __init__(self, session: Session, what: str) -> None:
-        self.bytes = 0
+        self._bytes = 0
         self._what = what
         self._status = session.output.err.status(what) if session.output.err.is_terminal else None
 
@@ -97,12 +98,13 @@ class _Counter:
             self._status.stop()
 
     def add(self, count: int) -> None:
-        self.bytes += count
+        self._bytes += count
         if self._status is not None:
-            self._status.update(f"{self._what} [dim]{format_bytes(self.bytes)}[/]")
+            self._status.update(f"{self._what} [dim]{format_bytes(self._bytes)}[/]")
 
 
-async def _store(client: Client, project: str, id: str, source: Path, target: str, count: Callable[[int], None]) -> None:
+async def _store(client: Client, project: str, id: str, source: Path, target: str, count: Callable[[int], None]) -> int:
+    """Copy into the instance; return how many bytes are in the files."""
     if not source.exists() and not source.is_symlink():
         raise NotFound(f"{source}: no such file or directory")
     into = target.endswith("/")
@@ -111,6 +113,8 @@ async def _store(client: Client, project: str, id: str, source: Path, target: st
     if not name:
         raise Invalid(f"{target}: no name to give to {source}", mend="end DST in / to keep the name")
 
+    sizes: list[int] = []
+
     async def parts() -> AsyncIterator[bytes]:
         pipe = _Pipe()
         packing = asyncio.create_task(asyncio.to_thread(_pack, source, name, pipe))
@@ -118,19 +122,23 @@ async def _store(client: Client, project: str, id: str, source: Path, target: st
             async for part in pipe:
                 count(len(part))
                 yield part
-            await packing
+            sizes.append(await packing)
         finally:
             pipe.close()
             with contextlib.suppress(AtollError, OSError, tarfile.TarError):
                 await packing
 
     await client.put_files(project, id, directory, parts())
+    return sum(sizes)
 
 
-def _pack(source: Path, name: str, pipe: _Pipe) -> None:
-    """Write `source` as a tar stream in which it is called `name`; owners are the instance's root."""
+def _pack(source: Path, name: str, pipe: _Pipe) -> int:
+    """Write `source` as a tar stream in which it is called `name`; owners are the instance's root. Return the size of its files."""
+    size = 0
 
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        nonlocal size
+        size += member.size if member.isreg() else 0
         member.uid = member.gid = 0
         member.uname = member.gname = ""
         return member if member.isreg() or member.isdir() or member.issym() or member.islnk() else None
@@ -141,11 +149,11 @@ def _pack(source: Path, name: str, pipe: _Pipe) -> None:
         pipe.end()
     except OSError as error:
         pipe.end(RuntimeFailed(f"{error.filename or source}: {os.strerror(error.errno or 0).lower()}"))
+    return size
 
 
-async def _fetch(
-    client: Client, project: str, id: str, source: str, target: Path, into: bool, count: Callable[[int], None]
-) -> None:
+async def _fetch(client: Client, project: str, id: str, source: str, target: Path, into: bool, count: Callable[[int], None]) -> int:
+    """Copy out of the instance; return how many bytes are in the files."""
     if into or target.is_dir():
         directory, name = target, None
     else:
@@ -164,14 +172,14 @@ async def _fetch(
         with contextlib.suppress(AtollError, OSError, tarfile.TarError):
             await unpacking
         raise
-    await unpacking
+    return await unpacking
 
 
-def _unpack(pipe: _Pipe, directory: Path, name: str | None) -> None:
+def _unpack(pipe: _Pipe, directory: Path, name: str | None) -> int:
     """Unpack below `directory`; what leads out of it, and devices, are refused. With `name`, the top is called that."""
     try:
         with tarfile.open(mode="r|", fileobj=cast(Any, pipe), bufsize=PART_BYTES) as archive:
-            unpack(archive, directory, top=name)
+            return unpack(archive, directory, top=name)
     except tarfile.TarError as error:
         raise Invalid(f"the instance did not send a tar stream: {error}") from None
     except OSError as error:

@@ -14,8 +14,8 @@ import click
 
 from atoll.cli import names
 from atoll.cli.finding import Finder, of_any, of_sandbox
-from atoll.cli.session import Session, command
-from atoll.model.errors import AtollError, Invalid, Unavailable
+from atoll.cli.session import Session, command, report
+from atoll.model.errors import AtollError, CommandNotFound, Invalid, Unavailable
 from atoll.model.streams import ExecOptions, Kind
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 READ_BYTES = 32_768
 SHELL = ("/bin/sh",)
+EXIT_COMMAND_NOT_FOUND = 127
+"""As a shell says it."""
 
 
 def exec_command(find: Finder, *, kind: str, metavar: str, example: str, help: str) -> click.Command:
@@ -63,6 +65,9 @@ def exec_command(find: Finder, *, kind: str, metavar: str, example: str, help: s
             try:
                 with _raw_terminal() if tty else contextlib.nullcontext():
                     code = await _attend(running, interactive=interactive, tty=tty)
+            except CommandNotFound as error:
+                report(error)
+                code = EXIT_COMMAND_NOT_FOUND
             finally:
                 await running.close()
         click.get_current_context().exit(code)
@@ -77,7 +82,7 @@ execute = exec_command(
     example="atoll exec hello -- ls -l /app\natoll exec -it hello   # a shell\necho hi | atoll exec -i hello -- cat",
     help="""Run a command inside a running instance; its exit status becomes this command's own.
 
-    Of an app, a ready instance is taken. Without a command, a shell.
+    It is 127 for a command that is not there. Of an app, a ready instance is taken. Without a command, a shell.
     """,
 )
 

@@ -17,13 +17,14 @@ MODE_BITS = 0o777
 """What is taken of a file's mode: no setuid, no setgid, no sticky."""
 
 
-def unpack(archive: tarfile.TarFile, directory: Path, *, top: str | None = None) -> None:
+def unpack(archive: tarfile.TarFile, directory: Path, *, top: str | None = None) -> int:
     """Unpack files, directories and links below `directory`, which exists; with `top`, the first part of each name is that.
 
+    Return how many bytes are in the files.
     Owners are the caller's. Links are made as they are and never followed. Raises Invalid for a name that leads out and for
     devices and pipes; OSError, tarfile.TarError. What came before stays.
     """
-    root = directory.resolve()
+    root, size = directory.resolve(), 0
     for member in archive:
         parts = _parts(member.name)
         if top is not None and parts:
@@ -41,6 +42,7 @@ def unpack(archive: tarfile.TarFile, directory: Path, *, top: str | None = None)
             target.unlink()
         if member.isreg():
             _write(archive, member, target)
+            size += member.size
         elif member.issym():
             target.symlink_to(member.linkname)
         elif member.islnk():
@@ -52,6 +54,7 @@ def unpack(archive: tarfile.TarFile, directory: Path, *, top: str | None = None)
             os.link(source, target, follow_symlinks=False)
         else:
             raise Invalid(f"{member.name}: neither file, directory nor link; it is not unpacked here")
+    return size
 
 
 def _parts(name: str) -> list[str]:

@@ -171,6 +171,12 @@ class RuntimeFailed(AtollError):
     status = 500
 
 
+class CommandNotFound(RuntimeFailed):
+    """There is no such command in the instance, or its interpreter is missing; it did not run."""
+
+    code = "command-not-found"
+
+
 BY_CODE: dict[str, type[AtollError]] = {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from atoll.model.errors import RuntimeFailed
+from atoll.model.errors import CommandNotFound
 from atoll.runtimes.signals import signal_number
 
 OUTPUT_CHUNKS_MAX = 64
@@ -84,13 +84,13 @@ class FakeExecution:
 def run_command(argv: tuple[str, ...], *, tty: bool, rows: int, columns: int) -> FakeExecution:
     """Start `true`, `false`, `exit N`, `echo WORDS`, `cat`, `sleep SECONDS`, `sh -c "exit N"`; all else ends with 0.
 
-    Raises RuntimeFailed for `missing` and for no command at all.
+    Raises CommandNotFound for `missing` and for no command at all.
     """
     execution = FakeExecution(tty=tty, rows=rows, columns=columns)
     match argv:
         case () | ("missing", *_):
             name = argv[0] if argv else ""
-            raise RuntimeFailed(f'exec: "{name}": executable file not found in $PATH', mend="check the command and the image")
+            raise CommandNotFound(f'exec: "{name}": executable file not found in $PATH', mend="check the command and the image")
         case ("false", *_):
             execution.end(1)
         case ("exit", code, *_):

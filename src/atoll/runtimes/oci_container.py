@@ -9,7 +9,7 @@ from pathlib import Path
 
 import structlog
 
-from atoll.model.errors import RuntimeFailed
+from atoll.model.errors import CommandNotFound, RuntimeFailed
 from atoll.model.records import Exit, Usage
 from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.cgroup import Group
@@ -20,6 +20,8 @@ LOG_BYTES_MAX = 64 << 10
 UNKNOWN_CODE = 255
 """The exit status where someone killed the shim, and nobody can know it."""
 _NOT_FOUND = ("executable file not found", "no such file or directory")
+_OF_DIRECTORY = ("chdir", "cwd", "working directory")
+"""Words of a tool that could not enter the working directory: the command itself may be there."""
 
 log = structlog.get_logger()
 
@@ -114,12 +116,18 @@ def ending_of(pid: int | None) -> Ending | None:
 def failure(log_path: Path, command: str) -> RuntimeFailed:
     """Return what the runtime's tool logged last as an error that names the command."""
     words = _last_error(log_path) or "the runtime's tool failed without a word"
-    mend = None
-    if any(sign in words.lower() for sign in _NOT_FOUND):
-        mend = f"is {command!r} in the image, and its interpreter too?"
-    elif "OOM" in words or "memory limit" in words:
-        mend = "raise the memory limit"
-    return RuntimeFailed(f"cannot run {command!r}: {words}", mend=mend)
+    return cannot_run(command, words)
+
+
+def cannot_run(command: str, words: str) -> RuntimeFailed:
+    """Return why a command did not start, in a runtime's or the kernel's own `words`: CommandNotFound where they say that."""
+    message, lower = f"cannot run {command!r}: {words}", words.lower()
+    if any(sign in lower for sign in _NOT_FOUND):
+        if any(sign in lower for sign in _OF_DIRECTORY):
+            return RuntimeFailed(message, mend="is the working directory in the image?")
+        return CommandNotFound(message, mend=f"is {command!r} in the image, and its interpreter too?")
+    mend = "raise the memory limit" if "OOM" in words or "memory limit" in words else None
+    return RuntimeFailed(message, mend=mend)
 
 
 def _last_error(path: Path) -> str:

@@ -81,7 +81,7 @@ def exec_channel(options: ExecOptions) -> Channel:
                 await node.send(Kind.STDOUT, f"{rows}x{columns}\n".encode())
                 await node.send(Kind.EXIT, b"0")
             case _:
-                told = ErrorBody(code="runtime-failed", message=f"cannot start {options.argv[0]!r}: no such file or directory")
+                told = ErrorBody(code="command-not-found", message=f"cannot start {options.argv[0]!r}: no such file or directory")
                 await node.send(Kind.ERROR, codec.encode(told))
 
     return FakeChannel(run)

@@ -8,7 +8,8 @@ import os
 import signal
 from typing import Any
 
-from atoll.model.errors import DeadlineExceeded, RuntimeFailed
+from atoll.model.errors import DeadlineExceeded
+from atoll.runtimes.oci_container import cannot_run
 from atoll.runtimes.signals import signal_number
 from atoll.runtimes.vm.channel import DATA_BYTES_MAX, INPUT_WINDOW, GuestChannel, GuestStream, Kind
 
@@ -135,7 +136,7 @@ async def start_beside(
 ) -> GuestExecution:
     """Start `process` (words, see config.py) in the guest; with `size` (rows, columns) it gets a terminal.
 
-    Raises RuntimeFailed, with the command's name, for one that cannot be started; DeadlineExceeded; Exhausted.
+    Raises CommandNotFound, RuntimeFailed, with the command's name, for one that cannot be started; DeadlineExceeded; Exhausted.
     """
     id, stream = channel.stream()
     execution = GuestExecution(channel, id, stream, tty=size is not None)
@@ -153,8 +154,3 @@ async def start_beside(
         channel.forget(id)
         raise cannot_run(name, why)
     return execution
-
-
-def cannot_run(name: str, why: str) -> RuntimeFailed:
-    mend = f"is {name!r} in the image, and its interpreter too?" if "No such file" in why else None
-    return RuntimeFailed(f"cannot run {name!r}: {why}", mend=mend)

@@ -37,7 +37,7 @@ from atoll.runtimes.cgroup import Cgroups, Group
 from atoll.runtimes.loop_disk import copy_written
 from atoll.runtimes.oci import process as oci_process
 from atoll.runtimes.oci_box import OciBoxes
-from atoll.runtimes.oci_container import UNKNOWN_CODE, Container, failure
+from atoll.runtimes.oci_container import UNKNOWN_CODE, Container, cannot_run, failure
 from atoll.runtimes.oci_runtime import EXECUTIONS_MAX, START_S_MAX, OciRuntime
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_name, signal_number
@@ -47,7 +47,7 @@ from atoll.runtimes.users import User
 from atoll.runtimes.vm.boxes import VmBoxes, VmPlan, load_plan, user_of
 from atoll.runtimes.vm.channel import GuestChannel, Kind
 from atoll.runtimes.vm.config import process_words, read_ending, refreshing
-from atoll.runtimes.vm.execution import GuestExecution, cannot_run, start_beside
+from atoll.runtimes.vm.execution import GuestExecution, start_beside
 from atoll.runtimes.vm.files import GuestFiles
 from atoll.runtimes.vm.jail import LOG, Jail, jail_command
 from atoll.runtimes.vm.kernel import PLACES, GuestKernel, find_kernel, prepare_kernel
