@@ -191,6 +191,13 @@ async def test_scaling_an_app_that_scales_by_a_metric_sets_the_least(service: Se
     assert (stopped.app.replicas, stopped.app.most) == (0, None)
 
 
+async def test_who_scales_beyond_the_most_is_told_by_what_the_app_scales(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec(scale=Scale(max=4, concurrency=8, cpu=0.5)))
+    with pytest.raises(Invalid) as caught:
+        await service.apps.scale("default", "web", 9)
+    assert caught.value.mend == "it scales by concurrency and cpu, and this is the least; deploy it with a larger scale.max"
+
+
 async def test_a_deploy_without_scale_keeps_the_number_that_the_metric_had_asked_for(service: Service) -> None:
     await service.apps.put(SYSTEM, app_spec(scale=DEEP, metrics=Metrics()))
     status = AppStatus(project="default", name="web", phase=AppPhase.RUNNING, release=1, scaled=3)

@@ -24,6 +24,7 @@ from atoll.model.records import App, AppStatus, Ingress, Instance, Release
 from atoll.model.records.certificate import CertificateStatus
 from atoll.model.rollouts import RolloutOrder, RolloutPhase
 from atoll.model.spec import AppSpec, Issuer, Strategy, check_app, check_gang_of
+from atoll.model.spec.sources import sources_of
 from atoll.model.views import AppView, Page
 from atoll.store.cache import Held
 
@@ -431,12 +432,15 @@ def _metric(spec: AppSpec) -> str | None:
 
 
 def _check_most(spec: AppSpec, replicas: int) -> None:
-    most = None if spec.scale is UNSET else spec.scale.max
+    if spec.scale is UNSET:
+        return
+    most = spec.scale.max
     if most is not None and replicas > most:
+        sources = " and ".join(sources_of(spec.scale))
         raise Invalid(
             f"replicas: {replicas} is above the app's scale.max, {most}",
             field="replicas",
-            mend="it scales by a metric, and this is the least; deploy it with a larger scale.max",
+            mend=f"it scales by {sources}, and this is the least; deploy it with a larger scale.max",
         )
 
 
