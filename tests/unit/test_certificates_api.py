@@ -18,6 +18,7 @@ from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
 from atoll.model.certificates import AcmeRequest, CertificateBatch, CertificateRequest, ChallengeAnswer
 from atoll.model.chains import check_chain
+from atoll.model.errors import Invalid
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import Ingress, Role, RouteClaim
 from atoll.model.records.certificate import AcmeSettings, Certificate, CertificatePhase, CertificateSource, CertificateStatus
@@ -387,4 +388,33 @@ async def test_an_app_that_asks_for_a_certificate_is_named_by_its_https_url_too_
     )
     await api.put(keys.certificate_status("web.apps.test"), signed)
     assert await urls(Issuer.OWN) == (secure, plain)
-    assert (await urls(Issuer.ACME, "web.internal"))[2:] == ("http://web.internal:8080/",), "no authority signs it"
+    assert (await urls(Issuer.ACME, "web.internal"))[-1:] == ("http://web.internal:8080/",), "no authority signs it"
+
+
+@pytest.mark.parametrize(
+    ("domain", "hosts", "refused"),
+    [
+        ("localhost", (), True),
+        ("localhost", ("web.internal", "*.a.test"), True),
+        ("localhost", ("web.test",), False),
+        ("apps.test", (), False),
+    ],
+)
+async def test_acme_is_refused_to_an_app_none_of_whose_hostnames_a_public_authority_can_sign(
+    domain: str, hosts: tuple[str, ...], refused: bool
+) -> None:
+    store = MemoryStore()
+    async with (
+        State(store, KINDS) as state,
+        Service(store, state, SystemClock(), random.Random(1), bytes(32), domain=domain) as made,
+    ):
+        routes = tuple(Route(host=host) for host in hosts)
+        rules = IngressRules(certificate=Issuer.ACME, https_only=True)
+        spec = AppSpec(name="web", image="x.test/web:1", ports=(Port(port=80),), routes=routes, ingress=rules)
+        if not refused:
+            await made.apps.put(SYSTEM, spec)
+            return
+        with pytest.raises(Invalid, match=r"web\.localhost") as caught:
+            await made.apps.put(SYSTEM, spec)
+        assert caught.value.field == "ingress.certificate"
+        assert "own" in (caught.value.mend or "")

@@ -406,6 +406,18 @@ async def test_an_app_that_asks_has_its_hostnames_signed_and_they_go_with_it(cel
 
 
 @virtual
+async def test_an_app_that_asks_while_no_authority_is_chosen_is_told_so_and_signed_once_one_is(cell: Cell) -> None:
+    cell.lead()
+    await cell.app("web", Issuer.ACME, "early.test")
+    failed = await cell.until("early.test", CertificatePhase.FAILED)
+    assert failed.app == "web"
+    assert "no ACME authority is chosen" in failed.error
+    assert cell.events("early.test") == ["certificate-failed"]
+    await cell.choose()
+    await cell.until("early.test", CertificatePhase.VALID)
+
+
+@virtual
 async def test_what_was_added_goes_before_what_an_app_asks_for(cell: Cell) -> None:
     cell.lead()
     await cell.wish("*.wild.test", CertificateSource.FILE, chain="x", sealed=b"x", not_after=START + 60 * DAY_S)

@@ -52,7 +52,7 @@ class CertificateTable(Mapping[str, Resource]):
         return None
 
     def serves(self, host: str) -> bool:
-        """Whether a route to `host` can be had with TLS, one to a wildcard where a name below it can. Thought so until all is told."""
+        """Whether a route to `host` can be had with TLS, to a wildcard where one below it can; thought so until all is told."""
         return not self.whole or self.material(host) is not None or (host.startswith("*.") and self._below[host] > 0)
 
     def apply(self, batch: CertificateBatch) -> tuple[set[Name], set[str]]:

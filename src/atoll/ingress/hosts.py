@@ -130,7 +130,7 @@ def _without_certificate(path: str, leg: Leg, host: str) -> route_components_pb2
     """Refuse what came without TLS, as nobody could be served with it either."""
     route = _plain(path, leg)
     route.direct_response.status = 503
-    words = f"{host} is served with TLS only, and has no certificate yet: `atoll certificates` says why"
+    words = f"{host} is served with TLS only, and has no certificate now: `atoll certificates` lists those to come"
     route.direct_response.body.inline_string = words
     return route
 

@@ -86,6 +86,7 @@ class Apps:
         held = self._state.get(App, f"{spec.project}/{spec.name}")
         check_match(held, if_match, f"app '{spec.name}'")
         claims.check_hosts(self._context, spec)
+        self._check_certificate(spec)
         check_host_ports(self._context, spec)
         check_secrets(self._context, spec)
         check_dependencies(self._context, spec, beside or {})
@@ -319,6 +320,18 @@ class Apps:
         elif app.replicas == old.replicas and spec == old.spec:
             return Draft(answer=lambda _: self._view(held))
         return self._draft(app, held, compare, ops)
+
+    def _check_certificate(self, spec: AppSpec) -> None:
+        """Raise Invalid where ACME is asked for and could sign none of the app's hostnames."""
+        if spec.ingress is None or spec.ingress.certificate is not Issuer.ACME:
+            return
+        hosts = [host.host for host in claims.hosts_of(spec, self._context.domain)]
+        if not any(provable(host) for host in hosts):
+            raise Invalid(
+                f"ingress.certificate: no public authority can sign {', '.join(hosts[:3])} over HTTP",
+                field="ingress.certificate",
+                mend="take certificate = 'own', or add a route with a public hostname",
+            )
 
     def _check_ports(self, old: App, spec: AppSpec) -> None:
         """Raise Invalid where a canary would answer at another port than what serves: a share of the requests goes to one port."""
