@@ -46,7 +46,7 @@ class LxcBoxes(OciBoxes):
             lines = configuration_lines(
                 config,
                 netns=box.netns,
-                cgroups=self._cgroups,
+                cgroups=self.cgroups,
                 point=lambda path, directory: make_point(root, path, directory=directory, owner=owner),
             )
         write_private(box.directory / CONFIG, lines.encode(errors="surrogateescape"))
@@ -85,7 +85,7 @@ class LxcBoxes(OciBoxes):
 
     def monitor_group(self, id: str) -> Group:
         """Return the group where LXC's own process is while it starts the instance."""
-        return self._cgroups.group(f"{self._cgroup}/{MONITOR}{id}")
+        return self.cgroups.group(f"{self._cgroup}/{MONITOR}{id}")
 
     def remove_monitor(self, id: str) -> None:
         """Remove what LXC's process, which has ended, left of itself. Safe to repeat. Raises RuntimeFailed."""
@@ -96,7 +96,7 @@ class LxcBoxes(OciBoxes):
         self.monitor_group(record.id).kill()
         super().clean(record)
         self.remove_monitor(record.id)
-        for path in self._cgroups.group(PIVOT).directories:
+        for path in self.cgroups.group(PIVOT).directories:
             with contextlib.suppress(OSError):  # not there, or in use
                 path.rmdir()
 

@@ -83,7 +83,7 @@ class OciBoxes:
         self.idmaps = IdMaps(slots)
         self.boot_id = boot_id()
         self._cgroup = cgroup.rstrip("/")
-        self._cgroups = cgroups
+        self.cgroups = cgroups
         self._threads_beside = threads_beside
         self._own_tmp = own_tmp
         self._places_mounts = places_mounts
@@ -104,7 +104,7 @@ class OciBoxes:
         return self._roots / id / "root"
 
     def group(self, id: str) -> Group:
-        return self._cgroups.group(f"{self._cgroup}/{id}")
+        return self.cgroups.group(f"{self._cgroup}/{id}")
 
     def make(self, box: Box, *, snapshot: Path | None = None) -> BoxRecord:
         """Make all of `box`, with the disk of the snapshot in `snapshot` if there is one.
@@ -153,7 +153,7 @@ class OciBoxes:
         for fifo in (box.stdout, box.stderr):
             # So that the process can open /dev/stdout by name, whoever it is.
             os.chown(fifo, (base_id or 0) + user.uid, (base_id or 0) + user.gid)
-        resources = self._cgroups.resources(box.limits)
+        resources = self.cgroups.resources(box.limits)
         resources["pids"]["limit"] = max(START_PIDS_MIN, box.limits.pids + self._threads_beside)
         resources["cpu"]["quota"] = max(START_CPU_QUOTA_US_MIN, resources["cpu"]["quota"])
         resources["devices"] += device_rules(box.devices)
@@ -255,7 +255,7 @@ class OciBoxes:
         self.idmaps.close()
         if self.filter is not None:
             self.filter.close()
-        for path in (self._roots, *self._cgroups.group(self._cgroup).directories):
+        for path in (self._roots, *self.cgroups.group(self._cgroup).directories):
             with contextlib.suppress(OSError):  # not empty: instances live on
                 path.rmdir()
 

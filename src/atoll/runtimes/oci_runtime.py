@@ -24,6 +24,7 @@ from atoll.model.spec import RuntimeName
 from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.exec_tool import ExecTool, Inner, OciExecTool
+from atoll.runtimes.moving import foretell
 from atoll.runtimes.oci_box import NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
 from atoll.runtimes.oci_exec import OciExecution, start_execution
@@ -208,7 +209,10 @@ class OciRuntime:
         if len(self._executions) >= EXECUTIONS_MAX:
             raise Exhausted(f"{EXECUTIONS_MAX} commands run beside instances on this node")
         base_id = None if container.record.slot is None else boxes.idmaps.base(container.record.slot)
+        inner = self.inner(boxes, id)
         async with self._starts:
+            if inner is None:  # else another kernel runs it
+                asyncio.get_running_loop().run_in_executor(self._threads, foretell, boxes.cgroups)
             execution = await start_execution(
                 container.record.directory,
                 self.exec_tool(boxes, container),
@@ -218,7 +222,7 @@ class OciRuntime:
                 user=user,
                 size=(rows, columns) if tty else None,
                 base_id=base_id,
-                inner=self.inner(boxes, id),
+                inner=inner,
                 filter=boxes.filter,
             )
         self._executions.add(execution)
