@@ -129,16 +129,16 @@ async def test_a_hostname_of_another_project_is_refused_and_its_owner_named_to_w
     assert "another project" in message
     assert "default" not in message
     assert "project 'default'" in (await api.refused(await api.add("ours.test", project="team")))[2]
-    await api.put(keys.route("claimed.test", "/"), RouteClaim(project="default", app="web"))
-    assert (await api.refused(await api.add("claimed.test", who="stranger", project="team")))[0] == 409
+    await api.put(keys.route("claimed.a.test", "/"), RouteClaim(project="default", app="web"))
+    assert (await api.refused(await api.add("claimed.a.test", who="stranger", project="team")))[0] == 409
     # A wildcard would be shown for what others own below it.
-    assert (await api.refused(await api.add("*.test", who="stranger", project="team")))[0] == 409
+    assert (await api.refused(await api.add("*.a.test", who="stranger", project="team")))[0] == 409
     assert (await api.add("*.elsewhere.test", who="stranger", project="team")).status_code == 200
     # And a hostname that a wildcard of another's app leads.
     await api.put(keys.route("*.wild.test", "/"), RouteClaim(project="default", app="web"))
     assert (await api.refused(await api.add("a.b.wild.test", who="stranger", project="team")))[0] == 409
     # A part of a path or of a name is not the hostname itself.
-    assert (await api.add("unclaimed.test", who="stranger", project="team")).status_code == 200
+    assert (await api.add("unclaimed.a.test", who="stranger", project="team")).status_code == 200
 
 
 async def test_under_the_cells_domain_each_project_has_its_part(api: Api) -> None:
@@ -418,3 +418,14 @@ async def test_acme_is_refused_to_an_app_none_of_whose_hostnames_a_public_author
             await made.apps.put(SYSTEM, spec)
         assert caught.value.field == "ingress.certificate"
         assert "own" in (caught.value.mend or "")
+
+
+@pytest.mark.parametrize("source", ["own", "file"])
+async def test_a_wildcard_over_a_single_label_is_refused_and_one_over_two_is_not(api: Api, source: str) -> None:
+    async def put(host: str) -> httpx.Response:
+        return await (api.add(host) if source == "file" else api.call("PUT", f"{ALL}/{host}", {"source": source}))
+
+    status, field, words = await api.refused(await put("*.localhost"))
+    assert (status, field) == (400, "host")
+    assert "single label" in words
+    assert (await put("*.team.localhost")).status_code == 200

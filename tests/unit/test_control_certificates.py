@@ -431,6 +431,23 @@ async def test_what_was_added_goes_before_what_an_app_asks_for(cell: Cell) -> No
 
 
 @virtual
+async def test_what_an_app_asked_for_and_has_is_kept_beside_a_wildcard_that_is_added_later(cell: Cell) -> None:
+    cell.lead()
+    await cell.app("web", Issuer.OWN, "a.wild.test", "shop.localhost")
+    before = await cell.until("a.wild.test", CertificatePhase.VALID)
+    await cell.until("shop.localhost", CertificatePhase.VALID)
+    for wildcard in ("*.wild.test", "*.localhost"):
+        await cell.wish(wildcard, CertificateSource.OWN)
+        await cell.until(wildcard, CertificatePhase.VALID)
+    await cell.app("web", Issuer.OWN, "a.wild.test", "b.wild.test", "shop.localhost", "late.localhost")
+    await cell.until("late.localhost", CertificatePhase.VALID)  # clients take no certificate for *.localhost
+    await asyncio.sleep(5)
+    assert cell.status("a.wild.test") == before
+    assert cell.status("shop.localhost") is not None
+    assert cell.status("b.wild.test") is None, "the wildcard's is shown"
+
+
+@virtual
 async def test_the_end_of_a_certificate_from_files_is_said_in_time_and_not_of_one_that_was_renewed(cell: Cell) -> None:
     cell.lead()
     for host, days in (("a.test", 14), ("b.test", 3), ("c.test", 0), ("d.test", 14), ("e.test", 30)):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from atoll.model.certificates import provable, wildcard_of, wildcards_over
+from atoll.model.certificates import provable, too_wide, wildcard_of, wildcards_over
 from atoll.model.records import App, RouteClaim
-from atoll.model.records.certificate import Certificate, CertificateSource
+from atoll.model.records.certificate import Certificate, CertificateSource, CertificateStatus
 from atoll.model.spec import Issuer
 from atoll.store.cache import State
 
@@ -30,7 +30,7 @@ def wishes_of(state: State) -> dict[str, Wish]:
                 continue
             for place in state.found(RouteClaim, app_of, key):
                 host = place.partition("/")[0]
-                if _asked_for(state, host, app.record.project, source):
+                if _asked_for(state, host, app.record, source):
                     found[host] = Wish(host=host, project=app.record.project, source=source, app=app.record.name)
     for host, held in state.records(Certificate).items():
         if not held.record.shared and _answering(state, host) not in (None, held.record.project):
@@ -39,12 +39,18 @@ def wishes_of(state: State) -> dict[str, Wish]:
     return found
 
 
-def _asked_for(state: State, host: str, project: str, source: CertificateSource) -> bool:
-    """Whether an app's hostname has none yet, and can have one from that source."""
+def _asked_for(state: State, host: str, app: App, source: CertificateSource) -> bool:
+    """Whether an app's hostname can have one from that source, and has none of a wildcard; one that it has by now is kept."""
     if source is CertificateSource.ACME and not provable(host):
         return False
-    wild = state.get(Certificate, wildcard_of(host))
-    return wild is None or not (wild.record.shared or wild.record.project == project)
+    wildcard = wildcard_of(host)
+    wild = state.get(Certificate, wildcard)
+    if wild is None or too_wide(wildcard) or not (wild.record.shared or wild.record.project == app.project):
+        return True
+    status = state.get(CertificateStatus, host)
+    return (
+        status is not None and (status.record.project, status.record.app) == (app.project, app.name) and bool(status.record.chain)
+    )
 
 
 def _answering(state: State, host: str) -> str | None:

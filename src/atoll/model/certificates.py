@@ -151,6 +151,11 @@ def provable(host: str) -> bool:
     return "." in host and not host.startswith("*.") and host.rpartition(".")[2] not in LOCAL
 
 
+def too_wide(host: str) -> bool:
+    """Whether `host` is a wildcard over a single label, which clients take for no name (as public suffixes: RFC 6125, 7.2)."""
+    return host.startswith("*.") and "." not in host.removeprefix("*.")
+
+
 def wildcard_of(host: str) -> str:
     """Return the wildcard that covers `host`: that with one label less (RFC 6125, 6.4.3)."""
     return f"*.{host.partition('.')[2]}"

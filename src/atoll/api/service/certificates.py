@@ -16,6 +16,7 @@ from atoll.model.certificates import (
     CertificateRequest,
     CertificateView,
     check_host,
+    too_wide,
     wildcard_of,
 )
 from atoll.model.chains import Described, check_chain, describe
@@ -68,6 +69,9 @@ class Certificates:
         another project's, Exhausted.
         """
         check_host(host)
+        if too_wide(host):
+            mend = f"name each hostname, or a wildcard with two labels, e.g. *.example.{host.removeprefix('*.')}"
+            raise Invalid(f"host: clients take no certificate for {host}, a wildcard over a single label", field="host", mend=mend)
         chain, key, not_after = "", b"", 0.0
         if wish.source is CertificateSource.FILE:
             checked = check_chain(host, wish.chain, wish.key, self._context.clock.now())
