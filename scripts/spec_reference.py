@@ -218,7 +218,10 @@ MEANING: dict[str, tuple[str, str]] = {
         "Who signs for its hostnames that have no certificate: `own` or `acme`; see [certificates.md](certificates.md).",
         'certificate = "acme"',
     ),
-    "IngressRules.https_only": ("What comes without TLS is led to the same URL with it (308).", "https_only = true"),
+    "IngressRules.https_only": (
+        "What comes without TLS is led to the same URL with it (308); 503 while there is no certificate.",
+        "https_only = true",
+    ),
     "IngressRules.instance_tls": (
         "The instances speak TLS themselves, and are known by this; the table below. Else plainly.",
         "[ingress.instance_tls]",
