@@ -452,7 +452,8 @@ def test_a_project_keeps_its_apps_to_itself(atoll: Atoll) -> None:
 
 def test_images_in_use_are_listed(atoll: Atoll) -> None:
     atoll.deploy()
-    assert atoll.json("image", "list") == [{"image": "registry.example/web:1", "used_by": ["web"]}]
+    assert atoll.json("image", "list") == [{"image": "registry.example/web:1", "tags": ["1"], "used_by": ["web"]}]
+    assert atoll.run("image", "list").stdout.splitlines()[1].split() == ["web", "1", "registry.example/web:1"]
     assert "no such file" in atoll.run("image", "import", "/no/such", "--name", "x", code=4).stderr
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ import click
 
 from atoll.cli.session import Session, command, group
 from atoll.cli.untar import unpack
-from atoll.model.errors import ImageError, NotFound
+from atoll.model.errors import AtollError, ImageError, NotFound
 
 if TYPE_CHECKING:
     from atoll.model.spec import Workload
@@ -105,7 +107,8 @@ def _unpacked(source: Path, target: Path) -> Path:
 
 @command(name="list", example="atoll image list")
 async def list_images(session: Session) -> None:
-    """List what the project's apps and jobs run, and where from."""
+    """List the images that the project's apps and jobs run, with the tags that name them: NAME:TAG stands for the image in a
+    spec, and with --image."""
     async with session.client() as client:
         apps = await client.apps(session.project)
         jobs = await client.jobs(session.project)
@@ -117,11 +120,39 @@ async def list_images(session: Session) -> None:
         for volume in spec.volumes:
             if volume.image is not None:
                 used.setdefault(volume.image, []).append(f"{name} (volume {volume.name})")
+    tags = await _tags(session, used)
     if session.json:
-        session.output.json([{"image": image, "used_by": by} for image, by in sorted(used.items())])
+        session.output.json([{"image": image, "tags": tags.get(image, ()), "used_by": by} for image, by in sorted(used.items())])
         return
-    rows = [(", ".join(by), image) for image, by in sorted(used.items())]
-    session.output.table(("USED BY", "IMAGE"), rows, empty=f"project '{session.project}' runs no image")
+    rows = [(", ".join(by), ", ".join(tags.get(image, ())) or "–", image) for image, by in sorted(used.items())]
+    session.output.table(("USED BY", "TAGS", "IMAGE"), rows, empty=f"project '{session.project}' runs no image")
+
+
+async def _tags(session: Session, images: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return image → its tags: the one that it names, else what the cell's registry says of its digest."""
+    from atoll.cli.building import registries
+    from atoll.images.reference import CELL_HOST, parse
+    from atoll.images.tags import tags_of
+
+    found: dict[str, tuple[str, ...]] = {}
+    unnamed: dict[str, dict[str, str]] = {}
+    for image in images:
+        try:
+            reference = parse(image)
+        except ImageError:
+            continue  # none, or of a registry that only the nodes know
+        if reference.tag is not None:
+            found[image] = (reference.tag,)
+        elif reference.host == CELL_HOST and reference.digest is not None:
+            unnamed.setdefault(reference.repository, {})[reference.digest] = image
+    if not unnamed:
+        return found
+    with contextlib.suppress(AtollError):  # what runs is told without them, too
+        async with registries(session) as known:
+            for repository, by_digest in unnamed.items():
+                named = await tags_of(known, f"{CELL_HOST}/{repository}", by_digest)
+                found |= {by_digest[digest]: tags for digest, tags in named.items()}
+    return found
 
 
 for _each in (import_image, list_images):
