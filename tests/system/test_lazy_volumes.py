@@ -8,6 +8,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import signal
 import threading
 import time
@@ -102,6 +103,7 @@ def world(scratch: ScratchAtoll, tmp_path: Path) -> Iterator[World]:
     world = World(scratch, tmp_path)
     yield world
     unmount(world.lazy.paths.mount, MNT_DETACH)
+    shutil.rmtree(world.lazy.paths.images, ignore_errors=True)  # else a copy of the mount in another's namespace would be served on
     until(lambda: [1] if not world.pids("lazy") else [])
 
 

@@ -13,6 +13,7 @@ from atoll.control.analysis import Outcome, Verdict, decide_analysis
 from atoll.control.apps import AppFacts, decide_app
 from atoll.control.rollouts import Plan, RolloutFacts, canary_count, decide_rollout
 from atoll.model.errors import Invalid
+from atoll.model.evacuation import Evacuation
 from atoll.model.records import App, AppPhase, AppStatus, Instance, OwnerKind, Status
 from atoll.model.rollouts import RolloutOrder, RolloutPhase, RolloutStatus
 from atoll.model.spec import Analysis, AppSpec, CanaryStep, Health, Port, Rollout, Strategy, check_app
@@ -426,3 +427,26 @@ def test_a_canary_takes_no_old_instance_away_that_the_surge_has_room_for() -> No
     (status,) = (a.status for a in half.actions if isinstance(a, WriteAppStatus))
     assert status.rollout is not None
     assert status.rollout.weights == {2: 50, 1: 50}
+
+
+def test_what_is_kept_without_requests_leaves_a_drained_node_at_once_and_lets_nothing_that_serves_go() -> None:
+    """Seed 18: a node was drained just after a blue-green switch, and what was kept counted as serving."""
+    drained = Evacuation(why="it is being drained", since=NOW - 1, deadline=NOW + 300)
+    last = RolloutStatus(
+        release=2,
+        stable=1,
+        strategy=Strategy.BLUE_GREEN,
+        weight=100,
+        since=NOW - 5,
+        phase=RolloutPhase.KEEPING,
+    )
+    there = [*(seen(f"o{n}", 1) for n in range(4)), *(seen(f"n{n}", 2) for n in range(4))]
+    moving = [structs.replace(one, evacuation=drained) if one.instance.id in ("o0", "n0") else one for one in there]
+    made = decide(BLUE_GREEN, moving, last, status={"phase": AppPhase.RUNNING, "served_release": 2})
+    assert [a.instance.id for a in made.actions if isinstance(a, Update)] == ["o0"]
+    without = [one for one in moving if one.instance.id != "o0"]
+    made = decide(BLUE_GREEN, without, last, status={"phase": AppPhase.RUNNING, "served_release": 2})
+    assert [a.instance.release for a in made.actions if isinstance(a, Create)] == [2]
+    then = [*(one for one in moving if one.instance.id != "o0"), seen("n4", 2)]
+    made = decide(BLUE_GREEN, then, last, status={"phase": AppPhase.RUNNING, "served_release": 2})
+    assert [a.instance.id for a in made.actions if isinstance(a, Update)] == ["n0"]

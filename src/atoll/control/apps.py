@@ -210,16 +210,20 @@ class _Step:
         return rollout.served if rollout.failed else None
 
     def _fill(self, rollout: Rollout) -> None:
-        """Make what is missing: of the release before where it is kept, then of the wanted one."""
+        """Make what is missing: of the release before, then of the wanted one; the other way round where that one serves alone."""
         before = self._before(rollout)
         missing = self._missing()
+        alone = self.plan.status is not None and self.plan.status.phase is RolloutPhase.KEEPING
+        if alone:
+            self._create(Kind(self.release, self.app.generation), missing, self._due(current=True))
         if before is not None and before in self.facts.specs and before != self.release:
             self._create(Kind(before, self.app.generation), self._missing_before(rollout), self._due(current=False))
             missing = self._missing()
             if not self.plan.old:
                 # One of the failed release is enough to see whether it has come round.
                 missing = min(missing, 1 - len(self.new) - sum(self._current(seen) for seen in self.waiting))
-        self._create(Kind(self.release, self.app.generation), missing, self._due(current=True))
+        if not alone:
+            self._create(Kind(self.release, self.app.generation), missing, self._due(current=True))
 
     def _due(self, *, current: bool) -> list[Seen]:
         return [seen for seen in self.due if self._current(seen) is current]
@@ -313,7 +317,14 @@ class _Step:
         """Take away as many of those on sick devices, or on nodes that are to be empty, as others serve in their place."""
         no_room = bool(self.sick) and evacuation.find_no_room(self.new, self.decision)
         least = budget.least_in_move(self.app.spec, self.wanted, no_room=no_room)
-        while self.sick and self._serving() > least:
+        weights = self.plan.status.weights if self.plan.status is not None else {}
+        # What a rollout by shares keeps without requests serves nobody: it goes at once, and lets nothing else go.
+        idle = [seen for seen in self.sick if weights and not weights.get(seen.instance.release)]
+        kept = sum(seen.ready for seen in self.old if weights and not weights.get(seen.instance.release))
+        self.sick = idle + [seen for seen in self.sick if seen not in idle]
+        for _ in range(len(self.sick)):
+            if self.sick[0] not in idle and self._serving() - kept <= least:
+                break
             seen = self.sick.pop(0)
             self.ready = [other for other in self.ready if other is not seen]
             self._replace(seen, drain_s=self.facts.drain_s(seen))

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from atoll.model.errors import NotFound
 from atoll.runtimes.exec_tool import ExecFiles, ExecTool, Inner, inner_file
 from atoll.runtimes.oci import process as oci_process
 from atoll.runtimes.oci_box import NETNS, SavedConfig, load_config, user_in, write_private
@@ -139,7 +140,8 @@ class OciExecution:
         if self._closed:
             return
         self._closed = True
-        await self._send(signal.SIGKILL)
+        with contextlib.suppress(NotFound):  # with its instance it went, too
+            await self._send(signal.SIGKILL)
         with contextlib.suppress(TimeoutError):  # in a paused instance even this signal waits; the shim then does the rest
             await asyncio.wait_for(asyncio.shield(self._code), CLOSE_S_MAX)
         self._launch.close()
