@@ -33,7 +33,7 @@ from atoll.model.ports.devices import DeviceEvent, Hardware, Trouble
 from atoll.model.spec import Gpu, GpuCapability, RuntimeName
 
 WAIT_S = 30.0
-HANG_S = 0.3
+HANG_S = 1.5
 KINDS = ("fake", "nvidia-stand-in", "amd", "intel", "nvidia")
 
 
