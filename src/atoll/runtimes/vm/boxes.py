@@ -128,7 +128,7 @@ class VmBoxes(OciBoxes):
         self.userns = False
         self.images = ImageDisks(directory / "images")
         self._cgroup = cgroup.rstrip("/")
-        self._cgroups = cgroups
+        self.cgroups = cgroups
         self._overhead_bytes = overhead_bytes
         self._monitor_pids = monitor_pids
         self._templates: dict[int, Template] = {}
@@ -280,7 +280,7 @@ class VmBoxes(OciBoxes):
 
     def close(self) -> None:
         self.idmaps.close()
-        for path in self._cgroups.group(self._cgroup).directories:
+        for path in self.cgroups.group(self._cgroup).directories:
             with contextlib.suppress(OSError):  # not empty: instances live on
                 path.rmdir()
 
