@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from control_cell import LoopClock, run_virtual
+from faked_agent import running_agent
 
-from atoll.images.fake import FakeImages
 from atoll.model.records import Assignment, Instance, OwnerKind
 from atoll.model.spec import AppSpec, Lost, Restart, RuntimeName, Stop
 from atoll.model.units import Seconds
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
 from atoll.node.contact import Contact
-from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
+from atoll.node.fake import FakeControlPlane, MemoryLogs
 from atoll.node.record import MemoryRecord
-from atoll.runtimes.fake import FakeHost, FakeRuntime
+from atoll.runtimes.fake import FakeHost
 
 LIMIT_S = 30.0
 
@@ -34,28 +33,16 @@ class Machine:
         self.links = FakeNetworkState()
         self.record = MemoryRecord()
 
-    @asynccontextmanager
-    async def agent(self) -> AsyncIterator[Agent]:
-        agent = Agent(
-            node="n1",
-            control=self.control,
-            runtimes=[FakeRuntime(self.host)],
-            images=FakeImages(),
+    def agent(self) -> AbstractAsyncContextManager[Agent]:
+        return running_agent(
+            self.control,
+            self.host,
+            self.data,
+            self.clock,
             network=FakeNetwork(self.links),
-            clock=self.clock,
-            random=random.Random(1),
-            data=self.data,
             record=self.record,
             logs=MemoryLogs(self.data),
-            prober=FakeProber(),
-            machine=FakeMachine(),
         )
-        task = asyncio.create_task(agent.run())
-        try:
-            yield agent
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     async def assign_both(self) -> None:
         for id, lost in (("once", Lost(stop_after_disconnect=Seconds(LIMIT_S))), ("any", Lost())):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 from control_cell import LoopClock, run_virtual
+from faked_agent import running_agent
 from msgspec.structs import replace
 
-from atoll.images.fake import FakeImages
 from atoll.model.ports.control_plane import Channel, StreamKind, StreamRequest
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
 from atoll.model.spec import JobSpec, RuntimeName
@@ -22,9 +22,9 @@ from atoll.model.units import Seconds
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
 from atoll.node.attend import WARM_S
-from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
+from atoll.node.fake import FakeControlPlane
 from atoll.node.record import MemoryRecord
-from atoll.runtimes.fake import FakeHost, FakeRuntime
+from atoll.runtimes.fake import FakeHost
 
 ID = "try-1"
 LIMIT_S = 600.0
@@ -39,28 +39,8 @@ class World:
         self.links = FakeNetworkState()
         self.memory = MemoryRecord()
 
-    @asynccontextmanager
-    async def agent(self) -> AsyncIterator[Agent]:
-        agent = Agent(
-            node="n1",
-            control=self.control,
-            runtimes=[FakeRuntime(self.host)],
-            images=FakeImages(),
-            network=FakeNetwork(self.links),
-            clock=CLOCK,
-            random=random.Random(1),
-            data=self.data,
-            record=self.memory,
-            logs=MemoryLogs(),
-            prober=FakeProber(),
-            machine=FakeMachine(),
-        )
-        task = asyncio.create_task(agent.run())
-        try:
-            yield agent
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    def agent(self) -> AbstractAsyncContextManager[Agent]:
+        return running_agent(self.control, self.host, self.data, CLOCK, network=FakeNetwork(self.links), record=self.memory)
 
     async def sandbox(self, *, standby: bool = False, pool: int | None = None, limit_s: float | None = LIMIT_S) -> Assignment:
         """Have one run."""

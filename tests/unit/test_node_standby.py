@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from control_cell import LoopClock, run_virtual
+from faked_agent import running_agent
 from msgspec.structs import replace
 
 from atoll.devices.fake import FakeHardware
 from atoll.devices.node import NodeDevices
-from atoll.images.fake import FakeImages
 from atoll.model.devices import GpuGrant
 from atoll.model.errors import RuntimeFailed
 from atoll.model.ports.runtime import Box
@@ -25,9 +24,9 @@ from atoll.model.states import Desired, Phase
 from atoll.model.units import Bytes, Seconds, format_bytes
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
-from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
+from atoll.node.fake import FakeControlPlane, FakeMachine
 from atoll.node.record import MemoryRecord
-from atoll.runtimes.fake import Behaviour, FakeHost, FakeRuntime
+from atoll.runtimes.fake import Behaviour, FakeHost
 
 CLOCK = LoopClock()
 GIB = 1 << 30
@@ -53,29 +52,17 @@ class World:
         self.pids = {PID: 8 * GIB}
         """Its processes that use the device → how much of it."""
 
-    @asynccontextmanager
-    async def agent(self) -> AsyncIterator[Agent]:
-        agent = Agent(
-            node="n1",
-            control=self.control,
-            runtimes=[FakeRuntime(self.host)],
-            images=FakeImages(),
+    def agent(self) -> AbstractAsyncContextManager[Agent]:
+        return running_agent(
+            self.control,
+            self.host,
+            self.data,
+            CLOCK,
             network=FakeNetwork(self.links),
-            clock=CLOCK,
-            random=random.Random(1),
-            data=self.data,
             record=self.memory,
-            logs=MemoryLogs(),
-            prober=FakeProber(),
             machine=self.machine,
             devices=NodeDevices([self.hardware], directory=self.data, clock=CLOCK, boot="1") if self.gpu else None,
         )
-        task = asyncio.create_task(agent.run())
-        try:
-            yield agent
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     def load(self, box: Box) -> Behaviour:
         """It has started, and takes its memory."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faked_agent import running_agent
 
 from atoll.cli import spec_file
 from atoll.images.fake import SHOWN, FakeImages
@@ -22,9 +21,9 @@ from atoll.model.states import Phase
 from atoll.model.units import Seconds
 from atoll.network.fake import FakeNetwork
 from atoll.node.agent import Agent
-from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
+from atoll.node.fake import FakeControlPlane
 from atoll.node.record import SqliteRecord
-from atoll.runtimes.fake import FakeHost, FakeRuntime
+from atoll.runtimes.fake import FakeHost
 from atoll.scheduling.demand import demand_of
 
 WEIGHTS = "registry.example/weights:1"
@@ -40,28 +39,16 @@ class Node:
         self.images = FakeImages()
         self.network = FakeNetwork()
 
-    @asynccontextmanager
-    async def agent(self) -> AsyncIterator[Agent]:
-        agent = Agent(
-            node="n1",
-            control=self.control,
-            runtimes=[FakeRuntime(self.host)],
+    def agent(self) -> AbstractAsyncContextManager[Agent]:
+        return running_agent(
+            self.control,
+            self.host,
+            self.data,
+            SystemClock(),
             images=self.images,
             network=self.network,
-            clock=SystemClock(),
-            random=random.Random(1),
-            data=self.data,
             record=SqliteRecord(self.data / "record.db"),
-            logs=MemoryLogs(),
-            prober=FakeProber(),
-            machine=FakeMachine(),
         )
-        task = asyncio.create_task(agent.run())
-        try:
-            yield agent
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     def app(self, id: str, *, release: int = 1, image: str = WEIGHTS) -> str:
         volumes = (Volume(name="weights", path="/models", image=image), Volume(name="data", path="/data"))
