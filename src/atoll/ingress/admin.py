@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import quote
 
 import httptools
@@ -24,6 +25,12 @@ ANSWER_BYTES_MAX = 256 << 20
 FILTERED_CLUSTERS_MAX = 20
 """Envoy is asked for more than so many clusters by asking for all."""
 _COUNTED = ("rq_active", "rq_pending_active", "rq_total")
+
+
+class Admin(Protocol):
+    """`EnvoyAdmin`, as far as those who only read need it."""
+
+    async def get(self, path: str) -> bytes: ...
 
 
 class Requests(Struct, frozen=True):

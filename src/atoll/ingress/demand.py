@@ -10,7 +10,7 @@ from urllib.parse import quote
 import structlog
 
 from atoll.ingress.activator import Activator
-from atoll.ingress.admin import FILTERED_CLUSTERS_MAX
+from atoll.ingress.admin import FILTERED_CLUSTERS_MAX, Admin
 from atoll.ingress.table import RoutingTable
 from atoll.model.errors import AtollError
 from atoll.model.traffic import DEMAND_APPS_MAX, DemandReport
@@ -21,12 +21,6 @@ AGAIN_S = 1.0
 TELL_S = 3.0
 
 log = structlog.get_logger()
-
-
-class Admin(Protocol):
-    """`EnvoyAdmin`, as far as demand needs it."""
-
-    async def get(self, path: str) -> bytes: ...
 
 
 class Report(Protocol):

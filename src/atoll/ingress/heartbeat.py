@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import structlog
 
+from atoll.ingress.admin import Admin
 from atoll.ingress.probe import Prober
 from atoll.ingress.rates import Rates
 from atoll.model.errors import AtollError, NotFound
@@ -24,12 +25,6 @@ COUNTERS = r"^cluster\.[^.]*\.upstream_(rq_total|cx_none_healthy)$"
 _LINE = re.compile(r"cluster\.(?P<app>[^./]+/[^./]+)/[^.]*\.upstream_(?:rq_total|cx_none_healthy): (?P<count>[0-9]+)")
 
 log = structlog.get_logger()
-
-
-class Admin(Protocol):
-    """`EnvoyAdmin`, as far as this needs it."""
-
-    async def get(self, path: str) -> bytes: ...
 
 
 class Report(Protocol):

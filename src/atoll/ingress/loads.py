@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import structlog
 
-from atoll.ingress.admin import FILTERED_CLUSTERS_MAX
+from atoll.ingress.admin import FILTERED_CLUSTERS_MAX, Admin
 from atoll.ingress.table import RoutingTable
 from atoll.model.errors import AtollError
 from atoll.model.ports.clock import Clock
@@ -29,12 +29,6 @@ APPS_PER_REPORT = 5_000
 COUNTERS = ("upstream_rq_active", "upstream_rq_pending_active", "upstream_rq_total")
 
 log = structlog.get_logger()
-
-
-class Admin(Protocol):
-    """`EnvoyAdmin`, as far as sampling needs it."""
-
-    async def get(self, path: str) -> bytes: ...
 
 
 class Report(Protocol):

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from atoll.ingress.admin import FILTERED_CLUSTERS_MAX
+from atoll.ingress.admin import FILTERED_CLUSTERS_MAX, Admin
 from atoll.ingress.bootstrap import COUNTED, ZONE
 from atoll.ingress.table import RoutingTable
 from atoll.model.errors import AtollError, Unavailable
@@ -28,12 +28,6 @@ RELEASES_PER_REPORT = 5_000
 Key = tuple[str, str]
 """Cluster, zone."""
 log = structlog.get_logger()
-
-
-class Admin(Protocol):
-    """`EnvoyAdmin`, as far as counting needs it."""
-
-    async def get(self, path: str) -> bytes: ...
 
 
 class Report(Protocol):

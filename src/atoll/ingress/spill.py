@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from typing import Protocol
 from urllib.parse import quote
 
 import structlog
 from msgspec import Struct
 
-from atoll.ingress.admin import FILTERED_CLUSTERS_MAX
+from atoll.ingress.admin import FILTERED_CLUSTERS_MAX, Admin
 from atoll.ingress.loads import counted
 from atoll.ingress.table import RoutingTable
 from atoll.model.errors import AtollError
@@ -24,12 +23,6 @@ BACK_S = 10.0
 """For so long that must have been so."""
 
 log = structlog.get_logger()
-
-
-class Admin(Protocol):
-    """`EnvoyAdmin`, as far as this needs it."""
-
-    async def get(self, path: str) -> bytes: ...
 
 
 class Spread(Struct, frozen=True):
