@@ -20,6 +20,7 @@ from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.oci import CAPABILITIES, Bundle, configuration, launch_netns
 from atoll.runtimes.seccomp import profile
+from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_name, signal_number
 from atoll.runtimes.users import User, resolve_user
 
@@ -282,6 +283,18 @@ def test_records_come_back_and_odd_ids_are_refused(tmp_path: Path) -> None:
     for bad in ("../x", "", ".", "a/b", "a\n", "x" * 200):
         with pytest.raises(Invalid):
             records.exists(bad)
+
+
+async def test_a_shim_whose_tool_failed_leaves_nothing_that_the_tool_had_started(tmp_path: Path) -> None:
+    for name in ("out", "err"):
+        os.mkfifo(tmp_path / name)
+    words = ["run", "-", *(str(tmp_path / name) for name in ("out", "err", "pid", "exit", "lock"))]
+    tool = ["/bin/sh", "-c", f"sleep 300 & echo $! > {tmp_path}/left; exit 3"]
+    launch = Launch([*words, "--", *tool], stdio=None, output=tmp_path / "log")
+    assert await launch.news(20) == ("failed", 3 << 8)
+    await launch.abandon()
+    left = Path(f"/proc/{int((tmp_path / 'left').read_text())}/cmdline")
+    assert not left.exists()
 
 
 def test_a_missing_shim_says_how_to_build_it(tmp_path: Path) -> None:

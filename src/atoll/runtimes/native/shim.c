@@ -156,6 +156,28 @@ static void end(pid_t child) {
     waitpid(child, NULL, 0);
 }
 
+/*
+ * End what a tool that failed, or was killed, left behind, and collect it: a process that it had just forked would go on to make control
+ * groups that nobody knows of, and PID 1 may be slow to collect. Bounded, since what is frozen cannot end.
+ */
+static void end_children(void) {
+    struct timespec pause = {.tv_nsec = 1000000};
+    for (int tries = 0; tries < 1000; tries++) {
+        char list[4096] = "", *at = list, *next;
+        int fd = open("/proc/thread-self/children", O_RDONLY | O_CLOEXEC);
+        if (fd >= 0) {
+            if (read(fd, list, sizeof list - 1) < 0) list[0] = '\0';
+            close(fd);
+        }
+        for (long pid; (pid = strtol(at, &next, 10)) > 0; at = next) kill((pid_t)pid, SIGKILL);
+        pid_t ended;
+        while ((ended = waitpid(-1, NULL, WNOHANG)) > 0) {
+        }
+        if (ended < 0) return; /* no child is left */
+        nanosleep(&pause, NULL);
+    }
+}
+
 static pid_t fork_exec(char **argv) {
     pid_t child = fork();
     if (child != 0) return child;
@@ -223,8 +245,7 @@ static int run(char **argv) {
         first = -1;
     }
     if (first <= 0) {
-        while (waitpid(-1, NULL, WNOHANG) > 0) {
-        } /* the tool's own children: PID 1 may be slow to reap them, and the instance's end would wait for it */
+        end_children();
         say("failed", status ? status : FAILED << 8);
         return 1;
     }
@@ -264,8 +285,7 @@ static int execute(char **argv) {
     }
     if (first <= 0) {
         if (separator > argv + 2) unlink(argv[2]);
-        while (waitpid(-1, NULL, WNOHANG) > 0) {
-        } /* the tool's own children: PID 1 may be slow to reap them, and the instance's end would wait for it */
+        end_children();
         say("failed", status ? status : FAILED << 8);
         return 1;
     }
