@@ -152,7 +152,7 @@ static _Noreturn void become(const struct process *process, int pipe, int copies
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     umask(022);
-    if (!testing) {
+    if (!machineless) {
         if (setrlimit(RLIMIT_NOFILE, &process->files) < 0 || setrlimit(RLIMIT_CORE, &core) < 0) give_up(pipe, "cannot set limits");
         if (process->make_directory) make_directory(process->directory);
         if (limit_capabilities(process) < 0) give_up(pipe, "cannot give up capabilities");
@@ -211,7 +211,7 @@ static int make_pipes(struct pipes *pipes) {
 static void take_pipes(const struct pipes *pipes, const struct process *process, int pipe) {
     const int given[3] = {pipes->input[0], pipes->output[0], pipes->error[0]};
     for (int fd = 0; fd < 3; fd++) {
-        if (!testing && fchown(given[fd], process->uid, process->gid) < 0) give_up(pipe, "cannot hand over the output");
+        if (!machineless && fchown(given[fd], process->uid, process->gid) < 0) give_up(pipe, "cannot hand over the output");
         if (dup2(given[fd], fd) < 0) give_up(pipe, "cannot use the output");
     }
 }
@@ -307,7 +307,7 @@ static void write_number(const char *path, long number) {
 
 void make_box(const struct machine *machine) {
     char text[HOST_NAME_MAX + 2];
-    if (testing) return;
+    if (machineless) return;
     mkdir("/given", 0755);
     mkdir("/pts", 0755);
     put_file("/given/hosts", machine->hosts);
@@ -375,9 +375,18 @@ static int enter(void) {
     return setns(namespaces[MOUNTS], CLONE_NEWNS);
 }
 
+/* A kernel that lacks the call (gVisor's) is one in which the name is what this process would find it by anyway. */
+static int open_other_side(int terminal) {
+    char path[32];
+    int number, fd = ioctl(terminal, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
+    if (fd >= 0 || !machineless || ioctl(terminal, TIOCGPTN, &number) < 0) return fd;
+    snprintf(path, sizeof path, "/dev/pts/%d", number);
+    return open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
+}
+
 static void take_terminal(int terminal, const struct process *process, int pipe) {
-    int other = ioctl(terminal, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
-    if (other < 0 || (!testing && fchown(other, process->uid, -1) < 0)) give_up(pipe, "cannot open the terminal");
+    int other = open_other_side(terminal);
+    if (other < 0 || (!machineless && fchown(other, process->uid, -1) < 0)) give_up(pipe, "cannot open the terminal");
     if (ioctl(other, TIOCSCTTY, 0) < 0) give_up(pipe, "cannot take the terminal");
     for (int fd = 0; fd < 3; fd++)
         if (dup2(other, fd) < 0) give_up(pipe, "cannot use the terminal");
@@ -387,7 +396,7 @@ static int open_terminal(int rows, int columns) {
     const struct winsize size = {.ws_row = rows, .ws_col = columns};
     char path[32] = "/dev/ptmx";
     int unlocked = 0;
-    if (!testing) snprintf(path, sizeof path, "/proc/self/fd/%d", terminals);
+    if (!machineless) snprintf(path, sizeof path, "/proc/self/fd/%d", terminals);
     int fd = open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
     if (fd < 0) return -1;
     if (ioctl(fd, TIOCSPTLCK, &unlocked) < 0 || ioctl(fd, TIOCSWINSZ, &size) < 0) {
@@ -399,9 +408,14 @@ static int open_terminal(int rows, int columns) {
 
 static int is_outside; /* a child of an older kernel's, which joins the group itself */
 
+/* An init's end is the machine's; without a machine, what was started must be told. */
+static void end_with(pid_t parent) {
+    if (machineless && (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent)) _exit(127);
+}
+
 /* Forks into the instance's processes: the parent stays init, which so hears of the end. */
 static pid_t fork_inside(void) {
-    if (testing) return fork();
+    if (machineless) return fork();
     if (setns(namespaces[PIDS], CLONE_NEWPID) < 0) return -1;
     /* Begun in the instance's group: moving a process there waits until every processor has passed a quiet point (RCU). */
     struct clone_args how = {.flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = group_place};
@@ -422,11 +436,13 @@ int start_beside(struct words words, int rows, int columns, struct command *comm
     } else if (make_pipes(&pipes) < 0)
         goto failed;
     if (pipe2(said, O_CLOEXEC) < 0) goto failed_later;
+    pid_t self = getpid();
     command->pid = fork_inside();
     if (command->pid == 0) {
+        end_with(self);
         setsid();
         if (is_outside) join_group(said[1]);
-        if (!testing && enter() < 0) give_up(said[1], "cannot enter the instance");
+        if (!machineless && enter() < 0) give_up(said[1], "cannot enter the instance");
         if (terminal >= 0)
             take_terminal(terminal, &process, said[1]);
         else
@@ -454,7 +470,7 @@ failed_later:
         close_both(pipes.input), close_both(pipes.output), close_both(pipes.error);
 failed:
     forget(&process);
-    return fail(command, "cannot make a process");
+    return fail(command, NO_PROCESS);
 }
 
 static uint64_t number_in(const char *path, const char *name) {
@@ -470,7 +486,7 @@ static uint64_t number_in(const char *path, const char *name) {
 
 void statistics(uint64_t into[5]) {
     memset(into, 0, 5 * sizeof *into);
-    if (testing) return;
+    if (machineless) return;
     into[0] = number_in(GROUP "/cpu.stat", "usage_usec ");
     into[1] = number_in(GROUP "/memory.current", NULL);
     into[2] = number_in(GROUP "/pids.current", NULL);

@@ -19,6 +19,10 @@
 
 #define MAGIC "\x89" "atoll-guest\r\n\x1a\n"
 
+/* Beginnings of a FAILED that say that nothing was run, and that it may be another way (usher.py). */
+#define TOO_MANY "too many commands, or one of this number"
+#define NO_PROCESS "cannot make a process"
+
 enum {
     VERSION = 1,
     MAGIC_BYTES = 16,
@@ -126,6 +130,6 @@ void rename_host(const char *hostname, const char *machine_id);
 /* files.c */
 _Noreturn void copy_files(char *const *words);
 
-extern int testing; /* without a machine of its own: commands run as they are, nothing is mounted */
+extern int machineless; /* without a machine of its own: commands run as they are, nothing is mounted */
 
 #endif

@@ -2,7 +2,10 @@
  * The first program in every virtual machine: boots it, runs the instance's process, carries its output out, and serves the node.
  *
  *   atoll-guest              as PID 1
- *   atoll-guest serve        on a channel that is its stdin, without a machine of its own: what tests talk to
+ *   atoll-guest serve        without a machine of its own, on a channel that is its stdin (a socket), or its stdin and stdout (two pipes)
+ *
+ * The second one waits among a container's processes, with their rights and no others, so that commands beside the instance are started
+ * by a message (usher.py); it ends with its channel, and what it started ends with it. Tests talk to it, too.
  *
  * One thread, one loop. Nothing that comes over the channel makes it wait or grow: frames, streams, queues are bounded (guest.h), and
  * what a queue has no room for is not read. The guest ends when the instance's process has, after its output was taken.
@@ -19,6 +22,7 @@
 #include <sys/ioctl.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <linux/vm_sockets.h> /* needs the one above */
 #include <sys/wait.h>
 #include <time.h>
@@ -44,7 +48,7 @@ struct log {
     size_t first, last;
 };
 
-int testing;
+int machineless;
 
 static struct machine machine = {.hostname = "", .hosts = "", .resolv_conf = "", .address = ""};
 static struct stream streams[STREAMS_MAX];
@@ -55,6 +59,7 @@ static int first_told, over;
 static long long quiet_since;
 
 static int channel = -1, listener = -1, gone, greeted;
+static int outward = -1; /* what is written to, where that is not the channel itself */
 static unsigned char input[HEADER_BYTES + FRAME_BYTES_MAX], output[QUEUE_BYTES];
 static size_t input_bytes, queue_first, queue_bytes;
 
@@ -158,8 +163,8 @@ static void execute(uint16_t id, unsigned char *bytes, size_t count, int copies)
     struct stream *stream = streams;
     struct command command = {.copies = copies, .input = -1, .output = -1, .error = -1};
     while (stream < streams + STREAMS_MAX && stream->used) stream++;
-    if (id == 0 || find(id) || stream == streams + STREAMS_MAX || count < 4 || over || (!ending.started && !testing)) {
-        const char *why = over || !ending.started ? "the instance does not run" : "too many commands, or one of this number";
+    if (id == 0 || find(id) || stream == streams + STREAMS_MAX || count < 4 || over || (!ending.started && !machineless)) {
+        const char *why = over || (!ending.started && !machineless) ? "the instance does not run" : TOO_MANY;
         send_frame(FAILED, id, why, strlen(why));
         return;
     }
@@ -222,7 +227,7 @@ static void refresh(const unsigned char *bytes, size_t count) {
         unsigned char bytes[64];
     } pool = {.info = {.entropy_count = 512, .buf_size = 64}};
     if (count < REFRESH_BYTES) return;
-    if (testing) {
+    if (machineless) {
         send_frame(REFRESHED, 0, NULL, 0);
         return;
     }
@@ -349,7 +354,7 @@ static void read_channel(void) {
 
 static void write_channel(void) {
     size_t part = QUEUE_BYTES - queue_first;
-    ssize_t taken = write(channel, output + queue_first, part < queue_bytes ? part : queue_bytes);
+    ssize_t taken = write(outward >= 0 ? outward : channel, output + queue_first, part < queue_bytes ? part : queue_bytes);
     if (taken < 0 && errno != EAGAIN && errno != EINTR) gone = 1;
     if (taken <= 0) return;
     queue_first = (queue_first + taken) % QUEUE_BYTES;
@@ -490,6 +495,15 @@ static void open_channel(void) {
     if (listener < 0 || bind(listener, (struct sockaddr *)&own, sizeof own) < 0 || listen(listener, 4) < 0) perror("vsock");
 }
 
+/* Commands get neither descriptor: 0 to 2 become their own. */
+static int open_stdio(void) {
+    struct stat info;
+    if (fstat(0, &info) < 0 || (channel = fcntl(0, F_DUPFD_CLOEXEC, 3)) < 0) return -1;
+    if (!S_ISSOCK(info.st_mode) && (outward = fcntl(1, F_DUPFD_CLOEXEC, 3)) < 0) return -1;
+    if (outward >= 0) fcntl(outward, F_SETFL, O_NONBLOCK);
+    return fcntl(channel, F_SETFL, O_NONBLOCK);
+}
+
 /* The newest connection is the node's: the one before it is of an agent that has gone. */
 static void accept_channel(void) {
     int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -528,7 +542,7 @@ static int turn(int signals) {
     int waiting_logs = 0;
     if (!gone) {
         end = want(end, channel, input_bytes < sizeof input && room() >= QUEUE_RESERVE / 2 ? POLLIN : 0);
-        end = want(end, channel, queue_bytes ? POLLOUT : 0);
+        end = want(end, outward >= 0 ? outward : channel, queue_bytes ? POLLOUT : 0);
     }
     for (struct log *log = logs; log < logs + 2; log++) {
         end = want(end, log->from, log->last < LOG_BYTES ? POLLIN : 0);
@@ -562,15 +576,15 @@ static int turn(int signals) {
     if (!gone && queue_bytes && channel >= 0) write_channel();
     if (gone) {
         lose_channel();
-        if (machine.vsock || testing) shut(&channel);
+        if (machine.vsock || machineless) shut(&channel);
     }
     return 0;
 }
 
 int main(int argc, char **argv) {
     sigset_t mine;
-    testing = argc == 2 && strcmp(argv[1], "serve") == 0;
-    if (!testing && getpid() != 1) {
+    machineless = argc == 2 && strcmp(argv[1], "serve") == 0;
+    if (!machineless && getpid() != 1) {
         fprintf(stderr, "usage: see init.c\n");
         return 2;
     }
@@ -581,9 +595,8 @@ int main(int argc, char **argv) {
     sigaddset(&mine, SIGIO);
     sigprocmask(SIG_BLOCK, &mine, NULL);
     int signals = signalfd(-1, &mine, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (testing) {
-        channel = dup(0);
-        fcntl(channel, F_SETFL, O_NONBLOCK);
+    if (machineless) {
+        if (open_stdio() < 0) return 2;
         while (!gone && turn(signals) == 0) {
         }
         return 0;
