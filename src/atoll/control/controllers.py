@@ -7,6 +7,7 @@ import random
 
 from atoll.control.certificates import CertificateLoop
 from atoll.control.detection.exchange import Exchange
+from atoll.control.heir import Heir
 from atoll.control.judging import Traffic
 from atoll.control.layouts import IngressHeartbeats
 from atoll.control.leader import Ended, Keep, Term, lead
@@ -18,7 +19,7 @@ from atoll.control.readings import Heartbeats
 from atoll.control.signers import Signers
 from atoll.control.sleeping import Demand
 from atoll.model.ports.clock import Clock
-from atoll.model.ports.store import Store
+from atoll.model.ports.store import Revision, Store
 from atoll.store.cache import State
 
 
@@ -55,12 +56,24 @@ async def run_control(
     `certificates` signs hostnames; without it nobody looks after those here, and `state` needs none of `certificates.KINDS`.
     """
 
-    async def work(term: Term) -> None:
-        loop = Loop(store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand, ask)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(loop.run(), name="control: loop")
-            if certificates is not None:
-                own = CertificateLoop(store, state, clock, chance, term, certificates)
-                tasks.create_task(own.run(), name="control: certificates")
+    heir = Heir(state, clock)
 
-    await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None, ended, keep)
+    async def work(term: Term) -> None:
+        # The leader before this one wrote until this term began; decided without its last writes, a node is given away twice.
+        # Without a deadline: the term ends when its lease does.
+        await state.reach(Revision(int(term.fence.expected)))
+        joins, changes = await heir.take()
+        loop = Loop(
+            store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand, ask, joins
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(loop.run(changes), name="control: loop")
+                if certificates is not None:
+                    own = CertificateLoop(store, state, clock, chance, term, certificates)
+                    tasks.create_task(own.run(), name="control: certificates")
+        finally:
+            heir.begin()
+
+    async with heir:
+        await lead(store, clock, identity, work, detection.affirm if detection is not None else lambda until: None, ended, keep)

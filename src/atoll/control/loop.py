@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import islice
 
 import structlog
 
@@ -21,13 +22,13 @@ from atoll.control.detection.exchange import Exchange
 from atoll.control.disruptions import take_away
 from atoll.control.emptying import Emptying
 from atoll.control.gc import GC_BEHIND_S, GC_S, REMOVED_AT_ONCE_MAX, decide_gc
+from atoll.control.heir import Joins
 from atoll.control.jobs import decide_job, decide_orphans
 from atoll.control.judging import Judging, Traffic
 from atoll.control.layouts import IngressHeartbeats, Layouts
 from atoll.control.leader import Term
 from atoll.control.nodes import LastSeen
 from atoll.control.optimiser import Optimiser, QuickOptimiser
-from atoll.control.placement import Placement
 from atoll.control.prefetch import Prefetching
 from atoll.control.quarrels import Quarrels
 from atoll.control.queries import Ask, Queries
@@ -35,7 +36,7 @@ from atoll.control.readings import Heartbeats, Readings
 from atoll.control.sleeping import Demand, NoDemand, Sleeping
 from atoll.control.timers import Timers
 from atoll.control.watching import NodeWatch
-from atoll.control.world import Owner, World
+from atoll.control.world import Owner
 from atoll.control.writer import Unit, Writer, unit_of, units_of
 from atoll.model.errors import Compacted, OutcomeUnknown, Unavailable
 from atoll.model.ports.clock import Clock
@@ -47,6 +48,8 @@ OWNERS_PER_WAKE_MAX = 500
 """Owners decided about before what was decided is written and the event loop gets its turn."""
 INSTANCES_PER_WAKE = 10_000
 """Instances of the owners that a wake has looked at, after which it looks at no further owner; as below."""
+LATER_PER_WAKE = 1_000
+"""The same of the instances of owners that nothing is known to have changed for: the others, and the API, come between them."""
 ACTIONS_PER_WAKE = 8_000
 """Actions after which a wake looks at no further owner: deciding, planning and encoding more at a time holds up the event loop
 for so long that, on a busy machine, the leader's own lease runs out."""
@@ -89,14 +92,15 @@ class Loop:
         traffic: Traffic | None = None,
         demand: Demand | None = None,
         ask: Ask | None = None,
+        joins: Joins | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._chance = chance
         self._writer = Writer(store, term)
         self._begins_at = Revision(int(term.fence.expected))
-        self._world = World(state, clock.monotonic)
-        self._placement = Placement(self._world)
+        self._joins = joins or Joins(state, clock)
+        self._world, self._placement = self._joins.world, self._joins.placement
         self._emptying = Emptying(self._world, self._placement)
         self._detection = detection
         self._nodes = NodeWatch(self._world, clock, last_seen, detection)
@@ -128,13 +132,20 @@ class Loop:
         self._tick_at = 0.0
         self._gc_at = clock.now() + GC_S
 
-    async def run(self) -> None:
-        """Raises Fenced when another leads. What the store cannot do for a while is tried again."""
-        # The leader before this one wrote until this term began; decided without its last writes, a node is given away twice.
-        # Without a deadline: the term ends when its lease does.
-        await self._world.state.reach(self._begins_at)
-        # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
-        changes = await self._begin_gently()
+    async def run(self, changes: AsyncIterator[Deltas] | None = None) -> None:
+        """Raises Fenced when another leads. What the store cannot do for a while is tried again.
+
+        `changes` are those since the joins that were passed; they must hold what was written before this term. Without it they
+        are made here.
+        """
+        if changes is None:
+            # The leader before this one wrote until this term began; decided without its last writes, a node is given away twice.
+            # Without a deadline: the term ends when its lease does.
+            await self._world.state.reach(self._begins_at)
+            # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
+            changes = await self._joins.begin()
+        self._layouts.rebuild()
+        self._changed.set()
         self._demand.changed = self._woken
         if self._detection is not None:
             self._detection.lead(True)
@@ -165,16 +176,6 @@ class Loop:
         self._nodes.tick_due = True
         self._changed.set()
 
-    async def _begin_gently(self) -> AsyncIterator[Deltas]:
-        """As `_begin`, while nothing decides yet: the API of this server goes on, and its lease is kept."""
-        changes = self._world.state.changes()
-        self._world.rebuild()
-        for _ in self._placement.rebuilding():
-            await asyncio.sleep(0)
-        self._layouts.rebuild()
-        self._changed.set()
-        return changes
-
     def _begin(self) -> AsyncIterator[Deltas]:
         """Take everything as it is now, and return what changes from here on."""
         changes = self._world.state.changes()
@@ -186,8 +187,7 @@ class Loop:
             try:
                 # Without a deadline: a quiet cell has no changes.
                 async for deltas in changes:
-                    self._world.apply(deltas)
-                    self._placement.apply(deltas)
+                    self._joins.apply(deltas)
                     self._layouts.apply(deltas)
                     self._changed.set()
             except Compacted:
@@ -195,8 +195,7 @@ class Loop:
                 changes = self._begin()
 
     def _rebuild(self) -> None:
-        self._world.rebuild()
-        self._placement.rebuild()
+        self._joins.rebuild()
         self._layouts.rebuild()
         self._changed.set()
 
@@ -232,7 +231,7 @@ class Loop:
 
     async def _wake(self) -> None:
         units = self._decide()
-        if self._world.dirty:
+        if self._world.dirty or self._world.later:
             self._changed.set()
             await asyncio.sleep(0)  # what is left comes with the next wake; others are to have their turn before it
         if not units:
@@ -312,12 +311,9 @@ class Loop:
         self._emptying.look(now)
         units: list[Unit] = []
         decided: list[tuple[Owner, Decision]] = []
-        actions = instances = 0
-        for owner in list(self._world.dirty)[:OWNERS_PER_WAKE_MAX]:
-            if instances >= INSTANCES_PER_WAKE:
-                break
-            instances += len(self._world.owned.get(owner, ()))
-            del self._world.dirty[owner]
+        actions = 0
+        for owner in self._next_owners():
+            self._world.take(owner)
             if self._too_soon(owner, now):
                 continue
             decision = self._decide_safely(owner, now)
@@ -331,6 +327,16 @@ class Loop:
         for owner, decision in decided:
             units.extend(units_of(owner, decision.actions, self._world.state))
         return [*units, *placed_units, *self._node_units(now), *self._prefetch_units(), *self._gc_units(now)]
+
+    def _next_owners(self) -> Iterator[Owner]:
+        """Yield whom to decide about in this wake: who has changed, then some of those that must be looked at all the same."""
+        for owners, most in ((self._world.dirty, INSTANCES_PER_WAKE), (self._world.later, LATER_PER_WAKE)):
+            instances = 0
+            for owner in list(islice(owners, OWNERS_PER_WAKE_MAX)):
+                if instances >= most:
+                    break
+                instances += len(self._world.owned.get(owner, ()))
+                yield owner
 
     def _wake_due(self, now: float) -> None:
         if now >= self._tick_at or self._tick_at > now + 2 * TICK_S:
@@ -448,7 +454,7 @@ class Loop:
 
     def _prefetch_units(self) -> list[Unit]:
         """Predict where images will be needed; not while there is anything else to do."""
-        if not self._prefetch_due or self._world.dirty:
+        if not self._prefetch_due or self._world.dirty or self._world.later:
             return []
         self._prefetch_due = False
         actions = self._prefetching.tick()

@@ -107,6 +107,8 @@ class World:
         """Up to which the joins are current."""
         self.dirty: dict[Owner, None] = {}
         """Owners to decide about, in the order in which they changed."""
+        self.later: dict[Owner, None] = {}
+        """Owners to decide about beside them, though nothing is known to have changed: after a start afresh all there are."""
         self.owned: dict[Owner, set[str]] = defaultdict(set)
         self.on_node: dict[str, set[str]] = defaultdict(set)
         self.draining: set[str] = set()
@@ -126,7 +128,7 @@ class World:
 
     def rebuild(self) -> None:
         """Start from the cache as it is now, with everything to be decided about."""
-        for index in (self.dirty, self.owned, self.on_node, self._drained):
+        for index in (self.dirty, self.later, self.owned, self.on_node, self._drained):
             index.clear()
         self.draining.clear()
         self.ids.clear()
@@ -136,7 +138,7 @@ class World:
             self._enter(key, held.record)
         for drained in self.state.records(Drained).values():
             self._drained[drained.record.instance].add(drained.record.ingress)
-        self.dirty.update((owner, None) for owner in self.owners())
+        self.later.update((owner, None) for owner in self.owners())
         self.revision = self.state.revision
         self.runs.rebuild()
         self.dependencies.rebuild()
@@ -171,6 +173,11 @@ class World:
                 stays = seen.evacuation is None and seen.instance.desired is Desired.RUN
                 kept, left = kept + stays, left + (not stays)
         return left, kept
+
+    def take(self, owner: Owner) -> None:
+        """It is decided about now."""
+        self.dirty.pop(owner, None)
+        self.later.pop(owner, None)
 
     def apply(self, deltas: Deltas) -> None:
         """Take over one revision's changes and mark the owners that they touch."""

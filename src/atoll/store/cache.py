@@ -16,7 +16,7 @@ Compacted from `changes` and starts again from `records`; nothing is ever skippe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Set
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Set
 from types import MappingProxyType, TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
@@ -163,16 +163,21 @@ class State:
         """
         return self._follow(Revision(self.revision + 1) if start is None else start)
 
+    def since(self, start: Revision) -> Iterator[Deltas]:
+        """Yield all changes from revision `start` on that are here now; read it without awaiting. Raises Compacted as `changes`."""
+        for revision, (since, deltas) in self._window.read(start):
+            if start > since + 1:
+                raise Compacted(f"revision {start} is among those that the cache had to list as one")
+            yield Deltas(revision, deltas)
+            start = Revision(revision + 1)
+
     async def _follow(self, position: Revision) -> AsyncIterator[Deltas]:
         while True:
             await self._window.reach(position)
             newest = self._window.newest
-            for revision, (since, deltas) in self._window.read(position):
-                if position > since + 1:
-                    raise Compacted(f"revision {position} is among those that the cache had to list as one")
-                yield Deltas(revision, deltas)
-                position = Revision(revision + 1)
-            position = max(position, Revision(newest + 1))
+            for deltas in self.since(position):
+                yield deltas
+            position = Revision(newest + 1)
 
     async def _run(self) -> None:
         """Follow the store for ever; what goes wrong is logged and tried again."""
