@@ -77,7 +77,7 @@ def test_who_waits_knows_whatever_has_changed_as_one_does_who_starts_from_the_ca
             )
             await cell.put(keys.instance("default", "late-a"), late)
             await asyncio.sleep(1.0)
-            taken, _ = await heir.take()
+            taken, _ = await heir.take(await cell.store.revision())
             afresh = Joins(taken.world.state, cell.clock)
             afresh.rebuild()
             assert joined(taken) == joined(afresh)
@@ -96,7 +96,7 @@ def test_what_changed_last_is_decided_about_first_and_what_changed_long_ago_come
             await asyncio.sleep(1.0)
             await cell.deploy(web("last"))
             await asyncio.sleep(1.0)
-            joins, _ = await heir.take()
+            joins, _ = await heir.take(await cell.store.revision())
             assert list(joins.world.dirty) == [(OwnerKind.APP, "default/last"), (OwnerKind.APP, "default/before")]
             assert len(joins.world.later) == 3
 
@@ -108,7 +108,7 @@ def test_who_has_taken_over_hears_of_all_that_changes_from_then_on_and_of_nothin
         async with Cell() as cell, waiting(cell) as heir:
             await cell.add_node("n1")
             for _ in range(3):
-                joins, changes = await heir.take()
+                joins, changes = await heir.take(await cell.store.revision())
                 at = joins.world.revision
                 await cell.add_node(f"n{at}")
                 heard: Deltas = await anext(changes)  # type: ignore[arg-type]  # an async generator's
@@ -130,7 +130,7 @@ def test_one_that_fell_behind_the_cache_starts_afresh() -> None:
             for number in range(DELTAS_MAX + DELTAS_MAX // 2):
                 await cell.store.put(keys.node("n2"), codec.encode(node("n2", cpu=1000 + number)))
             await state.reach(await cell.store.revision())
-            joins, _ = await heir.take()
+            joins, _ = await heir.take(await cell.store.revision())
             assert joins.placement.snapshot.nodes["n2"].capacity.cpu_milli == 1000 + DELTAS_MAX + DELTAS_MAX // 2 - 1
             assert joins.world.revision == joins.world.state.revision
 

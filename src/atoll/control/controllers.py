@@ -59,10 +59,7 @@ async def run_control(
     heir = Heir(state, clock)
 
     async def work(term: Term) -> None:
-        # The leader before this one wrote until this term began; decided without its last writes, a node is given away twice.
-        # Without a deadline: the term ends when its lease does.
-        await state.reach(Revision(int(term.fence.expected)))
-        joins, changes = await heir.take()
+        joins, changes = await heir.take(Revision(int(term.fence.expected)))
         loop = Loop(
             store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand, ask, joins
         )

@@ -94,13 +94,16 @@ class Heir:
             self._recent.clear()
             self._task = asyncio.create_task(self._run(), name="control: heir")
 
-    async def take(self) -> tuple[Joins, AsyncIterator[Deltas]]:
+    async def take(self, at: Revision) -> tuple[Joins, AsyncIterator[Deltas]]:
         """Return the joins as the cache is now, and all changes from here on; from now on they are the caller's to keep.
 
-        What changed last is decided about first, and then all there is.
+        They hold all that was written before revision `at`, at which a term has begun: decided without the last writes of the
+        leader before, a node is given away twice. What changed last is decided about first, and then all there is.
         """
+        # Without a deadline: the term ends when its lease does.
+        await self._state.reach(at)
         self.begin()
-        await self._ready.wait()  # without a deadline: it ends with the term
+        await self._ready.wait()
         await self._stop()
         joins, self._joins = self._joins, Joins(self._state, self._clock)
         changes = self._state.changes()

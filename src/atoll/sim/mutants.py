@@ -16,6 +16,7 @@ from msgspec import Struct
 from atoll.api.service import reports
 from atoll.control import nodes
 from atoll.control.detection.exchange import Exchange
+from atoll.control.heir import Heir
 from atoll.control.judging import Traffic
 from atoll.control.leader import Term
 from atoll.control.loop import Loop
@@ -138,7 +139,9 @@ def _impatiently() -> Work:
         term: Term,
         detection: Exchange | None,
         traffic: Traffic | None,
+        heir: Heir | None,
     ) -> None:
+        # What is kept ready would have heard all the same: this one loads the cache as it finds it.
         await control(store, _Impatient(state), clock, choose, heard, term, detection, traffic)  # type: ignore[arg-type]
 
     return work

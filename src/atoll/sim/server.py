@@ -12,12 +12,13 @@ from atoll.api.service.context import KINDS as API_KINDS
 from atoll.api.service.service import Service
 from atoll.control.detection.exchange import Exchange
 from atoll.control.detection.listening import listen_for_beats
+from atoll.control.heir import Heir
 from atoll.control.judging import Traffic
 from atoll.control.leader import Term, lead
 from atoll.control.loop import Loop
 from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.model.errors import AtollError, Unavailable
-from atoll.model.ports.store import Store
+from atoll.model.ports.store import Revision, Store
 from atoll.model.records import Node
 from atoll.sim.clock import VirtualClock
 from atoll.sim.faults import Faults, Life
@@ -36,7 +37,8 @@ START_RETRY_S = 0.5
 BEATS_PORT = 7600
 
 Work = Callable[
-    [Store, State, VirtualClock, random.Random, Mapping[str, float], Term, Exchange | None, Traffic | None], Awaitable[None]
+    [Store, State, VirtualClock, random.Random, Mapping[str, float], Term, Exchange | None, Traffic | None, Heir | None],
+    Awaitable[None],
 ]
 
 
@@ -49,9 +51,11 @@ async def control(
     term: Term,
     detection: Exchange | None = None,
     traffic: Traffic | None = None,
+    heir: Heir | None = None,
 ) -> None:
-    """Run one term of the leader's loop, as a server does."""
-    await Loop(store, state, clock, choose, heard, term, detection=detection, traffic=traffic).run()
+    """Run one term of the leader's loop, as a server does; without an `heir` all is loaded at its beginning."""
+    joins, changes = await heir.take(Revision(int(term.fence.expected))) if heir is not None else (None, None)
+    await Loop(store, state, clock, choose, heard, term, detection=detection, traffic=traffic, joins=joins).run(changes)
 
 
 class Server:
@@ -167,7 +171,7 @@ class Server:
 
         async def work(term: Term) -> None:
             self._story.mark("leader: rival's term")
-            await self._work(store, state, self.clock, self._choose, self.heard(), term, None, None)
+            await self._work(store, state, self.clock, self._choose, self.heard(), term, None, None, None)
 
         try:
             async with asyncio.timeout(span_s), State(store, KINDS) as state:
@@ -201,18 +205,24 @@ class Server:
                 life.check()
                 self.service = service
 
+                heir = Heir(state, self.clock)
+
                 async def work(term: Term) -> None:
                     self._story.mark("leader: term")
                     self._story.tell("a server leads", server=self.name)
                     counted = service.traffic.totals()
-                    await self._work(store, state, self.clock, self._choose, self.heard(), term, exchange, counted)
+                    try:
+                        await self._work(store, state, self.clock, self._choose, self.heard(), term, exchange, counted, heir)
+                    finally:
+                        heir.begin()
 
                 exchange = self._exchange(service, state) if self._faults.profile.beats else None
                 listening = (
                     self.spawn(listen_for_beats(exchange, self._net.datagrams, (self.name, BEATS_PORT))) if exchange else None
                 )
                 try:
-                    await lead(store, self.clock, self.name, work, exchange.affirm if exchange else lambda until: None)
+                    async with heir:
+                        await lead(store, self.clock, self.name, work, exchange.affirm if exchange else lambda until: None)
                 finally:
                     self.service = None
                     if listening is not None:
