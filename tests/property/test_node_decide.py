@@ -10,7 +10,7 @@ from atoll.model.records import Exit, Severity
 from atoll.model.spec import AppSpec, Health, HealthKind, JobSpec, Port, Restart, RestartPolicy, Stop, Workload
 from atoll.model.states import Desired, Phase, legal
 from atoll.model.units import Seconds
-from atoll.node.decide import KILL_REPEAT_S, PASSING_TRIES_MAX, decide
+from atoll.node.decide import HOLD_S, KILL_REPEAT_S, PASSING_TRIES_MAX, decide
 from atoll.node.transitions import (
     Action,
     CancelPrepare,
@@ -34,6 +34,7 @@ from atoll.node.transitions import (
     Probe,
     Probed,
     Progressed,
+    Reached,
     Recovered,
     Removed,
     Rest,
@@ -131,6 +132,7 @@ class Machine:
         options += ["rested", "rested", "rest-failed"] if self.resting is not None else []
         options += ["promoted"] if self.standby else []
         options += ["due", "due", "due"] if self.state.due is not None else []
+        options += ["reached"] if self.state.held_until is not None else []
         self.do(self.draw(st.sampled_from(options)))
 
     def do(self, what: str) -> None:
@@ -181,6 +183,9 @@ class Machine:
                 assert self.state.due is not None
                 self.now = max(self.now, self.state.due)
                 self.feed(Due())
+            case "reached":
+                self.feed(Reached())
+                assert self.state.held_until is None
             case "crash-agent":
                 self.crash()
 
@@ -402,6 +407,25 @@ def test_a_wish_that_is_newer_than_the_state_is_kept_by_a_new_agent() -> None:
     state, actions = _after(rules, Recovered(True, pid=7), state=live)
     assert state.phase is Phase.STOPPING
     assert actions == (Watch(), Signal("SIGTERM"))
+
+
+def test_what_is_gone_waits_for_the_control_plane_unless_it_is_known_how_it_ended() -> None:
+    rules = rules_of(AppSpec(name="web", image="web"))
+    for phase in (Phase.PENDING, Phase.PREPARING, Phase.BACKOFF, Phase.STARTING, Phase.RUNNING):
+        for present in (False, True):
+            state, actions = _after(rules, Recovered(present), state=State(phase=phase))
+            assert state.due is not None
+            assert state.held_until == 100 + HOLD_S
+            assert Prepare() not in actions
+            early, actions = _after(rules, Due(), state=state)
+            assert (early, actions) == (state, ()), "its time has not come"
+            state, _ = _after(rules, Reached(), state=state)
+            assert state.due is not None
+            assert state.due < 101, "no wait but its own"
+    state, _ = _after(rules, Recovered(True, exit=Exit(code=1, at=1)), state=State(phase=Phase.RUNNING))
+    assert (state.phase, state.held_until) == (Phase.BACKOFF, None)
+    state, actions = _after(rules, Recovered(False), Wanted(Desired.STOP), state=State(phase=Phase.RUNNING))
+    assert (state.phase, state.due) == (Phase.STOPPED, None)
 
 
 def test_a_start_that_fails_while_draining_is_not_tried_again() -> None:

@@ -20,6 +20,7 @@ def test_a_site_cut_off_for_ten_minutes_serves_and_heals_and_is_at_rest_within_3
     assert outcome.broken == ()
     assert outcome.marks["requests answered meanwhile"] > 1_000
     assert outcome.marks["a crashed process was started again at its site"] > 5
+    assert outcome.marks["a process and its agent crashed during an outage"] > 0
 
 
 def test_an_hour_without_the_control_plane_costs_no_request_and_no_instance() -> None:
@@ -28,6 +29,7 @@ def test_an_hour_without_the_control_plane_costs_no_request_and_no_instance() ->
     assert outcome.virtual_s > 3_600
     assert outcome.marks["requests answered meanwhile"] > 5_000
     assert outcome.marks["a crashed process was started again at its site"] > 5
+    assert outcome.marks["a process and its agent crashed during an outage"] > 0
 
 
 class Amnesiac(SimIngress):

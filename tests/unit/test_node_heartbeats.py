@@ -42,7 +42,7 @@ class Here:
         self.control.granted = BeatGrant(
             key=beats.key_of(CELL_KEY, "n1", epoch), epoch=epoch, lasts_s=1e6, servers=("leader:7600",), heartbeat_s=CALM_S
         )
-        beating = Beating(
+        self.beating = beating = Beating(
             "n1", control=self.control, opener=net.net, clock=net.clock, servers=(), contact=Contact(boot_id=""), bind=("n1", 0)
         )
         self.agent = Agent(
@@ -113,6 +113,28 @@ def test_where_the_leader_does_not_acknowledge_beats_heartbeats_come_at_once_and
         assert await here.count(150) <= 150 / CALM_S + 1
 
     on_agent(tmp_path, test)
+
+
+def test_an_agent_that_began_while_nobody_was_there_beats_as_soon_as_it_is_heard(tmp_path: Path) -> None:
+    """It waited up to 15 s to ask for its key, was heard by HTTP alone meanwhile, and was given up in between."""
+
+    async def main() -> None:
+        net = Net()
+        await net.server()
+        here = Here(net, tmp_path)
+        here.control.cut()
+        try:
+            await asyncio.sleep(61.0)
+            assert not here.beating.pulse.answered
+            here.control.heal()
+            await here.control.until(lambda control: control.heartbeats)
+            await asyncio.sleep(1.0)
+            assert here.beating.pulse.answered
+        finally:
+            await here.close()
+            await net.close()
+
+    run_virtual(main())
 
 
 def test_a_node_on_which_something_scales_by_what_it_says_is_heard_as_often_as_in_a_small_cell(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from atoll.node.runner import Runner, new_entry
 from atoll.node.snapshots import Snapshots
 from atoll.node.streams import serve_stream
 from atoll.node.tools import Logs, Machine, Prober, Scraper, Tools
-from atoll.node.transitions import Removed, Wanted
+from atoll.node.transitions import Reached, Removed, Wanted
 from atoll.node.usage import LinuxMachine, architecture
 from atoll.node.vitals import Vitals
 from atoll.node.volumes_trouble import tell_troubles
@@ -310,8 +310,11 @@ class Agent:
         if batch.complete:
             self._reached.set()
             self._reached.clear()
+            if self._beating is not None:
+                self._beating.reached()
             # What was said while the connection was away may have been lost, or overruled by "lost".
             for runner in self.runners.values():
+                runner.handle(Reached())
                 if not runner.state.removed:
                     runner.report()
 

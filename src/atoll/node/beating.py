@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -57,6 +58,7 @@ class Beating:
         self._count = 0
         self._cut_off = False
         self._heartbeat_s = HEARTBEAT_S
+        self._reached = asyncio.Event()
         self.contact = contact
         self.pulse = Pulse(node, contact=contact, counter=int(clock.now() * 1000))
         self.orderly = True
@@ -77,6 +79,11 @@ class Beating:
         if self.pulse.cut_off(now):
             return DEAF_S
         return self._heartbeat_s if self.pulse.answered and not self.pulse.deaf(now) else HEARTBEAT_S
+
+    def reached(self) -> None:
+        """Take in that the control plane has just been reached: who still waits to ask for a key asks now, lest this node be given
+        up between its first heartbeat and its first beat."""
+        self._reached.set()
 
     async def run(self) -> None:
         """Beat for ever."""
@@ -121,15 +128,19 @@ class Beating:
     async def _ask(self) -> BeatGrant:
         pause_s = RETRY_MIN_S
         while True:
+            self._reached.clear()
             try:
                 async with asyncio.timeout(GRANT_S):
                     return await self._control.beat_grant(self._node)
             except (NotFound, Invalid):
                 log.info("the server takes no beats; heartbeats over HTTP alone say that this node lives", node=self._node)
-                pause_s = ANEW_S
+                await asyncio.sleep(ANEW_S)
+                continue
             except (AtollError, TimeoutError) as error:
                 log.debug("no key for beats", node=self._node, error=str(error) or "timed out", retry_s=pause_s)
-            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._reached.wait()
             pause_s = min(RETRY_MAX_S, 2 * pause_s)
 
     async def _addresses(self, grant: BeatGrant) -> list[Address]:

@@ -55,6 +55,7 @@ from atoll.node.transitions import (
     Probe,
     Probed,
     Progressed,
+    Reached,
     Recovered,
     Removed,
     Rest,
@@ -70,6 +71,9 @@ from atoll.node.transitions import (
 
 PASSING_TRIES_MAX = 5
 """Tries at a passing failure before the start of an instance that is never restarted."""
+HOLD_S = 15.0
+"""How long a new agent waits for the control plane before it starts what it finds gone and does not know the end of: that may have
+ended for good, where the machine lost power, or its disk was full. Longer than a server takes to be replaced."""
 DUE_SLACK_S = 0.001
 """A timer that comes so much too early still counts."""
 
@@ -86,6 +90,8 @@ def decide(rules: Rules, state: State, event: Happening, now: Now) -> Outcome:
             after, actions = _wanted(rules, replace(state, removed=True), Desired.STOP, now)
         case Recovered():
             after, actions = _recovered(rules, state, event, now)
+        case Reached():
+            after, actions = replace(state, held_until=None), ()
         case Progressed():
             after, actions = (replace(state, message=event.message) if state.phase is Phase.PREPARING else state), ()
         case Prepared():
@@ -146,21 +152,23 @@ def _recovered(rules: Rules, state: State, found: Recovered, now: Now) -> Outcom
         case Phase.PENDING | Phase.PREPARING:
             if state.desired is not Desired.RUN:
                 return enter(state, Phase.STOPPED, now), (Clean(all=True),)
-            return enter(state, Phase.PREPARING, now), (Clean(), Prepare())
+            return _held(enter(state, Phase.PREPARING, now, retry_due=now.monotonic), now), (Clean(),)
         case Phase.BACKOFF:
             if state.desired is not Desired.RUN:
                 return enter(state, Phase.STOPPED, now), (Clean(all=True),)
             due = now.monotonic + delay_of(rules, max(0, state.failures - 1))
-            return enter(state, Phase.BACKOFF, now, retry_due=due), (Clean(),)
+            return _held(enter(state, Phase.BACKOFF, now, retry_due=due), now), (Clean(),)
         case Phase.STARTING | Phase.RUNNING | Phase.STOPPING:
             return _recovered_live(rules, state, found, now)
 
 
 def _recovered_live(rules: Rules, state: State, found: Recovered, now: Now) -> Outcome:
     if found.pid is None and found.exit is None and found.present and state.phase is Phase.STARTING:
-        return enter(state, Phase.BACKOFF, now, retry_due=now.monotonic), (Clean(),)
+        return _held(enter(state, Phase.BACKOFF, now, retry_due=now.monotonic), now), (Clean(),)
     if found.pid is None:
-        return _ended(rules, state, found.exit, now)
+        after, actions = _ended(rules, state, found.exit, now)
+        # How it ended is kept until an agent has taken that in, so that this end has been told to nobody yet.
+        return (after if found.exit is not None else _held(after, now)), actions
     if state.phase is Phase.STOPPING and state.rest is not Rest.AWAKE:
         after, actions = end(state, now, pid=found.pid)
         return after, (Watch(), *actions)
@@ -183,6 +191,11 @@ def _recovered_live(rules: Rules, state: State, found: Recovered, now: Now) -> O
     probing = rules.health is not None or ((rules.gate_port is not None or rules.warmed) and not state.ready)
     after = enter(alive, Phase.RUNNING, now, probe_due=now.monotonic if probing else None)
     return idle_again(rules, after, now), (Watch(), note)
+
+
+def _held(state: State, now: Now) -> State:
+    """Let the next start, if there is to be one, wait for the control plane, but not for ever."""
+    return state if state.retry_due is None else replace(state, held_until=now.monotonic + HOLD_S)
 
 
 def _prepared(state: State, event: Prepared, now: Now) -> Outcome:
@@ -275,7 +288,7 @@ def _ended(rules: Rules, state: State, exit: Exit | None, now: Now) -> Outcome:
 def _due(rules: Rules, state: State, now: Now) -> Outcome:
     reached = now.monotonic + DUE_SLACK_S
     actions: list[Action] = []
-    if state.retry_due is not None and state.retry_due <= reached and state.phase is Phase.BACKOFF:
+    if state.start_due is not None and state.start_due <= reached and state.phase in (Phase.BACKOFF, Phase.PREPARING):
         return enter(state, Phase.PREPARING, now), (Prepare(),)
     if state.kill_due is not None and state.kill_due <= reached:
         state = replace(state, kill_due=now.monotonic + KILL_REPEAT_S)

@@ -30,7 +30,7 @@ def enter(state: State, phase: Phase, now: Now, **changes: Any) -> State:
     """Return the state in `phase`, with no timer but those in `changes`."""
     if not legal(state.phase, phase):
         raise AssertionError(f"an instance cannot go from {state.phase} to {phase}")
-    timers = {"retry_due": None, "kill_due": None, "probe_due": None}
+    timers = {"retry_due": None, "held_until": None, "kill_due": None, "probe_due": None}
     at = state.phase_at if phase is state.phase else now.wall
     if not phase.live:
         changes = {"ready": False, "pid": None, "ending": False, "running_since": None} | AWAKE | UNUSED | changes

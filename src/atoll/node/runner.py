@@ -81,6 +81,7 @@ class Runner:
         self._recorded: State | None = None
         self._reported: Status | None = None
         self._assignment_recorded = recorded
+        self._end_recorded = recorded and entry.state.phase.final
         self._recording: asyncio.TimerHandle | None = None
         self._steps: deque[_Step] = deque()
         self._wake = asyncio.Event()
@@ -116,7 +117,7 @@ class Runner:
     @property
     def settled(self) -> bool:
         """Whether it has ended for good, and nothing is left to do about it."""
-        return self.state.phase.final and self._idle and not self._steps
+        return self.state.phase.final and self._end_recorded and self._idle and not self._steps
 
     def update(self, assignment: Assignment) -> None:
         """Take in what the control plane wants now."""
@@ -176,8 +177,17 @@ class Runner:
         self._timer = self._recording = None
 
     def report(self) -> None:
-        """Tell the control plane the present state."""
-        self._tools.reporter.status(self._status())
+        """Tell the control plane the present state, or what it was before an end that is not on the disk yet."""
+        if self._may_be_told:
+            self._reported = self._status()
+        if self._reported is not None:
+            self._tools.reporter.status(self._reported)
+
+    @property
+    def _may_be_told(self) -> bool:
+        """Whether the present state may leave this node: an end only once it is recorded, since the next agent would not know
+        of it, and start again what others take for ended."""
+        return self._end_recorded or not self.state.phase.final
 
     def _status(self) -> Status:
         return status_of(self.state, instance=self.id, project=self.project, node=self._tools.node)
@@ -201,7 +211,7 @@ class Runner:
 
     def _keep(self) -> None:
         """Record and report what has changed. What could not be recorded is tried again: a full disk costs the adoption of
-        a change, never the instance."""
+        a change, and delays the word of an end, but never costs the instance."""
         if self._recording is not None:
             self._recording.cancel()
             self._recording = None
@@ -213,12 +223,11 @@ class Runner:
         if durable != self._recorded and self._assignment_recorded:
             saved = self._save(lambda: self._tools.record.put_state(self.id, durable))
             self._recorded = durable if saved else None
+            self._end_recorded = self._end_recorded or (saved and durable.phase.final)
         if durable != self._recorded:
             self._recording = asyncio.get_running_loop().call_later(RECORD_RETRY_S, self._keep)
-        status = self._status()
-        if status != self._reported:
-            self._reported = status
-            self._tools.reporter.status(status)
+        if self._may_be_told and self._status() != self._reported:
+            self.report()
 
     def _save(self, write: Callable[[], None]) -> bool:
         try:

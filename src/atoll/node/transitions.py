@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -83,6 +84,8 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ready_at: float | None = None
     running_since: float | None = None
     retry_due: float | None = None
+    held_until: float | None = None
+    """It is started by a new agent no earlier than this, or once the control plane has said what it wants of this node."""
     kill_due: float | None = None
     probe_due: float | None = None
     probes: int = 0
@@ -91,13 +94,21 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def due(self) -> float | None:
         """The monotonic time at which the next `Due` must come; None when nothing is waited for."""
-        times = [at for at in (self.retry_due, self.kill_due, self.probe_due, self.idle_due) if at is not None]
+        times = [at for at in (self.start_due, self.kill_due, self.probe_due, self.idle_due) if at is not None]
         return min(times) if times else None
+
+    @property
+    def start_due(self) -> float | None:
+        """When the next try at a start is due."""
+        if self.retry_due is None or self.held_until is None:
+            return self.retry_due
+        return max(self.retry_due, self.held_until)
 
     @property
     def durable(self) -> State:
         """The part that the local record keeps: what would be lost by a restart of the agent and matters after it."""
-        return replace(self, running_since=None, retry_due=None, kill_due=None, probe_due=None, idle_due=None, probes=0, misses=0)
+        timers: dict[str, Any] = {"retry_due": None, "held_until": None, "kill_due": None, "probe_due": None, "idle_due": None}
+        return replace(self, running_since=None, probes=0, misses=0, **timers)
 
 
 def rules_of(workload: Workload) -> Rules:
@@ -153,6 +164,10 @@ class Recovered(Struct, frozen=True):
     present: bool
     pid: int | None = None
     exit: Exit | None = None
+
+
+class Reached(Struct, frozen=True):
+    """The control plane has said all that it wants of this node now."""
 
 
 class Progressed(Struct, frozen=True):
@@ -254,6 +269,7 @@ Happening = (
     Wanted
     | Removed
     | Recovered
+    | Reached
     | Progressed
     | Prepared
     | PrepareFailed

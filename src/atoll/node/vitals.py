@@ -127,6 +127,8 @@ class Vitals:
         sent_at = self._tools.clock.monotonic()
         async with asyncio.timeout(CALL_S):
             await self._tools.control.heartbeat(heartbeat)
+        if self._beating is not None:
+            self._beating.reached()
         if self._beating is None or self._beating.http_counts:
             self._contact.prove(sent_at)
 

@@ -97,12 +97,15 @@ class SimMachine:
         self.agent: Agent | None = None
         self._task: asyncio.Task[None] | None = None
         self._lives = 0
+        self.agent_since = 0.0
+        """When the newest agent started."""
         self.boots = 1
 
     def start_agent(self) -> None:
         if self.life.alive:
             return
         self._lives += 1
+        self.agent_since = asyncio.get_running_loop().time()
         self.life = Life(f"agent {self.name} life {self._lives}")
         self.line = self._make_line()
         self._story.tell("the agent starts", node=self.name, life=self._lives)

@@ -23,6 +23,8 @@ BACK_S = 30.0
 CRASH_EVERY_S = 25.0
 RESTART_S = 20.0
 """After a crash an instance listens again within so long; its restarts wait up to 8 s."""
+AGENT_TOO = 0.3
+"""How often the machine's agent is killed with it."""
 DEPLOY_S = 60.0
 REPLICAS = 6
 
@@ -113,7 +115,7 @@ class _Outage(World):
         await asyncio.gather(asking, *lasting, return_exceptions=True)
 
     async def _crash_one(self) -> None:
-        """Crash a process whose app has another at the site, and see it start again where it was."""
+        """Crash a process whose app has another at the site, sometimes with its agent, and see it start again where it was."""
         machine = self.choose.choice([machine for machine in self.here if machine.host.running()])
         id = self.choose.choice(machine.host.running())
         app = id.rpartition("-")[0]
@@ -121,7 +123,14 @@ class _Outage(World):
         if not others:
             return
         self.story.tell("a process crashes", node=machine.name, instance=id)
-        machine.host.crash(id)
+        if self.choose.random() < AGENT_TOO:
+            await machine.crash_agent()
+            machine.host.crash(id)
+            await asyncio.sleep(1.0)
+            machine.start_agent()
+            self.story.mark("a process and its agent crashed during an outage")
+        else:
+            machine.host.crash(id)
         await asyncio.sleep(RESTART_S)
         self.story.mark("a crashed process was started again at its site")
         process = machine.host.processes.get(id)

@@ -27,7 +27,7 @@ class Disk:
         self.record = MemoryRecord()
         self.full = False
         self.forgot = False
-        """It has lost writes: what was reported may be done again (`docs/simulator.md` says why that is not mended)."""
+        """It has lost writes: what was reported may be done again where nobody can be asked (`docs/simulator.md` says why)."""
         self._choose = choose
         self._story = story
         self._undo: list[tuple[str, Entry | None]] = []

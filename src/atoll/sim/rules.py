@@ -17,6 +17,7 @@ from atoll.model.records import App, AppStatus, Event, Instance, Job, Node, Node
 from atoll.model.rollouts import RolloutPhase
 from atoll.model.spec import Workload
 from atoll.model.states import TRANSITIONS, Desired, Phase, advance
+from atoll.node.decide import HOLD_S
 from atoll.sim.gpus import overcommitted
 from atoll.sim.machine import SimMachine
 from atoll.sim.members import Cluster
@@ -233,12 +234,15 @@ class Rules:
 
     def started(self, machine: SimMachine, box: Box) -> None:
         """Check a process that is about to start."""
+        now = asyncio.get_running_loop().time()
         for other in self._machines.values():
             if box.id in other.host.running():
                 self._story.breaks(f"{box.id} starts on {machine.name} while it runs on {other.name}")
         instance = next((i for i in self.records[Instance].values() if i.id == box.id), None)
         said: Status | None = self.records[Status].get(f"{instance.project}/{box.id}") if instance is not None else None
-        if said is not None and said.phase.final and not machine.disk.forgot:
+        # Who has lost power may have forgotten what it told; it asks first, but does not wait for an answer for ever.
+        asked = not machine.disk.forgot or now - machine.agent_since < HOLD_S
+        if said is not None and said.phase.final and asked:
             self._story.breaks(f"{box.id} starts on {machine.name} after its end was reported: {said.phase}")
         if instance is not None and instance.node != machine.name:
             self._story.breaks(f"{box.id} starts on {machine.name}, but its node is {instance.node}")
