@@ -12,7 +12,7 @@ from atoll.model.ports.images import Image
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Box, Limits, Mount, WorkerCode
 from atoll.model.records import Assignment, OwnerKind
-from atoll.model.spec import AppSpec, Port, Workload
+from atoll.model.spec import AppSpec, JobSpec, Port, Workload
 from atoll.model.worker import ALIVE
 
 PATH_DEFAULT = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -126,4 +126,5 @@ def compose(
         resolv_conf=link.resolv_conf if link else None,
         stdout=stdout,
         stderr=stderr,
+        attended=isinstance(workload, JobSpec) and workload.sandbox,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,8 @@ class ExecFiles(Struct, frozen=True):
     pid: Path
     console: str | None
     """A unix socket for the terminal that the command gets; None for a command on the tool's own stdio."""
+    handed: int = 0
+    """Descriptors from 3 on that the tool hands on to the command."""
 
 
 class ExecTool(Protocol):
@@ -50,19 +52,18 @@ class ExecTool(Protocol):
 class OciExecTool:
     """An OCI runtime's `exec --detach`; `tool` gives its command with the global options, which logs to a path."""
 
-    def __init__(self, tool: Callable[[Path], list[str]], id: str, inner: Inner | None, preserve: Sequence[str] = ()) -> None:
-        """`preserve` are the options with which the tool hands descriptors on."""
+    def __init__(self, tool: Callable[[Path], list[str]], id: str, inner: Inner | None) -> None:
         self._tool = tool
         self._id = id
         self._inner = inner
-        self._preserve = preserve
 
     def encode(self, process: dict[str, Any]) -> bytes:
         return msgspec.json.encode(process)
 
     def command(self, files: ExecFiles) -> list[str]:
         command = [*self._tool(files.log), "exec", "--detach", "--pid-file", str(files.pid), "--process", str(files.process)]
-        command += self._preserve
+        if files.handed:
+            command += ["--preserve-fds", str(files.handed)]
         if self._inner is not None:
             command += ["--internal-pid-file", str(inner_file(files.pid))]
         if files.console is not None:

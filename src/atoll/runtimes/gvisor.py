@@ -24,6 +24,7 @@ from atoll.runtimes.exec_tool import Inner
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.netns_link import keep_link
 from atoll.runtimes.nvproxy import check_edits, gvisor_drivers, options, proxied
+from atoll.runtimes.oci import USHER
 from atoll.runtimes.oci_box import OciBoxes
 from atoll.runtimes.oci_container import Container
 from atoll.runtimes.oci_exec import OciExecution
@@ -42,6 +43,7 @@ from atoll.runtimes.snapshots import (
     processor,
     seal,
 )
+from atoll.runtimes.vm.execution import GuestExecution
 
 MEMORY_BYTES_MIN = 48 << 20
 """The sandbox's own memory, some 20 to 30 MiB, counts against an instance's limit."""
@@ -73,6 +75,12 @@ class Sandbox(Container):
             await super().ended()
 
 
+class GvisorBoxes(OciBoxes):
+    """All boxes of gVisor on this node."""
+
+    usher = USHER
+
+
 class GvisorRuntime(OciRuntime):
     """Runs instances with runsc, as root, on the platform that runsc prefers.
 
@@ -82,6 +90,7 @@ class GvisorRuntime(OciRuntime):
     name = RuntimeName.GVISOR
     features = OciRuntime.features - {Feature.RESIZE} | {Feature.SNAPSHOT, Feature.FORK}
     """runsc of 2022 does not tell the size of a terminal inside; and after a probe, one without nvproxy hands on no GPU."""
+    boxes_kind: type[OciBoxes] = GvisorBoxes
     container_kind = Sandbox
     slots = range(2560, 3072)
     threads_beside = THREADS_BESIDE
@@ -103,7 +112,7 @@ class GvisorRuntime(OciRuntime):
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=False)
         self._nvproxy_driver = nvproxy_driver
         self._paused: set[str] = set()
-        self._beside: dict[str, set[OciExecution]] = {}
+        self._beside: dict[str, set[OciExecution | GuestExecution]] = {}
         self._held_back: dict[str, list[int]] = {}  # signals to what is paused, which runsc refuses
 
     async def probe(self) -> str:
@@ -206,7 +215,7 @@ class GvisorRuntime(OciRuntime):
         if between is not None:
             await asyncio.wait_for(between.wait(), START_S_MAX)
         execution = await super().exec(id, argv, **options)
-        assert isinstance(execution, OciExecution)  # noqa: S101 - the base makes no other
+        assert isinstance(execution, OciExecution | GuestExecution)  # noqa: S101 - the base makes no other
         self._beside[id] = {execution, *(other for other in self._beside.get(id, ()) if not other.closed)}
         return execution
 
@@ -257,6 +266,8 @@ class GvisorRuntime(OciRuntime):
         paused = id in self._paused
         container.between = between = asyncio.Event()
         try:
+            if container.attendance is not None:
+                await container.attendance.end()
             await self.ask(boxes, id, "checkpoint", f"--image-path={directory}", id, deadline_s=CHECKPOINT_S_MAX)
             await asyncio.wait_for(Container.ended(container), END_S_MAX)
             try:

@@ -49,6 +49,7 @@ class LxcRuntime(OciRuntime):
     name = RuntimeName.LXC
     slots = range(3072, 3584)
     boxes_kind: type[OciBoxes] = LxcBoxes
+    hands_usher = True
     places_mounts = False
 
     def __init__(self, directory: Path, *, binary: str = "lxc-start", cgroup: str = "/atoll", userns: bool | None = None) -> None:

@@ -52,6 +52,8 @@ MASKED_PATHS = (
 )
 READ_ONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
+USHER = "/run/.atoll-usher"
+"""Where an usher's program is shown where no descriptor of it can be handed in."""
 SHM_BYTES = 64 << 20
 OPEN_FILES_SOFT = 1024
 OPEN_FILES_HARD = 524_288
@@ -78,6 +80,8 @@ class Bundle(Struct, frozen=True, kw_only=True):
     hostname_file: Path | None = None
     sysfs: Path | None = None
     """A mount of sysfs for the instance's network namespace; None to let the runtime make its own."""
+    usher: Path | None = None
+    """The program that is shown at USHER, if any is."""
 
 
 def configuration(box: Box, bundle: Bundle) -> dict[str, Any]:
@@ -187,6 +191,8 @@ def _mounts(box: Box, bundle: Bundle) -> list[dict[str, Any]]:
     ):
         if source is not None:
             mounts.append(_mount(path, "bind", str(source), "bind", "nosuid", "noexec", "nodev", "ro"))
+    if bundle.usher is not None:
+        mounts.append(_mount(USHER, "bind", str(bundle.usher), "bind", "nosuid", "nodev", "ro"))
     for file in box.devices.mounts:
         mounts.append(_mount(file.target, "bind", file.source, *file.options))
     if bundle.nodes is not None:

@@ -25,9 +25,10 @@ from atoll.runtimes.box_record import BoxRecord, BoxRecords, boot_id
 from atoll.runtimes.cgroup import CPU_PERIOD_US, Cgroups, Group
 from atoll.runtimes.idmap import SLOTS_MAX, IdMaps, idmaps_work
 from atoll.runtimes.mounts import descriptor
+from atoll.runtimes.native import guest_path
 from atoll.runtimes.oci import Bundle, configuration, launch_netns
 from atoll.runtimes.oci_devices import check_sources, device_rules, make_links, show_nodes
-from atoll.runtimes.oci_filter import Filter, is_reached, open_filter, write_bundle
+from atoll.runtimes.oci_filter import Filter, is_reached, open_filter, sealed, write_bundle
 from atoll.runtimes.rootfs import drop_mounts, make_root, place_mounts, remove_root, show_mounts
 from atoll.runtimes.scratch import ScratchPool
 from atoll.runtimes.shim import ShimFiles
@@ -44,6 +45,8 @@ START_CPU_QUOTA_US_MIN = CPU_PERIOD_US
 
 STDOUT, STDERR, NETNS, OPTIONS = "io.atoll.stdout", "io.atoll.stderr", "io.atoll.netns", "io.atoll.options"
 """Annotations by which the next agent knows what an instance's tools are started with."""
+ATTENDED = "io.atoll.attended"
+"""The annotation of one in which an usher waits; it is where the usher's program is inside, or empty where that is handed in."""
 _STATE_FILE = "_sandbox:"
 """What follows the id in the names of runsc's state files."""
 SPARE_DISK_BYTES = int(Resources().disk)
@@ -58,6 +61,9 @@ class OciBoxes:
     """Whether the runtime's tool makes device files where no ids are shifted."""
     tool_compiles_filter = True
     """Whether the runtime's tool compiles the system call filter, and is better spared it."""
+
+    usher = ""
+    """Where an usher's program is shown in instances; empty where it is handed in."""
 
     filter: Filter | None = None
     """What puts it on in the place of the tool."""
@@ -88,6 +94,7 @@ class OciBoxes:
         self._own_tmp = own_tmp
         self._places_mounts = places_mounts
         self._tool_options = tool_options
+        self._usher_program = -1
         self._unneeded: deque[Path] = deque()  # mounts of boxes that exist; `tidy` empties it soon after each `make`
         for path in (directory, self.state, directory / "scratch"):
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -98,6 +105,12 @@ class OciBoxes:
             path.chmod(0o711)
         self.userns = idmaps_work(directory) if userns is None else userns
         self.filter = open_filter() if self.userns and self.tool_compiles_filter else None
+
+    def usher_program(self) -> int:
+        """Return a descriptor of the usher's program, sealed and for nobody inside to read; it is open until `close`. Blocking."""
+        if self._usher_program < 0:
+            self._usher_program = sealed("atoll-usher", guest_path().read_bytes(), mode=0o111)
+        return self._usher_program
 
     def root(self, id: str) -> Path:
         """Return where the root of `id` is mounted."""
@@ -168,6 +181,7 @@ class OciBoxes:
             hosts=hosts,
             hostname_file=hostname,
             sysfs=sysfs,
+            usher=guest_path() if box.attended and self.usher else None,
         )
         config = configuration(box, bundle)
         if self._own_tmp and (root / "tmp").is_dir() and not (root / "tmp").is_symlink():
@@ -178,6 +192,8 @@ class OciBoxes:
         config["annotations"] = {STDOUT: str(box.stdout), STDERR: str(box.stderr), NETNS: launch_netns(box, bundle)}
         if self._tool_options is not None and (options := self._tool_options(box)):
             config["annotations"][OPTIONS] = " ".join(options)
+        if box.attended:
+            config["annotations"][ATTENDED] = self.usher
         self._write(box, bundle, config)
 
     def _shown(self, box: Box) -> Path:
@@ -255,6 +271,9 @@ class OciBoxes:
         self.idmaps.close()
         if self.filter is not None:
             self.filter.close()
+        if self._usher_program >= 0:
+            os.close(self._usher_program)
+            self._usher_program = -1
         for path in (self._roots, *self.cgroups.group(self._cgroup).directories):
             with contextlib.suppress(OSError):  # not empty: instances live on
                 path.rmdir()

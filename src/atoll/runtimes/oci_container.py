@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -15,6 +16,9 @@ from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.cgroup import Group
 from atoll.runtimes.shim import Ending, ShimFiles
 from atoll.runtimes.signals import signal_name
+
+if TYPE_CHECKING:
+    from atoll.runtimes.usher import Attendance
 
 LOG_BYTES_MAX = 64 << 10
 UNKNOWN_CODE = 255
@@ -36,6 +40,8 @@ class Container:
         self.shim: Ending | None = None
         self.first: Ending | None = None
         self.exit: Exit | None = None
+        self.attendance: Attendance | None = None
+        """Who starts commands in it, from the first one on."""
         self._cpu_us = 0
         self._cpu_at = time.monotonic()
 
@@ -97,6 +103,8 @@ class Container:
         )
 
     def close(self) -> None:
+        if self.attendance is not None:
+            self.attendance.close()
         for ending in (self.shim, self.first):
             if ending is not None:
                 ending.close()

@@ -9,28 +9,20 @@ import asyncio
 import contextlib
 import os
 import signal
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from atoll.model.errors import NotFound
-from atoll.runtimes.exec_tool import ExecFiles, ExecTool, Inner, inner_file
-from atoll.runtimes.oci import process as oci_process
-from atoll.runtimes.oci_box import NETNS, SavedConfig, load_config, user_in, write_private
-from atoll.runtimes.oci_console import ConsoleSocket, Stream, set_size
-from atoll.runtimes.oci_container import failure
-from atoll.runtimes.oci_filter import Filter, handed
+from atoll.runtimes.exec_tool import Inner
+from atoll.runtimes.oci_console import Stream, set_size
+from atoll.runtimes.oci_launch import CLOSE_S_MAX, Place, Prepared, make_pipes, prepared, process_of
 from atoll.runtimes.readiness import ready
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
-from atoll.runtimes.users import User
 
 DRAIN_S = 1.0
 """How long output is awaited, in silence, after the command's end: its children may hold the pipes for ever."""
-CLOSE_S_MAX = 2.0
-EXEC_S_MAX = 60.0
 _KILLED = 137
 _LOST = 128
 """What stands for a command ends with it when it loses sight of the command."""
@@ -162,118 +154,40 @@ def _open_pid(pid: int) -> int:
 
 
 async def start_execution(
-    directory: Path,
-    tool: ExecTool,
+    place: Place,
     *,
     argv: Sequence[str],
     env: Sequence[tuple[str, str]],
     workdir: str | None,
     user: str | None,
     size: tuple[int, int] | None,
-    base_id: int | None,
-    inner: Inner | None = None,
-    filter: Filter | None = None,
 ) -> OciExecution:
-    """Start `argv` with `tool` in the container whose box is in `directory`; with `size` (rows, columns) it gets a terminal.
+    """Start `argv` beside the instance; with `size` (rows, columns) it gets a terminal.
 
-    Where the box relies on it, `filter` puts the filter on. Raises RuntimeFailed, ImageError (no such user).
+    Raises RuntimeFailed, ImageError (no such user).
     """
-    directory = directory / "exec"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    with ExitStack() as files:
-        names = iter(f"{uuid.uuid4().hex[:12]}.{kind}" for kind in ("json", "log", "out", "pid", "console"))
-        process, log_path, output, pid_file, console_name = (directory / name for name in names)
-        for path in (process, log_path, output):
-            files.callback(path.unlink, missing_ok=True)
-        config = load_config(directory.parent)
-        body, owner = _process(config, argv, env, workdir, user, size, base_id)
-        descriptors = files.enter_context(handed(directory.parent, filter, body))
-        write_private(process, tool.encode(filter.process(body) if filter and descriptors else body))
-        shim = ["exec", config.annotations[NETNS], str(pid_file)]
-        if descriptors:
-            shim = ["filtered", str(log_path), *shim]
-        if inner is not None:
-            shim += [str(inner_file(pid_file)), *inner.command("@", signal.SIGKILL)]
-        if size is None:
-            command = [*shim, "--", *tool.command(ExecFiles(process, log_path, pid_file, None))]
-            return await _start_on_pipes(command, output, owner, argv[0], log_path, inner, descriptors)
-        console = ConsoleSocket(directory, console_name.name)
-        files.callback(console.close)
-        command = [*shim, "--", *tool.command(ExecFiles(process, log_path, pid_file, console.path))]
-        launch = Launch(command, stdio=None, output=output, handed=descriptors, close_at_end=True)
-        pid = await _started(launch, log_path, argv[0])
+    body, owner = process_of(place, argv, env, workdir, user, size)
+    with prepared(place, body) as ready_made:
+        if ready_made.console is None or size is None:
+            return await _start_on_pipes(ready_made, owner, argv[0], place.inner)
+        launch, pid = await ready_made.launch(None, argv[0])
         try:
-            terminal = Stream(await console.terminal())
+            terminal = Stream(await ready_made.console.terminal())
         except BaseException:
             launch.close()
             raise
         set_size(terminal.fd, *size)
-        return OciExecution(launch, pid, stdin=terminal, outputs={1: terminal}, tty=True, inner=inner)
+        return OciExecution(launch, pid, stdin=terminal, outputs={1: terminal}, tty=True, inner=place.inner)
 
 
-async def _start_on_pipes(
-    arguments: list[str],
-    output: Path,
-    owner: tuple[int, int],
-    name: str,
-    log_path: Path,
-    inner: Inner | None,
-    descriptors: Sequence[int],
-) -> OciExecution:
-    ours: list[int] = []
+async def _start_on_pipes(ready_made: Prepared, owner: tuple[int, int], name: str, inner: Inner | None) -> OciExecution:
     with ExitStack() as theirs:
-        ends = []
-        for writing in (True, False, False):
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            ours.append(writer if writing else reader)
-            ends.append(reader if writing else writer)
-            theirs.callback(os.close, ends[-1])
-            os.fchown(ends[-1], *owner)  # so that /dev/stdout can be opened by name
+        ours, (stdin, stdout, stderr) = make_pipes(owner, (True, False, False), theirs)
         try:
-            stdio = (ends[0], ends[1], ends[2])
-            launch = Launch(arguments, stdio=stdio, output=output, handed=descriptors, close_at_end=True)
-            theirs.close()
-            pid = await _started(launch, log_path, name)
+            launch, pid = await ready_made.launch((stdin, stdout, stderr), name)
         except BaseException:
             for fd in ours:
                 os.close(fd)
             raise
-    stdin, stdout, stderr = (Stream(fd) for fd in ours)
-    return OciExecution(launch, pid, stdin=stdin, outputs={1: stdout, 2: stderr}, tty=False, inner=inner)
-
-
-async def _started(launch: Launch, log_path: Path, name: str) -> int:
-    try:
-        news = await launch.news(EXEC_S_MAX)
-        if news is None or news[0] != "pid":
-            raise failure(log_path, name)
-    except BaseException:
-        launch.close()  # should it start after all, its shim kills it
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(launch.ending.event.wait(), CLOSE_S_MAX)
-        raise
-    return news[1]
-
-
-def _process(
-    config: SavedConfig,
-    argv: Sequence[str],
-    env: Sequence[tuple[str, str]],
-    workdir: str | None,
-    user: str | None,
-    size: tuple[int, int] | None,
-    base_id: int | None,
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Return the command's `process`, and the ids on the node that it runs as."""
-    own = config.process
-    who = own["user"]
-    variables = [(name, value) for name, _, value in (entry.partition("=") for entry in own["env"])]
-    if user is None:
-        account = User(who["uid"], who["gid"], tuple(who.get("additionalGids", ())))
-    else:
-        account = user_in(Path(config.root["path"]), user)
-        variables = [*((name, value) for name, value in variables if name != "HOME"), ("HOME", account.home)]
-    body = oci_process(argv, [*variables, *env], workdir or own["cwd"], account, tty=size is not None)
-    if size is not None:
-        body["consoleSize"] = {"height": size[0], "width": size[1]}
-    return body, ((base_id or 0) + account.uid, (base_id or 0) + account.gid)
+    streams = [Stream(fd) for fd in ours]
+    return OciExecution(launch, pid, stdin=streams[0], outputs={1: streams[1], 2: streams[2]}, tty=False, inner=inner)

@@ -31,8 +31,9 @@ from atoll.runtimes.seccomp_program import filter_program
 
 BUNDLE = "bundle"
 """In the box's directory: what the tool is given in the place of it."""
-PRESERVE = ("--preserve-fds", "3")
-"""The program, what it reads, and the pipe on which it tells."""
+HANDED = 3
+"""Descriptors that the tool hands on: the program, what it reads, and the pipe on which it tells."""
+PRESERVE = ("--preserve-fds", str(HANDED))
 _ARGS = ("/proc/self/fd/3", "filter")
 _ABOVE = 16
 """Descriptors from here on are in nobody's way when some are put where a new process expects them."""
@@ -67,7 +68,7 @@ class Filter:
         Raises Unsupported, RuntimeFailed where there is no filter for it. Blocking the first time that an agent needs a profile.
         """
         filter = filter_program(frozenset(process["capabilities"].get("bounding", ())))
-        with descriptor(_memory("process", process_file(process, filter, make_directory=False))) as words:
+        with descriptor(sealed("process", process_file(process, filter, make_directory=False))) as words:
             yield self._program, words
 
     def close(self) -> None:
@@ -88,7 +89,7 @@ def open_filter(shim: Path | None = None, suid_dumpable: Path = Path("/proc/sys/
             raise OSError("the shim is not linked statically: the image's loader would run before the filter")
         if suid_dumpable.read_text().strip() == _DUMPABLE_ALL:
             raise OSError("fs.suid_dumpable is 1: a process could be traced before it has its filter")
-        return Filter(_memory("atoll-filter", data, mode=0o111))
+        return Filter(sealed("atoll-filter", data, mode=0o111))
     except (AtollError, OSError) as error:
         log.info("filter.by.tool", reason=str(error))
         return None
@@ -137,8 +138,11 @@ def write_bundle(directory: Path, config: dict[str, Any]) -> None:
     (directory / BUNDLE / "config.json").write_bytes(msgspec.json.encode(config))
 
 
-def _memory(name: str, data: bytes, *, mode: int = 0o400) -> int:
-    """Return a sealed file in memory with `data`, closed at exec; it is out of the way of the descriptors of a new process."""
+def sealed(name: str, data: bytes, *, mode: int = 0o400) -> int:
+    """Return a sealed file in memory with `data`, closed at exec; it is out of the way of the descriptors of a new process.
+
+    With mode 0o111 it is a program that no process with ids of its own can read, and so none can trace who runs it.
+    """
     try:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _MFD_EXEC)
     except OSError:  # before Linux 6.3 all are executable

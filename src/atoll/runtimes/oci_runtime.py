@@ -25,13 +25,17 @@ from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.exec_tool import ExecTool, Inner, OciExecTool
 from atoll.runtimes.moving import foretell
-from atoll.runtimes.oci_box import NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
+from atoll.runtimes.oci_box import ATTENDED, NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
 from atoll.runtimes.oci_container import Container, ending_of, failure
 from atoll.runtimes.oci_exec import OciExecution, start_execution
 from atoll.runtimes.oci_filter import BUNDLE, PRESERVE, handed, has_bundle
+from atoll.runtimes.oci_launch import Place, process_of
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.signals import signal_number
 from atoll.runtimes.snapshots import refuse, why_no_checkpoints
+from atoll.runtimes.usher import Attendance, Usher, bring_usher
+from atoll.runtimes.vm.config import process_words
+from atoll.runtimes.vm.execution import GuestExecution
 
 T = TypeVar("T")
 
@@ -66,6 +70,8 @@ class OciRuntime:
     """Whether the tool takes along what is mounted below an instance's root before its start."""
     boxes_kind: type[OciBoxes] = OciBoxes
     container_kind: type[Container] = Container
+    hands_usher = False
+    """Whether an usher can be handed into an instance that the tool puts the filter on."""
     threads_beside = 0
     """What runs in an instance's control group beside its processes; their limit is raised by as many."""
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
@@ -79,7 +85,7 @@ class OciRuntime:
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix=binary)
         self._starts = asyncio.Semaphore(STARTS_MAX)
         self._containers: dict[str, Container] = {}
-        self._executions: set[OciExecution] = set()
+        self._executions: set[OciExecution | GuestExecution] = set()
         self._made: OciBoxes | None = None
         self._making = asyncio.Lock()
         self._tidying: asyncio.Task[None] | None = None
@@ -109,8 +115,7 @@ class OciRuntime:
     def exec_tool(self, boxes: OciBoxes, container: Container) -> ExecTool:
         """Return what starts commands beside the running instance."""
         id = container.record.id
-        preserve = PRESERVE if has_bundle(container.files.directory) else ()
-        return OciExecTool(lambda log_path: self.tool(boxes, log_path), id, self.inner(boxes, id), preserve)
+        return OciExecTool(lambda log_path: self.tool(boxes, log_path), id, self.inner(boxes, id))
 
     def failure(self, container: Container, command: str) -> RuntimeFailed:
         """Return why the tool, which has ended, could not start the instance."""
@@ -208,25 +213,49 @@ class OciRuntime:
         self._executions = {execution for execution in self._executions if not execution.closed}
         if len(self._executions) >= EXECUTIONS_MAX:
             raise Exhausted(f"{EXECUTIONS_MAX} commands run beside instances on this node")
-        base_id = None if container.record.slot is None else boxes.idmaps.base(container.record.slot)
-        inner = self.inner(boxes, id)
-        async with self._starts:
-            if inner is None:  # else another kernel runs it
-                asyncio.get_running_loop().run_in_executor(self._threads, foretell, boxes.cgroups)
-            execution = await start_execution(
-                container.record.directory,
-                self.exec_tool(boxes, container),
-                argv=argv,
-                env=env,
-                workdir=workdir,
-                user=user,
-                size=(rows, columns) if tty else None,
-                base_id=base_id,
-                inner=inner,
-                filter=boxes.filter,
-            )
+        size = (rows, columns) if tty else None
+        place = self._place(boxes, container)
+        execution: OciExecution | GuestExecution | None = None
+        if user is None:  # an usher is of the instance's own user, and of no other
+            execution = await self._ask_usher(boxes, container, place, (argv, env, workdir), size)
+        if execution is None:
+            async with self._starts:
+                self._foretell(boxes, place)
+                execution = await start_execution(place, argv=argv, env=env, workdir=workdir, user=user, size=size)
         self._executions.add(execution)
         return execution
+
+    def _place(self, boxes: OciBoxes, container: Container) -> Place:
+        record = container.record
+        base_id = None if record.slot is None else boxes.idmaps.base(record.slot)
+        return Place(record.directory, self.exec_tool(boxes, container), base_id, self.inner(boxes, record.id), boxes.filter)
+
+    def _foretell(self, boxes: OciBoxes, place: Place) -> None:
+        if place.inner is None:  # else another kernel runs it
+            asyncio.get_running_loop().run_in_executor(self._threads, foretell, boxes.cgroups)
+
+    async def _ask_usher(
+        self,
+        boxes: OciBoxes,
+        container: Container,
+        place: Place,
+        command: tuple[Sequence[str], Sequence[tuple[str, str]], str | None],
+        size: tuple[int, int] | None,
+    ) -> GuestExecution | None:
+        """Have the instance's usher start the command; None where it has none, or the tool must do it."""
+        where = load_config(place.directory).annotations.get(ATTENDED)
+        if where is None or not (where or self.hands_usher or has_bundle(place.directory)):
+            return None
+
+        async def bring() -> Usher:
+            async with self._starts:
+                self._foretell(boxes, place)
+                return await bring_usher(place, where or await self._in_thread(boxes.usher_program))
+
+        container.attendance = container.attendance or Attendance()
+        argv, env, workdir = command
+        body, _ = process_of(place, argv, env, workdir, None, size)
+        return await container.attendance.run(bring, process_words(body, make_directory=False), argv[0], size)
 
     async def signal(self, id: str, name: str) -> None:
         _, container = await self._find(id)

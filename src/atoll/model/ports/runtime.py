@@ -90,6 +90,8 @@ class Box(Struct, frozen=True, kw_only=True):
     """A FIFO made by the agent, which holds a reading end; the runtime opens it for reading and writing, so that
     neither the agent's death nor its return breaks or ends the process."""
     stderr: Path
+    attended: bool = False
+    """Whether it is there to be worked in: what can be made ready for its commands is, beside its first process."""
 
 
 class Started(Struct, frozen=True):

@@ -27,6 +27,8 @@ STREAMS_MAX = 64
 GREETING_S = 0.5
 """How long an answer to a greeting is awaited before it is sent again, behind what ends any frame that was cut off."""
 ANSWER_S_MAX = 10.0
+LOST = "the instance has ended"
+"""Why a command does not run whose guest has gone."""
 _ANSWER_BYTES_MAX = 64 << 10
 """No frame of a guest is larger: data and texts are."""
 
@@ -72,7 +74,7 @@ class GuestStream:
     def lose(self) -> None:
         """The guest has gone, and the command with it."""
         if not self.started.done():
-            self.started.set_result("the instance has ended")
+            self.started.set_result(LOST)
         if not self.status.done():
             self.status.set_result(9)
         self.output.put_nowait((1, b""))
@@ -276,6 +278,10 @@ class GuestChannel:
                 return await future
         except TimeoutError:
             raise DeadlineExceeded(f"the guest did not answer within {deadline_s:.0f} s") from None
+
+    def hang_up(self) -> None:
+        """Let the guest see the end of the stream behind all that was sent; `lost` is set once it has ended its own side."""
+        self._writer.close()
 
     async def close(self) -> None:
         if self._reading is not None:

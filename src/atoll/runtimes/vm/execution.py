@@ -138,6 +138,16 @@ async def start_beside(
 
     Raises CommandNotFound, RuntimeFailed, with the command's name, for one that cannot be started; DeadlineExceeded; Exhausted.
     """
+    execution = await try_beside(channel, process, name, size, kind=kind)
+    if isinstance(execution, str):
+        raise cannot_run(name, execution)
+    return execution
+
+
+async def try_beside(
+    channel: GuestChannel, process: bytes, name: str, size: tuple[int, int] | None, *, kind: Kind = Kind.EXEC
+) -> GuestExecution | str:
+    """As `start_beside`, but return why it cannot be started, in the guest's words. Raises DeadlineExceeded, Exhausted."""
     id, stream = channel.stream()
     execution = GuestExecution(channel, id, stream, tty=size is not None)
     try:
@@ -152,5 +162,4 @@ async def start_beside(
         raise
     if why:
         channel.forget(id)
-        raise cannot_run(name, why)
-    return execution
+    return why or execution
