@@ -8,8 +8,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from atoll.api.service import KINDS, SYSTEM, Service
+from atoll.control.heir import Heir
+from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.model import codec, keys
 from atoll.model.errors import Invalid, NotFound
+from atoll.model.ports.store import Revision
 from atoll.model.records import AppPhase, AppStatus, Capacity, Instance, Node, NodePolicy, OwnerKind, Status
 from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Quota, Resources, RuntimeName, Scale
 from atoll.model.states import Phase
@@ -28,14 +31,18 @@ class StillClock:
         return 1_000_000.0
 
 
-@pytest.fixture
-async def service() -> AsyncIterator[Service]:
+@pytest.fixture(params=["from the cache", "from what the scheduler knows"])
+async def service(request: pytest.FixtureRequest) -> AsyncIterator[Service]:
     store = MemoryStore(StillClock())
     seeded = random.Random(1)
     async with (
-        State(store, KINDS) as state,
+        State(store, {**KINDS, **CONTROL_KINDS}) as state,
+        Heir(state, StillClock()) as heir,
         Service(store, state, StillClock(), seeded, bytes(32), "localhost", entropy=seeded.randbytes) as made,
     ):
+        if request.param == "from what the scheduler knows":
+            made.planning.live = heir.copy
+            await heir.take(Revision(0))
         for name in ("n1", "n2", "n3"):
             capacity = Capacity(cpu_milli=4000, memory_bytes=4 * GIB, disk_bytes=100 * GIB)
             await put(made, keys.node(name), Node(name=name, capacity=capacity, runtimes=(RuntimeName.RUNC,)))

@@ -18,7 +18,7 @@ from atoll.model.records import Instance, NodeHealth, NodeLiveness, OwnerKind, S
 from atoll.model.spec import AppSpec, Resources
 from atoll.model.states import Desired, Phase
 from atoll.model.units import Bytes, Cores
-from atoll.store.cache import DELTAS_MAX, Deltas, State
+from atoll.store.cache import DELTAS_MAX, State
 
 WEB = AppSpec(name="web", image="x", resources=Resources(cpu=Cores(0.1), memory=Bytes(1 << 20)))
 
@@ -77,7 +77,7 @@ def test_who_waits_knows_whatever_has_changed_as_one_does_who_starts_from_the_ca
             )
             await cell.put(keys.instance("default", "late-a"), late)
             await asyncio.sleep(1.0)
-            taken, _ = await heir.take(await cell.store.revision())
+            taken = await heir.take(await cell.store.revision())
             afresh = Joins(taken.world.state, cell.clock)
             afresh.rebuild()
             assert joined(taken) == joined(afresh)
@@ -96,7 +96,7 @@ def test_what_changed_last_is_decided_about_first_and_what_changed_long_ago_come
             await asyncio.sleep(1.0)
             await cell.deploy(web("last"))
             await asyncio.sleep(1.0)
-            joins, _ = await heir.take(await cell.store.revision())
+            joins = await heir.take(await cell.store.revision())
             assert list(joins.world.dirty) == [(OwnerKind.APP, "default/last"), (OwnerKind.APP, "default/before")]
             assert len(joins.world.later) == 3
 
@@ -107,15 +107,37 @@ def test_who_has_taken_over_hears_of_all_that_changes_from_then_on_and_of_nothin
     async def main() -> None:
         async with Cell() as cell, waiting(cell) as heir:
             await cell.add_node("n1")
-            for _ in range(3):
-                joins, changes = await heir.take(await cell.store.revision())
-                at = joins.world.revision
-                await cell.add_node(f"n{at}")
-                heard: Deltas = await anext(changes)  # type: ignore[arg-type]  # an async generator's
-                assert heard.revision == at + 1
-                assert [delta.key for delta in heard.deltas] == [f"n{at}"]
+            for turn in range(3):
+                joins = await heir.take(await cell.store.revision())
+                heard: list[str] = []
+                joins.told = lambda deltas, heard=heard: heard.extend(delta.key for delta in deltas.deltas)  # type: ignore[misc]
+                following = asyncio.ensure_future(joins.follow())
+                await cell.add_node(f"new{turn}")
+                await asyncio.sleep(1.0)
+                assert heard == [f"new{turn}"]
+                following.cancel()
                 # It leads no more, and waits again.
                 heir.begin()
+
+    run_virtual(main())
+
+
+def test_a_copy_is_of_now_and_changing_it_changes_nothing_whoever_keeps_what_it_is_of() -> None:
+    async def main() -> None:
+        async with Cell() as cell, waiting(cell) as heir:
+            assert heir.copy() is None, "there is nothing yet"
+            await cell.add_node("n1")
+            await asyncio.sleep(1.0)
+            for number in range(2, 5):
+                revision = await cell.store.put(keys.node(f"n{number}"), codec.encode(node(f"n{number}")))
+                await heir.joins.world.state.reach(revision)
+                copied = heir.copy()
+                assert copied is not None
+                assert len(copied) == number
+                copied.remove_node("n1")
+                if number == 3:
+                    await heir.take(revision)
+            assert "n1" in heir.joins.placement.snapshot.nodes
 
     run_virtual(main())
 
@@ -130,7 +152,7 @@ def test_one_that_fell_behind_the_cache_starts_afresh() -> None:
             for number in range(DELTAS_MAX + DELTAS_MAX // 2):
                 await cell.store.put(keys.node("n2"), codec.encode(node("n2", cpu=1000 + number)))
             await state.reach(await cell.store.revision())
-            joins, _ = await heir.take(await cell.store.revision())
+            joins = await heir.take(await cell.store.revision())
             assert joins.placement.snapshot.nodes["n2"].capacity.cpu_milli == 1000 + DELTAS_MAX + DELTAS_MAX // 2 - 1
             assert joins.world.revision == joins.world.state.revision
 

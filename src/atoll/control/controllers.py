@@ -41,6 +41,7 @@ async def run_control(
     ended: Ended | None = None,
     keep: Keep | None = None,
     certificates: Signers | None = None,
+    heir: Heir | None = None,
 ) -> None:
     """Lead whenever this server holds the lease, until cancelled.
 
@@ -53,19 +54,20 @@ async def run_control(
     So is `traffic`: app → release → what ingresses counted, by which rollouts are judged.
     `identity` names this server across its restarts; no two servers may share one. `ended` tells of the death of another, `keep`
     keeps the lease alive: see `lead`.
+    `heir`, of the same `state`, keeps ready what a leader needs; pass one to use what it keeps for something else as well.
     `certificates` signs hostnames; without it nobody looks after those here, and `state` needs none of `certificates.KINDS`.
     """
 
-    heir = Heir(state, clock)
+    heir = heir or Heir(state, clock)
 
     async def work(term: Term) -> None:
-        joins, changes = await heir.take(Revision(int(term.fence.expected)))
+        joins = await heir.take(Revision(int(term.fence.expected)))
         loop = Loop(
             store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand, ask, joins
         )
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(loop.run(changes), name="control: loop")
+                tasks.create_task(loop.run(), name="control: loop")
                 if certificates is not None:
                     own = CertificateLoop(store, state, clock, chance, term, certificates)
                     tasks.create_task(own.run(), name="control: certificates")

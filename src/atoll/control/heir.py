@@ -8,7 +8,7 @@ to lead there is nothing to load, and it knows which owners changed last, where 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import structlog
@@ -18,6 +18,7 @@ from atoll.control.world import Owner, World
 from atoll.model.errors import Compacted, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Revision
+from atoll.scheduling.snapshot import Snapshot
 from atoll.store.cache import Deltas, State
 
 RECENT_S = 10.0
@@ -34,37 +35,57 @@ class Joins:
         self._state = state
         self.world = World(state, clock.monotonic)
         self.placement = Placement(self.world)
+        self._next = Revision(0)
+        """The revision that is taken over next."""
+        self.whole = False
+        """Whether everything is there."""
+        self.told: Callable[[Deltas], None] = lambda deltas: None
+        """Called with what has been taken over."""
 
     def rebuild(self) -> None:
         """Start from the cache as it is now."""
-        for _ in self.rebuilding():
+        for _ in self._rebuilding():
             pass
 
-    def rebuilding(self) -> Iterator[None]:
-        """As `rebuild`, with pauses, as `Placement.rebuilding`: what changes in them is to be told by `apply` afterwards."""
+    async def begin(self) -> None:
+        """As `rebuild`, giving way to others now and then."""
+        for _ in self._rebuilding():
+            await asyncio.sleep(0)
+
+    def _rebuilding(self) -> Iterator[None]:
+        """What changes in a pause is found by the next `pull`, whether it was seen or not."""
+        self.whole = False
+        self._next = Revision(self._state.revision + 1)
         self.world.rebuild()
         yield from self.placement.rebuilding()
+        self.whole = True
 
-    async def begin(self) -> AsyncIterator[Deltas]:
-        """Start from the cache, giving way to others now and then, and return all changes since."""
-        changes = self._state.changes()
-        for _ in self.rebuilding():
-            await asyncio.sleep(0)
-        return changes
+    def pull(self) -> None:
+        """Take over all that the cache has by now. Raises Compacted: start again."""
+        for deltas in self._state.since(self._next):
+            self.world.apply(deltas)
+            self.placement.apply(deltas)
+            self._next = Revision(deltas.revision + 1)
+            self.told(deltas)
+        self._next = Revision(self._state.revision + 1)
 
-    def apply(self, deltas: Deltas) -> None:
-        """Take over one revision's changes."""
-        self.world.apply(deltas)
-        self.placement.apply(deltas)
+    async def follow(self) -> None:
+        """Take over whatever changes, for ever. Raises Compacted, and Unavailable when the cache is closed."""
+        while True:
+            # Without a deadline: a quiet cell has no changes.
+            await self._state.reach(self._next)
+            self.pull()
 
-    def catch_up(self) -> None:
-        """Take over all that the cache has by now."""
+    def copy(self, like: Snapshot | None = None) -> Snapshot | None:
+        """Return a copy of the scheduler's snapshot as the cache is now, for a dry run; None while there is none. See
+        `Snapshot.copy`."""
+        if not self.whole:
+            return None
         try:
-            for deltas in self._state.since(Revision(self.world.revision + 1)):
-                self.apply(deltas)
+            self.pull()
         except Compacted:
-            self.rebuild()
-        self.world.revision = self._state.revision
+            return None
+        return self.placement.copy(like)
 
 
 class Heir:
@@ -73,7 +94,8 @@ class Heir:
     def __init__(self, state: State, clock: Clock) -> None:
         self._state = state
         self._clock = clock
-        self._joins = Joins(state, clock)
+        self.joins = Joins(state, clock)
+        """Those that are kept now, here or by who has taken them."""
         self._ready = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._recent: dict[Owner, float] = {}
@@ -89,13 +111,17 @@ class Heir:
     def begin(self) -> None:
         """Start afresh, and follow until `take`. Safe to repeat."""
         if self._task is None:
-            self._joins = Joins(self._state, self._clock)
+            self.joins = Joins(self._state, self._clock)
             self._ready.clear()
             self._recent.clear()
             self._task = asyncio.create_task(self._run(), name="control: heir")
 
-    async def take(self, at: Revision) -> tuple[Joins, AsyncIterator[Deltas]]:
-        """Return the joins as the cache is now, and all changes from here on; from now on they are the caller's to keep.
+    def copy(self, like: Snapshot | None = None) -> Snapshot | None:
+        """As `Joins.copy`, whoever keeps them now."""
+        return self.joins.copy(like)
+
+    async def take(self, at: Revision) -> Joins:
+        """Return the joins as the cache is now; from here on they are the caller's to keep.
 
         They hold all that was written before revision `at`, at which a term has begun: decided without the last writes of the
         leader before, a node is given away twice. What changed last is decided about first, and then all there is.
@@ -105,25 +131,28 @@ class Heir:
         self.begin()
         await self._ready.wait()
         await self._stop()
-        joins, self._joins = self._joins, Joins(self._state, self._clock)
-        changes = self._state.changes()
-        joins.catch_up()
-        self._note(joins.world)
-        joins.world.dirty.update(dict.fromkeys(reversed(self._recent)))
-        joins.world.later.update(dict.fromkeys(joins.world.owners()))
-        return joins, changes
+        joins, world = self.joins, self.joins.world
+        try:
+            joins.pull()
+        except Compacted:
+            joins.rebuild()
+        self._note()
+        joins.told = lambda deltas: None
+        world.revision = self._state.revision
+        world.dirty.update(dict.fromkeys(reversed(self._recent)))
+        world.later.update(dict.fromkeys(world.owners()))
+        return joins
 
     async def _run(self) -> None:
-        joins = self._joins
+        joins = self.joins
+        joins.told = lambda deltas: self._note()
         while True:
             self._ready.clear()
             try:
-                changes = await joins.begin()
+                await joins.begin()
+                self._note()
                 self._ready.set()
-                # Without a deadline: a quiet cell has no changes.
-                async for deltas in changes:
-                    joins.apply(deltas)
-                    self._note(joins.world)
+                await joins.follow()
             except Compacted:
                 log.info("what is kept ready to lead fell behind the cache and starts afresh")
             except Unavailable:
@@ -138,9 +167,9 @@ class Heir:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _note(self, world: World) -> None:
+    def _note(self) -> None:
         """Remember what has changed, and forget what changed long ago."""
-        now = self._clock.monotonic()
+        now, world = self._clock.monotonic(), self.joins.world
         for owner in world.dirty:
             self._recent.pop(owner, None)
             self._recent[owner] = now

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import structlog
@@ -94,6 +94,7 @@ class Loop:
         ask: Ask | None = None,
         joins: Joins | None = None,
     ) -> None:
+        """`joins`, where they are whole, must hold what was written before this term; without them they are made by `run`."""
         self._store = store
         self._clock = clock
         self._chance = chance
@@ -132,18 +133,15 @@ class Loop:
         self._tick_at = 0.0
         self._gc_at = clock.now() + GC_S
 
-    async def run(self, changes: AsyncIterator[Deltas] | None = None) -> None:
-        """Raises Fenced when another leads. What the store cannot do for a while is tried again.
-
-        `changes` are those since the joins that were passed; they must hold what was written before this term. Without it they
-        are made here.
-        """
-        if changes is None:
+    async def run(self) -> None:
+        """Raises Fenced when another leads. What the store cannot do for a while is tried again."""
+        if not self._joins.whole:
             # The leader before this one wrote until this term began; decided without its last writes, a node is given away twice.
             # Without a deadline: the term ends when its lease does.
             await self._world.state.reach(self._begins_at)
             # Before anything is decided: joins that are still empty would make an app that is being deleted look empty, too.
-            changes = await self._joins.begin()
+            await self._joins.begin()
+        self._joins.told = self._told
         self._layouts.rebuild()
         self._changed.set()
         self._demand.changed = self._woken
@@ -152,7 +150,7 @@ class Loop:
             self._detection.changed = self._look_at_nodes
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow(changes), name="control: follow")
+                tasks.create_task(self._follow(), name="control: follow")
                 tasks.create_task(self._work(), name="control: work")
                 tasks.create_task(self._layouts.run(), name="control: layouts")
                 tasks.create_task(self._queries.run(), name="control: queries")
@@ -176,25 +174,20 @@ class Loop:
         self._nodes.tick_due = True
         self._changed.set()
 
-    def _begin(self) -> AsyncIterator[Deltas]:
-        """Take everything as it is now, and return what changes from here on."""
-        changes = self._world.state.changes()
-        self._rebuild()
-        return changes
-
-    async def _follow(self, changes: AsyncIterator[Deltas]) -> None:
+    async def _follow(self) -> None:
         while True:
             try:
-                # Without a deadline: a quiet cell has no changes.
-                async for deltas in changes:
-                    self._joins.apply(deltas)
-                    self._layouts.apply(deltas)
-                    self._changed.set()
+                await self._joins.follow()
             except Compacted:
                 log.info("control fell behind the cache and starts afresh")
-                changes = self._begin()
+                self._rebuild()
+
+    def _told(self, deltas: Deltas) -> None:
+        self._layouts.apply(deltas)
+        self._changed.set()
 
     def _rebuild(self) -> None:
+        """Take everything as it is now."""
         self._joins.rebuild()
         self._layouts.rebuild()
         self._changed.set()

@@ -14,7 +14,7 @@ from atoll.control.picture import Picture
 from atoll.control.world import World, owner_of
 from atoll.model.records import Instance, Rejection, Status
 from atoll.model.states import Desired
-from atoll.scheduling.assembly import group_of, holds_room
+from atoll.scheduling.assembly import bookings_of, group_of, holds_room
 from atoll.scheduling.bookings import Booking
 from atoll.scheduling.demand import Pending
 from atoll.scheduling.plan import PENDING_MAX, plan
@@ -62,6 +62,14 @@ class Placement:
     @property
     def snapshot(self) -> Snapshot:
         return self._picture.snapshot
+
+    def copy(self, like: Snapshot | None = None) -> Snapshot:
+        """Return a copy of the snapshot with what was booked for those that wait, as it was written down."""
+        state = self._world.state
+        waiting = {key: held.record for key in (*self._new, *self._rejected) if (held := state.get(Instance, key)) is not None}
+        copied = self._picture.snapshot.copy(like)
+        copied.bookings = bookings_of(waiting, self._world.spec_of)
+        return copied
 
     @property
     def victims(self) -> dict[str, str]:

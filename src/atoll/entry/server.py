@@ -20,6 +20,7 @@ from atoll.api.service.sealing import KEY_BYTES
 from atoll.api.service.servers import check_key
 from atoll.control.controllers import run_control
 from atoll.control.detection.listening import listen_for_beats
+from atoll.control.heir import Heir
 from atoll.control.keeping import ThreadKeeper
 from atoll.control.leader import Keep
 from atoll.control.optimiser import ProcessOptimiser
@@ -99,6 +100,8 @@ async def main(config: Config, stop: Stop) -> None:
                 log.info("serving", api=config.url, store=kind, server=id)
                 heartbeats = service.heartbeats
                 detection = exchange_of(service, state, clock)
+                heir = Heir(state, clock)
+                service.planning.live = heir.copy
                 beats = listen_for_beats(detection, Udp(), split_address(config.listens, field="--listen"))
                 control = run_control(
                     store,
@@ -117,6 +120,7 @@ async def main(config: Config, stop: Stop) -> None:
                     ended=Deaths(state).of,
                     certificates=signers_of(service),
                     keep=lease_keeper(place, clock),
+                    heir=heir,
                 )
                 work = [control, beats, registry.run(), service.servers.run(), *([certificate.run()] if secure else [])]
                 await run_until(stop, together(*work))

@@ -96,15 +96,10 @@ def ends_at(instance: Instance, job: Job | None) -> float | None:
 def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | None]) -> Snapshot:
     """Return the snapshot that the leader's scheduler would plan on. A demand is made once for each group."""
     snapshot = Snapshot()
-    snapshot.now = records.now
-    snapshot.reservations = dict(records.reservations)
-    snapshot.evacuations = dict(records.evacuations)
-    _set_whereabouts(snapshot, records)
+    complete(snapshot, records)
     demands: dict[tuple[str, bool], Demand | None] = {}
     for name, node in records.nodes.items():
         snapshot.upsert_node(node, standing_of(records.policies.get(name), records.liveness.get(name)))
-    for name, digests in records.images.items():
-        snapshot.set_images(name, digests)
     for key, instance in records.instances.items():
         if instance.node is None or not holds_room(records.statuses.get(key)):
             continue
@@ -118,15 +113,13 @@ def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | Non
         if demand is not None:
             until = ends_at(instance, records.jobs.get(f"{instance.project}/{instance.owner}"))
             snapshot.allocate(key, instance.node, group, demand, instance.gpus, until, instance.placed_at or 0.0)
-    snapshot.bookings = _bookings(records, spec_of)
-    snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
-    snapshot.quotas = {name: project.quota for name, project in records.projects.items() if project.quota is not None}
+    snapshot.bookings = bookings_of(records.instances, spec_of)
     return snapshot
 
 
-def _bookings(records: Records, spec_of: Callable[[Instance], Workload | None]) -> tuple[Booking, ...]:
+def bookings_of(instances: Mapping[str, Instance], spec_of: Callable[[Instance], Workload | None]) -> tuple[Booking, ...]:
     """Return what the leader wrote down for those that wait; of a gang its first member says it for all."""
-    waiting = {key: one for key, one in records.instances.items() if one.node is None and one.desired is Desired.RUN}
+    waiting = {key: one for key, one in instances.items() if one.node is None and one.desired is Desired.RUN}
     heads = {key: one for key, one in waiting.items() if one.rejection is not None and one.rejection.booked is not None}
     found = []
     for key, head in heads.items():
@@ -141,7 +134,15 @@ def _bookings(records: Records, spec_of: Callable[[Instance], Workload | None]) 
     return tuple(sorted(found, key=lambda booking: booking.order))
 
 
-def _set_whereabouts(snapshot: Snapshot, records: Records) -> None:
+def complete(snapshot: Snapshot, records: Records) -> None:
+    """Take over all but nodes, instances and their statuses, and what is booked."""
+    snapshot.now = records.now
+    snapshot.reservations = dict(records.reservations)
+    snapshot.evacuations = dict(records.evacuations)
+    snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
+    snapshot.quotas = {name: project.quota for name, project in records.projects.items() if project.quota is not None}
+    for name, digests in records.images.items():
+        snapshot.set_images(name, digests)
     whereabouts = snapshot.whereabouts
     snapshot.set_geography(Geography(records.sites.values(), records.round_trips.values()))
     whereabouts.entrances = entrances_of(records.ingresses.values())

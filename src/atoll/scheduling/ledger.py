@@ -69,6 +69,20 @@ class Ledger:
         self._ending: dict[str, float] = {}
         """Instance → when it ends, of those that do."""
 
+    def copy(self) -> Ledger:
+        """Return another that says the same, and changes by itself."""
+        other = Ledger()
+        other._allocations = self._allocations.copy()
+        other._on = {node: ids.copy() for node, ids in self._on.items()}
+        other._repelled = {
+            owner: {group: labels.copy() for group, labels in groups.items()} for owner, groups in self._repelled.items()
+        }
+        other._priorities = self._priorities.copy()
+        other._project_use = {project: use.copy() for project, use in self._project_use.items()}
+        other._on_port = {port: nodes.copy() for port, nodes in self._on_port.items()}
+        other._ending = self._ending.copy()
+        return other
+
     def get(self, id: str) -> Allocation | None:
         return self._allocations.get(id)
 

@@ -15,6 +15,13 @@ class Presence:
         self._with_image: dict[str, set[str]] = {}
         """The same by digest."""
 
+    def copy(self) -> Presence:
+        """Return another that says the same, and changes by itself."""
+        other = Presence()
+        other._images = self._images.copy()
+        other._with_image = {digest: nodes.copy() for digest, nodes in self._with_image.items()}
+        return other
+
     def set(self, node: str, digests: tuple[str, ...]) -> None:
         """Take over which images a node has; of many, those that it names first."""
         digests = digests[:IMAGES_MAX]

@@ -117,6 +117,34 @@ class Snapshot:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def copy(self, like: Snapshot | None = None) -> Snapshot:
+        """Return another that says the same, and changes by itself, as for a thread; quick, whatever there is. `like` is an earlier
+        copy that nobody uses any more."""
+        other = Snapshot()
+        other.size, other.facts, other.now = self.size, self.facts, self.now
+        other.names, other.nodes, other._rows, other._holes = (
+            self.names.copy(),
+            self.nodes.copy(),
+            self._rows.copy(),
+            self._holes.copy(),
+        )
+        for column in ("present", "standing", "total", "used", "runtimes"):
+            setattr(other, column, getattr(self, column).copy())
+        other.taints = {taint: bools.copy() for taint, bools in self.taints.items()}
+        other.labels = {key: ids.copy() for key, ids in self.labels.items()}
+        other._values = {key: values.copy() for key, values in self._values.items()}
+        other.ledger = self.ledger.copy()
+        other._groups = {group: rows.copy() for group, rows in self._groups.items()}
+        other._owned = {owner: groups.copy() for owner, groups in self._owned.items()}
+        other.quotas, other.reservations, other.bookings = self.quotas.copy(), self.reservations.copy(), self.bookings
+        other.homes, other.evacuations = self.homes.copy(), self.evacuations.copy()
+        other.whereabouts, other._presence = self.whereabouts.copy(), self._presence.copy()
+        other._machine_ports = {port: nodes.copy() for port, nodes in self._machine_ports.items()}
+        other._ranks = self._ranks
+        other._gpus = self._gpus.copy(like._gpus if like is not None else None)
+        other._stale = self._stale.copy()
+        return other
+
     def upsert_node(self, node: Node, standing: Standing = Standing.OPEN) -> None:
         """Add a node, or take over what it says of itself now."""
         row = self._rows.get(node.name)
@@ -149,9 +177,10 @@ class Snapshot:
 
     def set_geography(self, geography: Geography) -> None:
         """Take over where sites are; a site's region goes before what its nodes say."""
-        self.whereabouts.geography = geography
-        for name, node in self.nodes.items():
-            self._set_labels(self._rows[name], node)
+        before, self.whereabouts.geography = self.whereabouts.geography, geography
+        if before.sites or geography.sites:  # else every node is where it says; to find that out of thousands takes long
+            for name, node in self.nodes.items():
+                self._set_labels(self._rows[name], node)
         self._facts_changed()
 
     def remove_node(self, name: str) -> None:

@@ -49,6 +49,13 @@ class Whereabouts:
         self.layouts: dict[str, Layout] = {}
         """Owner → where its instances should be."""
 
+    def copy(self) -> Whereabouts:
+        """Return another that says the same, and changes by itself."""
+        other = Whereabouts()
+        other.geography, other.entrances, other.traffic = self.geography, self.entrances, self.traffic
+        other.layouts = dict(self.layouts)
+        return other
+
     def users(self, owner: str) -> Users:
         """Return where the owner's requests come from; no sites where there is no ingress either."""
         traffic = self.traffic.get(owner, {})

@@ -54,8 +54,8 @@ async def control(
     heir: Heir | None = None,
 ) -> None:
     """Run one term of the leader's loop, as a server does; without an `heir` all is loaded at its beginning."""
-    joins, changes = await heir.take(Revision(int(term.fence.expected))) if heir is not None else (None, None)
-    await Loop(store, state, clock, choose, heard, term, detection=detection, traffic=traffic, joins=joins).run(changes)
+    joins = await heir.take(Revision(int(term.fence.expected))) if heir is not None else None
+    await Loop(store, state, clock, choose, heard, term, detection=detection, traffic=traffic, joins=joins).run()
 
 
 class Server:

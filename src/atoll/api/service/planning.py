@@ -1,7 +1,8 @@
 """Dry runs: what the scheduler would do with a spec, and what it says of an instance.
 
-A snapshot is made from the cache as it is now, beside the event loop, one at a time. In a large cell that takes long, and what was
-made is used for some time: dry runs together never cost more than a tenth of a core or so, and say how it was a moment ago.
+They run beside the event loop, one at a time, on a copy of what the scheduler knows (`live`), or where there is none on a snapshot
+that is made from the cache. In a large cell either takes a while, and then one serves all dry runs for ten times as long: together
+they never cost more than a tenth of a core or so, and say how it was a moment ago.
 """
 
 from __future__ import annotations
@@ -42,22 +43,28 @@ from atoll.model.reservation import Reservation
 from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
 from atoll.model.states import Desired
 from atoll.model.views import DefragView, Explanation, InstanceExplanation, KeptFor, PlanView
-from atoll.scheduling.assembly import Records, app_owner, group_of, snapshot_from
+from atoll.scheduling.assembly import Records, app_owner, complete, group_of, snapshot_from
 from atoll.scheduling.budget import may_go
 from atoll.scheduling.defrag import propose
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.dry_run import explain_instance, plan_spec
 from atoll.scheduling.snapshot import Snapshot
 from atoll.store.cache import Held
+from atoll.store.index import by_project
 
 DRY_RUN_S = 30.0
 """The longest wait for a dry run, that for others before it included."""
 
 KEPT_FROM_S = 0.25
 """A snapshot that took less than this to make is made anew for each dry run."""
+COPY_KEPT_FROM_S = 0.005
+"""The same of a copy, while which nothing else can be done."""
 KEPT_TIMES = 10.0
 """One that took longer is used for so many times as long as it took."""
 KEPT_S_MAX = 30.0
+
+Live = Callable[[Snapshot | None], Snapshot | None]
+"""Returns a copy of what the scheduler plans on, which may use parts of the last one that it is given; None where there is none."""
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -72,6 +79,9 @@ class Planning:
         self._one = asyncio.Lock()
         self._kept: Snapshot | None = None
         self._kept_until = 0.0
+        self._copied: Snapshot | None = None
+        self.live: Live = lambda last: None
+        """Set by whoever keeps one."""
 
     async def plan(self, spec: AppSpec | JobSpec, caller: Caller = SYSTEM) -> PlanView:
         """Say where the spec's instances would go; its image and secrets are not asked for. Raises Invalid, NotFound (project)."""
@@ -85,7 +95,8 @@ class Planning:
         held = self._state.get(App, f"{spec.project}/{spec.name}")
         status = self._state.get(AppStatus, f"{spec.project}/{spec.name}")
         replicas = held.record.wanted(status.record if status is not None else None) if held is not None else 1
-        numbers = [r.record.number for r in self._state.records(Release).values() if held and _same(r.record, held.record)]
+        releases = self._state.found(Release, by_project, spec.project).values()
+        numbers = [r.record.number for r in releases if held and _same(r.record, held.record)]
         release = max(numbers, default=held.record.release if held is not None else 0) + 1
         view = await self._dry(lambda snapshot: plan_spec(snapshot, spec, release=release, replicas=replicas))
         return replace(view, explanation=seen_by(caller, view.explanation))
@@ -143,7 +154,7 @@ class Planning:
     def _waiting_beside(self, instance: Instance) -> int:
         """Return how many of the instance's group, itself among them, wait for a node."""
         group = group_of(instance)
-        held = (other.record for other in self._state.records(Instance).values())
+        held = (other.record for other in self._state.found(Instance, by_project, instance.project).values())
         return sum(other.node is None and other.desired is Desired.RUN and group_of(other) == group for other in held)
 
     async def _dry(self, run: Callable[[Snapshot], T], *, anew: bool = False) -> T:
@@ -154,29 +165,34 @@ class Planning:
                     return await asyncio.to_thread(lambda make: run(make()), self._maker())
                 return await asyncio.to_thread(run, await self._snapshot())
         except TimeoutError:
+            self._kept = self._copied = None  # the thread goes on with it
             raise DeadlineExceeded("the dry run took too long", mend="try again in a moment") from None
 
     async def _snapshot(self) -> Snapshot:
-        """Return a snapshot of now, or where making one takes long, of not long ago."""
+        """Return a snapshot of now, or where getting one takes long, of not long ago."""
         began = self._context.clock.monotonic()
         if self._kept is not None and began < self._kept_until:
             return self._kept
         self._kept = None  # never two of them in memory
-        made = await asyncio.to_thread(self._maker())
+        self._copied = self.live(self._copied)
+        copied_at = self._context.clock.monotonic() if self._copied is not None else None
+        made = await asyncio.to_thread(self._maker(self._copied))
         ended = self._context.clock.monotonic()
-        if ended - began >= KEPT_FROM_S:
-            self._kept, self._kept_until = made, ended + min(KEPT_S_MAX, KEPT_TIMES * (ended - began))
+        took_s, from_s = (ended - began, KEPT_FROM_S) if copied_at is None else (copied_at - began, COPY_KEPT_FROM_S)
+        if took_s >= from_s:
+            self._kept, self._kept_until = made, ended + min(KEPT_S_MAX, KEPT_TIMES * took_s)
         return made
 
-    def _maker(self) -> Callable[[], Snapshot]:
-        """Take hold of all records of this moment, and return what makes a snapshot of them, in a thread."""
-        held = {kind: self._state.copy(kind) for kind in _NEEDED}
+    def _maker(self, copied: Snapshot | None = None) -> Callable[[], Snapshot]:
+        """Take hold of the records of this moment, and return what makes a snapshot of them, in a thread; or what completes
+        `copied`, which knows of nodes and instances already."""
+        held = {kind: self._state.copy(kind) for kind in (_NEEDED if copied is None else _COMPLETING)}
         now, beats = self._context.clock.now(), dict(self._heartbeats.all())
         ingress_beats = dict(self._ingresses.all())
 
         def make() -> Snapshot:
             def plain(kind: type[K]) -> dict[str, K]:
-                return {key: one.record for key, one in held[kind].items()}
+                return {key: one.record for key, one in held.get(kind, {}).items()}
 
             records = Records(
                 nodes=plain(Node),
@@ -196,28 +212,26 @@ class Planning:
                 ingress_heartbeats=ingress_beats,
                 images={name: beat.images for name, beat in beats.items()},
             )
+            if copied is not None:
+                complete(copied, records)
+                return copied
             return snapshot_from(records, lambda instance: spec_of(_Copy(held), instance))
 
         return make
 
 
-_NEEDED: tuple[type[Any], ...] = (
-    App,
+_COMPLETING: tuple[type[Any], ...] = (
     AppStatus,
     Ingress,
-    Instance,
-    Job,
     Maintenance,
     Node,
-    NodeLiveness,
     NodePolicy,
     Project,
-    Release,
     Reservation,
     RoundTrips,
     Site,
-    Status,
 )
+_NEEDED: tuple[type[Any], ...] = (*_COMPLETING, App, Instance, Job, NodeLiveness, Release, Status)
 
 
 class _Copy:

@@ -43,6 +43,17 @@ class Inventory:
         """Row → the devices' ids, of rows that have some."""
         self._shapes: dict[int, Shape] = {}
 
+    def copy(self, like: Inventory | None = None) -> Inventory:
+        """Return another that says the same, and changes by itself: with a table of its own, or that of `like`, an earlier copy
+        that nobody uses any more, which may know much already."""
+        other = Inventory(self._states_min)
+        if like is not None and len(like.states) <= max(self._states_min, 4 * len(self.ids)):
+            other.states = like.states
+        other.current, other.bare = self.current.copy(), self.bare.copy()
+        other.ids, other._shapes = self.ids.copy(), self._shapes.copy()
+        other._renumber(self.states)
+        return other
+
     def describe(self, row: int, devices: Sequence[GpuDevice]) -> None:
         """Take over what a row has now; nothing is given away of it until `hold` says so."""
         if not devices:
@@ -88,15 +99,18 @@ class Inventory:
 
     def _throw_away(self) -> None:
         """Keep only the states that rows are in. Views that are about keep the table that they began with."""
-        fresh = States()
+        before, self.states = self.states, States()
+        self._renumber(before)
+
+    def _renumber(self, before: States) -> None:
+        """Number by `states` what the rows have by the numbers of another table."""
         for shape in set(self._shapes.values()):
-            fresh.adopt(shape)
+            self.states.adopt(shape)
         for name in ("current", "bare"):
             column = getattr(self, name)
             used, inverse = np.unique(column, return_inverse=True)
-            numbers = np.array([fresh.number(self.states[number]) for number in used.tolist()], dtype=np.int64)
+            numbers = np.array([self.states.number(before[number]) for number in used.tolist()], dtype=np.int64)
             setattr(self, name, numbers[inverse])
-        self.states = fresh
 
 
 class DevicesView:
