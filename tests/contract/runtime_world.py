@@ -76,6 +76,8 @@ class World:
         self.make = make
         self.cgroup = cgroup
         self.real = bool(cgroup)
+        self.attended = False
+        """Whether its boxes are sandboxes, into which commands go by an usher where the runtime has one."""
         self.settle_s = 0.5 if any(name in cgroup for name in ("gvisor", *MACHINES)) else 0.1 if cgroup else 0
         """How long a script takes to its first lines."""
         self.many = 3 if any(name in cgroup for name in MACHINES) else 10
@@ -104,6 +106,7 @@ class World:
             "limits": LIMITS,
             "stdout": fifos[0],
             "stderr": fifos[1],
+            "attended": self.attended,
         }
         return Box(**(fields | changes))
 
