@@ -75,7 +75,8 @@ FAMILIES = {
 }
 """Name → type and what it is."""
 
-Labels = dict[str, str]
+Labels = str
+"""As they stand between the braces: put together once for all the lines of a record, of which there are many."""
 
 
 class Exposition:
@@ -104,7 +105,7 @@ class Exposition:
             await page.turn()
         instances = self._state.records(Instance) if project is None else self._state.found(Instance, by_project, project)
         seen = [key for key, held in instances.items() if _shown(held.record.project, caller, project)]
-        page.add("atoll_instances_left_out", {}, max(0, len(seen) - self.instances_max))
+        page.add("atoll_instances_left_out", "", max(0, len(seen) - self.instances_max))
         for key in heapq.nsmallest(self.instances_max, seen):
             if (instance := self._state.get(Instance, key)) is not None:
                 self._instance(page, key, instance.record, _used(beats.get(instance.record.node or ""), instance.record.id))
@@ -116,7 +117,7 @@ class Exposition:
         return {node: beat for node, beat in self._heartbeats.all().items() if now - heard.get(node, 0.0) <= FRESH_S}
 
     def _node(self, page: _Page, node: Node, beat: Heartbeat | None) -> None:
-        labels = {"node": node.name, "site": node.site, "region": node.region}
+        labels = labelled(node=node.name, site=node.site, region=node.region)
         liveness = self._state.get(NodeLiveness, node.name)
         health = liveness.record.health if liveness is not None else NodeHealth.READY
         page.states("atoll_node_health", labels, health, NodeHealth)
@@ -129,7 +130,7 @@ class Exposition:
             page.add("atoll_node_memory_bytes", labels, beat.memory_bytes)
         samples = {sample.device: sample for sample in beat.gpus} if beat is not None else {}
         for device in node.capacity.gpus:
-            named = {"node": node.name, "device": device.id, "model": device.model}
+            named = labelled(node=node.name, device=device.id, model=device.model)
             page.states("atoll_gpu_health", named, device.health, GpuHealth)
             page.add("atoll_gpu_memory_capacity_bytes", named, device.memory_bytes)
             if (sample := samples.get(device.id)) is None:
@@ -142,7 +143,7 @@ class Exposition:
                 page.add("atoll_gpu_temperature_celsius", named, sample.temperature_c)
 
     def _app(self, page: _Page, key: str, app: App) -> None:
-        labels = {"project": app.project, "app": app.name}
+        labels = labelled(project=app.project, app=app.name)
         held = self._state.get(AppStatus, key)
         status = held.record if held is not None else None
         page.add("atoll_app_replicas_wanted", labels, 0 if app.deleting else app.wanted(status))
@@ -152,34 +153,36 @@ class Exposition:
             page.add("atoll_app_replicas_most", labels, app.most)
         rollout = status.rollout if status is not None else None
         for release, weight in sorted(rollout.weights.items() if rollout is not None else ()):
-            page.add("atoll_app_weight_ratio", {**labels, "release": str(release)}, weight / 100)
+            page.add("atoll_app_weight_ratio", more(labels, release=str(release)), weight / 100)
         for release, counts in sorted(self._traffic.totals().get(key, {}).items()):
-            named = {**labels, "release": str(release)}
+            named = more(labels, release=str(release))
             page.add("atoll_app_requests_total", named, counts.requests)
             page.add("atoll_app_errors_total", named, counts.errors)
         for release, (counts, _) in sorted(self._traffic.recent(key).items()):
             for share in (0.5, 0.99):
                 value = counts.quantile_s(share)
                 if value is not None:
-                    page.add("atoll_app_latency_seconds", {**labels, "release": str(release), "quantile": str(share)}, value)
+                    page.add("atoll_app_latency_seconds", more(labels, release=str(release), quantile=str(share)), value)
 
     def _at_ingresses(self, page: _Page, app: App, counted: Mapping[str, Mapping[int, Counts]]) -> None:
         for name, releases in sorted(counted.items()):
             ingress = self._state.get(Ingress, name)
             site = ingress.record.site if ingress is not None else ""
             for release, counts in sorted(releases.items()):
-                labels = {"project": app.project, "app": app.name, "release": str(release), "ingress": name, "site": site}
+                labels = labelled(project=app.project, app=app.name, release=str(release), ingress=name, site=site)
                 page.add("atoll_ingress_requests_total", labels, counts.requests)
                 page.add("atoll_ingress_errors_total", labels, counts.errors)
         for name, loads in sorted(self.loads.items()):
             load, ingress = loads.get(f"{app.project}/{app.name}"), self._state.get(Ingress, name)
             if load is not None and ingress is not None:
-                labels = {"project": app.project, "app": app.name, "ingress": name, "site": ingress.record.site}
+                labels = labelled(project=app.project, app=app.name, ingress=name, site=ingress.record.site)
                 page.add("atoll_ingress_request_seconds_total", labels, load.request_s)
 
     def _instance(self, page: _Page, key: str, instance: Instance, usage: Usage | None) -> None:
         owner = "app" if instance.owner_kind is OwnerKind.APP else "job"
-        labels = {"project": instance.project, owner: instance.owner, "instance": instance.id, "node": instance.node or ""}
+        labels = labelled(
+            **{"project": instance.project, owner: instance.owner, "instance": instance.id, "node": instance.node or ""}
+        )
         held = self._state.get(Status, key)
         page.add("atoll_instance_ready", labels, int(held is not None and held.record.ready and not instance.standby))
         page.add("atoll_instance_restarts_total", labels, held.record.restarts if held is not None else 0)
@@ -191,7 +194,7 @@ class Exposition:
             page.add("atoll_instance_gpu_busy_devices", labels, usage.gpu_milli / 1000)
             page.add("atoll_instance_gpu_memory_bytes", labels, usage.gpu_memory_bytes)
         for name, value in sorted(usage.metrics.items()):
-            page.add("atoll_app_metric", {**labels, "name": name}, value)
+            page.add("atoll_app_metric", more(labels, name=name), value)
 
 
 class _Page:
@@ -208,12 +211,11 @@ class _Page:
             await asyncio.sleep(0)
 
     def add(self, family: str, labels: Labels, value: float) -> None:
-        inside = ",".join(f'{name}="{escape(text)}"' for name, text in labels.items())
-        self._lines[family].append(f"{family}{{{inside}}} {value!r}" if inside else f"{family} {value!r}")
+        self._lines[family].append(f"{family}{{{labels}}} {value!r}" if labels else f"{family} {value!r}")
 
     def states(self, family: str, labels: Labels, state: NodeHealth | GpuHealth, kind: type[NodeHealth] | type[GpuHealth]) -> None:
         for each in kind:
-            self.add(family, {**labels, "health": each.value}, int(each is state))
+            self.add(family, f'{labels},health="{each.value}"', int(each is state))
 
     def text(self) -> bytes:
         parts = []
@@ -232,6 +234,16 @@ def _shown(owner: str, caller: Caller, project: str | None) -> bool:
     return caller.sees(owner) and project in (None, owner)
 
 
+def labelled(**labels: str) -> Labels:
+    return ",".join(f'{name}="{escape(text)}"' for name, text in labels.items())
+
+
+def more(labels: Labels, **others: str) -> Labels:
+    return f"{labels},{labelled(**others)}"
+
+
 def escape(text: str) -> str:
     """Return a label's value as it stands between quotes."""
+    if "\\" not in text and '"' not in text and "\n" not in text:
+        return text
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
