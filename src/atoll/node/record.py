@@ -14,8 +14,9 @@ from typing import Protocol
 from msgspec import Struct
 
 from atoll.model import codec
-from atoll.model.errors import Corrupt, Invalid, Unavailable
+from atoll.model.errors import AtollError, Corrupt, Invalid, Unavailable
 from atoll.model.records import Assignment
+from atoll.node.record_room import give_room, keep_room, make_room
 from atoll.node.transitions import State
 
 SCHEMA_VERSION = 1
@@ -24,6 +25,7 @@ CREATE TABLE IF NOT EXISTS assignment (id TEXT PRIMARY KEY, body BLOB NOT NULL) 
 CREATE TABLE IF NOT EXISTS state (id TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS secrets (id TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
 """
+_MEND = "free some disk space"
 
 
 class Entry(Struct, frozen=True):
@@ -80,16 +82,20 @@ class MemoryRecord:
 
 
 class SqliteRecord:
-    """One file, mode 0600 since secrets are in it. Raises Corrupt for a damaged one."""
+    """One file, mode 0600 since secrets are in it. Raises Corrupt for a damaged one, Unavailable where it cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            give_room(path)
+        except OSError as error:
+            raise Unavailable(f"cannot open the agent's record {path}: {error}", mend=_MEND) from None
         try:
             self._database = self._open()
         except sqlite3.DatabaseError as error:
-            raise self._corrupt(error) from None
+            raise self._broken(error) from None
 
     def _open(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, isolation_level=None, timeout=5.0)
@@ -104,6 +110,7 @@ class SqliteRecord:
                 raise sqlite3.DatabaseError(verdict)
             database.executescript(_SCHEMA)
             database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            make_room(database, self._path)
         except BaseException:
             database.close()
             raise
@@ -121,7 +128,9 @@ class SqliteRecord:
                 )
                 for assignment, state, secrets in self._database.execute(query)
             ]
-        except (sqlite3.DatabaseError, Invalid) as error:
+        except sqlite3.DatabaseError as error:
+            raise self._broken(error) from None
+        except Invalid as error:
             raise self._corrupt(error) from None
 
     def put_assignment(self, assignment: Assignment) -> None:
@@ -144,6 +153,7 @@ class SqliteRecord:
 
     def close(self) -> None:
         self._database.close()
+        keep_room(self._path)
 
     def _write(self, statement: str, id: str, body: bytes) -> None:
         try:
@@ -152,7 +162,13 @@ class SqliteRecord:
             raise self._unavailable(error) from None
 
     def _unavailable(self, error: sqlite3.Error) -> Unavailable:
-        return Unavailable(f"cannot write the agent's record {self._path}: {error}", mend="free some disk space")
+        return Unavailable(f"cannot write the agent's record {self._path}: {error}", mend=_MEND)
+
+    def _broken(self, error: sqlite3.DatabaseError) -> AtollError:
+        """What SQLite does not say to be damage is the disk's or the system's, and passes."""
+        if isinstance(error, sqlite3.OperationalError):
+            return Unavailable(f"cannot open the agent's record {self._path}: {error}", mend=_MEND)
+        return self._corrupt(error)
 
     def _corrupt(self, error: Exception) -> Corrupt:
         mend = "move the file away; instances that run here then count as unknown, are removed, and are started anew"
