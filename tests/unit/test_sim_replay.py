@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from atoll.cli.main import cli
 from atoll.model.errors import Invalid, NotFound
 from atoll.sim.replay import POLICIES, replay
+from atoll.sim.replay_control import replay_controlled
 from atoll.sim.replay_trace import load
 
 NODES = "name,cpu_milli,memory_mib,gpus,model,site\na,4000,8192,0,,s1\nb,4000,8192,2,T4,s2\n"
@@ -112,10 +113,22 @@ def test_a_failure_must_name_what_is_there(files: tuple[Path, Path]) -> None:
 
 def test_the_command_prints_a_row_for_each_policy(files: tuple[Path, Path]) -> None:
     answer = CliRunner().invoke(
-        cli, ["sim", "--nodes", str(files[0]), "--work", str(files[1]), "--policy", "pack", "--policy", "spread"]
+        cli,
+        [
+            "sim",
+            "--nodes",
+            str(files[0]),
+            "--work",
+            str(files[1]),
+            "--planning-only",
+            "--policy",
+            "pack-fifo",
+            "--policy",
+            "spread",
+        ],
     )
     assert answer.exit_code == 0, answer.output
-    assert "pack" in answer.output
+    assert "pack-fifo" in answer.output
     assert "spread" in answer.output
 
 
@@ -123,8 +136,10 @@ def test_plots_are_written(files: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from atoll.sim.replay_plots import draw
 
-    written = draw([replay(load(*files), "pack")], tmp_path / "plots", title="t", formats=("svg",))
-    assert {path.name for path in written} == {"utilisation.svg", "fragmentation.svg", "queueing.svg", "latency.svg"}
+    trace = load(*files)
+    written = draw([replay(trace, "pack"), replay_controlled(trace, "pack")], tmp_path / "plots", title="t", formats=("svg",))
+    names = {"utilisation.svg", "fragmentation.svg", "queueing.svg", "latency.svg", "starts.svg"}
+    assert {path.name for path in written} == names
     assert all(path.stat().st_size > 5_000 for path in written)
     assert "matplotlib" in sys.modules
 

@@ -1,20 +1,33 @@
-"""`atoll sim`: replays a trace through the real scheduler at simulated speed, several policies side by side."""
+"""`atoll sim`: replays a trace at simulated speed, through a whole cell or through the scheduler alone, under several policies."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from atoll.cli.session import Session, command
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.status import Status
+
+    from atoll.sim.replay_report import Living, Report, Spread
+    from atoll.sim.replay_trace import Trace
+
 POLICIES = ("pack", "spread", "pack-fifo", "near")
+WHOLE = "through API, controllers, scheduler, failure detection and light agents; a start takes 1 s on its node"
+ALONE = "by the scheduler alone: no API, controllers, agents or detection, a failure is known at once"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @command(
     example="atoll sim --nodes nodes.csv --work pods.csv --policy pack --policy spread --plots plots/\n"
-    "atoll sim --nodes nodes.csv --work pods.csv --sites sites.csv --fail site:ams@3600+600 --json"
+    "atoll sim --nodes nodes.csv --work pods.csv --sites sites.csv --fail site:ams@3600+600 --json\n"
+    "atoll sim --nodes nodes.csv --work huge.csv --planning-only"
 )
 @click.option("--nodes", type=_FILE, required=True, help="The machines: CSV or JSON, openb's form or ours.")
 @click.option("--work", type=_FILE, required=True, help="What arrives and departs: CSV or JSON, openb's form or ours.")
@@ -27,6 +40,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--hurry", type=click.FloatRange(0.001, 1e6), default=1.0, help="Arrivals come so many times faster; runs last as long."
 )
+@click.option(
+    "--planning-only", is_flag=True, help="Through the scheduler alone: many times as fast, and all that is known is what it plans."
+)
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="Write plots into this directory (matplotlib).")
 def sim(
     session: Session,
@@ -37,23 +53,83 @@ def sim(
     failures: tuple[str, ...],
     limit: int | None,
     hurry: float,
+    planning_only: bool,
     plots: Path | None,
 ) -> None:
-    """Replay a trace through the real scheduler: utilisation, fragmentation, queueing and waits under each policy."""
-    from atoll.model.units import format_seconds
-    from atoll.sim.replay import replay
+    """Replay a trace: utilisation, fragmentation, queueing and waits under each policy.
+
+    Work is deployed and removed through the API of a simulated cell. Its own controllers and scheduler make and place the
+    instances; what runs on machines that fail is found and replaced as in production. Quiet times are passed over.
+    """
     from atoll.sim.replay_plots import draw
     from atoll.sim.replay_trace import load
 
     trace = load(nodes, work, sites, failures, limit, hurry)
+    wanted = tuple(dict.fromkeys(policies or ("pack", "spread")))
+    _check(wanted, planning_only)
     reports = []
-    for policy in dict.fromkeys(policies or ("pack", "spread")):
-        with session.output.err.status(f"replaying {len(trace.tasks)} instances on {len(trace.nodes)} nodes: {policy}"):
-            reports.append(replay(trace, policy))
+    for policy in wanted:
+        with session.output.err.status(f"{_what(trace)}: {policy}") as status:
+            reports.append(_replay(trace, policy, planning_only, status))
     written = draw(reports, plots, title=work.stem) if plots else []
+    mode = ALONE if planning_only else WHOLE
     if session.json:
-        session.output.json({"reports": reports, "plots": [str(path) for path in written]})
+        session.output.json({"includes": mode, "reports": reports, "plots": [str(path) for path in written]})
         return
+    session.output.say(f"[dim]{mode}[/]")
+    _show(session, reports, round_trips=bool(trace.demand))
+    for path in written:
+        session.output.err.print(f"wrote {path}", highlight=False)
+
+
+def _check(policies: tuple[str, ...], planning_only: bool) -> None:
+    """Raise Invalid for a policy that a cell has not; before the others take their time."""
+    from atoll.model.errors import Invalid
+    from atoll.sim import replay_control
+
+    lacking = [policy for policy in policies if policy not in replay_control.POLICIES and not planning_only]
+    if lacking:
+        text = f"--policy: a cell does not place by '{lacking[0]}': what fits may pass what waits, and room is booked for the first"
+        raise Invalid(text, field="policy", mend="add --planning-only, or leave it out")
+
+
+def _what(trace: Trace) -> str:
+    return f"replaying {len(trace.tasks)} pieces of work on {len(trace.nodes)} nodes"
+
+
+def _replay(trace: Trace, policy: str, planning_only: bool, status: Status) -> Report:
+    if planning_only:
+        from atoll.sim.replay import replay
+
+        return replay(trace, policy)
+    from atoll.sim.replay_control import replay_controlled
+
+    return replay_controlled(trace, policy, _progress(trace, policy, status))
+
+
+def _progress(trace: Trace, policy: str, status: Status) -> Callable[[float, float], None]:
+    """Return what shows how far a replay is, about once a second, and how long the rest will take."""
+    from atoll.model.units import format_seconds
+
+    began = shown = time.monotonic()
+
+    def show(share: float, at_s: float) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < 1.0:
+            return
+        shown = now
+        left = format_seconds(round((now - began) * (1 - share) / share)) if share > 0 else "?"
+        status.update(f"{_what(trace)}: {policy}, {share:.0%}, simulated {format_seconds(round(at_s))}, about {left} left")
+
+    return show
+
+
+def _show(session: Session, reports: list[Report], *, round_trips: bool) -> None:
+    from atoll.model.units import format_seconds
+
+    living = any(one.living is not None for one in reports)
+    replaced = any(one.living is not None and one.living.nodes_failed for one in reports)
     heads = (
         "POLICY",
         "PLACED>",
@@ -62,12 +138,14 @@ def sim(
         "LOST>?",
         "WAIT P50>",
         "WAIT P99>",
+        *(("RUNS P50>", "RUNS P99>") if living else ()),
+        *(("FOUND>?", "REPLACED P50>", "REPLACED MAX>") if replaced else ()),
         "QUEUE MAX>?",
         "CPU>",
         "MEMORY>?",
         "GPU>",
         "FRAGMENTED>",
-        *(("ROUND TRIP>",) if trace.demand else ()),
+        *(("ROUND TRIP>",) if round_trips else ()),
     )
     session.output.table(
         heads,
@@ -80,15 +158,34 @@ def sim(
                 str(one.lost),
                 format_seconds(one.wait_s_p50),
                 format_seconds(one.wait_s_p99),
+                *(_times(one.living, replaced) if living else ()),
                 str(one.waiting_max),
                 f"{one.cpu_mean:.1%}",
                 f"{one.memory_mean:.1%}",
                 f"{one.gpu_mean:.1%}",
                 f"{one.fragmentation_mean:.1%}",
-                *((f"{one.latency_ms_mean:.1f}ms",) if trace.demand else ()),
+                *((f"{one.latency_ms_mean:.1f}ms",) if round_trips else ()),
             )
             for one in reports
         ],
     )
-    for path in written:
-        session.output.err.print(f"wrote {path}", highlight=False)
+    braked = [one for one in reports if one.living is not None and one.living.braked]
+    if braked:
+        session.output.say(
+            "[yellow]![/] so many nodes fell silent at once that none was given up for up to 10 minutes (the brake), as in a cell "
+            "that nobody looks after"
+        )
+
+
+def _times(living: Living | None, replaced: bool) -> tuple[str, ...]:
+    from atoll.model.units import format_seconds
+
+    def of(spread: Spread | None, name: str) -> str:
+        return format_seconds(getattr(spread, name)) if spread is not None else "–"
+
+    if living is None:
+        return ("–",) * (5 if replaced else 2)
+    first = of(living.started, "p50_s"), of(living.started, "p99_s")
+    if not replaced:
+        return first
+    return (*first, of(living.found, "p50_s"), of(living.replaced, "p50_s"), of(living.replaced, "max_s"))

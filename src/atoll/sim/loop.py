@@ -91,12 +91,22 @@ class _Handle:
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """`shuffle` is the share of passes whose ready callbacks run in another order than they came."""
+    """`shuffle` is the share of passes whose ready callbacks run in another order than they came. More passes than `steps_max`, or
+    than `still_steps_max` without the clock moving, are a livelock."""
 
-    def __init__(self, choose: random.Random, *, shuffle: float = 0.0) -> None:
+    def __init__(
+        self,
+        choose: random.Random,
+        *,
+        shuffle: float = 0.0,
+        steps_max: int = STEPS_MAX,
+        still_steps_max: int = STILL_STEPS_MAX,
+    ) -> None:
         super().__init__()
         self._choose = choose
         self._shuffle = shuffle
+        self._steps_max = steps_max
+        self._still_steps_max = still_steps_max
         self._at = 0.0
         self._number = 0
         self._still = 0
@@ -162,7 +172,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         while True:
             self.steps += 1
             self._still += 1
-            if self.steps > STEPS_MAX or self._still > STILL_STEPS_MAX:
+            if self.steps > self._steps_max or self._still > self._still_steps_max:
                 raise Livelock(f"{self.steps} steps, {self._still} of them at {self._at:.3f} s")
             while timers and timers[0][2].dead:
                 heapq.heappop(timers)
@@ -211,9 +221,16 @@ def _new_task(
     return NumberedTask(coroutine, loop=loop, **rest)
 
 
-def run_virtual(main: Callable[[], Coroutine[Any, Any, T]], choose: random.Random, *, shuffle: float = 0.0) -> T:
-    """Run `main()` on a new virtual loop to its end, and return its result. All its tasks are over then."""
-    loop = VirtualLoop(choose, shuffle=shuffle)
+def run_virtual(
+    main: Callable[[], Coroutine[Any, Any, T]],
+    choose: random.Random,
+    *,
+    shuffle: float = 0.0,
+    steps_max: int = STEPS_MAX,
+    still_steps_max: int = STILL_STEPS_MAX,
+) -> T:
+    """Run `main()` on a new virtual loop (`VirtualLoop`) to its end, and return its result. All its tasks are over then."""
+    loop = VirtualLoop(choose, shuffle=shuffle, steps_max=steps_max, still_steps_max=still_steps_max)
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(main())

@@ -11,23 +11,17 @@ import math
 from collections import Counter
 from typing import Any
 
-import numpy as np
-from msgspec import Struct
-
 from atoll.model.devices import GpuGrant
 from atoll.model.errors import Invalid
 from atoll.scheduling.demand import Demand, Pending
 from atoll.scheduling.plan import plan
-from atoll.scheduling.snapshot import CPU, GPU, MEMORY, Snapshot, Standing, amounts_of
+from atoll.scheduling.snapshot import Snapshot, Standing
 from atoll.sim.replay_places import Places, near_group
+from atoll.sim.replay_report import SAMPLES, Gauge, Report
 from atoll.sim.replay_trace import Task, Trace
 
-SAMPLES = 240
-"""Points in time at which the cell is looked at."""
 REPLANS = 4_000
 """Into how many parts the span is divided: what was rejected is planned again once in each at most."""
-TYPICAL_MAX = 24
-"""Kinds of demand that fragmentation is measured by, the most frequent of the trace."""
 
 POLICIES = {
     "pack": "fullest node that fits; whatever fits may pass what waits",
@@ -35,48 +29,6 @@ POLICIES = {
     "pack-fifo": "fullest node that fits; nothing passes what waits",
     "near": "where requests come from (sites need coordinates), then the node with fewest; whatever fits may pass what waits",
 }
-
-
-class Sample(Struct, frozen=True, kw_only=True):
-    """The cell at one moment. Shares are 0 to 1 of what is up."""
-
-    at_s: float
-    cpu: float
-    memory: float
-    gpu: float
-    fragmentation: float
-    """Of free GPUs (of cpu where there is none), the share that a typical instance cannot use where it lies."""
-    waiting: int
-    running: int
-    oldest_s: float
-    """How long the one that waits longest has waited."""
-    latency_ms: float = 0.0
-    """The round trip from where requests come from to the nearest instance, weighted by demand; 0 where nobody knows."""
-
-
-class Report(Struct, frozen=True, kw_only=True):
-    """One policy's replay. Waits are from arrival (or loss) to placement, in simulated seconds."""
-
-    policy: str
-    arrived: int
-    placed: int
-    ended: int
-    lost: int
-    """Placements undone by a failure."""
-    never: int
-    """Still without a node at the end."""
-    wait_s_mean: float
-    wait_s_p50: float
-    wait_s_p99: float
-    cpu_mean: float
-    memory_mean: float
-    gpu_mean: float
-    fragmentation_mean: float
-    waiting_max: int
-    plans: int
-    latency_ms_mean: float
-    """Over the samples at which anything ran."""
-    samples: tuple[Sample, ...]
 
 
 def replay(trace: Trace, policy: str) -> Report:
@@ -98,16 +50,15 @@ class _Replay:
         self._runs: dict[str, int] = {}
         self._down: Counter[str] = Counter()
         self._waits: list[float] = []
-        self._samples: list[Sample] = []
         self._ended = self._lost = self._plans = 0
         self._room = False
         self._planned_at = -math.inf
         self._events: list[tuple[float, int, str, Any]] = []
         self._count = 0
-        self._typical = Counter(task.demand for task in trace.tasks).most_common(TYPICAL_MAX)
         for node in trace.nodes:
             self._snapshot.upsert_node(node)
         self._places = Places(trace, self._snapshot)
+        self._gauge = Gauge(trace, self._snapshot, self._places)
         if policy == "near" and not self._places.users:
             raise Invalid("the policy 'near' needs sites with coordinates", mend="--sites FILE with latitude, longitude and demand")
         for task in trace.tasks:
@@ -233,62 +184,16 @@ class _Replay:
         return self._places.near(demand) if self._policy == "near" else demand
 
     def _sample(self, now: float) -> None:
-        snapshot = self._snapshot
-        up = snapshot.standing[: snapshot.size] == Standing.OPEN
-        total, used = snapshot.total[:, : snapshot.size][:, up], snapshot.used[:, : snapshot.size][:, up]
-        share = used.sum(axis=1) / np.maximum(total.sum(axis=1), 1)
-        self._samples.append(
-            Sample(
-                at_s=now,
-                cpu=float(share[CPU]),
-                memory=float(share[MEMORY]),
-                gpu=float(share[GPU]),
-                fragmentation=self._fragmentation(total - used),
-                waiting=len(self._waiting),
-                running=len(self._node_of),
-                oldest_s=now - min(self._waiting.values(), default=now),
-                latency_ms=self._places.latency_ms(),
-            )
-        )
-
-    def _fragmentation(self, free: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-        which = GPU if free[GPU].any() or any(demand.gpu for demand, _ in self._typical) else CPU
-        there = np.maximum(free[which], 0)
-        if not there.sum():
-            return 0.0
-        lost = weight = 0.0
-        for demand, count in self._kinds(which):
-            fits = (free >= np.asarray(amounts_of(demand))[:, None]).all(axis=0)
-            lost += count * float(there[~fits].sum())
-            weight += count
-        return lost / weight / float(there.sum()) if weight else 0.0
-
-    def _kinds(self, which: int) -> list[tuple[Demand, int]]:
-        """Return the typical demands that ask for the resource at all."""
-        return [(demand, count) for demand, count in self._typical if amounts_of(demand)[which]]
+        since = min(self._waiting.values(), default=now)
+        self._gauge.sample(now, waiting=len(self._waiting), running=len(self._node_of), since=since)
 
     def _report(self) -> Report:
-        waits = np.array(self._waits or [0.0])
-        mean = {
-            name: float(np.mean([getattr(one, name) for one in self._samples]))
-            for name in ("cpu", "memory", "gpu", "fragmentation")
-        }
-        return Report(
-            policy=self._policy,
+        return self._gauge.report(
+            self._policy,
             arrived=len(self._trace.tasks),
-            placed=len(self._waits),
+            waits=self._waits,
             ended=self._ended,
             lost=self._lost,
             never=len(self._waiting),
-            wait_s_mean=float(waits.mean()),
-            wait_s_p50=float(np.percentile(waits, 50)),
-            wait_s_p99=float(np.percentile(waits, 99)),
-            cpu_mean=mean["cpu"],
-            memory_mean=mean["memory"],
-            gpu_mean=mean["gpu"],
-            fragmentation_mean=mean["fragmentation"],
-            waiting_max=max(one.waiting for one in self._samples),
             plans=self._plans,
-            latency_ms_mean=float(np.mean([one.latency_ms for one in self._samples if one.running] or [0.0])),
-            samples=tuple(self._samples),
         )

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from atoll.model.errors import Unsupported
-from atoll.sim.replay import Report
+from atoll.sim.replay_report import Report
 
 _COLOURS = ("#0b6e99", "#d9730d", "#ad1a72", "#5a8f29", "#6940a5")
 _STYLES = ("-", "--", "-.", ":", "-")
+_SHORTEST_S = 0.1
+"""What took less is drawn as this: the axis is logarithmic."""
 
 
 def draw(reports: Sequence[Report], directory: Path, *, title: str, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Write `utilisation`, `fragmentation`, `queueing` and `latency`, and `round-trips` where sites have coordinates, into
-    `directory`, and return the files.
+    """Write `utilisation`, `fragmentation`, `queueing` and `latency` into `directory`, `round-trips` where sites have coordinates,
+    and `starts` where machines ran what was placed; return the files.
 
     Raises Unsupported where matplotlib is not installed.
     """
@@ -43,13 +45,50 @@ def draw(reports: Sequence[Report], directory: Path, *, title: str, formats: Seq
                 axis.set_ylim(0, 102)
         axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, title="policy", alignment="left")
         axes[-1, 0].set_xlabel(f"simulated time, {unit}")
-        figure.suptitle(f"{title}: {name}", x=0.01, ha="left", fontsize=12, fontweight="bold")
-        for suffix in formats:
-            path = directory / f"{name}.{suffix}"
-            figure.savefig(path, dpi=140)
-            written.append(path)
-        plot.close(figure)
+        written += _written(plot, figure, f"{title}: {name}", directory / name, formats)
+    if any(report.living is not None for report in reports):
+        written += _written(plot, _starts(plot, reports), f"{title}: starts", directory / "starts", formats)
     return written
+
+
+def _written(plot: Any, figure: Any, title: str, path: Path, formats: Sequence[str]) -> list[Path]:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    paths = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+    for each in paths:
+        figure.savefig(each, dpi=140)
+    plot.close(figure)
+    return paths
+
+
+def _starts(plot: Any, reports: Sequence[Report]) -> Any:
+    """Draw which share was running within which time, from arrival and from the failure of its node."""
+    figure, axes = plot.subplots(2, 1, figsize=(9, 6.4), squeeze=False, layout="constrained")
+    rows = (("from arrival to running", "started"), ("from the failure of its node to running again", "replaced"))
+    for axis, (text, field) in zip(axes[:, 0], rows, strict=True):
+        found = False
+        for place, report in enumerate(reports):
+            spread = getattr(report.living, field) if report.living is not None else None
+            found |= spread is not None
+            times = [max(each, _SHORTEST_S) for each in spread.percentiles_s] if spread is not None else []
+            axis.plot(
+                times,
+                range(len(times)),
+                color=_COLOURS[place % len(_COLOURS)],
+                linestyle=_STYLES[place % len(_STYLES)],
+                linewidth=1.6,
+                label=report.policy,
+            )
+        _plain(axis, text, "% of them")
+        axis.set_ylim(0, 102)
+        if found:
+            axis.set_xscale("log")
+            left, right = axis.get_xlim()
+            axis.set_xlim(min(left, 0.5), max(right, 20.0))
+        else:
+            axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color="#888888")
+    axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, title="policy", alignment="left")
+    axes[-1, 0].set_xlabel("simulated time, seconds")
+    return figure
 
 
 def _panel(axis: Any, reports: Sequence[Report], text: str, label: str, field: str, factor: float, seconds: float) -> None:
@@ -62,12 +101,16 @@ def _panel(axis: Any, reports: Sequence[Report], text: str, label: str, field: s
             linewidth=1.6,
             label=report.policy,
         )
-    axis.set_title(text, loc="left", fontsize=10)
-    axis.set_ylabel(label)
+    _plain(axis, text, label)
     axis.set_ylim(bottom=0)
     if not any(getattr(sample, field) for report in reports for sample in report.samples):
         axis.set_ylim(0, 1)
         axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color="#888888")
+
+
+def _plain(axis: Any, text: str, label: str) -> None:
+    axis.set_title(text, loc="left", fontsize=10)
+    axis.set_ylabel(label)
     axis.margins(x=0.01)
     axis.grid(visible=True, color="#dddddd", linewidth=0.6)
     for side in ("top", "right"):

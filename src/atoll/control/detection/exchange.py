@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 
 import structlog
 from msgspec import Struct
@@ -154,6 +154,13 @@ class Exchange:
                     raise NotOurs("not for a server")
         except NotOurs:
             self.traffic.refused += 1
+
+    def hear(self, names: Iterable[str]) -> None:
+        """Take it that a beat of each of these has come just now: for a simulator of so many nodes that their beats do not travel.
+        They cannot be asked, nor ask others; everything else is as with beats."""
+        now = self.awake.now()
+        rows = [(self.peers.get(name) or self.peers.add(name)).row for name in names]
+        self.peers.heard[rows] = self.peers.direct[rows] = now
 
     def _key(self, name: str, epoch: int, data: bytes) -> bytes:
         """Return the node's key if it opens `data`. Raises NotOurs.
