@@ -20,6 +20,7 @@ from websockets import http11
 from atoll.api.http.answers import SLOW_READER_S
 from atoll.api.http.calls import SHOWN
 from atoll.api.http.tls import ListenerTls, shown_by
+from atoll.api.http.turns import Turns
 from atoll.api.service import Service
 from atoll.api.service.signing import Shown
 from atoll.model.errors import Unavailable
@@ -195,7 +196,7 @@ class ApiServer(uvicorn.Server):
         tls: ListenerTls | None = None,
     ) -> None:
         config = uvicorn.Config(
-            cast(Any, app),
+            cast(Any, Turns(cast(Any, app))),
             http=protocol,
             ws=StreamProtocol,
             ws_max_size=MESSAGE_BYTES_MAX,

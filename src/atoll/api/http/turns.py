@@ -1,0 +1,67 @@
+"""Calls of agents take turns, so that people and the leader's own work come between them, however many agents there are.
+
+When a server dies, thousands of agents come to another at one moment, with five calls each. Taken as they come all would be begun
+before any is done, and whoever asked for something else would wait for all of them. Nothing is refused, and nothing takes longer
+together: a turn of the event loop only begins few of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from litestar.types import ASGIApp, Receive, Scope, Send
+
+PER_TURN = 8
+"""Calls of agents that are begun in one turn of the event loop; each takes it some tenths of a millisecond."""
+_CALLS = frozenset({"heartbeat", "beats", "assignments", "statuses", "tunnel"})
+"""What agents ask for by themselves. What they do for somebody who waits (streams, secrets) is not held up."""
+
+
+class Turns:
+    """An ASGI application around another. Those that wait are as many as there are connections at most."""
+
+    def __init__(self, app: ASGIApp, per_turn: int = PER_TURN) -> None:
+        self._app = app
+        self._per_turn = per_turn
+        self._begun = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._armed = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if of_agent(scope.get("method", ""), scope.get("path", "")):
+            await self.turn()
+        await self._app(scope, receive, send)
+
+    async def turn(self) -> None:
+        """Return when one more may begin."""
+        loop = asyncio.get_running_loop()
+        if not self._armed:
+            self._armed = True
+            loop.call_soon(self._next)
+        if self._begun < self._per_turn and not self._waiting:
+            self._begun += 1
+            return
+        mine = loop.create_future()
+        self._waiting.append(mine)
+        await mine
+
+    def _next(self) -> None:
+        """A turn is over."""
+        self._begun = 0
+        while self._waiting and self._begun < self._per_turn:
+            mine = self._waiting.popleft()
+            if not mine.done():  # the connection may be gone
+                mine.set_result(None)
+                self._begun += 1
+        self._armed = bool(self._waiting or self._begun)
+        if self._armed:
+            asyncio.get_running_loop().call_soon(self._next)
+
+
+def of_agent(method: str, path: str) -> bool:
+    """Whether a call is one that agents make by themselves."""
+    if not path.startswith("/v1/nodes/"):
+        return False
+    place, _, call = path[len("/v1/nodes/") :].partition("/")
+    return bool(place) and (call in _CALLS if call else method == "PUT")
