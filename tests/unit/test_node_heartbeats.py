@@ -34,13 +34,18 @@ CALM_S = 15.0
 class Here:
     """One agent that beats to a server that leads, and says the rest to a scripted control plane."""
 
-    def __init__(self, net: Net, data: Path) -> None:
+    def __init__(self, net: Net, data: Path, spread_s: float = 0.0, seed: int = 1) -> None:
         self.net = net
         self.control = FakeControlPlane()
         net.sites["n1"] = "a"
         epoch = beats.epoch_at(net.clock.now())
         self.control.granted = BeatGrant(
-            key=beats.key_of(CELL_KEY, "n1", epoch), epoch=epoch, lasts_s=1e6, servers=("leader:7600",), heartbeat_s=CALM_S
+            key=beats.key_of(CELL_KEY, "n1", epoch),
+            epoch=epoch,
+            lasts_s=1e6,
+            servers=("leader:7600",),
+            heartbeat_s=CALM_S,
+            spread_s=spread_s,
         )
         self.beating = beating = Beating(
             "n1", control=self.control, opener=net.net, clock=net.clock, servers=(), contact=Contact(boot_id=""), bind=("n1", 0)
@@ -52,7 +57,7 @@ class Here:
             images=FakeImages(),
             network=FakeNetwork(FakeNetworkState()),
             clock=net.clock,
-            random=random.Random(1),
+            random=random.Random(seed),
             data=data,
             record=MemoryRecord(),
             logs=MemoryLogs(data),
@@ -137,6 +142,40 @@ def test_an_agent_that_began_while_nobody_was_there_beats_as_soon_as_it_is_heard
     run_virtual(main())
 
 
+def returns_after(data: Path, spread_s: float, seed: int) -> float:
+    """Return when an agent is back whose server has died, while others take its calls at once."""
+
+    async def main() -> float:
+        net = Net()
+        await net.server()
+        here = Here(net, data, spread_s, seed)
+        try:
+            await asyncio.sleep(20)
+            here.control.cut()
+            await asyncio.sleep(0.01)
+            here.control.heal()
+            here.control.nodes.clear()
+            for tenths in range(1_000):
+                if here.control.nodes:
+                    return tenths / 10
+                await asyncio.sleep(0.1)
+            raise AssertionError("it stays away")
+        finally:
+            await here.close()
+            await net.close()
+
+    return run_virtual(main())
+
+
+def test_agents_whose_server_has_died_come_back_over_as_long_as_the_servers_ask_for_and_at_once_where_they_do_not(
+    tmp_path: Path,
+) -> None:
+    spread = [returns_after(tmp_path / f"{seed}", 20.0, seed) for seed in range(8)]
+    assert max(spread) <= 20.2
+    assert max(spread) - min(spread) > 8.0
+    assert all(returns_after(tmp_path / f"at-once-{seed}", 0.0, seed) <= 0.2 for seed in range(4))
+
+
 def test_a_node_on_which_something_scales_by_what_it_says_is_heard_as_often_as_in_a_small_cell(tmp_path: Path) -> None:
     async def test(here: Here) -> None:
         scale = Scale(replicas=1, max=3, metric="depth", target=5.0)
@@ -176,6 +215,7 @@ async def test_the_more_nodes_there_are_the_less_often_each_is_asked_for_a_heart
                     ],
                 )
                 await state.reach(done.revision)
-            asked.append(grant_of(service.context, "n0000").heartbeat_s)
+            grant = grant_of(service.context, "n0000")
+            asked.append((grant.heartbeat_s, grant.spread_s))
     await store.close()
-    assert asked == [HEARTBEAT_S, HEARTBEAT_S, 10.0, CALM_S]
+    assert asked == [(HEARTBEAT_S, 0.0), (HEARTBEAT_S, 0.8), (10.0, 2.0), (CALM_S, 6.0)]

@@ -114,6 +114,8 @@ class BeatGrant(Struct, frozen=True, kw_only=True):
     """`HOST:PORT` of all that may lead; empty for the address at which the API was asked."""
     heartbeat_s: float = 5.0
     """How often a heartbeat over HTTP is wanted while beats show that the node lives; the more nodes, the less often."""
+    spread_s: float = 0.0
+    """After a good connection broke an agent waits a random time up to this before it dials again; the more nodes, the longer."""
 
 
 class NotOurs(ValueError):

@@ -263,19 +263,21 @@ class Agent:
         """Keep a stream from the control plane open, with growing waits between tries; it succeeded if it lasted."""
         failures = 0
         while True:
-            began = self._clock.monotonic()
+            began, spread_s = self._clock.monotonic(), 0.0
             try:
                 await follow()
                 raise Unavailable("the control plane ended the stream")
             except (AtollError, TimeoutError) as error:
                 if self._clock.monotonic() - began > LASTED_S:
                     failures = 0
+                    # The server may have died, and thousands of agents with it have the same to do now.
+                    spread_s = self._random.uniform(0.0, self._beating.spread_s) if self._beating is not None else 0.0
                 log.warning("connection lost", what=what, node=self._node, error=str(error) or "silence", failures=failures)
             except Exception:
                 log.exception("connection failed", what=what, node=self._node)
             try:
                 max_s = REDIAL_MAX_S if failures < REDIALS_QUICK else RETRY_MAX_S
-                async with asyncio.timeout(retry_delay(failures, self._random, max_s)):
+                async with asyncio.timeout(spread_s + retry_delay(failures, self._random, max_s)):
                     await self._reached.wait()
             except TimeoutError:
                 pass

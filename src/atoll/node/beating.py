@@ -31,6 +31,8 @@ RETRY_MAX_S = 15.0
 ANEW_S = 300.0
 """A server that has no keys to give (an older one) is asked again after so long; names are looked up anew as often."""
 SAVE_S = 1.0
+SPREAD_MAX_S = 30.0
+"""No longer does an agent stay away from a server by itself, whatever that asks for."""
 
 log = structlog.get_logger()
 
@@ -58,6 +60,8 @@ class Beating:
         self._count = 0
         self._cut_off = False
         self._heartbeat_s = HEARTBEAT_S
+        self.spread_s = 0.0
+        """How long at most the agent waits, by chance, before it comes back after a connection that was good."""
         self._reached = asyncio.Event()
         self.contact = contact
         self.pulse = Pulse(node, contact=contact, counter=int(clock.now() * 1000))
@@ -100,6 +104,7 @@ class Beating:
                 while True:
                     self._count = len(addresses)
                     self._heartbeat_s = min(HEARTBEAT_MAX_S, max(HEARTBEAT_S, grant.heartbeat_s))
+                    self.spread_s = min(SPREAD_MAX_S, max(0.0, grant.spread_s))
                     self.pulse.serve(grant, addresses)
                     await asyncio.sleep(min(ANEW_S, max(1.0, grant.lasts_s / 2)))
                     grant = await self._ask()

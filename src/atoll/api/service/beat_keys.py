@@ -19,6 +19,10 @@ HEARTBEATS_PER_S = 100
 """Heartbeats over HTTP that are wanted of all nodes together; each costs a server about as much as thirty beats."""
 HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 5.0, 15.0
 """But no node is asked for them more or less often. They say what is in use; that a node lives, its beats say."""
+REJOINS_PER_S = 500
+"""Agents that come back in a second, of those whose server has died; each costs another some 2 ms. All at once they would hold
+up the server that begins to lead just then. Beats go on meanwhile, and what runs does."""
+SPREAD_MAX_S = 15.0
 
 
 def beat_key(context: Context, node: str, epoch: int) -> bytes:
@@ -34,9 +38,15 @@ def grant_of(context: Context, node: str) -> BeatGrant:
     lasts_s = (epoch + 1.5) * beats.EPOCH_S - now
     servers = [held.record for _, held in sorted(context.state.records(Server).items())]
     addresses = tuple(dict.fromkeys(_address(server.urls[0]) for server in servers if server.urls))
-    heartbeat_s = min(HEARTBEAT_MAX_S, max(HEARTBEAT_MIN_S, len(context.state.records(Node)) / HEARTBEATS_PER_S))
-    key = beat_key(context, node, epoch)
-    return BeatGrant(key=key, epoch=epoch, lasts_s=lasts_s, servers=addresses, heartbeat_s=heartbeat_s)
+    nodes = len(context.state.records(Node))
+    return BeatGrant(
+        key=beat_key(context, node, epoch),
+        epoch=epoch,
+        lasts_s=lasts_s,
+        servers=addresses,
+        heartbeat_s=min(HEARTBEAT_MAX_S, max(HEARTBEAT_MIN_S, nodes / HEARTBEATS_PER_S)),
+        spread_s=min(SPREAD_MAX_S, nodes / REJOINS_PER_S),
+    )
 
 
 def _address(url: str) -> str:
