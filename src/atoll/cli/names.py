@@ -29,7 +29,8 @@ def name_from(text: str) -> str:
 
 
 def argument(name: str, kind: str, **options: Any) -> Callable[[Any], Any]:
-    """A `click.argument` whose values the shell completes; `kind` is `apps`, `jobs`, `sandboxes`, `sites`, `nodes` or `running`."""
+    """A `click.argument` whose values the shell completes; `kind` is `apps`, `jobs`, `sandboxes`, `sites`, `nodes`, `projects` or
+    `running`."""
     return click.argument(name, shell_complete=_completer(kind), **options)
 
 
@@ -62,6 +63,8 @@ async def _ask(client: Client, project: str, kind: str) -> set[str]:
             return {view.job.name for view in await client.jobs(project) if view.job.spec.sandbox and view.job.spec.pool is None}
         case "sites":
             return {view.site.name for view in await client.sites()}
+        case "projects":
+            return {project.name for project in await client.projects()}
         case "nodes":
             return {view.node.name for view in await client.nodes()}
         case _:

@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import Any
 
 from atoll.model.records import Event, Project
+from atoll.model.spec import Quota
 from atoll.model.views import (
     Info,
     Page,
+    QuotaView,
     WatchLine,
 )
 from atoll.sdk import context, watching
@@ -61,6 +63,14 @@ class Client(MachineCalls, WorkloadCalls, InstanceCalls, SecretCalls):
 
     async def put_project(self, name: str) -> Project:
         return await self._write(Project, "PUT", path("projects", name))
+
+    async def quota(self, project: str) -> QuotaView:
+        """Return what the project may have, and what its instances hold of it."""
+        return await self._get(QuotaView, path("projects", project, "quota"))
+
+    async def set_quota(self, project: str, quota: Quota) -> Project:
+        """Limit what the project's instances may hold together; `Quota()` takes every limit away. What runs is left alone."""
+        return await self._write(Project, "PUT", path("projects", project, "quota"), quota)
 
     async def events(self, project: str, *, subject: str | None = None, limit: int = 100, after: str | None = None) -> Page[Event]:
         """Return up to `limit` events, newest first; pass `next` as `after` for older ones."""

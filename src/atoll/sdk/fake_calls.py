@@ -37,7 +37,7 @@ from atoll.model.records import (
 from atoll.model.records.certificate import CertificatePhase, CertificateSource
 from atoll.model.reservation import Reservation, ReservationSpec
 from atoll.model.rollouts import RolloutOrder
-from atoll.model.spec import AppSpec, JobSpec, check_app, check_job
+from atoll.model.spec import AppSpec, JobSpec, Quota, check_app, check_job
 from atoll.model.views import (
     AppView,
     BrakeView,
@@ -51,6 +51,8 @@ from atoll.model.views import (
     MaintenanceView,
     NodeView,
     Page,
+    QuotaUse,
+    QuotaView,
     ReinstateRequest,
     ReleaseView,
     ReservationView,
@@ -115,6 +117,8 @@ class FakeCalls(FakeWorld):
                 record = Project(name=name, created_at=self.now)
                 self.put("projects", name, record)
                 return record
+            case _, ["projects", name, "quota"]:
+                return self._quota(method, name, body)
             case _, ["projects", project, "apps", *rest]:
                 return self._apps(method, project, rest, headers, body)
             case _, ["projects", project, "jobs", *rest]:
@@ -424,6 +428,16 @@ class FakeCalls(FakeWorld):
                 return self._reinstate(name, gpu, codec.decode(body, ReinstateRequest).reset)
             case _:
                 raise NotFound("no such call")
+
+    def _quota(self, method: str, name: str, body: bytes) -> object:
+        project, _ = self.get("projects", name)
+        if method == "PUT":
+            wish = codec.decode(body, Quota)
+            self.put("projects", name, replace(project, quota=wish if wish != Quota() else None))
+            return self.get("projects", name)[0]
+        use = self.snapshot().project_use(name)
+        used = QuotaUse(cpu_milli=use[0], memory_bytes=use[1], gpu_milli=use[3], instances=use[4])
+        return QuotaView(project=name, quota=project.quota, used=used, revision=self.revision)
 
     def _reservation_view(self, each: Reservation) -> ReservationView:
         nodes = sorted(node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, labels_of(node)))

@@ -26,6 +26,7 @@ from atoll.model.views import (
     JobView,
     Page,
     PlanView,
+    QuotaView,
     RollbackRequest,
     RolloutView,
     ScaleRequest,
@@ -56,6 +57,10 @@ async def put_project(call: Call) -> Project:
 
 async def put_quota(call: Call) -> Project:
     return await call.service.projects.set_quota(call.project, call.body(Quota), request=call.request_key)
+
+
+async def get_quota(call: Call) -> QuotaView:
+    return call.service.quotas.get(call.project)
 
 
 async def list_apps(call: Call) -> Page[AppView]:
@@ -290,6 +295,7 @@ ROUTES: tuple[Route, ...] = (
         answer=Project,
         repeatable=True,
     ),
+    _read(f"{_P}/{{project}}/quota", get_quota, "What a project may have, and what its instances hold of it", QuotaView),
     _read(f"{_P}/{{project}}/apps", list_apps, "Apps", Page[AppView], PAGED),
     _write("PUT", f"{_P}/{{project}}/apps", put_group, "Make or change several apps, all of them or none", GroupView, AppGroup),
     _read(_APP, get_app, "An app", AppView),

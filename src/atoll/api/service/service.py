@@ -38,6 +38,7 @@ from atoll.api.service.nodes import Nodes
 from atoll.api.service.planning import Planning
 from atoll.api.service.pools import Pools
 from atoll.api.service.projects import Projects
+from atoll.api.service.quotas import Quotas
 from atoll.api.service.reservations import Reservations
 from atoll.api.service.rollouts import Rollouts
 from atoll.api.service.sealing import Sealer
@@ -91,6 +92,7 @@ class Service:
         self.sites = Sites(self.context, self.ingresses)
         self.tunnels = Tunnels(lambda: entropy(16).hex())
         self.projects = Projects(self.context)
+        self.quotas = Quotas(self.context)
         self.apps = Apps(self.context)
         self.groups = Groups(self.context, self.apps)
         self.jobs = Jobs(self.context)

@@ -1,6 +1,8 @@
 """What the API answers with and takes beside specs and records; shared by the server and its clients."""
 
 from atoll.model.views.access import Info as Info
+from atoll.model.views.access import QuotaUse as QuotaUse
+from atoll.model.views.access import QuotaView as QuotaView
 from atoll.model.views.access import SecretRequest as SecretRequest
 from atoll.model.views.access import SecretView as SecretView
 from atoll.model.views.access import TokenRequest as TokenRequest

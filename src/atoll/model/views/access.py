@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from atoll.model.records import Ingress, Role
-from atoll.model.spec import Name
+from atoll.model.spec import Name, Quota
 
 
 class SecretView(Struct, frozen=True, kw_only=True):
@@ -39,6 +39,26 @@ class Info(Struct, frozen=True, kw_only=True):
     ingresses: tuple[Ingress, ...] = ()
     token: TokenView | None = None
     """The caller's own."""
+
+
+class QuotaUse(Struct, frozen=True, kw_only=True):
+    """What all placed instances of a project ask for together, as the scheduler counts them."""
+
+    cpu_milli: int = 0
+    memory_bytes: int = 0
+    gpu_milli: int = 0
+    """Thousandths of a device; of partitions their part of one."""
+    instances: int = 0
+
+
+class QuotaView(Struct, frozen=True, kw_only=True):
+    project: str
+    quota: Quota | None = None
+    """None for no limit of any kind."""
+    used: QuotaUse
+    waiting: int = 0
+    """Instances that have no node because the quota has no room for them."""
+    revision: int
 
 
 class SecretRequest(Struct, frozen=True, forbid_unknown_fields=True):

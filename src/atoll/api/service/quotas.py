@@ -1,0 +1,51 @@
+"""What projects may have, and what they have of it: counted as the scheduler counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from atoll.api.service.context import Context
+from atoll.api.service.projects import require_project
+from atoll.api.service.specs import spec_of
+from atoll.model.records import Instance, Project, Status
+from atoll.model.views import QuotaUse, QuotaView
+from atoll.scheduling.assembly import holds_room
+from atoll.scheduling.demand import demand_of
+from atoll.scheduling.ledger import amounts_of
+from atoll.scheduling.quotas import CODE as OVER_QUOTA
+from atoll.store.index import by_project
+
+
+class Quotas:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def get(self, project: str) -> QuotaView:
+        """Return a project's limits, what its placed instances hold, and how many wait for no other reason. Raises NotFound."""
+        require_project(self._context, project)
+        state = self._context.state
+        held = state.get(Project, project)
+        amounts: dict[tuple[Any, ...], tuple[int, int, int, int] | None] = {}
+        cpu = memory = gpu = count = waiting = 0
+        for key, one in state.found(Instance, by_project, project).items():
+            instance = one.record
+            if instance.node is None:
+                waiting += instance.rejection is not None and instance.rejection.code == OVER_QUOTA
+                continue
+            status = state.get(Status, key)
+            if not holds_room(status.record if status is not None else None):
+                continue
+            which = (instance.owner_kind, instance.owner, instance.release)
+            if which not in amounts:
+                spec = spec_of(state, instance)
+                amounts[which] = amounts_of(demand_of(spec)) if spec is not None else None
+            each = amounts[which]
+            if each is not None:
+                cpu, memory, gpu, count = cpu + each[0], memory + each[1], gpu + each[3], count + 1
+        return QuotaView(
+            project=project,
+            quota=held.record.quota if held is not None else None,
+            used=QuotaUse(cpu_milli=cpu, memory_bytes=memory, gpu_milli=gpu, instances=count),
+            waiting=waiting,
+            revision=int(state.revision),
+        )

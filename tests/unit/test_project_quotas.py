@@ -1,0 +1,117 @@
+"""`atoll projects quota`: what a project may have and what its instances hold, by the API of a cell and by the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+from test_cli_draining import call
+
+from atoll.api.service.access import SYSTEM
+from atoll.model.devices import GpuDevice
+from atoll.model.errors import NotFound
+from atoll.model.records import Capacity, Node, Project
+from atoll.model.spec import AppSpec, Gpu, Quota, Resources, RuntimeName, Scale
+from atoll.model.units import Bytes, Cores
+from atoll.model.views import QuotaUse
+from atoll.sdk.fake import FakeApi
+from atoll.sim.loop import run_virtual
+from atoll.sim.replay_cell import Cell
+from atoll.sim.replay_fleet import Fleet
+
+GIB = 1 << 30
+SIZE = Resources(cpu=Cores(0.5), memory=Bytes(GIB), gpu=Gpu(count=0.25))
+
+
+def machine() -> Node:
+    gpu = GpuDevice(id="g0", model="T4", memory_bytes=16 * GIB)
+    capacity = Capacity(cpu_milli=8000, memory_bytes=16 * GIB, disk_bytes=1 << 40, gpus=(gpu,))
+    return Node(name="n1", capacity=capacity, runtimes=(RuntimeName.RUNC,))
+
+
+def test_what_a_project_holds_is_counted_as_the_scheduler_counts_and_what_waits_for_it_is_told() -> None:
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with Cell(chance) as cell:
+            service = cell.service
+            fleet = Fleet([machine()], service.control_plane, cell.detection, cell.clock, lambda after_s, node, instance: None)
+            await fleet.start()
+            await service.projects.put("shop")
+            await service.projects.set_quota("shop", Quota(memory=Bytes(3 * GIB)))
+            with pytest.raises(NotFound):
+                service.quotas.get("nobody")
+            for project in ("shop", "default"):
+                app = AppSpec(
+                    name="web", project=project, image="x", resources=SIZE, scale=Scale(replicas=4 if project == "shop" else 1)
+                )
+                await service.apps.put(SYSTEM, app)
+            await asyncio.sleep(5)
+            view = service.quotas.get("shop")
+            assert view.used == QuotaUse(cpu_milli=1500, memory_bytes=3 * GIB, gpu_milli=750, instances=3)
+            assert (view.quota, view.waiting) == (Quota(memory=Bytes(3 * GIB)), 1)
+            assert service.quotas.get("default").used.instances == 1
+            await service.projects.set_quota("shop", Quota())
+            await asyncio.sleep(5)
+            view = service.quotas.get("shop")
+            # The device of the one node is full: that is not the quota's doing.
+            assert (view.quota, view.used.instances, view.waiting) == (None, 3, 0)
+            await service.apps.delete("shop", "web")
+            await asyncio.sleep(5)
+            assert service.quotas.get("shop").used == QuotaUse()
+            await fleet.close()
+
+    run_virtual(main, chance)
+
+
+@pytest.fixture
+def api() -> FakeApi:
+    made = FakeApi()
+    made.put("projects", "shop", Project(name="shop", created_at=1.0))
+    return made
+
+
+def test_limits_are_set_one_by_one_shown_and_taken_away(api: FakeApi, tmp_path: Path) -> None:
+    assert call(api, tmp_path, "projects", "quota", "shop", "--cpu", "16", "--memory", "64GiB").exit_code == 0
+    done = call(api, tmp_path, "projects", "quota", "shop", "--gpu", "2", "--instances", "0", "--requests", "50", "--weight", "3")
+    assert done.exit_code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    assert rows["cpu"][:2] == ["0", "16"]
+    assert rows["memory"][:2] == ["0B", "64.0GiB"]
+    assert rows["gpu"][:2] == ["0", "2"]
+    assert rows["instances"][:2] == ["0", "0"]
+    assert rows["requests/s"][:2] == ["–", "50"]
+    wanted = Quota(cpu=Cores(16), memory=Bytes(64 * GIB), gpu=2, instances=0, requests_per_s=50, weight=3)
+    assert api.get("projects", "shop")[0].quota == wanted
+    listed = call(api, tmp_path, "projects", "list").stdout
+    assert "cpu 16, memory 64.0GiB, gpu 2, instances 0, requests 50/s, weight 3" in listed
+    call(api, tmp_path, "projects", "quota", "shop", "--cpu", "none", "--memory", "none", "--gpu", "none", "--instances", "none")
+    assert api.get("projects", "shop")[0].quota == Quota(requests_per_s=50, weight=3)
+
+
+def test_json_has_what_is_used_and_what_may_be(api: FakeApi, tmp_path: Path) -> None:
+    done = call(api, tmp_path, "projects", "quota", "shop", "--instances", "5", "--json")
+    assert '"instances": 5' in done.stdout
+    assert '"used"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--cpu", "many"), "--cpu: 'many' is not a number"),
+        (("--cpu", "-1"), "--cpu"),
+        (("--cpu", "nan"), "--cpu"),
+        (("--memory", "lots"), "--memory: 'lots' is not a size"),
+        (("--instances", "1.5"), "--instances"),
+        (("--weight", "0"), "weight"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_and_changes_nothing(
+    api: FakeApi, tmp_path: Path, options: tuple[str, ...], word: str
+) -> None:
+    done = call(api, tmp_path, "projects", "quota", "shop", *options)
+    assert done.exit_code == 2
+    assert word in done.stderr
+    assert api.get("projects", "shop")[0].quota is None
