@@ -44,14 +44,16 @@ log = structlog.get_logger()
 class Usher:
     """Made by `bring_usher`. `close` ends it, and the commands that it started."""
 
-    def __init__(self, launch: Launch, channel: GuestChannel, inward: ReadTransport) -> None:
+    def __init__(self, launch: Launch, channel: GuestChannel, inward: ReadTransport, *, answer_s: float = ANSWER_S_MAX) -> None:
         self._launch = launch
         self._channel = channel
         self._inward = inward
+        self._answer_s = answer_s
+        self._closed = False
 
     @property
     def lost(self) -> bool:
-        return self._channel.lost.is_set()
+        return self._closed or self._channel.lost.is_set()
 
     async def run(self, process: bytes, name: str, size: tuple[int, int] | None) -> GuestExecution | None:
         """Start a command; None where nothing ran, and another way may do.
@@ -59,14 +61,14 @@ class Usher:
         Raises CommandNotFound, RuntimeFailed, with the command's name; DeadlineExceeded, and then all that it started is ended.
         """
         try:
-            async with asyncio.timeout(ANSWER_S_MAX):
+            async with asyncio.timeout(self._answer_s):
                 answer = await try_beside(self._channel, process, name, size)
         except Exhausted:
             return None
         except TimeoutError:
             self.close()
             raise DeadlineExceeded(
-                f"what starts commands in the instance did not start {name!r} within {ANSWER_S_MAX:.0f} s", mend="try again"
+                f"what starts commands in the instance did not start {name!r} within {self._answer_s:g} s", mend="try again"
             ) from None
         if isinstance(answer, GuestExecution):
             return answer
@@ -78,6 +80,7 @@ class Usher:
 
     def close(self) -> None:
         """Hang up: it then ends by itself, and if not its shim ends it."""
+        self._closed = True
         self._channel.hang_up()
         self._inward.close()
         self._launch.close()
@@ -138,7 +141,9 @@ class Attendance:
                 await usher.end()
 
 
-async def bring_usher(place: Place, program: int | str) -> Usher:
+async def bring_usher(
+    place: Place, program: int | str, *, greeting_s: float = GREETING_S_MAX, answer_s: float = ANSWER_S_MAX
+) -> Usher:
     """Start an usher in the instance; `program` is a descriptor of it, or its path there.
 
     Raises RuntimeFailed, DeadlineExceeded, Unavailable, Unsupported; nothing is left then.
@@ -161,9 +166,9 @@ async def bring_usher(place: Place, program: int | str) -> Usher:
         async def connect() -> tuple[StreamReader, StreamWriter]:
             return reader, writer
 
-        channel = await GuestChannel.open(connect, deadline_s=GREETING_S_MAX, given_up=launch.ending.event)
+        channel = await GuestChannel.open(connect, deadline_s=greeting_s, given_up=launch.ending.event)
         ours.pop_all()
-    return Usher(launch, channel, inward)
+    return Usher(launch, channel, inward, answer_s=answer_s)
 
 
 async def _streams(outward: IO[bytes], inward: IO[bytes]) -> tuple[StreamReader, StreamWriter, ReadTransport]:

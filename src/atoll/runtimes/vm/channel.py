@@ -112,7 +112,7 @@ class GuestChannel:
                     await asyncio.wait({opening, gone}, return_when=asyncio.FIRST_COMPLETED)
                     if opening.done():
                         return await opening
-                    raise Unavailable("the virtual machine has ended")
+                    raise Unavailable("the guest has ended")
                 finally:
                     for task in (opening, gone):
                         task.cancel()
