@@ -1,13 +1,15 @@
 """Many agents in one process, as a server sees real ones: each with a stream of its assignments, a tunnel, a connection for calls,
 and a socket for its beats. Only what an agent does on its machine is left out: an instance is a timer.
 
-python -m bench.scale_agents ADDRESS[,ADDRESS…] FIRST COUNT < tokens     one token a line; then one question a line on stdin
+python -m bench.scale_agents ADDRESS[,ADDRESS…] FIRST COUNT [quiet] [together] < tokens
+                                                 one token a line; then one question a line on stdin
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import heapq
 import json
 import os
@@ -171,8 +173,12 @@ class Agent:
         self._events: deque[Event] = deque(maxlen=1_000)
         self._wake = asyncio.Event()
         self._reached = asyncio.Event()
-        self._call: Line | None = None
+        """Pulsed when assignments come again, as a real agent's."""
+        self._at = 0 if fleet.together else number % len(fleet.addresses)
+        """Which server it uses: real agents begin with any, by chance."""
+        self._calls: dict[int, Line] = {}
         self._calling = asyncio.Lock()
+        self._spread_s = 0.0
         self._chance = random.Random(number)
         self._word = int(time.time() * 1000)
         self._common = f"Authorization: Bearer {token}\r\n{API_HEADER}: {API_VERSION}\r\nUser-Agent: atoll-agent\r\n"
@@ -195,22 +201,55 @@ class Agent:
             tasks.create_task(self._follow())
             tasks.create_task(self._report())
 
-    async def call(self, method: str, path: str, record: object = None) -> bytes:
-        """One call on the connection that is kept for them; again with another where that was closed. Raises ConnectionError."""
-        body = b"" if record is None else record if isinstance(record, bytes) else codec.encode(record)
-        async with self._calling:
-            kept = self._call is not None and not self._call.closed
-            if self._call is None or self._call.closed:
-                self._call = await self.fleet.dial()
+    async def dial(self) -> Line:
+        """Connect to the server in use, or to the next one. Raises OSError."""
+        for _ in self.fleet.addresses:
+            at = self._at
             try:
-                status, answer = await self._call.ask(self._head(method, path, len(body)), body)
-            except (ConnectionError, TimeoutError):
-                self._call.close()
-                self._call = None
-                if not kept:
-                    raise
-                self._call = await self.fleet.dial()
-                status, answer = await self._call.ask(self._head(method, path, len(body)), body)
+                return await self.fleet.dial(at)
+            except OSError:
+                if self._at == at:
+                    self._at = (at + 1) % len(self.fleet.addresses)
+        raise ConnectionError("no server takes connections")
+
+    async def call(self, method: str, path: str, record: object = None) -> bytes:
+        """One call at the server in use, or at the next. Raises OSError, TimeoutError."""
+        async with self._calling:
+            for _ in self.fleet.addresses:
+                at = self._at
+                try:
+                    return await self._call_at(at, method, path, record)
+                except ConnectionRefusedError:
+                    if self._at == at:
+                        self._at = (at + 1) % len(self.fleet.addresses)
+        raise ConnectionError("no server takes connections")
+
+    async def tell_all(self, path: str, record: object) -> None:
+        """Tell every server, as real agents do with what only the leader judges by. Raises what the server in use raised."""
+        async with self._calling:
+            for at in range(len(self.fleet.addresses)):
+                try:
+                    await self._call_at(at, "POST", path, record)
+                except (OSError, TimeoutError):
+                    if at == self._at:
+                        raise
+
+    async def _call_at(self, at: int, method: str, path: str, record: object) -> bytes:
+        """One call on the connection that is kept for them; again with another where that was closed."""
+        body = b"" if record is None else record if isinstance(record, bytes) else codec.encode(record)
+        line = self._calls.pop(at, None)
+        kept = line is not None and not line.closed
+        if line is None or line.closed:
+            line = await self.fleet.dial(at)
+        try:
+            status, answer = await line.ask(self._head(method, path, len(body)), body)
+        except (ConnectionError, TimeoutError):
+            line.close()
+            if not kept:
+                raise
+            line = await self.fleet.dial(at)
+            status, answer = await line.ask(self._head(method, path, len(body)), body)
+        self._calls[at] = line
         if status >= 400:
             raise ConnectionError(
                 f"{method} {path.split('/')[1] if path else 'node'}: {status} {answer[:120].decode(errors='replace')}"
@@ -222,13 +261,16 @@ class Agent:
         failures = 0
         beats: list[asyncio.Task[None]] = []
         while True:
-            line = None
+            line, spread_s = None, 0.0
             try:
-                async with self.fleet.joining:
+                async with contextlib.AsyncExitStack() as stack:
+                    if not beats:  # those that come back are spread as real ones are
+                        await stack.enter_async_context(self.fleet.joining)
                     await self.call("PUT", "", self._node)
-                    line = await self.fleet.dial()
+                    line = await self.dial()
                     line.on_line = self._take
                     status, answer = await line.ask(self._head("GET", "/assignments"))
+                spread_s = 0.0
                 if status != 200:
                     raise ConnectionError(f"assignments: {status} {answer[:120].decode(errors='replace')}")
                 self.fleet.counts.streams += 1
@@ -240,18 +282,26 @@ class Agent:
                 await line.ended
                 self.fleet.counts.streams -= 1
                 self.fleet.counts.lost_streams += 1
+                spread_s = self._chance.uniform(0.0, self._spread_s)
             except (OSError, TimeoutError) as error:
                 self.fleet.counts.error(str(error) or repr(error))
                 if line is not None:
                     line.close()
-            await asyncio.sleep(retry_delay(failures, self._chance, REDIAL_MAX_S))
+            await self._pause(failures, spread_s)
             failures += 1
+
+    async def _pause(self, failures: int, spread_s: float) -> None:
+        """As the agent's wait before it dials again."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(spread_s + retry_delay(failures, self._chance, REDIAL_MAX_S)):
+                await self._reached.wait()
 
     async def _tunnel(self) -> None:
         failures = 0
         while True:
+            spread_s = 0.0
             try:
-                line = await self.fleet.dial()
+                line = await self.dial()
                 key = base64.b64encode(os.urandom(16)).decode()
                 more = f"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
                 status, _ = await line.ask(self._head("GET", "/tunnel", more=more))
@@ -263,9 +313,10 @@ class Agent:
                 self.fleet.pinged(line)
                 await line.ended
                 self.fleet.counts.tunnels -= 1
+                spread_s = self._chance.uniform(0.0, self._spread_s)
             except (OSError, TimeoutError) as error:
                 self.fleet.counts.error(str(error) or repr(error))
-            await asyncio.sleep(retry_delay(failures, self._chance, REDIAL_MAX_S))
+            await self._pause(failures, spread_s)
             failures += 1
 
     async def _heartbeat(self) -> None:
@@ -275,7 +326,7 @@ class Agent:
         while True:
             began = time.perf_counter()
             try:
-                await self.call("POST", "/heartbeat", self._usage or self._measure())
+                await self.tell_all("/heartbeat", self._usage or self._measure())
                 self.fleet.counts.heartbeats.append(time.perf_counter() - began)
             except (OSError, TimeoutError) as error:
                 self.fleet.counts.error(str(error) or repr(error))
@@ -319,7 +370,7 @@ class Agent:
             self.fleet.counts.error(str(error) or repr(error))
             return
         pulse.serve(grant, [_address(text) for text in grant.servers] or self.fleet.addresses)
-        self._heartbeat_s = grant.heartbeat_s
+        self._heartbeat_s, self._spread_s = grant.heartbeat_s, grant.spread_s
 
     def _take(self, line: bytes) -> None:
         if not line:
@@ -340,6 +391,8 @@ class Agent:
             # What was said while the connection was away may have been lost.
             self._fresh.update(self.statuses)
             self._wake.set()
+            self._reached.set()
+            self._reached.clear()
         for id in gone:
             self.instances.pop(id, None)
             self._fresh.discard(id)
@@ -435,28 +488,21 @@ def _address(text: str) -> tuple[str, int]:
 
 
 class Fleet:
-    def __init__(self, addresses: list[tuple[str, int]], *, beats: bool) -> None:
+    def __init__(self, addresses: list[tuple[str, int]], *, beats: bool, together: bool) -> None:
         self.addresses = addresses
         self.beats = beats
+        self.together = together
+        """All begin with the first server."""
         self.counts = Counts()
         self.joining = asyncio.Semaphore(JOINING_MAX)
         self.agents: list[Agent] = []
-        self._at = 0
         self._due: list[tuple[float, int, Pulse]] = []
 
-    async def dial(self) -> Line:
-        """Connect to the server that answered last, or to the next one. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        for _ in self.addresses:
-            host, port = self.addresses[self._at % len(self.addresses)]
-            at = self._at
-            try:
-                async with asyncio.timeout(10.0):
-                    return (await loop.create_connection(Line, host, port))[1]
-            except OSError:
-                if self._at == at:
-                    self._at += 1
-        raise ConnectionError("no server takes connections")
+    async def dial(self, at: int) -> Line:
+        """Connect to a server. Raises OSError."""
+        host, port = self.addresses[at]
+        async with asyncio.timeout(10.0):
+            return (await asyncio.get_running_loop().create_connection(Line, host, port))[1]
 
     def beat(self, pulse: Pulse) -> None:
         """Have it beat from now on."""
@@ -495,9 +541,10 @@ class Fleet:
                     break
 
 
-async def main(addresses: str, first: int, count: int, *, beats: bool) -> None:
+async def main(addresses: str, first: int, count: int, *words: str) -> None:
+    """`words`: `quiet`, no beats; `together`, all begin with the first server."""
     loop = asyncio.get_running_loop()
-    fleet = Fleet([_address(text) for text in addresses.split(",")], beats=beats)
+    fleet = Fleet([_address(text) for text in addresses.split(",")], beats="quiet" not in words, together="together" in words)
     lines = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     for number in range(first, first + count):
@@ -527,4 +574,4 @@ async def main(addresses: str, first: int, count: int, *, beats: bool) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), beats=len(sys.argv) < 5))
+    uvloop.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]))

@@ -29,7 +29,7 @@ class Turns:
         self._armed = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if of_agent(scope.get("method", ""), scope.get("path", "")):
+        if of_agent(str(scope.get("method", "")), str(scope.get("path", ""))):
             await self.turn()
         await self._app(scope, receive, send)
 
