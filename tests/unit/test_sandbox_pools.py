@@ -16,6 +16,7 @@ from test_control_decide import NOW, of, seen
 from atoll.api.service import KINDS, SYSTEM, RequestKey, Service
 from atoll.control.actions import Create, Decision, Remove, Seen, Update, WriteJobStatus
 from atoll.control.jobs import JobFacts, decide_job
+from atoll.control.pools import REFILL_S
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.evacuation import Evacuation
 from atoll.model.records import Instance, Job, JobPhase, JobStatus, OwnerKind
@@ -40,12 +41,18 @@ def decide(*instances: Seen, status: JobStatus | None = None, release: int = 0, 
     return made
 
 
+def decide_later(*instances: Seen, **options: Any) -> Decision:
+    """Decide as `decide`, and again once what is missing is due."""
+    (written,) = of(WriteJobStatus, decide(*instances, **options).actions)
+    return decide(*instances, status=written.status, now=NOW + REFILL_S, **options)
+
+
 def told_to_go(made: Decision) -> list[str]:
     return [update.instance.id for update in of(Update, made.actions) if update.instance.desired is Desired.STOP]
 
 
 def test_a_pool_is_filled_with_what_stands_by_and_no_further() -> None:
-    made = decide(ready("a"))
+    made = decide_later(ready("a"))
     assert [(c.instance.standby, c.instance.owner) for c in of(Create, made.actions)] == [(True, "tools")] * 2
     assert of(Create, decide(ready("a"), ready("b"), ready("c")).actions) == []
     assert len(told_to_go(decide(ready("a"), ready("b"), ready("c"), pool=1))) == 2
@@ -54,17 +61,28 @@ def test_a_pool_is_filled_with_what_stands_by_and_no_further() -> None:
 def test_what_is_made_of_an_older_spec_or_stands_on_a_lost_node_is_replaced() -> None:
     made = decide(ready("a"), ready("b"), replace_release(ready("c"), 1), release=1)
     assert sorted(told_to_go(made)) == ["a", "b"]
+    made = decide_later(ready("a"), ready("b"), replace_release(ready("c"), 1), release=1)
     assert [c.instance.release for c in of(Create, made.actions)] == [1, 1]
     made = decide(ready("a"), ready("b"), ready("c", lost_at=NOW - 1))
     assert [r.instance.id for r in of(Remove, made.actions)] == ["c"]
-    assert len(of(Create, made.actions)) == 1
+    assert len(of(Create, decide_later(ready("a"), ready("b"), ready("c", lost_at=NOW - 1)).actions)) == 1
 
 
 def test_what_waits_on_a_node_that_is_to_be_empty_goes_at_once_and_others_are_made_elsewhere() -> None:
     drained = Evacuation(why="it is being drained", since=NOW - 1, deadline=NOW + 3600)
     made = decide(ready("a"), ready("b"), replace(ready("c"), evacuation=drained))
     assert told_to_go(made) == ["c"]
-    assert len(of(Create, made.actions)) == 1
+    assert len(of(Create, decide_later(ready("a"), ready("b"), replace(ready("c"), evacuation=drained)).actions)) == 1
+
+
+def test_while_one_can_be_taken_the_next_is_made_a_moment_later_and_else_at_once() -> None:
+    made = decide(ready("a"), ready("b"))
+    (written,) = of(WriteJobStatus, made.actions)
+    assert (of(Create, made.actions), written.status.retry_at, made.wake_at) == ([], {0: NOW + REFILL_S}, NOW + REFILL_S)
+    assert len(of(Create, decide(status=written.status).actions)) == 3  # the others were taken, too
+    assert len(of(Create, decide(ready("a", Phase.STARTING), status=written.status).actions)) == 2
+    (after,) = of(WriteJobStatus, decide(ready("a"), ready("b"), status=written.status, now=NOW + REFILL_S).actions)
+    assert after.status.retry_at == {}
 
 
 def replace_release(what: Seen, release: int) -> Seen:

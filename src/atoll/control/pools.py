@@ -19,6 +19,9 @@ from atoll.model.records import Instance, Job, JobPhase, JobStatus, OwnerKind, S
 from atoll.model.states import Desired, Phase
 
 RETRY_MIN_S, RETRY_MAX_S = 1.0, 60.0
+REFILL_S = 0.5
+"""While one can be taken, what is missing is made so much later: to make one costs its node what whoever has just taken another
+wants for his first command."""
 _POOL = 0
 """Under which index a template's status counts its failures."""
 
@@ -35,9 +38,13 @@ def decide_pool(job: Job, revision: int, last: JobStatus | None, instances: Sequ
         pool.retire(seen, "its node or its device is to be free")
     status = _count(job, status, pool, decision)
     missing = pool.keep(wanted, lambda seen: seen.instance.release == job.release) + len(pool.going)
-    made = _create(job, status, pool, missing, decision)
-    alive = sum(not seen.ended and seen.instance.desired is Desired.RUN for seen in pool.there)
     ready = any(is_ready(seen) for seen in pool.there)
+    if missing > 0 and ready and _POOL not in status.retry_at:
+        status = structs.replace(status, retry_at={_POOL: decision.now + REFILL_S})
+    made = _create(job, status, pool, missing, decision)
+    if not status.failures and (made or missing <= 0):
+        status = structs.replace(status, retry_at={})
+    alive = sum(not seen.ended and seen.instance.desired is Desired.RUN for seen in pool.there)
     started_at = status.started_at or (decision.now if ready else None)
     phase = JobPhase.RUNNING if ready or status.phase is JobPhase.RUNNING else JobPhase.PENDING
     message = status.message if status.failures else _waits(pool.there)
@@ -80,11 +87,11 @@ def _steady_at(seen: Seen, now: float) -> float:
 
 
 def _create(job: Job, status: JobStatus, pool: Standbys, missing: int, decision: Decision) -> int:
-    """Make up to `missing` sandboxes, unless others have just failed; return how many."""
+    """Make up to `missing` sandboxes, unless it is too early for that; return how many."""
     if missing <= 0:
         return 0
     at = status.retry_at.get(_POOL, 0.0)
-    if at > decision.now:
+    if at > decision.now and (status.failures or any(is_ready(seen) for seen in pool.there)):
         decision.wake(min(at, decision.now + RETRY_MAX_S))  # the date may have been set back
         return 0
     waiting = sum(seen.instance.node is None for seen in pool.there)
