@@ -113,6 +113,10 @@ MEANING: dict[str, tuple[str, str]] = {
     "Worker.durable_objects": ("Classes whose objects keep state.", "[[worker.durable_objects]]"),
     "Worker.kv": ("Keys and values on the node's disk.", "[[worker.kv]]"),
     "Worker.egress": ("Where `fetch` may go: `public`, or networks; `[]` for nowhere.", 'egress = ["203.0.113.0/24"]'),
+    "Worker.shared": (
+        "Share one process with the other such workers of the project on the node: [workers.md](workers.md).",
+        "shared = true",
+    ),
     "ServiceBinding.binding": ("`env.BINDING.fetch(request)` calls it.", 'binding = "AUTH"'),
     "ServiceBinding.app": ("The app; a worker or any other that serves HTTP.", 'app = "auth"'),
     "ServiceBinding.port": ("The number of the port that it listens on.", "port = 8000"),

@@ -35,6 +35,8 @@ SERVICE_HEADER = "x-atoll-service"
 """Says on that socket which app a request is for: `PROJECT/APP/PORT`. workerd sets it, and a worker cannot."""
 EGRESS_PUBLIC = "public"
 MEMORY_BYTES_MIN = 64 << 20
+SHARED_MEMORY_BYTES_MIN = 16 << 20
+"""Of a worker that shares a process, which is not counted in it."""
 VARS_BYTES_MAX = 128 << 10
 BINDINGS_MAX = 256
 MAIN_SUFFIXES = (".js", ".mjs")
@@ -103,6 +105,8 @@ class Worker(SpecRecord, frozen=True, kw_only=True):
     kv: Annotated[tuple[KvNamespace, ...], Meta(max_length=64)] = ()
     egress: Annotated[tuple[str, ...], Meta(max_length=64)] = (EGRESS_PUBLIC,)
     """Where `fetch` and `connect` may go: `public`, or networks such as `203.0.113.0/24`; empty for nowhere."""
+    shared: bool = False
+    """Whether it shares a process with the other such workers of its project that are on the same node."""
 
     @property
     def stateful(self) -> bool:
@@ -126,17 +130,20 @@ def check_worker(spec: AppSpec, worker: Worker) -> None:
         if volume.path != STATE or volume.image is not None or volume.read_only:
             field = f"volumes[{index}].path"
             raise Invalid(f"{field}: a worker sees no volume but that of its state, at {STATE}", field=field, mend="leave it out")
-    if spec.resources.memory < MEMORY_BYTES_MIN:
+    least, what = (SHARED_MEMORY_BYTES_MIN, "") if worker.shared else (MEMORY_BYTES_MIN, ", workerd's own included")
+    if spec.resources.memory < least:
         raise Invalid(
-            f"resources.memory: a worker needs {MEMORY_BYTES_MIN >> 20}MiB, workerd's own included",
+            f"resources.memory: a worker needs {least >> 20}MiB{what}",
             field="resources.memory",
-            mend=f"ask for {MEMORY_BYTES_MIN >> 20}MiB or more",
+            mend=f"ask for {least >> 20}MiB or more",
         )
     if spec.health is not None and spec.health.kind.value == "exec":
         raise Invalid("health.kind: no command runs beside a worker", field="health.kind", mend="use http or tcp")
     _check_ports(spec)
     if worker.stateful:
         _check_single(spec)
+    if worker.shared:
+        _check_shared(spec, worker)
 
 
 def _check_main(worker: Worker) -> None:
@@ -228,4 +235,26 @@ def _check_single(spec: AppSpec) -> None:
             "rollout.max_surge: the old process must let go of the state before the new one starts",
             field="rollout.max_surge",
             mend="set max_surge = 0 and max_unavailable = 1, or leave [rollout] out",
+        )
+
+
+def _check_shared(spec: AppSpec, worker: Worker) -> None:
+    """A process has one way out, and is replaced by another that runs beside it for a while."""
+    if worker.stateful:
+        raise Invalid(
+            "worker.shared: a worker with durable objects or KV has a process of its own, the only one that has its state",
+            field="worker.shared",
+            mend="leave shared out; put what needs no state into a worker of its own, bound to this one",
+        )
+    if worker.egress not in ((), (EGRESS_PUBLIC,)):
+        raise Invalid(
+            "worker.egress: workers that share a process go to 'public', or nowhere: they leave the node by one address",
+            field="worker.egress",
+            mend="leave egress or shared out",
+        )
+    if spec.network is not None and spec.network.egress is not None:
+        raise Invalid(
+            "network.egress: workers that share a process leave the node by one address, which these rules cannot tell apart",
+            field="network.egress",
+            mend="use worker.egress, or leave shared out",
         )

@@ -78,6 +78,8 @@ def describe_exit(exit: Exit | None, memory_bytes: int = 0) -> str:
     """Return in words how a process ended."""
     if exit is None:
         return "ended while the agent was away; how is not known"
+    if exit.why:
+        return exit.why
     if exit.oom:
         limit = f" of {format_bytes(memory_bytes)}" if memory_bytes else ""
         return f"out of memory: it went over its limit{limit} and the kernel killed it"

@@ -98,6 +98,10 @@ class OciRuntime:
         """Return the options of the tool that this box alone is started with; none of them has a space in it."""
         return []
 
+    def inherited(self, id: str) -> Sequence[int]:
+        """Return descriptors that the tool is started with, from 4 on; a box without a filter of ours may have some."""
+        return ()
+
     def inner(self, boxes: OciBoxes, id: str) -> Inner | None:
         """Return how commands in the instance get signals, where not by the node's kernel."""
         return None
@@ -160,7 +164,7 @@ class OciRuntime:
         with handed(files.directory, boxes.filter, config.process) as descriptors:
             if descriptors:
                 shim = ["filtered", str(files.directory / TOOL_LOG), *shim]
-            launch = Launch(shim, stdio=None, output=files.directory / "shim.log", handed=descriptors)
+            launch = Launch(shim, stdio=None, output=files.directory / "shim.log", handed=descriptors or self.inherited(record.id))
         try:
             news = await launch.news(START_S_MAX)
             if news is None or news[0] != "pid":

@@ -1,61 +1,66 @@
 """The workerd runtime: JavaScript and WebAssembly modules in V8, one process for each instance, each in a jail of its own.
 
 A V8 isolate alone is no boundary between tenants, and workerd bounds neither memory nor time. So each instance is a process in
-what runc makes of a container, and less: no capability, no program beside it, nothing to write but its state.
+what runc makes of a container, and less: no capability, no program beside it, nothing to write but its state. Those of one project
+that ask for it share a process: `workerd_shared.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import stat
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import structs
 
-from atoll.model.errors import ImageError, Invalid, Unavailable, Unsupported
-from atoll.model.ports.runtime import Box, Execution, Feature, Found, Mount
+from atoll.model.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
+from atoll.model.ports.runtime import Box, Execution, Feature, Found, Mount, Started
+from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
-from atoll.model.worker import MODULES
-from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.oci import Bundle
-from atoll.runtimes.oci_box import OciBoxes, open_root, write_private
+from atoll.runtimes.oci_box import OciBoxes, write_private
+from atoll.runtimes.oci_container import Container
 from atoll.runtimes.oci_probe import once_per_boot
 from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.runc import probe_runc
 from atoll.runtimes.seccomp import profile
 from atoll.runtimes.workerd_config import (
     CONFIG,
-    MODULES_MAX,
     SERVICES,
-    Module,
+    WORKERS,
     configuration,
     experimental,
     variables,
 )
+from atoll.runtimes.workerd_modules import list_modules
 from atoll.runtimes.workerd_root import PROGRAM, USER, find_workerd, forget_layers, make_layer
+from atoll.runtimes.workerd_shared import SharedWorkers
+from atoll.runtimes.workerd_sharing import APART_S
 
-FILES_MAX = 20 * MODULES_MAX
-"""Files below `MODULES` that are looked at."""
 VERSION_MIN = "2026-11-01"
 """Its KV is workerd's own, which earlier ones do not have."""
 VERSION_S_MAX = 10.0
-_KEPT_MOUNTS = ("/proc", "/dev", "/etc/", f"/{CONFIG}", SERVICES, "/state")
+_KEPT_MOUNTS = ("/proc", "/dev", "/etc/", f"/{CONFIG}", SERVICES, f"{WORKERS}/", "/state")
 _MEND = "run `make setup`, which installs it where npm is, or put another into PATH"
 
 
 class WorkerdBoxes(OciBoxes):
-    """All workers of this node: an OCI bundle each, with workerd's configuration in it."""
+    """All processes of workerd on this node: an OCI bundle each, with workerd's configuration in it."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.configurations: dict[str, str] = {}
+        """Of those that several workers share."""
 
     def _write(self, box: Box, bundle: Bundle, config: dict[str, Any]) -> None:
-        if box.worker is None:
-            raise AssertionError("`create` refuses a box that is no worker")
-        modules = list_modules(bundle.root)
-        text = configuration(box.worker, modules, memory_bytes=box.limits.memory_bytes)
+        if box.worker is not None:
+            text = configuration(box.worker, list_modules(bundle.root), memory_bytes=box.limits.memory_bytes)
+        else:
+            text = self.configurations[box.id]
         file = self._shown(box) / CONFIG
         write_private(file, text.encode(errors="surrogateescape"), 0o644)
         mount = {"destination": f"/{CONFIG}", "type": "bind", "source": str(file)}
@@ -63,7 +68,11 @@ class WorkerdBoxes(OciBoxes):
         config["mounts"].append({**mount, "options": ["bind", "nosuid", "noexec", "nodev", "ro"]})
         config["process"]["capabilities"] = {}
         config["linux"]["seccomp"] = profile(frozenset())
-        super()._write(box, bundle, config)
+        if box.worker is not None:
+            super()._write(box, bundle, config)
+        else:
+            # What puts on its filter itself closes all that it was given.
+            write_private(box.directory / "config.json", msgspec.json.encode(config))
 
 
 class WorkerdRuntime(OciRuntime):
@@ -86,9 +95,13 @@ class WorkerdRuntime(OciRuntime):
         cgroup: str = "/atoll",
         userns: bool | None = None,
         services: Path | None = None,
+        apart_s: float = APART_S,
     ) -> None:
+        """`apart_s`: how long a worker runs apart from the others of its project after a process of theirs has failed."""
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=userns)
         self._workerd = workerd
+        self._shared = SharedWorkers(self, directory / "shared", services, apart_s=apart_s)
+        self._handed: dict[str, Sequence[int]] = {}
         self._services = services
         self._layer: Path | None = None
         self._layering = asyncio.Lock()
@@ -116,6 +129,11 @@ class WorkerdRuntime(OciRuntime):
                     mend="run `atoll ingress` beside the agent, with the same --data",
                 )
             mounts = (*mounts, Mount(self._services, SERVICES, read_only=True))
+        if box.worker.worker.shared:
+            if box.id in self._containers:
+                raise Conflict(f"instance {box.id} exists already", mend="delete it first")
+            await self._shared.create(box)
+            return
         layer = await self._base()
         options = ["--experimental"] if experimental(box.worker) else []
         await super().create(
@@ -135,9 +153,83 @@ class WorkerdRuntime(OciRuntime):
         """Raises Unsupported: there is no program beside workerd, and none can be started."""
         from atoll.runtimes.offer import require  # it lists this class
 
-        await self._find(id)
+        if id not in self._shared:
+            await self._find(id)
         require(self.name, Feature.EXEC)
         raise AssertionError("workerd has no exec")
+
+    async def begin_process(self, box: Box, configuration: str, handed: Sequence[int]) -> Started:
+        """Make and start a process that workers share, for `workerd_process`."""
+        boxes, layer = await self._boxes(), await self._base()
+        if not isinstance(boxes, WorkerdBoxes):
+            raise AssertionError("`boxes_kind` says what they are")
+        image = structs.replace(box.image, layers=(layer,))
+        boxes.configurations[box.id], self._handed[box.id] = configuration, handed
+        try:
+            await super().create(structs.replace(box, image=image, user=f"{USER}:{USER}", read_only_root=True))
+            return await super().start(box.id)
+        except BaseException:
+            await asyncio.shield(super().delete(box.id))
+            raise
+        finally:
+            del boxes.configurations[box.id], self._handed[box.id]
+
+    def inherited(self, id: str) -> Sequence[int]:
+        return self._handed.get(id, ())
+
+    def run_command(self, boxes: OciBoxes, container: Container, extra: Sequence[str]) -> list[str]:
+        command = super().run_command(boxes, container, extra)
+        if not (handed := self.inherited(container.record.id)):
+            return command
+        # They are behind 3, which must be there too, and is the shim's own.
+        at = command.index("--detach")
+        command[at:at] = ["--preserve-fds", str(1 + len(handed))]
+        return ["/bin/sh", "-c", 'exec "$@" 3</dev/null', "sh", *command]
+
+    async def start(self, id: str) -> Started:
+        return await (self._shared.start(id) if id in self._shared else super().start(id))
+
+    async def wait(self, id: str) -> Exit:
+        return await (self._shared.wait(id) if id in self._shared else super().wait(id))
+
+    async def signal(self, id: str, name: str) -> None:
+        await (self._shared.signal(id, name) if id in self._shared else super().signal(id, name))
+
+    async def kill(self, id: str) -> None:
+        await (self._shared.kill(id) if id in self._shared else super().kill(id))
+
+    async def usage(self, id: str) -> Usage:
+        return await (self._shared.usage(id) if id in self._shared else super().usage(id))
+
+    async def root(self, id: str) -> int:
+        return await (self._shared.root(id) if id in self._shared else super().root(id))
+
+    async def delete(self, id: str) -> None:
+        await (self._shared.delete(id) if id in self._shared else super().delete(id))
+
+    async def parent(self, id: str) -> int:
+        _, container = await self._find(id)
+        if container.shim is None:
+            raise NotFound(f"instance {id} does not run")
+        return container.shim.pid
+
+    async def cpu_us(self, id: str) -> int:
+        _, container = await self._find(id)
+        return await self._in_thread(container.group.cpu_us)
+
+    async def _find(self, id: str) -> tuple[OciBoxes, Container]:
+        """Raises Unsupported for a worker that shares its process: what would be done to it alone, it has not alone."""
+        if id in self._shared:
+            raise Unsupported(
+                f"instance {id} shares its process with other workers, and cannot be stopped in its tracks alone",
+                mend="leave worker.shared out",
+                field="worker.shared",
+            )
+        return await super()._find(id)
+
+    async def close(self) -> None:
+        await self._shared.close()
+        await super().close()
 
     async def recover(self) -> Sequence[Found]:
         found = await super().recover()
@@ -145,7 +237,7 @@ class WorkerdRuntime(OciRuntime):
             async with self._layering:
                 if self._layer is None:
                     await self._in_thread(forget_layers, self._directory / "layers")
-        return found
+        return await self._shared.recover(found)
 
     async def _base(self) -> Path:
         async with self._layering:
@@ -166,27 +258,6 @@ def version_of(program: Path) -> str:
     if found[1] < VERSION_MIN:
         raise Unsupported(f"workerd of {found[1]} is too old", mend=f"install that of {VERSION_MIN} or newer")
     return found[1]
-
-
-def list_modules(root: Path) -> list[Module]:
-    """Return the files below `MODULES` of an instance's root, of every kind. Links are no modules, and none is followed. Blocking.
-
-    Raises ImageError for an image with too many files.
-    """
-    found: list[Module] = []
-    with descriptor(open_root(root)) as fd:
-        # It is there, and a directory: the layer of workerd has it too, above whatever the image has under that name.
-        top = os.open(MODULES[1:], os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-        with descriptor(top):
-            for where, _, names, place in os.fwalk(".", dir_fd=top, follow_symlinks=False):
-                for name in names:
-                    status = os.stat(name, dir_fd=place, follow_symlinks=False)
-                    path = os.path.normpath(f"{where}/{name}")
-                    if stat.S_ISREG(status.st_mode) and path.isprintable():
-                        found.append(Module(path, status.st_size))
-                    if len(found) > FILES_MAX:
-                        raise ImageError(f"the worker has more than {FILES_MAX} files", mend="leave out what it does not import")
-    return found
 
 
 def _kept(destination: str) -> bool:

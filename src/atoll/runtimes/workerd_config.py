@@ -1,7 +1,7 @@
-"""workerd's configuration of one worker, in Cap'n Proto's text form. Pure; the schema is `workerd.capnp` of the npm package.
+"""workerd's configuration of a process, in Cap'n Proto's text form. Pure; the schema is `workerd.capnp` of the npm package.
 
 Modules are embedded by path, so that workerd itself reads them, inside its jail. Secrets are not in here: they are variables of
-the process, bound by name.
+the process, bound by name. A process has one worker, or several parts: those have names of their own for all that is theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ CONFIG = "worker.capnp"
 """At the root, beside `MODULES`: embedded paths are told from where it lies."""
 VARIABLE = "ATOLL_B_"
 """What the process's variables are called: none of a tenant's own names means anything to the loader or the C library."""
+WORKERS = "/workers"
+"""Where a process that several share has their modules, each in a directory that is called as its instance."""
+MARK = "\x01"
 SERVICES = "/run/services"
 """Where the ingress's socket for service bindings is shown."""
 HEAP_BESIDE_BYTES = 40 << 20
@@ -44,6 +47,19 @@ _MODULE_KINDS = {
 }
 """As wrangler takes files of these names."""
 _ALIVE_CODE = "export default { fetch() { return new Response(null, { status: 204 }); } };"
+_TAIL_CODE = """export default { tail(events, env, ctx) {
+  for (const { exceptions } of events) for (const { name, message, stack } of exceptions)
+    console.error(`\\x01${ctx.props}\\x01Uncaught ${name}: ${message}${stack ? "\\n" + stack : ""}`);
+} };"""
+_CONSOLE_CODE = """const mark = "\\x01" + NAME + "\\x01";
+for (const level of ["debug", "error", "info", "log", "trace", "warn"]) {
+  const write = console[level];
+  console[level] = (...words) => {
+    if (typeof words[0] === "string") words[0] = mark + words[0]; else words.unshift(mark);
+    write.apply(console, words);
+  };
+}"""
+_HTTP = 'http = (forwardedProtoHeader = "x-forwarded-proto")'
 _CLOSED_CODE = """import { WorkerEntrypoint } from 'cloudflare:workers';
 const no = () => { throw new Error('this worker may go nowhere: its spec says worker.egress = []'); };
 export default class extends WorkerEntrypoint { fetch() { no(); } connect() { no(); } };"""
@@ -61,26 +77,86 @@ class Module(Struct, frozen=True, order=True):
         return _MODULE_KINDS.get(PurePosixPath(self.path).suffix)
 
 
+class Part(Struct, frozen=True, kw_only=True):
+    """One worker of a process, and what is its own there."""
+
+    code: WorkerCode
+    modules: tuple[Module, ...]
+    name: str = ""
+    """Of one that shares the process: its instance's id."""
+    number: int = 0
+    """Among those that share it."""
+
+    @property
+    def directory(self) -> str:
+        """Where its modules are, as `embed` is told."""
+        return f"{WORKERS[1:]}/{self.name}" if self.name else MODULES[1:]
+
+    def own(self, what: str) -> str:
+        """Return the name of a service or a socket of its own."""
+        return f"{self.name}/{what}" if self.name else what
+
+    def variable(self, name: str) -> str:
+        """Return what the process calls its variable `name`."""
+        return f"{VARIABLE}{self.number}_{name}" if self.name else VARIABLE + name
+
+
 def configuration(code: WorkerCode, modules: Iterable[Module], *, memory_bytes: int) -> str:
-    """Return the configuration. Raises Invalid: the main module is not among `modules`, or they are too many or too large."""
-    worker = code.worker
-    services = [_service("main", f"worker = {_main(code, _ordered(worker.main, modules))}"), _internet(worker.egress)]
-    for binding in worker.services:
-        target = f"{code.project}/{binding.app}/{binding.port}"
-        header = f"(name = {quoted(SERVICE_HEADER)}, value = {quoted(target)})"
-        address = quoted(f"unix:{SERVICES}/{SERVICES_SOCKET}")
-        services.append(
-            _service(f"service-{binding.binding}", f"external = (address = {address}, http = (injectRequestHeaders = [{header}]))")
-        )
-    if worker.stateful:
-        services.append(_service("state", f"disk = (path = {quoted(STATE)}, writable = true)"))
-    if worker.kv:
-        services.append(_kv())
-    sockets = [f'(name = "http", address = "*:{code.port}", http = (forwardedProtoHeader = "x-forwarded-proto"), service = "main")']
+    """Return that of a process with one worker, which listens by itself.
+
+    Raises Invalid: the main module is not among `modules`, or they are too many or too large.
+    """
+    part = Part(code=code, modules=_ordered(code.worker.main, modules))
+    services = _services(part)
+    sockets = [f'(name = "http", address = "*:{code.port}", {_HTTP}, service = "main")']
     if code.alive_port is not None:
         services.append(_service("alive", f"worker = {_inner('alive.js', _ALIVE_CODE)}"))
         sockets.append(f'(name = "alive", address = "*:{code.alive_port}", http = (), service = "alive")')
     heap_mib = max(HEAP_MIB_MIN, (memory_bytes - HEAP_BESIDE_BYTES) >> 20)
+    return _config(services, sockets, heap_mib, '(stdoutPrefix = "", stderrPrefix = "")')
+
+
+def part_of(code: WorkerCode, modules: Iterable[Module], *, name: str, number: int) -> Part:
+    """Return what a worker is among others. Raises Invalid as `configuration` does."""
+    return Part(code=code, modules=_ordered(code.worker.main, modules), name=name, number=number)
+
+
+def shared_configuration(parts: Sequence[Part], *, heap_mib: int) -> str:
+    """Return that of a process with several workers, all of whose sockets it is given.
+
+    They are named `watch`, by which the node asks the process, and for each part `ID/http` and `ID/alive`. What a part writes, and
+    what it fails to catch, begins with its name between two `MARK`s.
+    """
+    services = [
+        _service("alive", f"worker = {_inner('alive.js', _ALIVE_CODE)}"),
+        _service("tail", f"worker = {_inner('tail.js', _TAIL_CODE)}"),
+    ]
+    sockets = ['(name = "watch", http = (), service = "alive")']
+    for part in parts:
+        services += _services(part)
+        sockets.append(f"(name = {quoted(part.own('http'))}, {_HTTP}, service = {quoted(part.own('main'))})")
+        if part.code.alive_port is not None:
+            sockets.append(f'(name = {quoted(part.own("alive"))}, http = (), service = "alive")')
+    return _config(services, sockets, max(HEAP_MIB_MIN, heap_mib), "(structuredLogging = true)")
+
+
+def _services(part: Part) -> list[str]:
+    code, worker = part.code, part.code.worker
+    services = [_service(part.own("main"), f"worker = {_main(part)}"), _internet(part.own("internet"), worker.egress)]
+    for binding in worker.services:
+        target = f"{code.project}/{binding.app}/{binding.port}"
+        header = f"(name = {quoted(SERVICE_HEADER)}, value = {quoted(target)})"
+        address = quoted(f"unix:{SERVICES}/{SERVICES_SOCKET}")
+        name = part.own(f"service-{binding.binding}")
+        services.append(_service(name, f"external = (address = {address}, http = (injectRequestHeaders = [{header}]))"))
+    if worker.stateful:
+        services.append(_service("state", f"disk = (path = {quoted(STATE)}, writable = true)"))
+    if worker.kv:
+        services.append(_kv())
+    return services
+
+
+def _config(services: Sequence[str], sockets: Sequence[str], heap_mib: int, logging: str) -> str:
     return "\n".join(
         (
             'using Workerd = import "/workerd/workerd.capnp";',
@@ -88,17 +164,18 @@ def configuration(code: WorkerCode, modules: Iterable[Module], *, memory_bytes: 
             _list("services", services),
             _list("sockets", sockets),
             f'  v8Flags = ["--max-heap-size={heap_mib}"],',
-            '  logging = (stdoutPrefix = "", stderrPrefix = ""),',
+            f"  logging = {logging},",
             ");",
             "",
         )
     )
 
 
-def variables(code: WorkerCode, env: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def variables(code: WorkerCode, env: Sequence[tuple[str, str]], part: Part | None = None) -> tuple[tuple[str, str], ...]:
     """Return the environment of the process: what the worker is bound to, and nothing else."""
     values = dict(env)
-    return tuple((VARIABLE + name, values[name]) for name in code.bindings if name in values)
+    name_of = part.variable if part else lambda name: VARIABLE + name
+    return tuple((name_of(name), values[name]) for name in code.bindings if name in values)
 
 
 def experimental(code: WorkerCode) -> bool:
@@ -112,7 +189,7 @@ def quoted(text: str) -> str:
     return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", escaped) + '"'
 
 
-def _ordered(main: str, modules: Iterable[Module]) -> list[Module]:
+def _ordered(main: str, modules: Iterable[Module]) -> tuple[Module, ...]:
     """Return what can be imported, the main module first, as workerd wants it."""
     name = main.removeprefix("./")
     found = sorted(module for module in modules if module.kind is not None)
@@ -125,29 +202,34 @@ def _ordered(main: str, modules: Iterable[Module]) -> list[Module]:
     first = [module for module in found if module.path == name]
     if not first:
         raise Invalid(f"worker.main: the image has no {MODULES}/{name}", field="worker.main", mend="is it among worker.files?")
-    return first + [module for module in found if module.path != name]
+    return (*first, *(module for module in found if module.path != name))
 
 
-def _main(code: WorkerCode, modules: Sequence[Module]) -> str:
-    worker = code.worker
-    bindings = [f"(name = {quoted(name)}, fromEnvironment = {quoted(VARIABLE + name)})" for name in code.bindings]
+def _main(part: Part) -> str:
+    worker = part.code.worker
+    bindings = [f"(name = {quoted(name)}, fromEnvironment = {quoted(part.variable(name))})" for name in part.code.bindings]
     for name, value in worker.vars.items():
         kind = ("text", value) if isinstance(value, str) else ("json", json.dumps(value, ensure_ascii=False, default=str))
         bindings.append(f"(name = {quoted(name)}, {kind[0]} = {quoted(kind[1])})")
-    bindings += [f"(name = {quoted(each.binding)}, service = {quoted(f'service-{each.binding}')})" for each in worker.services]
+    bindings += [
+        f"(name = {quoted(each.binding)}, service = {quoted(part.own(f'service-{each.binding}'))})" for each in worker.services
+    ]
     bindings += [
         f"(name = {quoted(each.binding)}, durableObjectNamespace = {quoted(each.class_name)})" for each in worker.durable_objects
     ]
     for namespace in worker.kv:
         props = quoted(json.dumps({"namespace": namespace.id or namespace.binding}))
         bindings.append(f'(name = {quoted(namespace.binding)}, kvNamespace = (name = "kv", props = (json = {props})))')
+    embedded = [f"(name = {quoted(m.path)}, {m.kind} = embed {quoted(f'{part.directory}/{m.path}')})" for m in part.modules]
     lines = [
-        _list("modules", [f"(name = {quoted(m.path)}, {m.kind} = embed {quoted(f'{MODULES[1:]}/{m.path}')})" for m in modules]),
+        _list("modules", [*(_before(part) if part.name else ()), *embedded]),
         f"  compatibilityDate = {quoted(worker.compatibility_date)},",
         f"  compatibilityFlags = [{', '.join(quoted(flag) for flag in worker.compatibility_flags)}],",
         _list("bindings", bindings),
-        '  globalOutbound = "internet",',
+        f"  globalOutbound = {quoted(part.own('internet'))},",
     ]
+    if part.name:
+        lines.append(f'  tails = [(name = "tail", props = (json = {quoted(json.dumps(part.name))}))],')
     if worker.durable_objects:
         objects = [
             f"(className = {quoted(each.class_name)}, uniqueKey = {quoted(each.key or each.class_name)}, "
@@ -158,12 +240,23 @@ def _main(code: WorkerCode, modules: Sequence[Module]) -> str:
     return "(\n" + "\n".join(lines) + "\n)"
 
 
-def _internet(egress: Sequence[str]) -> str:
+def _before(part: Part) -> tuple[str, str]:
+    """Return the modules that go before a part's own: the first puts its name before all that it writes, then hands it on."""
+    taken = {module.path for module in part.modules}
+    names = (f"{name}-{at}.js" for at in range(MODULES_MAX + 2) for name in ("atoll-part", "atoll-console"))
+    first, console = [name for name in names if name not in taken][:2]
+    main = json.dumps(f"./{part.modules[0].path}")
+    code = f"import './{console}'; import * as main from {main}; export * from {main}; export default main.default;"
+    marked = _CONSOLE_CODE.replace("NAME", json.dumps(part.name))
+    return f"(name = {quoted(first)}, esModule = {quoted(code)})", f"(name = {quoted(console)}, esModule = {quoted(marked)})"
+
+
+def _internet(name: str, egress: Sequence[str]) -> str:
     """Return where `fetch` goes. Unix sockets, and with them other apps by another's name, are in none of these networks."""
     if not egress:
-        return _service("internet", f"worker = {_inner('closed.js', _CLOSED_CODE)}")
+        return _service(name, f"worker = {_inner('closed.js', _CLOSED_CODE)}")
     allow = ", ".join(quoted(text) for text in egress)
-    return _service("internet", f"network = (allow = [{allow}], tlsOptions = (trustBrowserCas = true))")
+    return _service(name, f"network = (allow = [{allow}], tlsOptions = (trustBrowserCas = true))")
 
 
 def _kv() -> str:

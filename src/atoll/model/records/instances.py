@@ -83,6 +83,8 @@ class Exit(Record, frozen=True, kw_only=True):
     signal: str | None = None
     oom: bool = False
     """The kernel killed it for going over its memory limit."""
+    why: str = ""
+    """What the runtime did and why, in words, where the rest does not say it."""
 
 
 class Status(Record, frozen=True, kw_only=True):
@@ -139,6 +141,8 @@ class Usage(Record, frozen=True, kw_only=True):
     """Beyond its limits (`network.bandwidth`, `network.packets`), in either direction, and dropped."""
     metrics: dict[str, float] = {}
     """The app's own, as its `metrics` endpoint gave them."""
+    shared_by: int = 1
+    """How many workers share its process: of processor, memory and pids each is told its equal part, since nobody knows more."""
 
 
 class Assignment(Record, frozen=True, kw_only=True):
