@@ -226,3 +226,22 @@ async def test_death_is_a_connection_that_breaks_and_a_port_that_refuses_and_not
         for task in (refused, stranger):
             task.cancel()
         await asyncio.gather(refused, stranger, return_exceptions=True)
+
+
+async def test_a_peer_that_breaks_off_all_that_it_takes_while_it_dies_is_seen_to_die() -> None:
+    store = MemoryStore(SystemClock())
+    peer = Peer()
+    port = await peer.listen()
+    record = Server(id="one", urls=(f"http://127.0.0.1:{port}",), version="1", started_at=0.0)
+    async with State(store, {keys.SERVERS: Server}) as state:
+        await state.reach(await store.put(keys.server("one"), codec.encode(record)))
+        death = asyncio.ensure_future(Deaths(state).of("one"))
+        async with asyncio.timeout(20):
+            for _ in range(5):
+                await peer.came.wait()
+                for line in peer.lines:
+                    line.transport.abort()
+                peer.hang_up()
+            assert not death.done(), "whoever still takes connections lives"
+            peer.die()
+            await death

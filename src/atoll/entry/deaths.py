@@ -15,7 +15,11 @@ from atoll.store.cache import State
 CONNECT_S = 1.0
 """The longest wait for a connection."""
 RETRY_S = 0.5
-"""Between two tries to connect, and between two connections, whatever ends them."""
+"""Between two tries to connect, and between two connections that end soon, again and again."""
+RETRY_FIRST_S = 0.01
+"""The same at first, doubled from there: one that is dying may take a connection for a moment, or break it off."""
+STRANGE_MAX = 3
+"""Tries in a row to connect anew that say neither that it lives nor that it is dead, after which nothing can be told."""
 READ_BYTES = 4_096
 
 Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -43,20 +47,27 @@ class Deaths:
 async def _saw_it_die(address: Address) -> bool:
     """Return True when the process that first answered there has died; False where it cannot be told any more."""
     loop = asyncio.get_running_loop()
-    line: Line | None = None
+    seen, strange, pause_s = False, 0, RETRY_FIRST_S
     try:
-        line = await _connect(address)
-        while line is not None:
+        while True:
             began = loop.time()
-            await _end_of(line)
-            if loop.time() - began < RETRY_S:
-                await asyncio.sleep(RETRY_S)
-            # A server that lives hangs up, too, on one who says nothing: after 15 s, or with TLS after 60 s.
             line = await _connect(address)
+            if line is not None:
+                seen, strange = True, 0
+                await _end_of(line)
+            elif not seen or strange == STRANGE_MAX:
+                return False
+            else:
+                strange += 1
+            # A server that lives hangs up, too, on one who says nothing: after 15 s, or with TLS after 60 s.
+            if loop.time() - began >= RETRY_S:
+                pause_s = RETRY_FIRST_S
+            else:
+                await asyncio.sleep(pause_s)
+                pause_s = min(RETRY_S, 2 * pause_s)
     except ConnectionRefusedError:
         # Refused from the start is no death that was seen: a rule of a firewall refuses, too.
-        return line is not None
-    return False
+        return seen
 
 
 async def _connect(address: Address) -> Line | None:
