@@ -40,6 +40,30 @@ def renew_hops(s: int, cost: Floats, x: Floats, open_sites: Ints, hop: Floats, v
 
 
 @compiled
+def learn(s: int, p: int, cost: Floats, open_sites: Ints, hop: Floats, via: Ints) -> None:
+    """Take into the hops of site `s` that it now has something of place `p`."""
+    here = cost[p, s]
+    for t in open_sites:
+        step = cost[p, t] - here
+        if t != s and (step < hop[s, t] or (step == hop[s, t] and p < via[s, t])):
+            hop[s, t] = step
+            via[s, t] = p
+
+
+@compiled
+def forget(s: int, p: int, cost: Floats, x: Floats, open_sites: Ints, hop: Floats, via: Ints) -> None:
+    """Take into the hops of site `s` that it has nothing of place `p` any more."""
+    for t in open_sites:
+        if t != s and via[s, t] == p:
+            hop[s, t] = np.inf
+            via[s, t] = -1
+            for q in range(x.shape[1]):
+                if x[s, q] > EPSILON and cost[q, t] - cost[q, s] < hop[s, t]:
+                    hop[s, t] = cost[q, t] - cost[q, s]
+                    via[s, t] = q
+
+
+@compiled
 def shortest_from(start: Floats, open_sites: Ints, hop: Floats, best: Floats, before: Ints) -> None:
     """Fill `best` with the least cost of reaching each open site when entering at `s` costs `start[s]`; `before` is the way."""
     count = open_sites.shape[0]
@@ -86,21 +110,18 @@ def send(
     t = end
     steps = 0
     while before[t] >= 0 and steps <= x.shape[0]:
+        # Backwards: what a step changes in the hops of its two ends, no later step uses.
         s = before[t]
         p = via[s, t]
         x[s, p] -= amount
         if x[s, p] < EPSILON:
             x[s, p] = 0.0
+            forget(s, p, cost, x, open_sites, hop, via)
         x[t, p] += amount
+        learn(t, p, cost, open_sites, hop, via)
         t = s
         steps += 1
     load[end] += amount
-    t = end
-    steps = 0
-    while t >= 0 and steps <= x.shape[0]:
-        renew_hops(t, cost, x, open_sites, hop, via)
-        t = before[t]
-        steps += 1
     return amount
 
 
@@ -182,9 +203,21 @@ def take_in(site: int, cost: Floats, x: Floats, capacity: Floats, load: Floats, 
 
 @compiled
 def give_out(
-    site: int, cost: Floats, x: Floats, capacity: Floats, load: Floats, hop: Floats, via: Ints, open_sites: Ints, budget: float
+    site: int,
+    cost: Floats,
+    x: Floats,
+    capacity: Floats,
+    load: Floats,
+    hop: Floats,
+    via: Ints,
+    open_sites: Ints,
+    budget: float,
+    step: Floats,
 ) -> bool:
-    """Send away what `site` holds beyond its capacity, by the cheapest chains; False (and half done) once that costs `budget`."""
+    """Send away what `site` holds beyond its capacity, by the cheapest chains; False (and half done) if that costs over `budget`.
+
+    `step[p]` is the least that a unit of place p's demand costs which leaves the site; zeros say nothing.
+    """
     sites = capacity.shape[0]
     best = np.full(sites, np.inf)
     before = np.full(sites, -1)
@@ -198,8 +231,13 @@ def give_out(
         for s in open_sites:
             if s != site and capacity[s] - load[s] > EPSILON and (end < 0 or best[s] < best[end]):
                 end = s
-        if best[end] * (load[site] - capacity[site]) > budget:
-            # Chains only get dearer.
+        # Chains only get dearer.
+        floor = best[end] * (load[site] - capacity[site])
+        if capacity[site] <= 0.0:
+            for p in range(x.shape[1]):
+                if x[site, p] > 0.0 and step[p] > best[end]:
+                    floor += x[site, p] * (step[p] - best[end])
+        if floor > budget:
             return False
         limit = min(load[site] - capacity[site], capacity[end] - load[end])
         amount = send(end, limit, cost, x, open_sites, load, hop, via, before)

@@ -1,6 +1,6 @@
 """The search for where replicas should be: a greedy start by regret, then relocations and swaps, each judged by exact flow.
 
-A swap opens one replica and closes another. Bounds from the prices of the assignment (weak duality) say which closings cannot pay,
+A swap opens one replica and closes another. Bounds from the prices of the assignment (`bounds`) say which cannot pay,
 so that only few are tried; what is tried is assigned exactly, from the assignment before it. All is deterministic.
 """
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atoll.scheduling.compiled import compiled
+from atoll.scheduling.world.bounds import knapsack, least_loss, swap_bound, two_best
 from atoll.scheduling.world.flow import (
     EPSILON,
     Floats,
@@ -86,53 +87,6 @@ def take_nearest(s: int, cost: Floats, order: Ints, left: Floats, free: float) -
 
 
 @compiled
-def knapsack(s: int, cost: Floats, demand: Floats, worth: Floats, size: float) -> float:
-    """Return the most that one more replica at `s` could save, when each place pays `worth` now."""
-    count = 0
-    gains = np.empty(demand.shape[0])
-    sizes = np.empty(demand.shape[0])
-    for p in range(demand.shape[0]):
-        gain = worth[p] - cost[p, s]
-        if gain > 0.0:
-            gains[count] = gain
-            sizes[count] = demand[p]
-            count += 1
-    total, free = 0.0, size
-    for i in np.argsort(-gains[:count]):
-        taken = min(free, sizes[i])
-        total += taken * gains[i]
-        free -= taken
-        if free <= 0.0:
-            break
-    return total
-
-
-@compiled
-def least_loss(s: int, cost: Floats, x: Floats, price: Floats, open_sites: Ints, excess: float) -> float:
-    """Return a lower bound of what moving `excess` away from site `s` costs."""
-    count = 0
-    steps = np.empty(x.shape[1])
-    sizes = np.empty(x.shape[1])
-    for p in range(x.shape[1]):
-        if x[s, p] > 0.0:
-            other = np.inf
-            for t in open_sites:
-                if t != s:
-                    other = min(other, cost[p, t] + price[t])
-            steps[count] = other - cost[p, s]
-            sizes[count] = x[s, p]
-            count += 1
-    total, left = 0.0, excess
-    for i in np.argsort(steps[:count]):
-        if left <= 0.0:
-            break
-        taken = min(left, sizes[i])
-        total += taken * steps[i]
-        left -= taken
-    return total
-
-
-@compiled
 def upkeep(replicas: Ints, fixed: Floats, before: Ints, move: float) -> float:
     """Return what replicas cost wherever demand comes from: their sites' cost, and that of moving those that left."""
     total = 0.0
@@ -152,6 +106,12 @@ def open_one(
 
 
 @compiled
+def copy_rows(source: Floats, target: Floats, rows: Ints) -> None:
+    for s in rows:
+        target[s] = source[s]
+
+
+@compiled
 def close(
     a: int,
     size: float,
@@ -163,12 +123,13 @@ def close(
     via: Ints,
     replicas: Ints,
     budget: float,
+    step: Floats,
 ) -> bool:
     """Close one replica at `a` and keep the assignment optimal; False, and the assignment broken, if that costs over `budget`."""
     replicas[a] -= 1
     open_sites = opened(capacity)
     capacity[a] = size * replicas[a]
-    return give_out(a, cost, x, capacity, load, hop, via, open_sites, budget)
+    return give_out(a, cost, x, capacity, load, hop, via, open_sites, budget, step)
 
 
 @compiled
@@ -191,6 +152,7 @@ def improve(
     swaps = 0
     swaps_max = 4 * (replicas.sum() + 8)
     failed, stale = np.zeros(real, dtype=np.bool_), False
+    failed_at = np.full(real, -1)
     tried = np.zeros((sites, sites), dtype=np.bool_)
     while swaps < swaps_max:
         # Relocations: the same demand served from another site.
@@ -213,7 +175,7 @@ def improve(
             tried[best_a, best_b] = True
             kept = (x.copy(), load.copy(), capacity.copy(), replicas.copy())
             open_one(best_b, size, cost, x, capacity, load, hop, via, replicas)
-            close(best_a, size, cost, x, capacity, load, hop, via, replicas, np.inf)
+            close(best_a, size, cost, x, capacity, load, hop, via, replicas, np.inf, np.zeros(places))
             after = total_cost(cost, x) + upkeep(replicas, fixed, before, move)
             if after < now - EPSILON * (1.0 + abs(now)):
                 now = after
@@ -222,7 +184,26 @@ def improve(
             else:
                 x[:], load[:], capacity[:], replicas[:] = kept
             continue
-        after = try_swaps(cost, demand, size, room, fixed, replicas, before, move, width, x, capacity, load, hop, via, now, failed)
+        after = try_swaps(
+            cost,
+            demand,
+            size,
+            room,
+            fixed,
+            replicas,
+            before,
+            move,
+            width,
+            x,
+            capacity,
+            load,
+            hop,
+            via,
+            now,
+            failed,
+            failed_at,
+            swaps,
+        )
         if after >= now:
             if not stale:
                 break
@@ -255,51 +236,77 @@ def try_swaps(
     via: Ints,
     now: float,
     failed: npt.NDArray[np.bool_],
+    failed_at: Ints,
+    swaps: int,
 ) -> float:
     """Make the first swap that pays, and return the whole cost then; `now` where none of those tried does.
 
-    Openings in `failed` are left out, and those that fail are entered there.
+    Openings in `failed` are left out, and those that fail are entered there; `failed_at` says before which swap.
     """
-    places, sites = cost.shape
+    sites = cost.shape[1]
     real = sites - 1
     enough = now - EPSILON * (1.0 + abs(now))
     open_sites = opened(capacity)
     for s in open_sites:
         renew_hops(s, cost, x, open_sites, hop, via)
     price = prices(capacity, load, hop, open_sites)
-    worth = np.full(places, np.inf)
-    for p in range(places):
-        for s in open_sites:
-            worth[p] = min(worth[p], cost[p, s] + price[s])
+    first, second, best = two_best(cost, price, open_sites)
+    worth = 0.0
+    for s in open_sites:
+        worth += price[s] * capacity[s]
+    kept_x, opened_x, step = np.empty_like(x), np.empty_like(x), np.zeros_like(x)
+    kept_up = upkeep(replicas, fixed, before, move)
+    pays = np.zeros(sites, dtype=np.bool_)
     gain = np.full(real, -np.inf)
     for b in range(real):
         if replicas[b] < room[b] and not failed[b]:
-            gain[b] = knapsack(b, cost, demand, worth, size) - fixed[b] + move * (before[b] > replicas[b])
+            gain[b] = knapsack(b, cost, demand, first, size) - fixed[b] + move * (before[b] > replicas[b])
     for b in np.argsort(-gain, kind="mergesort")[:width]:
         if gain[b] == -np.inf:
             break
-        kept = (x.copy(), load.copy(), capacity.copy(), replicas.copy())
-        open_one(b, size, cost, x, capacity, load, hop, via, replicas)
-        with_b = total_cost(cost, x) + upkeep(replicas, fixed, before, move)
-        open_sites = opened(capacity)
-        for s in open_sites:
-            renew_hops(s, cost, x, open_sites, hop, via)
-        price = prices(capacity, load, hop, open_sites)
-        loss = np.full(real, np.inf)
+        failed[b] = True
+        if failed_at[b] == swaps:
+            continue
+        failed_at[b] = swaps
+        pays[:] = False
         for a in open_sites:
             if a < real and a != b and replicas[a] > 0:
+                rest = fixed[b] - fixed[a] + move * (int(before[a] >= replicas[a]) - int(before[b] > replicas[b]))
+                limit = enough - kept_up - rest
+                pays[a] = swap_bound(a, b, size, cost, demand, capacity, price, first, second, best, worth, limit) < limit
+        if not pays.any():
+            continue
+        kept = (load.copy(), capacity.copy(), replicas.copy())
+        copy_rows(x, kept_x, open_sites)
+        open_one(b, size, cost, x, capacity, load, hop, via, replicas)
+        with_b = total_cost(cost, x) + upkeep(replicas, fixed, before, move)
+        with_sites = opened(capacity)
+        for s in with_sites:
+            renew_hops(s, cost, x, with_sites, hop, via)
+        with_price = prices(capacity, load, hop, with_sites)
+        loss = np.full(real, np.inf)
+        for a in with_sites:
+            if a < real and a != b and replicas[a] > 0:
                 excess = max(0.0, load[a] - capacity[a] + size)
-                loss[a] = least_loss(a, cost, x, price, open_sites, excess) - fixed[a] + move * (before[a] >= replicas[a])
-        opened_state = (x.copy(), load.copy(), capacity.copy(), replicas.copy())
+                loss[a] = (
+                    least_loss(a, cost, x, with_price, with_sites, excess, step[a]) - fixed[a] + move * (before[a] >= replicas[a])
+                )
+        opened_state = (load.copy(), capacity.copy(), replicas.copy())
+        copy_rows(x, opened_x, with_sites)
         for a in np.argsort(loss, kind="mergesort")[:TRIED_MAX]:
             if not with_b + loss[a] < enough:
                 break
+            if not pays[a]:
+                continue
             saved = fixed[a] - move * (before[a] >= replicas[a])
-            if close(a, size, cost, x, capacity, load, hop, via, replicas, enough - with_b + saved):
+            if close(a, size, cost, x, capacity, load, hop, via, replicas, enough - with_b + saved, step[a]):
                 after = total_cost(cost, x) + upkeep(replicas, fixed, before, move)
                 if after < enough:
+                    failed[b] = False
                     return after
-            x[:], load[:], capacity[:], replicas[:] = opened_state
-        x[:], load[:], capacity[:], replicas[:] = kept
-        failed[b] = True
+            copy_rows(opened_x, x, with_sites)
+            load[:], capacity[:], replicas[:] = opened_state
+        x[b] = 0.0
+        copy_rows(kept_x, x, open_sites)
+        load[:], capacity[:], replicas[:] = kept
     return now
