@@ -33,6 +33,8 @@ LATE_S = 0.3
 class PlainTool:
     """Starts what it is given among the node's own processes, as a runtime's tool does it in an instance."""
 
+    hands_on = False
+
     def encode(self, process: dict[str, Any]) -> bytes:
         self._argv = process["args"]
         return msgspec.json.encode(process)

@@ -35,12 +35,13 @@ class ExecFiles(Struct, frozen=True):
     pid: Path
     console: str | None
     """A unix socket for the terminal that the command gets; None for a command on the tool's own stdio."""
-    handed: int = 0
-    """Descriptors from 3 on that the tool hands on to the command."""
 
 
 class ExecTool(Protocol):
     """What starts a command beside an instance, detached: it ends once the command runs."""
+
+    hands_on: bool
+    """Whether the command begins with the descriptors that were handed to the shim."""
 
     def encode(self, process: dict[str, Any]) -> bytes:
         """Return the `process` of an OCI configuration as the tool reads it."""
@@ -52,6 +53,8 @@ class ExecTool(Protocol):
 class OciExecTool:
     """An OCI runtime's `exec --detach`; `tool` gives its command with the global options, which logs to a path."""
 
+    hands_on = False
+
     def __init__(self, tool: Callable[[Path], list[str]], id: str, inner: Inner | None) -> None:
         self._tool = tool
         self._id = id
@@ -62,8 +65,6 @@ class OciExecTool:
 
     def command(self, files: ExecFiles) -> list[str]:
         command = [*self._tool(files.log), "exec", "--detach", "--pid-file", str(files.pid), "--process", str(files.process)]
-        if files.handed:
-            command += ["--preserve-fds", str(files.handed)]
         if self._inner is not None:
             command += ["--internal-pid-file", str(inner_file(files.pid))]
         if files.console is not None:

@@ -15,12 +15,11 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from atoll.model.errors import AtollError, RuntimeFailed, Unsupported
 from atoll.model.spec import RuntimeName
-from atoll.runtimes.exec_tool import ExecFiles, ExecTool
-from atoll.runtimes.inside import process_file
+from atoll.runtimes.entering import Entering
+from atoll.runtimes.exec_tool import ExecTool
 from atoll.runtimes.lxc_boxes import CONFIG, PROCESS, LxcBoxes
 from atoll.runtimes.native import shim_path
 from atoll.runtimes.oci import CAPABILITIES
@@ -49,7 +48,6 @@ class LxcRuntime(OciRuntime):
     name = RuntimeName.LXC
     slots = range(3072, 3584)
     boxes_kind: type[OciBoxes] = LxcBoxes
-    hands_usher = True
     places_mounts = False
 
     def __init__(self, directory: Path, *, binary: str = "lxc-start", cgroup: str = "/atoll", userns: bool | None = None) -> None:
@@ -99,7 +97,7 @@ class LxcRuntime(OciRuntime):
                 self._made.remove_monitor(container.record.id)
 
     def exec_tool(self, boxes: OciBoxes, container: Container) -> ExecTool:
-        return _Entering(container)
+        return Entering(container)
 
     def failure(self, container: Container, command: str) -> RuntimeFailed:
         told = super().failure(container, command)
@@ -109,22 +107,6 @@ class LxcRuntime(OciRuntime):
         tight = limit < _TIGHT_BYTES or any(sign in words for sign in _TOO_LITTLE) or container.group.oom_kills() > 0
         mend = f"raise the memory limit ({limit >> 10} KiB), if that is why" if tight else told.mend
         return RuntimeFailed(f"cannot run {command!r}: LXC says: {words}" if words else str(told), mend=mend)
-
-
-class _Entering:
-    """Starts commands beside an instance by entering it, as the shim does."""
-
-    def __init__(self, container: Container) -> None:
-        self._container = container
-
-    def encode(self, process: dict[str, Any]) -> bytes:
-        return process_file(process, filter_program(frozenset(CAPABILITIES)), make_directory=False)
-
-    def command(self, files: ExecFiles) -> list[str]:
-        first = self._container.first
-        groups = [str(path) for path in self._container.group.directories if (path / "cgroup.procs").exists()]
-        given = [str(files.pid), str(files.process), str(files.log), files.console or "-"]
-        return [str(shim_path()), "enter", *given, str(first.pid if first else 0), str(self._container.files.exit), *groups]
 
 
 def _lxc_words(path: Path) -> str:

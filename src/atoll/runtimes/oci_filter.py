@@ -31,9 +31,8 @@ from atoll.runtimes.seccomp_program import filter_program
 
 BUNDLE = "bundle"
 """In the box's directory: what the tool is given in the place of it."""
-HANDED = 3
-"""Descriptors that the tool hands on: the program, what it reads, and the pipe on which it tells."""
-PRESERVE = ("--preserve-fds", str(HANDED))
+PRESERVE = ("--preserve-fds", "3")
+"""The program, what it reads, and the pipe on which it tells."""
 _ARGS = ("/proc/self/fd/3", "filter")
 _ABOVE = 16
 """Descriptors from here on are in nobody's way when some are put where a new process expects them."""

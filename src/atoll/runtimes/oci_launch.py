@@ -1,4 +1,4 @@
-"""How a process comes to run beside an instance's first one: by an OCI runtime's detached `exec`, under a shim of its own."""
+"""How a process comes to run beside an instance's first one: by a runtime's tool or by entering, under a shim of its own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from atoll.runtimes.oci import process as oci_process
 from atoll.runtimes.oci_box import NETNS, load_config, user_in, write_private
 from atoll.runtimes.oci_console import ConsoleSocket
 from atoll.runtimes.oci_container import failure
-from atoll.runtimes.oci_filter import HANDED, Filter, handed, has_bundle
 from atoll.runtimes.shim import Launch
 from atoll.runtimes.users import User
 
 START_S_MAX = 60.0
 CLOSE_S_MAX = 2.0
-_BEHIND_FILTER, _ALONE = 6, 4
-"""The descriptor by which a process finds a program of ours: behind the three of its filter, or as the shim has it."""
+_HANDED = "/proc/self/fd/4"
+"""Where a process finds the descriptor that was handed to its shim."""
 
 
 class Place(Struct, frozen=True):
@@ -38,8 +37,6 @@ class Place(Struct, frozen=True):
     base_id: int | None
     """The id on the node of its root; None without ids of its own."""
     inner: Inner | None = None
-    filter: Filter | None = None
-    """What puts the filter on, where the box relies on it."""
 
 
 class Prepared(Struct, frozen=True):
@@ -74,8 +71,8 @@ class Prepared(Struct, frozen=True):
 def prepared(place: Place, body: dict[str, Any], *, program: int | None = None) -> Iterator[Prepared]:
     """Give what starts `body`, the `process` of an OCI configuration; its files are gone afterwards.
 
-    With `program`, a descriptor of a program that is linked statically, that one is run in the place of the first argument.
-    Raises Unsupported, RuntimeFailed where the box relies on a filter that cannot be had.
+    With `program`, a descriptor, that one is run in the place of the first argument; it is linked statically, and the tool hands
+    descriptors on. Raises Unsupported, RuntimeFailed where a filter cannot be had.
     """
     directory = place.directory / "exec"
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -85,22 +82,17 @@ def prepared(place: Place, body: dict[str, Any], *, program: int | None = None) 
         for path in (process, log_path, output):
             files.callback(path.unlink, missing_ok=True)
         if program is not None:
-            at = _BEHIND_FILTER if has_bundle(place.directory) else _ALONE
-            body = {**body, "args": [f"/proc/self/fd/{at}", *body["args"][1:]]}
-        descriptors = files.enter_context(handed(place.directory, place.filter, body))
-        write_private(process, place.tool.encode(place.filter.process(body) if place.filter and descriptors else body))
-        shim = ["filtered", str(log_path)] if descriptors else []
-        shim += ["exec", load_config(place.directory).annotations[NETNS], str(pid_file)]
+            body = {**body, "args": [_HANDED, *body["args"][1:]]}
+        write_private(process, place.tool.encode(body))
+        shim = ["exec", load_config(place.directory).annotations[NETNS], str(pid_file)]
         if place.inner is not None:
             shim += [str(inner_file(pid_file)), *place.inner.command("@", signal.SIGKILL)]
         console = None
         if body["terminal"]:
             console = ConsoleSocket(directory, console_name.name)
             files.callback(console.close)
-        count = (HANDED if descriptors else 0) + (program is not None)
-        tool = place.tool.command(ExecFiles(process, log_path, pid_file, console.path if console else None, count))
-        given = descriptors if program is None else (*descriptors, program)
-        yield Prepared([*shim, "--", *tool], log_path, output, given, console)
+        tool = place.tool.command(ExecFiles(process, log_path, pid_file, console.path if console else None))
+        yield Prepared([*shim, "--", *tool], log_path, output, () if program is None else (program,), console)
 
 
 def process_of(

@@ -23,6 +23,7 @@ from atoll.model.records import Exit, Usage
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.box_record import BoxRecord, check_id
 from atoll.runtimes.cgroup import Cgroups
+from atoll.runtimes.entering import Entering
 from atoll.runtimes.exec_tool import ExecTool, Inner, OciExecTool
 from atoll.runtimes.moving import foretell
 from atoll.runtimes.oci_box import ATTENDED, NETNS, OPTIONS, STDERR, STDOUT, OciBoxes, load_config
@@ -70,8 +71,6 @@ class OciRuntime:
     """Whether the tool takes along what is mounted below an instance's root before its start."""
     boxes_kind: type[OciBoxes] = OciBoxes
     container_kind: type[Container] = Container
-    hands_usher = False
-    """Whether an usher can be handed into an instance that the tool puts the filter on."""
     threads_beside = 0
     """What runs in an instance's control group beside its processes; their limit is raised by as many."""
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
@@ -119,6 +118,8 @@ class OciRuntime:
     def exec_tool(self, boxes: OciBoxes, container: Container) -> ExecTool:
         """Return what starts commands beside the running instance."""
         id = container.record.id
+        if has_bundle(container.files.directory):
+            return Entering(container)
         return OciExecTool(lambda log_path: self.tool(boxes, log_path), id, self.inner(boxes, id))
 
     def failure(self, container: Container, command: str) -> RuntimeFailed:
@@ -232,7 +233,7 @@ class OciRuntime:
     def _place(self, boxes: OciBoxes, container: Container) -> Place:
         record = container.record
         base_id = None if record.slot is None else boxes.idmaps.base(record.slot)
-        return Place(record.directory, self.exec_tool(boxes, container), base_id, self.inner(boxes, record.id), boxes.filter)
+        return Place(record.directory, self.exec_tool(boxes, container), base_id, self.inner(boxes, record.id))
 
     def _foretell(self, boxes: OciBoxes, place: Place) -> None:
         if place.inner is None:  # else another kernel runs it
@@ -248,7 +249,7 @@ class OciRuntime:
     ) -> GuestExecution | None:
         """Have the instance's usher start the command; None where it has none, or the tool must do it."""
         where = load_config(place.directory).annotations.get(ATTENDED)
-        if where is None or not (where or self.hands_usher or has_bundle(place.directory)):
+        if where is None or not (where or place.tool.hands_on):
             return None
 
         async def bring() -> Usher:
