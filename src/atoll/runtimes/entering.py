@@ -1,7 +1,7 @@
 """Starts commands beside an instance by entering it, as the shim does (`native/inside.c`), instead of asking a runtime's tool.
 
-The shim joins the instance's control groups and namespaces, forks there, and puts the filter on. A tool's own start is spared, which
-takes runc longer than all the rest. Only for an instance with ids of its own, whose filter is ours to put on.
+The shim joins the instance's control groups and namespaces, forks there, and puts the filter on. A tool's own start is spared,
+which takes runc longer than all the rest. Only for an instance with ids of its own, whose filter is ours to put on.
 """
 
 from __future__ import annotations
