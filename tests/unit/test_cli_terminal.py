@@ -121,10 +121,10 @@ def test_top_goes_on_until_it_is_interrupted() -> None:
 def test_a_command_gets_a_raw_terminal_with_its_size() -> None:
     terminal = Terminal("exec", "-it", "web", "--", "size", rows=33, columns=99)
     terminal.until_raw()
+    terminal.until("33x99")
     terminal.size(50, 140)
-    time.sleep(0.3)
-    terminal.type("x")
     terminal.until("50x140")
+    terminal.type("x")
     assert terminal.end() == 0
 
 

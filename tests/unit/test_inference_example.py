@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,17 @@ def launch(model: Path, port: int, **env: str) -> subprocess.Popen[str]:
     )
 
 
+def wait_until_it_listens(port: int) -> None:
+    """It loads and begins to listen at the same time."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=20).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 def test_told_to_stop_it_answers_what_it_has_begun_and_ends_with_success(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -466,6 +478,7 @@ def test_told_to_stop_it_answers_what_it_has_begun_and_ends_with_success(tmp_pat
     try:
         assert process.stdout is not None
         assert "loaded on the CPU" in process.stdout.readline()
+        wait_until_it_listens(port)
         body = {"model": "tiny", "prompt": "x", "temperature": 1, "seed": 1, "max_tokens": 120, "stream": True}
         with (
             httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client,

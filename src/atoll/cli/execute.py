@@ -112,6 +112,8 @@ async def _attend(running: Exec, *, interactive: bool, tty: bool) -> int:
 
     for number in (signal.SIGWINCH,) if tty else (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
+    if tty:
+        on_signal(signal.SIGWINCH)  # it may have changed since the command was asked for, with nobody there to hear it
     feeder = asyncio.ensure_future(_feed(running) if interactive else _no_input(running))
     try:
         async for kind, data in running:

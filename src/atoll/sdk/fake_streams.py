@@ -53,7 +53,7 @@ class FakeNodeEnd:
 
 
 def exec_channel(options: ExecOptions) -> Channel:
-    """`echo WORDS…`, `cat` (until the input ends), `exit N`, `size` (of the terminal); anything else cannot be started."""
+    """`echo WORDS…`, `cat` (until the input ends), `exit N`, `size` (of the terminal, now and at each change, until a key); anything else cannot be started."""
 
     async def run(node: FakeNodeEnd) -> None:
         match options.argv:
@@ -71,14 +71,13 @@ def exec_channel(options: ExecOptions) -> Channel:
                         break
                 await node.send(Kind.EXIT, b"0")
             case ("size",):
-                rows, columns = options.rows, options.columns
+                await node.send(Kind.STDOUT, f"{options.rows}x{options.columns}\n".encode())
                 async for kind, payload in node:
                     if kind is Kind.RESIZE:
                         size = codec.decode(payload, Resize)
-                        rows, columns = size.rows, size.columns
+                        await node.send(Kind.STDOUT, f"{size.rows}x{size.columns}\n".encode())
                     elif kind in (Kind.STDIN, Kind.STDIN_END):
                         break
-                await node.send(Kind.STDOUT, f"{rows}x{columns}\n".encode())
                 await node.send(Kind.EXIT, b"0")
             case _:
                 told = ErrorBody(code="command-not-found", message=f"cannot start {options.argv[0]!r}: no such file or directory")
