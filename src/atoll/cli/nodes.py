@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @group(example="atoll nodes\natoll nodes drain node-3 --wait")
 def nodes() -> None:
-    """Show the machines; take one out of use with cordon or drain."""
+    """Show the machines; label and taint them; take one out of use with cordon or drain."""
 
 
 @command(name="list", example="atoll nodes list --json")
@@ -229,6 +229,69 @@ async def uncordon(session: Session, name: str) -> None:
     _said(session, view, "is used again")
 
 
+@command(example="atoll nodes label node-3 rack=a7 disk=ssd\natoll nodes label node-3 rack-   # take it away")
+@names.argument("name", "nodes", metavar="NODE")
+@click.argument("labels", nargs=-1, metavar="KEY=VALUE|KEY-…")
+@click.option("--reset", is_flag=True, help="Forget all that was said so before: what its agent was started with counts again.")
+async def label(session: Session, name: str, labels: tuple[str, ...], reset: bool) -> None:
+    """Say labels of a node, for `placement.constraints`, reservations and maintenance.
+
+    They are kept, whatever becomes of the node's agent, and go before what it was started with (`atoll agent --label`).
+    Without any, those that it has are shown.
+    """
+    from atoll.model.labels import read_label
+    from atoll.model.views import LabelRequest
+
+    said: dict[str, str | None] = {}
+    for text in labels:
+        key, value = (text[:-1], None) if text.endswith("-") and "=" not in text else read_label(text)
+        said[key] = value
+    wish = LabelRequest(labels=said, reset=reset)
+    async with session.client() as client:
+        view = await (client.label(name, wish) if labels or reset else client.node(name))
+    if session.json:
+        session.output.json(view)
+        return
+    own = view.policy.labels if view.policy is not None else {}
+    rows = [(key, value, "operator" if key in own else "its agent") for key, value in sorted(view.node.labels.items())]
+    session.output.table(("LABEL", "VALUE", "SAID BY"), rows, empty=f"{name} has no labels but node, site, region and arch")
+
+
+@command(
+    example="atoll nodes taint node-3 gpu=only\natoll nodes taint node-3 spot:prefer-no-schedule\n"
+    "atoll nodes taint node-3 gpu-   # take it away"
+)
+@names.argument("name", "nodes", metavar="NODE")
+@click.argument("taints", nargs=-1, metavar="KEY[=VALUE][:EFFECT]|KEY-…")
+@click.option("--reset", is_flag=True, help="Forget all that was said so before: what its agent was started with counts again.")
+async def taint(session: Session, name: str, taints: tuple[str, ...], reset: bool) -> None:
+    """Keep off a node all that does not tolerate it (`placement.tolerations`).
+
+    EFFECT is no-schedule (nothing new, where none is given) or prefer-no-schedule (only what fits nowhere else). What runs there
+    stays: `atoll nodes drain` has it leave. Kept as labels are; without any, those that it has are shown.
+    """
+    from atoll.model.labels import check_taints, is_wish
+    from atoll.model.views import TaintRequest
+
+    removed = tuple(text[:-1] for text in taints if text.endswith("-"))
+    wish = TaintRequest(add=check_taints(text for text in taints if not text.endswith("-")), remove=removed, reset=reset)
+    async with session.client() as client:
+        view = await (client.taint(name, wish) if taints or reset else client.node(name))
+    if session.json:
+        session.output.json(view)
+        return
+    own = view.policy.taints if view.policy is not None else ()
+    rows = [
+        (text.removesuffix(":prefer-no-schedule"), _effect(is_wish(text)), "operator" if text in own else "its agent")
+        for text in view.node.taints
+    ]
+    session.output.table(("TAINT", "EFFECT", "SAID BY"), rows, empty=f"{name} has no taints")
+
+
+def _effect(wish: bool) -> str:
+    return "only what fits nowhere else" if wish else "nothing new that does not tolerate it"
+
+
 @command(example="atoll nodes reinstate node-3 GPU-5f2c1d90 --reset")
 @names.argument("name", "nodes", metavar="NODE")
 @click.argument("gpu")
@@ -291,5 +354,18 @@ def _said(session: Session, view: NodeView, what: str) -> None:
         session.output.say(f"[green]✓[/] {view.node.name} {what}")
 
 
-for _each in (list_nodes, show, draining.drain, draining.undrain, cordon, uncordon, release_brake, reinstate, revoke, remove):
+for _each in (
+    list_nodes,
+    show,
+    draining.drain,
+    draining.undrain,
+    cordon,
+    uncordon,
+    label,
+    taint,
+    release_brake,
+    reinstate,
+    revoke,
+    remove,
+):
     nodes.add_command(_each)

@@ -53,6 +53,16 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--node", metavar="NAME", help="This node's name.  [default: the hostname]"),
         click.option("--site", metavar="NAME", help="Where this node stands.  [default: local]"),
         click.option("--region", metavar="NAME", help="The group of sites.  [default: local]"),
+        click.option(
+            "--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of this node, for placement; may be repeated."
+        ),
+        click.option(
+            "--taint",
+            "taints",
+            multiple=True,
+            metavar="KEY[=VALUE][:EFFECT]",
+            help="Keeps off this node what does not tolerate it; EFFECT is no-schedule or prefer-no-schedule. May be repeated.",
+        ),
         click.option("--default-registry", metavar="HOST", help="Where images without a host come from."),
         click.option(
             "--prometheus",

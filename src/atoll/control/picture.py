@@ -11,6 +11,7 @@ from typing import Any
 from atoll.control.readings import Heartbeats
 from atoll.control.world import World, owner_of
 from atoll.model.evacuation import Evacuation
+from atoll.model.labels import described
 from atoll.model.records import (
     AppStatus,
     Heartbeat,
@@ -160,7 +161,7 @@ class Picture:
             standing = standing_of(policy.record if policy else None, liveness.record if liveness else None)
             if name in self._suspects and standing is Standing.OPEN:
                 standing = Standing.UNREACHABLE
-            self.snapshot.upsert_node(node.record, standing)
+            self.snapshot.upsert_node(described(node.record, policy.record if policy else None), standing)
         self.room |= self.snapshot.facts != facts
 
     def _homes(self, key: str) -> None:

@@ -29,6 +29,7 @@ from atoll.runtimes.workerd import WorkerdRuntime
 async def main(config: Config, stop: Stop) -> None:
     """Run the agent until `stop`; then let go of what runs; on SIGINT stop it first."""
     data = config.agent_data
+    labels, taints = config.node_labels, config.node_taints
     found = await reach(config, MemberKind.NODE, data, stop)
     if found is None:
         return
@@ -59,6 +60,8 @@ async def main(config: Config, stop: Stop) -> None:
             data=data,
             site=config.site,
             region=config.region,
+            labels=labels,
+            taints=taints,
             devices=await node_devices(data, clock, nvproxy_driver=config.nvproxy_driver),
             foreign=foreign_devices(config.cdi_devices),
             beating=pulse,

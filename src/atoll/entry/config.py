@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.model.errors import Invalid
+from atoll.model.labels import check_taints, read_label
 from atoll.store.place import SQLITE, Place, place_of
 
 DATA_DEFAULT = Path("/var/lib/atoll")
@@ -44,6 +45,10 @@ class Config:
     node: str = ""
     site: str = "local"
     region: str = "local"
+    labels: tuple[str, ...] = ()
+    """Of this node: `KEY=VALUE` each."""
+    taints: tuple[str, ...] = ()
+    """Of this node: `KEY[=VALUE][:EFFECT]` each."""
     default_registry: str = ""
     nvproxy_driver: str = ""
     """The driver version that gVisor shall take the node's NVIDIA driver for; at the operator's own risk."""
@@ -123,6 +128,16 @@ class Config:
         return self.node or node_name_of(socket.gethostname())
 
     @property
+    def node_labels(self) -> dict[str, str]:
+        """Raises Invalid."""
+        return dict(read_label(text, "--label") for text in self.labels)
+
+    @property
+    def node_taints(self) -> tuple[str, ...]:
+        """Raises Invalid."""
+        return check_taints(self.taints, "--taint")
+
+    @property
     def server_data(self) -> Path:
         return self.data / "server"
 
@@ -156,6 +171,7 @@ class Config:
         ]
         if self.node:  # a machine that joins may get its name by its token
             options.append(f"--node={self.node}")
+        options += [f"--label={text}" for text in self.labels] + [f"--taint={text}" for text in self.taints]
         if self.default_registry:
             options.append(f"--default-registry={self.default_registry}")
         if self.nvproxy_driver:

@@ -36,7 +36,7 @@ def check_settings(config: Config, *, held: int | None = None) -> None:
     """
     if config.subnet:
         AddressPool(config.subnet)
-    config.store_place  # noqa: B018 - raises
+    config.store_place, config.node_labels, config.node_taints  # noqa: B018 - each raises
     held = held_capabilities() if held is None else held
     lacking = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]
     if lacking:

@@ -62,6 +62,8 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--node", default="")
     parser.add_argument("--site", default="local")
     parser.add_argument("--region", default="local")
+    for name in ("label", "taint"):
+        parser.add_argument(f"--{name}", dest=f"{name}s", action="append", default=[])
     parser.add_argument("--default-registry", default="")
     parser.add_argument("--nvproxy-driver", default="")
     parser.add_argument("--prometheus", default="")
@@ -76,7 +78,9 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--key", type=Path)
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--insecure-plain", action="store_true")
-    return Config(**vars(parser.parse_args(arguments)))
+    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return Config(**given)
 
 
 def run(role: str, main: Main) -> None:

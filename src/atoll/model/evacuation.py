@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from msgspec import Struct
 from msgspec.structs import replace
 
+from atoll.model.labels import described
 from atoll.model.maintenance import Maintenance, Window, selects, window_at
 from atoll.model.records import Node, NodePolicy
 
@@ -35,7 +36,7 @@ class Evacuation(Struct, frozen=True, kw_only=True):
 
 
 def labels_of(node: Node) -> dict[str, str]:
-    """Return a node's labels, with those that every node has."""
+    """Return the labels of a node as it is `described`, with those that every node has."""
     return {**node.labels, "node": node.name, "site": node.site, "region": node.region, "arch": node.arch}
 
 
@@ -55,7 +56,9 @@ def evacuation_of(node: Node, policy: NodePolicy | None, windows: Iterable[tuple
     Of several the one that comes first to its end of patience says when that is.
     """
     found: Evacuation | None = None
-    mine = [(each, window) for each, window in windows if selects(each.spec.nodes, labels_of(node))]
+    windows = list(windows)
+    labels = labels_of(described(node, policy)) if windows else {}
+    mine = [(each, window) for each, window in windows if selects(each.spec.nodes, labels)]
     for maintenance, window in mine:
         if found is None:
             found = Evacuation(

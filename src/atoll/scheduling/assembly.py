@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from msgspec import Struct
 
 from atoll.model.evacuation import Evacuation
+from atoll.model.labels import described
 from atoll.model.records import (
     AppStatus,
     Ingress,
@@ -99,7 +100,8 @@ def snapshot_from(records: Records, spec_of: Callable[[Instance], Workload | Non
     complete(snapshot, records)
     demands: dict[tuple[str, bool], Demand | None] = {}
     for name, node in records.nodes.items():
-        snapshot.upsert_node(node, standing_of(records.policies.get(name), records.liveness.get(name)))
+        policy = records.policies.get(name)
+        snapshot.upsert_node(described(node, policy), standing_of(policy, records.liveness.get(name)))
     for key, instance in records.instances.items():
         if instance.node is None or not holds_room(records.statuses.get(key)):
             continue

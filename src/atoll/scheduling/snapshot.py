@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from atoll.model.devices import MILLI, GpuGrant, GpuHealth
 from atoll.model.evacuation import Evacuation
+from atoll.model.labels import OWN_LABELS, is_wish
 from atoll.model.records import Node
 from atoll.model.reservation import Reservation
 from atoll.model.spec import Quota, RuntimeName
@@ -45,8 +46,6 @@ MASKS_MAX = 256
 """Masks of static filters kept between plans; each has one byte per node."""
 _ROWS_AT_FIRST = 16
 _RUNTIME_BIT = {name: 1 << index for index, name in enumerate(RuntimeName)}
-OWN_LABELS = ("node", "site", "region", "arch")
-"""Labels that every node has, whatever it says itself."""
 
 
 class Standing(enum.IntEnum):
@@ -82,6 +81,9 @@ class Snapshot:
         self.runtimes: Ints = np.zeros(_ROWS_AT_FIRST, dtype=np.int64)
         """One bit for each runtime that the node offers."""
         self.taints: dict[str, Bools] = {}
+        """Those that close a node to what does not tolerate them."""
+        self.shunned: dict[str, Bools] = {}
+        """Taints that are wishes."""
         self.labels: dict[str, Ints] = {}
         """Label → for each node the id of its value."""
         self.masks: dict[tuple[Any, ...], Bools] = {}
@@ -164,12 +166,13 @@ class Snapshot:
         self.total[:, row] = [min(max(amount, 0), AMOUNT_MAX) for amount in amounts]
         self.runtimes[row] = sum(_RUNTIME_BIT[name] for name in set(node.runtimes))
         self._set_labels(row, node)
-        for column in self.taints.values():
+        for column in (*self.taints.values(), *self.shunned.values()):
             column[row] = False
         for taint in node.taints:
-            if taint not in self.taints:
-                self.taints[taint] = np.zeros(len(self.present), dtype=np.bool_)
-            self.taints[taint][row] = True
+            columns = self.shunned if is_wish(taint) else self.taints
+            if taint not in columns:
+                columns[taint] = np.zeros(len(self.present), dtype=np.bool_)
+            columns[taint][row] = True
         self._gpus.describe(row, capacity.gpus)
         if row in self._gpus.ids and self.ledger.holds_any(node.name):
             self._stale.add(node.name)
@@ -419,7 +422,8 @@ class Snapshot:
         self.runtimes = np.append(self.runtimes, np.zeros(more, dtype=np.int64))
         self.total = np.append(self.total, np.zeros((4, more), dtype=np.int64), axis=1)
         self.used = np.append(self.used, np.zeros((4, more), dtype=np.int64), axis=1)
-        for taint, bools in self.taints.items():
-            self.taints[taint] = np.append(bools, np.zeros(more, dtype=np.bool_))
+        for columns in (self.taints, self.shunned):
+            for taint, bools in columns.items():
+                columns[taint] = np.append(bools, np.zeros(more, dtype=np.bool_))
         for key, ids in self.labels.items():
             self.labels[key] = np.append(ids, np.full(more, ABSENT, dtype=np.int64))

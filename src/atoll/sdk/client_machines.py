@@ -22,11 +22,13 @@ from atoll.model.views import (
     DrainRequest,
     DrainView,
     IngressView,
+    LabelRequest,
     MaintenanceView,
     NodeView,
     ReinstateRequest,
     ReservationView,
     SiteView,
+    TaintRequest,
     TokenRequest,
     TokenView,
 )
@@ -95,6 +97,14 @@ class MachineCalls(Calls):
 
     async def uncordon(self, name: str) -> NodeView:
         return await self._write(NodeView, "POST", path("nodes", name, "uncordon"))
+
+    async def label(self, name: str, request: LabelRequest) -> NodeView:
+        """Say labels of the node, before its agent's own."""
+        return await self._write(NodeView, "POST", path("nodes", name, "label"), request)
+
+    async def taint(self, name: str, request: TaintRequest) -> NodeView:
+        """Add taints to the node, and take others away; what runs there stays."""
+        return await self._write(NodeView, "POST", path("nodes", name, "taint"), request)
 
     async def drain(self, name: str, request: DrainRequest = DrainRequest()) -> NodeView:
         """Have everything leave the node, within the apps' budgets until a deadline. It goes on whoever asked is there or not."""

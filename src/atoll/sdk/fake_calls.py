@@ -15,6 +15,7 @@ from atoll.model.errors import Conflict, Invalid, NotFound, StaleRevision
 from atoll.model.evacuation import evacuation_of, in_force, labels_of
 from atoll.model.fabric import ReachView
 from atoll.model.flows import Flows
+from atoll.model.labels import described, labelled, tainted
 from atoll.model.maintenance import Drain, Maintenance, MaintenanceSpec, selects, window_at
 from atoll.model.records import (
     App,
@@ -48,6 +49,7 @@ from atoll.model.views import (
     IngressView,
     InstanceView,
     JobView,
+    LabelRequest,
     MaintenanceView,
     NodeView,
     Page,
@@ -62,6 +64,7 @@ from atoll.model.views import (
     SecretRequest,
     SecretView,
     SiteView,
+    TaintRequest,
     TokenRequest,
     TokenView,
 )
@@ -409,15 +412,25 @@ class FakeCalls(FakeWorld):
                 return self._node_view(name)
             case "POST", [name, "cordon" | "uncordon" as verb]:
                 self.get("nodes", name)
-                self.put("node-policies", name, NodePolicy(name=name, cordoned=verb == "cordon"))
+                self.put("node-policies", name, replace(self._policy(name), cordoned=verb == "cordon"))
                 return self._node_view(name)
             case "POST", [name, "drain"]:
                 wish = codec.decode(body, DrainRequest)
                 drain = Drain(since=self.now, deadline=self.now + wish.deadline, leave_volumes=wish.leave_volumes)
-                self.put("node-policies", name, NodePolicy(name=name, drain=drain))
+                self.put("node-policies", name, replace(self._policy(name), drain=drain))
                 return self._node_view(name)
             case "POST", [name, "undrain"]:
-                self.put("node-policies", name, NodePolicy(name=name))
+                self.put("node-policies", name, replace(self._policy(name), drain=None))
+                return self._node_view(name)
+            case "POST", [name, "label"]:
+                label = codec.decode(body, LabelRequest)
+                told = labelled(self.get("nodes", name)[0], self._policy(name), label.labels, reset=label.reset)
+                self.put("node-policies", name, told)
+                return self._node_view(name)
+            case "POST", [name, "taint"]:
+                taint = codec.decode(body, TaintRequest)
+                told = tainted(self.get("nodes", name)[0], self._policy(name), taint.add, taint.remove, reset=taint.reset)
+                self.put("node-policies", name, told)
                 return self._node_view(name)
             case "GET", [name, "drain"]:
                 views = self.drain_views.get(name, [])
@@ -439,12 +452,22 @@ class FakeCalls(FakeWorld):
         used = QuotaUse(cpu_milli=use[0], memory_bytes=use[1], gpu_milli=use[3], instances=use[4])
         return QuotaView(project=name, quota=project.quota, used=used, revision=self.revision)
 
+    def _policy(self, name: str) -> NodePolicy:
+        try:
+            found: NodePolicy = self.get("node-policies", name)[0]
+        except NotFound:
+            found = NodePolicy(name=name)
+        return found
+
+    def _labels_of(self, node: Node) -> dict[str, str]:
+        return labels_of(described(node, self._policy(node.name)))
+
     def _reservation_view(self, each: Reservation) -> ReservationView:
-        nodes = sorted(node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, labels_of(node)))
+        nodes = sorted(node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, self._labels_of(node)))
         return ReservationView(reservation=each, nodes=tuple(nodes[: each.spec.count]), revision=self.revision)
 
     def _maintenance_view(self, each: Maintenance) -> MaintenanceView:
-        nodes = [node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, labels_of(node))]
+        nodes = [node.name for node, _ in self.under("nodes") if selects(each.spec.nodes, self._labels_of(node))]
         return MaintenanceView(maintenance=each, window=window_at(each.spec, self.now), nodes=tuple(nodes), revision=self.revision)
 
     def _reinstate(self, name: str, gpu: str, reset: bool) -> GpuDevice:
@@ -479,7 +502,7 @@ class FakeCalls(FakeWorld):
         windows = in_force([maintenance for maintenance, _ in self.under("maintenances")], self.now)
         return NodeView(
             evacuation=evacuation_of(node, policy, windows),
-            node=node,
+            node=described(node, policy),
             policy=policy,
             heartbeat=beat,
             allocated_cpu_milli=500,

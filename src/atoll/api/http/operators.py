@@ -18,7 +18,17 @@ from atoll.model.devices import GpuDevice
 from atoll.model.errors import Invalid, NotFound
 from atoll.model.records import Site, Usage
 from atoll.model.spec import AppSpec, JobSpec
-from atoll.model.views import Info, NodeView, Page, ReinstateRequest, SiteView, TokenRequest, TokenView
+from atoll.model.views import (
+    Info,
+    LabelRequest,
+    NodeView,
+    Page,
+    ReinstateRequest,
+    SiteView,
+    TaintRequest,
+    TokenRequest,
+    TokenView,
+)
 
 
 class Healthy(Struct, frozen=True):
@@ -61,6 +71,14 @@ async def cordon_node(call: Call) -> NodeView:
 
 async def uncordon_node(call: Call) -> NodeView:
     return await call.service.nodes.cordon(call.path["node"], False, request=call.request_key)
+
+
+async def label_node(call: Call) -> NodeView:
+    return await call.service.nodes.label(call.path["node"], call.body(LabelRequest), request=call.request_key)
+
+
+async def taint_node(call: Call) -> NodeView:
+    return await call.service.nodes.taint(call.path["node"], call.body(TaintRequest), request=call.request_key)
 
 
 async def reinstate_gpu(call: Call) -> GpuDevice:
@@ -126,6 +144,26 @@ ROUTES: tuple[Route, ...] = (
     _route("GET", "/v1/nodes/{node}", Need.READ, get_node, "A node", NodeView),
     _route("POST", "/v1/nodes/{node}/cordon", Need.ADMIN, cordon_node, "Place nothing new on a node", NodeView, repeatable=True),
     _route("POST", "/v1/nodes/{node}/uncordon", Need.ADMIN, uncordon_node, "Undo a cordon", NodeView, repeatable=True),
+    _route(
+        "POST",
+        "/v1/nodes/{node}/label",
+        Need.ADMIN,
+        label_node,
+        "Say labels of a node, before its agent's own",
+        NodeView,
+        body=LabelRequest,
+        repeatable=True,
+    ),
+    _route(
+        "POST",
+        "/v1/nodes/{node}/taint",
+        Need.ADMIN,
+        taint_node,
+        "Add taints to a node and take others away",
+        NodeView,
+        body=TaintRequest,
+        repeatable=True,
+    ),
     _route(
         "POST",
         "/v1/nodes/{node}/gpus/{gpu}/reinstate",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from atoll.api.service.access import SYSTEM, Caller
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.lookups import labels_by_node
 from atoll.api.service.pages import page
 from atoll.model import codec, keys
 from atoll.model.errors import Invalid, NotFound
-from atoll.model.evacuation import labels_of
 from atoll.model.maintenance import MAINTENANCES_MAX, Maintenance, MaintenanceSpec, check_maintenance, selects, window_at
 from atoll.model.ports.store import Delete, Put, absent, unchanged
-from atoll.model.records import Node
 from atoll.model.views import MaintenanceView, Page
 from atoll.store.cache import Held
 
@@ -70,6 +69,6 @@ class Maintenances:
 
     def _view(self, held: Held[Maintenance]) -> MaintenanceView:
         spec = held.record.spec
-        nodes = sorted(name for name, node in self._state.records(Node).items() if selects(spec.nodes, labels_of(node.record)))
+        nodes = sorted(name for name, labels in labels_by_node(self._state).items() if selects(spec.nodes, labels))
         window = window_at(spec, self._context.clock.now())
         return MaintenanceView(maintenance=held.record, window=window, nodes=tuple(nodes), revision=held.revision)

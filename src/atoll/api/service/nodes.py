@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from msgspec.structs import replace
 
@@ -20,16 +20,16 @@ from atoll.model.devices import GpuDevice
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.evacuation import evacuation_of, in_force
 from atoll.model.flows import Flow, Flows, Refusal
+from atoll.model.labels import check_labels, check_taints, described, labelled, tainted
 from atoll.model.maintenance import Maintenance, Window
 from atoll.model.ports.control_plane import StreamKind
 from atoll.model.ports.store import Put, absent, unchanged
 from atoll.model.records import Heartbeat, Instance, Node, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Prefetch, Status, Usage
 from atoll.model.streams import ReinstateOptions
-from atoll.model.views import NodeView, Page
+from atoll.model.views import LabelRequest, NodeView, Page, TaintRequest
 from atoll.store.cache import Held, State
 from atoll.store.index import by_project
 
-LABELS_MAX = 256
 REINSTATE_S = 110.0
 """How long an agent has to reinstate a GPU, with a reset of it: above its own deadline."""
 
@@ -78,21 +78,53 @@ class Nodes:
         Raises NotFound, and Conflict for a node that is being drained, which is not to be used again by that.
         """
 
+        def change(_: Node, policy: NodePolicy) -> NodePolicy:
+            if not cordoned and policy.drain is not None:
+                raise Conflict(f"node '{name}' is being drained", mend=f"undo that: atoll nodes undrain {name}")
+            return replace(policy, cordoned=cordoned)
+
+        return await self._change_policy(name, change, request)
+
+    async def label(self, name: str, wish: LabelRequest, *, request: RequestKey | None = None) -> NodeView:
+        """Say labels of a node, before its agent's own; they hold until others are said, whatever becomes of the agent. Safe to
+        repeat.
+
+        Raises NotFound, Invalid.
+        """
+
+        def change(node: Node, policy: NodePolicy) -> NodePolicy:
+            return labelled(node, policy, wish.labels, reset=wish.reset)
+
+        return await self._change_policy(name, change, request)
+
+    async def taint(self, name: str, wish: TaintRequest, *, request: RequestKey | None = None) -> NodeView:
+        """Add taints to a node and take others away, its agent's too; as `label` otherwise. What runs there stays.
+
+        Raises NotFound, Invalid (also for one to take away that is not there).
+        """
+
+        def change(node: Node, policy: NodePolicy) -> NodePolicy:
+            return tainted(node, policy, wish.add, wish.remove, reset=wish.reset)
+
+        return await self._change_policy(name, change, request)
+
+    async def _change_policy(
+        self, name: str, change: Callable[[Node, NodePolicy], NodePolicy], request: RequestKey | None
+    ) -> NodeView:
         def build() -> Draft[NodeView]:
             node = self._state.get(Node, name)
             if node is None:
                 raise NotFound(f"no node '{name[:60]}'", mend="'atoll nodes' lists them")
             held = self._state.get(NodePolicy, name)
-            if not cordoned and held is not None and held.record.drain is not None:
-                raise Conflict(f"node '{name}' is being drained", mend=f"undo that: atoll nodes undrain {name}")
-            policy = replace(held.record, cordoned=cordoned) if held is not None else NodePolicy(name=name, cordoned=cordoned)
+            policy = change(node.record, held.record if held is not None else NodePolicy(name=name))
             key = keys.node_policy(name)
             if held is not None and held.record == policy:
                 return Draft(answer=lambda _: self.get(name))
+            shown = described(node.record, policy)
             return Draft(
                 compare=[absent(key) if held is None else unchanged(key, held.revision)],
                 ops=[Put(key, codec.encode(policy))],
-                answer=lambda _: replace(self.get(name), policy=policy),
+                answer=lambda _: replace(self.get(name), policy=policy, node=shown),
             )
 
         return await self._context.write(NodeView, build, request)
@@ -121,8 +153,8 @@ class Nodes:
         Raises Invalid.
         """
         check_id(node.name, "name")
-        if len(node.labels) > LABELS_MAX or len(node.taints) > LABELS_MAX:
-            raise Invalid(f"labels: more than {LABELS_MAX}", field="labels")
+        check_labels(node.labels)
+        node = replace(node, taints=check_taints(node.taints))
         self._heartbeats.touch(node.name)
 
         def build() -> Draft[None]:
@@ -207,7 +239,7 @@ class Nodes:
             if instance.gpus:
                 holding.append(instance)
         return NodeView(
-            node=held.record,
+            node=described(held.record, policy.record if policy is not None else None),
             health=liveness.record.health if liveness is not None else NodeHealth.READY,
             since=liveness.record.since if liveness is not None else held.record.registered_at,
             policy=policy.record if policy is not None else None,

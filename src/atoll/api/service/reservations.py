@@ -6,14 +6,13 @@ from msgspec.structs import replace
 
 from atoll.api.service.access import SYSTEM, Caller
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.lookups import labels_by_node
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.model import codec, keys
 from atoll.model.errors import Invalid, NotFound
-from atoll.model.evacuation import labels_of
 from atoll.model.maintenance import selects
 from atoll.model.ports.store import Delete, Put, absent, unchanged
-from atoll.model.records import Node
 from atoll.model.reservation import RESERVATIONS_MAX, Reservation, ReservationSpec, check_reservation
 from atoll.model.views import Page, ReservationView
 from atoll.store.cache import Held
@@ -81,5 +80,5 @@ class Reservations:
 
     def _view(self, held: Held[Reservation]) -> ReservationView:
         spec = held.record.spec
-        nodes = sorted(name for name, node in self._state.records(Node).items() if selects(spec.nodes, labels_of(node.record)))
+        nodes = sorted(name for name, labels in labels_by_node(self._state).items() if selects(spec.nodes, labels))
         return ReservationView(reservation=held.record, nodes=tuple(nodes[: spec.count]), revision=held.revision)

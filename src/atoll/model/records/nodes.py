@@ -46,6 +46,11 @@ class NodePolicy(Record, frozen=True, kw_only=True):
     cordoned: bool = False
     note: str = ""
     drain: Drain | None = None
+    labels: dict[str, str | None] = {}
+    """What is said of the node beside, and before, what its agent says (`model.labels`); None hides a label of the agent's."""
+    taints: tuple[str, ...] = ()
+    untaints: tuple[str, ...] = ()
+    """Taints of the agent's that do not count."""
 
 
 class NodeHealth(enum.StrEnum):

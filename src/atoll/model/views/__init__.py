@@ -19,10 +19,12 @@ from atoll.model.views.machines import DrainView as DrainView
 from atoll.model.views.machines import GpuHolder as GpuHolder
 from atoll.model.views.machines import GpuHolding as GpuHolding
 from atoll.model.views.machines import IngressView as IngressView
+from atoll.model.views.machines import LabelRequest as LabelRequest
 from atoll.model.views.machines import MaintenanceView as MaintenanceView
 from atoll.model.views.machines import NodeView as NodeView
 from atoll.model.views.machines import ReinstateRequest as ReinstateRequest
 from atoll.model.views.machines import SiteView as SiteView
+from atoll.model.views.machines import TaintRequest as TaintRequest
 from atoll.model.views.placing import Candidate as Candidate
 from atoll.model.views.placing import DefragMove as DefragMove
 from atoll.model.views.placing import DefragStep as DefragStep

@@ -54,6 +54,25 @@ class NodeView(Struct, frozen=True, kw_only=True):
         return self.evacuation is not None and self.evacuation.start is not None and now >= self.evacuation.start
 
 
+class LabelRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is to be said of a node beside its agent's words, and before them."""
+
+    labels: dict[str, str | None] = {}
+    """Key → value; null takes a label away, one of the agent's too."""
+    reset: bool = False
+    """First forget every label that was said so before: those of the agent count again."""
+
+
+class TaintRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Taints to add and to take away; `KEY[=VALUE][:EFFECT]`."""
+
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    """Taints, or keys: then every taint with that key. Those of the agent, too."""
+    reset: bool = False
+    """First forget all that was said of its taints before: those of the agent count again."""
+
+
 class BrakeView(Struct, frozen=True, kw_only=True):
     """Whether nodes that do not answer are kept from being given up, since too many do not at once."""
 

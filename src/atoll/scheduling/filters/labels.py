@@ -40,7 +40,8 @@ class LabelRules:
             }
             - {""}
         )
-        mend = f"values of {worst.label!r} there: {', '.join(values[:10])}" if values else f"label a node with {worst.label!r}"
+        there = f"values of {worst.label!r} there: {', '.join(values[:10])}" if values else ""
+        mend = there or f"label a node with it: atoll nodes label NODE {worst.label}=VALUE"
         return Reason(f"not satisfying {in_words(worst)}", mend)
 
     def _one(self, view: View, constraint: Constraint) -> Bools:

@@ -1,4 +1,5 @@
-"""Wishes, one per file. Their weights make an order: regions as preferred, spread over places, GPUs, spread over nodes, packing."""
+"""Wishes, one per file. Their weights make an order: regions as preferred, spread over places, off tainted nodes, GPUs, spread over
+nodes, packing."""
 
 from atoll.scheduling.interface import DomainScore, GroupScore, Score
 from atoll.scheduling.scores.affinity import Near
@@ -9,7 +10,8 @@ from atoll.scheduling.scores.near import Close
 from atoll.scheduling.scores.packing import Packing
 from atoll.scheduling.scores.regions import RegionOrder
 from atoll.scheduling.scores.spread import SpreadOverNodes, SpreadOverPlaces
+from atoll.scheduling.scores.taints import ShunsTainted
 
-SCORES: tuple[Score, ...] = (RegionOrder(), SparesGpus(), KeepsGpusWhole(), SpreadOverNodes(), Packing())
+SCORES: tuple[Score, ...] = (RegionOrder(), ShunsTainted(), SparesGpus(), KeepsGpusWhole(), SpreadOverNodes(), Packing())
 GROUP_SCORES: tuple[GroupScore, ...] = (Close(), Near(), Cheap(), ImagesThere())
 DOMAIN_SCORE: DomainScore = SpreadOverPlaces()
