@@ -53,7 +53,10 @@ class FakeNodeEnd:
 
 
 def exec_channel(options: ExecOptions) -> Channel:
-    """`echo WORDS…`, `cat` (until the input ends), `exit N`, `size` (of the terminal, now and at each change, until a key); anything else cannot be started."""
+    """`echo WORDS…`, `cat` (until the input ends), `exit N`, `size` (of the terminal, at each change, until a key).
+
+    Anything else cannot be started.
+    """
 
     async def run(node: FakeNodeEnd) -> None:
         match options.argv:
