@@ -44,6 +44,9 @@ def netns() -> Iterator[Path]:
         f"-n {name} address add 10.98.7.2/32 dev eth0",
         f"-n {name} route add 169.254.1.1 dev eth0 scope link",
         f"-n {name} route add default via 169.254.1.1 dev eth0",
+        f"-n {name} address add fd00:98::7:2/128 dev eth0 nodad",
+        f"-n {name} neighbour add fe80::1 lladdr 02:61:74:00:ff:fe dev eth0",
+        f"-n {name} route add fd00:98::/48 via fe80::1 dev eth0",
     ):
         subprocess.run(["ip", *command.split()], check=True)
     yield Path("/run/netns") / name
@@ -76,10 +79,14 @@ async def test_the_node_s_kernel_is_not_reached(world: World) -> None:
 
 
 async def test_its_own_network_stack_has_the_address_after_every_start(world: World, netns: Path) -> None:
-    for run in range(2):
-        script = "cat /proc/net/dev | grep -c eth0; grep -c 0101FEA9 /proc/net/route"
-        assert await world.run(f"a{run}", "sh", "-c", script, netns=netns) == (0, "1\n2\n", "")
+    for run in range(3):
+        script = "cat /proc/net/dev | grep -c eth0; grep -c 0101FEA9 /proc/net/route; grep '^fd.* eth0' /proc/net/if_inet6"
+        script += " | cut -c 1-32"
+        six = "fd000098000000000000000000070002"
+        assert await world.run(f"a{run}", "sh", "-c", script, netns=netns) == (0, f"1\n2\n{six}\n", "")
         await world.runtime.delete(f"a{run}")
+    routes = await asyncio.create_subprocess_exec("ip", "-n", netns.name, "-6", "route", stdout=asyncio.subprocess.PIPE)
+    assert b"fd00:98::/48 via fe80::1 dev eth0" in (await routes.communicate())[0]
 
 
 async def test_its_low_ports_are_free_and_another_namespace_s_are_not_its_own(world: World, netns: Path) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator
+from ipaddress import IPv6Address
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,12 @@ from vmm_world import STAND_INS, stand_in_world
 
 from atoll.model.codec import decode, encode
 from atoll.model.errors import AtollError, Conflict, Corrupt, Invalid, NotFound, RuntimeFailed, Unsupported
+from atoll.model.fabric import new_ula
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Feature, Snapshot
+from atoll.model.spec import Port
 from atoll.network.links import LinkNetwork
+from atoll.network.slots import no_ipv6
 from atoll.runtimes.fake import FakeHost, FakeRuntime
 from atoll.runtimes.snapshots import MANIFEST
 
@@ -82,7 +86,8 @@ async def taken(request: pytest.FixtureRequest, layer: Path, tmp_path_factory: p
     else:
         stands_in = request.param in STAND_INS
         world = stand_in_world(request.param, directory, layer) if stands_in else real_world(request.param, directory, layer)
-        network = LinkNetwork(f"10.94.{os.getpid() % 256}.0/24", directory / "network", prepared=1, resolver_sources=())
+        subnet, ula = f"10.94.{os.getpid() % 256}.0/24", "" if no_ipv6() else new_ula(os.urandom(5))
+        network = LinkNetwork(subnet, directory / "network", prepared=1, resolver_sources=(), ula=ula)
     links = []
     try:
         netns = (await network.attach("origin", project="p", ports=[])).netns if network else None
@@ -152,13 +157,14 @@ async def test_no_two_copies_have_the_same_randomness_machine_id_name_address_or
     script = (
         "head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n'; echo; echo $(cat /etc/machine-id); cat /etc/hostname;"
         " ip address show eth0 | grep ether | tr -s ' ' | cut -d' ' -f3;"
-        " ip -4 -o address show eth0 | tr -s ' ' | cut -d' ' -f4"
+        " ip -4 -o address show eth0 | tr -s ' ' | cut -d' ' -f4; grep '^fd.* eth0' /proc/net/if_inet6 | cut -c 1-32"
     )
     seen = [(await taken.world.shell(id, script))[1].splitlines() for id in ["origin", *ids]]
     for facts in zip(*seen, strict=True):
         assert len({fact for fact in facts if fact}) == len(seen), facts
-    addresses = {(await taken.network.attach(id, project="p", ports=[])).address for id in ids} if taken.network else set()
-    assert {line[4].partition("/")[0] for line in seen[1:]} == addresses
+    links = [await taken.network.attach(id, project="p", ports=[]) for id in ids] if taken.network else []
+    assert {line[4].partition("/")[0] for line in seen[1:]} == {link.address for link in links}
+    assert [line[5:] for line in seen[1:]] == [[IPv6Address(link.ipv6).packed.hex()] if link.ipv6 else [] for link in links]
     for id in ids:
         await taken.world.runtime.delete(id)
 
@@ -167,10 +173,11 @@ async def test_a_copy_is_reached_at_its_own_address(taken: Taken) -> None:
     needs_programs(taken)
     assert taken.network is not None
     await taken.copy("reached")
-    link: Link = await taken.network.attach("reached", project="p", ports=[])
+    link: Link = await taken.network.attach("reached", project="p", ports=[Port(port=8080)])
     # Nobody listens there, which only the guest itself can say.
-    with pytest.raises(ConnectionRefusedError):
-        await asyncio.wait_for(asyncio.open_connection(link.address, 8080), 10)
+    for address in filter(None, (link.address, link.ipv6)):
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.wait_for(asyncio.open_connection(address, 8080), 10)
     await taken.world.runtime.delete("reached")
 
 

@@ -23,11 +23,13 @@ from probing import INSIDE, build_probe, check_findings, read_findings
 from runtime_world import LIMITS, MACHINES, World, make_layer, real_world
 
 from atoll.model.errors import AtollError, ImageError, Invalid, RuntimeFailed, Unsupported
+from atoll.model.fabric import new_ula
 from atoll.model.ports.devices import DeviceNode, Edits
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Limits, Mount
 from atoll.model.spec import Port
 from atoll.network.links import LinkNetwork
+from atoll.network.slots import no_ipv6
 from atoll.runtimes.mounts import mounts_below
 from atoll.runtimes.qemu import QemuRuntime
 
@@ -63,7 +65,8 @@ async def shared(kind: str, layer: Path, tmp_path_factory: pytest.TempPathFactor
     directory = tmp_path_factory.mktemp("shared")
     world = real_world(kind, directory, layer)
     # A subnet of this process's own: other test runs may be on this machine.
-    network = LinkNetwork(f"10.93.{os.getpid() % 256}.0/24", directory / "network", prepared=1, resolver_sources=())
+    subnet, ula = f"10.93.{os.getpid() % 256}.0/24", "" if no_ipv6() else new_ula(os.urandom(5))
+    network = LinkNetwork(subnet, directory / "network", prepared=1, resolver_sources=(), ula=ula)
     try:
         link = await network.attach("shared", project="p", ports=[Port(name="http", port=8080)])
         pid = await world.launch("shared", "run", netns=link.netns, mounts=_volumes(world))
@@ -351,23 +354,30 @@ async def test_a_cancelled_command_is_left_nowhere(shared: Shared) -> None:
     assert "sleep 54321" not in (await shared.sh("ps"))[1]
 
 
-async def test_it_is_reached_at_its_address_and_reaches_the_node_by_its_gateway_only(shared: Shared) -> None:
+async def test_it_is_reached_at_its_addresses_and_reaches_the_node_by_its_gateway_only(shared: Shared) -> None:
     _, out = await shared.sh(
         "ls /sys/class/net; busybox ip -4 addr show eth0 | grep -c 'inet " + shared.link.address + "/32'; busybox ip route"
     )
     assert out.split("\n")[:3] == ["eth0", "lo", "1"]
     assert "default via 169.254.1.1 dev eth0" in out
-    server = await shared.world.runtime.exec("shared", ["sh", "-c", "echo hello from the guest | nc -l -p 8080"])
-    for _ in range(50):
-        with contextlib.suppress(OSError):
-            reader, writer = await asyncio.open_connection(shared.link.address, 8080)
-            assert await asyncio.wait_for(reader.read(100), 5) == b"hello from the guest\n"
-            writer.close()
-            break
-        await asyncio.sleep(0.1)
-    else:
-        raise AssertionError("nobody answers at its address")
-    await server.close()
+    for address in filter(None, (shared.link.address, shared.link.ipv6)):
+        server = await shared.world.runtime.exec("shared", ["sh", "-c", "echo hello from the guest | nc -l -p 8080"])
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection(address, 8080)
+                assert await asyncio.wait_for(reader.read(100), 5) == b"hello from the guest\n"
+                writer.close()
+                break
+            await asyncio.sleep(0.1)
+        else:
+            raise AssertionError(f"nobody answers at {address}")
+        await server.close()
+    if shared.link.ipv6:
+        _, out = await shared.sh("busybox ip -6 addr show eth0; busybox ip -6 route; ls /proc/net/if_inet6")
+        assert out.count("inet6") == 2  # its own and the file; none that it gave itself
+        assert f"inet6 {shared.link.ipv6}/128" in out
+        assert "via fe80::1 dev eth0" in out
+        assert "default" not in out
     # Metadata services and the node itself are out of reach, as they are for a container.
     _, out = await shared.sh(
         "echo x | nc -w 1 169.254.169.254 80 && echo reached; echo x | nc -w 1 169.254.1.1 22 && echo node; echo end"

@@ -33,7 +33,7 @@ from atoll.model.spec import AppSpec, Constraint, Health, HealthKind, Placement,
 from atoll.model.units import Bytes, Seconds
 from atoll.model.views import TokenRequest
 from atoll.network import namespaces
-from atoll.network.slots import tag_of
+from atoll.network.slots import no_ipv6, tag_of
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.runc import probe_runc
 from atoll.store.cache import State
@@ -219,8 +219,8 @@ class Inside:
         text = (host.data / "network" / "resolv.conf").read_text()
         self.server = text.split("nameserver ", 1)[1].split()[0]
 
-    def resolve(self, name: str) -> tuple[str, list[str]]:
-        query = dns.message.make_query(name, "A")
+    def resolve(self, name: str, kind: str = "A") -> tuple[str, list[str]]:
+        query = dns.message.make_query(name, kind)
 
         def ask() -> bytes:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
@@ -333,6 +333,17 @@ async def test_an_app_calls_another_region_by_name_no_other_project_can_and_a_cu
     assert await asyncio.to_thread(caller.resolve, "ams.site.web.shop.internal") == ("NXDOMAIN", [])
     assert len(await asyncio.to_thread(caller.get, web.address)) > 200_000
 
+    if not no_ipv6():
+        assert web.ipv6 is not None
+        assert await asyncio.to_thread(caller.resolve, "web.shop.internal", "AAAA") == ("NOERROR", [web.ipv6])
+        assert await asyncio.to_thread(spy.resolve, "web.shop.internal", "AAAA") == ("NXDOMAIN", [])
+        for app in ("web", "near"):  # of the other region, and of the same site
+            there = made.ready("shop", app)
+            assert there is not None
+            assert there.ipv6 is not None
+            assert len(await asyncio.to_thread(caller.get, there.ipv6)) > 200_000
+            assert await asyncio.to_thread(spy.get, there.ipv6, 1.0) == ""
+
     assert await asyncio.to_thread(spy.resolve, "web.shop.internal") == ("NXDOMAIN", [])
     assert await asyncio.to_thread(spy.get, web.address, 1.0) == ""
     near = made.ready("shop", "near")
@@ -360,6 +371,8 @@ async def test_an_app_calls_another_region_by_name_no_other_project_can_and_a_cu
     made.silence(True)
     made.cut("e1", "w1")
     await reached(caller, web.address, 60)
+    if web.ipv6 is not None:
+        await reached(caller, web.ipv6, 20)
     assert await asyncio.to_thread(caller.resolve, "web.shop.internal") == ("NOERROR", [web.address])
     assert await asyncio.to_thread(spy.get, web.address, 1.0) == ""
     made.silence(False)

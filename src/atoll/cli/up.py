@@ -49,6 +49,7 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]"),
         click.option("--fabric-address", metavar="IP", help="Where other nodes reach this one.  [default: towards the servers]"),
+        click.option("--no-ipv6", is_flag=True, help="This node's instances have IPv4 only."),
         click.option("--domain", metavar="NAME", help="Apps are APP.NAME.  [default: localhost]"),
         click.option("--node", metavar="NAME", help="This node's name.  [default: the hostname]"),
         click.option("--site", metavar="NAME", help="Where this node stands.  [default: local]"),

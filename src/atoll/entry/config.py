@@ -41,6 +41,8 @@ class Config:
     """Of this node's instances; empty for the prefix that the cell gives."""
     fabric_address: str = ""
     """The IPv4 address by which other nodes reach this one; empty for the one towards the servers."""
+    no_ipv6: bool = False
+    """Instances of this node have no IPv6."""
     domain: str = DOMAIN_DEFAULT
     node: str = ""
     site: str = "local"
@@ -195,7 +197,11 @@ class Config:
         given |= {"ingress-tls-port": self.ingress_tls_port}
         given |= {"certificate-life": self.certificate_life if self.certificate_life != Config.certificate_life else ""}
         options += [f"--{name}={value}" for name, value in given.items() if value]
-        options += [f"--{name}" for name, on in {"tls": self.tls, "insecure-plain": self.insecure_plain}.items() if on]
+        options += [
+            f"--{name}"
+            for name, on in {"tls": self.tls, "insecure-plain": self.insecure_plain, "no-ipv6": self.no_ipv6}.items()
+            if on
+        ]
         return options
 
 

@@ -12,8 +12,9 @@ from atoll.model.fabric import FabricOffer, node_address
 from atoll.model.ports.clock import Clock
 from atoll.model.records import CELL_PROJECT, Event, Severity
 from atoll.network.claims import hold_subnet
-from atoll.network.fabric import NodeFabric, names_served, settle
+from atoll.network.fabric import NodeFabric, load, names_served, settle
 from atoll.network.links import LinkNetwork
+from atoll.network.slots import no_ipv6
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.transport import addresses_of
 
@@ -49,7 +50,9 @@ async def enter(
         return None
     hold_subnet(subnet, f"process {os.getpid()} ({config.data})")  # for as long as this process lives
     names = names_served(node_address(subnet))
-    network = LinkNetwork(subnet, directory, names=names)
+    kept = load(directory)
+    ula = kept.grant.ula if kept is not None and not config.no_ipv6 and not no_ipv6() else ""
+    network = LinkNetwork(subnet, directory, names=names, ula=ula)
 
     async def say(code: str, message: str, bad: bool) -> None:
         at = clock.now()

@@ -16,6 +16,8 @@ PREFIX_LENGTH = 20
 PREFIX_MIN = 8
 PREFIX_MAX = 29
 """A subnet is at least a /29, so that something is left beside the network, node and broadcast addresses."""
+ULA_BYTES = 5
+"""Random ones in a cell's IPv6 network: RFC 4193, section 3.1."""
 PRIVATE = tuple(ipaddress.IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))
 """RFC 1918, section 3: what nodes' prefixes are of, as the other nodes lead all that goes there to that node."""
 VXLAN_PORT = 7605
@@ -47,6 +49,8 @@ class Fabric(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Keys that were made before are replaced."""
     allocations: int = 0
     """Prefixes given so far: each one changes this record, so that no two can overlap."""
+    ula: str = ""
+    """The IPv6 network that instances' addresses are of, a /48; empty where a server before IPv6 made the record."""
 
 
 class FabricNode(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -86,6 +90,7 @@ class FabricGrant(Struct, frozen=True, kw_only=True):
     network: str
     number: int
     prefix: str
+    ula: str = ""
 
 
 class Member(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -102,6 +107,8 @@ class Member(Struct, frozen=True, kw_only=True, omit_defaults=True):
     region: str = "local"
     address: str
     ready: bool = False
+    ipv6: bool = False
+    """That it has the IPv6 address that follows from `address`."""
 
 
 class FabricBatch(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -134,6 +141,22 @@ def network_of(text: str, field: str) -> ipaddress.IPv4Network:
 def node_address(prefix: str) -> str:
     """Return the address that a node has in its own prefix."""
     return str(ipaddress.IPv4Network(prefix).network_address + 1)
+
+
+def new_ula(random: bytes) -> str:
+    """Return the IPv6 network of a cell, from `ULA_BYTES` random bytes: RFC 4193, section 3.1."""
+    return str(ipaddress.IPv6Network((b"\xfd" + random[:ULA_BYTES] + bytes(10), 48)))
+
+
+def ipv6_of(ula: str, address: str) -> str:
+    """Return the IPv6 address of who has the IPv4 `address`: the last 32 bits are that, so that nothing more need be kept."""
+    return str(ipaddress.IPv6Network(ula).network_address + int(ipaddress.IPv4Address(address)))
+
+
+def ipv6_network_of(ula: str, prefix: str = "0.0.0.0/0") -> str:
+    """Return the IPv6 network of all who have an IPv4 address of `prefix`."""
+    network = ipaddress.IPv4Network(prefix)
+    return f"{ipv6_of(ula, str(network.network_address))}/{96 + network.prefixlen}"
 
 
 class FabricPaths(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -11,7 +11,7 @@ from msgspec import Struct
 from atoll.model.errors import AtollError
 from atoll.network import resolvers
 from atoll.network.addresses import AddressPool
-from atoll.network.slots import read_sysctl, routes
+from atoll.network.slots import no_ipv6, read_sysctl, routes
 
 _ADMIN_BITS = (12, 21)
 """CAP_NET_ADMIN and CAP_SYS_ADMIN in the kernel's numbers."""
@@ -29,7 +29,7 @@ class Check(Struct, frozen=True):
 def check_network(subnet: str = "10.64.0.0/16", *, held: str | None = None) -> tuple[Check, ...]:
     """Return what was found, in the order in which it should be mended. `held` is the subnet that the node here has already."""
     of_instances = _subnet(subnet) if held is None else Check("instances' subnet", True, f"{held}, held by the agent that runs")
-    return (_capabilities(), _nftables(), _sysctl(), of_instances, _forwarding(), _resolvers(), *_neighbours())
+    return (_capabilities(), _nftables(), _sysctl(), of_instances, _forwarding(), _ipv6(), _resolvers(), *_neighbours())
 
 
 def _capabilities() -> Check:
@@ -78,6 +78,23 @@ def _forwarding() -> Check:
     if read_sysctl("ipv4/ip_forward") == "1":
         return Check("IPv4 forwarding", True, "on")
     return Check("IPv4 forwarding", None, "off; the agent turns it on when it starts, and leaves it on")
+
+
+def _ipv6() -> Check:
+    why = no_ipv6()
+    if why:
+        return Check("IPv6 of instances", None, f"none: {why}", "sysctl -w net.ipv6.conf.all.disable_ipv6=0, if it is to be there")
+    if read_sysctl("ipv6/conf/all/force_forwarding"):
+        return Check("IPv6 of instances", True, "within the cell, unless the agent is started with --no-ipv6")
+    if read_sysctl("ipv6/conf/all/forwarding") != "0":
+        return Check("IPv6 of instances", True, "within the cell, unless the agent is started with --no-ipv6; forwarding is on")
+    detail = "IPv6 forwarding is off; the agent turns it on for the whole machine, which goes on to hear of its routers"
+    return Check(
+        "IPv6 of instances",
+        None,
+        detail,
+        "start the agent with --no-ipv6 to leave it off; Linux 6.17 needs it for no more than instances' links",
+    )
 
 
 def _resolvers() -> Check:

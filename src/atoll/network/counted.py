@@ -26,7 +26,9 @@ PAIRS_MAX, REFUSED_MAX = 65_535, 8_192
 """Elements that a set holds; what comes beyond is not counted, and passes or is refused as ever."""
 REASONS = tuple(Reason)
 """In the order of the firewall's numbers, which begin at 1."""
-SETS = {"pairs": 2, "begun": 2, "turned_away": 2, "opened": 1, "over": 1}
+EGRESS, PORT, INGRESS, PROJECT, CLOSED, NODE = range(1, 1 + len(REASONS))
+"""What a packet is marked with before it is refused, so that what is counted says why."""
+SETS = {"pairs": 2, "begun": 2, "turned_away": 2, "turned_away_six": 1, "opened": 1, "over": 1}
 """Set → how many addresses its keys begin with."""
 DELETED_AT_ONCE = 512
 """Keys of one transaction, which has a bound of 64 KiB."""
@@ -41,6 +43,8 @@ _INET = 1
 _TYPE_MASK = 0x3FFF
 _LIST, _KEY, _VALUE, _EXPRESSION, _EXPRESSIONS, _DATA = 3, 1, 1, 7, 11, 2
 _ELEMENT_KEY = 1
+_REFUSED_END = struct.Struct("=BxxxBBxxI")
+"""What the key of a refusal ends in: the protocol, the port, the reason's number."""
 _BYTES, _PACKETS = 1, 2
 
 OwnerOf = Callable[[str], tuple[str, str] | None]
@@ -95,7 +99,8 @@ def count(table: str, owners: Mapping[str, tuple[str, str]], ids: Mapping[str, s
     for name in SETS:
         found[name], all_of_it = read(table, name)
         whole = whole and all_of_it
-    flows = flows_of(found["pairs"], found["begun"], found["turned_away"], owners.get, complete=whole)
+    refused = [*found["turned_away"], *found["turned_away_six"]]
+    flows = flows_of(found["pairs"], found["begun"], refused, owners.get, complete=whole)
     singles = {
         name: {ids[each.address]: each.packets for each in found[name] if each.address in ids} for name in ("opened", "over")
     }
@@ -177,13 +182,13 @@ def flows_of(
                 sums[0] += each.bytes
                 sums[1] += each.packets
     for each in refused:
-        source, address = owner_of(_address(each.key, 0)), _address(each.key, 4)
-        if source is None or len(each.key) < 20:
+        source, far = owner_of(_address(each.key, 0)), each.key[4 : -_REFUSED_END.size]
+        if source is None or len(far) not in (4, 16):
             continue
+        address = socket.inet_ntop(socket.AF_INET if len(far) == 4 else socket.AF_INET6, far)
         target = owner_of(address)
-        protocol = "udp" if each.key[8] == socket.IPPROTO_UDP else "tcp"
-        (port,) = struct.unpack_from("!H", each.key, 12)
-        (number,) = struct.unpack_from("=I", each.key, 16)
+        number_of_protocol, high, low, number = _REFUSED_END.unpack_from(each.key, 4 + len(far))
+        protocol, port = "udp" if number_of_protocol == socket.IPPROTO_UDP else "tcp", high << 8 | low
         reason = REASONS[number - 1] if 0 < number <= len(REASONS) else Reason.NODE
         # Whose an address of another project is, is that project's own.
         mine = target is not None and target[0] == source[0]

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from atoll.model.errors import RuntimeFailed
 from atoll.model.spec import Port, PortProtocol
@@ -25,7 +25,8 @@ _PREFIX = struct.Struct("=HHHHHH")
 _SUBSYSTEM = 10
 _BEGIN, _END = 0x10, 0x11
 _NEW, _DELETE = _SUBSYSTEM << 8 | 12, _SUBSYSTEM << 8 | 14
-_REQUEST, _ACK, _CREATE = 0x1, 0x4, 0x400
+_NEW_RULE, _DELETE_RULE = _SUBSYSTEM << 8 | 6, _SUBSYSTEM << 8 | 8
+_REQUEST, _ACK, _CREATE, _APPEND = 0x1, 0x4, 0x400, 0x800
 _INET = 1
 _NESTED = 0x8000
 _ERROR = 2
@@ -129,16 +130,7 @@ class ElementSocket:
         changes = [(_NEW, each) for each in add if each[1]] + [(_DELETE, each) for each in delete if each[1]]
         if not changes:
             return
-        with self._lock:
-            first = self._sequence + 1
-            self._sequence += len(changes) + 2
-            parts = [self._part(_BEGIN, 0, first, _FAMILY.pack(0, 0, _SUBSYSTEM))]
-            for sequence, (kind, elements) in enumerate(changes, first + 1):
-                flags = _ACK | (_CREATE if kind == _NEW else 0)
-                parts.append(self._part(kind, flags, sequence, _FAMILY.pack(_INET, 0, 0) + self._body(elements)))
-            parts.append(self._part(_END, 0, self._sequence, _FAMILY.pack(0, 0, _SUBSYSTEM)))
-            self._socket.send(b"".join(parts))
-            number = self._result(first, len(changes))
+        number = self._commit([(kind, _CREATE if kind == _NEW else 0, self._body(elements)) for kind, elements in changes])
         if number == errno.ENOENT and not add:
             if len(delete) > 1:
                 for each in delete:
@@ -147,6 +139,29 @@ class ElementSocket:
         if number:
             mend = "run as root with CAP_NET_ADMIN" if number == errno.EPERM else None
             raise RuntimeFailed(f"cannot change the firewall's sets: {os.strerror(number)}", mend=mend)
+
+    def replace_rules(self, chains: Mapping[str, Sequence[bytes]]) -> None:
+        """Have each chain hold exactly these rules, made of `expressions`: all or nothing. Raises RuntimeFailed."""
+        changes = []
+        for name, rules in chains.items():
+            chain = self._table + attribute(2, name.encode() + b"\0")
+            changes.append((_DELETE_RULE, 0, chain))
+            changes += [(_NEW_RULE, _CREATE | _APPEND, chain + attribute(4 | _NESTED, rule)) for rule in rules]
+        number = self._commit(changes)
+        if number:
+            raise RuntimeFailed(f"cannot write the firewall's rules: {os.strerror(number)}", mend="use Linux 5.10 or newer")
+
+    def _commit(self, changes: Sequence[tuple[int, int, bytes]]) -> int:
+        """Make all changes, each a kind with flags and a body, in one transaction; return 0 or the number of an error."""
+        with self._lock:
+            first = self._sequence + 1
+            self._sequence += len(changes) + 2
+            parts = [self._part(_BEGIN, 0, first, _FAMILY.pack(0, 0, _SUBSYSTEM))]
+            for sequence, (kind, flags, body) in enumerate(changes, first + 1):
+                parts.append(self._part(kind, flags | _ACK, sequence, _FAMILY.pack(_INET, 0, 0) + body))
+            parts.append(self._part(_END, 0, self._sequence, _FAMILY.pack(0, 0, _SUBSYSTEM)))
+            self._socket.send(b"".join(parts))
+            return self._result(first, len(changes))
 
     def intact(self, known: Elements) -> bool:
         """Return whether the table still has the set of `known`, which is added to it if it has."""

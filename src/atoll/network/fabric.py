@@ -44,6 +44,8 @@ KEEP_S = 1.0
 """What was heard is written down at most so often."""
 SILENCE_S = 30.0
 FIRST_RETRY_S = 0.3
+ASK_S = 3.0
+"""The longest that a node waits when it starts for what it can do without."""
 JOIN_AGAIN_S = 60.0
 
 Say = Callable[[str, str, bool], Awaitable[None]]
@@ -74,30 +76,41 @@ async def settle(
 ) -> str | None:
     """Return the subnet of this node's instances: what the operator wants, what it has, or else what the cell gives.
 
-    Waits for the control plane only at a node's very first start. `former` is what nodes had before cells gave prefixes; None:
-    told to stop.
+    Waits for the control plane only at a node's very first start; what it says is then in `directory` (`load`). `former` is what
+    nodes had before cells gave prefixes; None: told to stop.
     """
-    if offer.subnet:
-        return offer.subnet
     kept = load(directory)
     if kept is not None:
-        return kept.grant.prefix
-    if Ledger(directory / "links").load():
+        await _ask_for_ipv6(control, node, offer, directory, kept)
+        return offer.subnet or kept.grant.prefix
+    if not offer.subnet and Ledger(directory / "links").load():
         return former  # its instances run, with addresses of it
     while not stopped():
         try:
             grant = await control.join_fabric(node, offer)
         except NotFound:
-            return former  # older servers
-        except (Unavailable, Conflict):
+            return offer.subnet or former  # older servers
+        except (Unavailable, Conflict) as error:
+            if offer.subnet and error.field == "subnet":
+                return offer.subnet  # the fabric refuses it, and says so as long as that is so
             await asyncio.sleep(FIRST_RETRY_S)
         except AtollError as error:
             log.warning("the cell gives no prefix", error=str(error), mend=error.mend)
-            return former
+            return offer.subnet or former
         else:
             _write(directory / FILE, codec.encode(Kept(grant=grant)))
             return grant.prefix
     return None
+
+
+async def _ask_for_ipv6(control: FabricControl, node: str, offer: FabricOffer, directory: Path, kept: Kept) -> None:
+    """Ask once for the cell's IPv6 network, where an earlier agent heard of none; without it the node goes on as before."""
+    if kept.grant.ula:
+        return
+    with contextlib.suppress(AtollError, TimeoutError):
+        async with asyncio.timeout(ASK_S):
+            grant = await control.join_fabric(node, offer)
+        _write(directory / FILE, codec.encode(replace(kept, grant=grant)))
 
 
 def names_served(address: str) -> bool:
@@ -152,12 +165,19 @@ class NodeFabric:
         self._grant: FabricGrant | None = None
         self._keys_after = 0.0
         self._key: wireguard.Key | None = None
-        self._tunnels = Tunnels(tag_of(directory))
+        self._tunnels = Tunnels(tag_of(directory), network.ula)
         self.paths = Paths(self.own)
-        self._names = Directory(node, offer.site, offer.region)
+        self._names = Directory(node, offer.site, offer.region, network.ula)
         address = node_address(subnet)
         self._server = (
-            NameServer(self._names, address, network.project_at, lambda: network.forwarders, passed_on=self._passed_on)
+            NameServer(
+                self._names,
+                address,
+                network.project_at,
+                lambda: network.forwarders,
+                passed_on=self._passed_on,
+                has_ipv6=network.has_ipv6,
+            )
             if names
             else None
         )

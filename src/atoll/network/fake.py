@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atoll.model.errors import Exhausted, Unavailable
+from atoll.model.fabric import ipv6_of
 from atoll.model.flows import Flows
 from atoll.model.ports.network import Counters, Link
 from atoll.model.spec import NetworkRules, Port, host_ports
@@ -15,7 +16,8 @@ from atoll.network.addresses import AddressPool
 class FakeNetworkState:
     """What a node's kernel would hold: it outlives the agent and its `FakeNetwork`, so that a crash can be simulated."""
 
-    def __init__(self, subnet: str = "10.64.0.0/16") -> None:
+    def __init__(self, subnet: str = "10.64.0.0/16", ula: str = "") -> None:
+        self.ula = ula
         self.addresses = AddressPool(subnet)
         self.links: dict[str, Link] = {}
         self.numbers: dict[str, int] = {}
@@ -58,11 +60,13 @@ class FakeNetwork:
             if state.exhausted:
                 raise Exhausted("all addresses are in use", mend="stop instances, or give this node a larger subnet")
             number = state.addresses.take()
+            address = state.addresses.address(number)
             link = Link(
                 id=id,
                 netns=Path(f"/run/netns/atoll-fake-{number}"),
-                address=state.addresses.address(number),
+                address=address,
                 interface=f"atfake{number}",
+                ipv6=ipv6_of(state.ula, address) if state.ula else None,
             )
             state.links[id] = link
             state.numbers[id] = number

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from atoll.model.errors import RuntimeFailed, Unsupported
 from atoll.model.fabric import PROBE_PORT, VXLAN_PORT
 from atoll.model.spec import Port, PortProtocol
-from atoll.network.counted import KEPT_S, PAIRS_MAX, REASONS, REFUSED_MAX
+from atoll.network import counted, ipv6_rules
+from atoll.network.counted import KEPT_S, PAIRS_MAX, REFUSED_MAX
 
 CLOSED = (
     "0.0.0.0/8",
@@ -30,8 +31,6 @@ CONNECTIONS_MAX = 16_384
 ASKED_MAX = 1_000
 """Questions for names that one instance may ask in a second: the agent itself answers them."""
 CONNECTIONS_TRACKED_MAX = 65_535
-_EGRESS, _PORT, _INGRESS, _PROJECT, _CLOSED, _NODE = range(1, 1 + len(REASONS))
-"""What a packet is marked with before it is refused, so that what is counted says why."""
 
 
 def ruleset(
@@ -44,9 +43,11 @@ def ruleset(
     elements: Iterable[str] = (),
     tunnels: Sequence[str] = (),
     names: bool = False,
+    ula: str = "",
 ) -> str:
     """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link, `tunnels`
-    are those to other nodes, and with `names` instances may ask the node itself for names.
+    are those to other nodes, and with `names` instances may ask the node itself for names. With `ula`, the cell's IPv6 network,
+    all IPv6 is dropped until `ipv6_rules.rules` are there; without it for good.
 
     Each hook and each rule costs every packet: established connections pass after as few as can be, and the VXLAN's own packets
     are in no connection table. Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our
@@ -58,6 +59,11 @@ def ruleset(
     fabric = "{ " + ", ".join(f'"{tunnel}"' for tunnel in tunnels or ("atoll-none",)) + " }"
     asking = f"ip daddr {node_address} udp dport 53 update @askers {{ ip saddr limit rate over {ASKED_MAX}/second }} drop"
     ask = f"ip daddr {node_address} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
+    chains_six = ipv6_rules.chains(ula=ula, links=links, fabric=fabric) if ula else ""
+
+    def of_six(verdict: str, otherwise: str = "") -> str:
+        return f"meta nfproto ipv6 {verdict}" if ula else otherwise
+
     return f"""
 table inet {table}
 delete table inet {table}
@@ -93,7 +99,15 @@ table inet {table} {{
   set opened {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
   set over {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
   set connections {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic; }}
+  set admitted_six {{ type ipv4_addr . ipv6_addr . inet_proto . inet_service; flags interval; }}
+  set permitted_six {{ type ipv4_addr . ipv6_addr . inet_proto . inet_service; flags interval; }}
+  set turned_away_six {{
+    type ipv4_addr . ipv6_addr . inet_proto . inet_service . mark
+    size {REFUSED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s
+  }}
+{chains_six}
   chain refused {{
+    {of_six("meta l4proto { tcp, udp } jump turned_away_six")}
     meta l4proto {{ tcp, udp }} update @turned_away {{ ip saddr . ip daddr . meta l4proto . th dport . meta mark counter }}
     meta l4proto tcp reject with tcp reset
     reject
@@ -106,13 +120,13 @@ table inet {table} {{
   }}
   chain from_link {{
     iifname . ip saddr != @sources drop
-    meta nfproto ipv6 drop
+    {of_six("goto from_link_six", "meta nfproto ipv6 drop")}
     ip saddr @limited jump limits_out
     ip daddr {node_address} tcp flags & (syn|ack) != syn ip saddr . tcp sport @plain notrack
   }}
   chain from_others {{
     ip saddr != @peers drop
-    meta nfproto ipv6 drop
+    {of_six("goto from_others_six", "meta nfproto ipv6 drop")}
   }}
   chain outer {{
     type filter hook output priority raw; policy accept;
@@ -130,6 +144,7 @@ table inet {table} {{
   chain crowded {{
     ct state new update @opened {{ ip saddr counter }}
     ct state new add @connections {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop
+    {of_six("ct state new jump crowded_six")}
   }}
   chain to_node {{
     type filter hook input priority filter; policy accept;
@@ -142,36 +157,41 @@ table inet {table} {{
     jump crowded
     {ask}
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-    meta mark set {_NODE} jump refused
+    meta mark set {counted.NODE} jump refused
   }}
   chain from_tunnel {{
     ct state established,related accept
     ip saddr @nodes udp dport {PROBE_PORT} accept
     ip saddr @nodes icmp type echo-request accept
-    meta mark set {_NODE} jump refused
+    meta mark set {counted.NODE} jump refused
   }}
   chain private {{
     meta mark set 0
     meta mark set ip saddr map @project_of
     ip daddr . meta mark @member goto same_project
-    meta mark set {_PROJECT} jump refused
+    meta mark set {counted.PROJECT} jump refused
   }}
   chain same_project {{
     meta mark set 0
     iifname {links} update @begun {{ ip saddr . ip daddr counter }} update @pairs {{ ip saddr . ip daddr counter }}
-    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted meta mark set {_EGRESS} jump refused
+    ip saddr @fenced jump fence
     oifname {fabric} accept
     goto open_ports
   }}
+  chain fence {{
+    ip saddr . ip daddr . meta l4proto . th dport @permitted return
+    meta mark set {counted.EGRESS} jump refused
+  }}
   chain open_ports {{
-    ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted meta mark set {_INGRESS} jump refused
+    ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted meta mark set {counted.INGRESS} jump refused
     ip daddr . meta l4proto . th dport @inbound accept
     icmp type echo-request accept
-    meta mark set {_PORT} jump refused
+    meta mark set {counted.PORT} jump refused
   }}
   chain known {{
     iifname {links} oifname {links} update @pairs {{ ip saddr . ip daddr counter }} accept
     iifname {links} oifname {fabric} update @pairs {{ ip saddr . ip daddr counter }}
+    {of_six("goto known_six")}
     accept
   }}
   chain between {{
@@ -179,32 +199,34 @@ table inet {table} {{
     oifname {fabric} tcp flags & (syn|rst) == syn tcp option maxseg size set rt mtu
     oifname {links} ip daddr @limited jump limits_in
     ct state established,related goto known
+    {of_six("goto between_six")}
     iifname {links} jump crowded
     iifname {fabric} oifname {fabric} ip daddr @peers accept
     iifname {fabric} oifname != {links} drop
     oifname {fabric} iifname != {links} drop
-    iifname {links} udp dport {VXLAN_PORT} ip daddr @endpoints meta mark set {_NODE} jump refused
+    iifname {links} udp dport {VXLAN_PORT} ip daddr @endpoints meta mark set {counted.NODE} jump refused
     iifname {links} oifname {links} jump private
     iifname {links} oifname {fabric} jump private
     iifname {fabric} ip saddr @nodes ip daddr . meta l4proto . th dport @inbound accept
-    iifname {fabric} ip saddr @nodes meta mark set {_PORT} jump refused
+    iifname {fabric} ip saddr @nodes meta mark set {counted.PORT} jump refused
     iifname {fabric} jump private
     oifname {links} ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted drop
     oifname {links} ct status dnat ip daddr . meta l4proto . th dport @inbound accept
     oifname {links} drop
     iifname != {links} accept
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
-    ip daddr @closed meta mark set {_CLOSED} jump refused
-    ip daddr @peers meta mark set {_CLOSED} jump refused
-    ip saddr @fenced ip saddr . ip daddr . meta l4proto . th dport != @permitted meta mark set {_EGRESS} jump refused
+    ip daddr @closed meta mark set {counted.CLOSED} jump refused
+    ip daddr @peers meta mark set {counted.CLOSED} jump refused
+    ip saddr @fenced jump fence
   }}
   chain from_node {{
     type filter hook output priority filter; policy accept;
     oifname != {links} accept
     ip daddr @limited jump limits_in
+    {of_six("goto from_node_six")}
     ct state established,related accept
     ip daddr . meta l4proto . th dport @inbound accept
-    meta mark set {_PORT} jump refused
+    meta mark set {counted.PORT} jump refused
   }}
   chain published_to_others {{
     type nat hook prerouting priority dstnat; policy accept;

@@ -14,7 +14,7 @@ from atoll.model.fabric import FabricNode, Member
 from atoll.model.flows import Flows
 from atoll.model.ports.network import Counters, Link
 from atoll.model.spec import NetworkRules, Port, host_ports
-from atoll.network import counted, elements, firewall, resolvers
+from atoll.network import counted, elements, firewall, ipv6_rules, resolvers
 from atoll.network.addresses import AddressPool
 from atoll.network.elements import ElementSocket
 from atoll.network.ledger import Entry, Ledger
@@ -22,7 +22,7 @@ from atoll.network.listening import taken_ports
 from atoll.network.policies import Policies
 from atoll.network.pool import SlotPool
 from atoll.network.private import Private, of_nodes
-from atoll.network.slots import Slot, SlotMaker, read_sysctl, tag_of, write_sysctl
+from atoll.network.slots import Slot, SlotMaker, forward_ipv6, read_sysctl, tag_of, write_sysctl
 from atoll.network.together import Together
 from atoll.network.tunnels import names_of
 
@@ -65,8 +65,11 @@ class LinkNetwork:
         resolver_sources: Sequence[Path] = resolvers.SOURCES,
         rules_check_s: float = RULES_CHECK_S,
         names: bool = False,
+        ula: str = "",
     ) -> None:
-        """With `names`, instances ask the node itself for names, at `node_address`. Raises Invalid for a subnet that is none."""
+        """With `names`, instances ask the node itself for names, at `node_address`. With `ula`, the cell's IPv6 network, they have
+        IPv6 addresses of it. Raises Invalid for a subnet that is none."""
+        self.ula = ula
         self._addresses = AddressPool(subnet)
         self._directory = directory
         self._prepared = prepared
@@ -86,6 +89,8 @@ class LinkNetwork:
         self._forwarders: tuple[str, ...] = ()
         self._projects: dict[str, str] = {}
         """Address → project, of this node's instances."""
+        self._with_ipv6: set[str] = set()
+        """Addresses of those that have an IPv6 one."""
         self._private = Private(self._addresses.network)
         self._around: dict[str, list[str]] = {}
         """Set → elements that say who the other nodes are."""
@@ -109,6 +114,10 @@ class LinkNetwork:
     def project_at(self, address: str) -> str | None:
         """Return the project of this node's instance that has `address`."""
         return self._projects.get(address)
+
+    def has_ipv6(self, address: str) -> bool:
+        """Return whether this node's instance that has `address` has IPv6."""
+        return address in self._with_ipv6
 
     def links(self) -> dict[str, tuple[str, str]]:
         """Return instance → its address and the node's end of its link."""
@@ -232,8 +241,13 @@ class LinkNetwork:
                 self._policies.rule(each.slot.address, each.entry.project, None)
             raise
         for each in many:
-            self._projects[each.slot.address] = each.entry.project
-            self._held[each.entry.id] = each
+            self._know(each)
+
+    def _know(self, held: _Held) -> None:
+        self._projects[held.slot.address] = held.entry.project
+        if held.slot.ipv6:
+            self._with_ipv6.add(held.slot.address)
+        self._held[held.entry.id] = held
 
     def _lost(self, held: _Held) -> None:
         if self._state is not None:
@@ -276,12 +290,15 @@ class LinkNetwork:
         opened.nftables.close()
         opened.sets.close()
 
-    def _write_rules(self, maker: SlotMaker, nftables: firewall.Nftables, held: Iterable[_Held], slots: Iterable[Slot]) -> None:
+    def _write_rules(
+        self, maker: SlotMaker, nftables: firewall.Nftables, sets: ElementSocket, held: Iterable[_Held], slots: Iterable[Slot]
+    ) -> None:
         """Replace the whole table: `slots` may send, and the ports of `held` are open."""
         held = list(held)
         ports = [element for each in held for element in firewall.inbound(each.slot.address, each.entry.ports)]
         plain = [element for each in held for element in firewall.plain(each.slot.address, each.entry.ports)]
         published = [element for each in held for element in firewall.published(each.slot.address, each.entry.ports)]
+        tunnels = tuple(names_of(tag_of(self._directory)).values())
         nftables.run(
             firewall.ruleset(
                 table=self._table,
@@ -289,8 +306,9 @@ class LinkNetwork:
                 subnet=str(self._addresses.network),
                 node_address=self._addresses.node_address,
                 resolvers=self._servers,
-                tunnels=tuple(names_of(tag_of(self._directory)).values()),
+                tunnels=tunnels,
                 names=self._names,
+                ula=self.ula,
                 elements=[
                     *(
                         firewall.add(self._table, name, values)
@@ -303,6 +321,9 @@ class LinkNetwork:
                 ],
             )
         )
+        if self.ula:
+            most = firewall.CONNECTIONS_MAX
+            sets.replace_rules(ipv6_rules.rules(ula=self.ula, links=maker.prefix, tunnels=tunnels, connections_max=most))
 
     async def _keep_rules(self, opened: _Open) -> None:
         """Write the rules again when somebody has removed them, as a restart of Debian's nftables service does. Never returns."""
@@ -313,7 +334,7 @@ class LinkNetwork:
                 continue
             slots = [*(each.slot for each in self._held.values()), *opened.pool.ready]
             try:
-                self._write_rules(opened.maker, opened.nftables, list(self._held.values()), slots)
+                self._write_rules(opened.maker, opened.nftables, opened.sets, list(self._held.values()), slots)
                 log.error("network.rules-restored", message="somebody removed the firewall's rules; they have been written again")
             except AtollError as error:
                 log.error("network.rules-missing", message=str(error))
@@ -325,6 +346,7 @@ class LinkNetwork:
             netns=slot.netns,
             address=slot.address,
             interface=slot.interface,
+            ipv6=slot.ipv6 or None,
             resolv_conf=self._resolv_conf if self._resolves else None,
         )
 
@@ -376,6 +398,7 @@ class LinkNetwork:
         self._private.gone(slot.address)
         self._policies.left.add(slot.address)
         self._projects.pop(slot.address, None)
+        self._with_ipv6.discard(slot.address)
         if self._policies.rule(slot.address, held.entry.project, None):
             self._write_policies(opened)
         del self._held[held.entry.id]  # only now: what could not be shut can be tried again
@@ -389,17 +412,17 @@ class LinkNetwork:
                 raise Unavailable("the network has been closed")
             if self._state is None:
                 nftables = firewall.Nftables()
-                maker = SlotMaker(tag_of(self._directory), self._addresses)
+                maker = SlotMaker(tag_of(self._directory), self._addresses, self.ula)
+                sets = ElementSocket(self._table)
                 try:
                     self._ledger.open()
-                    await asyncio.to_thread(self._take_over, maker, nftables)
+                    await asyncio.to_thread(self._take_over, maker, nftables, sets)
                 except BaseException:
                     self._ledger.close()
                     maker.close()
                     nftables.close()
+                    sets.close()
                     raise
-
-                sets = ElementSocket(self._table)
 
                 def admit(slot: Slot) -> None:
                     sets.change(add=[elements.source(slot.interface, slot.address)])
@@ -410,7 +433,7 @@ class LinkNetwork:
                 self._keeper = asyncio.create_task(self._keep_rules(self._state), name="network-rules")
             return self._state
 
-    def _take_over(self, maker: SlotMaker, nftables: firewall.Nftables) -> None:
+    def _take_over(self, maker: SlotMaker, nftables: firewall.Nftables, sets: ElementSocket) -> None:
         entries = {entry.number: entry for entry in self._ledger.load()}
         whole, broken = maker.find()
         maker.remove([*broken, *(whole.keys() - entries.keys())])
@@ -421,6 +444,8 @@ class LinkNetwork:
         if read_sysctl(FORWARDING) == "0":
             write_sysctl(FORWARDING, "1")
             log.warning("network.forwarding-on", message="IPv4 forwarding was off on this node and has been turned on")
+        if self.ula and forward_ipv6():
+            log.warning("network.forwarding-on", message="IPv6 forwarding was off on this node and has been turned on")
         named = resolvers.read(self._sources)
         self._forwarders = named.servers
         if self._names:
@@ -433,14 +458,13 @@ class LinkNetwork:
         self._servers = self._forwarders
         for each in held:
             self._private.admit(each.slot.address, each.entry.project)
-            self._projects[each.slot.address] = each.entry.project
+            self._know(each)
             self._policies.rule(each.slot.address, each.entry.project, each.entry.rules)
         self._policies.written = self._policies.wanted()
-        self._write_rules(maker, nftables, held, [each.slot for each in held])
+        self._write_rules(maker, nftables, sets, held, [each.slot for each in held])
         maker.open_subnet()
         for each in held:
             maker.connect(each.slot)
-        self._held = {each.entry.id: each for each in held}
         self._addresses.claim(each.slot.number for each in held)
         last = self._ledger.last()
         if last is not None:

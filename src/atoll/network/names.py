@@ -22,12 +22,13 @@ import dns.rrset
 import structlog
 from msgspec import Struct
 
-from atoll.model.fabric import DOMAIN, Member
+from atoll.model.fabric import DOMAIN, Member, ipv6_of
 
 TTL_S = 2
 """So soon does who holds a name look again."""
 ANSWERS_MAX = 16
 """Addresses in one answer: they fit a datagram of 512 bytes."""
+ANSWERS_IPV6_MAX = 14
 FORWARD_S = 3.0
 PENDING_MAX = 512
 """Questions for the node's name servers that are under way; more are refused."""
@@ -49,13 +50,16 @@ class Found(Struct, frozen=True):
 
     known: bool
     addresses: tuple[str, ...] = ()
+    ipv6: tuple[str, ...] = ()
 
 
 class Directory:
-    """Who answers to which name, nearest first, as seen from `node` of `site` in `region`."""
+    """Who answers to which name, nearest first, as seen from `node` of `site` in `region`. `ula`: the cell's IPv6 network, where
+    the node has IPv6."""
 
-    def __init__(self, node: str, site: str, region: str) -> None:
+    def __init__(self, node: str, site: str, region: str, ula: str = "") -> None:
         self._here = (node, site, region)
+        self._ula = ula
         self._apps: dict[tuple[str, str], list[Member]] = {}
         self.version = 0
         """Another number whenever any name may mean something else."""
@@ -83,15 +87,22 @@ class Directory:
             return Found(False)
         match list(name[:-2]):
             case []:
-                return Found(True, tuple(m.address for m in members if m.ready)[:ANSWERS_MAX])
+                return self._found(members)
             case [one]:
-                chosen = [m for m in members if m.id == one or str(m.index) == one]
-                return Found(bool(chosen), tuple(m.address for m in chosen if m.ready)[:ANSWERS_MAX])
+                return self._found([m for m in members if m.id == one or str(m.index) == one])
             case [site, "site"]:
-                chosen = [m for m in members if m.site.lower() == site]
-                return Found(bool(chosen), tuple(m.address for m in chosen if m.ready)[:ANSWERS_MAX])
+                return self._found([m for m in members if m.site.lower() == site])
             case _:
                 return Found(False)
+
+    def _found(self, members: Sequence[Member]) -> Found:
+        ready = [member for member in members if member.ready]
+        six = [member for member in ready if member.ipv6 and self._ula][:ANSWERS_IPV6_MAX]
+        return Found(
+            bool(members),
+            tuple(member.address for member in ready[:ANSWERS_MAX]),
+            tuple(ipv6_of(self._ula, member.address) for member in six),
+        )
 
     def _distance(self, member: Member) -> tuple[int, str]:
         node, site, region = self._here
@@ -113,11 +124,13 @@ def _unready(member: Member) -> Member:
         region=member.region,
         address=member.address,
         ready=False,
+        ipv6=member.ipv6,
     )
 
 
 class NameServer:
-    """Answers on port 53 of `address`, UDP and TCP. `project_at` says whose an instance's address is."""
+    """Answers on port 53 of `address`, UDP and TCP. `project_at` says whose an instance's address is, `has_ipv6` whether it has
+    IPv6: others are told of no IPv6 addresses."""
 
     def __init__(
         self,
@@ -128,6 +141,7 @@ class NameServer:
         *,
         port: int = 53,
         passed_on: Callable[[str, str, Sequence[str]], None] | None = None,
+        has_ipv6: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """`passed_on` hears, before the instance does, which addresses other servers gave it for a name."""
         self._directory = directory
@@ -135,9 +149,10 @@ class NameServer:
         self._project_at = project_at
         self._forwarders = forwarders
         self._passed_on = passed_on
+        self._has_ipv6 = has_ipv6
         self._pending: Counter[str] = Counter()
         self._connections: Counter[str] = Counter()
-        self._cached: dict[tuple[str | None, bytes], bytes] = {}
+        self._cached: dict[tuple[str | None, bool, bytes], bytes] = {}
         self._cached_version = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._transport: asyncio.DatagramTransport | None = None
@@ -163,11 +178,11 @@ class NameServer:
 
         Raises dns.exception.DNSException for what is no question.
         """
-        project = self._project_at(source)
+        project, ipv6 = self._project_at(source), self._has_ipv6(source)
         if self._cached_version != self._directory.version or len(self._cached) >= CACHED_MAX:
             self._cached.clear()
             self._cached_version = self._directory.version
-        cached = self._cached.get((project, wire[2:]))
+        cached = self._cached.get((project, ipv6, wire[2:]))
         if cached is not None:
             return wire[:2] + cached
         query = dns.message.from_wire(wire)
@@ -182,11 +197,14 @@ class NameServer:
         found = self._directory.find(labels[:-1], project) if project is not None else Found(False)
         if not found.known:
             answer.set_rcode(dns.rcode.NXDOMAIN)
-        elif found.addresses and question.rdtype in (dns.rdatatype.A, dns.rdatatype.ANY):
+        else:
             # One by one, as the library would shuffle a set; nearest first is the point.
-            answer.answer += [dns.rrset.from_text(question.name, TTL_S, "IN", "A", address) for address in found.addresses]
+            if question.rdtype in (dns.rdatatype.A, dns.rdatatype.ANY):
+                answer.answer += [dns.rrset.from_text(question.name, TTL_S, "IN", "A", each) for each in found.addresses]
+            elif question.rdtype == dns.rdatatype.AAAA and ipv6:
+                answer.answer += [dns.rrset.from_text(question.name, TTL_S, "IN", "AAAA", each) for each in found.ipv6]
         made = answer.to_wire()
-        self._cached[project, wire[2:]] = made[2:]
+        self._cached[project, ipv6, wire[2:]] = made[2:]
         return made
 
     def take(self, wire: bytes, source: tuple[str, int]) -> None:

@@ -37,6 +37,8 @@ _TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST, _UNREACHABLE = 254, 4, 1, 7
 _METRIC_LAST = 1 << 30
 _PERMANENT = 0x80
 _NESTED = 0x8000
+_NO_DETECTION, _NO_ROUTE = 0x02, 0x200
+_GENERATE_NONE = 1
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -90,32 +92,55 @@ def set_up(index: int) -> Request:
     return Request(_SETLINK, _IFINFO.pack(socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP), "bring a link up")
 
 
+def no_own_addresses(index: int) -> Request:
+    """Keep the kernel from giving the link IPv6 addresses by itself; before it is brought up."""
+    six = attribute(socket.AF_INET6 | _NESTED, attribute(8, bytes([_GENERATE_NONE])))
+    body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0) + attribute(26 | _NESTED, six)
+    return Request(_SETLINK, body, "keep a link from addresses of its own")
+
+
+def packed(address: str) -> tuple[int, int, bytes]:
+    """Return an address's family, its length in bits, and its bytes."""
+    if ":" in address:
+        return socket.AF_INET6, 128, socket.inet_pton(socket.AF_INET6, address)
+    return socket.AF_INET, 32, socket.inet_aton(address)
+
+
 def add_address(index: int, address: str, *, link_scope: bool = False) -> Request:
-    """Give the link `address`/32; one that is there already is no error."""
-    packed = socket.inet_aton(address)
-    body = _IFADDR.pack(socket.AF_INET, 32, 0, _SCOPE_LINK if link_scope else _SCOPE_UNIVERSE, index)
-    body += attribute(1, packed) + attribute(2, packed)
+    """Give the link `address`/32, or an IPv6 one /128, in use at once; one that is there already is no error."""
+    family, length, data = packed(address)
+    body = _IFADDR.pack(family, length, 0, _SCOPE_LINK if link_scope else _SCOPE_UNIVERSE, index)
+    body += attribute(1, data) + attribute(2, data)
+    if family == socket.AF_INET6:
+        body += _number(8, _NO_DETECTION | _NO_ROUTE)
     return Request(_NEWADDR, body, f"set the address {address}", flags=_CREATE | _REPLACE, ignore=(errno.EEXIST,))
 
 
 def delete_address(index: int, address: str) -> Request:
-    body = _IFADDR.pack(socket.AF_INET, 32, 0, 0, index) + attribute(2, socket.inet_aton(address))
+    family, length, data = packed(address)
+    body = _IFADDR.pack(family, length, 0, 0, index) + attribute(2, data)
     return Request(_DELADDR, body, f"remove the address {address}", ignore=(errno.EADDRNOTAVAIL,))
 
 
 def add_neighbour(index: int, address: str, mac: bytes) -> Request:
     """Tell the kernel for good where `address` is, so that nothing ever has to ask."""
-    body = _NEIGHBOUR.pack(socket.AF_INET, index, _PERMANENT, 0, 0) + attribute(1, socket.inet_aton(address)) + attribute(2, mac)
+    family, _, data = packed(address)
+    body = _NEIGHBOUR.pack(family, index, _PERMANENT, 0, 0) + attribute(1, data) + attribute(2, mac)
     return Request(_NEWNEIGH, body, f"set the neighbour {address}", flags=_CREATE | _REPLACE)
 
 
 def add_route(index: int, destination: str | None, *, gateway: str | None = None, source: str | None = None) -> Request:
-    """Route `destination`/32 (None: everything) to the link, through `gateway` where given, with `source` as own address."""
-    length, scope = (32, _SCOPE_LINK) if destination else (0, _SCOPE_UNIVERSE if gateway else _SCOPE_LINK)
-    body = _ROUTE.pack(socket.AF_INET, length, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, scope, _UNICAST, 0)
-    for kind, address in ((1, destination), (5, gateway), (7, source)):
+    """Route `destination`, an address or a network (None: all of IPv4), to the link, through `gateway` where given, with `source`
+    as own address."""
+    text, _, bits = (destination or "0.0.0.0/0").partition("/")
+    family, length, data = packed(text)
+    scope = _SCOPE_UNIVERSE if gateway else _SCOPE_LINK
+    body = _ROUTE.pack(family, int(bits or length), 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, scope, _UNICAST, 0)
+    if destination:
+        body += attribute(1, data)
+    for kind, address in ((5, gateway), (7, source)):
         if address:
-            body += attribute(kind, socket.inet_aton(address))
+            body += attribute(kind, packed(address)[2])
     body += _number(4, index)
     return Request(_NEWROUTE, body, f"set the route to {destination or 'everywhere'}", flags=_CREATE | _REPLACE)
 
@@ -130,8 +155,9 @@ def delete_dead_end(network: str, prefix_length: int) -> Request:
 
 
 def _dead_end(network: str, prefix_length: int) -> bytes:
-    body = _ROUTE.pack(socket.AF_INET, prefix_length, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_UNIVERSE, _UNREACHABLE, 0)
-    return body + attribute(1, socket.inet_aton(network)) + _number(6, _METRIC_LAST)
+    family, _, data = packed(network)
+    body = _ROUTE.pack(family, prefix_length, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_UNIVERSE, _UNREACHABLE, 0)
+    return body + attribute(1, data) + _number(6, _METRIC_LAST)
 
 
 class RouteSocket:

@@ -10,7 +10,11 @@ from msgspec import Struct
 
 from atoll.model.spec import Allow, NetworkRules, PortProtocol
 
-SETS = ("guarded", "admitted", "fenced", "permitted", "limited", "bytes_out", "bytes_in", "packets_out", "packets_in")
+SETS = (
+    "guarded", "admitted", "admitted_six", "fenced", "permitted", "permitted_six", "limited",
+    "bytes_out", "bytes_in", "packets_out", "packets_in",
+)  # fmt: skip
+"""Those whose names end in `six` are of IPv6 networks; the others hold for both families, by the IPv4 address."""
 PORT_MAX = 65_535
 BURST_SHARE = 10
 """A limit lets pass at once what it lets pass in so many parts of a second."""
@@ -26,6 +30,7 @@ class Ruled(Struct, frozen=True):
     rules: NetworkRules
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Members = Mapping[tuple[str, str], Sequence[str]]
 """(Project, app or job) → addresses of its instances, on whatever node."""
 Learned = Mapping[tuple[str, str], Sequence[str]]
@@ -39,10 +44,12 @@ def elements_of(ruled: Iterable[Ruled], members: Members, learned: Learned) -> d
         rules = one.rules
         if rules.ingress is not None:
             found["guarded"].append(one.address)
-            found["admitted"] += _listed(one, rules.ingress, members, learned)
+            found["admitted"] += _listed(one, rules.ingress, members, learned, 4)
+            found["admitted_six"] += _listed(one, rules.ingress, members, learned, 6)
         if rules.egress is not None:
             found["fenced"].append(one.address)
-            found["permitted"] += _listed(one, rules.egress, members, learned)
+            found["permitted"] += _listed(one, rules.egress, members, learned, 4)
+            found["permitted_six"] += _listed(one, rules.egress, members, learned, 6)
         if rules.bandwidth is not None or rules.packets is not None:
             found["limited"].append(one.address)
         if rules.bandwidth is not None:
@@ -58,10 +65,10 @@ def elements_of(ruled: Iterable[Ruled], members: Members, learned: Learned) -> d
     return found
 
 
-def networks_of(allow: Allow, address: str, project: str, members: Members, learned: Learned) -> list[ipaddress.IPv4Network]:
+def networks_of(allow: Allow, address: str, project: str, members: Members, learned: Learned) -> list[Network]:
     """Return which addresses a rule of the instance at `address` means now."""
     if allow.cidr is not None:
-        return [ipaddress.IPv4Network(allow.cidr)]
+        return [ipaddress.ip_network(allow.cidr)]
     named = members.get((project, allow.app), ()) if allow.app is not None else learned.get((address, allow.host or ""), ())
     return [ipaddress.IPv4Network(one) for one in named]
 
@@ -72,11 +79,21 @@ def protocols_of(allow: Allow) -> tuple[str, ...]:
     return ("udp",) if allow.protocol is PortProtocol.UDP else ("tcp",)
 
 
-def _listed(one: Ruled, allows: Sequence[Allow], members: Members, learned: Learned) -> list[str]:
-    """Cut the ports where any rule begins or ends; between two cuts the addresses of all rules are one collection."""
+def _collapsed(networks: Iterable[Network], version: int) -> Iterable[Network]:
+    """Return those of one version of IP, none of them within another."""
+    if version == 4:
+        return ipaddress.collapse_addresses(one for one in networks if isinstance(one, ipaddress.IPv4Network))
+    return ipaddress.collapse_addresses(one for one in networks if isinstance(one, ipaddress.IPv6Network))
+
+
+def _listed(one: Ruled, allows: Sequence[Allow], members: Members, learned: Learned, version: int) -> list[str]:
+    """Return the elements for networks of this version of IP.
+
+    Cut the ports where any rule begins or ends; between two cuts the addresses of all rules are one collection.
+    """
     found = []
     for protocol in ("tcp", "udp"):
-        spans: list[tuple[int, int, list[ipaddress.IPv4Network]]] = []
+        spans: list[tuple[int, int, list[Network]]] = []
         for allow in allows:
             if protocol in protocols_of(allow):
                 networks = networks_of(allow, one.address, one.project, members, learned)
@@ -85,7 +102,7 @@ def _listed(one: Ruled, allows: Sequence[Allow], members: Members, learned: Lear
         cuts = sorted({first for first, _, _ in spans} | {last + 1 for _, last, _ in spans})
         for first, end in pairwise(cuts):
             there = [network for low, high, networks in spans if low <= first <= high for network in networks]
-            for network in ipaddress.collapse_addresses(there):
+            for network in _collapsed(there, version):
                 ports_text = str(first) if end - 1 == first else f"{first}-{end - 1}"
                 found.append(f"{one.address} . {network} . {protocol} . {ports_text}")
     return found

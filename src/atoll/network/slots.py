@@ -1,11 +1,13 @@
 """A slot: a namespace and its routed link, ready for an instance to move in. Everything here blocks, for about 2 ms a slot.
 
 In the namespace `eth0` has the slot's address, and `169.254.1.1`, which is the same everywhere, is the way to everything;
-on the node a /32 route leads to the link. Neither side ever asks for a hardware address: both know it for good.
+on the node a /32 route leads to the link. Neither side ever asks for a hardware address: both know it for good. So it is with IPv6,
+where the cell has a network for that: one address, and `fe80::1` as the way to the cell's instances and to nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -19,10 +21,12 @@ from pathlib import Path
 from msgspec import Struct
 
 from atoll.model.errors import Conflict, RuntimeFailed
+from atoll.model.fabric import ipv6_network_of, ipv6_of
 from atoll.network import namespaces, netlink
 from atoll.network.addresses import AddressPool
 
 GATEWAY = "169.254.1.1"
+GATEWAY_IPV6 = "fe80::1"
 GATEWAY_MAC = bytes.fromhex("02617400fffe")
 """The node's end of every link; each link is a world of its own, so one address serves all."""
 MTU_DEFAULT = 1500
@@ -30,7 +34,7 @@ _LOOPBACK_INDEX = 1
 _SIOCGIFMTU = 0x8921
 _SYSCTL = Path("/proc/sys/net")
 _INSIDE = (
-    ("ipv6/conf/default/disable_ipv6", "1"),  # for eth0; ::1 stays, so that an app may listen on `::`
+    ("ipv6/conf/default/disable_ipv6", "1"),  # for all links but `lo`: ::1 stays, so that an app may listen on `::`
     ("ipv4/ip_unprivileged_port_start", "0"),  # port 80 without being root, as with Docker
     ("ipv4/ping_group_range", "0 2147483647"),
 )
@@ -43,6 +47,8 @@ class Slot(Struct, frozen=True):
     index: int
     """The interface's, which the kernel never uses twice."""
     netns: Path
+    ipv6: str = ""
+    """Empty where it has none."""
 
 
 def tag_of(directory: Path) -> str:
@@ -53,7 +59,9 @@ def tag_of(directory: Path) -> str:
 class SlotMaker:
     """Makes, finds and removes the slots of one data directory."""
 
-    def __init__(self, tag: str, pool: AddressPool) -> None:
+    def __init__(self, tag: str, pool: AddressPool, ula: str = "") -> None:
+        """`ula`: the cell's IPv6 network; without it slots have no IPv6."""
+        self._ula = ula
         self.prefix = f"at{tag}"
         self._namespace_prefix = f"atoll-{tag}-"
         self._pool = pool
@@ -69,6 +77,7 @@ class SlotMaker:
     def make(self, number: int) -> Slot:
         """Raises RuntimeFailed; then nothing is left."""
         address, interface = self._pool.address(number), self._interface(number)
+        ipv6 = ipv6_of(self._ula, address) if self._ula else ""
         mac = b"\x02\x61" + socket.inet_aton(address)
 
         def setup() -> None:
@@ -78,18 +87,22 @@ class SlotMaker:
                 ends = netlink.add_veth("eth0", mac=mac, peer=interface, peer_mac=GATEWAY_MAC, peer_netns=self._home, mtu=self._mtu)
                 inside.send(ends, netlink.set_up(_LOOPBACK_INDEX))
                 index = socket.if_nametoindex("eth0")
+                if ipv6:
+                    write_sysctl("ipv6/conf/eth0/disable_ipv6", "0")
                 inside.send(
+                    *((netlink.no_own_addresses(index),) if ipv6 else ()),
                     netlink.set_up(index),
                     netlink.add_address(index, address),
                     netlink.add_neighbour(index, GATEWAY, GATEWAY_MAC),
                     netlink.add_route(index, GATEWAY),
                     netlink.add_route(index, None, gateway=GATEWAY),
+                    *(_inside_ipv6(index, ipv6, self._ula) if ipv6 else ()),
                 )
 
         netns = self._netns(number)
         namespaces.create(netns, setup)
         try:
-            slot = Slot(number, address, interface, socket.if_nametoindex(interface), netns)
+            slot = Slot(number, address, interface, socket.if_nametoindex(interface), netns, ipv6)
             self.connect(slot)
         except (RuntimeFailed, OSError):
             self.remove([number])
@@ -98,12 +111,22 @@ class SlotMaker:
 
     def connect(self, slot: Slot) -> None:
         """Make the node's side as it should be, whatever it was. Safe to repeat."""
-        write_sysctl(f"ipv6/conf/{slot.interface}/disable_ipv6", "1")
+        mac = b"\x02\x61" + socket.inet_aton(slot.address)
+        if slot.ipv6:
+            open_ipv6(slot.interface)
+            self._routes.send(netlink.no_own_addresses(slot.index))
+        else:
+            write_sysctl(f"ipv6/conf/{slot.interface}/disable_ipv6", "1")
         self._routes.send(
             netlink.set_up(slot.index),
-            netlink.add_neighbour(slot.index, slot.address, b"\x02\x61" + socket.inet_aton(slot.address)),
+            netlink.add_neighbour(slot.index, slot.address, mac),
             netlink.add_route(slot.index, slot.address, source=self._pool.node_address),
         )
+        if slot.ipv6:
+            self._routes.send(
+                netlink.add_neighbour(slot.index, slot.ipv6, mac),
+                netlink.add_route(slot.index, slot.ipv6, source=ipv6_of(self._ula, self._pool.node_address)),
+            )
 
     def find(self) -> tuple[dict[int, Slot], set[int]]:
         """Return the whole slots that exist by number, and the numbers of those of which only a part is there."""
@@ -118,11 +141,23 @@ class SlotMaker:
             names = []
         files = {number for name in names if (number := _number(name, self._namespace_prefix)) is not None}
         whole = {
-            number: Slot(number, self._pool.address(number), self._interface(number), links[number], self._netns(number))
+            number: Slot(
+                number,
+                self._pool.address(number),
+                self._interface(number),
+                links[number],
+                self._netns(number),
+                self._ipv6_there(number),
+            )
             for number in files & links.keys()
             if number < self._pool.network.num_addresses and namespaces.is_namespace(self._netns(number))
         }
         return whole, (files | links.keys()) - whole.keys()
+
+    def _ipv6_there(self, number: int) -> str:
+        """Return the IPv6 address that the slot was made with: one of an earlier agent may have none."""
+        made = self._ula and read_sysctl(f"ipv6/conf/{self._interface(number)}/disable_ipv6") == "0"
+        return ipv6_of(self._ula, self._pool.address(number)) if made else ""
 
     def remove(self, numbers: Sequence[int]) -> None:
         """Remove the slots, whole or half-made, and return when the kernel has. Safe to repeat."""
@@ -146,6 +181,11 @@ class SlotMaker:
             netlink.add_address(_LOOPBACK_INDEX, self._pool.node_address, link_scope=True),
             netlink.add_dead_end(str(network.network_address), network.prefixlen),
         )
+        if self._ula:
+            self._routes.send(
+                netlink.add_address(_LOOPBACK_INDEX, ipv6_of(self._ula, self._pool.node_address)),
+                netlink.add_dead_end(*self._network_ipv6()),
+            )
 
     def close_subnet(self) -> None:
         network = self._pool.network
@@ -153,6 +193,15 @@ class SlotMaker:
             netlink.delete_address(_LOOPBACK_INDEX, self._pool.node_address),
             netlink.delete_dead_end(str(network.network_address), network.prefixlen),
         )
+        if self._ula:
+            self._routes.send(
+                netlink.delete_address(_LOOPBACK_INDEX, ipv6_of(self._ula, self._pool.node_address)),
+                netlink.delete_dead_end(*self._network_ipv6()),
+            )
+
+    def _network_ipv6(self) -> tuple[str, int]:
+        address, _, length = ipv6_network_of(self._ula, str(self._pool.network)).partition("/")
+        return address, int(length)
 
     def check_overlap(self) -> None:
         """Raise Conflict where part of the subnet is in use on this machine for something else.
@@ -172,6 +221,44 @@ class SlotMaker:
 
     def _netns(self, number: int) -> Path:
         return namespaces.DIRECTORY / f"{self._namespace_prefix}{number:x}"
+
+
+def _inside_ipv6(index: int, address: str, ula: str) -> tuple[netlink.Request, ...]:
+    return (
+        netlink.add_address(index, address),
+        netlink.add_neighbour(index, GATEWAY_IPV6, GATEWAY_MAC),
+        netlink.add_route(index, ula, gateway=GATEWAY_IPV6),
+    )
+
+
+def no_ipv6() -> str:
+    """Return why this machine has no IPv6 for instances, or nothing."""
+    disabled = read_sysctl("ipv6/conf/all/disable_ipv6")
+    if not disabled:
+        return "this kernel has no IPv6"
+    return "net.ipv6.conf.all.disable_ipv6 is set" if disabled != "0" else ""
+
+
+def open_ipv6(interface: str) -> None:
+    """Let the link have IPv6, and let what comes by it go on to others. Before it is brought up. Raises RuntimeFailed."""
+    if read_sysctl("ipv6/conf/default/disable_ipv6") != "0":
+        write_sysctl(f"ipv6/conf/{interface}/disable_ipv6", "0")
+    write_sysctl(f"ipv6/conf/{interface}/force_forwarding", "1")
+
+
+def forward_ipv6() -> bool:
+    """Let links forward IPv6; return whether something of the whole machine was changed. Raises RuntimeFailed.
+
+    Since Linux 6.17 each link is let by itself (`open_ipv6`). Before, all of the machine forwards or nothing does; so that it does
+    not lose its own way out, what hears of routers goes on to do so (accept_ra 2; Documentation/networking/ip-sysctl).
+    """
+    if read_sysctl("ipv6/conf/all/force_forwarding") or read_sysctl("ipv6/conf/all/forwarding") != "0":
+        return False
+    for path in sorted((_SYSCTL / "ipv6/conf").iterdir()):
+        if path.name != "all" and read_sysctl(f"ipv6/conf/{path.name}/accept_ra") == "1":
+            write_sysctl(f"ipv6/conf/{path.name}/accept_ra", "2")
+    write_sysctl("ipv6/conf/all/forwarding", "1")
+    return True
 
 
 def write_sysctl(name: str, value: str) -> None:
@@ -202,6 +289,16 @@ def routes() -> list[tuple[str, ipaddress.IPv4Network]]:
             continue
         destination, mask = (int.from_bytes(bytes.fromhex(fields[i]), "little") for i in (1, 7))
         found.append((fields[0], ipaddress.IPv4Network((destination, mask.bit_count()))))
+    return found
+
+
+def routes_ipv6() -> list[tuple[str, ipaddress.IPv6Network]]:
+    """Return the node's IPv6 routes as (interface, destination)."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines():
+            fields = line.split()
+            found.append((fields[-1], ipaddress.IPv6Network((int(fields[0], 16), int(fields[1], 16)))))
     return found
 
 

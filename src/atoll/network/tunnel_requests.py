@@ -7,7 +7,7 @@ import ipaddress
 import socket
 import struct
 
-from atoll.network.netlink import Request, attribute
+from atoll.network.netlink import Request, attribute, packed
 
 _IFINFO = struct.Struct("=BxHiII")
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")
@@ -74,16 +74,17 @@ def delete_way(index: int, network: str) -> Request:
 
 
 def _way(index: int, network: str, gateway: str | None, source: str | None) -> bytes:
-    net = ipaddress.IPv4Network(network)
+    net = ipaddress.ip_network(network)
     if source is None:
         scope, protocol = 255, 0  # whatever it is
     else:
         scope, protocol = _SCOPE_UNIVERSE if gateway else _SCOPE_LINK, _PROTOCOL_STATIC
     flags = _ONLINK if gateway else 0
-    body = _ROUTE.pack(socket.AF_INET, net.prefixlen, 0, 0, _TABLE_MAIN, protocol, scope, _UNICAST, flags)
+    family = socket.AF_INET if net.version == 4 else socket.AF_INET6
+    body = _ROUTE.pack(family, net.prefixlen, 0, 0, _TABLE_MAIN, protocol, scope, _UNICAST, flags)
     body += attribute(1, net.network_address.packed) + _number(4, index)
     if gateway:
-        body += attribute(5, socket.inet_aton(gateway))
+        body += attribute(5, packed(gateway)[2])
     if source:
-        body += attribute(7, socket.inet_aton(source))
+        body += attribute(7, packed(source)[2])
     return body

@@ -17,13 +17,15 @@ import structlog
 from msgspec import Struct
 
 from atoll.model.errors import AtollError
-from atoll.model.fabric import FabricNode, node_address
+from atoll.model.fabric import FabricNode, ipv6_network_of, ipv6_of, node_address
 from atoll.network import netlink, tunnel_requests, wireguard
-from atoll.network.slots import routes, uplink_mtu, write_sysctl
+from atoll.network.slots import open_ipv6, routes, routes_ipv6, uplink_mtu, write_sysctl
 
 VXLAN_BYTES = 50
 WIREGUARD_BYTES = 80
 """What a tunnel adds to each packet at most."""
+IPV6_MTU_MIN = 1280
+"""Links that take less have no IPv6: RFC 8200, section 5."""
 
 log = structlog.get_logger()
 
@@ -77,11 +79,17 @@ def ways_of(own: FabricNode, nodes: Mapping[str, FabricNode], via: Mapping[str, 
     return found
 
 
-class Tunnels:
-    """The tunnels of one data directory, whose tag is in their names."""
+def ipv6_way(ula: str, way: Way) -> Way:
+    """Return the same way for the IPv6 addresses of who is there."""
+    return Way(ipv6_network_of(ula, way.network), way.kind, ipv6_of(ula, way.gateway) if way.gateway else None)
 
-    def __init__(self, tag: str) -> None:
+
+class Tunnels:
+    """The tunnels of one data directory, whose tag is in their names; for IPv6, too, where the cell's network `ula` is given."""
+
+    def __init__(self, tag: str, ula: str = "") -> None:
         self.names = names_of(tag)
+        self._ula = ula
         self._routes = netlink.RouteSocket()
         self._ways: dict[str, Way] = {}
         self._neighbours: dict[str, str] = {}
@@ -106,6 +114,10 @@ class Tunnels:
     def mtu(self, kind: Kind) -> int:
         return uplink_mtu() - (VXLAN_BYTES if kind is Kind.VXLAN else WIREGUARD_BYTES)
 
+    def ula(self, kind: Kind) -> str:
+        """Return the IPv6 network that this kind of tunnel leads to, or nothing."""
+        return self._ula if self.mtu(kind) >= IPV6_MTU_MIN else ""
+
     def set(
         self, own: FabricNode, number: int, nodes: Mapping[str, FabricNode], via: Mapping[str, str], key: wireguard.Key | None
     ) -> None:
@@ -124,7 +136,9 @@ class Tunnels:
             self._set_neighbours(local)
         if Kind.WIREGUARD in self._made and key is not None:
             self._set_wireguard(own, nodes, direct, via, key)
-        self._set_ways(own, {network: way for network, way in ways.items() if way.kind in self._made})
+        wanted = [way for way in ways.values() if way.kind in self._made]
+        wanted += [ipv6_way(ula, way) for way in wanted if (ula := self.ula(way.kind))]
+        self._set_ways(own, {way.network: way for way in wanted})
         if trouble is not None:
             raise trouble
 
@@ -140,7 +154,12 @@ class Tunnels:
         else:
             self._make_vxlan(name, own, number, mtu)
         index = socket.if_nametoindex(name)
-        write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "1")
+        if self.ula(kind):
+            self._routes.send(netlink.no_own_addresses(index))
+            write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "0")
+            open_ipv6(name)
+        else:
+            write_sysctl(f"ipv6/conf/{name}/disable_ipv6", "1")
         write_sysctl(f"ipv4/conf/{name}/rp_filter", "2")  # a relayed answer may come by another tunnel
         self._routes.send(netlink.set_up(index))
         self._made[kind] = index
@@ -175,6 +194,8 @@ class Tunnels:
             if self._neighbours.get(address) != endpoint:
                 mac = mac_of(address)
                 self._routes.send(netlink.add_neighbour(index, address, mac), tunnel_requests.add_forwarding(index, mac, endpoint))
+                if ula := self.ula(Kind.VXLAN):
+                    self._routes.send(netlink.add_neighbour(index, ipv6_of(ula, address), mac))
         self._neighbours = dict(wanted)
 
     def _set_wireguard(
@@ -192,6 +213,9 @@ class Tunnels:
             through = via.get(name, name)
             if through in peers:
                 peers[through][1].append(node.prefix)
+        if ula := self.ula(Kind.WIREGUARD):
+            for _, networks in peers.values():
+                networks += [ipv6_network_of(ula, network) for network in networks]
         wanted = (key, own.wireguard_port, peers)
         if wanted != self._wireguard:
             wireguard.configure(self.names[Kind.WIREGUARD], key, own.wireguard_port, peers)
@@ -199,15 +223,19 @@ class Tunnels:
 
     def _set_ways(self, own: FabricNode, wanted: Mapping[str, Way]) -> None:
         source = node_address(own.prefix)
+        sources = {4: source, 6: ipv6_of(self._ula, source) if self._ula else ""}
         kinds = {self.names[kind]: kind for kind in self._made}
-        for interface, there in routes() if not self._ways else ():
+        inner = ipaddress.IPv6Network(self._ula or "::/128")
+        earlier = [*routes(), *((interface, there) for interface, there in routes_ipv6() if there.subnet_of(inner))]
+        for interface, there in earlier if not self._ways else ():
             if interface in kinds and str(there) not in wanted:  # an earlier agent's, and leads nowhere that anybody knows
                 self._routes.send(tunnel_requests.delete_way(self._made[kinds[interface]], str(there)))
         for network, way in self._ways.items():
             if network not in wanted or wanted[network].kind is not way.kind:
                 self._routes.send(tunnel_requests.delete_way(self._made[way.kind], network))
         # Addresses first: a prefix is led through one of them.
-        for network, way in sorted(wanted.items(), key=lambda one: -ipaddress.IPv4Network(one[0]).prefixlen):
+        for network, way in sorted(wanted.items(), key=lambda one: -ipaddress.ip_network(one[0]).prefixlen):
             if self._ways.get(network) != way:
-                self._routes.send(tunnel_requests.add_way(self._made[way.kind], network, gateway=way.gateway, source=source))
+                mine = sources[ipaddress.ip_network(network).version]
+                self._routes.send(tunnel_requests.add_way(self._made[way.kind], network, gateway=way.gateway, source=mine))
         self._ways = dict(wanted)

@@ -209,6 +209,7 @@ def _prepared(state: State, event: Prepared, now: Now) -> Outcome:
         volume_digests=event.volume_digests,
         message="",
         address=event.address,
+        ipv6=event.ipv6,
         stop_signal=event.stop_signal,
     )
     return after, (Launch(),)

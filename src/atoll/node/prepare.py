@@ -119,6 +119,7 @@ class Preparation:
         return Prepared(
             image_digest=image.digest,
             address=link.address,
+            ipv6=link.ipv6,
             stop_signal=stop_signal_of(image),
             volume_digests=dict(self.volume_digests),
         )

@@ -42,7 +42,8 @@ async def recover(entries: Sequence[Entry], tools: Tools, choose: random.Random)
             {id: entry.assignment.instance.gpus for id, entry in known.items() if entry.assignment.instance.gpus}
         )
     keep = [id for id, entry in known.items() if not entry.state.phase.final]
-    await _persist(lambda: tools.network.recover(keep), "network recover", choose, settled=bool(known))
+    links = await _persist(lambda: tools.network.recover(keep), "network recover", choose, settled=bool(known))
+    ipv6 = {link.id: link.ipv6 for link in links}
     for id in tools.directories.strangers(known):
         log.warning("removing a directory that is not recorded", instance=id)
         tools.directories.remove_instance(id)
@@ -58,7 +59,8 @@ async def recover(entries: Sequence[Entry], tools: Tools, choose: random.Random)
         instance = entry.assignment.instance
         desired = advance(entry.state.desired, instance.desired)
         standby = entry.state.standby and instance.standby
-        recovered.append((replace(entry, state=replace(entry.state, desired=desired, standby=standby)), event))
+        still = entry.state.ipv6 if ipv6.get(id) == entry.state.ipv6 else None  # an agent without IPv6 has closed it
+        recovered.append((replace(entry, state=replace(entry.state, desired=desired, standby=standby, ipv6=still)), event))
     log.info("recovered", recorded=len(known), running=sum(event.pid is not None for _, event in recovered))
     return recovered
 

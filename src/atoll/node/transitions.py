@@ -63,6 +63,7 @@ class State(Struct, frozen=True, kw_only=True, omit_defaults=True):
     volume_digests: dict[str, str] = {}
     """Volume → the image that it shows."""
     address: str | None = None
+    ipv6: str | None = None
     stop_signal: str | None = None
     """The image's own, used where the spec keeps the default."""
     ending: bool = False
@@ -135,6 +136,7 @@ def status_of(state: State, *, instance: str, project: str, node: str) -> Status
         restarts=max(0, state.run - 1),
         pid=state.pid,
         address=state.address,
+        ipv6=state.ipv6,
         exit=state.exit,
         message=state.message,
         image_digest=state.image_digest,
@@ -181,6 +183,7 @@ class Prepared(Struct, frozen=True, kw_only=True):
 
     image_digest: str
     address: str | None
+    ipv6: str | None = None
     stop_signal: str | None = None
     volume_digests: dict[str, str] = {}
 

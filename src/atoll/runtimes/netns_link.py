@@ -42,14 +42,18 @@ def keep_link(netns: Path, directory: Path) -> None:
 
 def _addresses(netns: Path) -> list[list[str]]:
     return [
-        ["address", "replace", f"{address['local']}/{address['prefixlen']}", "dev", link["ifname"]]
-        for link in _ip(netns, "-4", "address", "show", "scope", "global")
+        [
+            *("address", "replace", f"{address['local']}/{address['prefixlen']}", "dev", link["ifname"]),
+            *(("nodad", "noprefixroute") if address["family"] == "inet6" else ()),
+        ]
+        for link in _ip(netns, "address", "show", "scope", "global")
         for address in link.get("addr_info", ())
+        if "local" in address  # of others nothing is told
     ]
 
 
 def _neighbours(netns: Path) -> list[list[str]]:
-    found = _ip(netns, "-4", "neighbour", "show", "nud", "permanent")
+    found = _ip(netns, "neighbour", "show", "nud", "permanent")
     return [
         ["neighbour", "replace", each["dst"], "lladdr", each["lladdr"], "dev", each["dev"]] for each in found if "lladdr" in each
     ]
@@ -57,6 +61,7 @@ def _neighbours(netns: Path) -> list[list[str]]:
 
 def _routes(netns: Path) -> list[list[str]]:
     commands = []
+    # Those of IPv6 stay when the addresses go.
     for route in sorted(_ip(netns, "-4", "route", "show"), key=lambda route: "gateway" in route):  # the way to a gateway first
         command = ["route", "replace", route["dst"], "dev", route["dev"]]
         if "gateway" in route:

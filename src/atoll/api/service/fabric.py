@@ -21,6 +21,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Exhausted, Invalid, Unavailable
 from atoll.model.fabric import (
     PREFIX_LENGTH,
+    ULA_BYTES,
     Fabric,
     FabricBatch,
     FabricGrant,
@@ -30,6 +31,7 @@ from atoll.model.fabric import (
     Member,
     ReachView,
     network_of,
+    new_ula,
 )
 from atoll.model.membership import Server
 from atoll.model.ports.store import Compare, Op, Put, absent, unchanged
@@ -70,13 +72,16 @@ class Fabrics:
                 ipaddress.IPv4Address(offer.endpoint)
             except ValueError as error:
                 raise Invalid(f"endpoint: {error}", field="endpoint") from None
-        number = int.from_bytes(self._context.entropy(3)) or 1
+        drawn = self._context.entropy(3 + ULA_BYTES)
+        number, ula = int.from_bytes(drawn[:3]) or 1, new_ula(drawn[3:])
 
         def build() -> Draft[FabricGrant]:
             compare: list[Compare] = []
             ops: list[Op] = []
             cell = self._state.get(Fabric, "cell")
             fabric = cell.record if cell is not None else Fabric(number=number)
+            if not fabric.ula:
+                fabric = replace(fabric, ula=ula)
             held = self._state.get(FabricNode, name)
             prefix = self._prefix(name, offer, fabric, held.record if held is not None else None)
             self._check_identity(name, offer, prefix, held.record if held is not None else None)
@@ -91,15 +96,16 @@ class Fabrics:
                 vxlan_port=offer.vxlan_port,
                 wireguard_port=offer.wireguard_port,
             )
-            grant = FabricGrant(network=fabric.network, number=fabric.number, prefix=prefix)
-            if held is not None and held.record == node:
+            grant = FabricGrant(network=fabric.network, number=fabric.number, prefix=prefix, ula=fabric.ula)
+            fresh, whole = held is None or held.record.prefix != prefix, cell is not None and cell.record == fabric
+            if whole and held is not None and held.record == node:
                 return Draft(answer=lambda _: grant)
             key = keys.fabric_node(name)
             compare.append(absent(key) if held is None else unchanged(key, held.revision))
             ops.append(Put(key, codec.encode(node)))
-            if held is None or held.record.prefix != prefix:
+            if fresh or not whole:
                 compare.append(absent(keys.fabric()) if cell is None else unchanged(keys.fabric(), cell.revision))
-                ops.append(Put(keys.fabric(), codec.encode(replace(fabric, allocations=fabric.allocations + 1))))
+                ops.append(Put(keys.fabric(), codec.encode(replace(fabric, allocations=fabric.allocations + fresh))))
             return Draft(compare=compare, ops=ops, answer=lambda _: grant)
 
         return await self._context.write(FabricGrant, build)
@@ -299,6 +305,7 @@ class Fabrics:
             region=node.record.region if node is not None else "local",
             address=status.record.address,
             ready=status.record.ready and instance.desired == "run",
+            ipv6=status.record.ipv6 is not None,
         )
 
     def _apply(self, deltas: Deltas) -> None:

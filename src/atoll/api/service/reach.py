@@ -20,6 +20,7 @@ class End(Struct, frozen=True):
     instance: Instance
     spec: AppSpec | JobSpec
     address: str | None
+    ipv6: str | None = None
 
 
 def end_of(state: State, project: str, name: str) -> End:
@@ -36,9 +37,10 @@ def end_of(state: State, project: str, name: str) -> End:
         if spec is None:
             continue
         status = state.get(Status, key)
-        address = status.record.address if status is not None and not status.record.phase.final else None
+        live = status.record if status is not None and not status.record.phase.final else None
+        address, ipv6 = (live.address, live.ipv6) if live is not None else (None, None)
         if found is None or (found.address is None and address is not None):
-            found = End(instance, spec, address)
+            found = End(instance, spec, address, ipv6)
     if found is None:
         raise NotFound(
             f"nothing of '{name[:60]}' runs in project '{project}'", mend=f"atoll ps --project {project} lists what does"
@@ -70,7 +72,8 @@ def reach(state: State, source: End, target: End, port: int, protocol: str) -> R
 def _placed(what: str, end: End) -> ReachStep:
     if end.address is None:
         return ReachStep(what=what, ok=False, detail=f"{end.instance.id} has no address", mend=f"atoll explain {end.instance.id}")
-    return ReachStep(what=what, ok=True, detail=f"{end.instance.id} is {end.address} on node {end.instance.node}")
+    named = f"{end.address} ({end.ipv6})" if end.ipv6 else end.address
+    return ReachStep(what=what, ok=True, detail=f"{end.instance.id} is {named} on node {end.instance.node}")
 
 
 def _projects(source: End, target: End) -> ReachStep:
@@ -120,7 +123,9 @@ def _covers(allow: Allow, other: End, port: int, protocol: str) -> bool:
     if allow.app is not None:
         return allow.app == other.instance.owner
     if allow.cidr is not None and other.address is not None:
-        return ipaddress.IPv4Address(other.address) in ipaddress.IPv4Network(allow.cidr)
+        network = ipaddress.ip_network(allow.cidr)
+        address = other.address if network.version == 4 else other.ipv6
+        return address is not None and ipaddress.ip_address(address) in network
     return False
 
 

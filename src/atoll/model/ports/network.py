@@ -21,6 +21,8 @@ class Link(Struct, frozen=True, kw_only=True):
     """IPv4, unique on the node."""
     interface: str
     """The host's end."""
+    ipv6: str | None = None
+    """Its IPv6 address, which follows from `address`; None where it has none."""
     resolv_conf: Path | None = None
 
 

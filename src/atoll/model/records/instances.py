@@ -99,6 +99,8 @@ class Status(Record, frozen=True, kw_only=True):
     pid: int | None = None
     address: str | None = None
     """Where its ports answer, reachable from the node's ingress."""
+    ipv6: str | None = None
+    """Its IPv6 address within the cell, where it has one."""
     exit: Exit | None = None
     """How it last ended."""
     message: str = ""

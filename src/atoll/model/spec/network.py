@@ -23,8 +23,8 @@ class Allow(SpecRecord, frozen=True, kw_only=True):
 
     app: Name | None = None
     """Instances of this app or job of the project."""
-    cidr: Annotated[str, Meta(max_length=18)] | None = None
-    """IPv4 addresses."""
+    cidr: Annotated[str, Meta(max_length=43)] | None = None
+    """IPv4 addresses, and whoever has one of these by its IPv6 address, too; or IPv6 addresses, and those alone."""
     host: Hostname | None = None
     """The addresses that the node's name servers say for this name; `*.` in front means every name below it. Only outwards."""
     ports: Annotated[tuple[PortNumber, ...], Meta(max_length=PORTS_MAX)] = ()
@@ -58,6 +58,6 @@ def check_network(rules: NetworkRules) -> None:
                 raise Invalid(f"{field}.host: who comes has no name", field=f"{field}.host", mend="use app or cidr")
             if allow.cidr is not None:
                 try:
-                    ipaddress.IPv4Network(allow.cidr)
+                    ipaddress.ip_network(allow.cidr)
                 except ValueError as error:
                     raise Invalid(f"{field}.cidr: {error}", field=f"{field}.cidr", mend="write e.g. 192.0.2.0/24") from None

@@ -16,6 +16,7 @@ from msgspec import Struct
 from atoll.model.errors import Invalid
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.snapshots import machine_id
+from atoll.runtimes.vm.tap import GuestLink
 from atoll.runtimes.vm.volumes import VmVolume
 
 TRAILER_BYTES = 4096
@@ -34,6 +35,7 @@ class GuestConfig(Struct, frozen=True, kw_only=True):
     hosts: str
     resolv_conf: str = ""
     address: str = ""
+    ipv6: str = ""
     mtu: int = 0
     read_only_root: bool = False
     volumes: tuple[VmVolume, ...] = ()
@@ -73,7 +75,7 @@ def _words(words: Sequence[str]) -> bytes:
 
 def config_words(config: GuestConfig) -> bytes:
     """Return all that the guest is told, secrets included. Raises Invalid for more than CONFIG_BYTES_MAX."""
-    head = ["atoll-guest-1", config.hostname, config.hosts, config.resolv_conf, config.address, str(config.mtu)]
+    head = ["atoll-guest-2", config.hostname, config.hosts, config.resolv_conf, config.address, config.ipv6, str(config.mtu)]
     head += ["1" if config.read_only_root else "0", str(config.pids), str(config.memory_bytes), config.entropy.hex()]
     head.append(str(len(config.volumes)))
     for volume in config.volumes:
@@ -88,12 +90,13 @@ def config_words(config: GuestConfig) -> bytes:
     return words
 
 
-def refreshing(instance: str, hostname: str, address: str, mac: str, *, entropy: bytes, now_ns: int) -> bytes:
+def refreshing(instance: str, hostname: str, link: GuestLink | None, *, entropy: bytes, now_ns: int) -> bytes:
     """Return what makes a copy of a machine one of its own, as the guest reads it: `entropy` are 64 random bytes of the node's.
 
-    Without a network, address and hardware address are empty.
+    Without a network, all addresses are empty.
     """
-    return entropy + now_ns.to_bytes(8, "little") + _words([machine_id(instance, entropy), hostname, address, mac])
+    addresses = [link.address, link.mac, link.ipv6] if link is not None else [""] * 3
+    return entropy + now_ns.to_bytes(8, "little") + _words([machine_id(instance, entropy), hostname, *addresses])
 
 
 def write_config(disk: Path, disk_bytes: int, config: GuestConfig) -> None:

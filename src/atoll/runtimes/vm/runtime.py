@@ -267,8 +267,7 @@ class VmRuntime(OciRuntime):
         """Make a copy one of its own: it woke with its origin's randomness, clock, names and addresses. Raises RuntimeFailed."""
         try:
             channel = await self._open_channel(container, self.boot_s_max)
-            address, mac = (plan.link.address, plan.link.mac) if plan.link else ("", "")
-            told = refreshing(plan.id, plan.hostname, address, mac, entropy=os.urandom(64), now_ns=time.time_ns())
+            told = refreshing(plan.id, plan.hostname, plan.link, entropy=os.urandom(64), now_ns=time.time_ns())
             await channel.ask(Kind.REFRESH, Kind.REFRESHED, told, deadline_s=self.boot_s_max)
         except (Unavailable, DeadlineExceeded) as error:
             raise RuntimeFailed(f"the copy could not be made one of its own: {error}", mend="see vmm.log") from None

@@ -7,6 +7,7 @@ knows for it. No bridge, no routing, no second address. The tap ends with the na
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -49,6 +50,8 @@ class GuestLink(Struct, frozen=True):
     address: str
     mac: str
     mtu: int
+    ipv6: str = ""
+    """Empty where the link has none."""
 
 
 def connect(netns: Path) -> GuestLink | None:
@@ -108,7 +111,17 @@ def _connect() -> GuestLink | None:
             _request(netlink, _RTM_DELQDISC, _qdisc(source))  # an earlier one, with its filters
             _request(netlink, _RTM_NEWQDISC, _qdisc(source))
             _request(netlink, _RTM_NEWTFILTER, _redirect(source, target))
-    return GuestLink(address, mac.hex(":"), mtu)
+    return GuestLink(address, mac.hex(":"), mtu, _ipv6())
+
+
+def _ipv6() -> str:
+    """Return the link's address of the cell's network, by /proc/net/if_inet6: address, index, length, scope, flags, name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/thread-self/net/if_inet6").read_text().splitlines():
+            address, _, _, scope, _, name = line.split()
+            if name == LINK and scope == "00":
+                return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
+    return ""
 
 
 def _make_tap() -> None:

@@ -32,7 +32,6 @@
 #include <unistd.h>
 
 #define GATEWAY "169.254.1.1"
-#define GATEWAY_MAC "\x02\x61\x74\x00\xff\xfe"
 
 enum {
     TRAILER_BYTES = 4096,
@@ -194,7 +193,7 @@ int set_hardware_address(const char *mac) {
     return result;
 }
 
-static void sysctl(const char *name, const char *value) {
+void set_kernel(const char *name, const char *value) {
     char path[128];
     snprintf(path, sizeof path, "/proc/sys/%s", name);
     int fd = open(path, O_WRONLY | O_CLOEXEC);
@@ -203,20 +202,21 @@ static void sysctl(const char *name, const char *value) {
 }
 
 /* What it may use is the control group's to say, and not what the kernel thinks of a program's plans. */
-static void make_memory(void) { sysctl("vm/overcommit_memory", "1"); }
+static void make_memory(void) { set_kernel("vm/overcommit_memory", "1"); }
 
 static void make_network(const struct machine *machine, long mtu) {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct ifreq request = {.ifr_name = "eth0"};
-    sysctl("net/ipv6/conf/default/disable_ipv6", "1");
-    sysctl("net/ipv4/ip_unprivileged_port_start", "0");
-    sysctl("net/ipv4/ping_group_range", "0 2147483647");
+    set_kernel("net/ipv6/conf/default/disable_ipv6", "1");
+    set_kernel("net/ipv4/ip_unprivileged_port_start", "0");
+    set_kernel("net/ipv4/ping_group_range", "0 2147483647");
     bring_up(fd, "lo");
     if (machine->address[0]) {
-        sysctl("net/ipv6/conf/eth0/disable_ipv6", "1");
+        allow_ipv6(machine->ipv6[0] != 0);
         request.ifr_mtu = mtu;
         if (mtu > 0 && ioctl(fd, SIOCSIFMTU, &request) < 0) perror("mtu");
         if (set_address(machine->address) < 0) perror("the address");
+        if (machine->ipv6[0] && set_ipv6(machine->ipv6) < 0) perror("the IPv6 address");
     }
     close(fd);
 }
@@ -282,11 +282,12 @@ void boot(struct machine *machine) {
     if (mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, NULL) < 0) perror("cgroup2");
     mount_root(machine);
     char *version = next_word(&machine->config);
-    if (version == NULL || strcmp(version, "atoll-guest-1") != 0) die("the configuration is of another version");
+    if (version == NULL || strcmp(version, "atoll-guest-2") != 0) die("the configuration is of another version");
     machine->hostname = next_word(&machine->config);
     machine->hosts = next_word(&machine->config);
     machine->resolv_conf = next_word(&machine->config);
     machine->address = next_word(&machine->config);
+    machine->ipv6 = next_word(&machine->config);
     long mtu = next_number(&machine->config);
     machine->read_only_root = next_number(&machine->config);
     machine->pids = next_number(&machine->config);

@@ -53,7 +53,8 @@ enum kind {
     CLOSE = 5,    /* kill the command if it runs, and forget the stream */
     STATS = 6,
     CREDIT = 7,   /* bytes (4); in both directions */
-    REFRESH = 8,  /* after a restore: entropy (64), time in ns (8), then words: machine id, hostname, address, hardware address */
+    REFRESH = 8,  /* after a restore: entropy (64), time in ns (8), then words: machine id, hostname, address, hardware address,
+                     IPv6 address */
     COPY = 9,     /* as EXEC, but the arguments are "out" or "in" and a path, and init does it: see files.c */
     /* from the guest */
     STARTED = 16,
@@ -101,7 +102,7 @@ struct volume {
 struct machine {
     int vsock;
     struct words config; /* see config.py for its words; what is left in it after boot() is the first process */
-    char *hostname, *hosts, *resolv_conf, *address;
+    char *hostname, *hosts, *resolv_conf, *address, *ipv6;
     int read_only_root;
     long pids, memory_bytes, volume_count;
     struct volume volumes[VOLUMES_MAX];
@@ -111,8 +112,14 @@ void write_ending(const struct ending *ending);
 _Noreturn void power_off(void);
 int set_address(const char *address);
 int set_hardware_address(const char *mac);
+void set_kernel(const char *name, const char *value);
 long long disk_bytes_used(void);
 int open_port(const char *name);
+
+/* ipv6.c */
+#define GATEWAY_MAC "\x02\x61\x74\x00\xff\xfe"
+void allow_ipv6(int allowed);
+int set_ipv6(const char *address);
 
 /* box.c */
 struct command {

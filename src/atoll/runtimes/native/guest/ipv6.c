@@ -1,0 +1,94 @@
+/*
+ * The card's IPv6: one address, the cell's network behind one neighbour, known for good, and nothing else. As the namespace's of a
+ * container (slots.py), by rtnetlink, since no ioctl sets a neighbour or keeps the kernel from looking for the address's double.
+ */
+#define _GNU_SOURCE
+#include "guest.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <linux/if_addr.h>
+#include <linux/neighbour.h>
+#include <linux/netlink.h>
+#include <linux/rtnetlink.h>
+#include <net/if.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { NETWORK_BITS = 48 };
+
+struct request {
+    struct nlmsghdr head;
+    char body[128];
+};
+
+static void add(struct request *request, int kind, const void *data, size_t bytes) {
+    struct rtattr *attribute = (struct rtattr *)((char *)request + NLMSG_ALIGN(request->head.nlmsg_len));
+    attribute->rta_type = kind, attribute->rta_len = RTA_LENGTH(bytes);
+    memcpy(RTA_DATA(attribute), data, bytes);
+    request->head.nlmsg_len = NLMSG_ALIGN(request->head.nlmsg_len) + RTA_ALIGN(attribute->rta_len);
+}
+
+static struct request begin(int kind, int flags, const void *what, size_t bytes) {
+    struct request request = {.head = {.nlmsg_type = kind, .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK | flags}};
+    memcpy(NLMSG_DATA(&request.head), what, bytes);
+    request.head.nlmsg_len = NLMSG_LENGTH(bytes);
+    return request;
+}
+
+static int ask(int fd, const struct request *request) {
+    struct {
+        struct nlmsghdr head;
+        struct nlmsgerr error;
+        char rest[512];
+    } answer;
+    if (send(fd, request, request->head.nlmsg_len, 0) < 0 || recv(fd, &answer, sizeof answer, 0) < (ssize_t)NLMSG_LENGTH(4)) return -1;
+    errno = answer.head.nlmsg_type == NLMSG_ERROR ? -answer.error.error : EPROTO;
+    return errno ? -1 : 0;
+}
+
+static int address_is(int fd, unsigned card, int there, const struct in6_addr *address) {
+    const struct ifaddrmsg what = {.ifa_family = AF_INET6, .ifa_prefixlen = 128, .ifa_index = card};
+    const unsigned flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE;
+    struct request request = begin(there ? RTM_NEWADDR : RTM_DELADDR, there ? NLM_F_CREATE | NLM_F_REPLACE : 0, &what, sizeof what);
+    add(&request, IFA_LOCAL, address, sizeof *address), add(&request, IFA_ADDRESS, address, sizeof *address);
+    if (there) add(&request, IFA_FLAGS, &flags, sizeof flags);
+    return ask(fd, &request);
+}
+
+static int lead_to_network(int fd, unsigned card, const struct in6_addr *address, const struct in6_addr *gateway) {
+    const struct ndmsg neighbour = {.ndm_family = AF_INET6, .ndm_ifindex = card, .ndm_state = NUD_PERMANENT};
+    const struct rtmsg way = {.rtm_family = AF_INET6, .rtm_dst_len = NETWORK_BITS, .rtm_table = RT_TABLE_MAIN,
+                              .rtm_protocol = RTPROT_STATIC, .rtm_scope = RT_SCOPE_UNIVERSE, .rtm_type = RTN_UNICAST};
+    struct in6_addr network = {0};
+    memcpy(&network, address, NETWORK_BITS / 8);
+    struct request near = begin(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &neighbour, sizeof neighbour);
+    add(&near, NDA_DST, gateway, sizeof *gateway), add(&near, NDA_LLADDR, GATEWAY_MAC, 6);
+    struct request far = begin(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &way, sizeof way);
+    add(&far, RTA_DST, &network, sizeof network), add(&far, RTA_GATEWAY, gateway, sizeof *gateway), add(&far, RTA_OIF, &card, sizeof card);
+    return ask(fd, &near) < 0 || ask(fd, &far) < 0 ? -1 : 0;
+}
+
+/* Before the card is brought up. It has no address of itself, and none at all where the instance has none. */
+void allow_ipv6(int allowed) {
+    set_kernel("net/ipv6/conf/eth0/addr_gen_mode", "1");
+    set_kernel("net/ipv6/conf/eth0/accept_ra", "0");
+    set_kernel("net/ipv6/conf/eth0/disable_ipv6", allowed ? "0" : "1");
+}
+
+/* An empty address: none. A copy has its origin's, which goes. */
+int set_ipv6(const char *address) {
+    static struct in6_addr held;
+    static int holds;
+    struct in6_addr given, gateway;
+    const unsigned card = if_nametoindex("eth0");
+    int result = 0, fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    if (address[0] && (inet_pton(AF_INET6, address, &given) != 1 || inet_pton(AF_INET6, "fe80::1", &gateway) != 1)) result = -1;
+    if (holds && result == 0) result = address_is(fd, card, 0, &held), holds = 0;
+    if (address[0] && result == 0) {
+        result = address_is(fd, card, 1, &given) < 0 || lead_to_network(fd, card, &given, &gateway) < 0 ? -1 : 0;
+        held = given, holds = 1;
+    }
+    close(fd);
+    return result;
+}
