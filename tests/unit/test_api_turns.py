@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from atoll.api.http.turns import PER_TURN, Turns, of_agent
+from atoll.api.http.turns import PER_TURN, PER_TURN_MAX, Turns, of_agent
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def calls(turns: Turns, *paths: str) -> list[asyncio.Task[None]]:
 
 async def test_one_who_comes_after_a_thousand_agents_waits_for_few_of_them_and_all_come_in_order() -> None:
     served = Served()
-    turns = Turns(served)  # type: ignore[arg-type]
+    turns = Turns(served, most=PER_TURN)  # type: ignore[arg-type]
     agents = [f"/v1/nodes/n{number}/statuses" for number in range(1_000)]
     tasks = calls(turns, *agents, "/v1/plan")
     await asyncio.gather(*tasks)
@@ -62,7 +63,7 @@ async def test_one_who_comes_after_a_thousand_agents_waits_for_few_of_them_and_a
 
 async def test_in_one_turn_of_the_loop_no_more_are_begun_than_are_allowed() -> None:
     served = Served()
-    turns = Turns(served, per_turn=3)  # type: ignore[arg-type]
+    turns = Turns(served, least=3, most=3)  # type: ignore[arg-type]
     tasks = calls(turns, *(f"/v1/nodes/n{number}/heartbeat" for number in range(20)))
     before = 0
     while before < 20:
@@ -74,7 +75,7 @@ async def test_in_one_turn_of_the_loop_no_more_are_begun_than_are_allowed() -> N
 
 async def test_one_that_is_broken_off_while_it_waits_takes_nobodys_turn() -> None:
     served = Served()
-    turns = Turns(served, per_turn=1)  # type: ignore[arg-type]
+    turns = Turns(served, least=1, most=1)  # type: ignore[arg-type]
     tasks = calls(turns, *(f"/v1/nodes/n{number}/heartbeat" for number in range(6)))
     await asyncio.sleep(0)
     for task in tasks[1:5]:
@@ -84,3 +85,42 @@ async def test_one_that_is_broken_off_while_it_waits_takes_nobodys_turn() -> Non
     # And one that comes later goes on at once.
     await asyncio.gather(*calls(turns, "/v1/nodes/n7/heartbeat"))
     assert served.begun[-1] == "/v1/nodes/n7/heartbeat"
+
+
+class SlowLoop(asyncio.SelectorEventLoop):
+    """Of which each turn takes as long as it is told, by its own clock."""
+
+    turn_s = 0.0
+    passed_s = 0.0
+
+    def time(self) -> float:
+        return self.passed_s
+
+    def _run_once(self) -> None:
+        self.passed_s += self.turn_s
+        super()._run_once()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("turn_s", "least", "most"), [(0.0, PER_TURN, PER_TURN), (0.04, 39, 40), (1.0, PER_TURN_MAX, PER_TURN_MAX)]
+)
+def test_where_turns_take_long_for_other_reasons_agents_get_half_of_them(turn_s: float, least: int, most: int) -> None:
+    async def main() -> list[int]:
+        served = Served()
+        turns = Turns(served)  # type: ignore[arg-type]
+        tasks = calls(turns, *(f"/v1/nodes/n{number}/heartbeat" for number in range(1_000)))
+        begun = [0]
+        while begun[-1] < 1_000:
+            await asyncio.sleep(0)
+            begun.append(len(served.begun))
+        await asyncio.gather(*tasks)
+        return [after - before for before, after in pairwise(begun)]
+
+    loop = SlowLoop()
+    loop.turn_s = turn_s
+    try:
+        each = loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert least <= max(each) <= most
+    assert sum(count >= least for count in each) >= 1_000 // most - 2

@@ -2,7 +2,8 @@
 
 When a server dies, thousands of agents come to another at one moment, with five calls each. Taken as they come all would be begun
 before any is done, and whoever asked for something else would wait for all of them. Nothing is refused, and nothing takes longer
-together: a turn of the event loop only begins few of them.
+together: a turn of the event loop only begins few of them. Where turns take long for other reasons (beats that wait, say) they get half
+of each, so that they are not held up by what they must not hold up.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections import deque
 
 from litestar.types import ASGIApp, Receive, Scope, Send
 
-PER_TURN = 8
-"""Calls of agents that are begun in one turn of the event loop; each takes it some tenths of a millisecond."""
+PER_TURN, PER_TURN_MAX = 8, 128
+"""Calls of agents that are begun in one turn of the event loop, at least and at most."""
+CALL_S = 0.5e-3
+"""What one of them takes of the loop, or a little more."""
 _CALLS = frozenset({"heartbeat", "beats", "assignments", "statuses", "tunnel"})
 """What agents ask for by themselves. What they do for somebody who waits (streams, secrets) is not held up."""
 
@@ -21,9 +24,12 @@ _CALLS = frozenset({"heartbeat", "beats", "assignments", "statuses", "tunnel"})
 class Turns:
     """An ASGI application around another. Those that wait are as many as there are connections at most."""
 
-    def __init__(self, app: ASGIApp, per_turn: int = PER_TURN) -> None:
+    def __init__(self, app: ASGIApp, least: int = PER_TURN, most: int = PER_TURN_MAX) -> None:
         self._app = app
-        self._per_turn = per_turn
+        self._least, self._most = least, most
+        self._allowed = least
+        self._began_at = 0.0
+        """When this turn of the loop began."""
         self._begun = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._armed = False
@@ -37,9 +43,9 @@ class Turns:
         """Return when one more may begin."""
         loop = asyncio.get_running_loop()
         if not self._armed:
-            self._armed = True
+            self._armed, self._began_at, self._allowed = True, loop.time(), self._least
             loop.call_soon(self._next)
-        if self._begun < self._per_turn and not self._waiting:
+        if self._begun < self._allowed and not self._waiting:
             self._begun += 1
             return
         mine = loop.create_future()
@@ -47,16 +53,19 @@ class Turns:
         await mine
 
     def _next(self) -> None:
-        """A turn is over."""
-        self._begun = 0
-        while self._waiting and self._begun < self._per_turn:
+        """A turn is over; of the next as many may begin as took half of this one."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._allowed = min(self._most, max(self._least, int((now - self._began_at) / (2 * CALL_S))))
+        self._began_at, self._begun = now, 0
+        while self._waiting and self._begun < self._allowed:
             mine = self._waiting.popleft()
             if not mine.done():  # the connection may be gone
                 mine.set_result(None)
                 self._begun += 1
         self._armed = bool(self._waiting or self._begun)
         if self._armed:
-            asyncio.get_running_loop().call_soon(self._next)
+            loop.call_soon(self._next)
 
 
 def of_agent(method: str, path: str) -> bool:
