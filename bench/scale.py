@@ -1,8 +1,9 @@
 """How big a cell may be: real servers over a real etcd, agents that speak the real protocol, the machine's own cores for all of it.
 
-Two servers, over which the agents spread as real ones do. Phases: nodes join; apps are deployed until all instances run; steady
-state with people at the API of the server that leads; the leader killed, again and again, each time with another ready. Every
-process's processor time and memory is told apart, so that what the load itself costs is not ours.
+Phases: nodes join; apps are deployed until all instances run; steady state with people at the API; a second server is ready; the
+server that leads killed, again and again, each time with another ready. With `--spread` there are two servers from the beginning,
+and the agents spread over them as real ones do: each beats to both, so that both cost what the one does. Every process's processor
+time and memory is told apart, so that what the load itself costs is not ours.
 """
 
 from __future__ import annotations
@@ -223,12 +224,13 @@ class Bench:
             stack.callback(self.first.kill)
             stack.callback(self.second.kill)
             await self.first.start()
-            await self.second.start()
+            if self.chosen.spread:
+                await self.second.start()
             self.api = Api(f"http://{self.first.address}", self.first.token)
             try:
                 tokens = await self._tokens()
                 servers = [self.first.address, self.second.address]
-                words = [*(["quiet"] if self.chosen.no_beats else []), *(["together"] if self.chosen.together else [])]
+                words = [*(["quiet"] if self.chosen.no_beats else []), *([] if self.chosen.spread else ["together"])]
                 self.drivers = Drivers(servers, tokens, self.chosen.drivers, words)
                 stack.callback(self.drivers.close)
                 await self._join()
@@ -269,7 +271,7 @@ class Bench:
         self.add(
             f"{nodes:,} nodes: from the first to all registered, with their streams and tunnels", time.perf_counter() - began, "s"
         )
-        used = self.first.used.take()[0] + self.second.used.take()[0]
+        used = self.first.used.take()[0] + (self.second.used.take()[0] if self.chosen.spread else 0.0)
         await self.drivers.ask("regrant")  # of a cell that small nobody is asked to speak less often
         self.add("the same, of the servers' processor", used, "s")
         self.add("memory of the server with them, and nothing deployed", self.first.used.rss_mib(), "MiB RSS")
@@ -300,7 +302,8 @@ class Bench:
         self._latencies(("deploy an app, cold",))
         used, passed = self.first.used.take()
         self.add("server while they were deployed", used / passed * 100, "% of a core")
-        self.add("the other server", self.second.used.take()[0] / passed * 100, "% of a core")
+        if self.chosen.spread:
+            self.add("the other server", self.second.used.take()[0] / passed * 100, "% of a core")
         self.add("the same, for each instance", used / self.total * 1e6, "us of processor")
         used, passed = self.etcd_used.take()
         self.add("etcd while they were deployed", used / passed * 100, "% of a core")
@@ -310,7 +313,7 @@ class Bench:
     async def _steady(self) -> None:
         await asyncio.sleep(SETTLE_S)
         await self.drivers.ask(f"churn {self.total * CHANGES_PER_MIN / 60}")
-        watches = [self.first.used, self.second.used, self.etcd_used, *self.drivers.used]
+        watches = [self.first.used, self.etcd_used, *self.drivers.used, *([self.second.used] if self.chosen.spread else [])]
         for watched in watches:
             watched.take()
         half = self.chosen.steady / 2
@@ -358,9 +361,10 @@ class Bench:
         self.add(f"server, {when}", used / passed * 100, "% of a core")
         self.add(f"of it in the kernel, {when}", self.first.used.kernel_s / passed * 100, "% of a core")
         self.add(f"server, {when}", self.first.used.rss_mib(), "MiB RSS")
-        used, passed = self.second.used.take()
-        self.add(f"the other server, {when}", used / passed * 100, "% of a core")
-        self.add(f"the other server, {when}", self.second.used.rss_mib(), "MiB RSS")
+        if self.chosen.spread:
+            used, passed = self.second.used.take()
+            self.add(f"the other server, {when}", used / passed * 100, "% of a core")
+            self.add(f"the other server, {when}", self.second.used.rss_mib(), "MiB RSS")
         used, passed = self.etcd_used.take()
         self.add(f"etcd, {when}", used / passed * 100, "% of a core")
         self.add(f"etcd, {when}", self.etcd_used.rss_mib(), "MiB RSS")
@@ -382,19 +386,19 @@ class Bench:
         back: list[float] = []
         used: list[float] = []
         before = await self.drivers.ask()
-        api = Api(f"http://{waiting.address}", waiting.token)
-        lost_before = await _lost(api)
+        lost_before = await _lost(self.api)
+        api = self.api
         for number in range(self.chosen.takeovers):
-            if number:
+            if number or not self.chosen.spread:
                 took_s = await waiting.start()
-                if number == 1:
-                    self.add("a server that starts, to its first answer", took_s, "s")
                 await asyncio.sleep(READY_S)
-                await self.drivers.ask("regrant")  # as each does within five minutes: now they beat to both
-                if number == 1:
+                if number == self.chosen.spread:
+                    self.add("a server that starts, to its first answer", took_s, "s")
                     self.add("memory of a server that has only loaded the state", waiting.used.rss_mib(), "MiB RSS")
+                await self.drivers.ask("regrant")  # as each does within five minutes: now they beat to both
             await asyncio.sleep(SETTLE_S)
-            await api.close()
+            if number:
+                await api.close()
             api = Api(f"http://{waiting.address}", waiting.token)
             waiting.used.take()
             self._profile(f"takeover{number}", 5.0 + self.chosen.nodes / 200, waiting)
@@ -419,7 +423,7 @@ class Bench:
         made = after["instances"] - before["instances"] - len(planned)
         self.add("instances made anew by them", made, "instances", "<= 0")
         self.add("memory of a server that has taken over", leading.used.rss_mib(), "MiB RSS")
-        if self.api.failed or api.failed:
+        if api.failed:
             self.report.notes.append(f"failed calls at the last take-over: {dict(api.failed)}")
         await api.close()
 
@@ -467,7 +471,7 @@ def run(arguments: list[str]) -> Report:
     parser.add_argument("--no-beats", action="store_true", help="heartbeats over HTTP only")
     parser.add_argument("--etcd-in-memory", action="store_true", help="its data not on a disk, where others keep that busy")
     parser.add_argument("--takeovers", type=int, default=TAKEOVERS, help="how often the server that leads is killed")
-    parser.add_argument("--together", action="store_true", help="all agents at the server that leads, as after the other had died")
+    parser.add_argument("--spread", action="store_true", help="two servers from the beginning, the agents spread over them")
     parser.add_argument("--py-spy", help="profile the server in steady state with this program")
     parser.add_argument("--profiles", default=".", help="where profiles and logs go")
     chosen = parser.parse_args(arguments)

@@ -31,7 +31,7 @@ from atoll.model.records import Capacity, Event, Heartbeat, Node, Status, Usage,
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired, Phase
 from atoll.node.agent import REDIAL_MAX_S
-from atoll.node.beating import ANEW_S, DEAF_S, HEARTBEAT_S
+from atoll.node.beating import ANEW_FIRST_S, ANEW_S, DEAF_S, HEARTBEAT_S
 from atoll.node.contact import Contact
 from atoll.node.pulse import Pulse
 from atoll.node.report import LAZY_S, STATUSES_MAX, retry_delay
@@ -355,9 +355,10 @@ class Agent:
         await self.ask_grant(pulse)
         self._pulse = pulse
         self.fleet.beat(pulse)
+        await asyncio.sleep(ANEW_FIRST_S)
         while True:
-            await asyncio.sleep(ANEW_S * self._chance.uniform(0.9, 1.0))
             await self.ask_grant(pulse)
+            await asyncio.sleep(ANEW_S * self._chance.uniform(0.9, 1.0))
 
     async def ask_grant(self, pulse: Pulse | None = None) -> None:
         """Ask for a key, and how often heartbeats are wanted."""

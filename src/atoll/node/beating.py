@@ -30,6 +30,8 @@ RETRY_MIN_S = 0.5
 RETRY_MAX_S = 15.0
 ANEW_S = 300.0
 """A server that has no keys to give (an older one) is asked again after so long; names are looked up anew as often."""
+ANEW_FIRST_S = 20.0
+"""The same the first time: a large cell may begin at one moment, and what its servers ask for goes by how many nodes there are."""
 SAVE_S = 1.0
 SPREAD_MAX_S = 30.0
 """No longer does an agent stay away from a server by itself, whatever that asks for."""
@@ -101,12 +103,14 @@ class Beating:
             self.pulse.inside = await self._inside(addresses, end.address)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._tick(), name="beats")
+                anew_s = ANEW_FIRST_S
                 while True:
                     self._count = len(addresses)
                     self._heartbeat_s = min(HEARTBEAT_MAX_S, max(HEARTBEAT_S, grant.heartbeat_s))
                     self.spread_s = min(SPREAD_MAX_S, max(0.0, grant.spread_s))
                     self.pulse.serve(grant, addresses)
-                    await asyncio.sleep(min(ANEW_S, max(1.0, grant.lasts_s / 2)))
+                    await asyncio.sleep(min(anew_s, max(1.0, grant.lasts_s / 2)))
+                    anew_s = ANEW_S
                     grant = await self._ask()
                     addresses = await self._addresses(grant) or addresses
         finally:

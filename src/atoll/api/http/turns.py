@@ -2,8 +2,8 @@
 
 When a server dies, thousands of agents come to another at one moment, with five calls each. Taken as they come all would be begun
 before any is done, and whoever asked for something else would wait for all of them. Nothing is refused, and nothing takes longer
-together: a turn of the event loop only begins few of them. Where turns take long for other reasons (beats that wait, say) they get half
-of each, so that they are not held up by what they must not hold up.
+together: a turn of the event loop only begins few of them. Where turns take long for other reasons (beats that wait, say) they get
+half of each, so that they are not held up by what they must not hold up.
 """
 
 from __future__ import annotations
