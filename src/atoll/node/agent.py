@@ -94,6 +94,7 @@ class Agent:
         foreign: ForeignDevices | None = None,
         arch: str | None = None,
         beating: Beating | None = None,
+        contact: Contact | None = None,
     ) -> None:
         self._node = node
         self._control = control
@@ -122,7 +123,7 @@ class Agent:
         )
         self._reporter = Reporter(node, control, clock, random)
         self._beating = beating
-        self._contact = beating.contact if beating is not None else Contact(self._directories.contact)
+        self._contact = beating.contact if beating is not None else contact or Contact(self._directories.contact)
         self._foreign = foreign
         self._gpus: Gpus | None = None
         if devices is not None:

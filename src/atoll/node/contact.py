@@ -24,10 +24,8 @@ class Contact:
 
     def load(self, monotonic: float) -> None:
         """Take over what an earlier agent of this boot knew; what cannot be read, or is from another boot, counts as never."""
-        if self._file is None:
-            return
         with contextlib.suppress(OSError, ValueError):
-            boot_id, _, at = self._file.read_text().strip().partition(" ")
+            boot_id, _, at = self._read().strip().partition(" ")
             if boot_id == self._boot_id and float(at) <= monotonic:
                 self.at = float(at)
 
@@ -38,13 +36,20 @@ class Contact:
 
     def save(self) -> None:
         """Write it down, if it has changed. Not synced: what it is for does not outlive the machine either."""
-        if self._file is None or self.at is None or self.at == self._saved:
+        if self.at is None or self.at == self._saved:
             return
-        new = self._file.with_name(self._file.name + ".new")
         with contextlib.suppress(OSError):  # a full disk makes the next agent more careful, and nothing worse
-            new.write_text(f"{self._boot_id} {self.at:.3f}\n")
-            new.replace(self._file)
+            self._write(f"{self._boot_id} {self.at:.3f}\n")
             self._saved = self.at
+
+    def _read(self) -> str:
+        return self._file.read_text() if self._file is not None else ""
+
+    def _write(self, text: str) -> None:
+        if self._file is not None:
+            new = self._file.with_name(self._file.name + ".new")
+            new.write_text(text)
+            new.replace(self._file)
 
     def cut_off_s(self, monotonic: float) -> float:
         """Return for how long nobody is known to have heard this node."""

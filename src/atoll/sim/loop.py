@@ -26,6 +26,7 @@ STEPS_MAX = 3_000_000
 STILL_STEPS_MAX = 50_000
 """Passes without the clock moving after which a run counts as livelocked."""
 
+_push, _pop, _copy_context = heapq.heappush, heapq.heappop, contextvars.copy_context
 _PROCESS: contextvars.ContextVar[str] = contextvars.ContextVar("process", default="")
 
 
@@ -52,12 +53,14 @@ def running_process() -> str:
 class _Numbered:
     """Hashes by the order of first use in a set or a dict, which repeats, unlike an address."""
 
+    number = 0
+
     def __hash__(self) -> int:
-        number = getattr(self, "number", 0)
+        number = self.number
         if not number:
             loop: VirtualLoop = self.get_loop()  # type: ignore[attr-defined]
             self.number = number = loop.next_number()
-        return int(number)
+        return number
 
 
 class NumberedTask(_Numbered, asyncio.Task[Any]):
@@ -76,7 +79,7 @@ class _Handle:
     def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context | None, when: float):
         self._callback = callback
         self._args = args
-        self.context = contextvars.copy_context() if context is None else context
+        self.context = _copy_context() if context is None else context
         self._when = when
         self.dead = False
 
@@ -158,24 +161,30 @@ class VirtualLoop(asyncio.BaseEventLoop):
     ) -> _Handle:
         handle = _Handle(callback, args, context, when)
         self._order += 1
-        heapq.heappush(self._timers, (when, self._order, handle))
+        _push(self._timers, (when, self._order, handle))
         return handle
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
     ) -> _Handle:
-        return self.call_at(self._at + delay, callback, *args, context=context)
+        when = self._at + delay
+        handle = _Handle(callback, args, context, when)
+        self._order = order = self._order + 1
+        _push(self._timers, (when, order, handle))
+        return handle
+
+    get_debug = staticmethod(bool)  # false; it is asked for each future and each task
 
     def _run_once(self) -> None:
         """Run passes until the loop is told to stop: one call of this for the whole of a run, for speed."""
-        ready, timers, choose, shuffle = self._handles, self._timers, self._choose, self._shuffle
+        ready, timers, choose, shuffle, stopped = self._handles, self._timers, self._choose, self._shuffle, self._stopped
         while True:
             self.steps += 1
             self._still += 1
             if self.steps > self._steps_max or self._still > self._still_steps_max:
                 raise Livelock(f"{self.steps} steps, {self._still} of them at {self._at:.3f} s")
             while timers and timers[0][2].dead:
-                heapq.heappop(timers)
+                _pop(timers)
             if not ready:
                 if not timers:
                     raise Deadlock
@@ -183,7 +192,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                     self._at = timers[0][0]
                     self._still = 0
             while timers and timers[0][0] <= self._at:
-                handle = heapq.heappop(timers)[2]
+                handle = _pop(timers)[2]
                 if not handle.dead:
                     ready.append(handle)
             count = len(ready)
@@ -193,7 +202,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 handle = ready.popleft()
                 if handle.dead:
                     continue
-                if self._stopped and (waiting := self._stopped.get(handle.context.get(_PROCESS, ""))) is not None:
+                if stopped and (waiting := stopped.get(handle.context.get(_PROCESS, ""))) is not None:
                     waiting.append(handle)
                     continue
                 try:

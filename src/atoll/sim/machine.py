@@ -13,7 +13,6 @@ from atoll.model.spec import Health
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
 from atoll.node.beating import Beating
-from atoll.node.contact import Contact
 from atoll.node.fake import FakeMachine, MemoryLogs
 from atoll.runtimes.fake_host import Behaviour, FakeHost, behaviour_of
 from atoll.sim.clock import VirtualClock
@@ -23,7 +22,7 @@ from atoll.sim.line import Line
 from atoll.sim.lives import SimNetwork, SimRuntime
 from atoll.sim.loop import VirtualLoop, process_context
 from atoll.sim.net import Net
-from atoll.sim.record import Disk, SimRecord
+from atoll.sim.record import Disk, SimContact, SimRecord
 from atoll.sim.server import BEATS_PORT, Server
 from atoll.sim.story import Story
 
@@ -128,6 +127,7 @@ class SimMachine:
             devices=self.rack.devices(self.life, self._faults, self._story) if self.rack is not None else None,
             arch="amd64",
             beating=beating,
+            contact=beating.contact if beating is not None else SimContact(self.disk, "none"),
         )
         self._task = asyncio.get_running_loop().create_task(
             self._run(self.agent, beating, self.life), name=f"agent {self.name} {self._lives}", context=self._context
@@ -165,7 +165,7 @@ class SimMachine:
 
     def _beating(self) -> Beating:
         servers = [f"{server.name}:{BEATS_PORT}" for server in self._servers]
-        contact = Contact(self._data / "contact", boot_id=str(self.boots))
+        contact = SimContact(self.disk, str(self.boots))
         # Its own end, so that a datagram comes from a place of the network.
         bind = (self.name, 0)
         return Beating(

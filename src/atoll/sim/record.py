@@ -11,6 +11,7 @@ import random
 
 from atoll.model.errors import Unavailable
 from atoll.model.records import Assignment
+from atoll.node.contact import Contact
 from atoll.node.record import Entry, MemoryRecord
 from atoll.node.transitions import State
 from atoll.sim.faults import Life
@@ -28,6 +29,8 @@ class Disk:
         self.full = False
         self.forgot = False
         """It has lost writes: what was reported may be done again where nobody can be asked (`docs/simulator.md` says why)."""
+        self.contact = ""
+        """What the agent wrote down of when it was heard last."""
         self._choose = choose
         self._story = story
         self._undo: list[tuple[str, Entry | None]] = []
@@ -52,6 +55,20 @@ class Disk:
             self.forgot = True
             self._story.mark("record: newest writes lost")
         self._undo.clear()
+
+
+class SimContact(Contact):
+    """When the node was heard last, on the disk."""
+
+    def __init__(self, disk: Disk, boot_id: str) -> None:
+        super().__init__(boot_id=boot_id)
+        self._disk = disk
+
+    def _read(self) -> str:
+        return self._disk.contact
+
+    def _write(self, text: str) -> None:
+        self._disk.contact = text
 
 
 class SimRecord:

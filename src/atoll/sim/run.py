@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import random
 import shutil
@@ -23,6 +24,8 @@ _SHM = Path("/dev/shm")  # noqa: S108 - only a place that is fast; the directory
 
 AFTERMATH_S = 1.0
 """How long a run goes on after a promise was broken, for its story's sake."""
+
+_freeze_once = functools.cache(gc.freeze)
 
 
 class Outcome(Struct, frozen=True):
@@ -57,9 +60,12 @@ def run_seed(
     parts: Parts | None = None,
     shape: Callable[[Profile], Profile] = lambda profile: profile,
     world: type[World] = World,
+    *,
+    told: bool = True,
 ) -> Outcome:
     """Run one seed to its end. Deterministic within one process as well as across processes with one PYTHONHASHSEED.
 
+    Its story is put into words where it is to be `told`, or a promise was broken.
     `shape` may change what the seed's run is made of, and `world` its course, to look for something in particular.
     """
     choose = random.Random(seed)
@@ -80,8 +86,7 @@ def run_seed(
     # A collection at an unforeseen moment would close generators at that moment.
     collecting = gc.isenabled()
     gc.disable()
-    if not gc.get_freeze_count():
-        gc.freeze()  # what was loaded stays: to look through it after each seed would take longer than the seed's own
+    _freeze_once()  # what was loaded stays: to look through it after each seed would take longer than the seed's own
     listen(story)
     try:
         run_virtual(main, choose, shuffle=profile.shuffle)
@@ -99,7 +104,7 @@ def run_seed(
         broken=tuple(story.broken),
         fingerprint=story.fingerprint,
         marks=story.marks,
-        story=tuple(story.lines()),
+        story=tuple(story.lines()) if told or story.broken else (),
         virtual_s=facts["virtual_s"],
         steps=int(facts["steps"]),
     )
