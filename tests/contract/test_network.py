@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from atoll.model.errors import Exhausted, Unavailable
+from atoll.model.fabric import ipv6_of
 from atoll.model.ports.network import Network
 from atoll.model.spec import Port, PortProtocol
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.network.links import LinkNetwork
+from atoll.network.slots import no_ipv6
 
 WEB = (Port(port=8000),)
+ULA = "fd00:a70:1::/48"
 Open = Callable[[], Network]
 
 
@@ -25,10 +28,11 @@ async def node(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
     """Calling it gives the network of a new agent on the same node. The node has room for 29 instances."""
     subnet = f"10.{random.randrange(96, 112)}.{random.randrange(256)}.0/27"
     networks: list[Network] = []
-    state = FakeNetworkState(subnet)
+    ula = "" if request.param == "links" and no_ipv6() else ULA
+    state = FakeNetworkState(subnet, ula)
 
     def open_network() -> Network:
-        network: Network = FakeNetwork(state) if request.param == "fake" else LinkNetwork(subnet, tmp_path, prepared=2)
+        network: Network = FakeNetwork(state) if request.param == "fake" else LinkNetwork(subnet, tmp_path, prepared=2, ula=ula)
         networks.append(network)
         return network
 
@@ -49,6 +53,17 @@ async def test_each_instance_gets_an_address_of_its_own(node: Open) -> None:
     assert len({link.netns for link in links}) == 10
     assert len({link.interface for link in links}) == 10
     assert [link.id for link in links] == [f"i-{n}" for n in range(10)]
+
+
+async def test_an_ipv6_address_follows_from_the_ipv4_one_and_stays_with_it(node: Open) -> None:
+    first = node()
+    link = await first.attach("a", project="default", ports=WEB)
+    if link.ipv6 is None:
+        pytest.skip(f"no IPv6 here: {no_ipv6()}")
+    assert link.ipv6 == ipv6_of(ULA, link.address)
+    assert (await first.attach("b", project="default", ports=WEB)).ipv6 != link.ipv6
+    await first.close()
+    assert list(await node().recover(("a",))) == [link]
 
 
 async def test_attach_is_safe_to_repeat(node: Open) -> None:

@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from atoll.entry.config import SUBNET_FORMER, Config, is_loopback
 from atoll.entry.process import Stop
 from atoll.model.fabric import FabricOffer, node_address
@@ -53,6 +55,7 @@ async def enter(
     kept = load(directory)
     ula = kept.grant.ula if kept is not None and not config.no_ipv6 and not no_ipv6() else ""
     network = LinkNetwork(subnet, directory, names=names, ula=ula)
+    offer = replace(offer, ipv6=bool(ula))
 
     async def say(code: str, message: str, bad: bool) -> None:
         at = clock.now()

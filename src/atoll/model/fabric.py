@@ -68,6 +68,8 @@ class FabricNode(Struct, frozen=True, kw_only=True, omit_defaults=True):
     key_made_at: float = 0.0
     vxlan_port: int = VXLAN_PORT
     wireguard_port: int = WIREGUARD_PORT
+    ipv6: bool = False
+    """That it leads IPv6, to its instances and to other nodes."""
 
 
 class FabricOffer(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -82,6 +84,7 @@ class FabricOffer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     key_made_at: float = 0.0
     vxlan_port: Annotated[int, Meta(ge=1, le=65_535)] = VXLAN_PORT
     wireguard_port: Annotated[int, Meta(ge=1, le=65_535)] = WIREGUARD_PORT
+    ipv6: bool = False
 
 
 class FabricGrant(Struct, frozen=True, kw_only=True):

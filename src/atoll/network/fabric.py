@@ -154,7 +154,7 @@ class NodeFabric:
         self._offer = replace(offer, subnet=subnet)
         self.own = FabricNode(
             name=node, site=offer.site, region=offer.region, prefix=subnet, endpoint=offer.endpoint,
-            vxlan_port=offer.vxlan_port, wireguard_port=offer.wireguard_port,
+            vxlan_port=offer.vxlan_port, wireguard_port=offer.wireguard_port, ipv6=offer.ipv6,
         )  # fmt: skip
         self.remove = False
         self.nodes: dict[str, FabricNode] = {}

@@ -9,6 +9,7 @@ from itertools import pairwise
 from msgspec import Struct
 
 from atoll.model.spec import Allow, NetworkRules, PortProtocol
+from atoll.model.spec.network import network_of
 
 SETS = (
     "guarded", "admitted", "admitted_six", "fenced", "permitted", "permitted_six", "limited",
@@ -68,7 +69,7 @@ def elements_of(ruled: Iterable[Ruled], members: Members, learned: Learned) -> d
 def networks_of(allow: Allow, address: str, project: str, members: Members, learned: Learned) -> list[Network]:
     """Return which addresses a rule of the instance at `address` means now."""
     if allow.cidr is not None:
-        return [ipaddress.ip_network(allow.cidr)]
+        return [network_of(allow.cidr)]
     named = members.get((project, allow.app), ()) if allow.app is not None else learned.get((address, allow.host or ""), ())
     return [ipaddress.IPv4Network(one) for one in named]
 
@@ -95,8 +96,8 @@ def _listed(one: Ruled, allows: Sequence[Allow], members: Members, learned: Lear
     for protocol in ("tcp", "udp"):
         spans: list[tuple[int, int, list[Network]]] = []
         for allow in allows:
-            if protocol in protocols_of(allow):
-                networks = networks_of(allow, one.address, one.project, members, learned)
+            networks = networks_of(allow, one.address, one.project, members, learned)
+            if protocol in protocols_of(allow) and any(network.version == version for network in networks):
                 ports = [(port, port) for port in allow.ports] or [(0, PORT_MAX)]
                 spans += [(first, last, networks) for first, last in ports]
         cuts = sorted({first for first, _, _ in spans} | {last + 1 for _, last, _ in spans})

@@ -41,6 +41,8 @@ class Way(Struct, frozen=True):
     network: str
     kind: Kind
     gateway: str | None
+    ipv6: bool = False
+    """That all on the way lead IPv6."""
 
 
 def names_of(tag: str) -> dict[Kind, str]:
@@ -70,18 +72,18 @@ def ways_of(own: FabricNode, nodes: Mapping[str, FabricNode], via: Mapping[str, 
         direct = kind_of(own, node)
         address = node_address(node.prefix)
         if direct is not None:
-            found[f"{address}/32"] = Way(f"{address}/32", direct, None)
+            found[f"{address}/32"] = Way(f"{address}/32", direct, None, node.ipv6)
         relay = nodes.get(via.get(name, name), node)
         kind = kind_of(own, relay)
         if kind is not None:
             gateway = node_address(relay.prefix) if kind is Kind.VXLAN else None
-            found[node.prefix] = Way(node.prefix, kind, gateway)
+            found[node.prefix] = Way(node.prefix, kind, gateway, node.ipv6 and relay.ipv6)
     return found
 
 
 def ipv6_way(ula: str, way: Way) -> Way:
     """Return the same way for the IPv6 addresses of who is there."""
-    return Way(ipv6_network_of(ula, way.network), way.kind, ipv6_of(ula, way.gateway) if way.gateway else None)
+    return Way(ipv6_network_of(ula, way.network), way.kind, ipv6_of(ula, way.gateway) if way.gateway else None, True)
 
 
 class Tunnels:
@@ -137,7 +139,7 @@ class Tunnels:
         if Kind.WIREGUARD in self._made and key is not None:
             self._set_wireguard(own, nodes, direct, via, key)
         wanted = [way for way in ways.values() if way.kind in self._made]
-        wanted += [ipv6_way(ula, way) for way in wanted if (ula := self.ula(way.kind))]
+        wanted += [ipv6_way(ula, way) for way in wanted if way.ipv6 and (ula := self.ula(way.kind))]
         self._set_ways(own, {way.network: way for way in wanted})
         if trouble is not None:
             raise trouble

@@ -95,6 +95,7 @@ class Fabrics:
                 key_made_at=offer.key_made_at,
                 vxlan_port=offer.vxlan_port,
                 wireguard_port=offer.wireguard_port,
+                ipv6=offer.ipv6,
             )
             grant = FabricGrant(network=fabric.network, number=fabric.number, prefix=prefix, ula=fabric.ula)
             fresh, whole = held is None or held.record.prefix != prefix, cell is not None and cell.record == fabric

@@ -11,6 +11,7 @@ from atoll.model.errors import NotFound
 from atoll.model.fabric import FabricNode, FabricPaths, ReachStep, ReachView
 from atoll.model.records import Instance, Status
 from atoll.model.spec import Allow, AppSpec, JobSpec, PortProtocol
+from atoll.model.spec.network import network_of
 from atoll.store.cache import State
 
 
@@ -123,7 +124,7 @@ def _covers(allow: Allow, other: End, port: int, protocol: str) -> bool:
     if allow.app is not None:
         return allow.app == other.instance.owner
     if allow.cidr is not None and other.address is not None:
-        network = ipaddress.ip_network(allow.cidr)
+        network = network_of(allow.cidr)
         address = other.address if network.version == 4 else other.ipv6
         return address is not None and ipaddress.ip_address(address) in network
     return False

@@ -44,6 +44,13 @@ class NetworkRules(SpecRecord, frozen=True, kw_only=True):
     """Packets per second, likewise."""
 
 
+def network_of(cidr: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return the network of a `cidr`. Raises ValueError for what is none, and for one with a zone, which may hold any text."""
+    if "%" in cidr:
+        raise ValueError(f"{cidr!r} names a link")
+    return ipaddress.ip_network(cidr)
+
+
 def check_network(rules: NetworkRules) -> None:
     """Raise Invalid for rules that say nothing or contradict themselves, naming the field."""
     if rules.bandwidth is not None and rules.bandwidth < RATE_MIN:
@@ -58,6 +65,6 @@ def check_network(rules: NetworkRules) -> None:
                 raise Invalid(f"{field}.host: who comes has no name", field=f"{field}.host", mend="use app or cidr")
             if allow.cidr is not None:
                 try:
-                    ipaddress.ip_network(allow.cidr)
+                    network_of(allow.cidr)
                 except ValueError as error:
                     raise Invalid(f"{field}.cidr: {error}", field=f"{field}.cidr", mend="write e.g. 192.0.2.0/24") from None
