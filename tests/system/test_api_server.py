@@ -31,7 +31,7 @@ from atoll.model.certificates import CertificateRequest
 from atoll.model.chains import check_chain
 from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Forbidden, NotFound, Unavailable
 from atoll.model.ports.clock import SystemClock
-from atoll.model.ports.control_plane import StreamKind
+from atoll.model.ports.control_plane import NEXT_STREAM, TAKEN, StreamKind, StreamRequest
 from atoll.model.records import Ingress, Instance, NodeHealth, NodeLiveness, OwnerKind, Role, Status
 from atoll.model.spec import AppSpec, Port
 from atoll.model.states import Desired, Phase
@@ -338,6 +338,25 @@ async def test_a_stream_that_an_agent_took_into_its_death_is_asked_of_the_next(c
 async def test_nobody_waits_for_ever_for_a_tunnel(cell: Cell) -> None:
     with pytest.raises(Unavailable, match="no connection"):
         await cell.service.tunnels.open("n1", StreamKind.LOGS, "web-1", {}, answer_s=0.05)
+
+
+async def test_a_stream_that_waits_is_given_to_the_next_client_and_no_agent_dials(cell: Cell) -> None:
+    agent = await cell.agent()
+    waiting = await agent.open_stream("n1", NEXT_STREAM)
+    await cell.instance("web-1", phase=Phase.RUNNING)
+    client = HttpTransport(cell.address, await cell.token(Role.DEPLOY, "default"))
+    opening = asyncio.create_task(client.channel(f'{INSTANCES}/web-1/exec?options={{"argv":["true"]}}'))
+    request = codec.decode(await waiting.receive() or b"", StreamRequest)
+    assert (request.kind, request.instance, request.options["argv"]) == (StreamKind.EXEC, "web-1", ["true"])
+    await waiting.send(TAKEN)
+    await waiting.send(pack(Kind.EXIT, b"3"))
+    channel = await opening
+    assert unpack(await channel.receive() or b"") == (Kind.EXIT, b"3")
+    stranger = HttpControlPlane(cell.address, await cell.token(Role.AGENT, subject="n2"))
+    with pytest.raises(Forbidden):
+        await stranger.open_stream("n1", NEXT_STREAM)
+    for each in (client, agent, stranger):
+        await each.close()
 
 
 async def test_a_stream_is_only_for_the_node_that_was_asked(cell: Cell) -> None:

@@ -15,13 +15,13 @@ from atoll import __version__
 from atoll.model.devices import GpuGrant
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.clock import Clock
-from atoll.model.ports.control_plane import AssignmentBatch, ControlPlane, StreamRequest
+from atoll.model.ports.control_plane import AssignmentBatch, Channel, ControlPlane, StreamRequest
 from atoll.model.ports.devices import Devices, ForeignDevices
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind, Severity
-from atoll.model.spec import RuntimeName
+from atoll.model.spec import JobSpec, RuntimeName
 from atoll.model.states import Desired, Phase, advance
 from atoll.node.beating import Beating
 from atoll.node.contact import Contact
@@ -37,6 +37,7 @@ from atoll.node.recovery import recover
 from atoll.node.report import RETRY_MAX_S, Reporter, retry_delay
 from atoll.node.runner import Runner, new_entry
 from atoll.node.snapshots import Snapshots
+from atoll.node.spares import Spares
 from atoll.node.streams import serve_stream
 from atoll.node.tools import Logs, Machine, Prober, Scraper, Tools
 from atoll.node.transitions import Reached, Removed, Wanted
@@ -140,6 +141,7 @@ class Agent:
         self._prefetch = Prefetch(node, images, self._machine, clock, self._reporter, self._preparing)
         self._runtimes: dict[RuntimeName, Runtime] = {}
         self._streams = 0
+        self._spares = Spares(node, control, random, spawn=self._spawn, serve=self._serve, wanted=self._has_sandbox)
         self._reached = asyncio.Event()
         """Pulsed when the control plane is found again: whoever waits to dial it need wait no longer."""
         self._closing = False
@@ -254,11 +256,13 @@ class Agent:
         runner = Runner(entry, self._tools, self._spawn, recorded=recorded)
         self.runners[runner.id] = runner
         self._spawn(self._run_instance(runner))
+        self._spares.look()
         return runner
 
     async def _run_instance(self, runner: Runner) -> None:
         await runner.run()
         self.runners.pop(runner.id, None)
+        self._spares.look()
 
     async def _follow(self, follow: Callable[[], Awaitable[None]], what: str) -> None:
         """Keep a stream from the control plane open, with growing waits between tries; it succeeded if it lasted."""
@@ -372,7 +376,11 @@ class Agent:
         async for request in self._control.stream_requests(self._node):
             self._spawn(self._serve(request))
 
-    async def _serve(self, request: StreamRequest) -> None:
+    def _has_sandbox(self) -> bool:
+        workloads = (runner.assignment.workload for runner in self.runners.values())
+        return not self._closing and any(isinstance(workload, JobSpec) and workload.sandbox for workload in workloads)
+
+    async def _serve(self, request: StreamRequest, channel: Channel | None = None) -> None:
         self._streams += 1
         try:
             await serve_stream(
@@ -384,6 +392,7 @@ class Agent:
                 gpus=self._gpus,
                 snapshots=self._snapshots,
                 full=self._streams > STREAMS_MAX,
+                channel=channel,
             )
         except Exception:
             log.exception("stream failed", kind=request.kind, instance=request.instance)

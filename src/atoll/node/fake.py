@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, NotFound, Unavailable
-from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
+from atoll.model.ports.control_plane import NEXT_STREAM, AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Capacity, Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.spec import Health
@@ -72,6 +72,11 @@ class FakeControlPlane:
         self.kept: dict[str, Desired] = {}
         self.granted: BeatGrant | None = None
         self.prefetched: tuple[str, ...] = ()
+        self.takes_spares = True
+        """Whether it knows of streams that wait for whoever wants one."""
+        self.spares: list[Channel] = []
+        """Its ends of those, in their order."""
+        self.spares_dialled = 0
         self._revision = 0
         self._away = False
         self._watchers: set[asyncio.Queue[AssignmentBatch | None]] = set()
@@ -194,6 +199,13 @@ class FakeControlPlane:
 
     async def open_stream(self, node: str, id: str) -> Channel:
         self._check()
+        if id == NEXT_STREAM:
+            self.spares_dialled += 1
+            if not self.takes_spares:
+                raise NotFound("this server is older than streams that wait")
+            ours, theirs = channel_pair()
+            self.spares.append(ours)
+            return theirs
         try:
             return self._channels.pop(id)
         except KeyError:

@@ -63,11 +63,14 @@ async def serve_stream(
     gpus: Gpus | None = None,
     snapshots: Snapshots | None = None,
     full: bool = False,
+    channel: Channel | None = None,
 ) -> None:
-    """Serve one stream to its end. What goes wrong is told to the other end; never raises AtollError."""
+    """Serve one stream to its end, on `channel` where it is open already. What goes wrong is told to the other end; never raises
+    AtollError."""
     try:
-        async with asyncio.timeout(OPEN_S):
-            channel = await control.open_stream(node, request.id)
+        if channel is None:
+            async with asyncio.timeout(OPEN_S):
+                channel = await control.open_stream(node, request.id)
     except (AtollError, TimeoutError) as error:
         log.warning("stream not opened", kind=request.kind, instance=request.instance, error=str(error) or "timed out")
         return

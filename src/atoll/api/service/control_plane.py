@@ -18,7 +18,7 @@ from atoll.api.service.traffic import Traffic
 from atoll.api.service.tunnels import Tunnels
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import NotFound
-from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
+from atoll.model.ports.control_plane import NEXT_STREAM, AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Instance, Node, Status
 from atoll.model.traffic import DemandReport, TrafficReport
 from atoll.store.cache import Held
@@ -74,7 +74,7 @@ class LocalControlPlane:
         return self._tunnels.requests(node)
 
     async def open_stream(self, node: str, id: str) -> Channel:
-        return self._tunnels.accept(node, id)
+        return self._tunnels.spare(node) if id == NEXT_STREAM else self._tunnels.accept(node, id)
 
     async def register_ingress(self, ingress: Ingress) -> None:
         await reports.register_ingress(self._context, ingress)

@@ -1,7 +1,8 @@
 """Live streams between a client and the agent that runs an instance: exec, logs, files.
 
 The server never dials a node. An agent keeps a tunnel open, is told of a stream that someone wants, and dials in with the
-stream's id; here the two ends meet and are spliced by two bounded queues.
+stream's id; here the two ends meet and are spliced by two bounded queues. One with sandboxes keeps some open ahead: whoever wants a
+stream is given one of these, and nobody dials.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from atoll.model import codec
 from atoll.model.errors import DeadlineExceeded, Exhausted, NotFound, Unavailable
-from atoll.model.ports.control_plane import Channel, StreamRequest
+from atoll.model.ports.control_plane import TAKEN, Channel, StreamRequest
 
 PIPE_MESSAGES_MAX = 16
 """Messages that wait in one direction of a stream; with `MESSAGE_BYTES_MAX` each, at most 2 MiB."""
@@ -25,6 +27,8 @@ LOST_ANSWER_S = 1.0
 """How long another server has to show a tunnel of a node that counts as lost."""
 REQUESTS_MAX = 256
 """Streams of one node that wait for its agent."""
+SPARES_MAX = 4
+"""Streams of one node that may wait for whoever wants one."""
 STREAMS_MAX = 4_096
 """Streams of all nodes together that wait for their agents."""
 
@@ -66,6 +70,11 @@ class Pipe:
     async def close(self) -> None:
         self._closed.set()
 
+    @property
+    def closed(self) -> bool:
+        """Whether either end has closed."""
+        return self._closed.is_set()
+
 
 async def _first(wanted: Any, closed: asyncio.Event) -> Any:
     """Return the result of `wanted`, or None if `closed` is set before it is there."""
@@ -106,6 +115,7 @@ class Tunnels:
         self._new_id = new_id
         self._nodes: dict[str, asyncio.Queue[StreamRequest]] = {}
         self._waiting: dict[str, _Waiting] = {}
+        self._spares: dict[str, list[Pipe]] = {}
         self.elsewhere: Elsewhere | None = None
         """Asked where the node has no tunnel here; None where this is the only server."""
 
@@ -142,6 +152,8 @@ class Tunnels:
 
         Raises Unavailable: the agent has no tunnel; DeadlineExceeded: it did not answer; Exhausted: too many wait.
         """
+        if not lost and (spare := self._spare_of(node)) is not None:
+            return await _ask(spare, StreamRequest(self._new_id(), kind, instance, options), node, answer_s)
         queue = self._nodes.get(node)
         elsewhere = None if here_only or queue is not None else self.elsewhere
         if queue is None and lost:
@@ -162,9 +174,7 @@ class Tunnels:
         except TimeoutError:
             if not self.connected(node):
                 raise _unconnected(node) from None
-            raise DeadlineExceeded(
-                f"node '{node}' did not open the stream within {answer_s:g} s", mend="look at its agent's log, then try again"
-            ) from None
+            raise _late(node, answer_s) from None
         finally:
             self._waiting.pop(request.id, None)
 
@@ -177,8 +187,46 @@ class Tunnels:
         waiting.answer.set_result(ours)
         return theirs
 
+    def spare(self, node: str) -> Pipe:
+        """Return the agent's end of a stream that waits for whoever wants one of `node` (NEXT_STREAM). Raises Exhausted."""
+        there = [pipe for pipe in self._spares.get(node, ()) if not pipe.closed]
+        if len(there) >= SPARES_MAX:
+            raise Exhausted(f"{len(there)} streams of node '{node}' wait for whoever wants one")
+        ours, theirs = pipe()
+        self._spares[node] = [*there, ours]
+        return theirs
+
+    def _spare_of(self, node: str) -> Pipe | None:
+        """Return a stream of the node's that waits, the newest, and have it wait no more; None where there is none."""
+        there = [pipe for pipe in self._spares.pop(node, ()) if not pipe.closed]
+        if len(there) > 1:
+            self._spares[node] = there[:-1]
+        return there[-1] if there else None
+
     def _of(self, node: str) -> list[_Waiting]:
         return [one for one in self._waiting.values() if one.node == node and not one.answer.done()]
+
+
+async def _ask(spare: Pipe, request: StreamRequest, node: str, answer_s: float) -> Channel:
+    """Return the client's end of a stream that waited, once its agent has the request. It is asked for once: nothing runs twice."""
+    try:
+        await spare.send(codec.encode(request))
+        async with asyncio.timeout(answer_s):
+            if await spare.receive() != TAKEN:
+                raise Unavailable(f"node '{node}' has just left", mend="try again")
+    except TimeoutError:
+        await spare.close()
+        raise _late(node, answer_s) from None
+    except BaseException:
+        await spare.close()
+        raise
+    return spare
+
+
+def _late(node: str, answer_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"node '{node}' did not open the stream within {answer_s:g} s", mend="look at its agent's log, then try again"
+    )
 
 
 async def _soonest(answer: asyncio.Future[Pipe], asked: asyncio.Future[Channel] | None, answer_s: float) -> Channel:

@@ -79,6 +79,13 @@ class StreamRequest(Struct, frozen=True):
     options: dict[str, Any] = {}
 
 
+NEXT_STREAM = "next"
+"""In the place of a stream's id: one that waits for whoever wants a stream of the node next. Its first message is the request, and
+the agent's first is TAKEN."""
+TAKEN = b""
+"""No message of any stream."""
+
+
 class Channel(Protocol):
     """A two-way stream of messages (see `model.streams` for what is in them), with back-pressure."""
 
@@ -119,7 +126,9 @@ class ControlPlane(Protocol):
 
     def stream_requests(self, node: str) -> AsyncIterator[StreamRequest]: ...
 
-    async def open_stream(self, node: str, id: str) -> Channel: ...
+    async def open_stream(self, node: str, id: str) -> Channel:
+        """Dial stream `id` that was asked for, or NEXT_STREAM. Raises NotFound: nobody waits for it, or the server is older."""
+        ...
 
     async def register_ingress(self, ingress: Ingress) -> None: ...
 
