@@ -18,6 +18,7 @@ from atoll.model.ports.store import (
     VALUE_BYTES_MAX,
     Change,
     Compare,
+    Consistency,
     Delete,
     Get,
     LeaseId,
@@ -168,7 +169,8 @@ async def test_an_absurd_limit_is_refused(store: Store, limit: int) -> None:
         await store.range("", limit=limit)
 
 
-async def test_a_range_at_a_revision_is_what_was_there_then(store: Store) -> None:
+@pytest.mark.parametrize("consistency", Consistency)
+async def test_a_range_at_a_revision_is_what_was_there_then(store: Store, consistency: Consistency) -> None:
     await store.put("a/1", b"old")
     await store.put("a/2", b"gone soon")
     at = await store.put("b", b"")
@@ -178,13 +180,34 @@ async def test_a_range_at_a_revision_is_what_was_there_then(store: Store) -> Non
     await store.delete("a/2")
     await store.put("a/0", b"not yet")
     await store.put("a/3", b"not yet")
-    then = await store.range("a/", at=at)
+    then = await store.range("a/", at=at, consistency=consistency)
     assert (then.items, then.revision, then.more) == (before.items, at, False)
-    first = await store.range("a/", at=at, limit=1)
-    rest = await store.range("a/", at=at, limit=1, after=first.items[-1].key)
+    first = await store.range("a/", at=at, limit=1, consistency=consistency)
+    rest = await store.range("a/", at=at, limit=1, after=first.items[-1].key, consistency=consistency)
     assert (first.items + rest.items, first.more, rest.more) == (before.items, True, False)
     with pytest.raises(Invalid):
-        await store.range("a/", at=Revision(await store.revision() + 1))
+        await store.range("a/", at=Revision(await store.revision() + 1), consistency=consistency)
+    await store.compact(Revision(at + 1))
+    with pytest.raises(Compacted):
+        await store.range("a/", at=at, consistency=consistency)
+
+
+async def test_a_read_that_may_be_old_is_the_state_of_some_moment(store: Store) -> None:
+    begin = await store.revision()
+    for n in range(20):
+        await store.txn([], [Put("a", b"%d" % n), Put("b", b"%d" % n)])
+        page = await store.range("", consistency=Consistency.SERIALIZABLE)
+        assert begin <= page.revision <= await store.revision()
+        assert page.items == (await store.range("", at=page.revision)).items
+    newest = await store.range("")
+    async with asyncio.timeout(DEADLINE_S):
+        while (await store.get("a", consistency=Consistency.SERIALIZABLE)) != newest.items[0]:
+            pass
+        while (await store.range("", consistency=Consistency.SERIALIZABLE)) != newest:
+            pass
+    assert await store.get("c", consistency=Consistency.SERIALIZABLE) is None
+    with pytest.raises(Invalid):
+        await store.get("", consistency=Consistency.SERIALIZABLE)
 
 
 async def test_a_transaction_is_all_of_one_branch_at_one_revision(store: Store) -> None:

@@ -35,7 +35,7 @@ from atoll.model.errors import (
     Unsupported,
 )
 from atoll.model.ports.clock import SystemClock
-from atoll.model.ports.store import VALUE_BYTES_MAX, Delete, Put, Revision, WatchBatch
+from atoll.model.ports.store import VALUE_BYTES_MAX, Consistency, Delete, Put, Revision, WatchBatch
 from atoll.store.etcd.address import EtcdAddress, load, members_of
 from atoll.store.etcd.keeping import EtcdLeaseKeeper
 from atoll.store.etcd.private import PrivateEtcd
@@ -192,6 +192,15 @@ async def test_a_minority_refuses_writes_and_forgets_none(cluster: PrivateEtcd) 
     calls = (store.put("cut-off/0", b""), store.put("cut-off/1", b""), store.get("before"))
     *refused, unread = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(unread, Unavailable)
+    async with asyncio.timeout(DEADLINE_S):
+        item = await store.get("before", consistency=Consistency.SERIALIZABLE)
+        page = await store.range("b", consistency=Consistency.SERIALIZABLE)
+        then = await store.range("b", at=page.revision, consistency=Consistency.SERIALIZABLE)
+    assert item is not None
+    assert item.value == b"1", "one member alone gives what it has to who asks for no more"
+    assert page.items == then.items == (item,)
+    with pytest.raises(Unavailable):
+        await store.range("b", at=page.revision)
     assert all(isinstance(cause, (Unavailable, OutcomeUnknown)) for cause in refused), refused
     for n in others:
         cluster.start(n)

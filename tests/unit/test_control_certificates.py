@@ -24,7 +24,7 @@ from atoll.control.world import KINDS as WORLD
 from atoll.model import codec, keys
 from atoll.model.chains import describe
 from atoll.model.errors import Unavailable
-from atoll.model.ports.store import Compare, KeyValue, Op, TxnResult
+from atoll.model.ports.store import LINEARIZABLE, Compare, Consistency, KeyValue, Op, TxnResult
 from atoll.model.records import App, Event, RouteClaim
 from atoll.model.records.certificate import (
     AcmeSettings,
@@ -63,8 +63,8 @@ class FlakyStore(MemoryStore):
         self._behind = behind
         self.failing = False
 
-    async def get(self, key: str) -> KeyValue | None:
-        return await self._behind.get(key)
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None:
+        return await self._behind.get(key, consistency=consistency)
 
     async def txn(self, compare: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()) -> TxnResult:
         if self.failing:

@@ -9,7 +9,7 @@ import pytest
 
 from atoll.model import codec, keys
 from atoll.model.errors import Compacted, Unavailable
-from atoll.model.ports.store import Delete, Put, Revision, WatchBatch
+from atoll.model.ports.store import LINEARIZABLE, RANGE_LIMIT_MAX, Consistency, Delete, Put, Range, Revision, WatchBatch
 from atoll.model.records import NodePolicy, Project
 from atoll.store.cache import DELTAS_BYTES_MAX, RECORD_FACTOR, Deltas, State
 from atoll.store.memory import MemoryStore
@@ -47,6 +47,29 @@ class FlakyStore(MemoryStore):
             yield await following
 
 
+class LaggingStore(MemoryStore):
+    """Whose member knows no more than revision `known`, which is what those get that ask for no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Revision | None = None
+        self.asked: list[Consistency] = []
+
+    async def range(
+        self,
+        prefix: str,
+        *,
+        after: str = "",
+        limit: int = RANGE_LIMIT_MAX,
+        at: Revision | None = None,
+        consistency: Consistency = LINEARIZABLE,
+    ) -> Range:
+        self.asked.append(consistency)
+        if consistency is Consistency.SERIALIZABLE and at is None:
+            at = self.known
+        return await super().range(prefix, after=after, limit=limit, at=at)
+
+
 async def take(changes: AsyncIterator[Deltas]) -> list[tuple[str, bool, bool]]:
     async with asyncio.timeout(DEADLINE_S):
         return [(delta.key, delta.old is not None, delta.new is not None) for delta in (await anext(changes)).deltas]
@@ -65,6 +88,20 @@ async def test_all_kinds_are_loaded_and_then_followed() -> None:
         assert held is not None
         assert (held.record.name, held.revision, held.created) == ("b", revision, revision)
         assert state.get(Project, "a") is None
+
+
+async def test_all_is_loaded_from_one_member_unless_that_one_is_behind() -> None:
+    store = LaggingStore()
+    old = (await store.txn([], [project("a")])).revision
+    async with State(store, KINDS) as state:
+        assert set(store.asked) == {Consistency.SERIALIZABLE}
+        assert set(state.records(Project)) == {"a"}
+    await store.txn([], [project("b")])
+    store.known = old
+    async with State(store, KINDS) as state:
+        assert Consistency.LINEARIZABLE in store.asked
+        assert set(state.records(Project)) == {"a", "b"}, "what had been written before it began is there"
+        assert state.revision == await store.revision()
 
 
 async def test_it_is_current_to_revisions_that_hold_nothing_of_its_kinds() -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from atoll.model.errors import OutcomeUnknown, Unavailable
 from atoll.model.ports.store import (
+    LINEARIZABLE,
     RANGE_LIMIT_MAX,
     Compare,
+    Consistency,
     Delete,
     KeyValue,
     Lease,
@@ -56,13 +58,39 @@ class Door:
         await self.cluster.led(self.member)
         return await self.cluster.machine.revision()
 
-    async def get(self, key: str) -> KeyValue | None:
-        await self.cluster.led(self.member)
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None:
+        if consistency is Consistency.SERIALIZABLE and (at := self._behind()) is not None:
+            page = await self.cluster.machine.range(key, limit=1, at=at)
+            return next((item for item in page.items if item.key == key), None)
+        await self._may_read(consistency)
         return await self.cluster.machine.get(key)
 
-    async def range(self, prefix: str, *, after: str = "", limit: int = RANGE_LIMIT_MAX, at: Revision | None = None) -> Range:
-        await self.cluster.led(self.member)
+    async def range(
+        self,
+        prefix: str,
+        *,
+        after: str = "",
+        limit: int = RANGE_LIMIT_MAX,
+        at: Revision | None = None,
+        consistency: Consistency = LINEARIZABLE,
+    ) -> Range:
+        if consistency is Consistency.SERIALIZABLE and (known := self._behind()) is not None:
+            if at is not None and at > known:
+                raise Unavailable(f"{self.member.name} has not come to revision {at} yet")
+            at = known if at is None else at
+        else:
+            await self._may_read(consistency)
         return await self.cluster.machine.range(prefix, after=after, limit=limit, at=at)
+
+    async def _may_read(self, consistency: Consistency) -> None:
+        if consistency is Consistency.LINEARIZABLE:
+            await self.cluster.led(self.member)
+
+    def _behind(self) -> Revision | None:
+        """Return the revision that a member which hears no leader knows; None where it knows the newest."""
+        if self.cluster.hears(self.member):
+            return None
+        return max(self.member.seen, self.cluster.machine.floor)
 
     async def put(self, key: str, value: bytes, *, lease: LeaseId = LeaseId(0)) -> Revision:
         return (await self.txn((), (Put(key, value, lease),))).revision

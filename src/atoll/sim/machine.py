@@ -127,7 +127,7 @@ class SimMachine:
             devices=self.rack.devices(self.life, self._faults, self._story) if self.rack is not None else None,
             arch="amd64",
             beating=beating,
-            contact=beating.contact if beating is not None else SimContact(self.disk, "none"),
+            contact=beating.contact if beating is not None else SimContact(self.disk, str(self.boots)),
         )
         self._task = asyncio.get_running_loop().create_task(
             self._run(self.agent, beating, self.life), name=f"agent {self.name} {self._lives}", context=self._context

@@ -34,6 +34,11 @@ class Machine(MemoryStore):
     def newest(self) -> Revision:
         return self._window.newest
 
+    @property
+    def floor(self) -> Revision:
+        """The oldest revision that is held."""
+        return self._window.floor
+
     def forget(self) -> None:
         """End all watches: what they tell of is no longer so."""
         self._window.close("the store has forgotten")

@@ -9,8 +9,10 @@ from typing import TypeVar
 
 from atoll.model.errors import OutcomeUnknown, Unavailable
 from atoll.model.ports.store import (
+    LINEARIZABLE,
     RANGE_LIMIT_MAX,
     Compare,
+    Consistency,
     KeyValue,
     Lease,
     LeaseId,
@@ -120,11 +122,19 @@ class ServerStore:
     async def revision(self) -> Revision:
         return await self._read(lambda store: store.revision())
 
-    async def get(self, key: str) -> KeyValue | None:
-        return await self._read(lambda store: store.get(key))
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None:
+        return await self._read(lambda store: store.get(key, consistency=consistency))
 
-    async def range(self, prefix: str, *, after: str = "", limit: int = RANGE_LIMIT_MAX, at: Revision | None = None) -> Range:
-        return await self._read(lambda store: store.range(prefix, after=after, limit=limit, at=at))
+    async def range(
+        self,
+        prefix: str,
+        *,
+        after: str = "",
+        limit: int = RANGE_LIMIT_MAX,
+        at: Revision | None = None,
+        consistency: Consistency = LINEARIZABLE,
+    ) -> Range:
+        return await self._read(lambda store: store.range(prefix, after=after, limit=limit, at=at, consistency=consistency))
 
     async def put(self, key: str, value: bytes, *, lease: LeaseId = LeaseId(0)) -> Revision:
         return await self._write(lambda store: store.put(key, value, lease=lease))

@@ -12,9 +12,11 @@ import structlog
 from atoll.model.errors import AtollError, Compacted, Invalid, NotFound, Unavailable
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import (
+    LINEARIZABLE,
     RANGE_LIMIT_MAX,
     Change,
     Compare,
+    Consistency,
     Delete,
     KeyValue,
     Lease,
@@ -63,7 +65,7 @@ class BaseStore(abc.ABC):
             self._begin_expiry()
 
     @abc.abstractmethod
-    async def get(self, key: str) -> KeyValue | None: ...
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None: ...
 
     @abc.abstractmethod
     async def _commit(self, transaction: Transaction) -> TxnResult:
@@ -103,7 +105,15 @@ class BaseStore(abc.ABC):
     async def revision(self) -> Revision:
         return self._window.newest
 
-    async def range(self, prefix: str, *, after: str = "", limit: int = RANGE_LIMIT_MAX, at: Revision | None = None) -> Range:
+    async def range(
+        self,
+        prefix: str,
+        *,
+        after: str = "",
+        limit: int = RANGE_LIMIT_MAX,
+        at: Revision | None = None,
+        consistency: Consistency = LINEARIZABLE,
+    ) -> Range:
         """See `Store.range`."""
         check_prefix(prefix)
         check_prefix(after)

@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from atoll.model import codec
 from atoll.model.errors import AtollError, Compacted, Invalid, Unavailable
-from atoll.model.ports.store import Change, KeyValue, Revision, Store
+from atoll.model.ports.store import Change, Consistency, KeyValue, Revision, Store
 from atoll.store.index import By, Index
 from atoll.store.window import Window
 
@@ -211,6 +211,14 @@ class State:
 
     async def _list(self) -> None:
         """Load every kind as of one revision, and enter what differs from before as one change."""
+        newest = await self._store.revision()
+        # Much is read here, which one member may give alone: the watch brings what it does not know yet. But it must know what
+        # was there when this began.
+        if not await self._load(newest, Consistency.SERIALIZABLE):
+            await self._load(newest, Consistency.LINEARIZABLE)
+
+    async def _load(self, oldest: Revision, consistency: Consistency) -> bool:
+        """Load all as of some revision that is no older than `oldest`, and return whether there was such a one to be had."""
         loaded: dict[type[Any], dict[str, Held[Any]]] = {}
         broken: dict[type[Any], set[str]] = {kind: set() for kind in self._records}
         at: Revision | None = None
@@ -218,8 +226,10 @@ class State:
             records = loaded[kind] = {}
             after = ""
             while True:
-                page = await self._store.range(prefix, after=after, at=at)
+                page = await self._store.range(prefix, after=after, at=at, consistency=consistency)
                 at = page.revision
+                if at < oldest:
+                    return False
                 for item in page.items:
                     held = _decode(item, kind)
                     if held is not None:
@@ -229,7 +239,7 @@ class State:
                 if not page.more:
                     break
                 after = page.items[-1].key
-        revision = at if at is not None else await self._store.revision()
+        revision = at if at is not None else oldest
         first = self.revision < 0
         self._broken = broken
         deltas = self._differences(loaded)
@@ -238,6 +248,7 @@ class State:
         self._enter(revision, [] if first else deltas, 0, listed=True)
         if first:
             self._window.forget_before(Revision(revision + 1))
+        return True
 
     def _differences(self, loaded: dict[type[Any], dict[str, Held[Any]]]) -> list[Delta]:
         deltas: list[Delta] = []

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from atoll.model.errors import Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
-from atoll.model.ports.store import KeyValue, LeaseId, Revision, TxnResult
+from atoll.model.ports.store import LINEARIZABLE, Consistency, KeyValue, LeaseId, Revision, TxnResult
 from atoll.store.base import BaseStore, Changes
 from atoll.store.transaction import Transaction, apply, check_key, remove_all, size_bytes
 from atoll.store.window import Window
@@ -84,7 +84,7 @@ class MemoryStore(BaseStore):
         self._lease_count = 0
         self._open = True
 
-    async def get(self, key: str) -> KeyValue | None:
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None:
         self._check_open()
         check_key(key)
         return self._table.get(key)

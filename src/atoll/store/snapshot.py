@@ -12,7 +12,7 @@ from urllib.parse import quote
 from msgspec import Struct
 
 from atoll.model.errors import Corrupt, NotFound, Unsupported
-from atoll.model.ports.store import KeyValue, LeaseId, Revision
+from atoll.model.ports.store import Consistency, KeyValue, LeaseId, Revision
 from atoll.store.database import APPLICATION_ID, BUSY_TIMEOUT_MS, SCHEMA_VERSION, SqliteTable, translate
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ class EtcdSnapshot:
         """See `Snapshot.items`. Raises Compacted."""
         after = ""
         while True:
-            page = await self._store.range("", after=after, limit=PAGE_ITEMS, at=self.revision)
+            page = await self._store.range(
+                "", after=after, limit=PAGE_ITEMS, at=self.revision, consistency=Consistency.SERIALIZABLE
+            )
             for item in page.items:
                 yield item
             if not page.more:

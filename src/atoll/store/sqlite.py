@@ -20,7 +20,7 @@ import structlog
 
 from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
-from atoll.model.ports.store import KeyValue, LeaseId, Revision, TxnResult
+from atoll.model.ports.store import LINEARIZABLE, Consistency, KeyValue, LeaseId, Revision, TxnResult
 from atoll.store.base import BaseStore, Changes
 from atoll.store.database import SqliteTable, connect, open_file, translate
 from atoll.store.history import HISTORY_BYTES_MAX, HISTORY_REVISIONS_MAX, History
@@ -114,7 +114,7 @@ class SqliteStore(BaseStore):
         self._writer.close()
         self._lock.release()
 
-    async def get(self, key: str) -> KeyValue | None:
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None:
         check_key(key)
         self._check_open()
         try:

@@ -23,6 +23,19 @@ RANGE_LIMIT_MAX = 10_000
 """Items in one answer to `range`; `more` says that there are others."""
 
 
+class Consistency(enum.Enum):
+    """What a read may miss."""
+
+    LINEARIZABLE = "linearizable"
+    """Nothing that was written when it was asked for; most members of a cluster must be heard for that."""
+    SERIALIZABLE = "serializable"
+    """The newest: it is the state of some moment, as one member knows it, and perhaps older than what was read before. That member
+    answers alone, whether or not it hears the others. A store in one process has nothing older, and answers as ever."""
+
+
+LINEARIZABLE = Consistency.LINEARIZABLE
+
+
 class KeyValue(Struct, frozen=True):
     key: str
     value: bytes
@@ -122,12 +135,21 @@ class Store(Protocol):
         """Return the newest revision."""
         ...
 
-    async def get(self, key: str) -> KeyValue | None: ...
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None: ...
 
-    async def range(self, prefix: str, *, after: str = "", limit: int = RANGE_LIMIT_MAX, at: Revision | None = None) -> Range:
+    async def range(
+        self,
+        prefix: str,
+        *,
+        after: str = "",
+        limit: int = RANGE_LIMIT_MAX,
+        at: Revision | None = None,
+        consistency: Consistency = LINEARIZABLE,
+    ) -> Range:
         """Return items whose key begins with `prefix` and sorts behind `after`, in key order.
 
-        With `at`, as they were at that revision (to page through one snapshot). Raises Compacted if that is too old.
+        With `at`, as they were at that revision (to page through one snapshot), whatever the `consistency`. Raises Compacted if
+        that is too old, Invalid if it is not there yet.
         """
         ...
 

@@ -144,22 +144,24 @@ class Members:
             self.ended.set_result(None)
             await asyncio.gather(*(member.channel.close() for member in self.all))
 
-    async def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return what goes with each call: that a member without a leader must refuse it, and who asks. Raises as `call`."""
+    async def metadata(self, *, alone: bool = False) -> tuple[tuple[str, str], ...]:
+        """Return what goes with each call: who asks, and, unless a member may answer it `alone`, that one without a leader must
+        refuse it. Raises as `call`."""
+        demands = () if alone else (("hasleader", "true"),)
         if not self._address.user:
-            return (("hasleader", "true"),)
+            return demands
         if self._token is None:
             await self._authenticate()
-        return (("hasleader", "true"), ("token", self._token or ""))
+        return (*demands, ("token", self._token or ""))
 
-    async def call(self, method: Method, request: Any, *, repeat: bool) -> Any:
-        """Return the answer of some member. With `repeat`, doing it twice does no harm.
+    async def call(self, method: Method, request: Any, *, repeat: bool, alone: bool = False) -> Any:
+        """Return the answer of some member. With `repeat`, doing it twice does no harm; with `alone`, it need not hear others.
 
         Raises Unavailable: nothing was done. OutcomeUnknown (never with `repeat`). AnswerTooLarge. What etcd refuses comes as
         the error that says so.
         """
         self.check_open()
-        return await self._until(time.monotonic() + CALL_S, method, request, repeat=repeat)
+        return await self._until(time.monotonic() + CALL_S, method, request, repeat=repeat, alone=alone)
 
     async def at(self, member: Member, method: Method, request: Any, wait_s: float) -> Any:
         """Return the answer of just this member, tried once. Raises Unavailable, or what etcd's refusal means."""
@@ -174,7 +176,9 @@ class Members:
                 self._token = None
             raise _unavailable(member, error) if isinstance(verdict, Fault) else verdict from None
 
-    async def _until(self, deadline: float, method: Method, request: Any, *, repeat: bool, authenticating: bool = False) -> Any:
+    async def _until(
+        self, deadline: float, method: Method, request: Any, *, repeat: bool, authenticating: bool = False, alone: bool = False
+    ) -> Any:
         cause = "no time"
         retry_s = RETRY_MIN_S
         tries = 0
@@ -185,7 +189,7 @@ class Members:
             if not await member.settled(min(CONNECT_S, left_s)):
                 cause = f"{member.target}: not connected within {CONNECT_S:g} s"
             else:
-                metadata = () if authenticating else await self.metadata()
+                metadata = () if authenticating else await self.metadata(alone=alone)
                 try:
                     if not repeat:
                         return await self._send_once(member, method, request, left_s, metadata)

@@ -13,9 +13,11 @@ from aetcd import rpc
 
 from atoll.model.errors import AtollError, Compacted, Conflict, Corrupt, Invalid, NotFound, Unavailable, Unsupported
 from atoll.model.ports.store import (
+    LINEARIZABLE,
     RANGE_LIMIT_MAX,
     TXN_OPS_MAX,
     Compare,
+    Consistency,
     Delete,
     KeyValue,
     Lease,
@@ -92,25 +94,42 @@ class EtcdStore:
         answer = await self._read(rpc.RangeRequest(key=PROBE_KEY, count_only=True))
         return Revision(answer.header.revision)
 
-    async def get(self, key: str) -> KeyValue | None:
+    async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None:
         check_key(key)
-        answer = await self._read(rpc.RangeRequest(key=key.encode()))
+        answer = await self._read(rpc.RangeRequest(key=key.encode()), consistency)
         return item_of(answer.kvs[0]) if answer.kvs else None
 
-    async def range(self, prefix: str, *, after: str = "", limit: int = RANGE_LIMIT_MAX, at: Revision | None = None) -> Range:
+    async def range(
+        self,
+        prefix: str,
+        *,
+        after: str = "",
+        limit: int = RANGE_LIMIT_MAX,
+        at: Revision | None = None,
+        consistency: Consistency = LINEARIZABLE,
+    ) -> Range:
         """See `Store.range`."""
         check_prefix(prefix)
         check_prefix(after)
         check_limit(limit)
         if at is not None:
-            await self._check_at(at)
-            return await self._pages(prefix, after, limit, at)
+            return await self._range_at(prefix, after, limit, at, consistency)
         for _ in range(LISTING_TRIES - 1):
             try:
-                return await self._pages(prefix, after, limit, Revision(0))
+                return await self._pages(prefix, after, limit, Revision(0), consistency)
             except Compacted:
                 log.info("a listing was overtaken by a compaction and starts again", prefix=prefix)
-        return await self._pages(prefix, after, limit, Revision(0))
+        return await self._pages(prefix, after, limit, Revision(0), consistency)
+
+    async def _range_at(self, prefix: str, after: str, limit: int, at: Revision, consistency: Consistency) -> Range:
+        if consistency is Consistency.SERIALIZABLE:
+            try:
+                await self._check_at(at, consistency)
+                return await self._pages(prefix, after, limit, at, consistency)
+            except Invalid:
+                log.debug("the member that is asked has not come to a revision yet; the others are asked, too", revision=at)
+        await self._check_at(at, LINEARIZABLE)
+        return await self._pages(prefix, after, limit, at, LINEARIZABLE)
 
     async def put(self, key: str, value: bytes, *, lease: LeaseId = LeaseId(0)) -> Revision:
         check_transaction(Transaction((), (Put(key, value, lease),)))
@@ -189,25 +208,26 @@ class EtcdStore:
         request = rpc.CompactionRequest(revision=revision - 1)
         await self.members.call(lambda m: m.kv.Compact, request, repeat=False)
 
-    async def _read(self, request: Any) -> Any:
-        return await self.members.call(lambda m: m.kv.Range, request, repeat=True)
+    async def _read(self, request: Any, consistency: Consistency = LINEARIZABLE) -> Any:
+        alone = request.serializable = consistency is Consistency.SERIALIZABLE
+        return await self.members.call(lambda m: m.kv.Range, request, repeat=True, alone=alone)
 
-    async def _check_at(self, at: Revision) -> None:
+    async def _check_at(self, at: Revision, consistency: Consistency) -> None:
         """Raise Compacted where `at` is not whole any more: the revision before it must still be there. Invalid: not there yet."""
         if at < 1:
             raise Compacted("etcd's first revision is 1")
         probe = rpc.RangeRequest(key=PROBE_KEY, revision=max(1, at - 1), count_only=True)
-        if (newest := (await self._read(probe)).header.revision) < at:
+        if (newest := (await self._read(probe, consistency)).header.revision) < at:
             raise Invalid(f"revision {at} is not there yet; the newest is {newest}", field="at")
 
-    async def _pages(self, prefix: str, after: str, limit: int, at: Revision) -> Range:
+    async def _pages(self, prefix: str, after: str, limit: int, at: Revision, consistency: Consistency) -> Range:
         items: list[KeyValue] = []
         page = PAGE_ITEMS
         while True:
             begin, end = bounds_of(prefix, items[-1].key if items else after)
             request = rpc.RangeRequest(key=begin, range_end=end, limit=min(page, limit - len(items)), revision=at)
             try:
-                answer = await self._read(request)
+                answer = await self._read(request, consistency)
             except AnswerTooLarge:
                 if page == 1:
                     raise Corrupt(f"a value under {prefix!r} is larger than a message may be") from None
