@@ -305,6 +305,7 @@ async def test_a_limit_is_of_both_families_together_and_counted(network: LinkNet
     sink = await network.attach("b", project="p", ports=(TALK,))
     with listening(sink, TALK.port, socket.SOCK_DGRAM) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        assert gets_through(slow, six(sink), TALK.port, server)
         with closing(socket_in(slow, kind=socket.SOCK_DGRAM)) as client:
             for _ in range(200):
                 client.sendto(b"x", (six(sink), TALK.port))
@@ -312,7 +313,7 @@ async def test_a_limit_is_of_both_families_together_and_counted(network: LinkNet
         count = 0
         while hears(server):
             count += 1
-    assert 20 <= count < 200
+    assert 10 <= count < 150
     assert (await network.flows()).over["a"] > 100
 
 
