@@ -21,6 +21,8 @@ from atoll.node.report import retry_delay
 SPARES = 2
 """Streams that wait; each that is taken is followed by another."""
 OPEN_S = 10.0
+FOLLOW_S = 0.1
+"""How long after one was taken another is dialled: the node is first of all for who has taken it."""
 
 log = structlog.get_logger()
 
@@ -63,6 +65,7 @@ class Spares:
             try:
                 await self._one()
                 failures = 0
+                await asyncio.sleep(FOLLOW_S)
             except NotFound:
                 return
             except (AtollError, TimeoutError) as error:
