@@ -135,10 +135,10 @@ class Backend:
 class Site:
     """An ingress, its control plane, and the apps behind it."""
 
-    def __init__(self, directory: Path, stack: AsyncExitStack, port: int) -> None:
+    def __init__(self, directory: Path, stack: AsyncExitStack, port: int, **options: Any) -> None:
         self.directory = directory
         self.control = FakeRouting()
-        self.ingress = Ingress(self.control, directory, port=port, workers=2, stop_grace_s=0.2)
+        self.ingress = Ingress(self.control, directory, port=port, workers=2, stop_grace_s=0.2, **options)
         self._stack = stack
         self._task: asyncio.Task[None] | None = None
 
@@ -182,9 +182,9 @@ async def start_backends(stack: AsyncExitStack, count: int) -> list[Backend]:
 
 
 @asynccontextmanager
-async def site_at(directory: Path, port: int = 0, *known: Routing) -> AsyncIterator[Site]:
+async def site_at(directory: Path, port: int = 0, *known: Routing, **options: Any) -> AsyncIterator[Site]:
     async with AsyncExitStack() as stack:
-        site = Site(directory, stack, port)
+        site = Site(directory, stack, port, **options)
         site.control.put(*known)
         try:
             await site.start()

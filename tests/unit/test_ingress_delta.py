@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.ingress.delta import HOLD_S, RESPONSE_RESOURCES_MAX, DeltaSession, Verdicts
+from atoll.ingress.hostnames import ASKED_MAX, Hostnames
 from atoll.ingress.resources import Kind, Name, Resource
 
 BAD = b"bad"
@@ -21,6 +23,10 @@ class Envoy:
     def __init__(self) -> None:
         self.has: dict[Kind, dict[str, tuple[str, bytes]]] = {kind: {} for kind in Kind}
         self.gaps: list[str] = []
+        self.asked: list[str] = []
+        """Every hostname that it ever asked for."""
+        self.told: list[str] = []
+        """Those that were answered, each time."""
         self._asks: list[DeltaDiscoveryRequest] = []
 
     def connect(self) -> None:
@@ -29,8 +35,16 @@ class Envoy:
             for kind in (Kind.CLUSTER, Kind.ROUTES, Kind.HOST)
         ]
         self._asks[1].resource_names_subscribe.append("http")
+        self._asks[2].resource_names_subscribe.extend(self.asked)
         if self.has[Kind.CLUSTER]:
             self._subscribe(list(self.has[Kind.CLUSTER]))
+
+    def want(self, alias: str) -> None:
+        """Ask for a hostname that a request is for. None is asked for twice: what is not there then is 404."""
+        if alias in self.asked:
+            return
+        self.asked.append(alias)
+        self._asks.append(DeltaDiscoveryRequest(type_url=Kind.HOST, resource_names_subscribe=[alias]))
 
     def asks(self) -> list[DeltaDiscoveryRequest]:
         asks, self._asks = self._asks, []
@@ -43,8 +57,10 @@ class Envoy:
             answer.error_detail.message = "bad"
             self._asks.append(answer)
             return
-        new = [part.name for part in response.resources if part.name not in self.has[kind]]
-        for part in response.resources:
+        self.told += [alias for part in response.resources for alias in part.aliases]
+        there = [part for part in response.resources if part.HasField("resource")]
+        new = [part.name for part in there if part.name not in self.has[kind]]
+        for part in there:
             self.has[kind][part.name] = (part.version, part.resource.value)
         for name in response.removed_resources:
             self.has[kind].pop(name, None)
@@ -65,8 +81,9 @@ class Envoy:
 
 
 class World:
-    def __init__(self) -> None:
+    def __init__(self, *, ahead_max: int = sys.maxsize, asked_max: int = ASKED_MAX) -> None:
         self.resources: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
+        self.hostnames = Hostnames(self.resources[Kind.HOST], ahead_max=ahead_max, asked_max=asked_max)
         self.refused: list[Name] = []
         self.envoy = Envoy()
         self.now = 0.0
@@ -76,7 +93,7 @@ class World:
         self.session = self.connect()
 
     def connect(self) -> DeltaSession:
-        self.session = DeltaSession(self.resources, self._verdicts)
+        self.session = DeltaSession(self.resources, self._verdicts, hostnames=self.hostnames)
         self.envoy.connect()
         return self.session
 

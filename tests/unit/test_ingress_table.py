@@ -21,7 +21,7 @@ from atoll.model.spec import AppSpec
 
 T = TypeVar("T", Cluster, ClusterLoadAssignment, VirtualHost)
 Hosts = tuple[tuple[str, str, int, bool], ...]
-NOBODY = "http/nobody.invalid"
+FIXED = {"http/nobody.invalid", "http/*"}
 
 
 def routing(app: str, *endpoints: Endpoint, hosts: Hosts | None = None) -> Routing:
@@ -43,7 +43,7 @@ def paths(table: RoutingTable, host: str) -> list[tuple[str, str]]:
 
 
 def hosts(table: RoutingTable) -> set[str]:
-    return set(table.resources[Kind.HOST]) - {NOBODY}
+    return set(table.resources[Kind.HOST]) - FIXED
 
 
 def test_an_app_becomes_a_cluster_its_endpoints_and_a_host() -> None:

@@ -13,6 +13,7 @@ import structlog
 from envoy.service.discovery.v3 import discovery_pb2
 
 from atoll.ingress.delta import DeltaSession, Resources, Verdicts
+from atoll.ingress.hostnames import AHEAD_MAX, Hostnames
 from atoll.ingress.resources import Kind, Name, Resource
 from atoll.model.errors import DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock
@@ -37,10 +38,19 @@ class AdsServer:
     So an Envoy that served before this process was started keeps what it has until there is something better.
     """
 
-    def __init__(self, resources: Resources, clock: Clock, *, refused: Callable[[Resource, str], None]) -> None:
+    def __init__(
+        self,
+        resources: Resources,
+        clock: Clock,
+        *,
+        refused: Callable[[Resource, str], None],
+        hostnames_ahead: int = AHEAD_MAX,
+    ) -> None:
+        """With more hostnames than `hostnames_ahead` Envoy is told of each when it asks."""
         self._resources = resources
         self._clock = clock
         self._verdicts = Verdicts(refused)
+        self._hostnames = Hostnames(resources.get(Kind.HOST, {}), ahead_max=hostnames_ahead)
         self._sessions: dict[DeltaSession, asyncio.Event] = {}
         self._newest: DeltaSession | None = None
         self._published = asyncio.Event()
@@ -90,11 +100,13 @@ class AdsServer:
             wake.set()
 
     async def applied(self, name: Name, version: str, *, timeout_s: float) -> None:
-        """Return when Envoy has confirmed this version, or a later one. Raises DeadlineExceeded."""
+        """Return when Envoy has confirmed this version or a later one, or would hear it when it asks. Raises DeadlineExceeded."""
 
         def done() -> bool:
             if self._newest is None:
                 return False
+            if name[0] is Kind.HOST and not self._hostnames.shows(name[1]):
+                return True
             newest = self._resources[name[0]].get(name[1])
             return self._newest.applied(name) in (version, newest.version if newest else None)
 
@@ -109,7 +121,7 @@ class AdsServer:
     ) -> AsyncIterator[discovery_pb2.DeltaDiscoveryResponse]:
         # No deadline: until the control plane has spoken there is nothing to say.
         await self._published.wait()
-        session, wake = DeltaSession(self._resources, self._verdicts, self._withheld), asyncio.Event()
+        session, wake = DeltaSession(self._resources, self._verdicts, self._withheld, hostnames=self._hostnames), asyncio.Event()
         reader = asyncio.create_task(self._read(requests, session, wake), name="ads-read")
         reader.add_done_callback(lambda task: wake.set())
         try:

@@ -42,6 +42,7 @@ RETRY_AFTER = (("retry-after", "1"),)
 ZONE = "here"
 """Envoy's own zone: from it to that of an endpoint, which names the release, it counts requests."""
 COUNTED = r"upstream_rq_(completed|5xx|time)"
+ON_DEMAND_FILTER = "envoy.filters.http.on_demand"
 _TYPE = "@type"
 _GOOGLE = "type.googleapis.com/envoy"
 
@@ -165,6 +166,7 @@ def _services() -> dict[str, Any]:
     }
     manager = _connection_manager()
     del manager["rds"]
+    manager["http_filters"] = [each for each in manager["http_filters"] if each["name"] != ON_DEMAND_FILTER]
     manager["stat_prefix"] = "services"
     manager["route_config"] = {"name": "services", "virtual_hosts": [{"name": "services", "domains": ["*"], "routes": [route]}]}
     return {
@@ -191,6 +193,7 @@ def _connection_manager() -> dict[str, Any]:
         "codec_type": "AUTO",
         "rds": {"route_config_name": ROUTE_CONFIG, "config_source": _from_us()},
         "http_filters": [
+            {"name": ON_DEMAND_FILTER, "typed_config": {_TYPE: f"{_GOOGLE}.extensions.filters.http.on_demand.v3.OnDemand"}},
             {
                 "name": RATE_FILTER,
                 "disabled": True,
@@ -302,6 +305,7 @@ def _local_replies() -> dict[str, Any]:
             _answer(
                 429, "too-many-requests", f"more requests for {place} than its rate allows", "retry after a second", RETRY_AFTER
             ),
+            _answer(404, "not-found", f"no app is served at {place} under this path", "see `atoll apps` for what is"),
             _answer(413, "too-large", f"a request for {place} has a larger body than its app takes", "send less at once"),
             _reply(["UO"], "unavailable", f"the app at {place} has as many requests under way as its limits allow", "retry soon"),
             _reply(

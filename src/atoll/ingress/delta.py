@@ -7,11 +7,13 @@ again one by one, which finds the bad one; that one is put back to what Envoy la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from envoy.service.discovery.v3 import discovery_pb2
 
-from atoll.ingress.resources import Kind, Name, Resource
+from atoll.ingress.hostnames import Asked, Hostnames, order
+from atoll.ingress.resources import ROUTE_CONFIG, Kind, Name, Resource
 from atoll.model.certificates import covers
 
 RESPONSE_RESOURCES_MAX = 2_000
@@ -20,6 +22,8 @@ SECRETS_MAX = 16_384
 without a bound strangers could fill it; one that was let go of is asked for again when it is needed, which takes 3 ms."""
 HOLD_S = 1.0
 """The longest that a hostname waits for the endpoints it leads to. Envoy asks for them within a millisecond or two."""
+MISSED = f"{ROUTE_CONFIG}/missed.invalid"
+"""What Envoy is told of hostnames that nobody has."""
 
 Resources = Mapping[Kind, Mapping[str, Resource]]
 
@@ -75,9 +79,18 @@ class _Channel:
 class DeltaSession:
     """`resources` is live: call `changed` after it was changed, and `receive` for each request; then `respond` until None."""
 
-    def __init__(self, resources: Resources, verdicts: Verdicts, withheld: Collection[Kind] = ()) -> None:
-        """Of kinds that are `withheld`, which is live, too, nothing is said: what is known of them is not complete yet."""
+    def __init__(
+        self, resources: Resources, verdicts: Verdicts, withheld: Collection[Kind] = (), *, hostnames: Hostnames | None = None
+    ) -> None:
+        """Of kinds that are `withheld`, which is live, too, nothing is said: what is known of them is not complete yet.
+
+        `hostnames` says which of the hostnames Envoy is to have, and outlives a connection; all of them without it.
+        """
         self._resources = resources
+        self._hostnames = hostnames or Hostnames(resources[Kind.HOST], ahead_max=sys.maxsize)
+        self._all = self._hostnames.all
+        """Whether Envoy was told of all hostnames."""
+        self._asked = Asked(self._hostnames)
         self._withheld = withheld
         self._verdicts = verdicts
         self._channels: dict[Kind, _Channel] = {}
@@ -95,7 +108,9 @@ class DeltaSession:
     @property
     def held_until(self) -> float | None:
         """When `respond` should be called again even if nothing happens, on the clock that it was given."""
-        return self._held_until
+        if self._held_until is not None or not self._asked.waiting or self._channels[Kind.HOST].in_flight is not None:
+            return self._held_until
+        return self._asked.missed_until
 
     def applied(self, name: Name) -> str | None:
         """Return the version of a resource that Envoy has confirmed."""
@@ -103,7 +118,10 @@ class DeltaSession:
         return channel.applied.get(name[1]) if channel else None
 
     def changed(self, names: Iterable[Name]) -> None:
-        for kind, name in names:
+        known = set(names)
+        for name in self._hostnames.changed(name for kind, name in known if kind is Kind.HOST):
+            known.add((Kind.HOST, name))
+        for kind, name in known:
             if (channel := self._channels.get(kind)) is not None:
                 channel.dirty.add(name)
                 if kind is Kind.SECRET:
@@ -126,7 +144,8 @@ class DeltaSession:
             channel.dirty.update(self._resources[kind])
         elif request.response_nonce and request.response_nonce == channel.nonce and channel.in_flight is not None:
             self._answer(kind, channel, request)
-        for name in request.resource_names_subscribe:
+        named = [] if kind is Kind.HOST else list(request.resource_names_subscribe)
+        for name in named:
             channel.subscribed.add(name)
             channel.dirty.add(name)
             channel.sent.pop(name, None)
@@ -144,6 +163,12 @@ class DeltaSession:
             channel.sent.update(request.initial_resource_versions)
             channel.applied.update(request.initial_resource_versions)
             channel.dirty.update(request.initial_resource_versions)
+        if kind is Kind.HOST:
+            # After a reconnect Envoy names all that it ever asked for.
+            asked = [name for name in request.resource_names_subscribe if name != "*"]
+            self._asked.add(asked)
+            if first:
+                self._hostnames.begin(request.initial_resource_versions, asked)
 
     def respond(self, now: float) -> discovery_pb2.DeltaDiscoveryResponse | None:
         """Return the next response to send, or None when Envoy has, or is about to answer for, all that it may have now."""
@@ -152,11 +177,25 @@ class DeltaSession:
             silent = channel.wildcard and not channel.nonce
             if kind in self._withheld:
                 continue
-            if channel.in_flight is None and (channel.dirty or silent) and not self._must_wait(kind, now):
+            if kind is Kind.HOST:
+                self._choose_hostnames(channel)
+            asked = kind is Kind.HOST and bool(self._asked.waiting)
+            if channel.in_flight is None and (channel.dirty or asked or silent) and not self._must_wait(kind, now):
                 batch = self._next_batch(kind, channel)
-                if batch or silent:
-                    return self._response(kind, channel, batch)
+                missed = self._asked.missed(self._there, now, along=bool(batch)) if asked else []
+                if batch or silent or missed:
+                    return self._response(kind, channel, batch, missed)
         return None
+
+    def _choose_hostnames(self, channel: _Channel) -> None:
+        self._asked.resolve()
+        channel.dirty.update(self._asked.names)
+        if self._all != self._hostnames.all:
+            self._all = self._hostnames.all
+            channel.dirty.update(self._resources[Kind.HOST])
+
+    def _there(self, host: str) -> bool:
+        return self._verdicts.choose((Kind.HOST, host), self._resources[Kind.HOST].get(host)) is not None
 
     def _must_wait(self, kind: Kind, now: float) -> bool:
         """A hostname comes after the clusters that it leads to, so that no request finds a gap."""
@@ -177,13 +216,15 @@ class DeltaSession:
     def _next_batch(self, kind: Kind, channel: _Channel) -> dict[str, Resource | None]:
         batch: dict[str, Resource | None] = {}
         suspects: dict[str, Resource | None] = {}
-        for name in sorted(channel.dirty):
+        again = self._asked.names if kind is Kind.HOST else {}
+        for name in sorted(channel.dirty, key=order if kind is Kind.HOST else None):
             if not channel.wildcard and name not in channel.subscribed:
                 channel.dirty.discard(name)
                 continue
-            wanted = None if name in self._withdrawn else self._verdicts.choose((kind, name), self._resources[kind].get(name))
+            kept_back = name in self._withdrawn or (kind is Kind.HOST and not self._hostnames.shows(name))
+            wanted = None if kept_back else self._verdicts.choose((kind, name), self._resources[kind].get(name))
             absent = wanted is None and name not in channel.sent and name not in channel.unanswered
-            if absent or (wanted and channel.sent.get(name) == wanted.version):
+            if absent or (wanted and channel.sent.get(name) == wanted.version and name not in again):
                 channel.dirty.discard(name)
                 channel.unanswered.discard(name)
             elif wanted is None and kind is Kind.CLUSTER and self._hosts_pending():
@@ -198,7 +239,9 @@ class DeltaSession:
         hosts = self._channels.get(Kind.HOST)
         return hosts is not None and bool(hosts.dirty or hosts.in_flight)
 
-    def _response(self, kind: Kind, channel: _Channel, batch: dict[str, Resource | None]) -> discovery_pb2.DeltaDiscoveryResponse:
+    def _response(
+        self, kind: Kind, channel: _Channel, batch: dict[str, Resource | None], missed: Sequence[str]
+    ) -> discovery_pb2.DeltaDiscoveryResponse:
         self._nonce += 1
         channel.nonce = str(self._nonce)
         channel.in_flight = batch
@@ -221,6 +264,13 @@ class DeltaSession:
             part = message.resources.add(name=name, version=resource.version)
             part.resource.type_url = kind
             part.resource.value = resource.body
+            if kind is Kind.HOST:
+                part.aliases.extend(self._asked.names.get(name, ()))
+        if kind is Kind.HOST:
+            if missed:
+                # Of a version that it had before, Envoy would take it for a sign of life.
+                message.resources.add(name=MISSED, version=channel.nonce, aliases=missed)
+            self._asked.told(alias for part in message.resources for alias in part.aliases)
         return message
 
     def _keep(self, channel: _Channel, name: str) -> None:
@@ -253,6 +303,8 @@ class DeltaSession:
     def _answer(self, kind: Kind, channel: _Channel, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
         batch, channel.in_flight = channel.in_flight or {}, None
         refused = request.HasField("error_detail")
+        if kind is Kind.HOST:
+            self._asked.answered(refused=refused)
         for name, resource in batch.items():
             if not refused:
                 self._verdicts.take((kind, name), resource)

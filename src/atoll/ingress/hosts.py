@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from msgspec import Struct
 
 from atoll.ingress.clusters import tries
-from atoll.ingress.resources import ROUTE_CONFIG, Kind, Resource, Target, from_us, resource
+from atoll.ingress.resources import ANY, NOBODY, ROUTE_CONFIG, Kind, Resource, Target, from_us, resource
 from atoll.model.certificates import CHALLENGE_PATH
 from atoll.model.spec import HeaderEdit, IngressRules, Route
 
@@ -66,15 +66,26 @@ def virtual_host(
             if https_port and leg.rules is not None and leg.rules.https_only:
                 message.routes.extend(_to_https(path, leg, https_port) if served else [_without_certificate(path, leg, host)])
             message.routes.extend(_routes(path, leg))
-    return resource(Kind.HOST, name, message)
+    # A request whose body is there before Envoy has heard of the host goes on without the filters that its route would ask for.
+    filtered = any(route.typed_per_filter_config for route in message.routes)
+    return resource(Kind.HOST, name, message, ahead=filtered)
 
 
 def nobody() -> Resource:
     """Return a virtual host that no request can name. Without any, Envoy waits 15 s for one before it begins to listen."""
-    name = f"{ROUTE_CONFIG}/nobody.invalid"
+    return _empty(NOBODY)
+
+
+def anybody() -> Resource:
+    """Return the virtual host of all names that have none: without it, Envoy asks for one that it does not know."""
+    return _empty(ANY)
+
+
+def _empty(name: str) -> Resource:
     route = route_components_pb2.Route(match=route_components_pb2.RouteMatch(prefix="/"))
     route.direct_response.status = 404
-    return resource(Kind.HOST, name, route_components_pb2.VirtualHost(name=name, domains=["nobody.invalid"], routes=[route]))
+    host = name.removeprefix(f"{ROUTE_CONFIG}/")
+    return resource(Kind.HOST, name, route_components_pb2.VirtualHost(name=name, domains=[host], routes=[route]))
 
 
 def route_configuration() -> Resource:

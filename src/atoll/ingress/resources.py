@@ -14,6 +14,10 @@ from msgspec import Struct
 
 ROUTE_CONFIG = "http"
 """The name of the one route configuration; virtual hosts are resources of their own, named `http/HOST`."""
+NOBODY = f"{ROUTE_CONFIG}/nobody.invalid"
+"""A virtual host that no request can name."""
+ANY = f"{ROUTE_CONFIG}/*"
+"""A virtual host that answers for every name that has none of its own."""
 
 STREAM_IDLE_S = 600
 """A request, stream or WebSocket on which nothing moves for so long is ended; nothing else limits its length."""
@@ -54,6 +58,8 @@ class Resource(NamedTuple):
     name: str
     version: str
     body: bytes
+    ahead: bool = False
+    """A virtual host that Envoy must have before the first request for it."""
 
 
 class Target(Struct, frozen=True, order=True):
@@ -86,13 +92,13 @@ class Problem(Struct, frozen=True):
     message: str
 
 
-def resource(kind: Kind, name: str, message: Message) -> Resource:
-    return written(kind, name, message.SerializeToString(deterministic=True))
+def resource(kind: Kind, name: str, message: Message, *, ahead: bool = False) -> Resource:
+    return written(kind, name, message.SerializeToString(deterministic=True), ahead=ahead)
 
 
-def written(kind: Kind, name: str, body: bytes) -> Resource:
+def written(kind: Kind, name: str, body: bytes, *, ahead: bool = False) -> Resource:
     """Return the resource whose message is `body` on the wire."""
-    return Resource(kind, name, hashlib.blake2b(body, digest_size=9).hexdigest(), body)
+    return Resource(kind, name, hashlib.blake2b(body, digest_size=9).hexdigest(), body, ahead)
 
 
 def check_host_path(host: str, path: str) -> str | None:

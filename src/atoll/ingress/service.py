@@ -19,6 +19,7 @@ from atoll.ingress.demand import Demand
 from atoll.ingress.drain import Drainer
 from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
 from atoll.ingress.heartbeat import Heart
+from atoll.ingress.hostnames import AHEAD_MAX
 from atoll.ingress.loads import Loads
 from atoll.ingress.logs import keep_bounded
 from atoll.ingress.meter import Meter
@@ -90,6 +91,7 @@ class Ingress:
         tls_port: int | None = None,
         tls_needed: bool = True,
         tracing: Tracing | None = None,
+        hostnames_ahead: int = AHEAD_MAX,
     ) -> None:
         """`certificates` is where those come from that are shown at `tls_port` (None for no TLS); see `EnvoyProcess`."""
         self.http_port = port or free_port(address)
@@ -106,7 +108,7 @@ class Ingress:
         self.certificates = CertificateTable(self.table.project_of)
         self._certificates = certificates
         shown = {**self.table.resources, Kind.SECRET: self.certificates}
-        self.ads = AdsServer(shown, self._clock, refused=self._refused)
+        self.ads = AdsServer(shown, self._clock, refused=self._refused, hostnames_ahead=hostnames_ahead)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (directory / SERVICES).mkdir(exist_ok=True)
         (directory / SERVICES).chmod(0o755)  # shown to workers, which are nobody; what lies above keeps others away

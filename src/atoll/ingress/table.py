@@ -27,7 +27,7 @@ class RoutingTable:
     def __init__(self, near: Nearness = Nearness()) -> None:
         self.resources: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
         self._changed: set[Name] = set()
-        for fixed in (hosts.route_configuration(), hosts.nobody(), limits.rate_filter({})):
+        for fixed in (hosts.route_configuration(), hosts.nobody(), hosts.anybody(), limits.rate_filter({})):
             self._write(fixed)
         self._routings: dict[str, Routing] = {}
         self._claims: dict[HostPath, dict[str, tuple[Leg, ...]]] = {}
