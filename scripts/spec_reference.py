@@ -198,7 +198,7 @@ MEANING: dict[str, tuple[str, str]] = {
     "Port.name": ("What routes and health checks call it.", 'name = "http"'),
     "Port.port": ("The number it listens on. Below 1024 needs no root inside.", "port = 8000"),
     "Port.protocol": (
-        "`http` is served by the ingress; `tcp` and `udp` are open to the node only in this version.",
+        "`http` is served by the ingress, by hostname; `tcp` and `udp` at the ports that `[[ingress.ports]]` names.",
         'protocol = "http"',
     ),
     "Port.http2": ("The instance speaks HTTP/2 without TLS (gRPC).", "http2 = true"),
@@ -260,6 +260,15 @@ MEANING: dict[str, tuple[str, str]] = {
         'request_headers = { set = { x-env = "prod" }, remove = ["x-debug"] }',
     ),
     "IngressRules.response_headers": ("The same of answers.", 'response_headers = { set = { x-frame-options = "DENY" } }'),
+    "IngressRules.ports": (
+        "Where `tcp` and `udp` ports are reached from outside, at every ingress; the table below.",
+        "[[ingress.ports]]",
+    ),
+    "PublicPort.public": (
+        "The port of every ingress; of the cell one app has it. Only what the project's quota allows (`public_ports`).",
+        "public = 5432",
+    ),
+    "PublicPort.port": ("The name of the app's `tcp` or `udp` port that it leads to.", 'port = "db"'),
     "Rate.requests": ("A second, at each ingress.", "requests = 100"),
     "Rate.burst": ("At once after a quiet time; at least `requests`, which it is where absent.", "burst = 200"),
     "Limits.connections": ("To all instances, from each ingress.", "connections = 500"),
@@ -461,6 +470,7 @@ SECTIONS = (
         "AppSpec",
     ),
     ("IngressRules", "`[ingress]` (apps)", "Of each ingress by itself. Changing it makes no release.", "AppSpec"),
+    ("PublicPort", "`[[ingress.ports]]` (at most 32)", "", "AppSpec"),
     ("Rate", "`[ingress.rate]`", "", "AppSpec"),
     ("Limits", "`[ingress.limits]`", "", "AppSpec"),
     ("Outliers", "`[ingress.outliers]`", "", "AppSpec"),

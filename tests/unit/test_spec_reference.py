@@ -51,6 +51,8 @@ def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | t
         value["metrics"] = {}
         value["scale"].setdefault("max", 4)
         value["resources"] = {"gpu": {}}
+    if place == ("ingress", "[ports]"):
+        value["ports"] = [{"name": "db", "port": 5432, "protocol": "tcp"}]
     if place == ("rollout", "[steps]"):
         value["rollout"]["strategy"] = "canary"
     if place[:1] == ("worker",):
@@ -84,6 +86,7 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[[ports]]` (apps, at most 32)": (("[ports]",), AppSpec, {"port": 80}),
     "`[[routes]]` (apps, at most 256)": (("[routes]",), AppSpec, {"host": "a.example"}),
     "`[ingress]` (apps)": (("ingress",), AppSpec, {}),
+    "`[[ingress.ports]]` (at most 32)": (("ingress", "[ports]"), AppSpec, {"public": 5432, "port": "db"}),
     "`[ingress.rate]`": (("ingress", "rate"), AppSpec, {"requests": 100}),
     "`[ingress.limits]`": (("ingress", "limits"), AppSpec, {}),
     "`[ingress.outliers]`": (("ingress", "outliers"), AppSpec, {}),

@@ -30,7 +30,7 @@ def wishes_of(state: State) -> dict[str, Wish]:
                 continue
             for place in state.found(RouteClaim, app_of, key):
                 host = place.partition("/")[0]
-                if _asked_for(state, host, app.record, source):
+                if ":" not in host and _asked_for(state, host, app.record, source):
                     found[host] = Wish(host=host, project=app.record.project, source=source, app=app.record.name)
     for host, held in state.records(Certificate).items():
         if not held.record.shared and _answering(state, host) not in (None, held.record.project):

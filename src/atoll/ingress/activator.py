@@ -150,7 +150,8 @@ class Activator:
         try:
             if self._waiting.total() + self._splices.total() >= CONNECTIONS_MAX:
                 text = f"{CONNECTIONS_MAX} connections wait for apps to wake here"
-                await refuse(reader, writer, 503, "unavailable", text, http2=target.http2)
+                if not target.raw:
+                    await refuse(reader, writer, 503, "unavailable", text, http2=target.http2)
                 return
             routing = self._table.routing_of(app)
             limit_s = wake_s(routing) if routing is not None else 0.0
@@ -160,7 +161,8 @@ class Activator:
             except TimeoutError:
                 log.warning("ingress.not-woken", app=app, waited_s=limit_s)
                 text = f"app '{app}' slept, and no instance of it was ready within {limit_s:g} s"
-                await refuse(reader, writer, 504, "deadline-exceeded", text, http2=target.http2)
+                if not target.raw:
+                    await refuse(reader, writer, 504, "deadline-exceeded", text, http2=target.http2)
                 return
             try:
                 await _splice((reader, writer), theirs)

@@ -9,6 +9,7 @@ from msgspec import Struct
 from atoll.ingress import tls
 from atoll.ingress.clusters import METADATA
 from atoll.ingress.hosts import BODY_FILTER, RATE_FILTER, STICKY_FILTER
+from atoll.ingress.resources import ACCESS_LOG as ACCESS_LOG
 from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
 from atoll.ingress.tracing import Tracing, collector, tracer
 from atoll.model.spec import BODY_BYTES_MAX
@@ -17,8 +18,7 @@ from atoll.model.worker import SERVICE_HEADER, SERVICES, SERVICES_SOCKET
 
 ADMIN_SOCKET = "admin.sock"
 ADS_SOCKET = "ads.sock"
-ACCESS_LOG = "access.log"
-"""All three in the ingress's directory, which is Envoy's working directory: a unix socket's path must be short."""
+"""Both, and the access log, in the ingress's directory, which is Envoy's working directory: a unix socket's path must be short."""
 
 HEADERS_TIMEOUT_S = 15
 """From the first byte of a request to the end of its headers: who is slower than that is an attacker."""
@@ -71,6 +71,7 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
                 "set_node_on_first_message_only": True,
             },
             "cds_config": _from_us(),
+            "lds_config": _from_us(),
         },
         "static_resources": {"listeners": [*_listeners(listener, name), _services()], "clusters": _clusters(listener)},
         "cluster_manager": {"enable_deferred_cluster_creation": True},

@@ -56,6 +56,8 @@ AWAY_CONNECT_MS = 600
 """To connect, for an app at several sites: a site that has gone dark is left for the next one in less than a second."""
 AWAY_FAILURES = 2
 """Connections in a row that fail, after which an instance is left out."""
+RAW_SHARE = 50
+"""Percent of the instances of a TCP port that may be left out at a time."""
 AWAY_EJECT_MS, AWAY_EJECT_MAX_MS = 1_000, 5_000
 """For how long; then it is tried again. The control plane takes what is lost away after some 4 s."""
 AWAY_UNACKNOWLEDGED_MS = 2_000
@@ -88,18 +90,18 @@ def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = 
 
     `sites`: they are, or were, at several sites. Envoy counts requests of a cluster that changes anew, so this stays once it is so.
     """
-    rest = _usual(target.http2, sites) if rules is None else _cluster(rules, target.http2, sites)
+    rest = _usual(target.http2, target.raw, sites) if rules is None else _cluster(rules, target.http2, target.raw, sites)
     # Messages that follow one another on the wire are one.
     return written(Kind.CLUSTER, target.cluster, cluster_pb2.Cluster(name=target.cluster).SerializeToString() + rest)
 
 
 @functools.cache
-def _usual(http2: bool, sites: bool) -> bytes:
+def _usual(http2: bool, raw: str, sites: bool) -> bytes:
     """All clusters without rules differ by their names alone, and there are thousands of them."""
-    return _cluster(IngressRules(), http2, sites)
+    return _cluster(IngressRules(), http2, raw, sites)
 
 
-def _cluster(rules: IngressRules, http2: bool, sites: bool) -> bytes:
+def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool) -> bytes:
     message = cluster_pb2.Cluster(
         type=cluster_pb2.Cluster.EDS,
         eds_cluster_config=cluster_pb2.Cluster.EdsClusterConfig(eds_config=from_us()),
@@ -111,10 +113,11 @@ def _cluster(rules: IngressRules, http2: bool, sites: bool) -> bytes:
     message.common_lb_config.healthy_panic_threshold.value = 0
     message.common_lb_config.locality_weighted_lb_config.SetInParent()
     message.circuit_breakers.thresholds.append(_breaker(rules))
-    if rules.outliers is not None or sites:
-        message.outlier_detection.CopyFrom(_outliers(rules, sites=sites))
+    if rules.outliers is not None or sites or raw:
+        message.outlier_detection.CopyFrom(_outliers(rules, sites=sites, raw=bool(raw)))
     if sites:
         message.connect_timeout.FromMilliseconds(AWAY_CONNECT_MS)
+    if sites and raw != "udp":
         message.upstream_bind_config.socket_options.add(
             description="TCP_USER_TIMEOUT",
             level=_TCP,
@@ -122,6 +125,13 @@ def _cluster(rules: IngressRules, http2: bool, sites: bool) -> bytes:
             int_value=AWAY_UNACKNOWLEDGED_MS,
             state=socket_option_pb2.SocketOption.STATE_PREBIND,
         )
+    if not raw:
+        _speak_http(message, rules, http2, sites=sites)
+    body: bytes = message.SerializeToString(deterministic=True)
+    return body
+
+
+def _speak_http(message: cluster_pb2.Cluster, rules: IngressRules, http2: bool, *, sites: bool) -> None:
     options = http_protocol_options_pb2.HttpProtocolOptions(retry_policy=tries(rules, sites=sites))
     options.common_http_protocol_options.CopyFrom(
         protocol_pb2.HttpProtocolOptions(idle_timeout=duration_pb2.Duration(seconds=UPSTREAM_IDLE_S))
@@ -135,8 +145,6 @@ def _cluster(rules: IngressRules, http2: bool, sites: bool) -> bytes:
     packed = any_pb2.Any()
     packed.Pack(options)
     message.typed_extension_protocol_options["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"].CopyFrom(packed)
-    body: bytes = message.SerializeToString(deterministic=True)
-    return body
 
 
 def _breaker(rules: IngressRules) -> circuit_breaker_pb2.CircuitBreakers.Thresholds:
@@ -154,7 +162,7 @@ def _breaker(rules: IngressRules) -> circuit_breaker_pb2.CircuitBreakers.Thresho
     return breaker
 
 
-def _outliers(rules: IngressRules, *, sites: bool) -> outlier_detection_pb2.OutlierDetection:
+def _outliers(rules: IngressRules, *, sites: bool, raw: bool) -> outlier_detection_pb2.OutlierDetection:
     """Connections that fail and answers that are errors are counted apart: the one is of the way, the other of the app."""
     detection = outlier_detection_pb2.OutlierDetection(split_external_local_origin_errors=True)
     detection.interval.FromMilliseconds(250)
@@ -177,6 +185,10 @@ def _outliers(rules: IngressRules, *, sites: bool) -> outlier_detection_pb2.Outl
         detection.consecutive_local_origin_failure.value = AWAY_FAILURES
     elif own is not None:
         detection.consecutive_local_origin_failure.value = own.failures
+    elif raw:
+        # A connection has no memory of where it was tried; an app's only instance is never left out.
+        detection.max_ejection_percent.value = RAW_SHARE
+        detection.consecutive_local_origin_failure.value = AWAY_FAILURES
     return detection
 
 

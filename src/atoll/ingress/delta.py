@@ -198,8 +198,8 @@ class DeltaSession:
         return self._verdicts.choose((Kind.HOST, host), self._resources[Kind.HOST].get(host)) is not None
 
     def _must_wait(self, kind: Kind, now: float) -> bool:
-        """A hostname comes after the clusters that it leads to, so that no request finds a gap."""
-        if kind is not Kind.HOST:
+        """A hostname or port comes after the clusters that it leads to, so that no request finds a gap."""
+        if kind not in (Kind.HOST, Kind.LISTENER):
             return False
         clusters = self._channels.get(Kind.CLUSTER)
         if not self._awaited and not (clusters and clusters.in_flight):
@@ -227,17 +227,17 @@ class DeltaSession:
             if absent or (wanted and channel.sent.get(name) == wanted.version and name not in again):
                 channel.dirty.discard(name)
                 channel.unanswered.discard(name)
-            elif wanted is None and kind is Kind.CLUSTER and self._hosts_pending():
-                continue  # it goes after the hostnames that led to it
+            elif wanted is None and kind is Kind.CLUSTER and self._places_pending():
+                continue  # it goes after the hostnames and ports that led to it
             elif (kind, name) in self._verdicts.suspects:
                 suspects[name] = wanted
             elif len(batch) < RESPONSE_RESOURCES_MAX:
                 batch[name] = wanted
         return batch or dict(list(suspects.items())[:1])
 
-    def _hosts_pending(self) -> bool:
-        hosts = self._channels.get(Kind.HOST)
-        return hosts is not None and bool(hosts.dirty or hosts.in_flight)
+    def _places_pending(self) -> bool:
+        places = (self._channels.get(kind) for kind in (Kind.HOST, Kind.LISTENER))
+        return any(each is not None and bool(each.dirty or each.in_flight) for each in places)
 
     def _response(
         self, kind: Kind, channel: _Channel, batch: dict[str, Resource | None], missed: Sequence[str]

@@ -33,6 +33,8 @@ def legs_of(routing: Routing) -> Places:
         add(HostPath(host, path), Target(project, app, port, http2))
     for rule in routing.rules:
         add(HostPath(rule.host, rule.path), Target(project, app, rule.port, rule.http2), _sorted(rule.headers))
+    for each in routing.listens:
+        add(HostPath(f"{each.protocol}:{each.public}", "/"), Target(project, app, each.port, raw=each.protocol.value))
     if preview is not None:
         add(HostPath(preview.host, "/"), Target(project, app, preview.port, preview.http2, preview=True))
     return {place: tuple(legs.values()) for place, legs in found.items()}

@@ -39,6 +39,8 @@ class Refused:
         kind, text = name
         if kind is Kind.HOST:
             return self._table.owner_of(text.removeprefix(f"{ROUTE_CONFIG}/"))
+        if kind is Kind.LISTENER:
+            return self._table.owner_of(text)
         if kind in (Kind.CLUSTER, Kind.ENDPOINTS):
             return "/".join(text.split("/")[:2])
         return None

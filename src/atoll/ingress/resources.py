@@ -19,6 +19,7 @@ NOBODY = f"{ROUTE_CONFIG}/nobody.invalid"
 ANY = f"{ROUTE_CONFIG}/*"
 """A virtual host that answers for every name that has none of its own."""
 
+ACCESS_LOG = "access.log"
 STREAM_IDLE_S = 600
 """A request, stream or WebSocket on which nothing moves for so long is ended; nothing else limits its length."""
 RETRIES = 4
@@ -32,6 +33,8 @@ SLOTS = 64
 never forgets a zone's counts, so that one for each release there ever was would fill its memory."""
 PATH_BYTES_MAX = 1024
 HOSTNAME = re.compile(r"(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
+PUBLIC = re.compile(r"(tcp|udp):([1-9][0-9]{0,4})")
+"""A place that is a port of the ingress and no hostname."""
 PATH = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*")
 
 
@@ -42,6 +45,7 @@ class Kind(enum.StrEnum):
     ENDPOINTS = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment"
     ROUTES = "type.googleapis.com/envoy.config.route.v3.RouteConfiguration"
     HOST = "type.googleapis.com/envoy.config.route.v3.VirtualHost"
+    LISTENER = "type.googleapis.com/envoy.config.listener.v3.Listener"
     FILTER = "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig"
     SECRET = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"  # noqa: S105 (a type)
     """Of a name that a client has said: asked for one by one, and answered also where there is none."""
@@ -71,10 +75,13 @@ class Target(Struct, frozen=True, order=True):
     http2: bool = False
     preview: bool = False
     """Of a release that does not have the app's requests yet."""
+    raw: str = ""
+    """`tcp` or `udp` where what is said on it is not HTTP, or nobody's matter."""
 
     @property
     def cluster(self) -> str:
-        return f"{self.project}/{self.app}/{self.port}{'/h2' if self.http2 else ''}{'/preview' if self.preview else ''}"
+        marks = ("h2" if self.http2 else "", "preview" if self.preview else "", self.raw)
+        return "/".join((self.project, self.app, str(self.port), *filter(None, marks)))
 
 
 class HostPath(Struct, frozen=True, order=True):
@@ -101,8 +108,16 @@ def written(kind: Kind, name: str, body: bytes, *, ahead: bool = False) -> Resou
     return Resource(kind, name, hashlib.blake2b(body, digest_size=9).hexdigest(), body, ahead)
 
 
+def public_of(host: str) -> tuple[str, int] | None:
+    """Return the protocol and the port of a place that is a port of the ingress; None for a hostname."""
+    found = PUBLIC.fullmatch(host)
+    return (found[1], int(found[2])) if found is not None and int(found[2]) < 65_536 else None
+
+
 def check_host_path(host: str, path: str) -> str | None:
     """Return why Envoy could not take this hostname and path, or None. What it cannot take, it refuses with all else."""
+    if path == "/" and public_of(host) is not None:
+        return None
     if len(host) > 253 or HOSTNAME.fullmatch(host) is None or host.endswith(".invalid"):
         return f"{host[:80]!r} is not a hostname"
     if len(path) > PATH_BYTES_MAX or PATH.fullmatch(path) is None:

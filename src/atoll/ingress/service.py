@@ -104,6 +104,7 @@ class Ingress:
         self._stop_grace_s = stop_grace_s
         self._clock = clock or SystemClock()
         self.table = RoutingTable(Nearness(site))
+        self.table.address = address
         self._refusals = Refused(self.table)
         self.certificates = CertificateTable(self.table.project_of)
         self._certificates = certificates

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from msgspec import UNSET
 
-from atoll.ingress import clusters, hosts, limits, resources
+from atoll.ingress import clusters, hosts, limits, listeners, resources
 from atoll.ingress.clusters import Nearness
 from atoll.ingress.hosts import Leg
 from atoll.ingress.legs import Places, legs_of, limits_of, targets_of
@@ -56,6 +56,8 @@ class RoutingTable:
         self._sleepers: set[Target] = set()
         self._counted: set[str] = set()
         """Apps that scale by their requests."""
+        self.address = "127.0.0.1"
+        """Where the ingress listens. Set before the first batch."""
         self.https_port = 0
         """Where Envoy speaks TLS; 0 for nowhere. Set before the first batch."""
         self.serves: Callable[[str], bool] = lambda host: True
@@ -232,7 +234,7 @@ class RoutingTable:
     def _endpoints(self, target: Target, routing: Routing) -> Resource:
         if not target.preview:
             asleep = routing.wakes and not serving(routing.endpoints)
-            activator = socket_of(target) if asleep else None
+            activator = socket_of(target) if asleep and target.raw != "udp" else None
             wide = self._wide.get(key_of(routing), 1)
             return clusters.endpoints(target, routing.endpoints, routing.weights, activator=activator, near=self._near, wide=wide)
         return clusters.endpoints(target, routing.preview.endpoints if routing.preview is not None else (), near=self._near)
@@ -321,6 +323,9 @@ class RoutingTable:
         led = next((each for each in names if self._paths.get(each)), host)
         routes = [(path, next(iter(self._claims[HostPath(led, path)].values()))) for path in self._paths.get(led, ())]
         self._strict.pop(host, None)
+        if (public := resources.public_of(host)) is not None:
+            self._write_listener(host, public, routes)
+            return
         served = True
         if self.https_port and any(leg.rules is not None and leg.rules.https_only for _, legs in routes for leg in legs):
             served = self._strict[host] = self.serves(host)
@@ -328,6 +333,13 @@ class RoutingTable:
             self._write(hosts.virtual_host(host, routes, https_port=self.https_port, served=served, challenges=challenges))
         else:
             self._erase(Kind.HOST, name)
+
+    def _write_listener(self, name: str, public: tuple[str, int], routes: list[tuple[str, tuple[Leg, ...]]]) -> None:
+        if routes:
+            (leg,) = routes[0][1]
+            self._write(listeners.listener(name, self.address, public, leg.target))
+        else:
+            self._erase(Kind.LISTENER, name)
 
     def _sweep(self, keys: Iterable[str]) -> None:
         """Remove the clusters of `keys` that nothing leads to any more."""
@@ -365,7 +377,7 @@ def _possible(place: HostPath, legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
 def _wakeable(routing: Routing | None, places: Places) -> set[Target]:
     if routing is None or not routing.wakes:
         return set()
-    return {target for target in targets_of(places) if not target.preview}
+    return {target for target in targets_of(places) if not target.preview and target.raw != "udp"}
 
 
 def _every(routing: Routing) -> tuple[Endpoint, ...]:

@@ -15,7 +15,7 @@ from atoll.api.service.events import told_by
 from atoll.api.service.lookups import by_owner, owner_of
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
-from atoll.api.service.workloads import check_constraints, check_host_ports, check_secrets, pin
+from atoll.api.service.workloads import check_constraints, check_host_ports, check_public_ports, check_secrets, pin
 from atoll.model import codec, keys
 from atoll.model.certificates import provable
 from atoll.model.errors import Conflict, Invalid, NotFound
@@ -88,6 +88,7 @@ class Apps:
         claims.check_hosts(self._context, spec)
         self._check_certificate(spec)
         check_host_ports(self._context, spec)
+        check_public_ports(self._context, spec)
         check_secrets(self._context, spec)
         check_dependencies(self._context, spec, beside or {})
         pinned = pin(self._context, caller, spec)

@@ -33,6 +33,11 @@ class Host(Struct, frozen=True):
     """Only requests with these."""
 
     @property
+    def public(self) -> int:
+        """The port of every ingress, of a place that is one; else 0."""
+        return int(self.host.partition(":")[2] or 0)
+
+    @property
     def place(self) -> tuple[str, str]:
         return self.host, self.path
 
@@ -55,6 +60,11 @@ def hosts_of(spec: AppSpec, domain: str) -> tuple[Host, ...]:
     return (Host(default, "/", port), *explicit)
 
 
+def listeners_of(spec: AppSpec) -> tuple[Host, ...]:
+    """Return the ports of ingresses that the app has, each as the place `tcp:PORT` or `udp:PORT`, which no hostname can be."""
+    return tuple(Host(f"{port.protocol}:{public}", "/", port) for public, port in spec.public_ports())
+
+
 def preview_of(spec: AppSpec, domain: str) -> Host | None:
     """Return where a release of the app answers before it has the app's requests: of a blue-green rollout."""
     port = spec.port_named(None)
@@ -66,7 +76,8 @@ def preview_of(spec: AppSpec, domain: str) -> Host | None:
 def places_of(spec: AppSpec, domain: str) -> set[tuple[str, str]]:
     """Return all that the app claims."""
     preview = preview_of(spec, domain)
-    return {host.place for host in hosts_of(spec, domain)} | ({preview.place} if preview is not None else set())
+    places = {host.place for host in (*hosts_of(spec, domain), *listeners_of(spec))}
+    return places | ({preview.place} if preview is not None else set())
 
 
 def check_hosts(context: Context, spec: AppSpec) -> None:
@@ -194,6 +205,10 @@ def _take(context: Context, caller: Caller, claim: RouteClaim, place: tuple[str,
     """Return the comparisons under which a claim that nobody needs any more may be taken over."""
     if _wanted(context, claim, place):
         owner = f"app '{claim.app}' in project '{claim.project}'" if caller.sees(claim.project) else "another project"
+        protocol, colon, port = place[0].partition(":")
+        if colon:
+            what = f"ingress.ports: {protocol} port {port} of the ingresses belongs to {owner}"
+            raise Conflict(what, field="ingress.ports", mend="choose another public port")
         mend = "choose another host or path" if claim.project == project else "choose another host: all its paths are one project's"
         raise Conflict(f"routes: {place[0]}{place[1]} belongs to {owner}", field="routes", mend=mend)
     key = keys.app(claim.project, claim.app)

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 from msgspec import UNSET
 
-from atoll.api.service.claims import Host, hosts_of, preview_of
+from atoll.api.service.claims import Host, hosts_of, listeners_of, preview_of
 from atoll.api.service.specs import release_spec
 from atoll.model.records import (
     App,
     AppStatus,
     Endpoint,
     Instance,
+    Listening,
     Node,
     NodeHealth,
     NodeLiveness,
@@ -38,7 +39,7 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
     say when they have no request left. While a rollout changes port numbers, the places lead to the ports of the release that
     has the most endpoints (of one that goes by shares: that serve), and only to instances that listen there.
     """
-    hosts = hosts_of(app.spec, domain)
+    hosts = (*hosts_of(app.spec, domain), *listeners_of(app.spec))
     if not hosts:
         return None
     held = state.get(AppStatus, f"{app.project}/{app.name}")
@@ -64,11 +65,14 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         project=app.project,
         app=app.name,
         spec=app.spec,
-        hosts=tuple((host.host, host.path, port, http2) for host, port, http2 in leads if not host.headers),
+        hosts=tuple((host.host, host.path, port, http2) for host, port, http2 in leads if not host.headers and not host.public),
         rules=tuple(
             Rule(host=host.host, path=host.path, port=port, http2=http2, headers=dict(host.headers))
             for host, port, http2 in leads
             if host.headers
+        ),
+        listens=tuple(
+            Listening(public=host.public, protocol=host.port.protocol, port=port) for host, port, _ in leads if host.public
         ),
         endpoints=tuple(endpoints),
         weights=weights,

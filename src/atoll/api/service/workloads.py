@@ -58,6 +58,25 @@ def check_host_ports(context: Context, spec: AppSpec) -> None:
             raise Invalid(f"{field}: {what}", field=field, mend="choose another; http ports need none: the ingress routes to them")
 
 
+def check_public_ports(context: Context, spec: AppSpec) -> None:
+    """Raise Forbidden for a port of ingresses that the project may not have, Invalid for one that ingresses answer HTTP at."""
+    project = context.state.get(Project, spec.project)
+    quota = project.record.quota if project is not None else None
+    known = context.state.records(Ingress).items()
+    for index, wanted in enumerate(spec.ingress.ports if spec.ingress is not None else ()):
+        field = f"ingress.ports[{index}].public"
+        if quota is None or not quota.may_publish(wanted.public):
+            allowed = quota.public_ports if quota is not None else ""
+            mend = (
+                f"choose one of {allowed}" if allowed else "have an admin set the project's quota with public_ports = 'FIRST-LAST'"
+            )
+            raise Forbidden(f"{field}: project '{spec.project}' may not have port {wanted.public}", field=field, mend=mend)
+        taken = [name for name, held in known if wanted.public in (held.record.http_port, held.record.https_port)]
+        if taken:
+            what = f"{wanted.public} is where ingress '{taken[0]}' answers HTTP"
+            raise Invalid(f"{field}: {what}", field=field, mend="choose another")
+
+
 def pin(context: Context, caller: Caller, spec: W) -> W:
     """Return the spec with its images, those of its volumes too, named by digest where they are in the cell's own registry, so
     that a release never changes.

@@ -43,6 +43,7 @@ from atoll.model.records.places import Site as Site
 from atoll.model.records.routing import Drained as Drained
 from atoll.model.records.routing import Endpoint as Endpoint
 from atoll.model.records.routing import Ingress as Ingress
+from atoll.model.records.routing import Listening as Listening
 from atoll.model.records.routing import Preview as Preview
 from atoll.model.records.routing import RouteClaim as RouteClaim
 from atoll.model.records.routing import RouteHost as RouteHost

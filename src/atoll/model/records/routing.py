@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atoll.model.records.basis import Record
-from atoll.model.spec import AppSpec
+from atoll.model.spec import AppSpec, PortProtocol
 
 
 class Drained(Record, frozen=True, kw_only=True):
@@ -74,6 +74,14 @@ class Rule(Record, frozen=True, kw_only=True):
     """Name → value; `*` for any."""
 
 
+class Listening(Record, frozen=True, kw_only=True):
+    """A port of the ingress that leads to a port of the app's instances, whatever is said on it."""
+
+    public: int
+    protocol: PortProtocol
+    port: int
+
+
 class Routing(Record, frozen=True, kw_only=True):
     """All that an ingress needs for one app. `routes` are complete: the default hostname is among them."""
 
@@ -90,5 +98,7 @@ class Routing(Record, frozen=True, kw_only=True):
     """Where a release answers before it gets the app's requests."""
     wakes: bool = False
     """A request that finds no endpoint waits while the ingress has the app woken (`ControlPlane.demand`)."""
+    listens: tuple[Listening, ...] = ()
+    """Where the ingress takes TCP connections and UDP datagrams for it."""
     project_rate: int | None = None
     """Requests per second that each ingress lets through to all apps of the project together; None for no limit."""

@@ -23,6 +23,7 @@ from atoll.model.spec.ingress import IngressRules as IngressRules
 from atoll.model.spec.ingress import Issuer as Issuer
 from atoll.model.spec.ingress import Limits as Limits
 from atoll.model.spec.ingress import Outliers as Outliers
+from atoll.model.spec.ingress import PublicPort as PublicPort
 from atoll.model.spec.ingress import Rate as Rate
 from atoll.model.spec.ingress import Sticky as Sticky
 from atoll.model.spec.instance_tls import InstanceTls as InstanceTls

@@ -59,6 +59,12 @@ class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
                 return port
         return None
 
+    def public_ports(self) -> tuple[tuple[int, Port], ...]:
+        """Return (port of every ingress, port of the instance) for all that `ingress.ports` names rightly."""
+        wanted = self.ingress.ports if self.ingress is not None else ()
+        named = ((each.public, self.port_named(each.port)) for each in wanted)
+        return tuple((public, port) for public, port in named if port is not None and port.protocol is not PortProtocol.HTTP)
+
 
 def _complete_worker(spec: AppSpec, worker: Worker) -> None:
     """Fill in what follows from a spec being a worker's, where it says nothing else; doing it again changes nothing."""
@@ -114,6 +120,7 @@ def check_app(spec: AppSpec) -> None:
                 field="ingress.certificate",
                 mend="add a port with protocol = 'http', or leave certificate out",
             )
+    _check_public_ports(spec)
     for index, route in enumerate(spec.routes):
         check_route(f"routes[{index}]", route)
         port = spec.port_named(route.port)
@@ -151,6 +158,19 @@ def check_app(spec: AppSpec) -> None:
         check_scale(spec, spec.scale)
     else:
         check_gang(spec, 1, "replicas")
+
+
+def _check_public_ports(spec: AppSpec) -> None:
+    named = spec.public_ports()
+    for index, wanted in enumerate(spec.ingress.ports if spec.ingress is not None else ()):
+        field = f"ingress.ports[{index}].port"
+        port = spec.port_named(wanted.port)
+        if port is None:
+            raise Invalid(f"{field}: no port {wanted.port}", field=field, mend="add it to ports")
+        if port.protocol is PortProtocol.HTTP:
+            mend = "leave it out: the ingress leads to it by hostname; or declare the port's protocol as 'tcp'"
+            raise Invalid(f"{field}: '{wanted.port}' is an http port", field=field, mend=mend)
+    check_unique([f"{port.protocol}/{public}" for public, port in named], "ingress.ports", "public")
 
 
 def check_gang_of(spec: AppSpec, replicas: int) -> None:

@@ -9,12 +9,13 @@ from typing import Annotated
 from msgspec import Meta
 
 from atoll.model.errors import Invalid
-from atoll.model.names import SpecRecord
+from atoll.model.names import Name, PortNumber, SpecRecord
 from atoll.model.spec.instance_tls import InstanceTls, check_instance_tls
 from atoll.model.spec.values import default
 from atoll.model.units import Bytes, Seconds
 
 HEADERS_PER_EDIT_MAX = 32
+PUBLIC_PORTS_MAX = 32
 BODY_BYTES_MIN, BODY_BYTES_MAX = 1 << 10, 1 << 30
 TIMEOUT_MAX_S = 24 * 3_600.0
 HEADER_NAME = re.compile(r"[a-z0-9][-a-z0-9_]{0,63}")
@@ -77,6 +78,15 @@ class Issuer(enum.StrEnum):
     ACME = "acme"
 
 
+class PublicPort(SpecRecord, frozen=True, kw_only=True):
+    """A port at which every ingress of the cell takes connections, or datagrams, for the app; no other app can have it."""
+
+    public: PortNumber
+    """Among those that the project's quota allows (`public_ports`)."""
+    port: Name
+    """The name of the app's port it leads to, whose protocol is `tcp` or `udp`."""
+
+
 class IngressRules(SpecRecord, frozen=True, kw_only=True):
     """Every one optional; without it requests are treated as docs/ingress.md says."""
 
@@ -104,6 +114,8 @@ class IngressRules(SpecRecord, frozen=True, kw_only=True):
     sticky: Sticky | None = None
     request_headers: HeaderEdit | None = None
     response_headers: HeaderEdit | None = None
+    ports: Annotated[tuple[PublicPort, ...], Meta(max_length=PUBLIC_PORTS_MAX)] = ()
+    """Where the app's `tcp` and `udp` ports are reached from outside."""
 
 
 def check_ingress(rules: IngressRules) -> None:

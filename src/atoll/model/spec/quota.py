@@ -23,5 +23,12 @@ class Quota(SpecRecord, frozen=True, kw_only=True):
     """No limit on amounts: the lowest port of nodes that the project's apps may be published on (`ports[].host`)."""
     weight: Annotated[int, Meta(ge=1, le=1000)] = 1
     """No limit: how much the project counts beside others when there is not room for all that wait (fair shares)."""
+    public_ports: Annotated[str, Meta(pattern=r"^([0-9]{1,5}-[0-9]{1,5})?$(?!\n)", max_length=11, description="FIRST-LAST")] = ""
+    """The ports of ingresses that the project's apps may have (`ingress.ports`), as `FIRST-LAST`; empty for none."""
     requests_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     """What each ingress lets through to all apps of the project together; what is more is answered 429."""
+
+    def may_publish(self, port: int) -> bool:
+        """Whether the project's apps may have this port of ingresses."""
+        first, _, last = self.public_ports.partition("-")
+        return bool(first) and int(first) <= port <= int(last)
