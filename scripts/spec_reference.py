@@ -260,6 +260,13 @@ MEANING: dict[str, tuple[str, str]] = {
         'request_headers = { set = { x-env = "prod" }, remove = ["x-debug"] }',
     ),
     "IngressRules.response_headers": ("The same of answers.", 'response_headers = { set = { x-frame-options = "DENY" } }'),
+    "IngressRules.canary": (
+        "Requests that go to the new release while a canary rollout is under way, whatever its share; the table below.",
+        "[ingress.canary]",
+    ),
+    "CanaryChoice.header": ("A header; this or `cookie` is needed.", 'header = "x-canary"'),
+    "CanaryChoice.cookie": ("A cookie, by which a browser stays with the release.", 'cookie = "canary"'),
+    "CanaryChoice.value": ("What it must be.", 'value = "always"'),
     "IngressRules.ports": (
         "Where `tcp` and `udp` ports are reached from outside, at every ingress; the table below.",
         "[[ingress.ports]]",
@@ -470,6 +477,7 @@ SECTIONS = (
         "AppSpec",
     ),
     ("IngressRules", "`[ingress]` (apps)", "Of each ingress by itself. Changing it makes no release.", "AppSpec"),
+    ("CanaryChoice", "`[ingress.canary]`", "", "AppSpec"),
     ("PublicPort", "`[[ingress.ports]]` (at most 32)", "", "AppSpec"),
     ("Rate", "`[ingress.rate]`", "", "AppSpec"),
     ("Limits", "`[ingress.limits]`", "", "AppSpec"),

@@ -6,6 +6,7 @@ belong to the cluster, the idle time to the listener, and filters are off where 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from envoy.config.core.v3 import base_pb2
@@ -21,7 +22,7 @@ from msgspec import Struct
 from atoll.ingress.clusters import tries
 from atoll.ingress.resources import ANY, NOBODY, ROUTE_CONFIG, Kind, Resource, Target, from_us, resource
 from atoll.model.certificates import CHALLENGE_PATH
-from atoll.model.spec import HeaderEdit, IngressRules, Route
+from atoll.model.spec import CanaryChoice, HeaderEdit, IngressRules, Route
 
 RATE_FILTER, BODY_FILTER, STICKY_FILTER = "rate", "body", "sticky"
 """The names of the filters that are off but for routes that ask for them."""
@@ -40,6 +41,8 @@ class Leg(Struct, frozen=True):
     headers: tuple[tuple[str, str], ...] = ()
     rules: IngressRules | None = None
     route: Route | None = None
+    chosen: CanaryChoice | None = None
+    """Only requests that it chooses."""
     limited: tuple[tuple[str, str], ...] = ()
     """What requests are counted by against a rate: (`app`, `PROJECT/APP`), (`project`, PROJECT)."""
 
@@ -62,7 +65,7 @@ def virtual_host(
     message = route_components_pb2.VirtualHost(name=name, domains=[host])
     message.routes.extend(_challenge(token, answer) for token, answer in sorted(challenges.items()))
     for path, legs in ordered:
-        for leg in sorted(legs, key=lambda leg: (-len(leg.headers), leg.headers)):
+        for leg in sorted(legs, key=_order):
             if https_port and leg.rules is not None and leg.rules.https_only:
                 message.routes.extend(_to_https(path, leg, https_port) if served else [_without_certificate(path, leg, host)])
             message.routes.extend(_routes(path, leg))
@@ -102,6 +105,11 @@ def route_configuration() -> Resource:
             base_pb2.HeaderValueOption(header=base_pb2.HeaderValue(key=header, value=value), append_action=_ADD)
         )
     return resource(Kind.ROUTES, ROUTE_CONFIG, message)
+
+
+def _order(leg: Leg) -> tuple[int, tuple[tuple[str, str], ...], bool]:
+    """Of two legs the one that asks more of a request goes first."""
+    return -len(leg.headers), leg.headers, leg.chosen is None
 
 
 def _routes(path: str, leg: Leg) -> Iterable[route_components_pb2.Route]:
@@ -179,6 +187,11 @@ def _match(path: str, leg: Leg) -> route_components_pb2.RouteMatch:
             header.present_match = True
         else:
             header.string_match.exact = value
+    if leg.chosen is not None and leg.chosen.header is not None:
+        match.headers.add(name=leg.chosen.header).string_match.exact = leg.chosen.value
+    elif leg.chosen is not None:
+        wanted = re.escape(f"{leg.chosen.cookie}={leg.chosen.value}")
+        match.headers.add(name="cookie").string_match.safe_regex.regex = rf"(.*;)?\s*{wanted}\s*(;.*)?"
     return match
 
 

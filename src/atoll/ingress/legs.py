@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from msgspec import structs
+
 from atoll.ingress import resources
 from atoll.ingress.hosts import APP, PROJECT, Leg
 from atoll.ingress.limits import Limit, Subject
 from atoll.ingress.resources import HostPath, Target
-from atoll.model.records import Routing
+from atoll.ingress.sleepers import serving
+from atoll.model.records import Endpoint, Routing
 from atoll.model.spec import Route, normal_path
 
 Places = Mapping[HostPath, tuple[Leg, ...]]
@@ -23,11 +26,16 @@ def legs_of(routing: Routing) -> Places:
     for route in routing.spec.routes:
         routes.setdefault((HostPath(route.host, normal_path(route.path)), _sorted(route.headers)), route)
     limited = tuple(limits_of(routing))
-    found: dict[HostPath, dict[_Headers, Leg]] = {}
+    chosen = rules.canary if rules is not None and canary_of(routing) else None
+    found: dict[HostPath, dict[tuple[_Headers, bool], Leg]] = {}
 
     def add(place: HostPath, target: Target, headers: _Headers = ()) -> None:
         route = routes.get((HostPath(place.host, normal_path(place.path)), headers))
-        found.setdefault(place, {}).setdefault(headers, Leg(target, headers, rules, route, limited))
+        legs = found.setdefault(place, {})
+        legs.setdefault((headers, False), Leg(target, headers, rules, route, limited=limited))
+        if chosen is not None and not target.raw:
+            preferred = structs.replace(target, preview=True)
+            legs.setdefault((headers, True), Leg(preferred, headers, rules, route, chosen, limited))
 
     for host, path, port, http2 in routing.hosts:
         add(HostPath(host, path), Target(project, app, port, http2))
@@ -38,6 +46,12 @@ def legs_of(routing: Routing) -> Places:
     if preview is not None:
         add(HostPath(preview.host, "/"), Target(project, app, preview.port, preview.http2, preview=True))
     return {place: tuple(legs.values()) for place, legs in found.items()}
+
+
+def canary_of(routing: Routing) -> tuple[Endpoint, ...]:
+    """Return the endpoints of the release that requests may choose; none while none of them serves."""
+    found = tuple(each for each in routing.endpoints if routing.canary and each.release == routing.canary)
+    return found if serving(found) else ()
 
 
 def targets_of(places: Places) -> set[Target]:

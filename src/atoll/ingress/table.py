@@ -9,7 +9,7 @@ from msgspec import UNSET
 from atoll.ingress import clusters, hosts, limits, listeners, resources
 from atoll.ingress.clusters import Nearness
 from atoll.ingress.hosts import Leg
-from atoll.ingress.legs import Places, legs_of, limits_of, targets_of
+from atoll.ingress.legs import Places, canary_of, legs_of, limits_of, targets_of
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
 from atoll.ingress.sleepers import serving, socket_of
 from atoll.model.certificates import wildcard_of, wildcards_over
@@ -237,7 +237,8 @@ class RoutingTable:
             activator = socket_of(target) if asleep and target.raw != "udp" else None
             wide = self._wide.get(key_of(routing), 1)
             return clusters.endpoints(target, routing.endpoints, routing.weights, activator=activator, near=self._near, wide=wide)
-        return clusters.endpoints(target, routing.preview.endpoints if routing.preview is not None else (), near=self._near)
+        previewed = routing.preview.endpoints if routing.preview is not None else canary_of(routing)
+        return clusters.endpoints(target, previewed, near=self._near)
 
     def _write_limits(self, keys: Iterable[str]) -> None:
         before = {key: self._limits[key] for key in keys if key in self._limits}

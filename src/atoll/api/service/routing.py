@@ -25,7 +25,7 @@ from atoll.model.records import (
     Status,
 )
 from atoll.model.rollouts import RolloutStatus
-from atoll.model.spec import AppSpec
+from atoll.model.spec import AppSpec, Strategy
 from atoll.model.states import Desired, Phase
 from atoll.store.cache import State
 
@@ -71,6 +71,7 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
             for host, port, http2 in leads
             if host.headers
         ),
+        canary=_chosen(app.spec, rollout),
         listens=tuple(
             Listening(public=host.public, protocol=host.port.protocol, port=port) for host, port, _ in leads if host.public
         ),
@@ -81,6 +82,13 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         wakes=app.spec.scale is not UNSET and app.spec.scale.sleeps and not app.deleting,
         project_rate=quota.requests_per_s if quota is not None else None,
     )
+
+
+def _chosen(spec: AppSpec, rollout: RolloutStatus | None) -> int:
+    """Return the release that those requests get which choose it, while its canary rollout is under way."""
+    if spec.ingress is None or spec.ingress.canary is None or rollout is None or rollout.strategy is not Strategy.CANARY:
+        return 0
+    return rollout.release if rollout.phase.under_way and rollout.release != rollout.stable else 0
 
 
 def _holds_back(rollout: RolloutStatus | None) -> bool:

@@ -98,6 +98,8 @@ class Routing(Record, frozen=True, kw_only=True):
     """Where a release answers before it gets the app's requests."""
     wakes: bool = False
     """A request that finds no endpoint waits while the ingress has the app woken (`ControlPlane.demand`)."""
+    canary: int = 0
+    """The release that requests which `spec.ingress.canary` chooses go to; 0 while there is none."""
     listens: tuple[Listening, ...] = ()
     """Where the ingress takes TCP connections and UDP datagrams for it."""
     project_rate: int | None = None

@@ -18,6 +18,7 @@ from atoll.model.spec.gpu import Gpu as Gpu
 from atoll.model.spec.gpu import GpuCapability as GpuCapability
 from atoll.model.spec.gpu import GpuTopology as GpuTopology
 from atoll.model.spec.ingress import BODY_BYTES_MAX as BODY_BYTES_MAX
+from atoll.model.spec.ingress import CanaryChoice as CanaryChoice
 from atoll.model.spec.ingress import HeaderEdit as HeaderEdit
 from atoll.model.spec.ingress import IngressRules as IngressRules
 from atoll.model.spec.ingress import Issuer as Issuer

@@ -23,6 +23,8 @@ _HEADER_VALUE = re.compile(r"[\t\x20-\x7e]{0,1024}")
 _FRAMING = frozenset({"host", "connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "keep-alive"})
 """What says where a message ends or who it is for: changed by a rule, requests could be smuggled past others."""
 _COOKIE = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.]{0,63}")
+_COOKIE_VALUE = re.compile(r"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]{1,256}")
+"""RFC 6265, 4.1.1."""
 _Text = Annotated[str, Meta(max_length=1_024)]
 _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
@@ -78,6 +80,15 @@ class Issuer(enum.StrEnum):
     ACME = "acme"
 
 
+class CanaryChoice(SpecRecord, frozen=True, kw_only=True):
+    """Which requests go to the new release of a canary rollout, whatever its share: so one client sees one release."""
+
+    header: Annotated[str, Meta(max_length=64)] | None = None
+    cookie: Annotated[str, Meta(max_length=64)] | None = None
+    value: _Text = "1"
+    """Of the one of the two that is given."""
+
+
 class PublicPort(SpecRecord, frozen=True, kw_only=True):
     """A port at which every ingress of the cell takes connections, or datagrams, for the app; no other app can have it."""
 
@@ -114,6 +125,7 @@ class IngressRules(SpecRecord, frozen=True, kw_only=True):
     sticky: Sticky | None = None
     request_headers: HeaderEdit | None = None
     response_headers: HeaderEdit | None = None
+    canary: CanaryChoice | None = None
     ports: Annotated[tuple[PublicPort, ...], Meta(max_length=PUBLIC_PORTS_MAX)] = ()
     """Where the app's `tcp` and `udp` ports are reached from outside."""
 
@@ -132,17 +144,36 @@ def check_ingress(rules: IngressRules) -> None:
         raise Invalid("ingress.rate.burst: less than ingress.rate.requests", field="ingress.rate.burst")
     if rules.outliers is not None and not 1 <= rules.outliers.eject <= 300:
         raise Invalid("ingress.outliers.eject: from 1s to 5m", field="ingress.outliers.eject")
+    if rules.canary is not None:
+        _check_canary(rules.canary)
     sticky = rules.sticky
     if sticky is not None:
-        if _COOKIE.fullmatch(sticky.cookie) is None:
-            mend = "letters, digits, '-', '_' and '.'"
-            raise Invalid(f"ingress.sticky.cookie: {sticky.cookie!r} is no cookie's name", field="ingress.sticky.cookie", mend=mend)
+        _check_cookie("ingress.sticky.cookie", sticky.cookie)
         if sticky.ttl is not None and sticky.ttl < 1:
             raise Invalid("ingress.sticky.ttl: at least 1s", field="ingress.sticky.ttl")
     if rules.instance_tls is not None:
         check_instance_tls(rules.instance_tls)
     check_edit("ingress.request_headers", rules.request_headers)
     check_edit("ingress.response_headers", rules.response_headers)
+
+
+def _check_canary(canary: CanaryChoice) -> None:
+    field = "ingress.canary"
+    if (canary.header is None) == (canary.cookie is None):
+        raise Invalid(f"{field}: exactly one of header and cookie", field=field, mend="say by which of them a request is chosen")
+    if canary.header is not None:
+        check_header(f"{field}.header", canary.header)
+        check_value(f"{field}.value", canary.header, canary.value)
+    elif canary.cookie is not None:
+        _check_cookie(f"{field}.cookie", canary.cookie)
+        if _COOKIE_VALUE.fullmatch(canary.value) is None:
+            mend = "printable ASCII without spaces, quotes, commas, semicolons and backslashes"
+            raise Invalid(f"{field}.value: no cookie can have it", field=f"{field}.value", mend=mend)
+
+
+def _check_cookie(field: str, name: str) -> None:
+    if _COOKIE.fullmatch(name) is None:
+        raise Invalid(f"{field}: {name!r} is no cookie's name", field=field, mend="letters, digits, '-', '_' and '.'")
 
 
 def check_timeout(field: str, value: float | None) -> None:

@@ -1,0 +1,71 @@
+"""Which requests choose a canary: what a spec may say of it, and when there is one to choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from envoy.config.route.v3.route_components_pb2 import VirtualHost
+
+from atoll.ingress.resources import Kind
+from atoll.ingress.table import RoutingTable
+from atoll.model import codec
+from atoll.model.errors import Invalid
+from atoll.model.ports.control_plane import RoutingBatch
+from atoll.model.records import Endpoint, Routing, Rule
+from atoll.model.spec import AppSpec, CanaryChoice, IngressRules, Port, check_app
+
+
+@pytest.mark.parametrize(
+    ("canary", "field"),
+    [
+        ({}, "ingress.canary"),
+        ({"header": "x-canary", "cookie": "canary"}, "ingress.canary"),
+        ({"header": "X Canary"}, "ingress.canary.header"),
+        ({"cookie": "a b"}, "ingress.canary.cookie"),
+        ({"cookie": "canary", "value": "a;b"}, "ingress.canary.value"),
+        ({"cookie": "canary", "value": ""}, "ingress.canary.value"),
+        ({"header": "x-canary", "value": "a\nb"}, "ingress.canary.value"),
+    ],
+)
+def test_what_chooses_nobody_or_cannot_be_sent_is_refused_by_field(canary: dict[str, Any], field: str) -> None:
+    value = {"name": "a", "image": "x.test/a:1", "ports": [{"port": 80}], "ingress": {"canary": canary}}
+    with pytest.raises(Invalid) as refused:
+        check_app(codec.convert(value, AppSpec))
+    assert refused.value.field == field
+
+
+def routing(canary: int, *, draining: bool = False) -> Routing:
+    rules = IngressRules(canary=CanaryChoice(header="x-canary"))
+    return Routing(
+        project="a",
+        app="web",
+        spec=AppSpec(name="web", image="x", ports=(Port(port=80),), ingress=rules),
+        hosts=(("web.test", "/", 80, False),),
+        rules=(Rule(host="web.test", path="/", port=80, headers={"x-part": "api"}),),
+        endpoints=(
+            Endpoint(instance="old", node="n", address="10.0.0.1", release=1),
+            Endpoint(instance="new", node="n", address="10.0.0.2", release=2, draining=draining),
+        ),
+        canary=canary,
+    )
+
+
+def led(table: RoutingTable) -> list[tuple[list[str], str]]:
+    """Return for each route the headers that it asks for, and where it leads."""
+    host = VirtualHost.FromString(table.resources[Kind.HOST]["http/web.test"].body)
+    return [([each.name for each in route.match.headers], route.route.cluster) for route in host.routes]
+
+
+def test_each_place_leads_to_the_new_release_first_for_who_chooses_it_and_only_while_it_serves() -> None:
+    table = RoutingTable()
+    table.apply(RoutingBatch(1, True, (routing(2),)))
+    plain, new = "a/web/80", "a/web/80/preview"
+    assert led(table) == [(["x-part", "x-canary"], new), (["x-part"], plain), (["x-canary"], new), ([], plain)]
+    ends = table.resources[Kind.ENDPOINTS]
+    assert b"10.0.0.2" in ends[new].body
+    assert b"10.0.0.1" not in ends[new].body
+    for later in (routing(0), routing(2, draining=True)):
+        table.apply(RoutingBatch(2, False, (later,)))
+        assert led(table) == [(["x-part"], plain), ([], plain)]
+        assert set(ends) == {plain}
