@@ -226,6 +226,10 @@ MEANING: dict[str, tuple[str, str]] = {
         "What comes without TLS is led to the same URL with it (308); 503 while there is no certificate.",
         "https_only = true",
     ),
+    "IngressRules.http3": (
+        "HTTP/3, too, for its hostnames that have a certificate: over UDP at the ingress's TLS port.",
+        "http3 = true",
+    ),
     "IngressRules.instance_tls": (
         "The instances speak TLS themselves, and are known by this; the table below. Else plainly.",
         "[ingress.instance_tls]",

@@ -9,6 +9,7 @@ from msgspec import Struct
 from atoll.ingress import tls
 from atoll.ingress.clusters import METADATA
 from atoll.ingress.hosts import BODY_FILTER, RATE_FILTER, STICKY_FILTER
+from atoll.ingress.http3 import Http3
 from atoll.ingress.resources import ACCESS_LOG as ACCESS_LOG
 from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
 from atoll.ingress.tracing import Tracing, collector, tracer
@@ -107,6 +108,13 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
             ]
         },
     }
+
+
+def http3(listener: Listener, name: str) -> Http3 | None:
+    """Return how HTTP/3 is served at the port for TLS; None where there is none."""
+    if not listener.tls_port:
+        return None
+    return Http3(listener.address, listener.tls_port, _traced(_connection_manager(), listener, name))
 
 
 def _clusters(listener: Listener) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2
 
-from atoll.ingress.resources import Kind, Name, Resource
+from atoll.ingress.resources import Kind, Name, Resource, said
 from atoll.model.certificates import CertificateBatch, Material, wildcard_of, wildcards_over
 
 
@@ -43,13 +43,17 @@ class CertificateTable(Mapping[str, Resource]):
 
     def material(self, name: str) -> Material | None:
         """Return the certificate that is shown to who says `name`, in capitals or not."""
-        name = name.lower()
+        name = said(name)
         owner = self._project_of(name)
         for host in (name, wildcard_of(name)):
             found = self._materials.get(host)
             if found is not None and (found.shared or owner is None or owner == found.project):
                 return found
         return None
+
+    def shows(self, host: str) -> bool:
+        """Whether there is a certificate to be shown for just this name, be it a wildcard."""
+        return self.material(host) is not None
 
     def serves(self, host: str) -> bool:
         """Whether a route to `host` can be had with TLS, to a wildcard where one below it can; thought so until all is told."""

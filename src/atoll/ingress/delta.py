@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from envoy.service.discovery.v3 import discovery_pb2
 
 from atoll.ingress.hostnames import Asked, Hostnames, order
-from atoll.ingress.resources import ROUTE_CONFIG, Kind, Name, Resource
+from atoll.ingress.resources import HTTP3_SECRET, ROUTE_CONFIG, Kind, Name, Resource, said
 from atoll.model.certificates import covers
 
 RESPONSE_RESOURCES_MAX = 2_000
@@ -125,8 +125,8 @@ class DeltaSession:
             if (channel := self._channels.get(kind)) is not None:
                 channel.dirty.add(name)
                 if kind is Kind.SECRET:
-                    several = self._kept if name.startswith("*.") else self._odd
-                    channel.dirty.update(kept for kept in several if covers(name, kept.lower()))
+                    several = {*self._kept, *self._odd} if name.startswith("*.") else self._odd
+                    channel.dirty.update(kept for kept in several if covers(name, said(kept)))
 
     def receive(self, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
         """Take over what Envoy asks for, and its answer to the last response. A kind that is not ours is ignored."""
@@ -251,7 +251,7 @@ class DeltaSession:
             channel.unanswered.discard(name)
             if resource is None:
                 channel.sent.pop(name, None)
-                if kind is Kind.SECRET:
+                if kind is Kind.SECRET and not name.startswith(HTTP3_SECRET):
                     # Envoy asks again when the next client says this name.
                     channel.subscribed.discard(name)
                     self._withdrawn.discard(name)
@@ -278,9 +278,11 @@ class DeltaSession:
         channel.unanswered.add(name)
         self._withdrawn.discard(name)
         self._let_go(name)
-        self._kept[name] = None
         if name != name.lower():
             self._odd.add(name)
+        if name.startswith(HTTP3_SECRET):
+            return  # as many as the listener says
+        self._kept[name] = None
         if len(self._kept) > SECRETS_MAX:
             oldest = next(iter(self._kept))
             self._let_go(oldest)

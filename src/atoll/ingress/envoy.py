@@ -22,7 +22,8 @@ import structlog
 from msgspec.structs import replace
 
 from atoll.ingress.admin import EnvoyAdmin
-from atoll.ingress.bootstrap import ADMIN_SOCKET, Listener, bootstrap
+from atoll.ingress.bootstrap import ADMIN_SOCKET, Listener, bootstrap, http3
+from atoll.ingress.http3 import Http3
 from atoll.ingress.running import Running, alive, ended, started_at
 from atoll.ingress.tracing import Tracing
 from atoll.model import codec
@@ -82,6 +83,10 @@ class EnvoyProcess:
     def tls_port(self) -> int:
         """Where it speaks TLS, 0 for nowhere; known for good once it runs."""
         return self._listener.tls_port
+
+    def http3(self) -> Http3 | None:
+        """Return how HTTP/3 is served beside TLS; None without. To be asked once it runs."""
+        return http3(self._listener, self._name)
 
     @property
     def pid(self) -> int | None:

@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from msgspec import Struct
 
 from atoll.ingress.clusters import tries
+from atoll.ingress.http3 import MAX_AGE_S
 from atoll.ingress.resources import ANY, NOBODY, ROUTE_CONFIG, Kind, Resource, Target, from_us, resource
 from atoll.model.certificates import CHALLENGE_PATH
 from atoll.model.spec import CanaryChoice, HeaderEdit, IngressRules, Route
@@ -54,15 +55,19 @@ def virtual_host(
     https_port: int = 0,
     served: bool = True,
     challenges: Mapping[str, str] = {},
+    http3_port: int = 0,
 ) -> Resource:
     """Return what a hostname leads to; of several path prefixes that match, the longest wins, and of one the most headers.
 
     `https_port` is where requests are led that want TLS, and `served` whether there is a certificate for it: where there is none,
-    they are refused in words. `challenges` are what a certificate authority looks for, by token.
+    they are refused in words. `http3_port` is where HTTP/3 is served for it, 0 for nowhere. `challenges` are what a certificate
+    authority looks for, by token.
     """
     name = f"{ROUTE_CONFIG}/{host}"
     ordered = sorted(places, key=lambda place: (-len(place[0].rstrip("/")), place[0]))
     message = route_components_pb2.VirtualHost(name=name, domains=[host])
+    if http3_port:
+        message.response_headers_to_add.append(_header("alt-svc", f'h3=":{http3_port}"; ma={MAX_AGE_S}'))
     message.routes.extend(_challenge(token, answer) for token, answer in sorted(challenges.items()))
     for path, legs in ordered:
         for leg in sorted(legs, key=_order):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from atoll.ingress.http3 import HTTP3
 from atoll.ingress.resources import ROUTE_CONFIG, Kind, Name, Resource
 from atoll.ingress.table import RoutingTable
+from atoll.model.records import INGRESS_PROBLEM
 
 PROBLEMS_MAX = 100
 REFUSALS_MAX = 10_000
@@ -40,7 +42,7 @@ class Refused:
         if kind is Kind.HOST:
             return self._table.owner_of(text.removeprefix(f"{ROUTE_CONFIG}/"))
         if kind is Kind.LISTENER:
-            return self._table.owner_of(text)
+            return INGRESS_PROBLEM if text == HTTP3 else self._table.owner_of(text)
         if kind in (Kind.CLUSTER, Kind.ENDPOINTS):
             return "/".join(text.split("/")[:2])
         return None

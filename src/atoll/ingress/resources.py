@@ -33,6 +33,8 @@ SLOTS = 64
 never forgets a zone's counts, so that one for each release there ever was would fill its memory."""
 PATH_BYTES_MAX = 1024
 HOSTNAME = re.compile(r"(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
+HTTP3_SECRET = "HTTP3/"  # noqa: S105 (a name)
+"""Before a hostname: the secret that HTTP/3 shows for it. Under one name Envoy would tell the second who asks for it nothing."""
 PUBLIC = re.compile(r"(tcp|udp):([1-9][0-9]{0,4})")
 """A place that is a port of the ingress and no hostname."""
 PATH = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*")
@@ -106,6 +108,11 @@ def resource(kind: Kind, name: str, message: Message, *, ahead: bool = False) ->
 def written(kind: Kind, name: str, body: bytes, *, ahead: bool = False) -> Resource:
     """Return the resource whose message is `body` on the wire."""
     return Resource(kind, name, hashlib.blake2b(body, digest_size=9).hexdigest(), body, ahead)
+
+
+def said(secret: str) -> str:
+    """Return the hostname that a secret is for."""
+    return secret.removeprefix(HTTP3_SECRET).lower()
 
 
 def public_of(host: str) -> tuple[str, int] | None:

@@ -169,6 +169,8 @@ class Ingress:
         logs = [self._directory / ACCESS_LOG, self._directory / LOG]
         self.table.https_port = self.envoy.tls_port
         self.table.serves = self.certificates.serves
+        self.table.shows = self.certificates.shows
+        self.table.http3 = self.envoy.http3()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.envoy.supervise(), name="ingress-envoy")
             tasks.create_task(self._follow(), name="ingress-routing")

@@ -9,6 +9,8 @@ from msgspec import UNSET
 from atoll.ingress import clusters, hosts, limits, listeners, resources
 from atoll.ingress.clusters import Nearness
 from atoll.ingress.hosts import Leg
+from atoll.ingress.http3 import HOSTS_MAX as HTTP3_HOSTS_MAX
+from atoll.ingress.http3 import HTTP3, Http3
 from atoll.ingress.legs import Places, canary_of, legs_of, limits_of, targets_of
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
 from atoll.ingress.sleepers import serving, socket_of
@@ -62,8 +64,15 @@ class RoutingTable:
         """Where Envoy speaks TLS; 0 for nowhere. Set before the first batch."""
         self.serves: Callable[[str], bool] = lambda host: True
         """Whether a hostname has a certificate; nobody is led to TLS where it has none. Set before the first batch."""
-        self._strict: dict[str, bool] = {}
-        """Hostname that is served with TLS only → whether it had a certificate when it was written."""
+        self.shows: Callable[[str], bool] = lambda host: False
+        """Whether a certificate is there for just this name. Set before the first batch."""
+        self.http3: Http3 | None = None
+        """How HTTP/3 is served; None where it is not. Set before the first batch."""
+        self._strict: dict[str, tuple[bool, bool]] = {}
+        """Hostname that has to do with TLS → whether it was served with it, and had a certificate, when it was written."""
+        self._fast: set[str] = set()
+        """Hostnames that are served by HTTP/3."""
+        self._fast_changed = False
         self._answers: Mapping[str, Mapping[str, str]] = {}
         """Host → token → what certificate authorities look for there."""
         self._problems: dict[str, tuple[Problem, ...]] = {}
@@ -102,6 +111,12 @@ class RoutingTable:
 
     def take_changes(self) -> set[Name]:
         """Return what was written or erased since the last call."""
+        if self._fast_changed and self.http3 is not None:
+            self._fast_changed = False
+            if self._fast:
+                self._write(self.http3.listener(sorted(self._fast)))
+            else:
+                self._erase(Kind.LISTENER, HTTP3)
         changed, self._changed = self._changed, set()
         return changed
 
@@ -159,7 +174,7 @@ class RoutingTable:
         """Take over which hostnames have a certificate now, after those of `changed` have; None for all."""
         touched = {*changed, *(over for host in changed for over in wildcards_over(host))} if changed is not None else None
         for host, served in list(self._strict.items()):
-            if (touched is None or host in touched or wildcard_of(host) in touched) and self.serves(host) != served:
+            if (touched is None or host in touched or wildcard_of(host) in touched) and self._tls_of(host) != served:
                 self._write_host(host)
 
     def endpoints_of(self, key: str) -> tuple[Endpoint, ...]:
@@ -327,13 +342,26 @@ class RoutingTable:
         if (public := resources.public_of(host)) is not None:
             self._write_listener(host, public, routes)
             return
-        served = True
-        if self.https_port and any(leg.rules is not None and leg.rules.https_only for _, legs in routes for leg in legs):
-            served = self._strict[host] = self.serves(host)
+        served = shown = True
+        rules = [leg.rules for _, legs in routes for leg in legs if leg.rules is not None]
+        fast = self.http3 is not None and any(each.http3 for each in rules)
+        if self.https_port and (fast or any(each.https_only for each in rules)):
+            served, shown = self._strict[host] = self._tls_of(host)
+        fast = fast and shown and (host in self._fast or len(self._fast) < HTTP3_HOSTS_MAX)
+        if fast != (host in self._fast):
+            self._fast ^= {host}
+            self._fast_changed = True
         if routes or challenges:
-            self._write(hosts.virtual_host(host, routes, https_port=self.https_port, served=served, challenges=challenges))
+            port = self.http3.port if self.http3 is not None and fast else 0
+            made = hosts.virtual_host(
+                host, routes, https_port=self.https_port, served=served, challenges=challenges, http3_port=port
+            )
+            self._write(made)
         else:
             self._erase(Kind.HOST, name)
+
+    def _tls_of(self, host: str) -> tuple[bool, bool]:
+        return self.serves(host), self.shows(host)
 
     def _write_listener(self, name: str, public: tuple[str, int], routes: list[tuple[str, tuple[Leg, ...]]]) -> None:
         if routes:

@@ -105,6 +105,8 @@ class IngressRules(SpecRecord, frozen=True, kw_only=True):
     """Who signs for those of its hostnames that have no certificate: the cell's own root, or the cell's ACME authority."""
     https_only: bool = False
     """Requests that come without TLS are led to the same URL with it (308)."""
+    http3: bool = False
+    """Those of its hostnames that have a certificate are served by HTTP/3, too."""
     instance_tls: InstanceTls | None = None
     """The instances speak TLS themselves. None: plainly, over the project's network."""
     timeout: Seconds | None = None
