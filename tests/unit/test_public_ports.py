@@ -54,7 +54,7 @@ async def test_a_project_has_no_port_that_its_quota_does_not_name(service: Servi
     with pytest.raises(Forbidden) as denied:
         await service.apps.put(SYSTEM, spec("c", (5432, "db")))
     assert denied.value.field == "ingress.ports[0].public"
-    assert "public_ports" in (denied.value.mend or "")
+    assert "--public-ports" in (denied.value.mend or "")
     for number in (4_999, 6_001, 22):
         with pytest.raises(Forbidden, match=f"may not have port {number}"):
             await service.apps.put(SYSTEM, spec("a", (5432, "db"), (number, "dns")))

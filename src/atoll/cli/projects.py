@@ -63,6 +63,7 @@ async def create(session: Session, name: str) -> None:
 @click.option("--requests", metavar="COUNT", help="Requests a second that each ingress lets through; 'none' for no limit.")
 @click.option("--weight", type=click.IntRange(1, 1000), help="How much it counts beside others when not all that waits has room.")
 @click.option("--host-port-min", type=click.IntRange(1, 65_535), help="The lowest port of nodes that its apps may be published on.")
+@click.option("--public-ports", metavar="FIRST-LAST", help="Ports of ingresses that its apps may have; 'none' for none.")
 async def quota(
     session: Session,
     name: str,
@@ -73,6 +74,7 @@ async def quota(
     requests: str | None,
     weight: int | None,
     host_port_min: int | None,
+    public_ports: str | None,
 ) -> None:
     """Show what a project may have and what its instances hold; with options, change that (admin).
 
@@ -91,6 +93,7 @@ async def quota(
         "requests_per_s": _amount("requests", requests),
         "weight": weight,
         "host_port_min": host_port_min,
+        "public_ports": "" if public_ports == NONE else public_ports,
     }
     changes = {field: value for field, value in changes.items() if value is not None}
     async with session.client() as client:
@@ -140,6 +143,7 @@ def _limits(quota: Quota | None) -> str:
         f"requests {quota.requests_per_s}/s" if quota.requests_per_s is not None else "",
         f"weight {quota.weight}" if quota.weight != Quota().weight else "",
         f"host ports from {quota.host_port_min}" if quota.host_port_min != Quota().host_port_min else "",
+        f"public ports {quota.public_ports}" if quota.public_ports else "",
     ]
     return ", ".join(part for part in parts if part) or "–"
 
@@ -157,6 +161,7 @@ def _show(session: Session, view: QuotaView) -> None:
         ("requests/s", "–", f"{quota.requests_per_s}" if quota.requests_per_s is not None else NONE, "at each ingress"),
         ("weight", "–", str(quota.weight), "beside others, when not all that waits has room"),
         ("host ports", "–", f"from {quota.host_port_min}", ""),
+        ("public ports", "–", quota.public_ports or NONE, "tcp and udp, of every ingress"),
     ]
     session.output.table(("RESOURCE", "USED>", "LIMIT>", ""), rows)
     if view.waiting:

@@ -67,9 +67,8 @@ def check_public_ports(context: Context, spec: AppSpec) -> None:
         field = f"ingress.ports[{index}].public"
         if quota is None or not quota.may_publish(wanted.public):
             allowed = quota.public_ports if quota is not None else ""
-            mend = (
-                f"choose one of {allowed}" if allowed else "have an admin set the project's quota with public_ports = 'FIRST-LAST'"
-            )
+            grant = f"have an admin run `atoll projects quota {spec.project} --public-ports FIRST-LAST`"
+            mend = f"choose one of {allowed}" if allowed else grant
             raise Forbidden(f"{field}: project '{spec.project}' may not have port {wanted.public}", field=field, mend=mend)
         taken = [name for name, held in known if wanted.public in (held.record.http_port, held.record.https_port)]
         if taken:
