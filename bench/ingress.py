@@ -16,6 +16,7 @@ import structlog
 from msgspec import structs
 
 from atoll.ingress.fake import FakeRouting
+from atoll.ingress.hostnames import AHEAD_MAX
 from atoll.ingress.resources import Kind
 from atoll.ingress.service import Ingress
 from atoll.model.records import Endpoint, Routing
@@ -28,6 +29,8 @@ ROUTES = (1, 1_000, 10_000)
 READY_S = 120.0
 PROBE_S = 30.0
 DARK_ROUNDS = 10
+AT_ONCE = 100
+"""Hostnames that are asked for side by side to have all in use."""
 ADDRESSES = ("127.0.0.2", "127.0.0.3")
 
 
@@ -84,6 +87,8 @@ async def _at(report: Report, directory: Path, backend: Backend, routes: int, op
             report.add(Result(f"our process's memory with {routes:,} apps", _rss_mib(os.getpid()), "MiB"))
         await _throughput(report, directory, ingress, backend, routes, options)
         await _changes(report, control, ingress, backend, routes, options.changes)
+        if routes > AHEAD_MAX:
+            await _in_use(report, control, ingress, backend, routes, options.changes)
         if routes == min(options.routes):
             await _dark(report, control, ingress)
     finally:
@@ -152,6 +157,29 @@ async def _changes(report: Report, control: FakeRouting, ingress: Ingress, backe
     report.add(Result(f"new app → routable among {routes:,}, p99", percentile(fresh, 99), "ms"))
     report.add(Result(f"endpoint change → traffic among {routes:,}, p50", percentile(moved, 50), "ms", goal="<= 5"))
     report.add(Result(f"endpoint change → traffic among {routes:,}, p99", percentile(moved, 99), "ms"))
+
+
+async def _in_use(report: Report, control: FakeRouting, ingress: Ingress, backend: Backend, routes: int, count: int) -> None:
+    """Measure the first request for hostnames of which Envoy is told on demand, and a new app once all of them are in use."""
+    clock = asyncio.get_running_loop().time
+    first: list[float] = []
+    for number in range(1, count * 2):
+        began = clock()
+        await _until(ingress.http_port, f"app{number}.localhost", lambda body: True)
+        first.append((clock() - began) * 1000)
+    rest = [f"app{number}.localhost" for number in range(routes)]
+    for at in range(0, routes, AT_ONCE):
+        await asyncio.gather(*(_until(ingress.http_port, host, lambda body: True) for host in rest[at : at + AT_ONCE]))
+    fresh: list[float] = []
+    for number in range(routes + count, routes + 2 * count):
+        began = clock()
+        control.put(routing(number, backend.port))
+        await _until(ingress.http_port, f"app{number}.localhost", lambda body: True)
+        fresh.append((clock() - began) * 1000)
+    report.add(Result(f"first request for a hostname among {routes:,}, p50", percentile(first, 50), "ms"))
+    report.add(Result(f"first request for a hostname among {routes:,}, p99", percentile(first, 99), "ms"))
+    report.add(Result(f"new app → routable among {routes:,} that are all in use, p50", percentile(fresh, 50), "ms"))
+    report.add(Result(f"Envoy's memory with {routes:,} apps that are all in use", _rss_mib(ingress.envoy.pid or 0), "MiB"))
 
 
 async def _dark(report: Report, control: FakeRouting, ingress: Ingress) -> None:
