@@ -301,8 +301,11 @@ async def test_an_apps_own_rules_hold_for_both_families(network: LinkNetwork) ->
 
 
 async def test_a_limit_is_of_both_families_together_and_counted(network: LinkNetwork) -> None:
-    slow = await network.attach("a", project="p", ports=(), rules=NetworkRules(packets=50))
-    sink = await network.attach("b", project="p", ports=(TALK,))
+    limit = NetworkRules(packets=50)
+    slow = await network.attach("a", project="p", ports=(), rules=limit)
+    sink, narrow = [
+        await network.attach(name, project="p", ports=(TALK,), rules=rules) for name, rules in (("b", None), ("c", limit))
+    ]
     with listening(sink, TALK.port, socket.SOCK_DGRAM) as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         assert gets_through(slow, six(sink), TALK.port, server)
@@ -314,7 +317,16 @@ async def test_a_limit_is_of_both_families_together_and_counted(network: LinkNet
         while hears(server):
             count += 1
     assert 10 <= count < 150
-    assert (await network.flows()).over["a"] > 100
+    with listening(narrow, TALK.port, socket.SOCK_DGRAM) as server:  # and of what it is sent
+        assert gets_through(sink, six(narrow), TALK.port, server)
+        with closing(socket_in(sink, kind=socket.SOCK_DGRAM)) as client:
+            for _ in range(300):
+                client.sendto(b"x", (six(narrow), TALK.port))
+        count = 0
+        while hears(server):
+            count += 1
+    assert 10 <= count < 200
+    assert {name for name, packets in (await network.flows()).over.items() if packets > 50} == {"a", "c"}
 
 
 async def test_what_goes_between_apps_and_what_is_refused_is_counted(network: LinkNetwork, subnet: str) -> None:
