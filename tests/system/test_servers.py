@@ -20,11 +20,14 @@ from atoll.entry.config import Config
 from atoll.entry.joining import JOIN_VARIABLE
 from atoll.entry.scratch import free_port, free_subnet
 from atoll.images.minimal import docker_archive
+from atoll.model import keys
 from atoll.model.errors import AtollError
+from atoll.model.membership import DATA_VERSION, SKEW_MAX
 from atoll.model.streams import ExecOptions, Kind
 from atoll.runtimes.runc import probe_runc
 from atoll.sdk.client import Client
 from atoll.store.etcd.private import PrivateEtcd
+from atoll.store.etcd.store import EtcdStore
 
 pytestmark = [
     pytest.mark.system,
@@ -178,6 +181,30 @@ def test_a_server_with_another_key_says_so_and_changes_nothing(cell: Cell, tmp_p
     assert "this server's key is not the cell's" in third.log
     assert "mend:" in third.log
     assert len(cell.ask(Client.servers)) == 2
+
+
+def test_a_server_that_is_too_old_for_the_data_says_so_and_changes_nothing(cell: Cell, tmp_path: Path) -> None:
+    newer = DATA_VERSION + SKEW_MAX + 1
+
+    async def put(value: bytes | None) -> None:
+        store = await EtcdStore.open(cell.etcd.address)
+        try:
+            await (store.put(keys.CELL_DATA, value) if value is not None else store.delete(keys.CELL_DATA))
+        finally:
+            await store.close()
+
+    asyncio.run(put(b"%d" % newer))
+    try:
+        config = Config(
+            data=tmp_path / "old", listen=f"127.0.0.1:{free_port()}", tls=True, store=cell.etcd.url, key=cell.directory / "cell-key"
+        )
+        old = Process("server", config, cell.environment)
+        assert old.running.wait(60) == 78
+    finally:
+        asyncio.run(put(None))
+    assert f"the cell's data is of version {newer}" in old.log
+    assert "mend: use the newer Atoll" in old.log
+    assert len(cell.ask(Client.servers)) == 2, "and those that run go on"
 
 
 def test_a_machine_joins_by_token_runs_an_app_and_is_reached_through_any_server_until_it_is_revoked(cell: Cell) -> None:

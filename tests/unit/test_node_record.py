@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,19 @@ def test_a_record_is_there_after_kill_9(tmp_path: Path) -> None:
     first = SqliteRecord(tmp_path / "record.db")
     first.put_assignment(assignment("a"))
     assert len(SqliteRecord(tmp_path / "record.db").load()) == 1
+
+
+def test_an_agent_that_goes_back_a_version_reads_of_a_newer_record_what_it_knows(tmp_path: Path) -> None:
+    """Even a spec, which refuses unknown fields where people write it: what runs is adopted, and not taken for damage."""
+    record = SqliteRecord(tmp_path / "record.db")
+    record.put_assignment(assignment("a"))
+    record.put_state("a", State(phase=Phase.RUNNING, pid=4))
+    record.close()
+    with closing(sqlite3.connect(tmp_path / "record.db")) as database, database:
+        for table, place in (("assignment", "$.workload.to_come"), ("assignment", "$.to_come"), ("state", "$.to_come")):
+            database.execute(f"UPDATE {table} SET body = CAST(json_set(CAST(body AS TEXT), ?, 'x') AS BLOB)", (place,))
+    (entry,) = SqliteRecord(tmp_path / "record.db").load()
+    assert (entry.assignment, entry.state) == (assignment("a"), State(phase=Phase.RUNNING, pid=4))
 
 
 @pytest.mark.parametrize("damage", [b"not a database at all" * 100, None])

@@ -16,6 +16,7 @@ from atoll.api.registry.handlers import registry_handler
 from atoll.api.registry.registry import Registry
 from atoll.api.service import SYSTEM, Service
 from atoll.api.service.context import KINDS
+from atoll.api.service.data_version import check_data
 from atoll.api.service.sealing import KEY_BYTES
 from atoll.api.service.servers import check_key
 from atoll.control.controllers import run_control
@@ -59,7 +60,7 @@ async def main(config: Config, stop: Stop) -> None:
     """Serve until `stop`.
 
     Raises Unavailable (the port is taken, etcd does not answer), Conflict (the data or the server's id is in use), Corrupt (the
-    data, or the key is not the cell's), Invalid.
+    data, or the key is not the cell's), Unsupported (the data is of another version), Invalid.
     """
     secure, life_s = config.secure, certificate_life_s(config)
     listener = listen(*split_address(config.listens, field="--listen"))
@@ -71,6 +72,7 @@ async def main(config: Config, stop: Stop) -> None:
     kind = "sqlite" if isinstance(place, Path) else "etcd"
     store = await open_place(place, clock)
     try:
+        await check_data(store)
         async with State(store, {**KINDS, **CONTROL_KINDS}) as state:
             key = await cell_key(config, store)
             id = server_id(config)

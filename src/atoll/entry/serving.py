@@ -17,7 +17,7 @@ from atoll.api.service.servers import Dial
 from atoll.api.service.signing import Subject, key_pem, new_key
 from atoll.entry.config import Config, split_address
 from atoll.model.errors import AtollError, Corrupt, Invalid
-from atoll.model.membership import Authority, Server
+from atoll.model.membership import DATA_VERSION, Authority, Server
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import Channel
 from atoll.model.records import new_suffix
@@ -49,7 +49,7 @@ def server_id(config: Config) -> str:
 
 
 def server_record(config: Config, id: str) -> Server:
-    return Server(id=id, urls=(config.advertised,), version=__version__, started_at=time.time())
+    return Server(id=id, urls=(config.advertised,), version=__version__, data=DATA_VERSION, started_at=time.time())
 
 
 def certificate_life_s(config: Config) -> float:

@@ -44,6 +44,8 @@ CERTIFICATE_ROOTS = "certificate-roots/"
 ACME_SETTINGS = "acme-settings/"
 CELL_KEY = "cell/key"
 """A keyed digest that only the cell's key makes, so that a server with another key says so before it writes anything."""
+CELL_DATA = "cell/data"
+"""The version of Atoll's data that the records are written for (`membership.DATA_VERSION`); absent at the first."""
 LEADER = "leader"
 """Held under a lease by the leading server; its create revision is the fencing token."""
 

@@ -17,8 +17,11 @@ from atoll.model.records import CELL
 
 API_VERSION = 1
 """Raised with every change of the API that an older peer would misunderstand."""
+DATA_VERSION = 1
+"""Raised with every change of the records that an older server would do harm to: one that it must not lose when it writes a record
+that it reads without it, one whose meaning is another."""
 SKEW_MAX = 1
-"""How many versions apart two peers may be: one side of a rolling upgrade is one ahead."""
+"""How many versions apart two peers may be, or a server and the data: one side of a rolling upgrade is one ahead."""
 API_HEADER = "atoll-api"
 """Says the speaker's `API_VERSION`, in requests and in answers. Who says nothing is taken as he is: curl, a browser."""
 
@@ -99,6 +102,8 @@ class Server(_Record, frozen=True, kw_only=True):
     urls: tuple[str, ...]
     version: str
     api: int = API_VERSION
+    data: int = 1
+    """The version of data that it writes."""
     started_at: float
 
 

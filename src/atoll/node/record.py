@@ -117,13 +117,14 @@ class SqliteRecord:
         return database
 
     def load(self) -> list[Entry]:
+        """Return everything; of what a newer agent has written, as much as this one knows."""
         query = """SELECT a.body, s.body, x.body FROM assignment a
                    LEFT JOIN state s ON s.id = a.id LEFT JOIN secrets x ON x.id = a.id ORDER BY a.id"""
         try:
             return [
                 Entry(
-                    codec.decode(assignment, Assignment),
-                    codec.decode(state, State) if state else State(),
+                    codec.decode_known(assignment, Assignment),
+                    codec.decode_known(state, State) if state else State(),
                     codec.decode(secrets, dict[str, str]) if secrets else None,
                 )
                 for assignment, state, secrets in self._database.execute(query)
