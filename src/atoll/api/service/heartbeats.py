@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from atoll.api.service.node_reports import check_heartbeat
 from atoll.model.errors import TooLarge
 from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX
 from atoll.model.ports.clock import Clock
@@ -29,7 +30,7 @@ class Heartbeats:
         self._seen: dict[str, float] = {}
 
     def note(self, heartbeat: Heartbeat) -> None:
-        """Raises TooLarge."""
+        """Raises TooLarge, and Invalid for an amount that cannot be."""
         if len(heartbeat.usage) > USAGES_MAX:
             raise TooLarge(f"usage: {len(heartbeat.usage)} instances in one heartbeat; at most {USAGES_MAX}", field="usage")
         for usage in heartbeat.usage:
@@ -43,6 +44,7 @@ class Heartbeats:
         flows = heartbeat.flows
         if flows is not None and (len(flows.flows) > FLOWS_MAX or len(flows.refusals) > REFUSALS_MAX or flows.begun or flows.over):
             raise TooLarge(f"flows: at most {FLOWS_MAX} and {REFUSALS_MAX} refusals in one heartbeat", field="flows")
+        check_heartbeat(heartbeat)
         self._latest[heartbeat.node] = heartbeat
         self._seen[heartbeat.node] = self._clock.monotonic()
 

@@ -12,6 +12,7 @@ from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.holdings import holdings_of
 from atoll.api.service.lookups import by_node
+from atoll.api.service.node_reports import checked
 from atoll.api.service.pages import page
 from atoll.api.service.specs import spec_of
 from atoll.api.service.tunnels import Tunnels
@@ -20,7 +21,7 @@ from atoll.model.devices import GpuDevice
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.evacuation import evacuation_of, in_force
 from atoll.model.flows import Flow, Flows, Refusal
-from atoll.model.labels import check_labels, check_taints, described, labelled, tainted
+from atoll.model.labels import described, labelled, tainted
 from atoll.model.maintenance import Maintenance, Window
 from atoll.model.ports.control_plane import StreamKind
 from atoll.model.ports.store import Put, absent, unchanged
@@ -153,8 +154,7 @@ class Nodes:
         Raises Invalid.
         """
         check_id(node.name, "name")
-        check_labels(node.labels)
-        node = replace(node, taints=check_taints(node.taints))
+        node = checked(node)
         self._heartbeats.touch(node.name)
 
         def build() -> Draft[None]:

@@ -1,0 +1,78 @@
+"""What an agent says of its machine and of what runs there: what cannot be is refused at the edge, and names its field."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from atoll.model import codec
+from atoll.model.devices import GpuDevice
+from atoll.model.errors import Invalid
+from atoll.model.records import Capacity, Heartbeat, Node, Usage
+from atoll.sim.loop import run_virtual
+from atoll.sim.replay_cell import Cell
+
+GPU = GpuDevice(id="g0", model="T4", memory_bytes=16 << 30)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "more", "field"),
+    [
+        ({"cpu_milli": -1}, {}, "capacity.cpu_milli"),
+        ({"cpu_milli": 10**12}, {}, "capacity.cpu_milli"),
+        ({"memory_bytes": -1}, {}, "capacity.memory_bytes"),
+        ({"disk_bytes": 1 << 61}, {}, "capacity.disk_bytes"),
+        ({"gpus": (GPU, GPU)}, {}, "capacity.gpus.id"),
+        ({"gpus": (GpuDevice(id="", model="T4", memory_bytes=1),)}, {}, "capacity.gpus.id"),
+        ({"gpus": (GpuDevice(id="g", model="T4", memory_bytes=-1),)}, {}, "capacity.gpus.memory_bytes"),
+        ({"gpus": tuple(GpuDevice(id=f"g{number}", model="T4", memory_bytes=1) for number in range(1_025))}, {}, "capacity.gpus"),
+        ({}, {"site": "s" * 254}, "site"),
+        ({}, {"labels": {"a b": "x"}}, "labels"),
+        ({}, {"name": "../x"}, "name"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused_and_not_written(capacity: dict[str, Any], more: dict[str, Any], field: str) -> None:
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with Cell(chance) as cell:
+            amounts = {"cpu_milli": 1000, "memory_bytes": 1 << 30, "disk_bytes": 1 << 30} | capacity
+            with pytest.raises(Invalid) as refused:
+                await cell.service.control_plane.register_node(Node(**({"name": "n1", "capacity": Capacity(**amounts)} | more)))
+            assert refused.value.field == field
+            assert not cell.state.records(Node)
+
+    run_virtual(main, chance)
+
+
+@pytest.mark.parametrize(
+    ("beat", "field"),
+    [
+        ({"cpu_milli": -1}, "cpu_milli"),
+        ({"memory_bytes": 1 << 63}, "memory_bytes"),
+        ({"usage": (Usage(instance="i", cpu_milli=-5),)}, "usage.cpu_milli"),
+        ({"usage": (Usage(instance="i"), Usage(instance="j", sent_bytes=-1))}, "usage.sent_bytes"),
+    ],
+)
+def test_use_that_cannot_be_is_refused_and_the_word_before_it_stays(beat: dict[str, Any], field: str) -> None:
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with Cell(chance) as cell:
+            good = Heartbeat(node="n1", at=1.0, cpu_milli=5, usage=(Usage(instance="i", cpu_milli=3),))
+            await cell.service.control_plane.heartbeat(good)
+            with pytest.raises(Invalid) as refused:
+                await cell.service.control_plane.heartbeat(Heartbeat(**({"node": "n1", "at": 2.0} | beat)))
+            assert refused.value.field == field
+            assert cell.service.heartbeats.latest("n1") == good
+
+    run_virtual(main, chance)
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity", "1.5", '"many"', "null"])
+def test_what_is_no_whole_number_is_no_amount(number: str) -> None:
+    body = f'{{"name": "n1", "capacity": {{"cpu_milli": {number}, "memory_bytes": 1, "disk_bytes": 1}}}}'
+    with pytest.raises(Invalid):
+        codec.decode(body.encode(), Node)
