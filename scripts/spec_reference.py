@@ -392,7 +392,10 @@ MEANING: dict[str, tuple[str, str]] = {
         "follow_volumes = false",
     ),
     "Placement.spread": ("What instances are spread over.", 'spread = "site"'),
-    "Placement.tolerations": ("Taints of nodes that it accepts.", 'tolerations = ["spot"]'),
+    "Placement.tolerations": (
+        "Taints of nodes that it accepts: `KEY`, `KEY=VALUE`, each with `:EFFECT` for that alone; `*` for all.",
+        'tolerations = ["spot"]',
+    ),
     "Placement.priority": (
         "Who is placed first; what fits nowhere takes the place of apps' instances of lower priority.",
         "priority = 80",
