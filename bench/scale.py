@@ -385,7 +385,7 @@ class Bench:
         planned: list[float] = []
         back: list[float] = []
         used: list[float] = []
-        before = await self.drivers.ask()
+        before: dict[str, Any] = {}
         lost_before = await _lost(self.api)
         api = self.api
         for number in range(self.chosen.takeovers):
@@ -397,6 +397,7 @@ class Bench:
                     self.add("memory of a server that has only loaded the state", waiting.used.rss_mib(), "MiB RSS")
                 await self.drivers.ask("regrant")  # as each does within five minutes: now they beat to both
             await asyncio.sleep(SETTLE_S)
+            before = before or await self.drivers.ask()
             if number:
                 await api.close()
             api = Api(f"http://{waiting.address}", waiting.token)

@@ -124,3 +124,27 @@ def test_where_turns_take_long_for_other_reasons_agents_get_half_of_them(turn_s:
         loop.close()
     assert least <= max(each) <= most
     assert sum(count >= least for count in each) >= 1_000 // most - 2
+
+
+def test_for_a_moment_after_a_leaders_death_one_begins_in_a_turn_and_then_as_many_as_before() -> None:
+    async def main() -> tuple[list[int], list[float]]:
+        served = Served()
+        turns = Turns(served)  # type: ignore[arg-type]
+        tasks = calls(turns, *(f"/v1/nodes/n{number}/heartbeat" for number in range(200)))
+        turns.hold(1.0)
+        begun, at = [0], [0.0]
+        while begun[-1] < 200:
+            await asyncio.sleep(0)
+            begun.append(len(served.begun))
+            at.append(asyncio.get_running_loop().time())
+        await asyncio.gather(*tasks)
+        return [after - before for before, after in pairwise(begun)], at[1:]
+
+    loop = SlowLoop()
+    loop.turn_s = 0.02
+    try:
+        each, at = loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert max(count for count, when in zip(each, at, strict=True) if when < 1.0) == 1
+    assert max(each) == 20

@@ -218,4 +218,4 @@ async def test_the_more_nodes_there_are_the_less_often_each_is_asked_for_a_heart
             grant = grant_of(service.context, "n0000")
             asked.append((grant.heartbeat_s, grant.spread_s))
     await store.close()
-    assert asked == [(HEARTBEAT_S, 0.0), (HEARTBEAT_S, 0.8), (10.0, 2.0), (CALM_S, 6.0)]
+    assert asked == [(HEARTBEAT_S, 0.0), (HEARTBEAT_S, 2.0), (10.0, 5.0), (CALM_S, 15.0)]

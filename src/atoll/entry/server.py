@@ -98,13 +98,19 @@ async def main(config: Config, stop: Stop) -> None:
             app = create_app(service, mounts=[registry_handler(registry, service)])
             settle_memory()
             sys.setswitchinterval(SWITCH_S)
-            async with serving(app, service, listener, tls=certificate.tls if secure else None):
+            async with serving(app, service, listener, tls=certificate.tls if secure else None) as api:
                 log.info("serving", api=config.url, store=kind, server=id)
                 heartbeats = service.heartbeats
                 detection = exchange_of(service, state, clock)
                 heir = Heir(state, clock)
                 service.planning.live = heir.copy
                 beats = listen_for_beats(detection, Udp(), split_address(config.listens, field="--listen"))
+                deaths = Deaths(state)
+
+                async def ended(leader: str) -> None:
+                    await deaths.of(leader)
+                    api.turns.hold()
+
                 control = run_control(
                     store,
                     state,
@@ -119,7 +125,7 @@ async def main(config: Config, stop: Stop) -> None:
                     optimiser=ProcessOptimiser(config.server_data / "kernels"),
                     identity=id,
                     detection=detection,
-                    ended=Deaths(state).of,
+                    ended=ended,
                     certificates=signers_of(service),
                     keep=lease_keeper(place, clock),
                     heir=heir,

@@ -195,8 +195,9 @@ class ApiServer(uvicorn.Server):
         protocol: type[BoundedProtocol] = BoundedProtocol,
         tls: ListenerTls | None = None,
     ) -> None:
+        self.turns = Turns(cast(Any, app))
         config = uvicorn.Config(
-            cast(Any, Turns(cast(Any, app))),
+            cast(Any, self.turns),
             http=protocol,
             ws=StreamProtocol,
             ws_max_size=MESSAGE_BYTES_MAX,

@@ -19,10 +19,10 @@ HEARTBEATS_PER_S = 100
 """Heartbeats over HTTP that are wanted of all nodes together; each costs a server about as much as thirty beats."""
 HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 5.0, 15.0
 """But no node is asked for them more or less often. They say what is in use; that a node lives, its beats say."""
-REJOINS_PER_S = 500
-"""Agents that come back in a second, of those whose server has died; each costs another some 2 ms. All at once they would hold
+REJOINS_PER_S = 200
+"""Agents that come back in a second, of those whose server has died; each costs another some 3 ms. All at once they would hold
 up the server that begins to lead just then. Beats go on meanwhile, and what runs does."""
-SPREAD_MAX_S = 15.0
+SPREAD_MAX_S = 30.0
 
 
 def beat_key(context: Context, node: str, epoch: int) -> bytes:
