@@ -7,7 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atoll.model.errors import DeadlineExceeded, OutcomeUnknown, TooLarge, Unavailable
 from atoll.model.membership import API_HEADER, API_VERSION, Bundle, check_skew
@@ -179,7 +179,7 @@ class HttpTransport:
         reached: socket.socket | None = None
         try:
             async with asyncio.timeout(self._connect_s):
-                found = await loop.getaddrinfo(self.address.host, self.address.port, type=socket.SOCK_STREAM)
+                found = await self._look_up()
                 reached = socket.socket(found[0][0], found[0][1])
                 reached.setblocking(False)
                 await loop.sock_connect(reached, found[0][4])
@@ -189,6 +189,14 @@ class HttpTransport:
             words = _words(error) if isinstance(error, OSError) else f"no connection within {self._connect_s:.0f} s"
             raise Unreachable(f"{self.address} does not answer: {words}", mend=_MEND) from None
         return reached
+
+    async def _look_up(self) -> list[tuple[Any, ...]]:
+        """Return where the server's name leads; what is a number is known without a thread that looks it up. Raises OSError."""
+        host, port = self.address.host, self.address.port
+        try:
+            return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
+        except socket.gaierror:
+            return list(await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
     async def _answer(self, connection: Connection) -> Answer:
         try:
