@@ -113,10 +113,11 @@ class WorkerWorld(World):
 
     async def ask(self, pid: int, path: str, *, port: int = PORT, timeout_s: float = ANSWER_S_MAX) -> tuple[int, str]:
         """Return status and body. Raises OSError where nothing listens, or nothing answers."""
-        return await asyncio.to_thread(run_inside, Path(f"/proc/{pid}/ns/net"), lambda: _ask(path, port, timeout_s))
+        return await asyncio.to_thread(run_inside, Path(f"/proc/{pid}/ns/net"), lambda: ask_here(path, port, timeout_s))
 
 
-def _ask(path: str, port: int, timeout_s: float) -> tuple[int, str]:
+def ask_here(path: str, port: int, timeout_s: float) -> tuple[int, str]:
+    """Ask from the network that this thread is in."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
         connection.request("GET", path)

@@ -137,7 +137,9 @@ def shared_configuration(parts: Sequence[Part], *, heap_mib: int) -> str:
         sockets.append(f"(name = {quoted(part.own('http'))}, {_HTTP}, service = {quoted(part.own('main'))})")
         if part.code.alive_port is not None:
             sockets.append(f'(name = {quoted(part.own("alive"))}, http = (), service = "alive")')
-    return _config(services, sockets, max(HEAP_MIB_MIN, heap_mib), "(structuredLogging = true)")
+    return _config(
+        services, sockets, max(HEAP_MIB_MIN, heap_mib), '(structuredLogging = true, stdoutPrefix = "", stderrPrefix = "")'
+    )
 
 
 def _services(part: Part) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
@@ -31,8 +32,8 @@ from atoll.runtimes.workerd_config import (
 from atoll.runtimes.workerd_modules import list_modules
 from atoll.runtimes.workerd_output import Output, Pipes
 from atoll.runtimes.workerd_root import PROGRAM
-from atoll.runtimes.workerd_sharing import Group, Member, Unready
-from atoll.runtimes.workerd_sockets import FIRST, Listening, name_of, unanswered, watch_socket
+from atoll.runtimes.workerd_sharing import Member, Unready
+from atoll.runtimes.workerd_sockets import FIRST, Activity, Listening, activities, listen, name_of, watch_socket
 
 READY_S_MAX = 30.0
 """Until a process serves; all modules of its workers are compiled in that time."""
@@ -81,11 +82,97 @@ class ProcessRecord(Struct, frozen=True, kw_only=True):
 class Sharer(Member):
     """A worker that was started, with what is its own."""
 
-    def __init__(self, record: WorkerRecord, sockets: Listening) -> None:
+    def __init__(self, record: WorkerRecord, order: Path) -> None:
+        """`order` is a file of its own. Raises OSError where its pipes cannot be opened."""
         self.record = record
-        self.sockets = sockets
         self.pipes = Pipes(Path(record.stdout), Path(record.stderr))
+        self.sockets: Listening | None = None
+        """To which those who come are led."""
+        self._holder = ""
+        self._order = order
+        self._group: dict[str, Listening] = {}
+        """All that there are, by process, in the kernel's order."""
         super().__init__(record.id, lambda text: self.pipes.write(text, error=True))
+
+    def offer(self, holder: str) -> Listening:
+        """Return sockets for one more process: those that are left of one that has ended, or new ones. Blocking.
+
+        Raises RuntimeFailed.
+        """
+        if self.sockets is not None and not self._holder:
+            (last,) = [id for id, sockets in self._group.items() if sockets is self.sockets]
+            self._group = {holder if id == last else id: sockets for id, sockets in self._group.items()}
+            self._keep()
+            return self.sockets
+        sockets = listen(Path(self.record.netns), self.record.code.port, self.record.code.alive_port)
+        self._group[holder] = sockets
+        self._keep()
+        if len(self._group) == 1:
+            sockets.steer(0)
+        return sockets
+
+    def lead(self, holder: str) -> None:
+        """From now on all are led to that process."""
+        if holder in self._group:  # else the worker has ended meanwhile
+            self.sockets, self._holder = self._group[holder], holder
+            self._steer()
+
+    def take_back(self, holder: str) -> None:
+        """A process has ended, or never served. Who comes meanwhile waits, if it was the last."""
+        sockets = self._group.get(holder)
+        if sockets is None:
+            return
+        if sockets is self.sockets:
+            self._holder = ""
+            return
+        self._group = without(self._group, holder)
+        sockets.let_go()
+        self._keep()
+        self._steer()
+
+    def restore(self, found: Mapping[str, Listening], leading: str) -> None:
+        """Take over what an earlier agent had, of the processes that still run."""
+        try:
+            known = decode(self._order.read_bytes(), tuple[str, ...])
+        except (OSError, AtollError):
+            known = tuple(found)
+        group = {id: found.get(id) for id in known} | dict(found)
+        for id in [id for id in group if id not in found]:
+            group = without(group, id)
+        self._group = {id: sockets for id, sockets in group.items() if sockets is not None}
+        self._keep()
+        self.lead(leading)
+
+    def has(self, holder: str) -> bool:
+        """Return whether the sockets that a process has of it are open."""
+        return holder in self._group
+
+    def _steer(self) -> None:
+        if self.sockets is not None:
+            self.sockets.steer([*self._group.values()].index(self.sockets))
+
+    def _keep(self) -> None:
+        with contextlib.suppress(OSError):  # without it the next agent takes the order of the processes
+            write_private(self._order, encode(tuple(self._group)))
+
+    def let_go(self) -> None:
+        """Close what this agent has of it; processes and the next agent go on."""
+        for sockets in self._group.values():
+            sockets.let_go()
+        self._group.clear()
+        self.sockets = None
+        self.pipes.close()
+
+
+T = TypeVar("T")
+
+
+def without(group: Mapping[str, T], id: str) -> dict[str, T]:
+    """Return the group as the kernel has it when one of it has closed: the last is in its place."""
+    items = list(group.items())
+    at = [key for key, _ in items].index(id)
+    items[at] = items[-1]
+    return dict(items[:-1])
 
 
 class Boxes(Protocol):
@@ -121,12 +208,20 @@ class WorkerProcess:
     """Implements `workerd_sharing.Process`."""
 
     def __init__(
-        self, boxes: Boxes, record: ProcessRecord, pid: int, sharers: Group, output: Output, watch: bytes, path: Path
+        self,
+        boxes: Boxes,
+        record: ProcessRecord,
+        pid: int,
+        members: Mapping[Member, Listening],
+        output: Output,
+        watch: bytes,
+        path: Path,
     ) -> None:
         self.id = record.id
         self.pid = pid
-        self.members = sharers
+        self.members = frozenset(members)
         self.output = output
+        self.sockets = members
         self.usage: tuple[float, Usage] | None = None
         self._boxes = boxes
         self._watch = watch
@@ -154,8 +249,18 @@ class WorkerProcess:
                 misses += worked_us >= BUSY_SHARE * WATCH_S * 1e6
             except OSError:
                 await asyncio.Event().wait()  # it has ended, which `ended` says
-        networks = await asyncio.to_thread(unanswered, self.pid)
-        return frozenset(member.id for member in self.members if isinstance(member, Sharer) and member.sockets.cookie in networks)
+        owing = await asyncio.to_thread(activities, self.pid)
+        return frozenset(
+            member.id for member, sockets in self.sockets.items() if sockets.cookie in owing and owing[sockets.cookie].owes
+        )
+
+    async def activity(self) -> Mapping[Member, Activity]:
+        found = await asyncio.to_thread(activities, self.pid)
+        active = {member: found[sockets.cookie] for member, sockets in self.sockets.items() if sockets.cookie in found}
+        for member, sockets in self.sockets.items():
+            if isinstance(member, Sharer) and member.has(self.id) and sockets.waiting():
+                active[member] = Activity(0.0, True)
+        return active
 
     async def _ask(self) -> None:
         reader, writer = await asyncio.open_unix_connection(self._watch)  # type: ignore[arg-type]  # a name without a path
@@ -187,6 +292,9 @@ class WorkerProcess:
                 await asyncio.sleep(REMOVE_S * 2**attempt)
         self.output.close()
         await remove_box(self._boxes, self.id)
+        for member in self.sockets:
+            if isinstance(member, Sharer):
+                member.take_back(self.id)
         self._path.unlink(missing_ok=True)
         return exit
 
@@ -220,15 +328,24 @@ class Processes:
             raise AssertionError(f"a worker of another project than {self._project} was about to share its process")
         id = f"{_NAME}.{self._project}.{self._next}"
         self._next += 1
-        record = ProcessRecord(id=id, workers=tuple((s.id, s.record.serial, len(s.sockets.descriptors)) for s in sharers))
+        offers: dict[Member, Listening] = {}
+        try:
+            for sharer in sharers:
+                offers[sharer] = await asyncio.to_thread(sharer.offer, id)
+        except BaseException:
+            for sharer in sharers:
+                sharer.take_back(id)
+            raise
+        workers = tuple((sharer.id, sharer.record.serial, len(offers[sharer].descriptors)) for sharer in sharers)
+        record = ProcessRecord(id=id, workers=workers)
         path = self._directory / f"{id}.json"
         write_private(path, encode(record))
         output = Output(self._directory / f"{id}.out", {sharer.id: sharer.pipes for sharer in sharers})
         watch = watch_socket()
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        process = WorkerProcess(self._boxes, record, 0, frozenset(sharers), output, name_of(watch), path)
+        process = WorkerProcess(self._boxes, record, 0, offers, output, name_of(watch), path)
         try:
-            sockets = [watch, *(fd for sharer in sharers for fd in sharer.sockets.descriptors)]
+            sockets = [watch, *(fd for sharer in sharers for fd in offers[sharer].descriptors)]
             box, text = await asyncio.to_thread(self._box, id, sharers, len(sockets))
             started = await self._boxes.begin_process(box, text, [*sockets, writer])
             process.pid = started.pid
@@ -238,7 +355,9 @@ class Processes:
                 exit = await process.remove()
                 blamed = frozenset(output.blamed)
                 return Unready(started.pid, exit or Exit(code=1, at=time.time()), blamed)
-            write_private(path, encode(ProcessRecord(id=id, workers=record.workers, ready=True)))
+            write_private(path, encode(ProcessRecord(id=id, workers=workers, ready=True)))
+            for sharer in sharers:
+                sharer.lead(id)
             return process
         except BaseException:
             await asyncio.shield(process.remove())
@@ -268,7 +387,7 @@ class Processes:
             part = part_of(record.code, list_modules(record.root), name=record.id, number=number)
             parts.append(part)
             env += variables(record.code, record.env, part)
-            for what, _ in zip(("http", "alive"), sharer.sockets.descriptors, strict=False):
+            for what in ("http",) if record.code.alive_port is None else ("http", "alive"):
                 named.append((part.own(what), FIRST + len(named)))
         mounts = [Mount(sharer.record.root / MODULES[1:], f"{WORKERS}/{sharer.id}", read_only=True) for sharer in sharers]
         if self._services is not None and any(sharer.record.code.worker.services for sharer in sharers):

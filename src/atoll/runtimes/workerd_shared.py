@@ -44,7 +44,7 @@ from atoll.runtimes.workerd_process import (
     remove_box,
 )
 from atoll.runtimes.workerd_sharing import APART_S, Member, Sharing
-from atoll.runtimes.workerd_sockets import FIRST, listen, listening, name_of, take
+from atoll.runtimes.workerd_sockets import FIRST, Listening, listening, name_of, take
 
 SAMPLE_S = 1.0
 """A process is asked for its usage so often at most: each of its workers is, one after the other."""
@@ -121,11 +121,9 @@ class SharedWorkers:
         record = self._record(id)
         if id in self._sharers or record.exit is not None:
             raise Conflict(f"instance {id} was started already", mend="delete it and create it again")
-        sockets = await asyncio.to_thread(listen, Path(record.netns), record.code.port, record.code.alive_port)
         try:
-            sharer = Sharer(record, sockets)
+            sharer = Sharer(record, self._order(id))
         except OSError as error:
-            sockets.close()
             raise RuntimeFailed(f"cannot open the instance's pipes: {error}") from None
         self._hold(sharer)
         try:
@@ -143,7 +141,6 @@ class SharedWorkers:
         exit = sharer.exit
         if exit is None:
             raise AssertionError("a worker ends with its exit")
-        await asyncio.to_thread(sharer.sockets.close)
         if (record := self._records.get(sharer.id)) is not None and record.serial == sharer.record.serial:
             self._records[sharer.id] = record = structs.replace(record, exit=exit)
             try:
@@ -206,6 +203,7 @@ class SharedWorkers:
             return
         if id in self._sharers:
             await self.kill(id)
+            await self._sharing(record.code.project).end_empty()
             await self._let_go(id)
         await asyncio.to_thread(self._remove, record)
         del self._records[id]
@@ -213,10 +211,11 @@ class SharedWorkers:
     async def _let_go(self, id: str) -> None:
         sharer, attending = self._sharers.pop(id), self._attending.pop(id)
         await attending
-        sharer.pipes.close()
+        sharer.let_go()
 
     def _remove(self, record: WorkerRecord) -> None:
         remove_root(Path(record.path))
+        self._order(record.id).unlink(missing_ok=True)
         self._path(record.id).unlink(missing_ok=True)
 
     async def recover(self, found: Sequence[Found]) -> list[Found]:
@@ -226,10 +225,18 @@ class SharedWorkers:
         for path in self._workers.glob("*.json"):
             if path.stem not in self._records:
                 self._read(path)
+        taken = []
         for each in processes:
             project = each.id.split(".")[1]
             self._first[project] = max(self._first.get(project, 0), number_of(each.id) + 1)
-            await self._adopt(each, project)
+            if (process := await self._take_over(each)) is not None:
+                taken.append((project, process))
+        for sharer in self._sharers.values():
+            holders = {process.id: process.sockets[sharer] for _, process in reversed(taken) if sharer in process.sockets}
+            if holders:
+                sharer.restore(holders, next(process.id for _, process in taken if sharer in process.sockets))
+        for project, process in taken:
+            self._sharing(project).adopt(process)
         self._drop_strays({each.id for each in processes})
         instances = [each for each in found if not is_process(each.id)]
         for id, record in self._records.items():
@@ -246,18 +253,18 @@ class SharedWorkers:
             log.error("worker.record.damaged", path=str(path), error=str(error))
             path.unlink(missing_ok=True)
 
-    async def _adopt(self, found: Found, project: str) -> None:
+    async def _take_over(self, found: Found) -> WorkerProcess | None:
         if any(found.id == process.id for sharing in self._sharings.values() for process in sharing.processes):
-            return
-        path = self._processes / f"{found.id}.json"
+            return None
+        path = self._processes / f"{found.id}.json"  # an id has dots: `with_suffix` takes the last alone
         record = read_record(path)
         if found.pid is not None and record is not None and record.ready:
             with contextlib.suppress(OSError, NotFound):  # it ends just now
-                process = self._take(found.pid, await self._boxes.parent(found.id), record, path)
-                self._sharing(project).adopt(process)
-                return
+                return self._take(found.pid, await self._boxes.parent(found.id), record, path)
         await remove_box(self._boxes, found.id)
-        path.unlink(missing_ok=True)
+        for left in (path, path.with_suffix(".out")):
+            left.unlink(missing_ok=True)
+        return None
 
     def _take(self, pid: int, parent: int, record: ProcessRecord, path: Path) -> WorkerProcess:
         """Return the process with its workers, those that are still there with the sockets that were made for them."""
@@ -265,26 +272,25 @@ class SharedWorkers:
         fds = take(parent, range(FIRST, FIRST + 1 + sum(counts)))
         watch, at = name_of(fds[0]), 1
         os.close(fds[0])
-        members: list[Member] = []
+        members: dict[Member, Listening] = {}
         for id, serial, count in record.workers:
             sockets = listening(fds[at : at + count])
             at += count
             known, sharer = self._records.get(id), self._sharers.get(id)
             if known is not None and known.serial == serial and known.exit is None:
                 if sharer is None:
-                    sharer = Sharer(known, sockets)
+                    sharer = Sharer(known, self._order(id))
                     self._hold(sharer)
-                else:
-                    sockets.let_go()
-                members.append(sharer)
+                members[sharer] = sockets
             else:
-                sockets.close()
                 gone = Member(id, lambda text: None)
                 gone.leaving = True
-                members.append(gone)
+                gone.end(Exit(code=0, at=time.time()))
+                members[gone] = sockets
+                sockets.let_go()
         pipes = {member.id: member.pipes for member in members if isinstance(member, Sharer)}
         output = Output(self._processes / f"{record.id}.out", pipes)
-        return WorkerProcess(self._boxes, record, pid, frozenset(members), output, watch, path)
+        return WorkerProcess(self._boxes, record, pid, members, output, watch, path)
 
     def _drop_strays(self, known: set[str]) -> None:
         for path in (*self._processes.glob("*.json"), *self._processes.glob("*.out")):
@@ -301,9 +307,7 @@ class SharedWorkers:
         for task in self._attending.values():
             task.cancel()
         for sharer in self._sharers.values():
-            if sharer.exit is None:
-                sharer.sockets.let_go()
-            sharer.pipes.close()
+            sharer.let_go()
         self._attending.clear()
         self._sharers.clear()
         self._sharings.clear()
@@ -326,6 +330,9 @@ class SharedWorkers:
             return self._sharers[id]
         except KeyError:
             raise Conflict(f"instance {id} was not started") from None
+
+    def _order(self, id: str) -> Path:
+        return self._workers / f"{check_id(id)}.order"
 
     def _path(self, id: str) -> Path:
         return self._workers / f"{check_id(id)}.json"

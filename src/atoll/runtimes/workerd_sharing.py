@@ -1,7 +1,7 @@
 """Which workers of one project are in which process: all in one, but for those that run apart for a while since one of them fails.
 
 workerd neither adds a worker to a process that runs nor takes one out. So whenever the set changes, a process with the new one is
-made on the same sockets; once it serves, the one before is told to end, and does when it has answered what it had taken in. One
+made at the same ports; once it serves, nobody comes to the one before any more, which ends when its connections are silent. One
 that does not come to serve changes nothing for those who are served already.
 
 A process that ends or hangs takes all of its workers with it. They are served again at once, without their instances' ending: those
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -22,14 +22,22 @@ from atoll.model.errors import AtollError
 from atoll.model.ports.runtime import Started
 from atoll.model.records import Exit
 from atoll.runtimes.box_record import check_id
+from atoll.runtimes.workerd_sockets import Activity
 
 MEMBERS_MAX = 64
 """Workers of one process; more are in further ones."""
 APART_S = 60.0
 """How long a worker of which nothing worse is known runs apart; it doubles with every failure of its own."""
 APART_S_MAX = 3600.0
+LINGER_S = 45.0
+"""How long a process that another took over from goes on for connections that are kept."""
+SILENT_S = 5.0
+"""A connection by which nothing has come or gone for so long may be closed: ingresses close theirs before."""
+LINGER_STEP_S = 0.2
+LINGERING_MAX = 4
+"""Processes of a project that linger at once; the eldest gives way."""
 DRAIN_S = 30.0
-"""How long a process may take to answer what it had taken in when another took over."""
+"""How long a process may then take to answer what it had taken in."""
 LEAVE_S_MAX = 5.0
 """How long a worker that is killed waits for the others to be served without it."""
 RETRY_S = 1.0
@@ -50,6 +58,8 @@ class Member:
         self.ended = asyncio.Event()
         self.exit: Exit | None = None
         self.leaving = False
+        self.settled: set[str] = set()
+        """Processes that have answered all that this one was asked."""
 
     def end(self, exit: Exit) -> None:
         if self.exit is None:
@@ -77,6 +87,10 @@ class Process(Protocol):
 
     async def hung(self) -> frozenset[str]:
         """Return once it does not answer any more: whose requests it had taken in and not answered, by id."""
+        ...
+
+    async def activity(self) -> Mapping[Member, Activity]:
+        """Return what goes on in connections to its members; those who have none are not in it."""
         ...
 
     async def terminate(self) -> None:
@@ -114,9 +128,10 @@ def groups(members: Iterable[Member], apart: Iterable[str]) -> list[Group]:
 class Sharing:
     """The workers of one project on this node. `close` leaves them as they are."""
 
-    def __init__(self, making: Making, *, apart_s: float = APART_S, drain_s: float = DRAIN_S) -> None:
+    def __init__(self, making: Making, *, apart_s: float = APART_S, linger_s: float = LINGER_S, drain_s: float = DRAIN_S) -> None:
         self._making = making
         self._apart_s = apart_s
+        self._linger_s = linger_s
         self._drain_s = drain_s
         self._members: dict[str, Member] = {}
         self._serving: list[Process] = []
@@ -330,21 +345,44 @@ class Sharing:
         known = self._members.keys() | self._apart.keys()
         self._failures = {id: count for id, count in self._failures.items() if id in known}
 
+    async def end_empty(self) -> None:
+        """End the processes whose workers have all ended, though connections to them may be open still."""
+        for process in [each for each in self._draining if all(member.exit is not None for member in each.members)]:
+            await process.remove()
+
     async def _drain(self, process: Process) -> None:
-        await process.terminate()
+        exit: Exit | None = None
         try:
+            await self._linger(process)
+            await process.terminate()
             async with asyncio.timeout(self._drain_s):
-                exit: Exit | None = await process.ended()
-        except TimeoutError:
-            exit = None
+                exit = await process.ended()
+        except (AtollError, TimeoutError):
+            pass  # it is gone already, or will be now
         exit = await process.remove() or exit
         self._draining.remove(process)
         for member in process.members:
             if member.leaving:
                 self._end_if_gone(member, exit)
 
+    async def _linger(self, process: Process) -> None:
+        """Return when no connection to it is in use: to close one that is could meet a request that is on its way."""
+        deadline = time.monotonic() + self._linger_s
+        while time.monotonic() < deadline and any(member.exit is None for member in process.members):
+            if process not in self._draining[-LINGERING_MAX:]:
+                return
+            await asyncio.sleep(LINGER_STEP_S)  # who came just before others were led elsewhere has been let in then
+            activity = await process.activity()
+            for member in [member for member in process.members if member.leaving]:
+                if member not in activity or not activity[member].owes:
+                    member.settled.add(process.id)
+                    self._end_if_gone(member)
+            if all(found.silent_s >= SILENT_S and not found.owes for found in activity.values()):
+                return
+
     def _end_if_gone(self, member: Member, exit: Exit | None = None) -> None:
-        if all(member not in process.members for process in (*self._serving, *self._draining)):
+        around = [process.id for process in self.processes if member in process.members]
+        if member.settled.issuperset(around):
             self._forget(member, exit or Exit(code=0, at=time.time()))
 
 

@@ -1,7 +1,8 @@
 """Sockets that a process of several workers is given, and what they say about it from outside. Blocking, but for moments only.
 
-Each worker listens in the network of its own instance; the process that serves it is in one of them, and its successor is given the
-same sockets, so that no connection is refused or lost between the two. Its parent keeps them, so the next agent finds them there.
+Each worker listens in the network of its own instance; the process that serves it is in one of them. Its successor gets sockets
+of its own at the same ports (SO_REUSEPORT of socket(7)), and once it serves, the kernel is told to lead all that come to them: what
+the one before has accepted or not, it still serves. No connection is refused, reset or left to itself between the two.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ _ABOVE = 512
 _CLONE_NEWNET = 0x40000000
 _PIDFD_GETFD = 438
 _SO_NETNS_COOKIE = 71
+_SO_ATTACH_REUSEPORT_CBPF = 51
+_BPF_RETURN = 6
 _TCP_OPEN = (1, 8)
 """Established, or closed by the other side alone: who asked may have given up."""
 _TCP_INFO_BYTES = 160
+_WAITING_AT = 24
 _LAST_SENT_AT, _LAST_RECEIVED_AT, _SEGMENTS_AT = 44, 52, 152
 """In `struct tcp_info` of linux/tcp.h: how many ms ago data was last sent and last came; how much came and was sent."""
+_MIGRATE = Path("/proc/sys/net/ipv4/tcp_migrate_req")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
 
 class Listening(Struct, frozen=True):
-    """A worker's sockets; they close with `close`, and then refuse whoever comes."""
+    """A worker's sockets in one process. Nobody shuts them down before it has ended: workerd ends with a socket that fails."""
 
     http: int
     alive: int | None
@@ -51,18 +56,32 @@ class Listening(Struct, frozen=True):
     def descriptors(self) -> tuple[int, ...]:
         return (self.http,) if self.alive is None else (self.http, self.alive)
 
+    def steer(self, place: int) -> None:
+        """Lead all that come to the ports to those at `place`: in the order of their making, the last in that of one gone."""
+        # One instruction of classic BPF: return `place`.
+        step = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, place))
+        program = struct.pack("HxxxxxxP", 1, ctypes.addressof(step))
+        for fd in self.descriptors:
+            _borrow(fd).setsockopt(socket.SOL_SOCKET, _SO_ATTACH_REUSEPORT_CBPF, program)
+
+    def waiting(self) -> bool:
+        """Return whether somebody waits to be let in."""
+        infos = [_borrow(fd).getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES) for fd in self.descriptors]
+        return any(struct.unpack_from("=I", info, _WAITING_AT)[0] for info in infos)
+
     def let_go(self) -> None:
-        """Close ours only: whoever else has them goes on."""
+        """Close ours; the process has its own."""
         for fd in self.descriptors:
             os.close(fd)
 
-    def close(self) -> None:
-        for fd in self.descriptors:
-            with contextlib.suppress(OSError):
-                # Other processes may have the socket still, and would let people wait there for nobody.
-                _borrow(fd).shutdown(socket.SHUT_RD)
-            with contextlib.suppress(OSError):
-                os.close(fd)
+
+class Activity(Struct, frozen=True):
+    """What goes on in the connections that a process has accepted for a worker."""
+
+    silent_s: float
+    """Since when nothing has come or gone by any of them."""
+    owes: bool
+    """Whether a request was taken in to which no answer has begun."""
 
 
 def listen(netns: Path, port: int, alive_port: int | None) -> Listening:
@@ -111,13 +130,13 @@ def take(pid: int, fds: Iterable[int]) -> list[int]:
     return found
 
 
-def unanswered(pid: int) -> set[int]:
-    """Return the networks (`Listening.cookie`) from which a process has taken in a request that it has not begun to answer.
+def activities(pid: int) -> dict[int, Activity]:
+    """Return what goes on in a process, by network (`Listening.cookie`); nothing for one that has ended.
 
-    That is so of each connection on which data came after the last was sent, and all of it was read. What came after a process
-    had stopped reading is none of these: it waits in the socket.
+    A request is owed an answer on each connection on which data came after the last was sent, and all of it was read. What came
+    after a process had stopped reading is none of these: it waits in the socket.
     """
-    found: set[int] = set()
+    found: dict[int, Activity] = {}
     try:
         numbers = [int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()]
     except OSError:
@@ -128,25 +147,29 @@ def unanswered(pid: int) -> set[int]:
                 continue
             (fd,) = take(pid, [number])
             try:
-                if _owes_answer(fd):
-                    found.add(_cookie(fd))
+                if (one := _activity(fd)) is not None:
+                    cookie = _cookie(fd)
+                    other = found.get(cookie, one)
+                    found[cookie] = Activity(min(one.silent_s, other.silent_s), one.owes or other.owes)
             finally:
                 os.close(fd)
     return found
 
 
-def _owes_answer(fd: int) -> bool:
+def _activity(fd: int) -> Activity | None:
+    """Return what goes on in a connection; None for what is none, or one that is over."""
     connection = _borrow(fd)
     if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
-        return False
+        return None
     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     if len(info) < _TCP_INFO_BYTES or info[0] not in _TCP_OPEN:
-        return False
+        return None
     (sent_ms,) = struct.unpack_from("=I", info, _LAST_SENT_AT)
     (received_ms,) = struct.unpack_from("=I", info, _LAST_RECEIVED_AT)
     came, sent = struct.unpack_from("=II", info, _SEGMENTS_AT)
     (unread,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))
-    return bool(unread == 0 and came and (not sent or received_ms < sent_ms))
+    owes = bool(unread == 0 and came and (not sent or received_ms < sent_ms))
+    return Activity(0.0 if unread else min(sent_ms, received_ms) / 1000, owes)
 
 
 class _Borrowed(socket.socket):
@@ -181,6 +204,9 @@ def _inside(netns: Path, ports: list[int]) -> list[int]:
                 if _libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
                     number = ctypes.get_errno()
                     raise OSError(number, os.strerror(number), str(netns))
+            with contextlib.suppress(OSError):  # before Linux 5.14 there is none
+                # Should a socket close on somebody who waits to be let in, another of its kind lets him in.
+                _MIGRATE.write_text("1")
             for port in ports:
                 found.append(_listener(port))
         except OSError as error:
@@ -205,7 +231,7 @@ def _listener(port: int) -> int:
 
 def _bound(family: socket.AddressFamily, address: str, port: int) -> int:
     with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind((address, port))
