@@ -148,7 +148,10 @@ static void run(const struct process *process) {
 static _Noreturn void become(const struct process *process, int pipe, int copies) {
     const struct rlimit core = {0, 0};
     sigset_t none;
-    for (int number = 1; number < NSIG; number++) signal(number, SIG_DFL);
+    if (machineless)
+        signal(SIGPIPE, SIG_DFL); /* all that it ignores; in gVisor a call is no small thing */
+    else
+        for (int number = 1; number < NSIG; number++) signal(number, SIG_DFL);
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     umask(022);
@@ -415,7 +418,6 @@ static void end_with(pid_t parent) {
 
 /* Forks into the instance's processes: the parent stays init, which so hears of the end. */
 static pid_t fork_inside(void) {
-    if (machineless) return fork();
     if (setns(namespaces[PIDS], CLONE_NEWPID) < 0) return -1;
     /* Begun in the instance's group: moving a process there waits until every processor has passed a quiet point (RCU). */
     struct clone_args how = {.flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = group_place};
@@ -423,6 +425,25 @@ static pid_t fork_inside(void) {
     if (child < 0 && errno == ENOSYS && (child = fork()) == 0) is_outside = 1;
     if (child != 0 && setns(own_pids, CLONE_NEWPID) < 0) perror("setns");
     return child;
+}
+
+/*
+ * Without a machine a command begins with vfork: in gVisor another address space costs as much as all the rest. The child writes nothing
+ * of this process's but its stack, and stays in this function; what copies files goes on beside us, and needs memory of its own.
+ */
+static pid_t begin(const struct process *process, const struct pipes *pipes, int terminal, int pipe, int copies) {
+    const pid_t self = getpid();
+    const pid_t child = !machineless ? fork_inside() : copies ? fork() : vfork();
+    if (child != 0) return child;
+    end_with(self);
+    setsid();
+    if (is_outside) join_group(pipe);
+    if (!machineless && enter() < 0) give_up(pipe, "cannot enter the instance");
+    if (terminal >= 0)
+        take_terminal(terminal, process, pipe);
+    else
+        take_pipes(pipes, process, pipe);
+    become(process, pipe, copies);
 }
 
 int start_beside(struct words words, int rows, int columns, struct command *command) {
@@ -436,19 +457,7 @@ int start_beside(struct words words, int rows, int columns, struct command *comm
     } else if (make_pipes(&pipes) < 0)
         goto failed;
     if (pipe2(said, O_CLOEXEC) < 0) goto failed_later;
-    pid_t self = getpid();
-    command->pid = fork_inside();
-    if (command->pid == 0) {
-        end_with(self);
-        setsid();
-        if (is_outside) join_group(said[1]);
-        if (!machineless && enter() < 0) give_up(said[1], "cannot enter the instance");
-        if (terminal >= 0)
-            take_terminal(terminal, &process, said[1]);
-        else
-            take_pipes(&pipes, &process, said[1]);
-        become(&process, said[1], command->copies);
-    }
+    command->pid = begin(&process, &pipes, terminal, said[1], command->copies);
     close(said[1]);
     if (command->pid < 0) {
         close(said[0]);
