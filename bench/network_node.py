@@ -25,12 +25,14 @@ from atoll.model.fabric import FabricNode, Member
 from atoll.model.spec import Port, PortProtocol
 from atoll.network import namespaces, wireguard
 from atoll.network.links import LinkNetwork
-from atoll.network.slots import tag_of
+from atoll.network.slots import no_ipv6, tag_of
 from atoll.network.tunnels import Tunnels
 from bench.network_world import PORT
 
 PORTS = (Port(name="tcp", port=PORT, protocol=PortProtocol.TCP), Port(name="udp", port=PORT, protocol=PortProtocol.UDP))
 PROJECT = "bench"
+ULA = "" if no_ipv6() else "fd00:a70:be::/48"
+"""Instances have IPv6 here, as where it can be had they do everywhere: what that costs is in what is measured."""
 WAIT_S = 120.0
 
 
@@ -44,7 +46,9 @@ class Host:
     async def open(self, subnet: str, prepared: int) -> str:
         """Have a network of its own, with `prepared` slots ready (0: none is made ahead); return the node's own address."""
         assert self.network is None
-        self.network = LinkNetwork(subnet, self.directory / "network", prepared=prepared, resolver_sources=(), rules_check_s=WAIT_S)
+        self.network = LinkNetwork(
+            subnet, self.directory / "network", prepared=prepared, resolver_sources=(), rules_check_s=WAIT_S, ula=ULA
+        )
         (self.directory / "network").mkdir(exist_ok=True)
         await self.network.recover(())
         return self.network.node_address
@@ -112,7 +116,7 @@ class Host:
         nodes = {other["name"]: FabricNode(**other) for other in others}
         await self._opened().see(me, nodes, [Member(**member) for member in members], number)
         if self.tunnels is None:
-            self.tunnels = Tunnels(tag_of(self.directory / "network"))
+            self.tunnels = Tunnels(tag_of(self.directory / "network"), ULA)
         await asyncio.to_thread(self.tunnels.set, me, number, nodes, {}, self.key)
 
     async def close(self) -> None:

@@ -61,18 +61,15 @@ def whole(offset: int, at: int) -> bytes:
 def chains(*, ula: str, links: str, fabric: str) -> str:
     """Return the chains that need no set, and the others as they begin. `links` and `fabric` name links to instances and nodes."""
     inner = ipv6_network_of(ula)
-    never = "ip6 daddr { fe80::/10, ff00::/8 } drop"
     return (
         "\n".join(f"  chain {name} {{ drop; }}" for name in CHAINS)
         + f"""
   chain from_link_six {{
     ip6 saddr != {inner} drop
-    {never}
     goto links_six
   }}
   chain from_others_six {{
     ip6 saddr != {inner} drop
-    {never}
     goto peers_six
   }}
   chain known_six {{

@@ -112,21 +112,21 @@ class SlotMaker:
     def connect(self, slot: Slot) -> None:
         """Make the node's side as it should be, whatever it was. Safe to repeat."""
         mac = b"\x02\x61" + socket.inet_aton(slot.address)
-        if slot.ipv6:
-            open_ipv6(slot.interface)
-            self._routes.send(netlink.no_own_addresses(slot.index))
-        else:
-            write_sysctl(f"ipv6/conf/{slot.interface}/disable_ipv6", "1")
-        self._routes.send(
+        requests = [
             netlink.set_up(slot.index),
             netlink.add_neighbour(slot.index, slot.address, mac),
             netlink.add_route(slot.index, slot.address, source=self._pool.node_address),
-        )
+        ]
         if slot.ipv6:
-            self._routes.send(
+            open_ipv6(slot.interface)
+            requests.insert(0, netlink.no_own_addresses(slot.index))
+            requests += [
                 netlink.add_neighbour(slot.index, slot.ipv6, mac),
                 netlink.add_route(slot.index, slot.ipv6, source=ipv6_of(self._ula, self._pool.node_address)),
-            )
+            ]
+        else:
+            write_sysctl(f"ipv6/conf/{slot.interface}/disable_ipv6", "1")
+        self._routes.send(*requests)
 
     def find(self) -> tuple[dict[int, Slot], set[int]]:
         """Return the whole slots that exist by number, and the numbers of those of which only a part is there."""
