@@ -556,6 +556,31 @@ async def test_an_apps_own_rules_narrow_who_comes_in_and_where_it_goes(network: 
         assert connects(socket_in(fenced), other.address, 8000)
 
 
+async def test_a_packet_that_is_too_short_to_have_a_port_does_not_get_past_egress_rules(
+    network: LinkNetwork, outside: Link
+) -> None:
+    link = await network.attach("a", project="p", ports=())
+
+    def arrives(protocol: int) -> bool:
+        with (
+            closing(socket_in(outside, kind=socket.SOCK_RAW, protocol=protocol)) as world,
+            closing(socket_in(link, kind=socket.SOCK_RAW, protocol=protocol)) as sender,
+        ):
+            with contextlib.suppress(OSError):
+                sender.sendto(b"x", (outside.address, 0))
+            world.settimeout(PATIENCE_S)
+            try:
+                return world.recv(100).endswith(b"x")
+            except TimeoutError:
+                return False
+
+    assert any(arrives(253) for _ in range(10))  # for experiments: RFC 3692
+    await network.attach("a", project="p", ports=(), rules=NetworkRules(egress=()))
+    assert not any(arrives(254) for _ in range(3))  # another, of which the kernel knows no connection yet
+    await network.attach("a", project="p", ports=())
+    assert arrives(254)
+
+
 async def test_packets_beyond_an_instances_limit_are_dropped(network: LinkNetwork) -> None:
     one = await network.attach("a", project="p", ports=(), rules=NetworkRules(packets=50))
     free = await network.attach("b", project="p", ports=())
