@@ -115,5 +115,10 @@ def _neighbours() -> tuple[Check, ...]:
         return ()
     detail = "Docker drops forwarded packets that it does not know, and with them what instances send out"
     return (
-        Check("Docker", None, detail, "iptables -I DOCKER-USER -i 'at+' -j ACCEPT; iptables -I DOCKER-USER -o 'at+' -j ACCEPT"),
+        Check(
+            "Docker",
+            None,
+            detail,
+            "iptables -I DOCKER-USER -i 'at+' -j ACCEPT; iptables -I DOCKER-USER -o 'at+' -j ACCEPT; the same with ip6tables",
+        ),
     )
