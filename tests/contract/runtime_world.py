@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import os
 import shutil
@@ -13,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -80,6 +81,8 @@ class World:
         """Whether its boxes are sandboxes, into which commands go by an usher where the runtime has one."""
         self.settle_s = 0.5 if any(name in cgroup for name in ("gvisor", *MACHINES)) else 0.1 if cgroup else 0
         """How long a script takes to its first lines."""
+        self.alone = contextlib.ExitStack()
+        """What it alone may use, as long as it lasts."""
         self.many = 3 if any(name in cgroup for name in MACHINES) else 10
         """How many instances side by side are many here."""
         self.runtime = make()
@@ -158,16 +161,17 @@ class World:
         return self.runtime
 
     async def close(self) -> None:
-        await self.runtime.close()
-        self.runtime = self.make()
-        for found in await self.runtime.recover():
-            await self.runtime.delete(found.id)
-        await self.runtime.close()
-        for fd in self._readers.values():
-            os.close(fd)
-        with contextlib.suppress(ChildProcessError):  # shims that this process started for a runtime that it closed
-            while os.waitpid(-1, os.WNOHANG)[0]:  # noqa: ASYNC222 - it does not wait
-                pass
+        with self.alone:
+            await self.runtime.close()
+            self.runtime = self.make()
+            for found in await self.runtime.recover():
+                await self.runtime.delete(found.id)
+            await self.runtime.close()
+            for fd in self._readers.values():
+                os.close(fd)
+            with contextlib.suppress(ChildProcessError):  # shims that this process started for a runtime that it closed
+                while os.waitpid(-1, os.WNOHANG)[0]:  # noqa: ASYNC222 - it does not wait
+                    pass
         if self.cgroup:
             assert [path for path in Cgroups.detect().group(self.cgroup).directories if path.exists()] == []
 
@@ -216,9 +220,35 @@ def why_not(name: str) -> str:
     return ""
 
 
+class _OneProcess:
+    """Held by any number of worlds of one process at a time; another process waits."""
+
+    def __init__(self, name: str) -> None:
+        self._path = Path(tempfile.gettempdir(), name)
+        self._held: list[IO[str]] = []
+
+    def __enter__(self) -> None:
+        file = self._path.open("w")
+        if not self._held:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        self._held.append(file)
+
+    def __exit__(self, *_: object) -> None:
+        last = self._held.pop()
+        last.close()
+
+
+_GVISOR = _OneProcess("atoll-tests-gvisor.lock")
+"""runsc names its control socket after the instance, once for a whole network namespace, and tests call their instances alike."""
+
+
 def real_world(name: str, directory: Path, layer: Path, cgroup: str = "") -> World:
     """Return a world of real instances, on `cgroup` where another process has it already. Skips where there can be none."""
     if why := why_not(name):
         pytest.skip(why)
+    known = bool(cgroup)
     cgroup = cgroup or f"/atoll-test-{name}-{uuid.uuid4().hex[:8]}"
-    return World(directory, lambda: EVERY[name](directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)
+    world = World(directory, lambda: EVERY[name](directory / "runtime", cgroup=cgroup), (layer,), cgroup=cgroup)
+    if name == "gvisor" and not known:
+        world.alone.enter_context(_GVISOR)
+    return world
