@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 from atoll import __version__
 from atoll.api.service.access import Caller
@@ -32,6 +32,7 @@ from atoll.api.service.ingresses import Ingresses
 from atoll.api.service.instances import Instances
 from atoll.api.service.jobs import Jobs
 from atoll.api.service.join_tokens import JoinTokens
+from atoll.api.service.lookups import by_node, by_owner
 from atoll.api.service.maintenances import Maintenances
 from atoll.api.service.membership import Membership
 from atoll.api.service.nodes import Nodes
@@ -54,9 +55,21 @@ from atoll.api.service.watching import Watching
 from atoll.model.membership import API_VERSION, Server
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Store
-from atoll.model.records import CELL, Ingress
+from atoll.model.records import CELL, App, Event, Ingress, Instance, Release, Status
 from atoll.model.views import Info
 from atoll.store.cache import State
+from atoll.store.index import By, by_project
+
+_FOUND: tuple[tuple[type[Any], By], ...] = (
+    (Instance, by_project),
+    (Instance, by_node),
+    (Instance, by_owner),
+    (Status, by_project),
+    (App, by_project),
+    (Release, by_project),
+    (Event, by_project),
+)
+"""By what records are found all the time, of kinds of which there may be very many."""
 
 
 class Service:
@@ -137,6 +150,9 @@ class Service:
 
     async def start(self) -> None:
         """Begin to follow the cache and to tidy up."""
+        for kind, by in _FOUND:
+            # Made by whoever asks first, which may be in the moment after another server's death.
+            self.context.state.found(kind, by, "")
         self.feeds.start()
         self.fabrics.start()
         self.certificate_feeds.start()
