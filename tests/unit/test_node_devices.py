@@ -59,16 +59,24 @@ class World:
         self.machine = FakeMachine()
         self.hardware: FakeHardware | None = FakeHardware(**hardware, clock=CLOCK)
         self.ids = self.hardware.ids
+        self.runtimes: tuple[RuntimeName, ...] = (RuntimeName.RUNC,)
+        self.gvisor_drivers: set[str] = set()
 
     @asynccontextmanager
     async def agent(self) -> AsyncIterator[Agent]:
         devices = None
         if self.hardware is not None:
-            devices = NodeDevices([self.hardware], directory=self.data, clock=CLOCK, boot=BOOT)
+            devices = NodeDevices(
+                [self.hardware],
+                directory=self.data,
+                clock=CLOCK,
+                boot=BOOT,
+                gvisor_drivers=lambda: frozenset(self.gvisor_drivers),
+            )
         agent = Agent(
             node="n1",
             control=self.control,
-            runtimes=[FakeRuntime(self.host)],
+            runtimes=[FakeRuntime(self.host, name=name) for name in self.runtimes],
             images=self.images,
             network=FakeNetwork(self.links),
             clock=CLOCK,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
+    from atoll.model.records import Capacity
     from atoll.model.views import GpuHolder, GpuHolding, NodeView
 
 ID_CHARS = 12
@@ -68,10 +69,11 @@ def rows(view: NodeView) -> list[tuple[Any, ...]]:
     return found
 
 
-def notes(devices: Iterable[GpuDevice]) -> list[str]:
-    """Return what a table has no room for: why a device is not well, what partitions it offers, and whose it has beside."""
+def notes(capacity: Capacity) -> list[str]:
+    """Return what a table has no room for: why a device is not well, what partitions it offers, and whose it has beside; and
+    which runtimes cannot hand a node's devices on."""
     found = []
-    for device in devices:
+    for device in capacity.gpus:
         if device.reason:
             found.append(f"{short(device.id)} {word(device)}: {device.reason}")
         if device.mig:
@@ -80,7 +82,7 @@ def notes(devices: Iterable[GpuDevice]) -> list[str]:
         if device.foreign:
             theirs = ", ".join(f"{each.profile} at {each.start}" for each in device.foreign)
             found.append(f"{short(device.id)} has partitions that Atoll did not make and leaves alone: {theirs}")
-    return found
+    return [*found, *(f"not with {runtime}: {why}" for runtime, why in sorted(capacity.gpu_refusals.items()))]
 
 
 def short(id: str) -> str:

@@ -192,7 +192,7 @@ async def show(session: Session, name: str) -> None:
     if node.capacity.gpus or view.gpus:
         session.output.print("")
         session.output.table(gpus.COLUMNS, gpus.rows(view))
-        for note in gpus.notes(node.capacity.gpus):
+        for note in gpus.notes(node.capacity):
             session.output.print(Text(note, style="dim"))
 
 

@@ -137,6 +137,7 @@ class Agent:
                 holders=self._holders,
                 file=file,
                 groups=self._machine.groups,
+                runtimes=lambda: tuple(self._runtimes),
             )
         self._prefetch = Prefetch(node, images, self._machine, clock, self._reporter, self._preparing)
         self._runtimes: dict[RuntimeName, Runtime] = {}

@@ -7,7 +7,7 @@ is kept on disk: an agent that starts while the driver is silent does not tell t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -62,7 +62,7 @@ log = structlog.get_logger()
 
 class Gpus:
     """Claims, releases and looks of one agent. `announce` (register the node anew) is set before `watch` runs; `groups` gives the
-    names of the control groups that a process is in, an instance's being its id."""
+    names of the control groups that a process is in, an instance's being its id; `runtimes` those that this node offers."""
 
     def __init__(
         self,
@@ -74,9 +74,11 @@ class Gpus:
         holders: Holders,
         file: Path,
         groups: Callable[[int], Sequence[str]] = lambda pid: (),
+        runtimes: Callable[[], Collection[RuntimeName]] = lambda: (),
     ) -> None:
         self._devices = devices
         self._groups = groups
+        self._runtimes = runtimes
         self._node = node
         self._reporter = reporter
         self._clock = clock
@@ -88,8 +90,10 @@ class Gpus:
         self._recovered = asyncio.Event()
         self.known: tuple[GpuDevice, ...] = _read(file)
         """As it was last found out."""
-        self.announced: tuple[GpuDevice, ...] | None = None
-        """What the control plane was told last."""
+        self.refusals: dict[RuntimeName, str] = {}
+        """Which of the node's runtimes cannot hand its devices on, and why; as of the last look that the driver answered."""
+        self.announced: tuple[tuple[GpuDevice, ...], dict[RuntimeName, str]] | None = None
+        """What the control plane was told last: `known` and `refusals`."""
         self.announce: Callable[[], Awaitable[None]] | None = None
 
     async def claim(self, instance: Instance, gpu: Gpu, runtime: RuntimeName) -> Edits:
@@ -210,6 +214,8 @@ class Gpus:
             except (AtollError, TimeoutError) as error:
                 log.warning("GPUs not found out", node=self._node, error=str(error) or "timed out")
                 return self.known
+            reasons = {runtime: self._devices.offers(runtime) for runtime in self._runtimes()} if found else {}
+            self.refusals = {runtime: why for runtime, why in reasons.items() if why}
             if found != self.known:
                 self.known = found
                 _write(self._file, found)
@@ -218,7 +224,7 @@ class Gpus:
     async def examine(self) -> None:
         """Look, and tell the control plane what has changed. Raises what registering raises."""
         await self.look()
-        if self.announce is not None and self.announced is not None and self.known != self.announced:
+        if self.announce is not None and self.announced is not None and (self.known, self.refusals) != self.announced:
             await self.announce()
 
     async def examine_for(self, id: str) -> None:

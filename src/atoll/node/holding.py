@@ -36,6 +36,13 @@ async def _hold(runner: Runner, runtime: Runtime, kind: str, node: str) -> Snaps
         if Feature.SNAPSHOT not in runtime.features:
             able = ", ".join(SNAPSHOT_RUNTIMES)
             raise Unsupported(f"{runtime.name} takes no snapshots", mend=f"use one of: {able}", field="runtime")
+        if runner.assignment.instance.gpus or runner.assignment.workload.resources.devices:
+            # Asked before anything is done: gVisor ends what it cannot write down.
+            raise Unsupported(
+                f"{runner.id} has devices of its node, and what is in them is in no snapshot",
+                mend="take it of a sandbox without resources.gpu and resources.devices",
+                field="resources.gpu" if runner.assignment.instance.gpus else "resources.devices",
+            )
         place = await asyncio.to_thread(runner.snapshots.place, runner.project, runner.id)
         taken = await runtime.snapshot(runner.id, place)
         owner = runner.assignment.instance.owner

@@ -14,7 +14,7 @@ from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
 from atoll.model.flows import Flows
 from atoll.model.records import Heartbeat, Node, Usage
-from atoll.model.spec import AppSpec
+from atoll.model.spec import AppSpec, RuntimeName
 from atoll.node.beating import HEARTBEAT_S, Beating
 from atoll.node.contact import Contact
 from atoll.node.gpu_usage import owners_of, usage_of
@@ -66,12 +66,14 @@ class Vitals:
         """Tell the control plane what this node is. Safe to repeat."""
         tools = self._tools
         devices: tuple[GpuDevice, ...] = ()
+        refusals: dict[RuntimeName, str] = {}
         if tools.gpus is not None:
             devices = tools.gpus.known if tools.gpus.announced is not None else await tools.gpus.look()
+            refusals = tools.gpus.refusals
         foreign = await asyncio.to_thread(tools.foreign.offered) if tools.foreign is not None else ()
         node = replace(
             self._node,
-            capacity=replace(self._machine.capacity(), gpus=devices, devices=foreign),
+            capacity=replace(self._machine.capacity(), gpus=devices, devices=foreign, gpu_refusals=refusals),
             runtimes=tuple(tools.runtimes),
             ports_taken=self._machine.ports_taken(),
             registered_at=tools.clock.now(),
@@ -79,7 +81,7 @@ class Vitals:
         async with asyncio.timeout(CALL_S):
             await tools.control.register_node(node)
         if tools.gpus is not None:
-            tools.gpus.announced = devices
+            tools.gpus.announced = devices, refusals
         tools.reporter.unknown_node.clear()
         self._registered.set()  # a heartbeat follows at once, so that a node is known to be alive
 

@@ -6,7 +6,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.model.devices import GpuGrant
-from atoll.model.spec import DEVICE_RUNTIMES, GPU_RUNTIMES, NVLINK, AppSpec, Gpu, Placement, RuntimeName, Workload, host_ports
+from atoll.model.spec import (
+    DEVICE_RUNTIMES,
+    NVLINK,
+    AppSpec,
+    Gpu,
+    Placement,
+    RuntimeName,
+    Workload,
+    gpu_runtimes,
+    host_ports,
+)
 from atoll.scheduling.gpu.asks import milli_of
 
 STANDBY_PRIORITY = -1
@@ -51,7 +61,7 @@ def demand_of(spec: Workload) -> Demand:
     resources = spec.resources
     runtimes = spec.runtimes
     if resources.gpu is not None:
-        runtimes = tuple(name for name in runtimes if name in GPU_RUNTIMES) or runtimes
+        runtimes = gpu_runtimes(resources.gpu, runtimes) or runtimes
     if resources.devices:
         runtimes = tuple(name for name in runtimes if name in DEVICE_RUNTIMES) or runtimes
     return Demand(

@@ -58,7 +58,8 @@ def plan(snapshot: Snapshot, pending: Iterable[Pending], now: float | None = Non
         view.ends_at = first.ends_at
         rows, within_quota = _place(view, members)
         turns.placed(first, len(rows))
-        runtimes = {row: snapshot.runtime_for(row, first.demand.runtimes) for row in {row for row, _ in rows}}
+        wanted, gpu = first.demand.runtimes, first.demand.gpu is not None
+        runtimes = {row: snapshot.runtime_for(row, wanted, gpu=gpu) for row in {row for row, _ in rows}}
         for member, (row, gpus) in zip(members, rows, strict=False):
             placed.append(Placed(id=member.id, node=snapshot.names[row], runtime=runtimes[row], gpus=gpus))
         if len(rows) == len(members):

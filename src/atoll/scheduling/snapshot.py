@@ -80,6 +80,8 @@ class Snapshot:
         self.used: Ints = np.zeros((4, _ROWS_AT_FIRST), dtype=np.int64)
         self.runtimes: Ints = np.zeros(_ROWS_AT_FIRST, dtype=np.int64)
         """One bit for each runtime that the node offers."""
+        self.gpu_runtimes: Ints = np.zeros(_ROWS_AT_FIRST, dtype=np.int64)
+        """Of those one for each that does not refuse to hand on the node's GPUs."""
         self.taints: dict[str, Bools] = {}
         """Those that close a node to what does not tolerate them."""
         self.shunned: dict[str, Bools] = {}
@@ -130,7 +132,7 @@ class Snapshot:
             self._rows.copy(),
             self._holes.copy(),
         )
-        for column in ("present", "standing", "total", "used", "runtimes"):
+        for column in ("present", "standing", "total", "used", "runtimes", "gpu_runtimes"):
             setattr(other, column, getattr(self, column).copy())
         other.taints = {taint: bools.copy() for taint, bools in self.taints.items()}
         other.labels = {key: ids.copy() for key, ids in self.labels.items()}
@@ -165,6 +167,7 @@ class Snapshot:
         amounts = (capacity.cpu_milli, capacity.memory_bytes, capacity.disk_bytes, _offered(node))
         self.total[:, row] = [min(max(amount, 0), AMOUNT_MAX) for amount in amounts]
         self.runtimes[row] = sum(_RUNTIME_BIT[name] for name in set(node.runtimes))
+        self.gpu_runtimes[row] = sum(_RUNTIME_BIT[name] for name in set(node.runtimes).difference(capacity.gpu_refusals))
         self._set_labels(row, node)
         for column in (*self.taints.values(), *self.shunned.values()):
             column[row] = False
@@ -353,18 +356,19 @@ class Snapshot:
         """Return value → id of a label, of all values that any node has had."""
         return self._values.get(key, {})
 
-    def runtime_for(self, row: int, wanted: tuple[RuntimeName, ...]) -> RuntimeName:
-        """Return the first of `wanted` that the node offers. Raises LookupError where it offers none."""
-        offered = int(self.runtimes[row])
+    def runtime_for(self, row: int, wanted: tuple[RuntimeName, ...], *, gpu: bool = False) -> RuntimeName:
+        """Return the first of `wanted` that the node offers, with `gpu` for work that gets GPUs. Raises LookupError: none."""
+        offered = int((self.gpu_runtimes if gpu else self.runtimes)[row])
         for name in wanted:
             if offered & _RUNTIME_BIT[name]:
                 return name
         raise LookupError(f"{self.names[row]} offers none of {wanted}")
 
-    def offers_any(self, wanted: tuple[RuntimeName, ...]) -> Bools:
-        """Return which nodes offer one of `wanted`."""
+    def offers_any(self, wanted: tuple[RuntimeName, ...], *, gpu: bool = False) -> Bools:
+        """Return which nodes offer one of `wanted`, with `gpu` for work that gets GPUs."""
         bits = sum(_RUNTIME_BIT[name] for name in set(wanted))
-        mask: Bools = (self.runtimes[: self.size] & bits) != 0
+        column = self.gpu_runtimes if gpu else self.runtimes
+        mask: Bools = (column[: self.size] & bits) != 0
         return mask
 
     def _count(self, allocation: Allocation, row: int, sign: int) -> None:
@@ -420,6 +424,7 @@ class Snapshot:
         self.present = np.append(self.present, np.zeros(more, dtype=np.bool_))
         self.standing = np.append(self.standing, np.zeros(more, dtype=np.int64))
         self.runtimes = np.append(self.runtimes, np.zeros(more, dtype=np.int64))
+        self.gpu_runtimes = np.append(self.gpu_runtimes, np.zeros(more, dtype=np.int64))
         self.total = np.append(self.total, np.zeros((4, more), dtype=np.int64), axis=1)
         self.used = np.append(self.used, np.zeros((4, more), dtype=np.int64), axis=1)
         for columns in (self.taints, self.shunned):

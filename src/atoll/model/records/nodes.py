@@ -19,6 +19,8 @@ class Capacity(Record, frozen=True, kw_only=True):
     gpus: tuple[GpuDevice, ...] = ()
     devices: tuple[OfferedDevice, ...] = ()
     """Of CDI specs, as far as the node's operator allowed them."""
+    gpu_refusals: dict[RuntimeName, str] = {}
+    """Of the node's runtimes those that cannot hand on its GPUs, and why."""
 
 
 class Node(Record, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from atoll.model.spec.gpu import SHARE_BYTES_MIN as SHARE_BYTES_MIN
 from atoll.model.spec.gpu import Gpu as Gpu
 from atoll.model.spec.gpu import GpuCapability as GpuCapability
 from atoll.model.spec.gpu import GpuTopology as GpuTopology
+from atoll.model.spec.gpu import gpu_runtimes as gpu_runtimes
 from atoll.model.spec.ingress import BODY_BYTES_MAX as BODY_BYTES_MAX
 from atoll.model.spec.ingress import CanaryChoice as CanaryChoice
 from atoll.model.spec.ingress import HeaderEdit as HeaderEdit

@@ -26,7 +26,7 @@ GPU_RUNTIMES = (
     RuntimeName.CLOUD_HYPERVISOR,
     RuntimeName.QEMU,
 )
-"""Runtimes that can hand a GPU on at all; whether a node's own can is found out there."""
+"""Runtimes that can hand a GPU on at all; whether a node's own can is found out there (`Capacity.gpu_refusals`)."""
 
 
 class GpuCapability(enum.StrEnum):
@@ -69,6 +69,31 @@ class Gpu(SpecRecord, frozen=True, kw_only=True):
     capabilities: tuple[GpuCapability, ...] = (GpuCapability.COMPUTE, GpuCapability.UTILITY)
 
 
+def gpu_runtimes(gpu: Gpu, runtimes: tuple[RuntimeName, ...]) -> tuple[RuntimeName, ...]:
+    """Return those of `runtimes` that can hand on what is asked for on some node, in their order."""
+    return tuple(name for name in runtimes if name in GPU_RUNTIMES and _refusal(name, gpu) is None)
+
+
+def _refusal(runtime: RuntimeName, gpu: Gpu) -> tuple[str, str] | None:
+    """Return the field that `runtime` cannot do on any node, and why; None where it can."""
+    match runtime:
+        case RuntimeName.CLOUD_HYPERVISOR | RuntimeName.QEMU:
+            why = "a virtual machine gets whole devices only"
+            if gpu.profile is not None:
+                return "profile", why
+            return ("count", why) if gpu.count < 1 else None
+        case RuntimeName.GVISOR:
+            if gpu.profile is not None:
+                return "profile", "gVisor hands on no partitions (MIG)"
+            if gpu.sharing is GpuSharing.MPS:
+                return "sharing", "gVisor hands on no device that is shared by MPS"
+            if gpu.vendor not in (None, GpuVendor.NVIDIA):
+                return "vendor", "gVisor hands on devices of NVIDIA only"
+            return None
+        case _:
+            return None
+
+
 def check_gpu(gpu: Gpu, runtimes: tuple[RuntimeName, ...]) -> None:
     """Raise Invalid for a wish that contradicts itself, or that none of `runtimes` could grant."""
     where = "resources.gpu"
@@ -109,9 +134,14 @@ def check_gpu(gpu: Gpu, runtimes: tuple[RuntimeName, ...]) -> None:
         raise Invalid(
             f"{where}.topology: '{gpu.topology}' is about two whole devices or more", field=f"{where}.topology", mend="leave it out"
         )
-    if not any(runtime in GPU_RUNTIMES for runtime in runtimes):
+    able = tuple(runtime for runtime in runtimes if runtime in GPU_RUNTIMES)
+    if not able:
         raise Invalid(
             f"{where}: {' or '.join(runtimes)} cannot hand on a GPU",
             field=where,
             mend=f"use one of the runtimes {', '.join(GPU_RUNTIMES)}",
         )
+    if not gpu_runtimes(gpu, able):
+        name, why = next(refusal for runtime in able if (refusal := _refusal(runtime, gpu)) is not None)
+        others = ", ".join(gpu_runtimes(gpu, GPU_RUNTIMES))
+        raise Invalid(f"{where}.{name}: {why}", field=f"{where}.{name}", mend=f"use one of the runtimes {others}")

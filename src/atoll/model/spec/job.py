@@ -72,6 +72,10 @@ def check_job(spec: JobSpec) -> None:
         raise Invalid("deadline: must be above 0", field="deadline")
     if spec.snapshot is not None and not spec.sandbox:
         raise Invalid("snapshot: only a sandbox goes on from one", field="snapshot", mend="add sandbox = true")
+    if spec.snapshot is not None and (spec.resources.gpu is not None or spec.resources.devices):
+        raise Invalid(
+            "snapshot: none holds devices of a node", field="snapshot", mend="leave resources.gpu and resources.devices out"
+        )
     if spec.sandbox and (spec.completions > 1 or spec.schedule is not None or spec.retries):
         text = "sandbox: it is one instance, made once; completions, retries and schedule are for other jobs"
         raise Invalid(text, field="sandbox", mend="leave them out")

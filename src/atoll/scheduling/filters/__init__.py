@@ -3,6 +3,7 @@
 from atoll.scheduling.filters.capacity import CPU_ROOM, DISK_SIZE, MEMORY_ROOM
 from atoll.scheduling.filters.devices import Devices
 from atoll.scheduling.filters.gpu import GpuModel, GpuRoom
+from atoll.scheduling.filters.gpu_runtime import GpuRuntimes
 from atoll.scheduling.filters.labels import LabelRules
 from atoll.scheduling.filters.regions import Regions
 from atoll.scheduling.filters.residency import Residency
@@ -19,6 +20,7 @@ FILTERS: tuple[Filter, ...] = (
     Taints(),
     Runtimes(),
     GpuModel(),
+    GpuRuntimes(),
     Devices(),
     DISK_SIZE,
 )
