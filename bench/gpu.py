@@ -52,6 +52,7 @@ HOLD_MIB = 1024
 LIMITS = Limits(cpu_milli=8000, memory_bytes=4 << 30, disk_bytes=256 << 20, pids=512)
 PROGRAM = Path(__file__).with_name("cuda_check.c")
 DEVICE_FILE = Path("/dev/nvidiactl")
+MPS_LIMITS = ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT")
 CONTRACT = ("tests/contract/test_devices.py", "tests/unit/test_devices_node.py")
 
 
@@ -185,9 +186,17 @@ class Tenants:
         await self.runtime.close()
 
     async def run(
-        self, *arguments: str, grant: GpuGrant | None = None, gpu: Gpu | None = None, none: bool = False
+        self,
+        *arguments: str,
+        grant: GpuGrant | None = None,
+        gpu: Gpu | None = None,
+        none: bool = False,
+        without: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Run one instance to its end and return what it printed, with `began_ns`, when it was asked for."""
+        """Run one instance to its end and return what it printed, with `began_ns`, when it was asked for.
+
+        `without` names variables of its devices that it takes out of its environment, as any tenant can.
+        """
         id = f"b{uuid.uuid4().hex[:8]}"
         pipes = {name: self._directory / f"{id}.{name}" for name in ("out", "err")}
         for path in pipes.values():
@@ -199,6 +208,7 @@ class Tenants:
             edits = Edits()
             if not none:
                 edits = (await self._devices.claim(id, [wanted], gpu or Gpu(), self.runtime.name)).edits
+                edits = msgspec.structs.replace(edits, env=tuple(pair for pair in edits.env if pair[0] not in without))
             await self.runtime.create(self._box(id, arguments, edits, pipes))
             await self.runtime.start(id)
             await self.runtime.wait(id)
@@ -357,22 +367,23 @@ async def _foreign(report: Report, tenants: Tenants) -> None:
 
 
 async def _shares(report: Report, tenants: Tenants, whole: float) -> None:
-    """A quarter by MPS: the driver holds it to its share; memory above its share is refused."""
+    """A quarter by MPS: the driver holds it to its share, memory above its share is refused, whatever its environment says."""
     what = "mps: a share of 0.25 of the device, beside the whole"
     if GpuSharing.MPS not in tenants.device.sharing:
         report.add(Result(what, None, "GFLOP/s", None, "<= 0.30", "no MPS daemon on this machine"))
         return
     grant = GpuGrant(device=tenants.device.id, sharing=GpuSharing.MPS, milli=250, memory_bytes=tenants.device.memory_bytes // 4)
     gpu = Gpu(count=0.25, sharing=GpuSharing.MPS)
-    answer = await tenants.run("check", str(SIZE), str(KERNELS), grant=grant, gpu=gpu)
-    report.add(Result(what, answer["gflops"], "GFLOP/s", whole, "<= 0.30"))
     too_much = str(tenants.device.memory_bytes // 2 >> 20)
-    refused = 0.0
-    try:
-        await tenants.run("hold", too_much, grant=grant, gpu=gpu)
-    except RuntimeError as error:
-        refused = float("out of memory" in str(error))
-    report.add(Result("mps: twice the memory of the share is refused", refused, "yes", None, ">= 1"))
+    for whose, without in (("", ()), (", to a tenant that takes its limits out of its environment", MPS_LIMITS)):
+        answer = await tenants.run("check", str(SIZE), str(KERNELS), grant=grant, gpu=gpu, without=without)
+        report.add(Result(what + whose, answer["gflops"], "GFLOP/s", whole, "<= 0.30"))
+        refused = 0.0
+        try:
+            await tenants.run("hold", too_much, grant=grant, gpu=gpu, without=without)
+        except RuntimeError as error:
+            refused = float("out of memory" in str(error))
+        report.add(Result(f"mps: twice the memory of the share is refused{whose}", refused, "yes", None, ">= 1"))
 
 
 async def _gvisor(

@@ -819,7 +819,14 @@ case "$1" in
   *)
     [ -e "$state" ] || { echo "cannot find MPS control daemon"; exit 1; }
     read -r line
-    case "$line" in quit*) rm "$state" ;; esac ;;
+    echo "$line" >> "$0.said"
+    case "$line" in
+      quit*) rm "$state" ;;
+      get_server_list) [ -e "$0.servers" ] && cat "$0.servers" ;;
+      *mem_limit*GPU-*) [ -e "$0.by-number" ] && { echo "no such device"; exit 1; } ;;
+      set_*) [ -e "$0.unlimited" ] && { echo "unknown command"; exit 1; } ;;
+    esac
+    exit 0 ;;
 esac
 """
 
@@ -853,6 +860,13 @@ class MpsWorld:
     @property
     def runs(self) -> bool:
         return (self.place / "pipe" / "control").exists()
+
+    def said(self) -> list[str]:
+        """What the daemon was told of limits since this was asked last."""
+        file = Path(f"{self.binary}.said")
+        words = [line for line in file.read_text().splitlines() if line.startswith("set_")] if file.exists() else []
+        file.unlink(missing_ok=True)
+        return words
 
     @property
     def starts(self) -> list[str]:
@@ -920,6 +934,55 @@ async def test_an_mps_daemon_outlives_the_agent_and_is_adopted_or_ended_by_the_n
     await third.recover({})
     assert not w.runs
     await third.close()
+
+
+async def test_an_mps_daemon_gives_no_program_more_than_the_largest_share_of_its_device(short_path: Path) -> None:
+    w = MpsWorld(short_path)
+    (id,) = w.hardware.ids
+    await w.devices.inventory()
+    await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    of_all = [f"set_default_device_pinned_mem_limit {id} 10240M"]
+    assert w.said() == ["set_default_active_thread_percentage 25", *of_all]
+    await w.devices.claim("i-2", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    assert w.said() == []  # an equal share changes nothing
+    Path(f"{w.binary}.servers").write_text("71\n")
+    await w.devices.claim("i-3", [w.grant(500)], Gpu(), RuntimeName.RUNC)
+    of_server = [f"set_device_pinned_mem_limit 71 {id} 10240M"]
+    assert w.said() == ["set_default_active_thread_percentage 50", *of_all, "set_active_thread_percentage 71 50", *of_server]
+    await w.devices.release("i-3")
+    assert w.said() == ["set_default_active_thread_percentage 25", *of_all, "set_active_thread_percentage 71 25", *of_server]
+    await w.devices.release("i-1")
+    await w.devices.release("i-2")
+    assert w.said() == []
+    assert not w.runs
+    # the next daemon knows nothing of the limits of the last
+    await w.devices.claim("i-4", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    assert "set_default_active_thread_percentage 25" in w.said()
+    await w.devices.close()
+
+
+async def test_an_older_mps_daemon_is_told_of_its_device_by_number(short_path: Path) -> None:
+    w = MpsWorld(short_path)
+    Path(f"{w.binary}.by-number").touch()
+    await w.devices.inventory()
+    await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    assert w.said()[-1] == "set_default_device_pinned_mem_limit 0 10240M"
+    await w.devices.claim("i-2", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    assert w.said() == []
+    await w.devices.close()
+
+
+async def test_an_mps_daemon_that_takes_no_limits_is_used_with_those_of_the_environment_and_asked_again(short_path: Path) -> None:
+    w = MpsWorld(short_path)
+    Path(f"{w.binary}.unlimited").touch()
+    await w.devices.inventory()
+    claim = await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    assert dict(claim.edits.env)["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
+    assert w.said() == ["set_default_active_thread_percentage 25"]
+    Path(f"{w.binary}.unlimited").unlink()
+    await w.devices.claim("i-2", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    assert len(w.said()) == 2
+    await w.devices.close()
 
 
 async def test_mps_is_not_offered_without_its_program(tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_explain_shows_the_devices_and_how_hard_the_wall_is() -> None:
     for gpu, words in (
         (Gpu(count=2), "exclusive (hard"),
         (Gpu(count=0.5), "time-slice (a convention"),
-        (Gpu(count=0.5, sharing=GpuSharing.MPS), "mps (the driver holds it"),
+        (Gpu(count=0.5, sharing=GpuSharing.MPS), "mps (the driver holds each program"),
         (Gpu(profile="1g.10gb"), "mig (hard"),
     ):
         assert explain(nodes, "g", demand(gpu)).wall.startswith(words)

@@ -170,6 +170,7 @@ class Holdings:
         if self._mps is None:
             raise Unsupported("this node does not share by MPS", mend="use sharing = 'time-slice'")
         await self._mps.start(device)
+        await self._mps.limit(device.id, self._file.now.sharers_of(device.id))
         return self._mps.edits(device, grant)
 
     async def _let_go(self, instance: str, watches: Sequence[Watch]) -> None:
@@ -181,7 +182,11 @@ class Holdings:
             await self._slices.sweep(watch)
         await self.give_back(watches)
         for grant in grants:
-            if grant.sharing is GpuSharing.MPS and self._mps is not None and not self._file.now.holds(grant.device):
+            if grant.sharing is not GpuSharing.MPS or self._mps is None:
+                continue
+            if sharers := self._file.now.sharers_of(grant.device):
+                await self._mps.limit(grant.device, sharers)
+            else:
                 await self._mps.stop(grant.device)
         self._drivers.hold(grants)
 

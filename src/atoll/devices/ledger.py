@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.devices.health import Ill
-from atoll.model.devices import GpuDevice, GpuGrant, GpuPartition
+from atoll.model.devices import GpuDevice, GpuGrant, GpuPartition, GpuSharing
 
 FILE = "devices.json"
 FILE_BYTES_MAX = 4 << 20
@@ -78,6 +78,15 @@ class Ledger(Struct, frozen=True, kw_only=True):
         """Return what instances beside `instance` hold of a device."""
         return tuple(
             grant for other, grants in self.holdings.items() if other != instance for grant in grants if grant.device == device
+        )
+
+    def sharers_of(self, device: str) -> tuple[GpuGrant, ...]:
+        """Return what is held of a device by MPS."""
+        return tuple(
+            grant
+            for grants in self.holdings.values()
+            for grant in grants
+            if grant.device == device and grant.sharing is GpuSharing.MPS
         )
 
     def holds(self, device: str) -> bool:

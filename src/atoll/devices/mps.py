@@ -1,9 +1,11 @@
 """Sharing by MPS: NVIDIA's daemon that lets several programs run on one device at the same time, one daemon for each device.
 
 The daemon outlives the agent and is adopted by the next one; it ends with the last instance that uses it. Each instance finds the
-daemon's pipes at INSIDE, and its own limits in its environment (NVIDIA MPS documentation, "Environment Variables"): the driver
-holds a program to what its environment says, and a tenant can change that. Clients need neither the daemon's ids nor its /dev/shm
-nor its ipc namespace (measured with driver 580), so that the pipes are all they have in common.
+daemon's pipes at INSIDE, and its own limits in its environment (NVIDIA MPS documentation, "Environment Variables"). A tenant can
+change these, but no program gets more than the daemon says, of whose word and its own the lesser holds (same place, and
+"nvidia-cuda-mps-control"). The daemon has one word for all: it is the largest share that anybody holds of the device. Where shares
+are equal, nobody escapes from theirs. Limits are each program's, not each instance's. Clients need neither the daemon's ids nor its
+/dev/shm nor its ipc namespace (measured with driver 580), so that the pipes are all they have in common.
 """
 
 from __future__ import annotations
@@ -51,6 +53,11 @@ class Mps(Protocol):
         """See to it that the device's daemon runs. Safe to repeat. Raises Unavailable, Unsupported; nothing runs then."""
         ...
 
+    async def limit(self, device: str, grants: Sequence[GpuGrant]) -> None:
+        """Let no program on the device have more than the largest of `grants`, which are all that is held of it. What runs already
+        keeps what it began with. Safe to repeat; raises nothing: a daemon that would not is told of in the log."""
+        ...
+
     def edits(self, device: GpuDevice, grant: GpuGrant) -> Edits:
         """Return what makes an instance a client of the device's daemon, held to its grant."""
         ...
@@ -70,6 +77,8 @@ class NvidiaMps:
     def __init__(self, directory: Path, *, binary: Path | None = None) -> None:
         self._directory = directory
         self._binary = binary or _find()
+        self._limits: dict[str, tuple[int, int]] = {}
+        """Device → per cent of its threads and MiB of its memory that its daemon was told last."""
 
     def missing(self) -> str:
         if self._binary is None or not os.access(self._binary, os.X_OK):
@@ -96,23 +105,33 @@ class NvidiaMps:
         for options in (("-multiuser-server",), ()):
             status, words = await _run([str(self._binary), "-d", *options], _environment(place, device.id))
             if status == 0 and await self._answers(place):
+                self._limits.pop(device.id, None)
                 log.info("mps daemon started", device=device.id, options=options)
                 return
         await self._end(place)
         raise Unavailable(f"the MPS daemon of {device.id} does not start: {words or 'it says nothing'}")
 
+    async def limit(self, device: str, grants: Sequence[GpuGrant]) -> None:
+        percent = max(map(_percent, grants), default=100)
+        mebibytes = max((grant.memory_bytes >> 20 for grant in grants), default=0)
+        if self._limits.get(device) == (percent, mebibytes):
+            return
+        if await self._tell(self.place(device), device, percent, mebibytes):
+            self._limits[device] = percent, mebibytes
+        else:
+            self._limits.pop(device, None)
+            log.warning("mps daemon takes no limits: programs are held by their environment alone", device=device)
+
     def edits(self, device: GpuDevice, grant: GpuGrant) -> Edits:
         place = self.place(device.id)
-        env = [
-            ("CUDA_MPS_PIPE_DIRECTORY", INSIDE),
-            ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(max(1, grant.milli * 100 // MILLI))),
-        ]
+        env = [("CUDA_MPS_PIPE_DIRECTORY", INSIDE), ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", str(_percent(grant)))]
         if grant.memory_bytes:
             # inside there is one device only, which is number 0 there
             env.append(("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", f"0={grant.memory_bytes >> 20}M"))
         return Edits(mounts=(FileMount(str(place / "pipe"), INSIDE, _WRITABLE),), env=tuple(env))
 
     async def stop(self, device: str) -> None:
+        self._limits.pop(device, None)
         await self._end(self.place(device))
 
     async def keep(self, devices: Collection[str]) -> None:
@@ -129,9 +148,27 @@ class NvidiaMps:
         """Ask the daemon itself: a process number may be another's by now."""
         return (place / "pipe").is_dir() and await self._say(place, "get_server_list\n") == 0
 
+    async def _tell(self, place: Path, device: str, percent: int, mebibytes: int) -> bool:
+        """Give the daemon's servers, and those that it will start, these limits; False where it does not take all of them."""
+        status, servers = await self._ask(place, "get_server_list\n")
+        if status != 0:
+            return False
+        for pid in ("", *(word for word in servers.split() if word.isdecimal())):
+            default, server = ("", f"{pid} ") if pid else ("default_", "")
+            if await self._say(place, f"set_{default}active_thread_percentage {server}{percent}\n") != 0:
+                return False
+            limit = f"set_{default}device_pinned_mem_limit {server}{{}} {mebibytes}M\n"
+            # Older drivers know a device by its number only, which is 0 for the one that this daemon has.
+            if mebibytes and await self._say(place, limit.format(device)) != 0 and await self._say(place, limit.format("0")) != 0:
+                return False
+        return True
+
     async def _say(self, place: Path, words: str) -> int:
-        status, _ = await _run([str(self._binary)], _environment(place), words)
+        status, _ = await self._ask(place, words)
         return status
+
+    async def _ask(self, place: Path, words: str) -> tuple[int, str]:
+        return await _run([str(self._binary)], _environment(place), words)
 
     async def _end(self, place: Path) -> None:
         if not place.exists():
@@ -140,6 +177,10 @@ class NvidiaMps:
             await self._say(place, f"quit -t {QUIT_S}\n")
         _kill(place / "pipe" / f"{BINARY}.pid")
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _percent(grant: GpuGrant) -> int:
+    return max(1, grant.milli * 100 // MILLI)
 
 
 def _kill(file: Path) -> None:

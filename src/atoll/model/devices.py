@@ -143,7 +143,8 @@ class GpuDevice(_Record, frozen=True, kw_only=True):
 WALLS = {
     GpuSharing.EXCLUSIVE: "hard: nobody else can open the device",
     GpuSharing.MIG: "hard: a partition in hardware, with memory, compute and faults apart",
-    GpuSharing.MPS: "the driver holds it to share and memory, as its environment says; a fault of one may end all that share it",
+    GpuSharing.MPS: "the driver holds each program to the largest share of the device, and to its own as its environment says, "
+    "which the tenant can change; a fault of one may end all that share it",
     GpuSharing.TIME_SLICE: "a convention: it is accounted for, but nothing holds an instance to its share or its memory",
 }
 """How hard the wall is between those that hold a device this way."""
