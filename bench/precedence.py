@@ -1,4 +1,4 @@
-"""Gives a benchmark's own processes precedence, so that figures taken on a busy machine are about Atoll and not about its neighbours.
+"""Gives a benchmark's own processes precedence, so that figures of a busy machine are about Atoll and not about its neighbours.
 
 By `nice`, and where the kernel groups by sessions (`sched_autogroup_enabled`, see sched(7)) by each session's. It needs root, and
 helps against processors that are busy, not against a disk.
