@@ -181,3 +181,60 @@ def test_a_memory_bomb_is_ended_and_the_others_serve_meanwhile(atoll: ScratchAto
     wait_for(lambda: "out-of-memory" in atoll.atoll("events"), "word of it")
     assert ask(atoll, "bomb", "/") == (200, "ok")
     atoll.atoll("delete", "bomb", "--yes")
+
+
+def write_shared(directory: Path, name: str, code: str) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "index.js").write_text(code)
+    (directory / "atoll.toml").write_text(
+        f'name = "{name}"\n[resources]\nmemory = "32MiB"\n[worker]\nmain = "index.js"\n'
+        f'compatibility_date = "2026-11-01"\nshared = true\n[[worker.services]]\nbinding = "BACKEND"\napp = "worker"\n'
+    )
+    return directory
+
+
+def test_shared_workers_are_one_process_and_a_release_of_one_costs_no_request_of_another(
+    atoll: ScratchAtoll, tmp_path: Path
+) -> None:
+    code = """export default {{ fetch(r, env) {{
+      return r.url.endsWith("/out") ? env.BACKEND.fetch("http://backend/") : new Response("{}");
+    }} }};"""
+    for name in ("one", "two"):
+        atoll.atoll("deploy", str(write_shared(tmp_path / name, name, code.format(name))))
+    assert pids(atoll, "one")
+    assert ask(atoll, "two", "/") == (200, "two")
+    assert ask(atoll, "one", "/out")[1].startswith("hello from a worker")
+    seen: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            seen.append(ask(atoll, "one", "/"))
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for release in ("two again", "two at last"):
+            atoll.atoll("deploy", str(write_shared(tmp_path / "two", "two", code.format(release))))
+            wait_for(lambda release=release: ask(atoll, "two", "/") == (200, release), "the new release")
+        wait_for(lambda: len(atoll.atoll_json("ps", "two")) == 1, "the old one to go")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert set(seen) == {(200, "one")}
+
+
+def test_a_shared_worker_that_loops_is_named_by_its_event_and_the_other_is_served(atoll: ScratchAtoll, tmp_path: Path) -> None:
+    code = "export default { fetch(r) { if (new URL(r.url).pathname === '/loop') for (;;); return new Response('ok'); } };"
+    for name in ("guilty", "bystander"):
+        atoll.atoll("deploy", str(write_shared(tmp_path / name, name, code)))
+    with pytest.raises(TimeoutError):
+        ask(atoll, "guilty", "/loop", timeout_s=1)
+    assert ask(atoll, "bystander", "/", timeout_s=30) == (200, "ok")  # its sockets stay open: who comes meanwhile waits
+    wait_for(lambda: "it runs apart from now on" in atoll.atoll("events"), "word of it")
+    wait_for(lambda: ask(atoll, "guilty", "/") == (200, "ok"), "it to be back")
+    (view,) = atoll.atoll_json("ps", "bystander")
+    assert view["status"].get("restarts", 0) == 0
+    wait_for(lambda: "did not answer; it is served again" in atoll.atoll("logs", "bystander"), "its own log to say so")

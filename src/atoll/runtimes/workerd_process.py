@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import structlog
 from msgspec import Struct
 
 from atoll.model.codec import decode, encode
@@ -40,12 +42,14 @@ READY_S_MAX = 30.0
 WATCH_S = 1.0
 """How often a process is asked whether it answers, and how long it may take to."""
 MISSES_MAX = 3
-BUSY_SHARE = 0.1
-"""A silent process that had less of its processor time than this waits for the node, and is not at fault."""
+BUSY_US = 20_000
+"""A silent process that had less processor time than this meanwhile waits for the node, and is not at fault."""
 REMOVE_S = 0.5
 REMOVE_TRIES_MAX = 10
 _PIDS = 64
 _NAME = "shared"
+
+log = structlog.get_logger()
 
 
 class WorkerRecord(Struct, frozen=True, kw_only=True):
@@ -217,6 +221,7 @@ class WorkerProcess:
         watch: bytes,
         path: Path,
     ) -> None:
+        """`members` have their sockets in it; `watch` is the name of the socket by which it is asked, `path` its record's."""
         self.id = record.id
         self.pid = pid
         self.members = frozenset(members)
@@ -246,9 +251,10 @@ class WorkerProcess:
                 misses = 0
             except TimeoutError:
                 worked_us = await self._boxes.cpu_us(self.id) - before
-                misses += worked_us >= BUSY_SHARE * WATCH_S * 1e6
-            except OSError:
-                await asyncio.Event().wait()  # it has ended, which `ended` says
+                misses += worked_us >= BUSY_US
+            except OSError as error:  # it ends just now, which `ended` says, or this agent has no descriptor left
+                log.info("workers.watch.failed", process=self.id, error=str(error))
+                await asyncio.sleep(WATCH_S)
         owing = await asyncio.to_thread(activities, self.pid)
         return frozenset(
             member.id for member, sockets in self.sockets.items() if sockets.cookie in owing and owing[sockets.cookie].owes
@@ -263,12 +269,12 @@ class WorkerProcess:
         return active
 
     async def _ask(self) -> None:
-        reader, writer = await asyncio.open_unix_connection(self._watch)  # type: ignore[arg-type]  # a name without a path
-        try:
-            writer.write(b"GET / HTTP/1.1\r\nHost: watch\r\nConnection: close\r\n\r\n")
-            await reader.readline()
-        finally:
-            writer.transport.abort()
+        loop = asyncio.get_running_loop()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            client.connect(self._watch)  # at once, or not at all; a loop of its own kind may know no names without a path
+            await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: watch\r\nConnection: close\r\n\r\n")
+            await loop.sock_recv(client, 4096)
 
     async def terminate(self) -> None:
         await self._boxes.signal(self.id, "SIGTERM")

@@ -353,10 +353,10 @@ class Sharing:
     async def _drain(self, process: Process) -> None:
         exit: Exit | None = None
         try:
-            await self._linger(process)
-            await process.terminate()
-            async with asyncio.timeout(self._drain_s):
-                exit = await process.ended()
+            if await self._answers_on(process):
+                await process.terminate()
+                async with asyncio.timeout(self._drain_s):
+                    exit = await process.ended()
         except (AtollError, TimeoutError):
             pass  # it is gone already, or will be now
         exit = await process.remove() or exit
@@ -364,6 +364,16 @@ class Sharing:
         for member in process.members:
             if member.leaving:
                 self._end_if_gone(member, exit)
+
+    async def _answers_on(self, process: Process) -> bool:
+        """Let it linger; return whether it answered all the while."""
+        lingering, hung = asyncio.ensure_future(self._linger(process)), asyncio.ensure_future(process.hung())
+        try:
+            await asyncio.wait({lingering, hung}, return_when=asyncio.FIRST_COMPLETED)
+            return not hung.done()
+        finally:
+            lingering.cancel()
+            hung.cancel()
 
     async def _linger(self, process: Process) -> None:
         """Return when no connection to it is in use: to close one that is could meet a request that is on its way."""
