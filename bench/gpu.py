@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from atoll.devices.mps import NvidiaMps
 from atoll.devices.node import NodeDevices
@@ -30,15 +25,14 @@ from atoll.devices.nvidia.presence import driver_version
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSharing
 from atoll.model.errors import AtollError
 from atoll.model.ports.clock import SystemClock
-from atoll.model.ports.devices import Edits
-from atoll.model.ports.images import Image, ImageConfig
-from atoll.model.ports.runtime import Box, Limits
+from atoll.model.ports.images import Image
 from atoll.model.spec import Gpu
 from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.nvproxy import gvisor_drivers
-from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.runc import RuncRuntime
 from atoll.scheduling.gpu import mig_measure
+from bench.gpu_stand_in import stand_in_starts
+from bench.gpu_tenants import PROGRAM, Tenants, alone, answer_of, cgroup, compiled, image_of
 from bench.report import Report, Result, median, percentile
 
 SAMPLES = 15
@@ -49,8 +43,6 @@ SIZE = 4096
 """The product of two SIZE × SIZE matrices is what throughput is measured on."""
 KERNELS = 40
 HOLD_MIB = 1024
-LIMITS = Limits(cpu_milli=8000, memory_bytes=4 << 30, disk_bytes=256 << 20, pids=512)
-PROGRAM = Path(__file__).with_name("cuda_check.c")
 DEVICE_FILE = Path("/dev/nvidiactl")
 MPS_LIMITS = ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT")
 CONTRACT = ("tests/contract/test_devices.py", "tests/unit/test_devices_node.py")
@@ -71,6 +63,7 @@ def run(arguments: list[str]) -> Report:
         report.notes.append("no GPU: what needs one is not measured here; bench/results has the figures of machines with one")
         for what, unit, goal in _NEEDS_DEVICE:
             report.add(Result(what, None, unit, None, goal, "no GPU"))
+        asyncio.run(stand_in_starts(report, options.samples))
         _contract(report)
     _packing(report)
     return report
@@ -112,7 +105,7 @@ def _packing(report: Report) -> None:
 
 
 async def _on_device(directory: Path, report: Report, options: argparse.Namespace) -> None:
-    program = _compile(directory)
+    program = compiled(directory)
     hardware = NvidiaHardware()
     known = gvisor_drivers() | ({driver_version(Path("/"))} if options.gvisor_driver else set())
     devices = NodeDevices(
@@ -123,8 +116,8 @@ async def _on_device(directory: Path, report: Report, options: argparse.Namespac
         inventory = await devices.inventory()
         device = next(each for each in inventory if not each.mig)
         report.notes.append(f"device: {device.model}, driver {device.driver}, CUDA {device.cuda}, {len(inventory)} of them")
-        image = _image(directory, program)
-        runc = Tenants(RuncRuntime(directory / "runc", cgroup=_cgroup()), devices, device, image, directory)
+        image = image_of(directory, program)
+        runc = Tenants(RuncRuntime(directory / "runc", cgroup=cgroup()), devices, device, image, directory)
         try:
             await runc.open()
             await _start(report, runc, program, options.samples)
@@ -137,128 +130,6 @@ async def _on_device(directory: Path, report: Report, options: argparse.Namespac
         await _parked(report, program, options.rounds)
     finally:
         await devices.close()
-
-
-def _cgroup() -> str:
-    return f"/atoll-bench-{uuid.uuid4().hex[:8]}"
-
-
-def _compile(directory: Path) -> Path:
-    program = directory / "cuda_check"
-    subprocess.run(["gcc", "-O2", "-o", str(program), str(PROGRAM), "-ldl"], check=True)
-    return program
-
-
-def _image(directory: Path, program: Path) -> Image:
-    """Make a root of the program and the C library that it, and the driver's library, are linked with."""
-    layer = directory / "layer"
-    for name in ("tmp", "etc", "proc", "sys", "dev"):
-        (layer / name).mkdir(parents=True)
-    shutil.copy(program, layer / "cuda_check")
-    linked = re.findall(r"(/\S+)", subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout)
-    libraries = {Path(path) for path in linked if Path(path) != program}
-    libc = next(path for path in libraries if path.name.startswith("libc.so"))
-    libraries |= {libc.with_name(name) for name in ("libm.so.6", "libdl.so.2", "librt.so.1", "libpthread.so.0", "libgcc_s.so.1")}
-    for path in libraries:
-        if path.exists():
-            target = layer / path.relative_to("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
-    return Image(reference="bench", digest="sha256:0", config=ImageConfig(), layers=(layer,))
-
-
-class Tenants:
-    """Instances of the measured program in one runtime, each with what it was granted of one device."""
-
-    def __init__(self, runtime: OciRuntime, devices: NodeDevices, device: GpuDevice, image: Image, directory: Path) -> None:
-        self.runtime = runtime
-        self.device = device
-        self._devices = devices
-        self._image = image
-        self._directory = directory / f"{runtime.name}-instances"
-        self._directory.mkdir(parents=True, exist_ok=True)
-
-    async def open(self) -> None:
-        await self.runtime.probe()  # type: ignore[attr-defined]
-        await self.runtime.recover()
-
-    async def close(self) -> None:
-        await self.runtime.close()
-
-    async def run(
-        self,
-        *arguments: str,
-        grant: GpuGrant | None = None,
-        gpu: Gpu | None = None,
-        none: bool = False,
-        without: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """Run one instance to its end and return what it printed, with `began_ns`, when it was asked for.
-
-        `without` names variables of its devices that it takes out of its environment, as any tenant can.
-        """
-        id = f"b{uuid.uuid4().hex[:8]}"
-        pipes = {name: self._directory / f"{id}.{name}" for name in ("out", "err")}
-        for path in pipes.values():
-            os.mkfifo(path)
-        out, err = (os.open(path, os.O_RDONLY | os.O_NONBLOCK) for path in pipes.values())
-        wanted = grant or GpuGrant(device=self.device.id, memory_bytes=self.device.memory_bytes)
-        began_ns = time.time_ns()
-        try:
-            edits = Edits()
-            if not none:
-                edits = (await self._devices.claim(id, [wanted], gpu or Gpu(), self.runtime.name)).edits
-                edits = msgspec.structs.replace(edits, env=tuple(pair for pair in edits.env if pair[0] not in without))
-            await self.runtime.create(self._box(id, arguments, edits, pipes))
-            await self.runtime.start(id)
-            await self.runtime.wait(id)
-            words = _read(out)
-            return {**_answer(words or _read(err)), "began_ns": began_ns}
-        finally:
-            await self.runtime.delete(id)
-            await self._devices.release(id)
-            for fd in (out, err):
-                os.close(fd)
-
-    def _box(self, id: str, arguments: Sequence[str], edits: Edits, pipes: dict[str, Path]) -> Box:
-        return Box(
-            id=id,
-            directory=self._directory / id,
-            image=self._image,
-            argv=("/cuda_check", *arguments),
-            env=(),
-            workdir="/",
-            user="",
-            hostname=id,
-            limits=LIMITS,
-            devices=edits,
-            stdout=pipes["out"],
-            stderr=pipes["err"],
-        )
-
-
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, 1 << 16)
-    except BlockingIOError:
-        return b""
-
-
-def _answer(words: bytes) -> dict[str, Any]:
-    lines = words.decode(errors="replace").strip().splitlines()
-    try:
-        answer: dict[str, Any] = msgspec.json.decode(lines[-1])
-    except (IndexError, msgspec.DecodeError):
-        raise RuntimeError(f"the measured program said {words[-300:]!r}") from None
-    if "error" in answer:
-        raise RuntimeError(f"the measured program failed: {answer['error']}")
-    return answer
-
-
-def _bare(program: Path, *arguments: str) -> dict[str, Any]:
-    began_ns = time.time_ns()
-    answer = subprocess.run([str(program), *arguments], capture_output=True, timeout=120, check=False)
-    return {**_answer(answer.stdout or answer.stderr), "began_ns": began_ns}
 
 
 async def _discovery(report: Report, samples: int) -> None:
@@ -317,7 +188,7 @@ def differences(devices: Sequence[GpuDevice], xml: str) -> list[str]:
 async def _start(report: Report, tenants: Tenants, program: Path, samples: int) -> None:
     ours, bare = [], []
     for index in range(samples + WARM_UP):
-        inside, outside = await tenants.run("stamp"), await asyncio.to_thread(_bare, program, "stamp")
+        inside, outside = await tenants.run("stamp"), await asyncio.to_thread(alone, program, "stamp")
         if index >= WARM_UP:
             ours.append((inside["main_ns"] - inside["began_ns"]) / 1e6)
             bare.append((outside["main_ns"] - outside["began_ns"]) / 1e6)
@@ -332,7 +203,7 @@ async def _throughput(report: Report, tenants: Tenants, program: Path, rounds: i
     work = ("check", str(SIZE), str(KERNELS))
     runs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for _ in range(rounds):
-        runs.append((await tenants.run(*work), await asyncio.to_thread(_bare, program, *work)))
+        runs.append((await tenants.run(*work), await asyncio.to_thread(alone, program, *work)))
     inside, outside = zip(*runs, strict=True)
 
     def both(key: str) -> tuple[float, float]:
@@ -396,7 +267,7 @@ async def _gvisor(
     options: argparse.Namespace,
 ) -> None:
     what = "gvisor: matrix product, beside a bare process"
-    runtime = GvisorRuntime(directory / "gvisor", cgroup=_cgroup(), nvproxy_driver=options.gvisor_driver or "")
+    runtime = GvisorRuntime(directory / "gvisor", cgroup=cgroup(), nvproxy_driver=options.gvisor_driver or "")
     tenants = Tenants(runtime, devices, device, image, directory)
     try:
         await tenants.open()
@@ -431,7 +302,7 @@ async def _parked(report: Report, program: Path, rounds: int) -> None:
             await checkpoint.resume(process.pid)
             on.append((time.perf_counter() - began) * 1e3)
             stdin.write(b"go\n")
-            answer = _answer(await stdout.readline())
+            answer = answer_of(await stdout.readline())
             if answer["wrong"]:
                 raise RuntimeError(f"{answer['wrong']} words of device memory differ after its return")
         except checkpoint.CheckpointError as error:
