@@ -107,6 +107,23 @@ async def test_devices_on_one_switch_are_joined_by_as_many_links_as_the_weaker_h
     assert second.links[0].width == 2
 
 
+async def test_a_device_tells_the_nvlink_domain_of_several_machines_that_it_has_joined(tmp_path: Path) -> None:
+    cluster, done, under_way = "0123456789abcdef" * 2, 3, 2
+    joined = (
+        {"cluster": cluster, "clique": 7, "state": done},
+        {"cluster": cluster, "clique": 7, "state": under_way},
+        {"cluster": "00" * 16, "clique": 0, "state": done},  # a domain of this machine alone
+        None,
+    )
+    devices = [fake_device(index) | {"fabric": each} for index, each in enumerate(joined)]
+    driver = FakeDriver(tmp_path / "driver", devices)
+    async with opened(driver, Deadlines()) as hardware:
+        found = await hardware.discover()
+    driver.close()
+    assert [device.fabric for device in found] == [f"{cluster}.7", "", "", ""]
+    assert all(device.health is GpuHealth.OK for device in found)
+
+
 async def test_devices_without_nvlink_tell_how_near_they_are(tmp_path: Path) -> None:
     one, other, third = fake_device(0, nvlinks=["0000:1d:00.0"]), fake_device(1), fake_device(2, nvlinks=["0000:1b:00.0"])
     one["ancestors"] = {other["id"]: pynvml.NVML_TOPOLOGY_MULTIPLE}

@@ -146,6 +146,18 @@ async def test_a_node_registers_its_devices(world: World) -> None:
 
 
 @virtual
+async def test_a_node_whose_devices_are_of_one_nvlink_domain_says_so_as_a_label(world: World) -> None:
+    assert world.hardware is not None
+    for id in world.ids:
+        world.hardware.change(id, fabric="ab12.7")
+    async with world.agent():
+        await until(lambda: "n1" in world.control.nodes)
+        assert world.control.nodes["n1"].labels == {"nvlink-domain": "ab12.7"}
+        world.hardware.change(world.ids[1], fabric="ab12.8")
+        await until(lambda: world.control.nodes["n1"].labels == {}, timeout_s=120)
+
+
+@virtual
 async def test_an_instance_sees_the_device_that_it_was_granted_and_no_other(world: World) -> None:
     async with world.agent():
         world.app("web-1", GpuGrant(device=world.ids[1]))

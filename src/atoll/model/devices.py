@@ -115,6 +115,8 @@ class GpuDevice(_Record, frozen=True, kw_only=True):
     cpus: str = ""
     """Near processors, as a list of ranges (`0-15,32-47`)."""
     links: tuple[GpuLink, ...] = ()
+    fabric: str = ""
+    """The NVLink domain of several machines that it has joined; empty where none."""
     mig: bool = False
     """MIG mode is on: the device is offered in partitions only."""
     profiles: tuple[MigProfile, ...] = ()

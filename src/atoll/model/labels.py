@@ -26,6 +26,8 @@ CHARACTERS_MAX = 253
 """Of a key, and of a value."""
 OWN_LABELS = ("node", "site", "region", "arch")
 """Labels that every node has, whatever is said of it."""
+NVLINK_DOMAIN = "nvlink-domain"
+"""Label of a node whose GPUs are all of one NVLink domain of several machines: its agent says it, unless it was told another."""
 ALL = "*"
 """Tolerates every taint."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import structlog
 from msgspec import UNSET
@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from atoll.model.devices import GpuDevice, GpuSample
 from atoll.model.errors import AtollError
 from atoll.model.flows import Flows
+from atoll.model.labels import NVLINK_DOMAIN
 from atoll.model.records import Heartbeat, Node, Usage
 from atoll.model.spec import AppSpec, RuntimeName
 from atoll.node.beating import HEARTBEAT_S, Beating
@@ -35,6 +36,14 @@ COLLECT_ABOVE = 0.80
 """Images that no instance uses are removed when the disk is fuller than this."""
 
 log = structlog.get_logger()
+
+
+def labels_of(labels: Mapping[str, str], devices: Sequence[GpuDevice]) -> dict[str, str]:
+    """Return a node's labels with the NVLink domain that all its devices have joined, unless its operator names another."""
+    domains = sorted({device.fabric for device in devices if device.present})
+    if len(domains) != 1 or not domains[0]:
+        return dict(labels)
+    return {NVLINK_DOMAIN: domains[0], **labels}
 
 
 class Vitals:
@@ -73,6 +82,7 @@ class Vitals:
         foreign = await asyncio.to_thread(tools.foreign.offered) if tools.foreign is not None else ()
         node = replace(
             self._node,
+            labels=labels_of(self._node.labels, devices),
             capacity=replace(self._machine.capacity(), gpus=devices, devices=foreign, gpu_refusals=refusals),
             runtimes=tuple(tools.runtimes),
             ports_taken=self._machine.ports_taken(),

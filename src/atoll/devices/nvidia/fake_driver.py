@@ -52,6 +52,7 @@ def fake_device(index: int, *, mig: bool = False, nvlinks: Sequence[str] = ()) -
         "ecc_errors": 0,
         "remapped": [0, 0, 0, 0],
         "recovery": 0,
+        "fabric": None,
         "lost": False,
         "events": True,
         "nvlinks": list(nvlinks),

@@ -148,6 +148,16 @@ def nvmlDeviceGetFieldValues(handle: Any, fields: list[int]) -> Any:
 
 
 @call
+def nvmlDeviceGetGpuFabricInfoV(handle: Any, shown: Any) -> int:
+    joined, info = look(handle)["fabric"], shown._obj
+    if joined is None:
+        raise absent()
+    info.state, info.status, info.cliqueId = joined["state"], 0, joined["clique"]
+    info.clusterUuid[:] = bytes.fromhex(joined["cluster"])
+    return int(pynvml.NVML_SUCCESS)
+
+
+@call
 def nvmlDeviceGetTopologyCommonAncestor(one: Any, other: Any) -> int:
     return int(look(one)["ancestors"].get(look(other)["id"], pynvml.NVML_TOPOLOGY_SYSTEM))
 

@@ -83,6 +83,7 @@ def _device(nvml: Any, handle: Any) -> dict[str, Any]:
         "ecc_errors": ask(0, nvml.nvmlDeviceGetTotalEccErrors, *uncorrected) if ecc and ecc[0] else 0,
         "remapped": list(ask((0, 0, 0, 0), nvml.nvmlDeviceGetRemappedRows, handle)),
         "recovery": recovery_action(nvml, handle),
+        "fabric": fabric(nvml, handle),
         "failure": ask.failure,
     }
 
@@ -96,6 +97,26 @@ def recovery_action(nvml: Any, handle: Any) -> int:
         if error.value == GPU_IS_LOST:
             raise
         return 0
+
+
+def fabric(nvml: Any, handle: Any) -> str:
+    """Return which NVLink domain of several machines the device has joined, as cluster and clique; empty where none, or not yet.
+
+    A domain of one machine has a cluster of zeros (NVML API reference, "nvmlGpuFabricInfo_v2_t").
+    """
+    from ctypes import byref
+
+    info = nvml.c_nvmlGpuFabricInfo_v2_t()
+    try:
+        nvml.nvmlDeviceGetGpuFabricInfoV(handle, byref(info))
+    except nvml.NVMLError as error:
+        if error.value == GPU_IS_LOST:
+            raise
+        return ""
+    cluster = bytes(info.clusterUuid)
+    if info.state != nvml.NVML_GPU_FABRIC_STATE_COMPLETED or info.status != 0 or not any(cluster):
+        return ""
+    return f"{cluster.hex()}.{info.cliqueId}"
 
 
 def pci_address(bus_id: str) -> str:

@@ -70,6 +70,7 @@ class _Device(Struct):
     remapped: tuple[int, int, int, int]
     """Correctable, uncorrectable, pending, failure."""
     recovery: int
+    fabric: str
     failure: str
 
 
@@ -104,6 +105,7 @@ def _device(device: _Device, found: _Discovery, root: Path) -> GpuDevice:
         numa=numa,
         cpus=cpus,
         links=tuple(GpuLink(peer=link.peer, kind=link.kind, width=link.width) for link in device.links),
+        fabric=device.fabric,
         mig=device.mig,
         profiles=tuple(
             MigProfile(
