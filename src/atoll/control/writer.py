@@ -25,7 +25,7 @@ from atoll.control.actions import (
     WritePrefetch,
 )
 from atoll.control.leader import Term, check
-from atoll.model import codec, keys
+from atoll.model import codec, keys, stored
 from atoll.model.errors import Invalid, TooLarge
 from atoll.model.ports.store import TXN_OPS_MAX, Compare, Delete, Op, Put, Revision, Store, absent, unchanged
 from atoll.model.records import RouteClaim
@@ -91,10 +91,10 @@ def _translate(action: Action, state: State) -> tuple[list[Compare], list[Op]]:
             # What an earlier job of this name left would be taken for the new one's.
             key = keys.job(job_made.project, job_made.name)
             stale = Delete(keys.job_status(job_made.project, job_made.name))
-            return [absent(key)], [Put(key, codec.encode(job_made)), stale]
+            return [absent(key)], [Put(key, stored.encode(job_made)), stale]
         case UpdateJob(job_changed, revision):
             key = keys.job(job_changed.project, job_changed.name)
-            return [unchanged(key, revision)], [Put(key, codec.encode(job_changed))]
+            return [unchanged(key, revision)], [Put(key, stored.encode(job_changed))]
         case WriteLiveness(liveness):
             return [], [Put(keys.node_liveness(liveness.name), codec.encode(liveness))]
         case WriteBrake(brake):

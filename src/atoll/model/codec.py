@@ -104,7 +104,7 @@ def decode_known(data: bytes, kind: type[T]) -> T:
     except Invalid as error:
         if UNKNOWN not in error.message:
             raise
-    return convert(_known(kind, msgspec.json.decode(data)), kind)
+    return convert(known(kind, msgspec.json.decode(data)), kind)
 
 
 def convert_known(value: object, kind: type[T]) -> T:
@@ -114,30 +114,34 @@ def convert_known(value: object, kind: type[T]) -> T:
     except Invalid as error:
         if UNKNOWN not in error.message:
             raise
-    return convert(_known(kind, value), kind)
+    return convert(known(kind, value), kind)
 
 
-def _known(kind: Any, value: Any) -> Any:
-    """Return plain data without the fields that a `kind` does not have."""
+def known(kind: Any, value: Any, left_out: set[str] | None = None, path: str = "") -> Any:
+    """Return plain data without the fields that a `kind` does not have. Those that would have been refused are added to `left_out`,
+    as `spec.ports.port`: without indexes and keys."""
     origin = get_origin(kind)
     struct = origin if isinstance(origin, type) else kind
     if isinstance(struct, type) and issubclass(struct, msgspec.Struct):
         if not isinstance(value, dict):
             return value
-        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
-        tag = struct.__struct_config__.tag_field
-        return {name: _known(fields.get(name), inner) for name, inner in value.items() if name in fields or name == tag}
+        config = struct.__struct_config__
+        kept = {field.encode_name: field.type for field in msgspec.structs.fields(kind)} | {config.tag_field: None}
+        before = f"{path}." if path else ""
+        if left_out is not None and config.forbid_unknown_fields:
+            left_out.update(f"{before}{name}" for name in value if name not in kept)
+        return {name: known(kept[name], inner, left_out, f"{before}{name}") for name, inner in value.items() if name in kept}
     arguments = get_args(kind)
     if isinstance(value, dict):
         if origin is dict:
-            return {name: _known(arguments[1], inner) for name, inner in value.items()}
+            return {name: known(arguments[1], inner, left_out, path) for name, inner in value.items()}
         candidates = [one for one in arguments if _takes(one, value)]
-        return _known(candidates[0], value) if candidates else value
+        return known(candidates[0], value, left_out, path) if candidates else value
     if isinstance(value, (list, tuple)):
         if origin in (tuple, list):
-            return [_known(arguments[0], inner) for inner in value]
+            return [known(arguments[0], inner, left_out, path) for inner in value]
         candidates = [one for one in arguments if get_origin(one) in (tuple, list)]
-        return _known(candidates[0], value) if candidates else value
+        return known(candidates[0], value, left_out, path) if candidates else value
     return value
 
 

@@ -23,7 +23,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 import structlog
 from msgspec import Struct
 
-from atoll.model import codec
+from atoll.model import stored
 from atoll.model.errors import AtollError, Compacted, Invalid, Unavailable
 from atoll.model.ports.store import Change, Consistency, KeyValue, Revision, Store
 from atoll.store.index import By, Index
@@ -300,7 +300,7 @@ class State:
 
 def _decode(item: KeyValue, kind: type[T]) -> Held[T] | None:
     try:
-        return Held(codec.decode(item.value, kind), item.mod_revision, item.create_revision)
+        return Held(stored.decode(item.value, kind), item.mod_revision, item.create_revision)
     except Invalid as error:
         log.error("a record does not decode and is left out", key=item.key, kind=kind.__name__, cause=error.message)
         return None

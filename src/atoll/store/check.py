@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from atoll.model import codec
+from atoll.model import stored
 from atoll.model.errors import Invalid
 from atoll.model.ports.store import KeyValue, Revision
 from atoll.store.backup import BackupSnapshot
@@ -60,7 +60,7 @@ async def _check(snapshot: Snapshot, kinds: Mapping[str, type[Any]], members: tu
         if (kind := kinds.get(word + slash)) is None:
             return
         try:
-            codec.decode(item.value, kind)
+            stored.decode(item.value, kind)
         except Invalid:
             broken.append(item.key)
 

@@ -16,7 +16,7 @@ from atoll.api.service.lookups import by_owner, owner_of
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_host_ports, check_public_ports, check_secrets, pin
-from atoll.model import codec, keys
+from atoll.model import keys, stored
 from atoll.model.certificates import provable
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
@@ -360,7 +360,7 @@ class Apps:
             created_at=app.updated_at,
             author=caller.name or caller.id,
         )
-        return Put(_key(app), codec.encode(release))
+        return Put(_key(app), stored.encode(release))
 
     def _prune(self, app: App, releases: list[Held[Release]]) -> list[Op]:
         """Delete the oldest releases over the bound, up to the first that something runs or that served last."""
@@ -384,7 +384,7 @@ class Apps:
         first = absent(key) if held is None else unchanged(key, held.revision)
         return Draft(
             compare=[first, *compare],
-            ops=[Put(key, codec.encode(app)), *ops],
+            ops=[Put(key, stored.encode(app)), *ops],
             answer=lambda revision: self._view(Held(app, revision, revision)),
         )
 

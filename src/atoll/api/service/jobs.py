@@ -10,7 +10,7 @@ from atoll.api.service.lookups import by_owner
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_secrets, pin, require_image
-from atoll.model import codec, keys
+from atoll.model import keys, stored
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Delete, Op, Put, absent, unchanged
 from atoll.model.records import Instance, Job, JobStatus, OwnerKind, new_suffix
@@ -72,7 +72,7 @@ class Jobs:
             status = keys.job_status(job.project, job.name)
             return Draft(
                 compare=[absent(key)],
-                ops=[Put(key, codec.encode(job)), *([Delete(status)] if self._status(job) else [])],
+                ops=[Put(key, stored.encode(job)), *([Delete(status)] if self._status(job) else [])],
                 answer=lambda revision: JobView(job=job, status=None, revision=revision),
             )
 
@@ -148,7 +148,7 @@ class Jobs:
         key = keys.job(job.project, job.name)
         return Draft(
             compare=[absent(key) if held is None else unchanged(key, held.revision)],
-            ops=[Put(key, codec.encode(job))],
+            ops=[Put(key, stored.encode(job))],
             answer=lambda revision: self._view(Held(job, revision, held.created if held is not None else revision)),
         )
 
@@ -169,7 +169,7 @@ class Jobs:
             key = keys.job(project, name)
             return Draft(
                 compare=[unchanged(key, held.revision)],
-                ops=[Put(key, codec.encode(job))],
+                ops=[Put(key, stored.encode(job))],
                 answer=lambda revision: self._view(Held(job, revision, held.created)),
             )
 
@@ -200,7 +200,7 @@ class Jobs:
             if (run.project, run.parent) == (job.project, job.name) and not run.cancelled and not self._finished(run):
                 key = keys.job(run.project, run.name)
                 compare.append(unchanged(key, each.revision))
-                ops.append(Put(key, codec.encode(replace(run, cancelled=True))))
+                ops.append(Put(key, stored.encode(replace(run, cancelled=True))))
         view = self._view(held)
         return Draft(compare=compare, ops=[*ops, Delete(keys.job(job.project, job.name))], answer=lambda _: view)
 

@@ -6,7 +6,7 @@ from atoll.api.service.access import SYSTEM, Caller
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.lookups import labels_by_node
 from atoll.api.service.pages import page
-from atoll.model import codec, keys
+from atoll.model import keys, stored
 from atoll.model.errors import Invalid, NotFound
 from atoll.model.maintenance import MAINTENANCES_MAX, Maintenance, MaintenanceSpec, check_maintenance, selects, window_at
 from atoll.model.ports.store import Delete, Put, absent, unchanged
@@ -44,7 +44,7 @@ class Maintenances:
             key = keys.maintenance(spec.name)
             return Draft(
                 compare=[absent(key) if held is None else unchanged(key, held.revision)],
-                ops=[Put(key, codec.encode(made))],
+                ops=[Put(key, stored.encode(made))],
                 answer=lambda revision: self._view(Held(made, revision, revision)),
             )
 

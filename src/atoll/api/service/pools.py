@@ -13,7 +13,7 @@ from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.jobs import check_free
 from atoll.api.service.lookups import by_owner
 from atoll.api.service.projects import require_project
-from atoll.model import codec, keys
+from atoll.model import codec, keys, stored
 from atoll.model.errors import NotFound
 from atoll.model.ports.store import Delete, Put, absent, unchanged
 from atoll.model.records import Instance, Job, JobStatus, NodeHealth, NodeLiveness, NodePolicy, OwnerKind, Status
@@ -60,7 +60,7 @@ class Pools:
             now = self._context.clock.now()
             job = Job(project=project, name=wish.name, spec=spec, created_at=now, template=template)
             key = keys.job(project, wish.name)
-            compare, ops = [absent(key)], [Put(key, codec.encode(job))]
+            compare, ops = [absent(key)], [Put(key, stored.encode(job))]
             found = self._ready(held.record)
             if found is not None:
                 instance = found.record

@@ -8,7 +8,7 @@ from atoll.api.service.access import Caller, check_name
 from atoll.api.service.claims import DEFAULT_PROJECT
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.pages import page
-from atoll.model import codec, keys
+from atoll.model import keys, stored
 from atoll.model.errors import NotFound
 from atoll.model.ports.store import Put, absent, unchanged
 from atoll.model.records import Project
@@ -49,7 +49,7 @@ class Projects:
                 return Draft(answer=lambda _: record)
             project = Project(name=name, created_at=self._context.clock.now())
             key = keys.project(name)
-            return Draft(compare=[absent(key)], ops=[Put(key, codec.encode(project))], answer=lambda _: project)
+            return Draft(compare=[absent(key)], ops=[Put(key, stored.encode(project))], answer=lambda _: project)
 
         return await self._context.write(Project, build, request)
 
@@ -67,6 +67,6 @@ class Projects:
             project = replace(project, quota=quota if quota != Quota() else None)
             key = keys.project(name)
             first = unchanged(key, held.revision) if held is not None else absent(key)
-            return Draft(compare=[first], ops=[Put(key, codec.encode(project))], answer=lambda _: project)
+            return Draft(compare=[first], ops=[Put(key, stored.encode(project))], answer=lambda _: project)
 
         return await self._context.write(Project, build, request)
