@@ -735,6 +735,28 @@ async def test_ten_thousand_instances_of_other_nodes_are_told_apart_in_one_go(ne
     assert await asyncio.to_thread(elements_in, network, "member") == 11
 
 
+async def test_an_agent_that_starts_anew_has_other_nodes_in_the_first_rules_that_it_writes(
+    network: LinkNetwork, tmp_path: Path, subnet: str
+) -> None:
+    own = FabricNode(name="here", prefix=subnet)
+    there = {"there": FabricNode(name="there", prefix="10.200.0.0/16", endpoint="192.0.2.9")}
+    members = [
+        Member(id=f"i{n}", project=project, owner="web", node="there", address=f"10.200.0.{n + 2}")
+        for n, project in enumerate("ppq")
+    ]
+    rules = NetworkRules(ingress=(Allow(app="web"),))
+    await network.attach("a", project="p", ports=(WEB,), rules=rules)
+    await network.see(own, there, members, 7)
+    before = {name: await asyncio.to_thread(elements_in, network, name) for name in ("member", "peers", "vxlans", "admitted")}
+    await network.close()
+    later = LinkNetwork(subnet, tmp_path / "network", prepared=0)
+    later.foresee(own, there, members, 7)
+    await later.recover(("a",))  # whose rules are written once, and nobody has told it anything yet
+    assert {name: await asyncio.to_thread(elements_in, later, name) for name in before} == before
+    assert before == {"member": 4, "peers": 1, "vxlans": 1, "admitted": 2}  # two neighbours, TCP and UDP
+    await later.close()
+
+
 async def test_the_cells_vxlan_is_heard_from_the_sites_nodes_only_and_another_cells_is_left_alone(
     network: LinkNetwork, subnet: str
 ) -> None:

@@ -188,6 +188,7 @@ class NodeFabric:
         self._large_lost: dict[str, int] = {}
         self._troubled: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stand_as_before(load(directory))
 
     async def __aenter__(self) -> NodeFabric:
         self._tasks.append(asyncio.create_task(self._run(), name="fabric"))
@@ -219,13 +220,16 @@ class NodeFabric:
             if self._server is not None:
                 await self._server.close()
 
+    def _stand_as_before(self, kept: Kept | None) -> None:
+        """Know what an earlier agent knew, and have the rules know it from their first moment on, before anybody was asked."""
+        if kept is None or kept.grant.prefix != self.own.prefix:
+            return
+        self._grant, self._keys_after = kept.grant, kept.keys_after
+        self.nodes = {node.name: node for node in kept.nodes if node.name != self.own.name}
+        self.members = {member.id: member for member in kept.members}
+        self._network.foresee(self.own, self.nodes, self.members.values(), self._number)
+
     async def _begin(self) -> None:
-        """Stand as an earlier agent stood, before anybody was asked."""
-        kept = await asyncio.to_thread(load, self._directory)
-        if kept is not None and kept.grant.prefix == self.own.prefix:
-            self._grant, self._keys_after = kept.grant, kept.keys_after
-            self.nodes = {node.name: node for node in kept.nodes if node.name != self.own.name}
-            self.members = {member.id: member for member in kept.members}
         missing = await asyncio.to_thread(self._tunnels.missing_wireguard)
         if not missing and self.own.endpoint:
             await self._renew_key()

@@ -151,6 +151,17 @@ class LinkNetwork:
             raise
         return await asyncio.to_thread(counted.count, self._table, owners, ids)
 
+    def foresee(self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member], number: int | None) -> None:
+        """Take in what an earlier agent was told with `see`, so that the rules have it from the first moment that they are written.
+
+        Before the first call of anything else; afterwards it does nothing.
+        """
+        if self._state is None:
+            members = list(members)
+            self._private.see(nodes, members)
+            self._around = of_nodes(own, nodes, number)
+            self._policies.see(members)
+
     async def see(
         self, own: FabricNode, nodes: Mapping[str, FabricNode], members: Iterable[Member], number: int | None = None
     ) -> None:
