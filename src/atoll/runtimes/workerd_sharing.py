@@ -24,8 +24,8 @@ from atoll.model.records import Exit
 from atoll.runtimes.box_record import check_id
 from atoll.runtimes.workerd_sockets import Activity
 
-MEMBERS_MAX = 64
-"""Workers of one process; more are in further ones."""
+MEMBERS_MAX = 32
+"""Workers of one process; more are in further ones. All are loaded anew whenever one comes or goes."""
 APART_S = 60.0
 """How long a worker of which nothing worse is known runs apart; it doubles with every failure of its own."""
 APART_S_MAX = 3600.0
@@ -234,12 +234,12 @@ class Sharing:
             async with self._settled:
                 self._settled.notify_all()
             due = min(self._apart.values(), default=None)
-            delay_s = None if due is None else max(0.0, due - time.monotonic())
+            delay_s = None if due is None else max(0.0, due - asyncio.get_running_loop().time())
             try:
                 async with asyncio.timeout(delay_s):
                     await self._changed.wait()
             except TimeoutError:
-                self._end_apart(time.monotonic())
+                self._end_apart(asyncio.get_running_loop().time())
 
     async def _settle(self) -> None:
         """Have everyone served by the process that is to serve them, then let the others go."""
@@ -310,7 +310,8 @@ class Sharing:
     def _failed(self, process: Process, exit: Exit, suspects: frozenset[str] | None) -> None:
         """Decide who was at fault for the end of a process, or may have been."""
         count, how = len(process.members), "did not answer" if suspects is not None else describe(exit)
-        log.warning("workers.process.ended", process=process.id, workers=count, how=how, suspects=sorted(suspects or ()))
+        if any(not member.leaving for member in process.members):
+            log.warning("workers.process.ended", process=process.id, workers=count, how=how, suspects=sorted(suspects or ()))
         for member in [member for member in process.members if member.leaving]:
             self._forget(member, exit)
         left = [member for member in process.members if member.exit is None and self.process_of(member) is None]
@@ -332,11 +333,11 @@ class Sharing:
     def _fail(self, member: Member, exit: Exit) -> None:
         """It is at fault, and ends; when its node starts it again, it is apart, the longer the more often that has happened."""
         self._failures[member.id] = failures = self._failures.get(member.id, 0) + 1
-        self._apart[member.id] = time.monotonic() + min(APART_S_MAX, self._apart_s * 2.0 ** min(failures, 16))
+        self._apart[member.id] = asyncio.get_running_loop().time() + min(APART_S_MAX, self._apart_s * 2.0 ** min(failures, 16))
         self._forget(member, exit)
 
     def _set_apart(self, members: Iterable[Member]) -> None:
-        until = time.monotonic() + self._apart_s
+        until = asyncio.get_running_loop().time() + self._apart_s
         for member in members:
             self._apart[member.id] = max(until, self._apart.get(member.id, 0.0))
 
@@ -377,8 +378,8 @@ class Sharing:
 
     async def _linger(self, process: Process) -> None:
         """Return when no connection to it is in use: to close one that is could meet a request that is on its way."""
-        deadline = time.monotonic() + self._linger_s
-        while time.monotonic() < deadline and any(member.exit is None for member in process.members):
+        deadline = asyncio.get_running_loop().time() + self._linger_s
+        while asyncio.get_running_loop().time() < deadline and any(member.exit is None for member in process.members):
             if process not in self._draining[-LINGERING_MAX:]:
                 return
             await asyncio.sleep(LINGER_STEP_S)  # who came just before others were led elsewhere has been let in then
