@@ -74,6 +74,21 @@ def test_a_node_that_fails_is_found_by_the_detection_and_what_it_ran_is_replaced
     assert found.max_s + START_S <= replaced.max_s <= found.max_s + START_S + 5.0
 
 
+@pytest.mark.parametrize("policy", ["pack", "spread"])
+def test_what_is_placed_on_a_machine_before_anybody_knows_that_it_failed_runs_elsewhere(tmp_path: Path, policy: str) -> None:
+    nodes = "name,cpu_milli,memory_mib\na,4000,8192\nb,4000,8192\n"
+    work = "name,arrive_s,run_s,cpu_milli,memory_mib\nw1,0,9000,3000,512\nw2,101,9000,1000,512\nlast,5000,1,1,1\n"
+    report = replay_controlled(trace_of(tmp_path, work, nodes=nodes, failures=("node:a@100+3000",)), policy)
+    started, replaced = living(report).started, living(report).replaced
+    assert (report.lost, report.never) == (1, 0)
+    assert started is not None
+    assert started.count == 3
+    assert 4.0 <= started.max_s <= 12.0  # found at 104.3 s, and begun anew on the other node
+    assert replaced is not None
+    assert replaced.count == 1
+    assert living(report).passed_s < 300, "the machine's time away is passed over"
+
+
 def test_a_machine_that_is_back_at_once_runs_on_what_it_ran(tmp_path: Path) -> None:
     work = "name,arrive_s,run_s,cpu_milli,memory_mib\nw1,0,,3000,512\nw2,1,,3000,512\nlast,900,1,1,1\n"
     report = replay_controlled(trace_of(tmp_path, work, failures=("node:a@100+1",)), "pack")

@@ -67,7 +67,11 @@ class Tally:
         """Task → when its node failed, until it runs again."""
         self._failed: dict[str, float] = {}
         """Node → when it failed, while nobody has noticed."""
+        self._down: dict[str, float] = {}
+        """Node → when it failed, until it is back."""
         self._returning: set[str] = set()
+        self._started: set[str] = set()
+        """Tasks that have run before."""
         self._changed_at = self._rested_at = cell.clock.monotonic()
         self.waiting: dict[str, float] = {}
         """Task → since when it has no node."""
@@ -108,7 +112,7 @@ class Tally:
 
     def node_failed(self, node: str) -> None:
         now = self._cell.now_s()
-        self._failed[node] = now
+        self._failed[node] = self._down[node] = now
         self._returning.discard(node)
         for key in list(self._on.get(node, ())):
             self._orphans[key] = now
@@ -121,6 +125,7 @@ class Tally:
 
     def node_returned(self, node: str) -> None:
         self._failed.pop(node, None)
+        self._down.pop(node, None)
         liveness = self._cell.state.get(NodeLiveness, node)
         if liveness is not None and liveness.record.health is not NodeHealth.READY:
             self._returning.add(node)
@@ -176,6 +181,8 @@ class Tally:
             self._node_of[key] = instance.node
             self._on.setdefault(instance.node, {})[key] = None
             self._snapshot.allocate(key, instance.node, group_of(instance), held.demand, instance.gpus)
+            if instance.node in self._down:
+                self._orphans[key] = self._down[instance.node]
             self._assign(key, held)
         if instance.desired is not Desired.RUN and key not in self._leaving:
             self.touch()
@@ -199,16 +206,21 @@ class Tally:
     def _leave(self, key: str, held: Held) -> None:
         """An instance does nothing any more: what it did goes on elsewhere."""
         held.spare.pop(key, None)
+        ran = self._task_of.get(key) in self.running
         name = self._release_task(key)
         if name is None:
             return
-        if held.spare:
-            other = next(iter(held.spare))
-            del held.spare[other]
-            self._take(other, name)
-            self.running.add(name)
-        else:
+        if not held.spare:
             self._wait(name, held, self._cell.now_s())
+            return
+        other = next(iter(held.spare))
+        del held.spare[other]
+        self._take(other, name)
+        status = self._cell.state.get(Status, other)
+        if status is not None and status.record.ready and ran:
+            self.running.add(name)
+        elif status is not None and status.record.ready:
+            self._runs_now(other)
 
     def _assign(self, key: str, held: Held) -> None:
         """Let a placed instance do what has waited longest."""
@@ -245,6 +257,7 @@ class Tally:
         self.waiting.pop(name, None)
         self._owners[self._owner_of.pop(name)].waiting.pop(name, None)
         self._lost_at.pop(name, None)
+        self._started.discard(name)
         del self._tasks[name]
         self.touch()
 
@@ -266,7 +279,8 @@ class Tally:
         if key in self._orphans and (status.started_at or 0.0) - self._cell.began_at > self._orphans[key]:
             # Its machine was back before anybody had given it up.
             del self._orphans[key]
-            self._assign(key, held)
+            if key not in self._task_of:
+                self._assign(key, held)
         self._runs_now(key)
 
     def _runs_now(self, key: str) -> None:
@@ -278,8 +292,9 @@ class Tally:
         now = self._cell.now_s()
         if name in self._lost_at:
             self.replaced.append(now - self._lost_at.pop(name))
-        else:
+        elif name not in self._started:
             self.starts.append(now - self._tasks[name].arrive_s)
+        self._started.add(name)
         self._runs(self._tasks[name])
 
     def _owner_by_instance(self, key: str) -> Owner:
