@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
 
 from atoll.api.service import KINDS, SYSTEM, Service
+from atoll.api.service.planning import QUICK_MAX
 from atoll.control.heir import Heir
 from atoll.control.world import KINDS as CONTROL_KINDS
 from atoll.model import codec, keys
@@ -17,6 +19,7 @@ from atoll.model.records import AppPhase, AppStatus, Capacity, Instance, Node, N
 from atoll.model.spec import AppSpec, Constraint, JobSpec, Operator, Placement, Port, Quota, Resources, RuntimeName, Scale
 from atoll.model.states import Phase
 from atoll.model.units import Bytes
+from atoll.scheduling.snapshot import Ints, Snapshot
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
 
@@ -154,3 +157,37 @@ def waiting_instance() -> Instance:
     return Instance(
         id="w", project="default", owner_kind=OwnerKind.APP, owner="web", release=1, generation=1, node=None, created_at=2.0
     )
+
+
+class Noting(Snapshot):
+    """Notes in which threads it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: set[int] = set()
+
+    def ranks(self) -> Ints:
+        self.threads.add(threading.get_ident())
+        return super().ranks()
+
+
+async def test_a_small_dry_run_on_a_copy_takes_no_thread_and_one_that_may_take_long_does(service: Service) -> None:
+    made: list[Noting] = []
+
+    def live(last: Snapshot | None) -> Snapshot:
+        made.append(Noting())
+        made[-1].upsert_node(
+            Node(
+                name="n1",
+                capacity=Capacity(cpu_milli=1 << 40, memory_bytes=1 << 60, disk_bytes=1 << 60),
+                runtimes=(RuntimeName.RUNC,),
+            )
+        )
+        return made[-1]
+
+    service.planning.live = live
+    await service.planning.plan(spec(replicas=QUICK_MAX))
+    assert made[-1].threads == {threading.get_ident()}
+    await service.planning.plan(spec(replicas=QUICK_MAX + 1))
+    assert threading.get_ident() not in made[-1].threads
+    assert made[-1].threads

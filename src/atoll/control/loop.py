@@ -48,7 +48,7 @@ OWNERS_PER_WAKE_MAX = 500
 """Owners decided about before what was decided is written and the event loop gets its turn."""
 INSTANCES_PER_WAKE = 10_000
 """Instances of the owners that a wake has looked at, after which it looks at no further owner; as below."""
-LATER_PER_WAKE = 1_000
+LATER_PER_WAKE = 500
 """The same of the instances of owners that nothing is known to have changed for: the others, and the API, come between them."""
 ACTIONS_PER_WAKE = 8_000
 """Actions after which a wake looks at no further owner: deciding, planning and encoding more at a time holds up the event loop
@@ -346,7 +346,7 @@ class Loop:
                 self._round = self._world.owners()
                 self._share = -(-len(self._round) // TICKS_PER_ROUND)
             for owner in self._round[: self._share]:
-                self._world.dirty[owner] = None
+                self._world.later[owner] = None
             del self._round[: self._share]
         for owner in self._timers.take(now):
             self._world.dirty[owner] = None

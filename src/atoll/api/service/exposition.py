@@ -32,7 +32,7 @@ from atoll.store.index import by_project
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INSTANCES_MAX = 10_000
 """Instances in one answer; `atoll_instances_left_out` says how many there are beyond."""
-RECORDS_PER_TURN = 250
+RECORDS_PER_TURN = 1_000
 """Records that are written before the event loop gets its turn."""
 FRESH_S = 45.0
 """What a node said longer ago is left out: a figure that stands still is worse than none."""

@@ -18,8 +18,8 @@ Receive = Callable[[bytes, Address], None]
 """Called with each datagram and where it came from. It must not raise."""
 
 BYTES_MAX = 2_048
-DRAIN_MAX = 512
-"""Datagrams taken at once before the event loop gets its turn."""
+DRAIN_MAX = 128
+"""Datagrams taken at once before the event loop gets its turn: what else waits there waits for these, some milliseconds."""
 BUFFER_BYTES = 32 << 20
 """Asked of the kernel for what waits to be taken: three seconds of 10,000 a second, at some 770 bytes of its memory each."""
 BEHIND_SHARE = 8
