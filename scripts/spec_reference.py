@@ -111,6 +111,11 @@ MEANING: dict[str, tuple[str, str]] = {
     ),
     "Worker.services": ("Bindings to other apps of the project.", "[[worker.services]]"),
     "Worker.durable_objects": ("Classes whose objects keep state.", "[[worker.durable_objects]]"),
+    "Worker.queues": ("Messages to itself, delivered in batches; the table below.", "[[worker.queues]]"),
+    "Worker.crons": (
+        "When `scheduled()` is called: minute, hour, day, month, weekday (1 to 7 from Sunday), in UTC.",
+        'crons = ["*/5 * * * *"]',
+    ),
     "Worker.kv": ("Keys and values on the node's disk.", "[[worker.kv]]"),
     "Worker.egress": ("Where `fetch` may go: `public`, or networks; `[]` for nowhere.", 'egress = ["203.0.113.0/24"]'),
     "Worker.shared": (
@@ -124,6 +129,17 @@ MEANING: dict[str, tuple[str, str]] = {
     "DurableObject.class_name": ("The class that the main module exports.", 'class_name = "Counter"'),
     "DurableObject.key": ("The name of the state on disk, to keep when the class is renamed; else the class's.", 'key = "Counter"'),
     "DurableObject.sql": ("`ctx.storage.sql` is there.", "sql = false"),
+    "Queue.queue": ("Its name, as the handler `queue` is told it.", 'queue = "mails"'),
+    "Queue.binding": ("`env.BINDING.send(message)`; none for one that only gets what another gave up.", 'binding = "MAILS"'),
+    "Queue.batch_size": ("Messages in a batch.", "batch_size = 100"),
+    "Queue.batch_wait": ("How long a batch waits to be full; at most a minute.", 'batch_wait = "1s"'),
+    "Queue.retries": ("How often a message is tried again.", "retries = 10"),
+    "Queue.retry_delay": ("How long it waits before that.", 'retry_delay = "30s"'),
+    "Queue.dead_letter": (
+        "Another of the worker's queues for what was tried in vain; else it is dropped.",
+        'dead_letter = "failed"',
+    ),
+    "Queue.concurrency": ("Batches under way at once; 0 for no limit.", "concurrency = 1"),
     "KvNamespace.binding": ("What the worker calls the namespace.", 'binding = "CACHE"'),
     "KvNamespace.id": ("Which of the worker's namespaces; the binding's name where left out.", 'id = "cache"'),
     "JobSpec.kind": ("Says that this is a job's spec; may be left out.", 'kind = "job"'),
@@ -506,6 +522,7 @@ SECTIONS = (
     ("ServiceBinding", "`[[worker.services]]` (at most 64)", "", "AppSpec"),
     ("DurableObject", "`[[worker.durable_objects]]` (at most 64)", "With any of these, or of KV, a worker runs once.", "AppSpec"),
     ("KvNamespace", "`[[worker.kv]]` (at most 64)", "", "AppSpec"),
+    ("Queue", "`[[worker.queues]]` (at most 64)", "Kept on the node's disk; each message is delivered at least once.", "AppSpec"),
     ("Restart", "`[restart]` (apps)", "After the n-th end in a row: `delay * factor**n`, at most `delay_max`.", "AppSpec"),
     ("Rollout", "`[rollout]` (apps)", "", "AppSpec"),
     (

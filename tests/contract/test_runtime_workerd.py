@@ -8,16 +8,19 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from worker_world import ALIVE, BOUND, MODULES_OF_CODE, STATEFUL, WorkerWorld, make_modules, worker_world
 
 from atoll.model.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Limits
-from atoll.model.worker import SERVICES_SOCKET
+from atoll.model.units import Seconds
+from atoll.model.worker import SERVICES_SOCKET, Queue
 from atoll.runtimes.workerd import WorkerdRuntime
 
 pytestmark = pytest.mark.system
@@ -210,6 +213,75 @@ async def test_durable_objects_and_kv_outlive_a_kill_and_the_instance(world: Wor
     pid = await world.serve("b", worker=STATEFUL)  # another range of user ids, the same volume
     assert (await world.ask(pid, "/count"))[1] == "3"
     assert (await world.ask(pid, "/kept"))[1] == "kept"
+
+
+EVENTFUL = """
+const seen = [];
+export default {
+  async fetch(request, env) {
+    if (new URL(request.url).pathname === "/send") await env.MAILS.send({ to: "somebody" });
+    return Response.json(seen);
+  },
+  async queue(batch) {
+    for (const message of batch.messages) {
+      seen.push([batch.queue, message.body.to, message.attempts]);
+      if (batch.queue === "mails") message.retry();
+    }
+  },
+  scheduled(controller) { seen.push(["cron", controller.cron]); },
+};
+"""
+QUEUES = (
+    Queue(queue="mails", binding="MAILS", batch_wait=Seconds(0), retries=1, dead_letter="lost"),
+    Queue(queue="lost", batch_wait=Seconds(0)),
+)
+
+
+async def until_seen(world: WorkerWorld, pid: int, what: list[object], deadline_s: float = 30.0) -> list[object]:
+    deadline = time.monotonic() + deadline_s
+    while True:
+        seen: list[object] = json.loads((await world.ask(pid, "/"))[1])
+        if what in seen:
+            return seen
+        assert time.monotonic() < deadline, f"{what} did not come, only {seen}"
+        await asyncio.sleep(0.1)
+
+
+async def test_a_queue_s_messages_are_delivered_tried_again_and_given_up_and_outlive_a_kill(
+    world: WorkerWorld, tmp_path: Path
+) -> None:
+    image = image_of(tmp_path / "image", {"index.js": EVENTFUL})
+    pid = await world.serve("a", image=image, worker={"queues": QUEUES})
+    await world.ask(pid, "/send")
+    seen = await until_seen(world, pid, ["lost", "somebody", 1])
+    assert [each for each in seen if isinstance(each, list) and each[0] == "mails"] == [
+        ["mails", "somebody", 1],
+        ["mails", "somebody", 2],
+    ]
+    slow = tuple(replace(queue, batch_wait=Seconds(3)) for queue in QUEUES)
+    pid = await world.serve("b", image=image, worker={"queues": slow})
+    await world.ask(pid, "/send")
+    os.kill(pid, 9)
+    await asyncio.wait_for(world.runtime.wait("b"), 10)
+    await world.runtime.delete("b")
+    pid = await world.serve("c", image=image, worker={"queues": QUEUES})
+    await until_seen(world, pid, ["mails", "somebody", 1])
+
+
+@pytest.mark.soak
+async def test_a_cron_trigger_comes_within_its_minute(world: WorkerWorld, tmp_path: Path) -> None:
+    image = image_of(tmp_path / "image", {"index.js": EVENTFUL})
+    pid = await world.serve("a", image=image, worker={"crons": ("* * * * *",)})
+    await until_seen(world, pid, ["cron", "* * * * *"], deadline_s=90)
+
+
+async def test_a_cron_expression_that_workerd_cannot_read_is_told_in_its_words(world: WorkerWorld) -> None:
+    await world.begin("a", worker={"crons": ("99 * * * *",)})
+    said, deadline = "", time.monotonic() + 20
+    while "minute field has 99" not in said:
+        assert time.monotonic() < deadline, said
+        await asyncio.sleep(0.05)
+        said += world.output("a", "stderr") + world.output("a")
 
 
 async def test_a_closed_worker_goes_nowhere_and_hears_why(world: WorkerWorld) -> None:

@@ -66,6 +66,44 @@ def test_a_whole_wrangler_toml_becomes_a_worker(tmp_path: Path) -> None:
     assert objects == [("ROOMS", "Room", "Chat", True), ("OLD", "Old", "Old", False)]
 
 
+EVENTS = """
+name = "mailer"
+main = "index.js"
+compatibility_date = "2026-11-01"
+[triggers]
+crons = ["*/5 * * * *", "0 0 * * MON-FRI"]
+[[queues.producers]]
+binding = "MAILS"
+queue = "mails"
+[[queues.consumers]]
+queue = "mails"
+max_batch_size = 50
+max_batch_timeout = 2
+max_retries = 5
+dead_letter_queue = "lost-mails"
+[[queues.consumers]]
+queue = "lost-mails"
+"""
+
+
+def test_cron_triggers_and_queues_become_the_worker_s_which_then_runs_once(tmp_path: Path) -> None:
+    spec = read(tmp_path, EVENTS)
+    assert spec.worker is not None
+    assert spec.worker.crons == ("*/5 * * * *", "0 0 * * MON-FRI")
+    mails, lost = spec.worker.queues
+    assert (mails.queue, mails.binding, mails.batch_size, mails.batch_wait, mails.retries, mails.dead_letter) == (
+        "mails",
+        "MAILS",
+        50,
+        2,
+        5,
+        "lost-mails",
+    )
+    assert (lost.queue, lost.binding, lost.batch_size) == ("lost-mails", None, 10)
+    assert [volume.path for volume in spec.volumes] == ["/state"]
+    assert spec.rollout.max_surge == 0
+
+
 def test_json_with_comments_is_read_and_text_in_it_is_left_alone(tmp_path: Path) -> None:
     text = '{ // a comment\n "name": "w", /* another */ "main": "index.js", "compatibility_date": "2026-11-01",\n'
     spec = read(tmp_path, text + ' "vars": { "URL": "http://a/*b*/,]", "QUOTE": "\\",}", }, }', "wrangler.jsonc")
@@ -76,7 +114,7 @@ def test_json_with_comments_is_read_and_text_in_it_is_left_alone(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "key",
-    ["r2_buckets", "d1_databases", "queues", "triggers", "assets", "site", "build", "rules", "limits", "workflows", "ai", "tpyo"],
+    ["r2_buckets", "d1_databases", "assets", "site", "build", "rules", "limits", "workflows", "ai", "tpyo"],
 )
 def test_what_cannot_be_had_is_refused_by_its_name(key: str) -> None:
     with pytest.raises(Invalid, match=f"^{key}: not supported") as raised:
@@ -98,6 +136,10 @@ def test_what_cannot_be_had_is_refused_by_its_name(key: str) -> None:
         ({"migrations": [{"tag": "v1", "transferred_classes": []}]}, "migrations[0].transferred_classes"),
         ({"kv_namespaces": [{"id": "x"}]}, "kv_namespaces[0].binding"),
         ({"routes": ["example.com/exactly"]}, "routes[0]"),
+        ({"queues": {"producers": [{"binding": "Q", "queue": "of-another"}]}}, "queues.producers[0].queue"),
+        ({"queues": {"consumers": [{"queue": "q", "visibility_timeout_ms": 1}]}}, "queues.consumers[0].visibility_timeout_ms"),
+        ({"queues": {"consumers": [{"queue": "q", "max_batch_size": "ten"}]}}, "queues.consumers[0].max_batch_size"),
+        ({"triggers": {"crons": "* * * * *"}}, "triggers.crons"),
         ({"route": "example.com/a*b/*"}, "route"),
         ({"main": 3}, "main"),
     ],

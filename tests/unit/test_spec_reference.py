@@ -55,6 +55,8 @@ def _spec(place: tuple[str, ...], value: dict[str, Any], kind: type[AppSpec] | t
         value["ports"] = [{"name": "db", "port": 5432, "protocol": "tcp"}]
     if place == ("rollout", "[steps]"):
         value["rollout"]["strategy"] = "canary"
+    if place == ("worker", "[queues]") and (other := value["worker"]["queues"][0].get("dead_letter")):
+        value["worker"]["queues"].append({"queue": other})
     if place[:1] == ("worker",):
         value["worker"] = {"main": "index.js", "compatibility_date": "2026-11-01", **value["worker"]}
     ports = [{"port": 80}] if kind is AppSpec else None
@@ -112,6 +114,7 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[[worker.services]]` (at most 64)": (("worker", "[services]"), AppSpec, {"binding": "A", "app": "a"}),
     "`[[worker.durable_objects]]` (at most 64)": (("worker", "[durable_objects]"), AppSpec, {"binding": "C", "class_name": "C"}),
     "`[[worker.kv]]` (at most 64)": (("worker", "[kv]"), AppSpec, {"binding": "KV"}),
+    "`[[worker.queues]]` (at most 64)": (("worker", "[queues]"), AppSpec, {"queue": "q"}),
     "`[restart]` (apps)": (("restart",), AppSpec, {}),
     "`[rollout]` (apps)": (("rollout",), AppSpec, {}),
     "`[[rollout.steps]]` (at most 20)": (("rollout", "[steps]"), AppSpec, {"weight": 50}),

@@ -86,6 +86,13 @@ def test_what_the_spec_says_itself_is_kept() -> None:
         ({"durable_objects": [{"binding": "A", "class_name": "C"}]}, {"rollout": {"max_surge": 1}}, None),
         ({"durable_objects": [{"binding": "A", "class_name": "C"}]}, {"rollout": {"max_surge": 2}}, "rollout.max_surge"),
         ({"kv": [{"binding": "A"}]}, {"scale": {"replicas": 2}}, "scale.replicas"),
+        ({"crons": ["* * * * *"]}, {"scale": {"replicas": 2}}, "scale.replicas"),
+        ({"queues": [{"queue": "a"}, {"queue": "a"}]}, {}, "worker.queues[1].queue"),
+        ({"queues": [{"queue": "a", "dead_letter": "a"}]}, {}, "worker.queues[0].dead_letter"),
+        ({"queues": [{"queue": "a", "dead_letter": "b"}]}, {}, "worker.queues[0].dead_letter"),
+        ({"queues": [{"queue": "a", "batch_wait": "2m"}]}, {}, "worker.queues[0].batch_wait"),
+        ({"queues": [{"queue": "a", "retry_delay": "13h"}]}, {}, "worker.queues[0].retry_delay"),
+        ({"queues": [{"queue": "a", "binding": "A"}], "vars": {"A": 1}}, {}, "worker.queues[0].binding"),
         ({}, {"command": ["node"]}, "command"),
         ({}, {"user": "root"}, "user"),
         ({}, {"build": {"apt": ["nodejs"]}}, "build"),
@@ -183,9 +190,10 @@ def test_the_heap_is_bounded_by_the_instance_s_memory() -> None:
     assert '"--max-heap-size=16"' in configuration(code(), [INDEX], memory_bytes=16 << 20)
 
 
-def test_only_kv_needs_what_workerd_calls_experimental() -> None:
+def test_only_kv_queues_and_crons_need_what_workerd_calls_experimental() -> None:
     assert not experimental(code())
-    assert experimental(code({"kv": [{"binding": "KV"}]}))
+    for store in ({"kv": [{"binding": "KV"}]}, {"queues": [{"queue": "q"}]}, {"crons": ["* * * * *"]}):
+        assert experimental(code(store))
 
 
 def test_the_box_of_a_worker_has_its_code_and_needs_no_command_of_an_image(tmp_path: Path) -> None:

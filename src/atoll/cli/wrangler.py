@@ -23,8 +23,6 @@ _IGNORED = frozenset(
 _ELSEWHERE = {
     "r2_buckets": "call an S3 store from the worker",
     "d1_databases": "use a durable object: its ctx.storage.sql is SQLite",
-    "queues": "use a durable object, or a queue of your own behind worker.services",
-    "triggers": "run a job of Atoll's on a schedule that calls the worker",
     "assets": "import the files as modules, or serve them from an app of their own",
     "site": "import the files as modules, or serve them from an app of their own",
     "build": "run the command first, and let main name its result",
@@ -34,6 +32,15 @@ _ELSEWHERE = {
     "containers": "deploy the container as an app, and bind to it with services",
     "python_modules": "only JavaScript and WebAssembly run here",
 }
+_CONSUMER: dict[str, tuple[str, type[Any]]] = {
+    "max_batch_size": ("batch_size", int),
+    "max_batch_timeout": ("batch_wait", int),
+    "max_retries": ("retries", int),
+    "retry_delay": ("retry_delay", int),
+    "dead_letter_queue": ("dead_letter", str),
+    "max_concurrency": ("concurrency", int),
+}
+"""A consumer's settings, and what the spec calls them."""
 _MEND = "leave it out, or write an atoll.toml with a [worker] table beside this file"
 _ROUTE = re.compile(r"(?:https?://)?(?P<host>[^/]+?)(?P<path>/.*)?")
 
@@ -53,6 +60,10 @@ def spec_data(config: dict[str, Any]) -> dict[str, Any]:
             worker[key] = value
     worker["services"] = known.each("services", _service)
     worker["kv"] = known.each("kv_namespaces", _kv)
+    worker["queues"] = _queues(known.take("queues", dict) or {})
+    triggers = _Reader(known.take("triggers", dict) or {}, "triggers.")
+    worker["crons"] = triggers.take("crons", list) or []
+    triggers.finish()
     objects = known.take("durable_objects", dict) or {}
     inner = _Reader(objects, "durable_objects.")
     declared = inner.each("bindings", _durable_object)
@@ -105,7 +116,7 @@ class _Reader:
     def take(self, key: str, kind: type[Any]) -> Any:
         value = self._table.pop(key, None)
         if value is not None and not isinstance(value, kind):
-            wanted = "text" if kind is str else "a list" if kind is list else "a table"
+            wanted = {str: "text", list: "a list", int: "a number"}.get(kind, "a table")
             raise Invalid(f"{self._where}{key}: must be {wanted}", field=f"{self._where}{key}")
         return value
 
@@ -137,6 +148,39 @@ def _kv(value: Any, where: str) -> dict[str, Any]:
     table.take("preview_id", str)
     table.finish()
     return _complete(found, where, optional=("id",))
+
+
+def _queues(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """A queue's messages are on its worker's disk, so that who sends is who receives."""
+    table = _Reader(value, "queues.")
+    found = {each["queue"]: each for each in table.each("consumers", _consumer)}
+    for index, producer in enumerate(table.each("producers", _producer)):
+        queue = found.get(producer["queue"])
+        if queue is None or "binding" in queue:
+            field = f"queues.producers[{index}].queue"
+            why = "has two bindings" if queue else "is received by another worker, or none"
+            raise Invalid(
+                f"{field}: {producer['queue']} {why}",
+                field=field,
+                mend="add it to queues.consumers; to reach another worker, bind to it with services, and have it send",
+            )
+        queue["binding"] = producer["binding"]
+    table.finish()
+    return list(found.values())
+
+
+def _producer(value: Any, where: str) -> dict[str, Any]:
+    table = _table(value, where)
+    found = {"binding": table.take("binding", str), "queue": table.take("queue", str)}
+    table.finish()
+    return _complete(found, where)
+
+
+def _consumer(value: Any, where: str) -> dict[str, Any]:
+    table = _table(value, where)
+    found = {"queue": table.take("queue", str)} | {name: table.take(key, kind) for key, (name, kind) in _CONSUMER.items()}
+    table.finish()
+    return _complete(found, where, optional=tuple(name for name, _ in _CONSUMER.values()))
 
 
 def _durable_object(value: Any, where: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from atoll.model.errors import Invalid
 from atoll.model.names import EnvName, Name, PortNumber, SpecRecord
+from atoll.model.units import Seconds
 
 if TYPE_CHECKING:
     from atoll.model.spec import AppSpec
@@ -26,8 +27,9 @@ MODULES = "/worker"
 STATE = "/state"
 """Where the volume is seen that holds durable objects and KV."""
 STATE_VOLUME = "worker-state"
-KV_KEY = "atoll-kv"
-"""The name on disk of all KV namespaces' state."""
+KV_KEY, QUEUES_KEY, CRON_KEY = "atoll-kv", "atoll-queues", "atoll-cron"
+"""The names on disk of all KV namespaces' state, of queues, and of what is known of cron triggers."""
+CRON_PATTERN = r"^[0-9A-Za-z*/,#-]{1,64}( [0-9A-Za-z*/,#-]{1,64}){4}$(?!\n)"
 SERVICES = "services"
 """The directory, in that of the node's ingress, of the socket by which workers reach other apps."""
 SERVICES_SOCKET = "http.sock"
@@ -39,6 +41,8 @@ SHARED_MEMORY_BYTES_MIN = 16 << 20
 """Of a worker that shares a process, which is not counted in it."""
 VARS_BYTES_MAX = 128 << 10
 BINDINGS_MAX = 256
+BATCH_WAIT_S_MAX = 60
+RETRY_DELAY_S_MAX = 12 * 3600
 MAIN_SUFFIXES = (".js", ".mjs")
 
 ClassName = Annotated[str, Meta(pattern=r"^[A-Za-z_$][A-Za-z0-9_$]{0,127}$(?!\n)", description="the name of a class in JavaScript")]
@@ -79,6 +83,23 @@ class KvNamespace(SpecRecord, frozen=True, kw_only=True):
     """Which of the worker's namespaces; the binding's name where absent."""
 
 
+class Queue(SpecRecord, frozen=True, kw_only=True):
+    """Messages that the worker sends to itself, each delivered to its handler `queue` at least once, kept on the node's disk."""
+
+    queue: Key
+    binding: EnvName | None = None
+    """What it sends by; none where it only gets what another of its queues gave up."""
+    batch_size: Annotated[int, Meta(ge=1, le=100)] = 10
+    batch_wait: Seconds = msgspec.field(default_factory=lambda: Seconds(5))
+    """How long a batch waits to be full, at most a minute."""
+    retries: Annotated[int, Meta(ge=0, le=100)] = 3
+    retry_delay: Seconds = msgspec.field(default_factory=lambda: Seconds(0))
+    dead_letter: Key | None = None
+    """Another of the worker's queues, which gets what was tried in vain; it is dropped where absent."""
+    concurrency: Annotated[int, Meta(ge=0, le=1024)] = 0
+    """How many batches are under way at once; 0 for no limit."""
+
+
 class Worker(SpecRecord, frozen=True, kw_only=True):
     """Modules, and what they are given as `env`: these, and the spec's `env` and `secrets` as text."""
 
@@ -103,6 +124,11 @@ class Worker(SpecRecord, frozen=True, kw_only=True):
     services: Annotated[tuple[ServiceBinding, ...], Meta(max_length=64)] = ()
     durable_objects: Annotated[tuple[DurableObject, ...], Meta(max_length=64)] = ()
     kv: Annotated[tuple[KvNamespace, ...], Meta(max_length=64)] = ()
+    queues: Annotated[tuple[Queue, ...], Meta(max_length=64)] = ()
+    crons: Annotated[
+        tuple[Annotated[str, Meta(pattern=CRON_PATTERN, description="five fields such as */5 * * * *")], ...], Meta(max_length=32)
+    ] = ()
+    """When its handler `scheduled` is called: minute, hour, day, month, weekday (1 to 7 from Sunday), in UTC."""
     egress: Annotated[tuple[str, ...], Meta(max_length=64)] = (EGRESS_PUBLIC,)
     """Where `fetch` and `connect` may go: `public`, or networks such as `203.0.113.0/24`; empty for nowhere."""
     shared: bool = False
@@ -111,13 +137,14 @@ class Worker(SpecRecord, frozen=True, kw_only=True):
     @property
     def stateful(self) -> bool:
         """Whether it keeps state on disk, and can then run only once."""
-        return bool(self.durable_objects or self.kv)
+        return bool(self.durable_objects or self.kv or self.queues or self.crons)
 
 
 def check_worker(spec: AppSpec, worker: Worker) -> None:
     """Raise Invalid for a worker's spec that contradicts itself or asks for what workerd has not, naming the field."""
     _check_main(worker)
     _check_bindings(spec, worker)
+    _check_queues(worker)
     _check_egress(worker)
     for field, given in {"command": spec.command, "workdir": spec.workdir, "user": spec.user}.items():
         if given:
@@ -169,8 +196,9 @@ def _check_main(worker: Worker) -> None:
 def _check_bindings(spec: AppSpec, worker: Worker) -> None:
     taken: dict[str, str] = {name: f"env.{name}" for name in spec.env} | {name: f"secrets.{name}" for name in spec.secrets}
     given = [(f"worker.vars.{name}", name) for name in worker.vars]
-    for table in ("services", "durable_objects", "kv"):
-        given += [(f"worker.{table}[{index}].binding", each.binding) for index, each in enumerate(getattr(worker, table))]
+    for table in ("services", "durable_objects", "kv", "queues"):
+        each_binding = [(index, each.binding) for index, each in enumerate(getattr(worker, table))]
+        given += [(f"worker.{table}[{index}].binding", binding) for index, binding in each_binding if binding is not None]
     for field, name in given:
         if name.startswith("ATOLL_"):
             raise Invalid(f"{field}: names that begin with ATOLL_ are Atoll's own", field=field, mend="choose another name")
@@ -192,9 +220,29 @@ def _check_bindings(spec: AppSpec, worker: Worker) -> None:
         ("kv", [each.id or each.binding for each in worker.kv]),
     ):
         for index, key in enumerate(keys):
-            if table == "durable_objects" and (re.fullmatch(KEY_PATTERN, key) is None or key == KV_KEY or key in keys[:index]):
+            if table == "durable_objects" and (
+                re.fullmatch(KEY_PATTERN, key) is None or key in (KV_KEY, QUEUES_KEY, CRON_KEY) or key in keys[:index]
+            ):
                 field = f"worker.{table}[{index}].key"
                 raise Invalid(f"{field}: {key!r} cannot name this state, or names another", field=field, mend="set another key")
+
+
+def _check_queues(worker: Worker) -> None:
+    names = [queue.queue for queue in worker.queues]
+    for index, queue in enumerate(worker.queues):
+        field = f"worker.queues[{index}]"
+        if queue.queue in names[:index]:
+            raise Invalid(f"{field}.queue: {queue.queue} is there already", field=f"{field}.queue", mend="say all of a queue once")
+        if queue.dead_letter is not None and (queue.dead_letter not in names or queue.dead_letter == queue.queue):
+            raise Invalid(
+                f"{field}.dead_letter: {queue.dead_letter} is no other queue of this worker",
+                field=f"{field}.dead_letter",
+                mend="add it to worker.queues",
+            )
+        if queue.batch_wait > BATCH_WAIT_S_MAX:
+            raise Invalid(f"{field}.batch_wait: at most {BATCH_WAIT_S_MAX} s", field=f"{field}.batch_wait", mend="say less")
+        if queue.retry_delay > RETRY_DELAY_S_MAX:
+            raise Invalid(f"{field}.retry_delay: at most 12 hours", field=f"{field}.retry_delay", mend="say less")
 
 
 def _check_egress(worker: Worker) -> None:
@@ -226,7 +274,7 @@ def _check_single(spec: AppSpec) -> None:
     if not isinstance(scale, msgspec.UnsetType) and (scale.replicas > 1 or scale.max is not None):
         field = "scale.replicas" if scale.max is None else "scale.max"
         raise Invalid(
-            f"{field}: a worker with durable objects or KV runs once, since its state is on one disk",
+            f"{field}: a worker with durable objects, KV, queues or crons runs once, since its state is on one disk",
             field=field,
             mend="set replicas = 1; put what needs no state into a worker of its own, bound to this one",
         )
@@ -242,7 +290,7 @@ def _check_shared(spec: AppSpec, worker: Worker) -> None:
     """A process has one way out, and is replaced by another that runs beside it for a while."""
     if worker.stateful:
         raise Invalid(
-            "worker.shared: a worker with durable objects or KV has a process of its own, the only one that has its state",
+            "worker.shared: a worker with durable objects, KV, queues or crons has a process of its own, since its state has",
             field="worker.shared",
             mend="leave shared out; put what needs no state into a worker of its own, bound to this one",
         )

@@ -7,7 +7,6 @@ the process, bound by name. A process has one worker, or several parts: those ha
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
@@ -15,7 +14,9 @@ from msgspec import Struct
 
 from atoll.model.errors import Invalid
 from atoll.model.ports.runtime import WorkerCode
-from atoll.model.worker import KV_KEY, MODULES, SERVICE_HEADER, SERVICES_SOCKET, STATE
+from atoll.model.worker import MODULES, SERVICE_HEADER, SERVICES_SOCKET, STATE
+from atoll.runtimes.workerd_stores import stores
+from atoll.runtimes.workerd_text import listed, quoted, service
 
 CONFIG = "worker.capnp"
 """At the root, beside `MODULES`: embedded paths are told from where it lies."""
@@ -110,7 +111,7 @@ def configuration(code: WorkerCode, modules: Iterable[Module], *, memory_bytes: 
     services = _services(part)
     sockets = [f'(name = "http", address = "*:{code.port}", {_HTTP}, service = "main")']
     if code.alive_port is not None:
-        services.append(_service("alive", f"worker = {_inner('alive.js', _ALIVE_CODE)}"))
+        services.append(service("alive", f"worker = {_inner('alive.js', _ALIVE_CODE)}"))
         sockets.append(f'(name = "alive", address = "*:{code.alive_port}", http = (), service = "alive")')
     heap_mib = max(HEAP_MIB_MIN, (memory_bytes - HEAP_BESIDE_BYTES) >> 20)
     return _config(services, sockets, heap_mib, '(stdoutPrefix = "", stderrPrefix = "")')
@@ -128,8 +129,8 @@ def shared_configuration(parts: Sequence[Part], *, heap_mib: int) -> str:
     what it fails to catch, begins with its name between two `MARK`s.
     """
     services = [
-        _service("alive", f"worker = {_inner('alive.js', _ALIVE_CODE)}"),
-        _service("tail", f"worker = {_inner('tail.js', _TAIL_CODE)}"),
+        service("alive", f"worker = {_inner('alive.js', _ALIVE_CODE)}"),
+        service("tail", f"worker = {_inner('tail.js', _TAIL_CODE)}"),
     ]
     sockets = ['(name = "watch", http = (), service = "alive")']
     for part in parts:
@@ -144,18 +145,16 @@ def shared_configuration(parts: Sequence[Part], *, heap_mib: int) -> str:
 
 def _services(part: Part) -> list[str]:
     code, worker = part.code, part.code.worker
-    services = [_service(part.own("main"), f"worker = {_main(part)}"), _internet(part.own("internet"), worker.egress)]
+    services = [service(part.own("main"), f"worker = {_main(part)}"), _internet(part.own("internet"), worker.egress)]
     for binding in worker.services:
         target = f"{code.project}/{binding.app}/{binding.port}"
         header = f"(name = {quoted(SERVICE_HEADER)}, value = {quoted(target)})"
         address = quoted(f"unix:{SERVICES}/{SERVICES_SOCKET}")
         name = part.own(f"service-{binding.binding}")
-        services.append(_service(name, f"external = (address = {address}, http = (injectRequestHeaders = [{header}]))"))
+        services.append(service(name, f"external = (address = {address}, http = (injectRequestHeaders = [{header}]))"))
     if worker.stateful:
-        services.append(_service("state", f"disk = (path = {quoted(STATE)}, writable = true)"))
-    if worker.kv:
-        services.append(_kv())
-    return services
+        services.append(service("state", f"disk = (path = {quoted(STATE)}, writable = true)"))
+    return services + stores(worker)
 
 
 def _config(services: Sequence[str], sockets: Sequence[str], heap_mib: int, logging: str) -> str:
@@ -163,8 +162,8 @@ def _config(services: Sequence[str], sockets: Sequence[str], heap_mib: int, logg
         (
             'using Workerd = import "/workerd/workerd.capnp";',
             "const config :Workerd.Config = (",
-            _list("services", services),
-            _list("sockets", sockets),
+            listed("services", services),
+            listed("sockets", sockets),
             f'  v8Flags = ["--max-heap-size={heap_mib}"],',
             f"  logging = {logging},",
             ");",
@@ -182,13 +181,7 @@ def variables(code: WorkerCode, env: Sequence[tuple[str, str]], part: Part | Non
 
 def experimental(code: WorkerCode) -> bool:
     """Whether workerd must be told to allow what may still change."""
-    return bool(code.worker.kv)
-
-
-def quoted(text: str) -> str:
-    """Return `text` as a literal of Cap'n Proto's text form."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", escaped) + '"'
+    return bool(stores(code.worker))
 
 
 def _ordered(main: str, modules: Iterable[Module]) -> tuple[Module, ...]:
@@ -222,12 +215,15 @@ def _main(part: Part) -> str:
     for namespace in worker.kv:
         props = quoted(json.dumps({"namespace": namespace.id or namespace.binding}))
         bindings.append(f'(name = {quoted(namespace.binding)}, kvNamespace = (name = "kv", props = (json = {props})))')
+    for queue in [queue for queue in worker.queues if queue.binding is not None]:
+        props = quoted(json.dumps({"queue": queue.queue}))
+        bindings.append(f'(name = {quoted(queue.binding)}, queue = (name = "queues", props = (json = {props})))')
     embedded = [f"(name = {quoted(m.path)}, {m.kind} = embed {quoted(f'{part.directory}/{m.path}')})" for m in part.modules]
     lines = [
-        _list("modules", [*(_before(part) if part.name else ()), *embedded]),
+        listed("modules", [*(_before(part) if part.name else ()), *embedded]),
         f"  compatibilityDate = {quoted(worker.compatibility_date)},",
         f"  compatibilityFlags = [{', '.join(quoted(flag) for flag in worker.compatibility_flags)}],",
-        _list("bindings", bindings),
+        listed("bindings", bindings),
         f"  globalOutbound = {quoted(part.own('internet'))},",
     ]
     if part.name:
@@ -238,7 +234,7 @@ def _main(part: Part) -> str:
             f"enableSql = {'true' if each.sql else 'false'})"
             for each in worker.durable_objects
         ]
-        lines += [_list("durableObjectNamespaces", objects), '  durableObjectStorage = (localDisk = "state"),']
+        lines += [listed("durableObjectNamespaces", objects), '  durableObjectStorage = (localDisk = "state"),']
     return "(\n" + "\n".join(lines) + "\n)"
 
 
@@ -256,30 +252,10 @@ def _before(part: Part) -> tuple[str, str]:
 def _internet(name: str, egress: Sequence[str]) -> str:
     """Return where `fetch` goes. Unix sockets, and with them other apps by another's name, are in none of these networks."""
     if not egress:
-        return _service(name, f"worker = {_inner('closed.js', _CLOSED_CODE)}")
+        return service(name, f"worker = {_inner('closed.js', _CLOSED_CODE)}")
     allow = ", ".join(quoted(text) for text in egress)
-    return _service(name, f"network = (allow = [{allow}], tlsOptions = (trustBrowserCas = true))")
-
-
-def _kv() -> str:
-    """Return workerd's own KV, which keeps its namespaces in durable objects of its own and large values as files."""
-    lines = [
-        '  modules = [(name = "kv.js", bundled = "/workerd/kv.js")],',
-        f"  compatibilityDate = {quoted(_INNER_DATE)},",
-        '  bindings = [(name = "SHARD", durableObjectNamespace = "KVNamespace"), (name = "BLOBS", service = "state")],',
-        f'  durableObjectNamespaces = [(className = "KVNamespace", uniqueKey = {quoted(KV_KEY)}, enableSql = true)],',
-        '  durableObjectStorage = (localDisk = "state"),',
-    ]
-    return _service("kv", "worker = (\n" + "\n".join(lines) + "\n)")
+    return service(name, f"network = (allow = [{allow}], tlsOptions = (trustBrowserCas = true))")
 
 
 def _inner(name: str, code: str) -> str:
     return f'(modules = [(name = "{name}", esModule = {quoted(code)})], compatibilityDate = "{_INNER_DATE}")'
-
-
-def _service(name: str, what: str) -> str:
-    return f"(name = {quoted(name)}, {what})"
-
-
-def _list(name: str, items: Sequence[str]) -> str:
-    return f"  {name} = [\n    " + ",\n    ".join(items) + "\n  ]," if items else f"  {name} = [],"
