@@ -6,21 +6,34 @@ helps against processors that are busy, not against a disk.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 NICE = -19
+_OWN = Path("/proc/self/autogroup")
+_sessions: list[str] = []
+"""What this one's had before."""
 
 
 def take(marks: Sequence[str]) -> None:
-    """Raise this process, and all whose command line or control group has one of `marks` in it."""
+    """Raise this process, and all whose command line or control group has one of `marks` in it; its own session until it ends."""
+    if not _sessions:
+        _sessions.append(_OWN.read_text().rpartition(" ")[2].strip() if _OWN.exists() else "0")
+        atexit.register(_give_back)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (int(entry.name) == os.getpid() or _has(entry, marks)):
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, int(entry.name), NICE)
                 (entry / "autogroup").write_text(str(NICE))
+
+
+def _give_back() -> None:
+    """A shell that this was started from shares its session."""
+    with suppress(OSError):
+        _OWN.write_text(_sessions[0])
 
 
 def _has(entry: Path, marks: Sequence[str]) -> bool:
