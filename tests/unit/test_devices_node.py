@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from atoll.devices.fake import FakeHardware
-from atoll.devices.ledger import FILE
+from atoll.devices.ledger import FILE, Ledger, LedgerFile
 from atoll.devices.mps import INSIDE, NvidiaMps
 from atoll.devices.node import NodeDevices
 from atoll.devices.watch import STUCK_MAX, Patience
@@ -800,6 +801,40 @@ def test_what_is_kept_is_private(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         await w.claim("i-1", w.whole())
         assert stat.S_IMODE((tmp_path / FILE).stat().st_mode) == 0o600
+
+    in_world(tmp_path, story)
+
+
+def test_what_is_written_at_once_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = LedgerFile(tmp_path, "b")
+    holdings = {"i-1": (GpuGrant(device="d"),)}
+    with file.at_once():
+        file.write(replace(file.now, holdings=holdings))
+        assert file.now.holdings == holdings
+        assert not (tmp_path / FILE).exists()
+        file.write(replace(file.now, boot="c"))
+    assert LedgerFile(tmp_path, "c").now == file.now == Ledger(boot="c", holdings=holdings)
+    with contextlib.suppress(ZeroDivisionError), file.at_once():
+        file.write(Ledger(boot="c"))
+        raise ZeroDivisionError
+    assert file.now.holdings == holdings
+    (tmp_path / FILE).with_suffix(".new").mkdir()
+    with pytest.raises(OSError, match="directory"), file.at_once():
+        file.write(Ledger(boot="c"))
+    assert LedgerFile(tmp_path, "c").now == file.now == Ledger(boot="c", holdings=holdings)
+
+
+def test_a_claim_that_cannot_be_written_down_holds_nothing(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        blocked = (tmp_path / FILE).with_suffix(".new")
+        blocked.mkdir()
+        with pytest.raises(OSError, match="directory"):
+            await w.claim("i-1", w.whole())
+        blocked.rmdir()
+        await w.claim("i-2", w.whole())
+        await w.devices.release("i-2")
+        assert set(LedgerFile(tmp_path, w.boot).now.holdings) == set()
+        assert [known.device.id for known in LedgerFile(tmp_path, w.boot).now.known if known.device.id == w.hardware.ids[0]] == []
 
     in_world(tmp_path, story)
 

@@ -64,8 +64,13 @@ class Holdings:
         async with turns(watches):
             await self.give_back(watches, () if runtime in MACHINES else (instance,))
             await self._admit(instance, grants, gpu, runtime)
-            self._file.write(replace(self._file.now, holdings={**self._file.now.holdings, instance: grants}))
-            self._drivers.hold(grants)
+            try:
+                with self._file.at_once():
+                    self._file.write(replace(self._file.now, holdings={**self._file.now.holdings, instance: grants}))
+                    self._drivers.hold(grants)
+            except OSError:
+                self._drivers.hold(grants)  # as the file says: not by this one
+                raise
             try:
                 return await self._carry_out(instance, grants, gpu, runtime)
             except (AtollError, OSError):

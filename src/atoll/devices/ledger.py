@@ -10,7 +10,9 @@ partitions and all errors end too, which `boot` shows; devices are then with the
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -106,11 +108,29 @@ class LedgerFile:
     def __init__(self, directory: Path, boot: str) -> None:
         self._directory = directory
         self._path = directory / FILE
+        self._waits = False
         self.now = self._read(boot)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Have all that is written inside in the file at the end, or nothing of it. Nothing may be awaited inside.
+
+        Raises OSError: then all is as before.
+        """
+        before, self._waits = self.now, True
+        try:
+            yield
+        finally:
+            self._waits = False
+            changed, self.now = self.now, before
+        self.write(changed)
 
     def write(self, ledger: Ledger) -> None:
         """Replace what is kept; the same again costs nothing. Raises OSError: then all is as before."""
         if ledger == self.now:
+            return
+        if self._waits:
+            self.now = ledger
             return
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = self._path.with_suffix(".new")

@@ -38,7 +38,7 @@ DIRECTORIES = (
 )
 """Where drivers put their libraries, below the root; searched after the linker's cache."""
 BINARY_DIRECTORIES = ("usr/bin", "usr/local/nvidia/bin", "usr/local/bin", "run/current-system/sw/bin", "opt/bin", "usr/sbin")
-_DATA_DIRECTORIES = ("usr/share", "etc", "usr/local/nvidia/share", "run/opengl-driver/share")
+DATA_DIRECTORIES = ("usr/share", "etc", "usr/local/nvidia/share", "run/opengl-driver/share")
 _HOPS_MAX = 40
 _VERSION = re.compile(r"\b(\d{3,4}\.\d+(?:\.\d+)?)\b")
 _VERSION_BYTES_MAX = 4096
@@ -97,6 +97,7 @@ _DATA = {
     GpuCapability.GRAPHICS: ("glvnd/egl_vendor.d/10_nvidia.json", "vulkan/icd.d/nvidia_icd.json"),
 }
 """What makes a vendor-neutral loader (of OpenCL, EGL, Vulkan) find the driver: path below a data directory."""
+DATA_FILES = tuple(name for names in _DATA.values() for name in names)
 _DATA_TARGETS = {"OpenCL/vendors/nvidia.icd": "/etc/OpenCL/vendors/nvidia.icd"}
 
 
@@ -159,7 +160,7 @@ def _add_others(capability: GpuCapability, root: Path, mounts: dict[str, FileMou
             target = f"{BINARY_DIRECTORY}/{name}"
             mounts[target] = FileMount(found, target)
     for name in _DATA.get(capability, ()):
-        found = _first_file(root, (f"{directory}/{name}" for directory in _DATA_DIRECTORIES))
+        found = _first_file(root, (f"{directory}/{name}" for directory in DATA_DIRECTORIES))
         if found:
             target = _DATA_TARGETS.get(name, f"/usr/share/{name}")
             mounts[target] = FileMount(found, target)

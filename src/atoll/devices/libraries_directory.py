@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import structlog
 from msgspec.structs import replace
@@ -46,26 +46,28 @@ class LibraryDirectories:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _gathered(self, edits: Edits, target: str) -> Edits:
-        files = {entry: Path(entry.source) for entry in edits.mounts if _is_in(entry.target, target) and entry.options == USUAL}
-        links = [(path, goal) for path, goal in edits.links if _is_in(path, target)]
-        others = [entry for entry in edits.mounts if entry not in files and entry.target.startswith(f"{target}/")]
-        if len(files) < 2 or others:
+        inside = f"{target.rstrip('/')}/"
+        below = [entry for entry in edits.mounts if entry.target.startswith(inside)]
+        files = [entry for entry in below if "/" not in entry.target[len(inside) :] and entry.options == USUAL]
+        links = [pair for pair in edits.links if pair[0].startswith(inside) and "/" not in pair[0][len(inside) :]]
+        if len(files) < 2 or len(files) < len(below):
             return edits
         try:
-            wanted = {PurePosixPath(entry.target).name: source.resolve(strict=True) for entry, source in files.items()}
-            made = self._made(wanted, {PurePosixPath(path).name: goal for path, goal in links})
+            wanted = {entry.target[len(inside) :]: entry.source for entry in files}
+            made = self._made(wanted, {path[len(inside) :]: goal for path, goal in links})
         except OSError as error:
             if not self._told:
                 self._told = True
                 log.info("libraries are mounted one by one", directory=target, why=str(error))
             return edits
-        mounts = (*(entry for entry in edits.mounts if entry not in files), FileMount(str(made), target))
-        return replace(edits, mounts=mounts, links=tuple(link for link in edits.links if link not in links))
+        gone, unlinked = set(files), set(links)
+        mounts = (*(entry for entry in edits.mounts if entry not in gone), FileMount(str(made), target))
+        return replace(edits, mounts=mounts, links=tuple(link for link in edits.links if link not in unlinked))
 
-    def _made(self, files: dict[str, Path], links: dict[str, str]) -> Path:
+    def _made(self, files: dict[str, str], links: dict[str, str]) -> Path:
         key = hashlib.sha256()
         for name, source in sorted(files.items()):
-            found = source.stat()
+            found = os.stat(source)  # noqa: PTH116 - thirty of them at every start
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(f"{source} is no plain file")
             key.update(f"{name}\0{found.st_dev}\0{found.st_ino}\0{found.st_mtime_ns}\0{found.st_size}\0".encode())
@@ -79,7 +81,7 @@ class LibraryDirectories:
         made = Path(tempfile.mkdtemp(prefix=".new-", dir=self._directory))
         try:
             for name, source in files.items():
-                os.link(source, made / name)
+                os.link(Path(source).resolve(strict=True), made / name)
             for name, goal in links.items():
                 (made / name).symlink_to(goal)
             made.chmod(0o755)
@@ -88,7 +90,3 @@ class LibraryDirectories:
             shutil.rmtree(made, ignore_errors=True)
             raise
         return path
-
-
-def _is_in(path: str, directory: str) -> bool:
-    return str(PurePosixPath(path).parent) == directory.rstrip("/")

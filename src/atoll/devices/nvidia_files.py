@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from atoll.devices.libraries import LIBRARY_DIRECTORY, driver_files
+from atoll.devices.libraries import LIBRARY_DIRECTORY, DriverFiles, driver_files
 from atoll.model.devices import GpuDevice, GpuGrant, GpuSharing
 from atoll.model.errors import Unsupported
 from atoll.model.ports.devices import DeviceNode, Edits
@@ -37,18 +37,20 @@ def nvidia_edits(
     *,
     instances: Mapping[str, tuple[int, int]] | None = None,
     root: Path = Path("/"),
+    find: Callable[[Collection[GpuCapability], Path], DriverFiles] = driver_files,
 ) -> Edits:
     """Return the edits for `grants`. Looks up files only, and changes nothing.
 
     `partitions` are the ids of the grants that are partitions, in their order; `instances` gives each id's (GPU instance,
-    compute instance) as the management library tells them. `root` is where the node's file system is seen.
+    compute instance) as the management library tells them. `root` is where the node's file system is seen, `find` looks for the
+    driver's files there.
     Raises Unsupported, naming the file or library that is missing and how to get it.
     """
     granted = list(dict.fromkeys(grant.device for grant in grants))
     for id in granted:
         if id not in devices or devices[id].minor < 0:
             raise Unsupported(f"the driver names no device file of {id}", mend="is it still there? nvidia-smi -L shows what is")
-    files = driver_files(capabilities, root)
+    files = find(capabilities, root)
     named = dict(zip((at for at, grant in enumerate(grants) if _is_partition(grant)), partitions, strict=True))
     nodes = [_node(root, f"/dev/nvidia{devices[id].minor}") for id in granted]
     nodes += _control_nodes(root, capabilities)

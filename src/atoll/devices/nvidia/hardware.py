@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from atoll.devices.known_files import KnownFiles
 from atoll.devices.nvidia import checkpoint, presence, records, resetting
 from atoll.devices.nvidia.channel import Channel, Refused, command, environment_of
 from atoll.devices.nvidia.watch import Stream, Watch
@@ -81,9 +83,10 @@ class NvidiaHardware:
         deadlines: Deadlines = Deadlines(),
         clock: Clock | None = None,
         uevents: Uevents = kernel_uevents,
-        edits: EditsOf = nvidia_edits,
+        edits: EditsOf | None = None,
     ) -> None:
-        self._root, self._library, self._deadlines, self._uevents, self._edits = root, library, deadlines, uevents, edits
+        self._root, self._library, self._deadlines, self._uevents = root, library, deadlines, uevents
+        self._edits: EditsOf = edits or functools.partial(nvidia_edits, find=KnownFiles().find)
         self._added = dict(environment or {})
         self._clock = clock or SystemClock()
         self._channel: Channel | None = None
