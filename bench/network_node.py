@@ -25,7 +25,8 @@ from atoll.model.fabric import FabricNode, Member
 from atoll.model.spec import Port, PortProtocol
 from atoll.network import namespaces, wireguard
 from atoll.network.links import LinkNetwork
-from atoll.network.slots import no_ipv6, tag_of
+from atoll.network.slots import tag_of
+from atoll.network.sysctls import no_ipv6
 from atoll.network.tunnels import Tunnels
 from bench.network_world import PORT
 

@@ -16,7 +16,7 @@ from atoll.model.ports.network import Network
 from atoll.model.spec import Port, PortProtocol
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.network.links import LinkNetwork
-from atoll.network.slots import no_ipv6
+from atoll.network.sysctls import no_ipv6
 
 WEB = (Port(port=8000),)
 ULA = "fd00:a70:1::/48"

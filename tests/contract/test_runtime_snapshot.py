@@ -25,7 +25,7 @@ from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Feature, Snapshot
 from atoll.model.spec import Port
 from atoll.network.links import LinkNetwork
-from atoll.network.slots import no_ipv6
+from atoll.network.sysctls import no_ipv6
 from atoll.runtimes.fake import FakeHost, FakeRuntime
 from atoll.runtimes.snapshots import MANIFEST
 

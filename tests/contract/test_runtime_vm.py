@@ -29,7 +29,7 @@ from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Limits, Mount
 from atoll.model.spec import Port
 from atoll.network.links import LinkNetwork
-from atoll.network.slots import no_ipv6
+from atoll.network.sysctls import no_ipv6
 from atoll.runtimes.mounts import mounts_below
 from atoll.runtimes.qemu import QemuRuntime
 

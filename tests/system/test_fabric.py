@@ -33,7 +33,8 @@ from atoll.model.spec import AppSpec, Constraint, Health, HealthKind, Placement,
 from atoll.model.units import Bytes, Seconds
 from atoll.model.views import TokenRequest
 from atoll.network import namespaces
-from atoll.network.slots import no_ipv6, tag_of
+from atoll.network.slots import tag_of
+from atoll.network.sysctls import no_ipv6
 from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.runc import probe_runc
 from atoll.store.cache import State

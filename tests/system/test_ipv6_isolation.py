@@ -20,14 +20,14 @@ from atoll.model.fabric import FabricNode, Member, ipv6_of, new_ula
 from atoll.model.flows import Flows, Reason
 from atoll.model.ports.network import Link
 from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
-from atoll.network import firewall, namespaces, slots
+from atoll.network import firewall, namespaces, slots, sysctls
 from atoll.network.elements import ElementSocket
 from atoll.network.links import LinkNetwork
 
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root"),
-    pytest.mark.skipif(bool(slots.no_ipv6()), reason=f"no IPv6 here: {slots.no_ipv6()}"),
+    pytest.mark.skipif(bool(sysctls.no_ipv6()), reason=f"no IPv6 here: {sysctls.no_ipv6()}"),
 ]
 
 WEB = Port(port=8000)
@@ -464,7 +464,7 @@ async def outside() -> AsyncIterator[Link]:
     try:
         for command in commands:
             await asyncio.to_thread(subprocess.run, command.split(), check=True, timeout=20)
-        slots.open_ipv6(name)  # so that only the rules stand in the way
+        sysctls.open_ipv6(name)  # so that only the rules stand in the way
         yield Link(id=node_address, netns=namespaces.DIRECTORY / name, address="", interface=name, ipv6=address)
     finally:
         await asyncio.to_thread(subprocess.run, ["ip", "netns", "del", name], check=False, timeout=20)

@@ -42,6 +42,7 @@ from atoll.network.counted import EGRESS, PORT, Counted, flows_of, keys_of
 from atoll.network.fabric import FILE, Kept, load, settle
 from atoll.network.names import ANSWERS_IPV6_MAX, Directory, NameServer
 from atoll.network.rules import Ruled, elements_of
+from atoll.network.sysctls import forward_ipv6, read_sysctl, restore_forwarding
 from atoll.network.tunnels import Kind, Way, ipv6_way, ways_of
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -208,6 +209,47 @@ def test_ipv6_goes_where_ipv4_goes_and_only_by_nodes_that_lead_it() -> None:
     assert ipv6_way(ULA, ways["10.64.48.1/32"]) == Way("fd12:3456:789a::a40:3001/128", Kind.WIREGUARD, None, True)
     assert ways_of(own, nodes, {"w1": "e2"})[far.prefix].ipv6
     assert not ways_of(own, nodes, {"w1": "e3"})[far.prefix].ipv6
+
+
+# What the machine is told
+
+
+def machine(directory: Path, **settings: str) -> Path:
+    for name, value in settings.items():
+        link, _, key = name.partition("__")
+        (directory / "ipv6/conf" / link).mkdir(parents=True, exist_ok=True)
+        (directory / "ipv6/conf" / link / key).write_text(f"{value}\n")
+    return directory
+
+
+def test_a_kernel_that_lets_each_link_forward_by_itself_is_left_as_it_is(tmp_path: Path) -> None:
+    made = machine(tmp_path, all__forwarding="0", all__force_forwarding="0", eth0__accept_ra="1")
+    assert not forward_ipv6(made)
+    assert (made / "ipv6/conf/all/forwarding").read_text() == "0\n"
+    assert (made / "ipv6/conf/eth0/accept_ra").read_text() == "1\n"
+
+
+def test_an_older_kernel_forwards_and_goes_on_to_hear_of_its_routers(tmp_path: Path) -> None:
+    made = machine(tmp_path, all__forwarding="0", all__accept_ra="1", eth0__accept_ra="1", eth1__accept_ra="0", lo__mtu="1")
+    assert forward_ipv6(made)
+    assert read_sysctl("ipv6/conf/all/forwarding", made) == "1"
+    assert [read_sysctl(f"ipv6/conf/{link}/accept_ra", made) for link in ("all", "eth0", "eth1", "lo")] == ["1", "2", "0", ""]
+    assert not forward_ipv6(made)
+
+
+def test_forwarding_that_somebody_turned_off_is_on_again(tmp_path: Path) -> None:
+    made = machine(tmp_path, all__forwarding="0", all__force_forwarding="0", at1__force_forwarding="1", at2__force_forwarding="1")
+    (made / "ipv4").mkdir()
+    (made / "ipv4/ip_forward").write_text("1\n")
+    assert not restore_forwarding(["at1", "at2", "no-tunnel-yet"], made)
+    for link in ("at1", "at2"):  # as the kernel does when somebody writes conf/all/forwarding
+        (made / f"ipv6/conf/{link}/force_forwarding").write_text("0\n")
+    assert restore_forwarding(["at1", "at2", "no-tunnel-yet"], made)
+    assert [read_sysctl(f"ipv6/conf/{link}/force_forwarding", made) for link in ("at1", "at2")] == ["1", "1"]
+    (made / "ipv4/ip_forward").write_text("0\n")
+    assert restore_forwarding((), made)
+    assert read_sysctl("ipv4/ip_forward", made) == "1"
+    assert not restore_forwarding((), made)
 
 
 # What a node is told when it starts

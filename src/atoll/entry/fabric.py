@@ -16,7 +16,7 @@ from atoll.model.records import CELL_PROJECT, Event, Severity
 from atoll.network.claims import hold_subnet
 from atoll.network.fabric import NodeFabric, load, names_served, settle
 from atoll.network.links import LinkNetwork
-from atoll.network.slots import no_ipv6
+from atoll.network.sysctls import no_ipv6
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.transport import addresses_of
 

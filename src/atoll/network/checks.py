@@ -11,7 +11,8 @@ from msgspec import Struct
 from atoll.model.errors import AtollError
 from atoll.network import resolvers
 from atoll.network.addresses import AddressPool
-from atoll.network.slots import no_ipv6, read_sysctl, routes
+from atoll.network.slots import routes
+from atoll.network.sysctls import no_ipv6, read_sysctl
 
 _ADMIN_BITS = (12, 21)
 """CAP_NET_ADMIN and CAP_SYS_ADMIN in the kernel's numbers."""

@@ -8,7 +8,6 @@ where the cell has a network for that: one address, and `fe80::1` as the way to 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import ipaddress
@@ -24,6 +23,7 @@ from atoll.model.errors import Conflict, RuntimeFailed
 from atoll.model.fabric import ipv6_network_of, ipv6_of
 from atoll.network import namespaces, netlink
 from atoll.network.addresses import AddressPool
+from atoll.network.sysctls import open_ipv6, read_sysctl, write_sysctl
 
 GATEWAY = "169.254.1.1"
 GATEWAY_IPV6 = "fe80::1"
@@ -32,7 +32,6 @@ GATEWAY_MAC = bytes.fromhex("02617400fffe")
 MTU_DEFAULT = 1500
 _LOOPBACK_INDEX = 1
 _SIOCGIFMTU = 0x8921
-_SYSCTL = Path("/proc/sys/net")
 _INSIDE = (
     ("ipv6/conf/default/disable_ipv6", "1"),  # for all links but `lo`: ::1 stays, so that an app may listen on `::`
     ("ipv4/ip_unprivileged_port_start", "0"),  # port 80 without being root, as with Docker
@@ -229,55 +228,6 @@ def _inside_ipv6(index: int, address: str, ula: str) -> tuple[netlink.Request, .
         netlink.add_neighbour(index, GATEWAY_IPV6, GATEWAY_MAC),
         netlink.add_route(index, ula, gateway=GATEWAY_IPV6),
     )
-
-
-def no_ipv6() -> str:
-    """Return why this machine has no IPv6 for instances, or nothing."""
-    disabled = read_sysctl("ipv6/conf/all/disable_ipv6")
-    if not disabled:
-        return "this kernel has no IPv6"
-    return "net.ipv6.conf.all.disable_ipv6 is set" if disabled != "0" else ""
-
-
-def open_ipv6(interface: str) -> None:
-    """Let the link have IPv6, and let what comes by it go on to others. Before it is brought up. Raises RuntimeFailed."""
-    if read_sysctl("ipv6/conf/default/disable_ipv6") != "0":
-        write_sysctl(f"ipv6/conf/{interface}/disable_ipv6", "0")
-    write_sysctl(f"ipv6/conf/{interface}/force_forwarding", "1")
-
-
-def forward_ipv6() -> bool:
-    """Let links forward IPv6; return whether something of the whole machine was changed. Raises RuntimeFailed.
-
-    Since Linux 6.17 each link is let by itself (`open_ipv6`). Before, all of the machine forwards or nothing does; so that it does
-    not lose its own way out, what hears of routers goes on to do so (accept_ra 2; Documentation/networking/ip-sysctl).
-    """
-    if read_sysctl("ipv6/conf/all/force_forwarding") or read_sysctl("ipv6/conf/all/forwarding") != "0":
-        return False
-    for path in sorted((_SYSCTL / "ipv6/conf").iterdir()):
-        if path.name != "all" and read_sysctl(f"ipv6/conf/{path.name}/accept_ra") == "1":
-            write_sysctl(f"ipv6/conf/{path.name}/accept_ra", "2")
-    write_sysctl("ipv6/conf/all/forwarding", "1")
-    return True
-
-
-def write_sysctl(name: str, value: str) -> None:
-    """Raises RuntimeFailed where /proc/sys is not writable; one that this kernel does not have is left out."""
-    try:
-        (_SYSCTL / name).write_text(value)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        mend = "run as root, with a writable /proc/sys" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else None
-        raise RuntimeFailed(f"cannot set {name} to {value}: {error.strerror}", mend=mend) from None
-
-
-def read_sysctl(name: str) -> str:
-    """Return the value, or `""` where this kernel has no such setting."""
-    try:
-        return (_SYSCTL / name).read_text().strip()
-    except OSError:
-        return ""
 
 
 def routes() -> list[tuple[str, ipaddress.IPv4Network]]:

@@ -19,7 +19,8 @@ from msgspec import Struct
 from atoll.model.errors import AtollError
 from atoll.model.fabric import FabricNode, ipv6_network_of, ipv6_of, node_address
 from atoll.network import netlink, tunnel_requests, wireguard
-from atoll.network.slots import open_ipv6, routes, routes_ipv6, uplink_mtu, write_sysctl
+from atoll.network.slots import routes, routes_ipv6, uplink_mtu
+from atoll.network.sysctls import open_ipv6, write_sysctl
 
 VXLAN_BYTES = 50
 WIREGUARD_BYTES = 80
