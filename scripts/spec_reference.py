@@ -111,6 +111,15 @@ MEANING: dict[str, tuple[str, str]] = {
     ),
     "Worker.services": ("Bindings to other apps of the project.", "[[worker.services]]"),
     "Worker.durable_objects": ("Classes whose objects keep state.", "[[worker.durable_objects]]"),
+    "Worker.assets": ("Files that are served as they are; the table below.", "[worker.assets]"),
+    "Assets.directory": ("Where they are, below the app's directory. None of them is a module.", 'directory = "public"'),
+    "Assets.binding": ("`env.BINDING.fetch(request)` answers with a file.", 'binding = "ASSETS"'),
+    "Assets.html": ("What becomes of `.html` and a slash at the end of a path.", 'html = "none"'),
+    "Assets.not_found": (
+        "What answers for a path that is no file: the worker, `404.html`, or `index.html`.",
+        'not_found = "single-page-application"',
+    ),
+    "Assets.worker_first": ("Paths for which the worker is asked although there is a file.", 'worker_first = ["/api/*"]'),
     "Worker.queues": ("Messages to itself, delivered in batches; the table below.", "[[worker.queues]]"),
     "Worker.crons": (
         "When `scheduled()` is called: minute, hour, day, month, weekday (1 to 7 from Sunday), in UTC.",
@@ -522,6 +531,7 @@ SECTIONS = (
     ("ServiceBinding", "`[[worker.services]]` (at most 64)", "", "AppSpec"),
     ("DurableObject", "`[[worker.durable_objects]]` (at most 64)", "With any of these, or of KV, a worker runs once.", "AppSpec"),
     ("KvNamespace", "`[[worker.kv]]` (at most 64)", "", "AppSpec"),
+    ("Assets", "`[worker.assets]`", "`_headers` and `_redirects` among them are rules, as wrangler has them.", "AppSpec"),
     ("Queue", "`[[worker.queues]]` (at most 64)", "Kept on the node's disk; each message is delivered at least once.", "AppSpec"),
     ("Restart", "`[restart]` (apps)", "After the n-th end in a row: `delay * factor**n`, at most `delay_max`.", "AppSpec"),
     ("Rollout", "`[rollout]` (apps)", "", "AppSpec"),

@@ -20,7 +20,7 @@ from atoll.model.errors import Conflict, Invalid, NotFound, Unavailable, Unsuppo
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Limits
 from atoll.model.units import Seconds
-from atoll.model.worker import SERVICES_SOCKET, Queue
+from atoll.model.worker import SERVICES_SOCKET, Assets, NotFoundHandling, Queue
 from atoll.runtimes.workerd import WorkerdRuntime
 
 pytestmark = pytest.mark.system
@@ -282,6 +282,26 @@ async def test_a_cron_expression_that_workerd_cannot_read_is_told_in_its_words(w
         assert time.monotonic() < deadline, said
         await asyncio.sleep(0.05)
         said += world.output("a", "stderr") + world.output("a")
+
+
+ASSETS = {
+    "index.js": "export default { async fetch(r, env) { return new Response(`worker ${(await env.FILES.fetch(r)).status}`); } };",
+    "public/index.html": "<h1>home</h1>",
+    "public/app.js": "this is no module, and would not load",
+    "public/404.html": "not here",
+    "public/_redirects": "/old /app.js 301",
+}
+
+
+async def test_files_are_served_as_they_are_and_the_worker_where_it_comes_first(world: WorkerWorld, tmp_path: Path) -> None:
+    assets = Assets(directory="public", binding="FILES", not_found=NotFoundHandling.PAGE, worker_first=("/api/*",))
+    pid = await world.serve("a", image=image_of(tmp_path / "image", ASSETS), worker={"assets": assets})
+    assert await world.ask(pid, "/") == (200, "<h1>home</h1>")
+    assert await world.ask(pid, "/app.js") == (200, "this is no module, and would not load")
+    assert (await world.ask(pid, "/old"))[0] == 301
+    assert await world.ask(pid, "/api/x") == (200, "worker 404")
+    assert (await world.ask(pid, "/../index.js"))[1] != ASSETS["index.js"]
+    assert (await world.ask(pid, "/_redirects"))[1] != ASSETS["public/_redirects"]
 
 
 async def test_a_closed_worker_goes_nowhere_and_hears_why(world: WorkerWorld) -> None:

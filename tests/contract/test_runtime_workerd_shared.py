@@ -22,6 +22,7 @@ from worker_world import ALIVE, ANSWER_S_MAX, MODULES_OF_CODE, PORT, WorkerWorld
 from atoll.model.errors import Conflict, Invalid, Unsupported
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Limits
+from atoll.model.worker import Assets
 from atoll.network import namespaces
 from atoll.runtimes.workerd import WorkerdRuntime
 
@@ -312,6 +313,16 @@ async def test_one_is_killed_and_deleted_and_the_others_stay(world: SharedWorld)
     assert not (world.directory / "instances/b").exists()
     assert (await world.ask_worker("a"))[1] == "hello"
     await world.until_gone("b")
+
+
+async def test_each_serves_files_of_its_own(world: SharedWorld, tmp_path: Path) -> None:
+    for id in ("a", "b"):
+        code = "export default { fetch() { return new Response('worker'); } };"
+        layers = (make_modules(tmp_path / id, {"index.js": code, "public/file.txt": f"of {id}", "public/x.js": "no module"}),)
+        image = Image(reference="x", digest="sha256:4", config=ImageConfig(), layers=layers)
+        await world.share(id, image=image, worker={"assets": Assets(directory="public")})
+    assert [await world.ask_worker(id, "/file.txt") for id in ("a", "b")] == [(200, "of a"), (200, "of b")]
+    assert await world.ask_worker("a", "/else") == (200, "worker")
 
 
 async def test_what_cannot_be_done_to_one_alone_is_refused(world: SharedWorld, tmp_path: Path) -> None:

@@ -66,6 +66,22 @@ def test_a_whole_wrangler_toml_becomes_a_worker(tmp_path: Path) -> None:
     assert objects == [("ROOMS", "Room", "Chat", True), ("OLD", "Old", "Old", False)]
 
 
+def test_assets_become_the_worker_s_files_which_are_in_its_image(tmp_path: Path) -> None:
+    text = 'name = "site"\nmain = "src/index.js"\ncompatibility_date = "2026-11-01"\n'
+    text += '[assets]\ndirectory = "./public/"\nbinding = "ASSETS"\n'
+    spec = read(tmp_path, text + 'not_found_handling = "single-page-application"\nrun_worker_first = true\n')
+    assert spec.worker is not None
+    assert spec.worker.files == ("src", "public")
+    assets = spec.worker.assets
+    assert assets is not None
+    assert (assets.directory, assets.binding, assets.not_found, assets.worker_first) == (
+        "public",
+        "ASSETS",
+        "single-page-application",
+        ("/*",),
+    )
+
+
 EVENTS = """
 name = "mailer"
 main = "index.js"
@@ -114,7 +130,7 @@ def test_json_with_comments_is_read_and_text_in_it_is_left_alone(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "key",
-    ["r2_buckets", "d1_databases", "assets", "site", "build", "rules", "limits", "workflows", "ai", "tpyo"],
+    ["r2_buckets", "d1_databases", "site", "build", "rules", "limits", "workflows", "ai", "tpyo"],
 )
 def test_what_cannot_be_had_is_refused_by_its_name(key: str) -> None:
     with pytest.raises(Invalid, match=f"^{key}: not supported") as raised:
@@ -140,6 +156,8 @@ def test_what_cannot_be_had_is_refused_by_its_name(key: str) -> None:
         ({"queues": {"consumers": [{"queue": "q", "visibility_timeout_ms": 1}]}}, "queues.consumers[0].visibility_timeout_ms"),
         ({"queues": {"consumers": [{"queue": "q", "max_batch_size": "ten"}]}}, "queues.consumers[0].max_batch_size"),
         ({"triggers": {"crons": "* * * * *"}}, "triggers.crons"),
+        ({"assets": {"binding": "A"}}, "assets.directory"),
+        ({"assets": {"directory": "p", "experimental": 1}}, "assets.experimental"),
         ({"route": "example.com/a*b/*"}, "route"),
         ({"main": 3}, "main"),
     ],

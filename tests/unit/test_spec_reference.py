@@ -114,6 +114,7 @@ _PLACES: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]] = {
     "`[[worker.services]]` (at most 64)": (("worker", "[services]"), AppSpec, {"binding": "A", "app": "a"}),
     "`[[worker.durable_objects]]` (at most 64)": (("worker", "[durable_objects]"), AppSpec, {"binding": "C", "class_name": "C"}),
     "`[[worker.kv]]` (at most 64)": (("worker", "[kv]"), AppSpec, {"binding": "KV"}),
+    "`[worker.assets]`": (("worker", "assets"), AppSpec, {"directory": "public"}),
     "`[[worker.queues]]` (at most 64)": (("worker", "[queues]"), AppSpec, {"queue": "q"}),
     "`[restart]` (apps)": (("restart",), AppSpec, {}),
     "`[rollout]` (apps)": (("rollout",), AppSpec, {}),

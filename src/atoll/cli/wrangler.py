@@ -23,8 +23,7 @@ _IGNORED = frozenset(
 _ELSEWHERE = {
     "r2_buckets": "call an S3 store from the worker",
     "d1_databases": "use a durable object: its ctx.storage.sql is SQLite",
-    "assets": "import the files as modules, or serve them from an app of their own",
-    "site": "import the files as modules, or serve them from an app of their own",
+    "site": "use assets",
     "build": "run the command first, and let main name its result",
     "rules": "wasm, txt, html, css, sql, json and bin files are modules by their names; rename the others",
     "limits": "workerd bounds no request's time; set resources.cpu in an atoll.toml, which bounds the whole worker",
@@ -64,6 +63,9 @@ def spec_data(config: dict[str, Any]) -> dict[str, Any]:
     triggers = _Reader(known.take("triggers", dict) or {}, "triggers.")
     worker["crons"] = triggers.take("crons", list) or []
     triggers.finish()
+    if (assets := known.take("assets", dict)) is not None:
+        worker["assets"] = _assets(assets)
+        worker["files"].append(worker["assets"]["directory"])
     objects = known.take("durable_objects", dict) or {}
     inner = _Reader(objects, "durable_objects.")
     declared = inner.each("bindings", _durable_object)
@@ -148,6 +150,19 @@ def _kv(value: Any, where: str) -> dict[str, Any]:
     table.take("preview_id", str)
     table.finish()
     return _complete(found, where, optional=("id",))
+
+
+def _assets(value: dict[str, Any]) -> dict[str, Any]:
+    table = _Reader(value, "assets.")
+    found = {"directory": table.take("directory", str), "binding": table.take("binding", str)}
+    found |= {"html": table.take("html_handling", str), "not_found": table.take("not_found_handling", str)}
+    first = table.take("run_worker_first", object)
+    table.finish()
+    if isinstance(first, bool):
+        first = ["/*"] if first else []
+    if isinstance(found["directory"], str):
+        found["directory"] = found["directory"].removeprefix("./").rstrip("/")
+    return _complete(found | {"worker_first": first}, "assets", optional=("binding", "html", "not_found", "worker_first"))
 
 
 def _queues(value: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import re
 from pathlib import PurePosixPath
@@ -100,6 +101,36 @@ class Queue(SpecRecord, frozen=True, kw_only=True):
     """How many batches are under way at once; 0 for no limit."""
 
 
+class HtmlHandling(enum.StrEnum):
+    """What becomes of `.html` and of a slash at the end in the path of a file of HTML."""
+
+    AUTO = "auto-trailing-slash"
+    FORCE = "force-trailing-slash"
+    DROP = "drop-trailing-slash"
+    NONE = "none"
+
+
+class NotFoundHandling(enum.StrEnum):
+    """What is answered to a path that is no file, where the worker is not asked."""
+
+    NONE = "none"
+    PAGE = "404-page"
+    SINGLE_PAGE = "single-page-application"
+
+
+class Assets(SpecRecord, frozen=True, kw_only=True):
+    """Files that are served as they are, before the worker is asked."""
+
+    directory: RelativePath
+    """Where they are, below the app's directory; none of them is a module."""
+    binding: EnvName | None = None
+    """`env.BINDING.fetch(request)` answers with a file."""
+    html: HtmlHandling = HtmlHandling.AUTO
+    not_found: NotFoundHandling = NotFoundHandling.NONE
+    worker_first: Annotated[tuple[Annotated[str, Meta(max_length=100)], ...], Meta(max_length=100)] = ()
+    """Paths for which the worker is asked although there is a file, such as `/api/*`; `/*` for all."""
+
+
 class Worker(SpecRecord, frozen=True, kw_only=True):
     """Modules, and what they are given as `env`: these, and the spec's `env` and `secrets` as text."""
 
@@ -129,6 +160,7 @@ class Worker(SpecRecord, frozen=True, kw_only=True):
         tuple[Annotated[str, Meta(pattern=CRON_PATTERN, description="five fields such as */5 * * * *")], ...], Meta(max_length=32)
     ] = ()
     """When its handler `scheduled` is called: minute, hour, day, month, weekday (1 to 7 from Sunday), in UTC."""
+    assets: Assets | None = None
     egress: Annotated[tuple[str, ...], Meta(max_length=64)] = (EGRESS_PUBLIC,)
     """Where `fetch` and `connect` may go: `public`, or networks such as `203.0.113.0/24`; empty for nowhere."""
     shared: bool = False
@@ -145,6 +177,8 @@ def check_worker(spec: AppSpec, worker: Worker) -> None:
     _check_main(worker)
     _check_bindings(spec, worker)
     _check_queues(worker)
+    if worker.assets is not None:
+        _check_assets(worker, worker.assets)
     _check_egress(worker)
     for field, given in {"command": spec.command, "workdir": spec.workdir, "user": spec.user}.items():
         if given:
@@ -199,6 +233,8 @@ def _check_bindings(spec: AppSpec, worker: Worker) -> None:
     for table in ("services", "durable_objects", "kv", "queues"):
         each_binding = [(index, each.binding) for index, each in enumerate(getattr(worker, table))]
         given += [(f"worker.{table}[{index}].binding", binding) for index, binding in each_binding if binding is not None]
+    if worker.assets is not None and worker.assets.binding is not None:
+        given.append(("worker.assets.binding", worker.assets.binding))
     for field, name in given:
         if name.startswith("ATOLL_"):
             raise Invalid(f"{field}: names that begin with ATOLL_ are Atoll's own", field=field, mend="choose another name")
@@ -225,6 +261,14 @@ def _check_bindings(spec: AppSpec, worker: Worker) -> None:
             ):
                 field = f"worker.{table}[{index}].key"
                 raise Invalid(f"{field}: {key!r} cannot name this state, or names another", field=field, mend="set another key")
+
+
+def _check_assets(worker: Worker, assets: Assets) -> None:
+    path, field = PurePosixPath(assets.directory), "worker.assets.directory"
+    if ".." in path.parts or str(path) != assets.directory.removeprefix("./").rstrip("/") or str(path) == ".":
+        raise Invalid(f"{field}: {assets.directory!r} is no directory below the app's", field=field, mend="write e.g. public")
+    if PurePosixPath(worker.main).is_relative_to(path):
+        raise Invalid(f"{field}: worker.main is in it, and would be served", field=field, mend="move one of them elsewhere")
 
 
 def _check_queues(worker: Worker) -> None:

@@ -36,7 +36,7 @@ from atoll.runtimes.workerd_config import (
     experimental,
     variables,
 )
-from atoll.runtimes.workerd_modules import list_modules
+from atoll.runtimes.workerd_modules import list_modules, read_rules
 from atoll.runtimes.workerd_root import PROGRAM, USER, find_workerd, forget_layers, make_layer
 from atoll.runtimes.workerd_shared import SharedWorkers
 from atoll.runtimes.workerd_sharing import APART_S
@@ -58,7 +58,8 @@ class WorkerdBoxes(OciBoxes):
 
     def _write(self, box: Box, bundle: Bundle, config: dict[str, Any]) -> None:
         if box.worker is not None:
-            text = configuration(box.worker, list_modules(bundle.root), memory_bytes=box.limits.memory_bytes)
+            modules, rules = list_modules(bundle.root), read_rules(bundle.root, box.worker.worker)
+            text = configuration(box.worker, modules, memory_bytes=box.limits.memory_bytes, files=rules)
         else:
             text = self.configurations[box.id]
         file = self._shown(box) / CONFIG

@@ -7,14 +7,15 @@ the process, bound by name. A process has one worker, or several parts: those ha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from msgspec import Struct
 
 from atoll.model.errors import Invalid
 from atoll.model.ports.runtime import WorkerCode
-from atoll.model.worker import MODULES, SERVICE_HEADER, SERVICES_SOCKET, STATE
+from atoll.model.worker import MODULES, SERVICE_HEADER, SERVICES_SOCKET, STATE, Worker
+from atoll.runtimes.workerd_assets import assets_config, assets_directory, is_asset
 from atoll.runtimes.workerd_stores import stores
 from atoll.runtimes.workerd_text import listed, quoted, service
 
@@ -83,6 +84,8 @@ class Part(Struct, frozen=True, kw_only=True):
 
     code: WorkerCode
     modules: tuple[Module, ...]
+    files: Mapping[str, str] = {}
+    """The text of those of its assets that say how the others are served, by name."""
     name: str = ""
     """Of one that shares the process: its instance's id."""
     number: int = 0
@@ -93,6 +96,11 @@ class Part(Struct, frozen=True, kw_only=True):
         """Where its modules are, as `embed` is told."""
         return f"{WORKERS[1:]}/{self.name}" if self.name else MODULES[1:]
 
+    @property
+    def front(self) -> str:
+        """The service that gets its requests."""
+        return self.own("assets" if self.code.worker.assets is not None else "main")
+
     def own(self, what: str) -> str:
         """Return the name of a service or a socket of its own."""
         return f"{self.name}/{what}" if self.name else what
@@ -102,14 +110,14 @@ class Part(Struct, frozen=True, kw_only=True):
         return f"{VARIABLE}{self.number}_{name}" if self.name else VARIABLE + name
 
 
-def configuration(code: WorkerCode, modules: Iterable[Module], *, memory_bytes: int) -> str:
+def configuration(code: WorkerCode, modules: Iterable[Module], *, memory_bytes: int, files: Mapping[str, str] = {}) -> str:
     """Return that of a process with one worker, which listens by itself.
 
     Raises Invalid: the main module is not among `modules`, or they are too many or too large.
     """
-    part = Part(code=code, modules=_ordered(code.worker.main, modules))
+    part = Part(code=code, modules=_ordered(code.worker, modules), files=files)
     services = _services(part)
-    sockets = [f'(name = "http", address = "*:{code.port}", {_HTTP}, service = "main")']
+    sockets = [f'(name = "http", address = "*:{code.port}", {_HTTP}, service = {quoted(part.front)})']
     if code.alive_port is not None:
         services.append(service("alive", f"worker = {_inner('alive.js', _ALIVE_CODE)}"))
         sockets.append(f'(name = "alive", address = "*:{code.alive_port}", http = (), service = "alive")')
@@ -117,9 +125,9 @@ def configuration(code: WorkerCode, modules: Iterable[Module], *, memory_bytes: 
     return _config(services, sockets, heap_mib, '(stdoutPrefix = "", stderrPrefix = "")')
 
 
-def part_of(code: WorkerCode, modules: Iterable[Module], *, name: str, number: int) -> Part:
+def part_of(code: WorkerCode, modules: Iterable[Module], *, name: str, number: int, files: Mapping[str, str] = {}) -> Part:
     """Return what a worker is among others. Raises Invalid as `configuration` does."""
-    return Part(code=code, modules=_ordered(code.worker.main, modules), name=name, number=number)
+    return Part(code=code, modules=_ordered(code.worker, modules), files=files, name=name, number=number)
 
 
 def shared_configuration(parts: Sequence[Part], *, heap_mib: int) -> str:
@@ -135,7 +143,7 @@ def shared_configuration(parts: Sequence[Part], *, heap_mib: int) -> str:
     sockets = ['(name = "watch", http = (), service = "alive")']
     for part in parts:
         services += _services(part)
-        sockets.append(f"(name = {quoted(part.own('http'))}, {_HTTP}, service = {quoted(part.own('main'))})")
+        sockets.append(f"(name = {quoted(part.own('http'))}, {_HTTP}, service = {quoted(part.front)})")
         if part.code.alive_port is not None:
             sockets.append(f'(name = {quoted(part.own("alive"))}, http = (), service = "alive")')
     return _config(
@@ -152,6 +160,13 @@ def _services(part: Part) -> list[str]:
         address = quoted(f"unix:{SERVICES}/{SERVICES_SOCKET}")
         name = part.own(f"service-{binding.binding}")
         services.append(service(name, f"external = (address = {address}, http = (injectRequestHeaders = [{header}]))"))
+    if worker.assets is not None:
+        config = assets_config(worker.assets, part.files)
+        path = f"/{part.directory}/{assets_directory(worker.assets)}"
+        user = quoted(part.own("main"))
+        services.append(
+            service(part.own("assets"), f"assets = (path = {quoted(path)}, config = {quoted(config)}, userWorker = {user})")
+        )
     if worker.stateful:
         services.append(service("state", f"disk = (path = {quoted(STATE)}, writable = true)"))
     return services + stores(worker)
@@ -181,13 +196,13 @@ def variables(code: WorkerCode, env: Sequence[tuple[str, str]], part: Part | Non
 
 def experimental(code: WorkerCode) -> bool:
     """Whether workerd must be told to allow what may still change."""
-    return bool(stores(code.worker))
+    return code.worker.assets is not None or bool(stores(code.worker))
 
 
-def _ordered(main: str, modules: Iterable[Module]) -> tuple[Module, ...]:
+def _ordered(worker: Worker, modules: Iterable[Module]) -> tuple[Module, ...]:
     """Return what can be imported, the main module first, as workerd wants it."""
-    name = main.removeprefix("./")
-    found = sorted(module for module in modules if module.kind is not None)
+    name = worker.main.removeprefix("./")
+    found = sorted(module for module in modules if module.kind is not None and not is_asset(worker, module.path))
     if len(found) > MODULES_MAX or sum(module.size_bytes for module in found) > MODULES_BYTES_MAX:
         raise Invalid(
             f"worker.files: more than {MODULES_MAX} modules or {MODULES_BYTES_MAX >> 20} MiB of them",
@@ -212,6 +227,9 @@ def _main(part: Part) -> str:
     bindings += [
         f"(name = {quoted(each.binding)}, durableObjectNamespace = {quoted(each.class_name)})" for each in worker.durable_objects
     ]
+    if worker.assets is not None and worker.assets.binding is not None:
+        files = f'(name = {quoted(part.own("assets"))}, entrypoint = "AssetWorker")'
+        bindings.append(f"(name = {quoted(worker.assets.binding)}, service = {files})")
     for namespace in worker.kv:
         props = quoted(json.dumps({"namespace": namespace.id or namespace.binding}))
         bindings.append(f'(name = {quoted(namespace.binding)}, kvNamespace = (name = "kv", props = (json = {props})))')

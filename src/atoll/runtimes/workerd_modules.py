@@ -6,13 +6,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from atoll.model.errors import ImageError, RuntimeFailed
-from atoll.model.worker import MODULES
+from atoll.model.errors import ImageError, Invalid, RuntimeFailed
+from atoll.model.worker import MODULES, Worker
 from atoll.runtimes.mounts import MNT_DETACH, MS_NODEV, MS_NOSUID, MS_RDONLY, descriptor, mount, open_beneath, unmount
 from atoll.runtimes.oci_box import open_root
+from atoll.runtimes.workerd_assets import RULES, RULES_BYTES_MAX, assets_directory
 from atoll.runtimes.workerd_config import MODULES_MAX, Module
 
 FILES_MAX = 20 * MODULES_MAX
@@ -39,6 +40,22 @@ def list_modules(root: Path) -> list[Module]:
                         found.append(Module(path, status.st_size))
                     if len(found) > FILES_MAX:
                         raise ImageError(f"the worker has more than {FILES_MAX} files", mend="leave out what it does not import")
+    return found
+
+
+def read_rules(root: Path, worker: Worker) -> dict[str, str]:
+    """Return the text of the files that say how a worker's assets are served. Raises Invalid for one that is too large."""
+    found: dict[str, str] = {}
+    if worker.assets is None:
+        return found
+    with descriptor(open_root(root)) as fd:
+        for name in RULES:
+            path = f"{MODULES}/{assets_directory(worker.assets)}/{name}"
+            with suppress(FileNotFoundError, NotADirectoryError), open(open_beneath(fd, path, os.O_RDONLY), "rb") as file:
+                data = file.read(RULES_BYTES_MAX + 1)
+                if len(data) > RULES_BYTES_MAX:
+                    raise Invalid(f"worker.assets: {name} has more than {RULES_BYTES_MAX} bytes", field="worker.assets")
+                found[name] = data.decode(errors="replace")
     return found
 
 

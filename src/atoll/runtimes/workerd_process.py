@@ -27,11 +27,12 @@ from atoll.runtimes.workerd_config import (
     HEAP_BESIDE_BYTES,
     SERVICES,
     WORKERS,
+    experimental,
     part_of,
     shared_configuration,
     variables,
 )
-from atoll.runtimes.workerd_modules import list_modules
+from atoll.runtimes.workerd_modules import list_modules, read_rules
 from atoll.runtimes.workerd_output import Output, Pipes
 from atoll.runtimes.workerd_root import PROGRAM
 from atoll.runtimes.workerd_sharing import Member, Unready
@@ -390,7 +391,8 @@ class Processes:
         parts, env, named = [], [], [("watch", FIRST)]
         for number, sharer in enumerate(sharers):
             record = sharer.record
-            part = part_of(record.code, list_modules(record.root), name=record.id, number=number)
+            rules = read_rules(record.root, record.code.worker)
+            part = part_of(record.code, list_modules(record.root), name=record.id, number=number, files=rules)
             parts.append(part)
             env += variables(record.code, record.env, part)
             for what in ("http",) if record.code.alive_port is None else ("http", "alive"):
@@ -399,6 +401,7 @@ class Processes:
         if self._services is not None and any(sharer.record.code.worker.services for sharer in sharers):
             mounts.append(Mount(self._services, SERVICES, read_only=True))
         eldest = sharers[0].record
+        allowed = ["--experimental"] if any(experimental(sharer.record.code) for sharer in sharers) else []
         options = [word for name, fd in named for word in ("-S", f"{name}={fd}")]
         memory_bytes = [sharer.record.limits.memory_bytes for sharer in sharers]
         output = self._directory / f"{id}.out"
@@ -406,7 +409,7 @@ class Processes:
             id=id,
             directory=self._directory / id,
             image=Image(reference="", digest="", config=ImageConfig(), layers=()),
-            argv=(PROGRAM, "serve", *options, "--control-fd", str(FIRST + sockets), f"/{CONFIG}"),
+            argv=(PROGRAM, "serve", *allowed, *options, "--control-fd", str(FIRST + sockets), f"/{CONFIG}"),
             env=tuple(env),
             workdir="/",
             user="",

@@ -28,7 +28,8 @@ from atoll.runtimes.mounts import bind
 from atoll.runtimes.oci_box import explain, write_private
 from atoll.runtimes.rootfs import remove_root
 from atoll.runtimes.signals import signal_number
-from atoll.runtimes.workerd_config import part_of
+from atoll.runtimes.workerd_assets import is_asset
+from atoll.runtimes.workerd_config import MODULES_BYTES_MAX, part_of
 from atoll.runtimes.workerd_modules import copy_modules, list_modules, merged
 from atoll.runtimes.workerd_output import Output
 from atoll.runtimes.workerd_process import (
@@ -110,7 +111,11 @@ class SharedWorkers:
             with merged(box.image.layers, record.root) as root:
                 modules = list_modules(root)
             part = part_of(record.code, modules, name=record.id, number=0)
-            copy_modules(box.image.layers, part.modules, target)
+            assets = [module for module in modules if is_asset(record.code.worker, module.path)]
+            if sum(module.size_bytes for module in assets) > MODULES_BYTES_MAX:
+                text = f"worker.assets: more than {MODULES_BYTES_MAX >> 20} MiB, which a worker that shares its process cannot have"
+                raise Invalid(text, field="worker.assets", mend="leave worker.shared out")
+            copy_modules(box.image.layers, [*part.modules, *assets], target)
             bind(record.root, record.root, read_only=True)
             write_private(self._path(record.id), encode(record))
         except OSError as error:
