@@ -40,7 +40,9 @@ pytestmark = pytest.mark.system
 
 BY_TOOL = "0"
 """The parent of a command that a tool has started, as it is seen inside: none."""
-on_the_node_s_kernel = pytest.mark.parametrize("world", [name for name in REAL if name != "gvisor"], indirect=True)
+KINDS = ("runc", "lxc", "gvisor")
+"""An usher comes to crun's instances exactly as to runc's."""
+on_the_node_s_kernel = pytest.mark.parametrize("world", [name for name in KINDS if name != "gvisor"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return layer
 
 
-@pytest.fixture(params=[*REAL])
+@pytest.fixture(params=KINDS)
 async def world(request: pytest.FixtureRequest, layer: Path, tmp_path: Path) -> AsyncIterator[World]:
     world = real_world(request.param, tmp_path, layer)
     world.attended = True
@@ -63,6 +65,7 @@ async def usher_of(world: World, id: str) -> str:
     return (await world.shell(id, "echo $PPID"))[1].strip()
 
 
+@pytest.mark.parametrize("world", REAL, indirect=True)
 async def test_one_usher_starts_every_command_of_the_instance_s_own_user(world: World) -> None:
     await world.launch("a", "run")
     usher = await usher_of(world, "a")
