@@ -21,9 +21,11 @@ from atoll.model.spec import AppSpec, check_app
 from atoll.model.worker import Worker
 from atoll.node.moves import describe_exit
 from atoll.runtimes.workerd_config import Module, part_of, shared_configuration, variables
+from atoll.runtimes.workerd_making import Processes
+from atoll.runtimes.workerd_members import Member, Process, Unready, groups
 from atoll.runtimes.workerd_output import Output, Pipes
-from atoll.runtimes.workerd_process import Processes, Sharer, WorkerRecord, without
-from atoll.runtimes.workerd_sharing import Member, Process, Sharing, Unready, groups
+from atoll.runtimes.workerd_sharer import Sharer, WorkerRecord, without
+from atoll.runtimes.workerd_sharing import Sharing
 from atoll.runtimes.workerd_sockets import Activity
 
 KILLED = Exit(code=137, at=0.0, signal="SIGKILL")

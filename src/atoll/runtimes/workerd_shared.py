@@ -30,21 +30,13 @@ from atoll.runtimes.rootfs import remove_root
 from atoll.runtimes.signals import signal_number
 from atoll.runtimes.workerd_assets import is_asset
 from atoll.runtimes.workerd_config import MODULES_BYTES_MAX, part_of
+from atoll.runtimes.workerd_making import Processes, ProcessRecord, is_process, number_of, read_record
+from atoll.runtimes.workerd_members import Member
 from atoll.runtimes.workerd_modules import copy_modules, list_modules, merged
 from atoll.runtimes.workerd_output import Output
-from atoll.runtimes.workerd_process import (
-    Boxes,
-    Processes,
-    ProcessRecord,
-    Sharer,
-    WorkerProcess,
-    WorkerRecord,
-    is_process,
-    number_of,
-    read_record,
-    remove_box,
-)
-from atoll.runtimes.workerd_sharing import APART_S, Member, Sharing
+from atoll.runtimes.workerd_process import Boxes, WorkerProcess, remove_box
+from atoll.runtimes.workerd_sharer import Sharer, WorkerRecord
+from atoll.runtimes.workerd_sharing import APART_S, Sharing
 from atoll.runtimes.workerd_sockets import FIRST, Listening, listening, name_of, take
 
 SAMPLE_S = 1.0
@@ -295,7 +287,7 @@ class SharedWorkers:
                 sockets.let_go()
         pipes = {member.id: member.pipes for member in members if isinstance(member, Sharer)}
         output = Output(self._processes / f"{record.id}.out", pipes)
-        return WorkerProcess(self._boxes, record, pid, members, output, watch, path)
+        return WorkerProcess(self._boxes, record.id, pid, members, output, watch, path)
 
     def _drop_strays(self, known: set[str]) -> None:
         for path in (*self._processes.glob("*.json"), *self._processes.glob("*.out")):
