@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 POLICIES = ("pack", "spread", "pack-fifo", "near")
 WHOLE = "through API, controllers, scheduler, failure detection and light agents; a start takes 1 s on its node"
 ALONE = "by the scheduler alone: no API, controllers, agents or detection, a failure is known at once"
+TELL_S = 30.0
+"""Between two words about the progress, where there is no terminal to show it on."""
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -111,16 +113,20 @@ def _progress(trace: Trace, policy: str, status: Status) -> Callable[[float, flo
     """Return what shows how far a replay is, about once a second, and how long the rest will take."""
     from atoll.model.units import format_seconds
 
-    began = shown = time.monotonic()
+    began = shown = told = time.monotonic()
 
     def show(share: float, at_s: float) -> None:
-        nonlocal shown
+        nonlocal shown, told
         now = time.monotonic()
         if now - shown < 1.0:
             return
         shown = now
         left = format_seconds(round((now - began) * (1 - share) / share)) if share > 0 else "?"
-        status.update(f"{_what(trace)}: {policy}, {share:.0%}, simulated {format_seconds(round(at_s))}, about {left} left")
+        text = f"{policy}, {share:.0%}, simulated {format_seconds(round(at_s))}, about {left} left"
+        status.update(f"{_what(trace)}: {text}")
+        if not status.console.is_terminal and now - told >= TELL_S:
+            told = now
+            status.console.print(text, highlight=False)
 
     return show
 

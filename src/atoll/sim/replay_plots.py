@@ -82,6 +82,7 @@ def _starts(plot: Any, reports: Sequence[Report]) -> Any:
         axis.set_ylim(0, 102)
         if found:
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             left, right = axis.get_xlim()
             axis.set_xlim(min(left, 0.5), max(right, 20.0))
         else:
