@@ -15,15 +15,15 @@ from atoll.entry.config import Config
 from atoll.entry.scratch import free_port
 from atoll.entry.server import main as serve
 from atoll.model import codec
-from atoll.model.errors import Conflict, Forbidden, NotFound, StaleRevision, Unauthenticated, Unavailable
+from atoll.model.errors import Conflict, Forbidden, Invalid, NotFound, StaleRevision, Unauthenticated, Unavailable
 from atoll.model.ports.control_plane import StreamKind, StreamRequest
 from atoll.model.records import Capacity, Heartbeat, Ingress, Node, Role, Status, Usage
 from atoll.model.rollouts import RolloutOrder, RolloutPhase
-from atoll.model.spec import AppSpec, CanaryStep, JobSpec, Port, Rollout, RuntimeName, Strategy
+from atoll.model.spec import AppSpec, CanaryStep, JobSpec, Port, Quota, Rollout, RuntimeName, Strategy
 from atoll.model.states import Phase
 from atoll.model.streams import ErrorBody, ExecOptions, Kind, LogLine, LogOptions, pack, unpack
 from atoll.model.traffic import Counts, ReleaseTraffic, TrafficReport
-from atoll.model.views import RolloutView, TokenRequest
+from atoll.model.views import LabelRequest, RolloutView, TaintRequest, TokenRequest
 from atoll.sdk.client import Client
 from atoll.sdk.context import load
 from atoll.sdk.control_plane import HttpControlPlane
@@ -139,6 +139,13 @@ async def test_every_list_and_view_is_understood(world: World) -> None:
     assert [secret.name for secret in await client.secrets("default")] == ["db"]
     assert (await client.put_project("shop")).name == "shop"
     assert {project.name for project in await client.projects()} >= {"shop"}
+    assert (await client.set_quota("shop", Quota(instances=3))).quota == Quota(instances=3)
+    quota = await client.quota("default")
+    assert (quota.quota, quota.used.instances, quota.used.cpu_milli) == (None, 1, 100)
+    assert (await client.label("n1", LabelRequest(labels={"rack": "a7"}))).node.labels == {"rack": "a7"}
+    assert (await client.taint("n1", TaintRequest(add=("spot:PreferNoSchedule",)))).node.taints == ("spot:prefer-no-schedule",)
+    with pytest.raises(Invalid, match="no taint 'other'"):
+        await client.taint("n1", TaintRequest(remove=("other",)))
     assert (await client.create_job(JobSpec(name="sum", image="x/y"))).job.name == "sum"
     with pytest.raises(Conflict):
         await client.create_job(JobSpec(name="sum", image="x/y"))
