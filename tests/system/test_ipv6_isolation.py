@@ -427,22 +427,21 @@ def written(directory: Path) -> dict[str, int]:
     return {one["name"]: len(one.get("elem", ())) for one in sets}
 
 
-async def test_a_start_writes_no_more_into_the_firewall_than_without_ipv6(network: LinkNetwork, tmp_path: Path) -> None:
+async def test_a_start_writes_no_more_into_the_firewall_than_without_ipv6(tmp_path: Path, ula: str) -> None:
     rules = NetworkRules(ingress=(Allow(cidr="10.0.0.0/8"),), packets=50)
-    plain = LinkNetwork(f"10.124.{random.randrange(256)}.0/24", tmp_path / "plain", prepared=2, resolver_sources=())
-    try:
-        for each in (network, plain):
-            while each.ready < 2:
-                await asyncio.sleep(0.02)
-            await each.attach("a", project="p", ports=(WEB, TALK), rules=rules)
-            while each.ready < 2:
-                await asyncio.sleep(0.02)
-        found = await asyncio.to_thread(written, tmp_path / "network")
-        assert found == await asyncio.to_thread(written, tmp_path / "plain")
-        assert found["inbound"] == 2
-    finally:
-        await plain.recover(())
-        await plain.close()
+    found = {}
+    for name, network_of_cell in (("with", ula), ("without", "")):
+        subnet = f"10.124.{random.randrange(256)}.0/24"
+        network = LinkNetwork(subnet, tmp_path / name, prepared=0, resolver_sources=(), ula=network_of_cell)
+        try:
+            link = await network.attach("a", project="p", ports=(WEB, TALK), rules=rules)
+            assert (link.ipv6 is not None) == (name == "with")
+            found[name] = await asyncio.to_thread(written, tmp_path / name)
+        finally:
+            await network.recover(())
+            await network.close()
+    assert found["with"] == found["without"]
+    assert found["with"]["inbound"] == 2
 
 
 async def test_half_a_wall_lets_nothing_through(network: LinkNetwork, tmp_path: Path, subnet: str, ula: str) -> None:
