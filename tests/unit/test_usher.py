@@ -15,6 +15,10 @@ import msgspec
 import pytest
 
 from atoll.model.errors import CommandNotFound, DeadlineExceeded, RuntimeFailed, Unavailable
+from atoll.model.ports.images import Image, ImageConfig
+from atoll.model.records import Assignment, Instance, OwnerKind
+from atoll.model.spec import AppSpec, JobSpec
+from atoll.node.compose import compose
 from atoll.runtimes.exec_tool import ExecFiles
 from atoll.runtimes.native import guest_path
 from atoll.runtimes.oci import process
@@ -81,6 +85,31 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("workload", "attended"),
+    [
+        (JobSpec(name="try", image="x", sandbox=True), True),
+        (JobSpec(name="sum", image="x"), False),
+        (AppSpec(name="web", image="x"), False),
+    ],
+)
+def test_sandboxes_are_attended_and_nothing_else_is(workload: AppSpec | JobSpec, attended: bool, tmp_path: Path) -> None:
+    kind = OwnerKind.JOB if isinstance(workload, JobSpec) else OwnerKind.APP
+    instance = Instance(id="i-1", project="default", owner_kind=kind, owner=workload.name, created_at=0.0, node="n")
+    box = compose(
+        Assignment(instance=instance, workload=workload, revision=1),
+        node="n",
+        directory=tmp_path,
+        image=Image(reference="x", digest="sha256:0", config=ImageConfig(entrypoint=("run",)), layers=()),
+        link=None,
+        secrets={},
+        mounts=(),
+        stdout=tmp_path / "out",
+        stderr=tmp_path / "err",
+    )
+    assert box.attended is attended
 
 
 async def test_a_command_that_is_not_there_is_named_and_the_usher_stays(place: Place) -> None:
