@@ -233,9 +233,10 @@ def _main(part: Part) -> str:
     for namespace in worker.kv:
         props = quoted(json.dumps({"namespace": namespace.id or namespace.binding}))
         bindings.append(f'(name = {quoted(namespace.binding)}, kvNamespace = (name = "kv", props = (json = {props})))')
-    for queue in [queue for queue in worker.queues if queue.binding is not None]:
-        props = quoted(json.dumps({"queue": queue.queue}))
-        bindings.append(f'(name = {quoted(queue.binding)}, queue = (name = "queues", props = (json = {props})))')
+    for queue in worker.queues:
+        if queue.binding is not None:
+            props = quoted(json.dumps({"queue": queue.queue}))
+            bindings.append(f'(name = {quoted(queue.binding)}, queue = (name = "queues", props = (json = {props})))')
     embedded = [f"(name = {quoted(m.path)}, {m.kind} = embed {quoted(f'{part.directory}/{m.path}')})" for m in part.modules]
     lines = [
         listed("modules", [*(_before(part) if part.name else ()), *embedded]),

@@ -23,6 +23,7 @@ from atoll.runtimes.workerd_config import (
     HEAP_BESIDE_BYTES,
     SERVICES,
     WORKERS,
+    Part,
     experimental,
     part_of,
     shared_configuration,
@@ -121,7 +122,9 @@ class Processes:
 
     def _box(self, id: str, sharers: Sequence[Sharer], sockets: int) -> tuple[Box, str]:
         """Return the box and workerd's configuration. Blocking."""
-        parts, env, named = [], [], [("watch", FIRST)]
+        parts: list[Part] = []
+        env: list[tuple[str, str]] = []
+        named = [("watch", FIRST)]
         for number, sharer in enumerate(sharers):
             record = sharer.record
             rules = read_rules(record.root, record.code.worker)

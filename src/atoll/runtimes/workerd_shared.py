@@ -237,9 +237,9 @@ class SharedWorkers:
         self._drop_strays({each.id for each in processes})
         instances = [each for each in found if not is_process(each.id)]
         for id, record in self._records.items():
-            sharer = self._sharers.get(id)
-            process = self._sharing(record.code.project).process_of(sharer) if sharer is not None else None
-            instances.append(Found(id=id, pid=process.pid if process else None, exit=record.exit))
+            known = self._sharers.get(id)
+            server = self._sharing(record.code.project).process_of(known) if known is not None else None
+            instances.append(Found(id=id, pid=server.pid if server else None, exit=record.exit))
         return instances
 
     def _read(self, path: Path) -> None:
