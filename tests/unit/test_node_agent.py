@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from atoll.images.fake import FakeImages
 from atoll.model.errors import Exhausted, ImageError, RuntimeFailed, Unavailable
+from atoll.model.fabric import ipv6_of
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.images import ImageConfig
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
@@ -318,6 +319,22 @@ async def test_a_new_agent_adopts_what_runs_and_replays_a_missed_exit(world: Wor
     assert failed.exit.signal == "SIGSEGV"
     assert world.control.statuses[ended].exit is not None
     assert world.control.statuses[ended].exit.signal == "SIGABRT"
+
+
+async def test_an_instance_is_reported_with_its_ipv6_address_for_as_long_as_it_has_it(world: World) -> None:
+    world.links.ula = "fd00:a70:1::/48"
+    async with world.agent():
+        id = world.app("web-1")
+        status = await world.phase(id, Phase.RUNNING)
+        assert status.address is not None
+        assert status.ipv6 == ipv6_of(world.links.ula, status.address)
+    async with world.agent():
+        await world.control.until(lambda c: len(c.heartbeats) > 1)
+        assert world.control.statuses[id].ipv6 == status.ipv6
+    world.links.links[id] = replace(world.links.links[id], ipv6=None)  # as by an agent that is told to do without
+    async with world.agent():
+        await world.control.until(lambda c: c.statuses[id].ipv6 is None)
+        assert world.control.statuses[id].address == status.address
 
 
 async def test_a_new_agent_removes_what_is_not_recorded(world: World) -> None:
