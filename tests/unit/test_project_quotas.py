@@ -12,14 +12,14 @@ from test_cli_draining import call
 from atoll.api.service.access import SYSTEM
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import NotFound
-from atoll.model.records import Capacity, Node, Project
-from atoll.model.spec import AppSpec, Gpu, Quota, Resources, RuntimeName, Scale
+from atoll.model.records import Capacity, Instance, Node, Project
+from atoll.model.spec import AppSpec, Gpu, JobSpec, Quota, Resources, RuntimeName, Scale
 from atoll.model.units import Bytes, Cores
 from atoll.model.views import QuotaUse
 from atoll.sdk.fake import FakeApi
 from atoll.sim.loop import run_virtual
 from atoll.sim.replay_cell import Cell
-from atoll.sim.replay_fleet import Fleet
+from atoll.sim.replay_fleet import RUN, Fleet
 
 GIB = 1 << 30
 SIZE = Resources(cpu=Cores(0.5), memory=Bytes(GIB), gpu=Gpu(count=0.25))
@@ -37,7 +37,12 @@ def test_what_a_project_holds_is_counted_as_the_scheduler_counts_and_what_waits_
     async def main() -> None:
         async with Cell(chance) as cell:
             service = cell.service
-            fleet = Fleet([machine()], service.control_plane, cell.detection, cell.clock, lambda after_s, node, instance: None)
+            loop = asyncio.get_running_loop()
+
+            def ends_at(after_s: float, node: str, instance: str) -> None:
+                loop.call_later(after_s, lambda: fleet.end(node, instance))
+
+            fleet = Fleet([machine()], service.control_plane, cell.detection, cell.clock, ends_at)
             await fleet.start()
             await service.projects.put("shop")
             await service.projects.set_quota("shop", Quota(memory=Bytes(3 * GIB)))
@@ -58,6 +63,12 @@ def test_what_a_project_holds_is_counted_as_the_scheduler_counts_and_what_waits_
             view = service.quotas.get("shop")
             # The device of the one node is full: that is not the quota's doing.
             assert (view.quota, view.used.instances, view.waiting) == (None, 3, 0)
+            await service.jobs.create(SYSTEM, JobSpec(name="sum", project="shop", image="x", command=(RUN, "3")))
+            await asyncio.sleep(2)
+            assert service.quotas.get("shop").used.instances == 4
+            await asyncio.sleep(5)
+            assert len([key for key in cell.state.records(Instance) if key.startswith("shop/sum")]) == 1
+            assert service.quotas.get("shop").used.instances == 3, "what has ended is kept with its job, and holds nothing"
             await service.apps.delete("shop", "web")
             await asyncio.sleep(5)
             assert service.quotas.get("shop").used == QuotaUse()
