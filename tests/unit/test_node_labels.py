@@ -194,6 +194,17 @@ def test_the_command_line_says_shows_and_takes_away(api: FakeApi, tmp_path: Path
     assert "disk   hdd    its agent" in call(api, tmp_path, "nodes", "label", "n1").stdout
 
 
+def test_nodes_are_listed_by_their_labels_with_their_taints(api: FakeApi, tmp_path: Path) -> None:
+    api.put("nodes", "n2", node("n2", site="fra"))
+    call(api, tmp_path, "nodes", "label", "n2", "rack=a7")
+    assert "TAINTS" in call(api, tmp_path, "nodes").stdout
+    assert "spot" in call(api, tmp_path, "nodes").stdout
+    for rules, there in (("rack=a7", ["n2"]), ("rack!=a7", ["n1"]), ("site=fra,arch=amd64", ["n2"]), ("disk=ssd", [])):
+        found = json.loads(call(api, tmp_path, "nodes", "list", "--where", rules, "--json").stdout)
+        assert [view["node"]["name"] for view in found] == there
+    assert "is no rule on a label" in call(api, tmp_path, "nodes", "list", "--where", "rack").stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -22,21 +22,31 @@ def nodes() -> None:
     """Show the machines; label and taint them; take one out of use with cordon or drain."""
 
 
-@command(name="list", example="atoll nodes list --json")
-async def list_nodes(session: Session) -> None:
+@command(name="list", example="atoll nodes list --json\natoll nodes list --where 'rack=a7,arch!=arm64'")
+@click.option("--where", metavar="RULES", help="Only those with these labels: label=value or label!=value, with commas.")
+async def list_nodes(session: Session, where: str | None) -> None:
     """List the nodes, with what is reserved on each."""
+    from atoll.model.evacuation import labels_of
+    from atoll.model.maintenance import selects
+
     async with session.client() as client:
         views = await client.nodes()
+        if where is not None:
+            views = [view for view in views if selects(where, labels_of(view.node))]
         braked = await _brake(client) if any(view.health != "ready" for view in views) else None
     if session.json:
         session.output.json(views)
         return
     columns: tuple[str, ...] = ("NODE", "STATE", "INSTANCES>", "CPU", "MEMORY", "GPUS", "SITE?", "REGION?", "VERSION?", "RUNTIMES")
     rows = [_row(view) for view in views]
+    if any(view.node.taints for view in views):
+        columns = (*columns[:-1], "TAINTS?", columns[-1])
+        rows = [(*row[:-1], " ".join(view.node.taints) or "–", row[-1]) for row, view in zip(rows, views, strict=True)]
     if not any(view.node.capacity.gpus for view in views):
         at = columns.index("GPUS")
         columns, rows = columns[:at] + columns[at + 1 :], [row[:at] + row[at + 1 :] for row in rows]
-    session.output.table(columns, rows, empty="no nodes; start one: atoll agent, or all: atoll up")
+    none = "no nodes; start one: atoll agent, or all: atoll up" if where is None else "no node has these labels"
+    session.output.table(columns, rows, empty=none)
     if braked is not None:
         session.output.say(_braked(braked))
 
