@@ -38,6 +38,7 @@ from atoll.model.ports.clock import SystemClock
 from atoll.model.spec import Allow, NetworkRules
 from atoll.model.spec.network import check_network
 from atoll.network import firewall, ipv6_rules
+from atoll.network.checks import drops_forwarded
 from atoll.network.counted import EGRESS, PORT, Counted, flows_of, keys_of
 from atoll.network.fabric import FILE, Kept, load, settle
 from atoll.network.names import ANSWERS_IPV6_MAX, Directory, NameServer
@@ -235,6 +236,20 @@ def test_an_older_kernel_forwards_and_goes_on_to_hear_of_its_routers(tmp_path: P
     assert read_sysctl("ipv6/conf/all/forwarding", made) == "1"
     assert [read_sysctl(f"ipv6/conf/{link}/accept_ra", made) for link in ("all", "eth0", "eth1", "lo")] == ["1", "2", "0", ""]
     assert not forward_ipv6(made)
+
+
+@pytest.mark.parametrize(
+    ("rules", "drops"),
+    [
+        ("", False),
+        ("-P INPUT DROP\n-P FORWARD ACCEPT\n", False),
+        ("-P FORWARD DROP\n-A FORWARD -i docker0 -j ACCEPT\n", True),
+        ("-P FORWARD DROP\n-N DOCKER-USER\n-A FORWARD -j DOCKER-USER\n-A DOCKER-USER -i at+ -j ACCEPT\n", False),
+        ("-P FORWARD DROP\n-A FORWARD -i at+ -j DROP\n", True),
+    ],
+)
+def test_other_softwares_rules_that_drop_what_is_forwarded_are_seen(rules: str, drops: bool) -> None:
+    assert drops_forwarded(rules) is drops
 
 
 def test_forwarding_that_somebody_turned_off_is_on_again(tmp_path: Path) -> None:

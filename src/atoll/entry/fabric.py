@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from pathlib import Path
 
+import structlog
 from msgspec.structs import replace
 
 from atoll.entry.config import SUBNET_FORMER, Config, is_loopback
@@ -13,12 +15,14 @@ from atoll.entry.process import Stop
 from atoll.model.fabric import FabricOffer, node_address
 from atoll.model.ports.clock import Clock
 from atoll.model.records import CELL_PROJECT, Event, Severity
+from atoll.network.checks import ipv6_off
 from atoll.network.claims import hold_subnet
 from atoll.network.fabric import NodeFabric, load, names_served, settle
 from atoll.network.links import LinkNetwork
-from atoll.network.sysctls import no_ipv6
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.transport import addresses_of
+
+log = structlog.get_logger()
 
 _NOWHERE = "192.0.2.1"
 """An address of documentation: asked only which of this machine's addresses would be used towards the world."""
@@ -53,7 +57,10 @@ async def enter(
     hold_subnet(subnet, f"process {os.getpid()} ({config.data})")  # for as long as this process lives
     names = names_served(node_address(subnet))
     kept = load(directory)
-    ula = kept.grant.ula if kept is not None and not config.no_ipv6 and not no_ipv6() else ""
+    ula = kept.grant.ula if kept is not None and not config.no_ipv6 else ""
+    if ula and (why := (await asyncio.to_thread(ipv6_off))[0]):
+        log.warning("network.no-ipv6", message=f"instances have no IPv6: {why}")
+        ula = ""
     network = LinkNetwork(subnet, directory, names=names, ula=ula)
     offer = replace(offer, ipv6=bool(ula))
 

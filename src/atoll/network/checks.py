@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import subprocess
 from pathlib import Path
 
 from msgspec import Struct
@@ -16,6 +17,8 @@ from atoll.network.sysctls import no_ipv6, read_sysctl
 
 _ADMIN_BITS = (12, 21)
 """CAP_NET_ADMIN and CAP_SYS_ADMIN in the kernel's numbers."""
+LISTING_S = 5.0
+"""The longest that other software's rules are waited for."""
 
 
 class Check(Struct, frozen=True):
@@ -81,10 +84,36 @@ def _forwarding() -> Check:
     return Check("IPv4 forwarding", None, "off; the agent turns it on when it starts, and leaves it on")
 
 
-def _ipv6() -> Check:
+def drops_forwarded(rules: str) -> bool:
+    """Return whether `rules`, as `ip6tables -S` prints them, drop what instances send each other: a policy of DROP, as Docker and
+    ufw set it, without the rules for our links that mend it."""
+    lines = [line.split() for line in rules.splitlines()]
+    mended = [line for line in lines if line[:1] == ["-A"] and line[-2:] == ["-j", "ACCEPT"] and "at+" in line]
+    return ["-P", "FORWARD", "DROP"] in lines and not mended
+
+
+def ipv6_off() -> tuple[str, str]:
+    """Return why instances of this machine are to have no IPv6, and what to do about it; nothing where they are to have it.
+
+    Where it would be dropped they have none: a name that means an address which does not answer is worse than one that does not.
+    """
     why = no_ipv6()
     if why:
-        return Check("IPv6 of instances", None, f"none: {why}", "sysctl -w net.ipv6.conf.all.disable_ipv6=0, if it is to be there")
+        return why, "sysctl -w net.ipv6.conf.all.disable_ipv6=0, if it is to be there"
+    try:
+        done = subprocess.run(["ip6tables", "-S"], capture_output=True, text=True, timeout=LISTING_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # not installed: then nobody's rules are there either
+        return "", ""
+    if drops_forwarded(done.stdout):
+        mend = "ip6tables -I FORWARD -i 'at+' -j ACCEPT; ip6tables -I FORWARD -o 'at+' -j ACCEPT; then start the agent again"
+        return "ip6tables drops what is forwarded, as Docker or ufw have it", mend
+    return "", ""
+
+
+def _ipv6() -> Check:
+    why, mend = ipv6_off()
+    if why:
+        return Check("IPv6 of instances", None, f"none: {why}", mend)
     if read_sysctl("ipv6/conf/all/force_forwarding"):
         return Check("IPv6 of instances", True, "within the cell, unless the agent is started with --no-ipv6")
     if read_sysctl("ipv6/conf/all/forwarding") != "0":
