@@ -43,7 +43,7 @@ class SharedWorld(WorkerWorld):
 
     def network(self, id: str) -> Path:
         if id not in self.networks:
-            path = namespaces.DIRECTORY / f"atoll-test-{uuid.uuid4().hex[:12]}"
+            path = namespaces.DIRECTORY / f"atoll-test-shared-{uuid.uuid4().hex[:12]}"
             namespaces.create(path, lambda: subprocess.run(["ip", "link", "set", "lo", "up"], check=True))
             self.networks[id] = path
         return self.networks[id]
@@ -102,10 +102,12 @@ class SharedWorld(WorkerWorld):
             await asyncio.sleep(0.1)
 
     async def close(self) -> None:
-        await super().close()
-        assert not list((self.directory / "runtime/shared").glob("*/*"))
-        for path in self.networks.values():
-            namespaces.remove(path)
+        try:
+            await super().close()
+            assert not list((self.directory / "runtime/shared").glob("*/*"))
+        finally:
+            for path in self.networks.values():
+                namespaces.remove(path)
 
 
 @pytest.fixture(scope="module")
