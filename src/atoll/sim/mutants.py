@@ -16,11 +16,11 @@ from msgspec import Struct
 from atoll.api.service import reports
 from atoll.control import nodes
 from atoll.control.detection.exchange import Exchange
-from atoll.control.heir import Heir
+from atoll.control.heir import Heir, Joins
 from atoll.control.judging import Traffic
 from atoll.control.leader import Term
 from atoll.control.loop import Loop
-from atoll.model.ports.store import Store
+from atoll.model.ports.store import Revision, Store
 from atoll.node import agent
 from atoll.sim import planted
 from atoll.sim.clock import VirtualClock
@@ -147,6 +147,14 @@ def _impatiently() -> Work:
     return work
 
 
+_take = Heir.take
+
+
+async def _taken_as_it_is(heir: Heir, at: Revision) -> Joins:
+    """Stands for `Heir.take`: what is kept ready is taken as far as it has come."""
+    return await _take(heir, Revision(0))
+
+
 MUTANTS = (
     Mutant(
         name="fence-dropped",
@@ -169,6 +177,12 @@ MUTANTS = (
         name="take-over-not-awaited",
         what="a new leader decides before it sees what the one before it wrote",
         parts=lambda: WithWork(_impatiently()),
+        shape=leaders_change,
+    ),
+    Mutant(
+        name="heir-not-awaited",
+        what="what is kept ready to lead is used before it holds what the leader before wrote",
+        patches=((Heir, "take", _taken_as_it_is),),
         shape=leaders_change,
     ),
     Mutant(

@@ -171,10 +171,13 @@ class Server:
 
         async def work(term: Term) -> None:
             self._story.mark("leader: rival's term")
-            await self._work(store, state, self.clock, self._choose, self.heard(), term, None, None, None)
+            try:
+                await self._work(store, state, self.clock, self._choose, self.heard(), term, None, None, heir)
+            finally:
+                heir.begin()
 
         try:
-            async with asyncio.timeout(span_s), State(store, KINDS) as state:
+            async with asyncio.timeout(span_s), State(store, KINDS) as state, Heir(state, self.clock) as heir:
                 await lead(store, self.clock, "rival", work)
         except (AtollError, TimeoutError):
             self._story.tell("the rival is gone")
