@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 from envoy.config.route.v3.route_components_pb2 import VirtualHost
+from msgspec import structs
 
+from atoll.api.service import KINDS, SYSTEM, Service
+from atoll.api.service.routing import routing_of
 from atoll.ingress.resources import Kind
 from atoll.ingress.table import RoutingTable
-from atoll.model import codec
+from atoll.model import codec, keys
 from atoll.model.errors import Invalid
+from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import RoutingBatch
-from atoll.model.records import Endpoint, Routing, Rule
-from atoll.model.spec import AppSpec, CanaryChoice, IngressRules, Port, check_app
+from atoll.model.records import App, AppPhase, AppStatus, Endpoint, Routing, Rule
+from atoll.model.rollouts import RolloutPhase, RolloutStatus
+from atoll.model.spec import AppSpec, CanaryChoice, CanaryStep, IngressRules, Port, Rollout, Strategy, check_app
+from atoll.store.cache import State
+from atoll.store.memory import MemoryStore
 
 
 @pytest.mark.parametrize(
@@ -69,3 +77,30 @@ def test_each_place_leads_to_the_new_release_first_for_who_chooses_it_and_only_w
         table.apply(RoutingBatch(2, False, (later,)))
         assert led(table) == [(["x-part"], plain), ([], plain)]
         assert set(ends) == {plain}
+
+
+async def test_there_is_a_release_to_choose_only_while_its_canary_rollout_is_under_way() -> None:
+    clock = SystemClock()
+    store = MemoryStore(clock)
+    async with State(store, KINDS) as state, Service(store, state, clock, random.Random(1), bytes(32), "apps.test") as service:
+        await service.projects.put("a")
+        rollout = Rollout(strategy=Strategy.CANARY, steps=(CanaryStep(weight=5),))
+        rules = IngressRules(canary=CanaryChoice(header="x-canary"))
+        spec = AppSpec(name="web", project="a", image="x.test/web:1", ports=(Port(port=80),), rollout=rollout, ingress=rules)
+        app = (await service.apps.put(SYSTEM, spec)).app
+
+        async def chosen(status: RolloutStatus, of: App = app) -> int:
+            record = AppStatus(project="a", name="web", phase=AppPhase.DEPLOYING, release=2, rollout=status)
+            await service.context.reach(await store.put(keys.app_status("a", "web"), codec.encode(record)))
+            routing = routing_of(state, of, (), "apps.test")
+            assert routing is not None
+            return routing.canary
+
+        for phase in RolloutPhase:
+            going = RolloutStatus(release=2, stable=1, strategy=Strategy.CANARY, phase=phase, weight=5)
+            assert await chosen(going) == (2 if phase.under_way else 0), phase
+        assert await chosen(RolloutStatus(release=2, stable=1, strategy=Strategy.BLUE_GREEN)) == 0
+        assert await chosen(RolloutStatus(release=1, stable=1, strategy=Strategy.CANARY)) == 0
+        unasked = structs.replace(app, spec=structs.replace(app.spec, ingress=None))
+        assert await chosen(RolloutStatus(release=2, stable=1, strategy=Strategy.CANARY), unasked) == 0
+    await store.close()
