@@ -41,6 +41,7 @@ from atoll.network import firewall, ipv6_rules
 from atoll.network.checks import drops_forwarded
 from atoll.network.counted import EGRESS, PORT, Counted, flows_of, keys_of
 from atoll.network.fabric import FILE, Kept, load, settle
+from atoll.network.ledger import Entry, Ledger
 from atoll.network.names import ANSWERS_IPV6_MAX, Directory, NameServer
 from atoll.network.rules import Ruled, elements_of
 from atoll.network.sysctls import forward_ipv6, read_sysctl, restore_forwarding
@@ -324,6 +325,19 @@ async def test_a_node_of_before_ipv6_asks_once_and_starts_whatever_the_answer(tm
     kept = load(tmp_path)
     assert kept is not None
     assert kept.keys_after == 3.0
+
+
+@pytest.mark.parametrize(("subnet", "expected"), [("10.9.0.0/16", "10.9.0.0/16"), ("", "10.64.0.0/16")])
+async def test_a_node_whose_instances_run_waits_for_nobody(tmp_path: Path, subnet: str, expected: str) -> None:
+    (tmp_path / FILE).write_bytes(b"damaged")
+    ledger = Ledger(tmp_path / "links")
+    ledger.open()
+    ledger.write([Entry(id="web-1", project="shop", number=2)])
+    ledger.close()
+    cell = Cell(Unavailable("away"))
+    offer = FabricOffer(subnet=subnet)
+    found = await settle(cell, "n1", offer, tmp_path, former="10.64.0.0/16", stopped=lambda: cell.asked > 0)
+    assert (found, cell.asked) == (expected, 0)
 
 
 def test_the_operator_can_do_without() -> None:

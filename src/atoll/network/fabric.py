@@ -76,15 +76,16 @@ async def settle(
 ) -> str | None:
     """Return the subnet of this node's instances: what the operator wants, what it has, or else what the cell gives.
 
-    Waits for the control plane only at a node's very first start; what it says is then in `directory` (`load`). `former` is what
-    nodes had before cells gave prefixes; None: told to stop.
+    Waits for the control plane only at a node's very first start; what it says is then in `directory` (`load`). Where instances run
+    already nothing is waited for: what the cell says is kept when it is heard, and IPv6 is there from the next start. `former` is
+    what nodes had before cells gave prefixes; None: told to stop.
     """
     kept = load(directory)
     if kept is not None:
         await _ask_for_ipv6(control, node, offer, directory, kept)
         return offer.subnet or kept.grant.prefix
-    if not offer.subnet and Ledger(directory / "links").load():
-        return former  # its instances run, with addresses of it
+    if Ledger(directory / "links").load():
+        return offer.subnet or former  # its instances run, with addresses of it
     while not stopped():
         try:
             grant = await control.join_fabric(node, offer)
