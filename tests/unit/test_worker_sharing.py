@@ -408,6 +408,8 @@ async def test_lines_go_to_whom_they_are_of_and_what_is_nobody_s_goes_to_all(tmp
         ({"durable_objects": [{"binding": "C", "class_name": "C"}]}, {}, "worker.shared"),
         ({"egress": ["192.0.2.0/24"]}, {}, "worker.egress"),
         ({}, {"network": {"egress": []}}, "network.egress"),
+        ({}, {"network": {"bandwidth": "1MiB"}}, "network.bandwidth"),
+        ({}, {"network": {"packets": 1000}}, "network.packets"),
         ({}, {"resources": {"memory": "8MiB"}}, "resources.memory"),
     ],
 )

@@ -350,3 +350,10 @@ def _check_shared(spec: AppSpec, worker: Worker) -> None:
             field="network.egress",
             mend="use worker.egress, or leave shared out",
         )
+    for name in ("bandwidth", "packets"):
+        if spec.network is not None and getattr(spec.network, name) is not None:
+            raise Invalid(
+                f"network.{name}: workers that share a process send by one network, so that it would hold for none of them alone",
+                field=f"network.{name}",
+                mend=f"leave {name} or worker.shared out",
+            )
