@@ -62,6 +62,13 @@ def test_a_whole_cell_places_a_quiet_trace_as_its_scheduler_alone_does(tmp_path:
     assert whole.gpu_mean == pytest.approx(alone.gpu_mean, abs=0.02)
 
 
+def test_calls_of_the_scheduler_are_told_where_they_are_counted_and_through_a_cell_as_unknown(tmp_path: Path) -> None:
+    trace = trace_of(tmp_path, "name,arrive_s,run_s,cpu_milli,memory_mib\nw1,0,5,1000,512\n")
+    alone, whole = (msgspec.json.decode(msgspec.json.encode(run(trace, "pack"))) for run in (replay, replay_controlled))
+    assert alone["plans"] > 0
+    assert whole["plans"] is None
+
+
 @pytest.mark.parametrize("policy", ["pack", "spread"])
 def test_a_node_that_fails_is_found_by_the_detection_and_what_it_ran_is_replaced(tmp_path: Path, policy: str) -> None:
     work = "name,arrive_s,run_s,cpu_milli,memory_mib\nw1,0,2000,3000,512\nw2,1,2000,3000,512\nlast,900,1,1,1\n"

@@ -329,7 +329,7 @@ class _Course:
             ended=tally.ended,
             lost=tally.lost,
             never=len(tally.waiting),
-            plans=0,
+            plans=None,
             living=Living(
                 started=spread_of(tally.starts),
                 replaced=spread_of(tally.replaced),

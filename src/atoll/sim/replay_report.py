@@ -85,8 +85,8 @@ class Report(Struct, frozen=True, kw_only=True):
     gpu_mean: float
     fragmentation_mean: float
     waiting_max: int
-    plans: int
-    """Calls of the scheduler; 0 where that is not counted."""
+    plans: int | None
+    """Calls of the scheduler; None where they are not counted (through a whole cell)."""
     latency_ms_mean: float
     """Over the samples at which anything ran."""
     samples: tuple[Sample, ...]
@@ -148,7 +148,7 @@ class Gauge:
         ended: int,
         lost: int,
         never: int,
-        plans: int,
+        plans: int | None,
         living: Living | None = None,
     ) -> Report:
         """Sum up; at least one sample was taken."""
