@@ -345,6 +345,9 @@ def test_the_operator_can_do_without() -> None:
     assert parse("agent", Config(no_ipv6=True).arguments()).no_ipv6
 
 
+NODES = (("n2", "192.0.2.2"), ("n3", "192.0.2.3"))
+
+
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     clock = SystemClock()
@@ -367,7 +370,7 @@ async def test_every_node_of_a_cell_is_told_the_same_network_and_a_cell_of_befor
     assert await service.fabrics.join("n1", FabricOffer(endpoint="192.0.2.1", ipv6=True)) == first
     held = service.context.state.get(Fabric, "cell")
     assert held is not None
-    assert held.record == Fabric(number=7, keys_after=3.0, allocations=7, ula=first.ula)
+    assert held.record == Fabric(number=7, keys_after=3.0, allocations=7)
     assert [node.ipv6 for node in service.fabrics.nodes()] == [True, False, False]
 
 
@@ -380,5 +383,18 @@ async def test_a_node_that_was_in_the_fabric_before_gets_the_network_without_ano
     assert grant.prefix == node.prefix
     held = service.context.state.get(Fabric, "cell")
     assert held is not None
-    assert held.record == Fabric(number=7, allocations=1, ula=grant.ula)
+    assert held.record == Fabric(number=7, allocations=1)
     assert grant.ula
+
+
+@pytest.mark.parametrize("there", [Fabric(number=7), Fabric(number=7, ula=ULA)])
+async def test_a_server_of_before_ipv6_that_writes_the_fabric_leaves_the_cell_its_network(service: Service, there: Fabric) -> None:
+    store = service.context.store
+    await service.context.reach(await store.put(keys.fabric(), codec.encode(there)))
+    first = await service.fabrics.join("n1", FabricOffer(endpoint="192.0.2.1", ipv6=True))
+    assert first.ula == there.ula or not there.ula
+    await service.context.reach(await store.put(keys.fabric(), b'{"number":7,"allocations":2}'))
+    later = [await service.fabrics.join(name, FabricOffer(endpoint=address)) for name, address in NODES]
+    assert {grant.ula for grant in later} == {first.ula}
+    await service.fabrics.rotate()
+    assert await service.fabrics.join("n1", FabricOffer(endpoint="192.0.2.1", ipv6=True)) == first

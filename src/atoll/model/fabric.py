@@ -50,7 +50,14 @@ class Fabric(Struct, frozen=True, kw_only=True, omit_defaults=True):
     allocations: int = 0
     """Prefixes given so far: each one changes this record, so that no two can overlap."""
     ula: str = ""
-    """The IPv6 network that instances' addresses are of, a /48; empty where a server before IPv6 made the record."""
+    """Read only where there is no `FabricIpv6`: a server that does not know a field leaves it out when it writes the record."""
+
+
+class FabricIpv6(Struct, frozen=True, kw_only=True):
+    """The IPv6 network that the addresses of the cell's instances are of, a /48. One record, written once, by the API: apart
+    from `Fabric`, which servers from before IPv6 write again with every node that joins."""
+
+    ula: str
 
 
 class FabricNode(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -31,6 +31,7 @@ ROUTE_HOSTS = "route-hosts/"
 """`route-hosts/HOST` → the project that claimed a path of it last: two claims at once meet here. Whose it is the claims say."""
 REQUESTS = "requests/"
 FABRICS = "fabrics/"
+FABRIC_IPV6S = "fabric-ipv6s/"
 FABRIC_NODES = "fabric-nodes/"
 FABRIC_PATHS = "fabric-paths/"
 AUTHORITIES = "authorities/"
@@ -156,6 +157,10 @@ def request(token_id: str, key: str) -> str:
 
 def fabric() -> str:
     return f"{FABRICS}cell"
+
+
+def fabric_ipv6() -> str:
+    return f"{FABRIC_IPV6S}cell"
 
 
 def fabric_paths(node: str) -> str:

@@ -14,7 +14,7 @@ from msgspec import Struct, structs
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, StaleRevision, Unavailable
-from atoll.model.fabric import Fabric, FabricNode, FabricPaths
+from atoll.model.fabric import Fabric, FabricIpv6, FabricNode, FabricPaths
 from atoll.model.maintenance import Maintenance
 from atoll.model.membership import Authority, Identity, JoinToken, Server
 from atoll.model.ports.clock import Clock
@@ -78,6 +78,7 @@ KINDS: dict[str, type] = {
     keys.ROUTES: RouteClaim,
     keys.ROUTE_HOSTS: RouteHost,
     keys.FABRICS: Fabric,
+    keys.FABRIC_IPV6S: FabricIpv6,
     keys.FABRIC_NODES: FabricNode,
     keys.FABRIC_PATHS: FabricPaths,
     keys.AUTHORITIES: Authority,

@@ -25,6 +25,7 @@ from atoll.model.fabric import (
     Fabric,
     FabricBatch,
     FabricGrant,
+    FabricIpv6,
     FabricNode,
     FabricOffer,
     FabricPaths,
@@ -73,15 +74,15 @@ class Fabrics:
             except ValueError as error:
                 raise Invalid(f"endpoint: {error}", field="endpoint") from None
         drawn = self._context.entropy(3 + ULA_BYTES)
-        number, ula = int.from_bytes(drawn[:3]) or 1, new_ula(drawn[3:])
+        number, new = int.from_bytes(drawn[:3]) or 1, new_ula(drawn[3:])
 
         def build() -> Draft[FabricGrant]:
             compare: list[Compare] = []
             ops: list[Op] = []
             cell = self._state.get(Fabric, "cell")
             fabric = cell.record if cell is not None else Fabric(number=number)
-            if not fabric.ula:
-                fabric = replace(fabric, ula=ula)
+            kept = self._state.get(FabricIpv6, "cell")
+            ula = kept.record.ula if kept is not None else fabric.ula or new
             held = self._state.get(FabricNode, name)
             prefix = self._prefix(name, offer, fabric, held.record if held is not None else None)
             self._check_identity(name, offer, prefix, held.record if held is not None else None)
@@ -97,16 +98,19 @@ class Fabrics:
                 wireguard_port=offer.wireguard_port,
                 ipv6=offer.ipv6,
             )
-            grant = FabricGrant(network=fabric.network, number=fabric.number, prefix=prefix, ula=fabric.ula)
-            fresh, whole = held is None or held.record.prefix != prefix, cell is not None and cell.record == fabric
-            if whole and held is not None and held.record == node:
+            grant = FabricGrant(network=fabric.network, number=fabric.number, prefix=prefix, ula=ula)
+            fresh = held is None or held.record.prefix != prefix
+            if cell is not None and kept is not None and held is not None and held.record == node:
                 return Draft(answer=lambda _: grant)
             key = keys.fabric_node(name)
             compare.append(absent(key) if held is None else unchanged(key, held.revision))
             ops.append(Put(key, codec.encode(node)))
-            if fresh or not whole:
+            if fresh or cell is None:
                 compare.append(absent(keys.fabric()) if cell is None else unchanged(keys.fabric(), cell.revision))
                 ops.append(Put(keys.fabric(), codec.encode(replace(fabric, allocations=fabric.allocations + fresh))))
+            if kept is None:
+                compare.append(absent(keys.fabric_ipv6()))
+                ops.append(Put(keys.fabric_ipv6(), codec.encode(FabricIpv6(ula=ula))))
             return Draft(compare=compare, ops=ops, answer=lambda _: grant)
 
         return await self._context.write(FabricGrant, build)
