@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator
 
 import pytest
+from msgspec.structs import replace
 
 from atoll.api.service import KINDS, Service
 from atoll.model import codec, keys
@@ -191,3 +192,23 @@ async def test_a_node_hears_of_all_nodes_but_only_of_its_own_projects_instances(
         if heard >= {"spy-1", "spy2-1"}:
             break
     await feed.aclose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("address", "ipv6"), [("10.64.0", None), ("fd00::1", None), ("", None), ("10.64.0.2", "10.64.0.2"), (None, "x")]
+)
+async def test_a_node_that_says_what_is_no_address_is_refused_and_the_way_is_told_as_before(
+    cell: Cell, address: str | None, ipv6: str | None
+) -> None:
+    await both(cell)
+    await cell.put(keys.node("n1"), Node(name="n1", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1)))
+    await cell.app("db", "n2", "10.64.16.2", rules=NetworkRules(ingress=(Allow(cidr="fd00::/8"),)))
+    said = Status(
+        instance="web-1", project="shop", node="n1", phase=Phase.RUNNING, ready=True, address="10.64.0.2", ipv6="fd00::a40:2"
+    )
+    await cell.service.control_plane.report("n1", [said])
+    assert cell.stops() == []
+    with pytest.raises(Invalid, match="no address") as refused:
+        await cell.service.control_plane.report("n1", [replace(said, address=address, ipv6=ipv6)])
+    assert refused.value.field in ("statuses.address", "statuses.ipv6")
+    assert cell.stops() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 
 import structlog
@@ -55,6 +56,7 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
             raise Forbidden(f"the status of instance '{status.instance}' names node '{status.node}', not '{node}'")
         if status.phase is Phase.LOST:
             raise Invalid("statuses.phase: only the control plane says that an instance is lost", field="statuses.phase")
+        _check_addresses(status)
     event_ops = {op.key: op for event in events if (op := _event(context, node, event)) is not None}
 
     if any(context.state.get(Instance, f"{status.project}/{status.instance}") is None for status in newest.values()):
@@ -80,6 +82,17 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
     if late:
         log.warning("a report came late", node=node, instances=sorted(late))
         raise Conflict(f"newer words of node '{node}' are known: {', '.join(sorted(late))}", mend="say it again as a newer one")
+
+
+def _check_addresses(status: Status) -> None:
+    """Raise Invalid for what is no address: other nodes, ingresses and whoever asks for a way are told of it as of one."""
+    for field, text, kind in (("address", status.address, ipaddress.IPv4Address), ("ipv6", status.ipv6, ipaddress.IPv6Address)):
+        if text is not None:
+            try:
+                kind(text)
+            except ValueError:
+                what = f"statuses.{field}"
+                raise Invalid(f"{what}: {text[:60]!r} of instance '{status.instance}' is no address", field=what) from None
 
 
 def _is_late(context: Context, status: Status) -> bool:
