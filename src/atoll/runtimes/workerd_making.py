@@ -8,15 +8,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from atoll.model.codec import decode, encode
+from atoll.model.codec import decode
 from atoll.model.errors import AtollError
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits, Mount
 from atoll.model.records import Exit
 from atoll.model.worker import MODULES
-from atoll.runtimes.oci_box import SPARE_DISK_BYTES, write_private
+from atoll.runtimes.oci_box import SPARE_DISK_BYTES
 from atoll.runtimes.readiness import ready
 from atoll.runtimes.workerd_config import (
     CONFIG,
@@ -34,7 +34,7 @@ from atoll.runtimes.workerd_modules import list_modules, read_rules
 from atoll.runtimes.workerd_output import Output
 from atoll.runtimes.workerd_process import Boxes, WorkerProcess
 from atoll.runtimes.workerd_root import PROGRAM
-from atoll.runtimes.workerd_sharer import Sharer
+from atoll.runtimes.workerd_sharer import Sharer, write_record
 from atoll.runtimes.workerd_sockets import FIRST, Listening, name_of, watch_socket
 
 READY_S_MAX = 30.0
@@ -80,7 +80,7 @@ class Processes:
         workers = tuple((sharer.id, sharer.record.serial, len(offers[sharer].descriptors)) for sharer in sharers)
         record = ProcessRecord(id=id, workers=workers)
         path = self._directory / f"{id}.json"
-        write_private(path, encode(record))
+        write_record(path, record)
         output = Output(self._directory / f"{id}.out", {sharer.id: sharer.pipes for sharer in sharers})
         watch = watch_socket()
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -96,7 +96,7 @@ class Processes:
                 exit = await process.remove()
                 blamed = frozenset(output.blamed)
                 return Unready(started.pid, exit or Exit(code=1, at=time.time()), blamed)
-            write_private(path, encode(ProcessRecord(id=id, workers=workers, ready=True)))
+            write_record(path, structs.replace(record, ready=True))
             for sharer in sharers:
                 sharer.lead(id)
             return process

@@ -18,14 +18,14 @@ from pathlib import Path
 import structlog
 from msgspec import structs
 
-from atoll.model.codec import decode, encode
+from atoll.model.codec import decode
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, RuntimeFailed
 from atoll.model.ports.runtime import Box, Found, Started
 from atoll.model.records import Exit, Usage
 from atoll.model.worker import MODULES
 from atoll.runtimes.box_record import check_id
 from atoll.runtimes.mounts import bind
-from atoll.runtimes.oci_box import explain, write_private
+from atoll.runtimes.oci_box import explain
 from atoll.runtimes.rootfs import remove_root
 from atoll.runtimes.signals import signal_number
 from atoll.runtimes.workerd_assets import is_asset
@@ -35,7 +35,7 @@ from atoll.runtimes.workerd_members import Member
 from atoll.runtimes.workerd_modules import copy_modules, list_modules, merged
 from atoll.runtimes.workerd_output import Output
 from atoll.runtimes.workerd_process import Boxes, WorkerProcess, remove_box
-from atoll.runtimes.workerd_sharer import Sharer, WorkerRecord
+from atoll.runtimes.workerd_sharer import PARTIAL, Sharer, WorkerRecord, write_record
 from atoll.runtimes.workerd_sharing import APART_S, Sharing
 from atoll.runtimes.workerd_sockets import FIRST, Listening, listening, name_of, take
 
@@ -98,6 +98,7 @@ class SharedWorkers:
         target = record.root / MODULES[1:]
         try:
             self._make_directories()
+            write_record(self._path(record.id), record)
             Path(record.path).mkdir(parents=True, mode=0o700)
             target.mkdir(parents=True)
             with merged(box.image.layers, record.root) as root:
@@ -109,7 +110,6 @@ class SharedWorkers:
                 raise Invalid(text, field="worker.assets", mend="leave worker.shared out")
             copy_modules(box.image.layers, [*part.modules, *assets], target)
             bind(record.root, record.root, read_only=True)
-            write_private(self._path(record.id), encode(record))
         except OSError as error:
             raise explain(error) from None
 
@@ -141,7 +141,7 @@ class SharedWorkers:
         if (record := self._records.get(sharer.id)) is not None and record.serial == sharer.record.serial:
             self._records[sharer.id] = record = structs.replace(record, exit=exit)
             try:
-                await asyncio.to_thread(write_private, self._path(sharer.id), encode(record))
+                await asyncio.to_thread(write_record, self._path(sharer.id), record)
             except OSError as error:
                 log.error("worker.exit.not.recorded", instance=sharer.id, error=str(error))
         return exit
@@ -218,6 +218,9 @@ class SharedWorkers:
     async def recover(self, found: Sequence[Found]) -> list[Found]:
         """Return the instances among the boxes that the runtime found, and those that share. What is nobody's is removed."""
         await asyncio.to_thread(self._make_directories)
+        if not self._records:  # else it may be this agent that writes one
+            for path in (*self._workers.glob(f"*{PARTIAL}"), *self._processes.glob(f"*{PARTIAL}")):
+                path.unlink(missing_ok=True)
         processes = sorted((each for each in found if is_process(each.id)), key=lambda each: number_of(each.id), reverse=True)
         for path in self._workers.glob("*.json"):
             if path.stem not in self._records:

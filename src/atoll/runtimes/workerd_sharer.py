@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
@@ -17,6 +17,9 @@ from atoll.runtimes.oci_box import write_private
 from atoll.runtimes.workerd_members import Member
 from atoll.runtimes.workerd_output import Pipes
 from atoll.runtimes.workerd_sockets import Listening, listen
+
+PARTIAL = ".next"
+"""The end of the name of a record that is being written."""
 
 
 class WorkerRecord(Struct, frozen=True, kw_only=True):
@@ -115,7 +118,7 @@ class Sharer(Member):
 
     def _keep(self) -> None:
         with contextlib.suppress(OSError):  # without it the next agent takes the order of the processes
-            write_private(self._order, encode(tuple(self._group)))
+            write_record(self._order, tuple(self._group))
 
     def let_go(self) -> None:
         """Close what this agent has of it; processes and the next agent go on."""
@@ -127,6 +130,20 @@ class Sharer(Member):
 
 
 T = TypeVar("T")
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write what the next agent must know, for root alone. Who reads it has it as it was, or as it is now. Raises OSError.
+
+    Safe against a crash of the agent; after one of the machine nothing that it describes runs, so it is not synced.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        write_private(partial, encode(record))
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def without(group: Mapping[str, T], id: str) -> dict[str, T]:

@@ -1,0 +1,77 @@
+"""Processes that workers share, without one: their sockets in the kernel's order, their records, what a failed start leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from atoll.model import codec
+from atoll.model.errors import AtollError
+from atoll.model.ports.images import Image, ImageConfig
+from atoll.model.ports.runtime import Box, Limits, WorkerCode
+from atoll.model.worker import Worker
+from atoll.runtimes.workerd_making import ProcessRecord, read_record
+from atoll.runtimes.workerd_shared import SharedWorkers
+from atoll.runtimes.workerd_sharer import write_record
+
+CODE = WorkerCode(
+    worker=codec.convert({"main": "index.js", "compatibility_date": "2026-11-01", "shared": True}, Worker),
+    project="p",
+    port=8080,
+    alive_port=8081,
+)
+LIMITS = Limits(cpu_milli=100, memory_bytes=32 << 20, disk_bytes=1, pids=1)
+
+
+def test_a_record_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "shared.p.0.json"
+    before, after = (ProcessRecord(id="shared.p.0", workers=(("a", "1", 2),), ready=ready) for ready in (False, True))
+    write_record(path, before)
+    with path.open("rb") as reader:
+        write_record(path, after)
+        assert codec.decode(reader.read(), ProcessRecord) == before, "who reads it meanwhile has all of the one before"
+    assert read_record(path) == after
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_worker_is_recorded_before_anything_of_it_is_made(tmp_path: Path) -> None:
+    recorded, home = tmp_path / "shared/workers/w.json", tmp_path / "w"
+    seen: list[bool] = []
+
+    class Layers(tuple[Path, ...]):
+        def __len__(self) -> int:
+            seen.append(recorded.exists() and codec.decode(recorded.read_bytes(), dict)["id"] == "w")
+            raise OSError(5, "the disk is broken")
+
+    box = Box(
+        id="w",
+        directory=home,
+        image=Image(reference="x", digest="sha256:1", config=ImageConfig(), layers=Layers()),
+        argv=(),
+        env=(),
+        workdir="/",
+        user="",
+        hostname="w",
+        limits=LIMITS,
+        worker=CODE,
+        netns=Path("/proc/self/ns/net"),
+        stdout=tmp_path / "out",
+        stderr=tmp_path / "err",
+    )
+    workers = SharedWorkers(None, tmp_path / "shared", None)  # type: ignore[arg-type]  # it comes to nothing that needs a runtime
+    with pytest.raises(AtollError, match="the disk is broken"):
+        await workers.create(box)
+    assert seen == [True]
+    assert not recorded.exists()
+    assert not home.exists()
+
+
+async def test_what_an_earlier_agent_had_not_written_to_its_end_is_removed(tmp_path: Path) -> None:
+    workers = SharedWorkers(None, tmp_path, None)  # type: ignore[arg-type]  # no process was found
+    for directory in ("workers", "processes"):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / "a.json.next").write_bytes(b"{")
+    assert await workers.recover([]) == []
+    assert not [*tmp_path.glob("*/*")]
