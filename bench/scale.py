@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +207,17 @@ def _say(text: str) -> None:
 
 
 class Bench:
-    def __init__(self, chosen: argparse.Namespace, report: Report, work: Path) -> None:
+    """One run. `connect` makes the connection to a server that takes over, of its address, its token and what failed until then."""
+
+    def __init__(
+        self,
+        chosen: argparse.Namespace,
+        report: Report,
+        work: Path,
+        connect: Callable[[str, str, Counter[str]], Api] = Api,
+    ) -> None:
         self.chosen = chosen
+        self.connect = connect
         self.report = report
         self.work = work
         self.apps = [(f"p{number % PROJECTS}", f"a{number}") for number in range(chosen.apps)]
@@ -237,7 +248,7 @@ class Bench:
                 await self._deploy()
                 await self._steady()
                 if self.chosen.takeovers:
-                    await self._take_overs()
+                    await self.take_overs()
             finally:
                 await self.api.close()
 
@@ -378,7 +389,15 @@ class Bench:
                 self.add(f"{what}, p50 of {len(took)}", percentile(took, 50) * 1000, "ms")
                 self.add(f"{what}, p99", percentile(took, 99) * 1000, "ms")
 
-    async def _take_overs(self) -> None:
+    async def take_overs(self) -> None:
+        """Kill the server that leads, again and again. The failed calls of all times are told, even where one has no end."""
+        failed: Counter[str] = Counter()
+        try:
+            await self._take_overs(failed)
+        finally:
+            self.report.notes.append(f"failed calls at the take-overs, all together: {dict(failed)}")
+
+    async def _take_overs(self, failed: Counter[str]) -> None:
         await self.drivers.ask("churn 0")  # so that all run at the end
         leading, waiting = self.first, self.second
         wrote: list[float] = []
@@ -400,7 +419,7 @@ class Bench:
             before = before or await self.drivers.ask()
             if number:
                 await api.close()
-            api = Api(f"http://{waiting.address}", waiting.token)
+            api = self.connect(f"http://{waiting.address}", waiting.token, failed)
             waiting.used.take()
             self._profile(f"takeover{number}", 5.0 + self.chosen.nodes / 200, waiting)
             began = time.perf_counter()
@@ -424,8 +443,6 @@ class Bench:
         made = after["instances"] - before["instances"] - len(planned)
         self.add("instances made anew by them", made, "instances", "<= 0")
         self.add("memory of a server that has taken over", leading.used.rss_mib(), "MiB RSS")
-        if api.failed:
-            self.report.notes.append(f"failed calls at the last take-over: {dict(api.failed)}")
         await api.close()
 
     async def _first_write(self, api: Api, app: str, began: float) -> float:

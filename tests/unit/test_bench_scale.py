@@ -1,0 +1,86 @@
+"""What `bench scale` says of a run: what failed at its take-overs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.report import Report
+from bench.scale import Bench, Drivers, Server, TooSlow, Watched
+from bench.scale_user import Api
+
+from atoll.sim.loop import run_virtual
+
+FAILED = "deploy an app while the leader dies: 503"
+
+
+class StillServer(Server):
+    """Answers as soon as it is started; nothing runs."""
+
+    async def start(self) -> float:
+        self.used = Watched(os.getpid())
+        return 0.1
+
+    @property
+    def token(self) -> str:
+        return "t"
+
+
+class StillDrivers(Drivers):
+    """All agents are always where they are waited for. With `broken`, they stay away from then on."""
+
+    def __init__(self, broken: int) -> None:
+        self._left = broken
+
+    async def ask(self, word: str = "look") -> dict[str, Any]:
+        return {"instances": 0}
+
+    async def until(self, what: str, **least: int) -> dict[str, Any]:
+        self._left -= 1
+        if not self._left:
+            raise TooSlow(what)
+        return {}
+
+
+class RefusingApi(Api):
+    """Refuses the first `refusals` deployments, and has a node for all others at once."""
+
+    refusals = 1
+
+    async def call(self, what: str, method: str, path: str, body: bytes = b"", *, fine: Sequence[int] = ()) -> Any:
+        if method == "PUT" and self.refusals:
+            self.refusals -= 1
+            self.failed[FAILED] += 1
+            return None
+        return {"items": [{"instance": {"node": "n0"}, "health": "ready"}]}
+
+
+def bench_of(tmp_path: Path, takeovers: int, *, broken: int = 0) -> Bench:
+    chosen = argparse.Namespace(apps=1, nodes=1, takeovers=takeovers, spread=False, py_spy=None)
+    bench = Bench(chosen, Report("scale"), tmp_path, RefusingApi)
+    bench.total = 1
+    bench.first, bench.second = (StillServer(tmp_path, number, "etcd://", None) for number in (1, 2))
+    bench.drivers = StillDrivers(broken)
+    bench.api = RefusingApi("http://127.0.0.1:1", "t", Counter())
+    return bench
+
+
+def test_calls_that_failed_at_any_take_over_are_told_and_not_those_of_the_last_alone(tmp_path: Path) -> None:
+    bench = bench_of(tmp_path, 3)
+    run_virtual(bench.take_overs, random.Random(0))
+    assert [note for note in bench.report.notes if "take-over" in note] == [
+        f"failed calls at the take-overs, all together: { {FAILED: 3} }"
+    ]
+
+
+def test_calls_that_failed_are_told_where_a_take_over_has_no_end(tmp_path: Path) -> None:
+    bench = bench_of(tmp_path, 3, broken=2)
+    with pytest.raises(TooSlow):
+        run_virtual(bench.take_overs, random.Random(0))
+    assert bench.report.notes == [f"failed calls at the take-overs, all together: { {FAILED: 2} }"]
