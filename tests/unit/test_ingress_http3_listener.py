@@ -100,36 +100,70 @@ def test_requests_are_treated_as_at_the_other_ports(collector: str) -> None:
     assert (b"OpenTelemetryConfig" in manager) == bool(collector)
 
 
+class Secrets:
+    """What an Envoy asks for and hears of secrets; it confirms all."""
+
+    def __init__(self, site: Site, verdicts: Verdicts) -> None:
+        shown = {**site.table.resources, Kind.SECRET: site.certificates}
+        self.session = DeltaSession(shown, verdicts, http3_hosts=site.table.http3_hosts)
+
+    def ask(self, *names: str, known: dict[str, str] | None = None) -> None:
+        request = DeltaDiscoveryRequest(type_url=Kind.SECRET, resource_names_subscribe=names, initial_resource_versions=known or {})
+        self.session.receive(request)
+
+    def told(self) -> tuple[dict[str, str], list[str]]:
+        """Return what Envoy hears next: secrets with their versions, and names of those that are gone."""
+        response = self.session.respond(0.0)
+        if response is None:
+            return {}, []
+        self.session.receive(DeltaDiscoveryRequest(type_url=Kind.SECRET, response_nonce=response.nonce))
+        return {part.name: part.version for part in response.resources}, list(response.removed_resources)
+
+    def takes_away(self, name: str) -> bool:
+        while (heard := self.told()) != ({}, []):
+            if name in heard[1]:
+                return True
+        return False
+
+
 def test_its_certificate_is_told_anew_and_comes_back_unasked_and_no_stranger_takes_it_away() -> None:
     site = Site()
     site.serve("a", "a.test")
-    shown = {**site.table.resources, Kind.SECRET: site.certificates}
-    session = DeltaSession(shown, Verdicts(lambda resource, words: None))
+    secrets = Secrets(site, Verdicts(lambda resource, words: None))
     name = f"{HTTP3_SECRET}a.test"
-
-    def told() -> tuple[dict[str, bytes], list[str]]:
-        """Return what Envoy hears next, which it confirms: secrets, and names of those that are gone."""
-        response = session.respond(0.0)
-        if response is None:
-            return {}, []
-        session.receive(DeltaDiscoveryRequest(type_url=Kind.SECRET, response_nonce=response.nonce))
-        return {part.name: part.resource.value for part in response.resources}, list(response.removed_resources)
-
     site.show("a.test")
-    session.receive(DeltaDiscoveryRequest(type_url=Kind.SECRET, resource_names_subscribe=[name]))
-    first, _ = told()
-    assert list(first) == [name]
+    secrets.ask(name)
+    assert list(secrets.told()[0]) == [name]
     put = Material(host="a.test", project="p", chain="newer", key="k")
     for batch, gone in ((CertificateBatch(1, False, (put,), ()), False), (CertificateBatch(1, False, (), ("a.test",)), True)):
-        secrets, _ = site.certificates.apply(batch)
-        session.changed(secrets)
-        got, removed = told()
+        changed, _ = site.certificates.apply(batch)
+        site.table.certified({host for _, host in changed})
+        secrets.session.changed(changed)
+        got, removed = secrets.told()
         assert (list(got), removed) == (([], [name]) if gone else ([name], []))
     site.show("a.test")
-    session.changed({(Kind.SECRET, "a.test")})
-    back, _ = told()
-    assert list(back) == [name]
-    for n in range(SECRETS_MAX + 10):
-        session.receive(DeltaDiscoveryRequest(type_url=Kind.SECRET, resource_names_subscribe=[f"made-up-{n}.test"]))
-    while (heard := told()) != ({}, []):
-        assert name not in heard[1]
+    secrets.session.changed({(Kind.SECRET, "a.test")})
+    assert list(secrets.told()[0]) == [name]
+    for before in ("", HTTP3_SECRET):
+        for n in range(SECRETS_MAX + 10):
+            secrets.ask(f"{before}made-up-{n}.test")
+        assert not secrets.takes_away(name)
+
+
+def test_an_envoy_that_comes_back_with_very_many_names_keeps_those_of_the_listener() -> None:
+    site = Site()
+    site.serve("a", "a.test")
+    site.show("a.test")
+    verdicts = Verdicts(lambda resource, words: None)
+    name = f"{HTTP3_SECRET}a.test"
+    first = Secrets(site, verdicts)
+    first.ask(name)
+    known, _ = first.told()
+    again = Secrets(site, verdicts)
+    again.ask(name, *(f"n{n}.test" for n in range(SECRETS_MAX + 10)), known=known)
+    assert not again.takes_away(name)
+    changed, _ = site.certificates.apply(
+        CertificateBatch(2, False, (Material(host="a.test", project="p", chain="newer", key="k"),))
+    )
+    again.session.changed(changed)
+    assert list(again.told()[0]) == [name]

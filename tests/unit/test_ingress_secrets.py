@@ -172,6 +172,15 @@ def test_strangers_who_make_up_names_cannot_fill_envoys_memory() -> None:
     assert stream.answer()[0] == {"n0.w.test": "newer"}
 
 
+def test_a_stranger_who_names_what_http3_asks_for_is_told_that_there_is_nothing_and_not_remembered() -> None:
+    stream = Stream(material("*.w.test"))
+    names = [f"HTTP3/n{number}.w.test" for number in range(delta.SECRETS_MAX + 100)]
+    stream.ask(*names)
+    assert stream.answer() == ({}, set(names))
+    stream.put(material("*.w.test", chain="newer"), material("n7.w.test"))
+    assert stream.answer() == ({}, set())
+
+
 def test_a_hostname_is_shown_no_certificate_of_another_project_unless_it_is_shared() -> None:
     stream = Stream(material("app.test", project="a"), owners={"app.test": "b"})
     assert stream.table.material("app.test") is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class AdsServer:
         *,
         refused: Callable[[Resource, str], None],
         hostnames_ahead: int = AHEAD_MAX,
+        http3_hosts: Collection[str] = (),
     ) -> None:
-        """With more hostnames than `hostnames_ahead` Envoy is told of each when it asks."""
+        """With more hostnames than `hostnames_ahead` Envoy is told of each when it asks; `http3_hosts`: see `DeltaSession`."""
         self._resources = resources
         self._clock = clock
         self._verdicts = Verdicts(refused)
         self._hostnames = Hostnames(resources.get(Kind.HOST, {}), ahead_max=hostnames_ahead)
+        self._http3_hosts = http3_hosts
         self._sessions: dict[DeltaSession, asyncio.Event] = {}
         self._newest: DeltaSession | None = None
         self._published = asyncio.Event()
@@ -121,7 +123,10 @@ class AdsServer:
     ) -> AsyncIterator[discovery_pb2.DeltaDiscoveryResponse]:
         # No deadline: until the control plane has spoken there is nothing to say.
         await self._published.wait()
-        session, wake = DeltaSession(self._resources, self._verdicts, self._withheld, hostnames=self._hostnames), asyncio.Event()
+        session = DeltaSession(
+            self._resources, self._verdicts, self._withheld, hostnames=self._hostnames, http3_hosts=self._http3_hosts
+        )
+        wake = asyncio.Event()
         reader = asyncio.create_task(self._read(requests, session, wake), name="ads-read")
         reader.add_done_callback(lambda task: wake.set())
         try:

@@ -80,11 +80,18 @@ class DeltaSession:
     """`resources` is live: call `changed` after it was changed, and `receive` for each request; then `respond` until None."""
 
     def __init__(
-        self, resources: Resources, verdicts: Verdicts, withheld: Collection[Kind] = (), *, hostnames: Hostnames | None = None
+        self,
+        resources: Resources,
+        verdicts: Verdicts,
+        withheld: Collection[Kind] = (),
+        *,
+        hostnames: Hostnames | None = None,
+        http3_hosts: Collection[str] = (),
     ) -> None:
         """Of kinds that are `withheld`, which is live, too, nothing is said: what is known of them is not complete yet.
 
         `hostnames` says which of the hostnames Envoy is to have, and outlives a connection; all of them without it.
+        `http3_hosts`, live as well, are those that the HTTP/3 listener has.
         """
         self._resources = resources
         self._hostnames = hostnames or Hostnames(resources[Kind.HOST], ahead_max=sys.maxsize)
@@ -92,6 +99,7 @@ class DeltaSession:
         """Whether Envoy was told of all hostnames."""
         self._asked = Asked(self._hostnames)
         self._withheld = withheld
+        self._http3_hosts = http3_hosts
         self._verdicts = verdicts
         self._channels: dict[Kind, _Channel] = {}
         self._nonce = 0
@@ -101,7 +109,9 @@ class DeltaSession:
         self._kept: dict[str, None] = {}
         """Secrets that Envoy holds, in the order in which it asked for them. It never says when it has no use for one any more."""
         self._odd: set[str] = set()
-        """Of them those that a client has written in capitals."""
+        """Of them, and of what the listener asked for, those that are not written as a hostname is: in capitals."""
+        self._listened: set[str] = set()
+        """Secrets that the HTTP/3 listener asked for: as many as it has hostnames, and Envoy says when it has no use for one."""
         self._withdrawn: set[str] = set()
         """Secrets that it is about to be told to let go of."""
 
@@ -154,6 +164,7 @@ class DeltaSession:
         for name in request.resource_names_unsubscribe:
             channel.subscribed.discard(name)
             if kind is Kind.SECRET:
+                self._listened.discard(name)
                 self._let_go(name)
             if not channel.wildcard:
                 channel.sent.pop(name, None)
@@ -217,11 +228,14 @@ class DeltaSession:
         batch: dict[str, Resource | None] = {}
         suspects: dict[str, Resource | None] = {}
         again = self._asked.names if kind is Kind.HOST else {}
+        if kind is Kind.SECRET:
+            self._bound_secrets(channel)
         for name in sorted(channel.dirty, key=order if kind is Kind.HOST else None):
             if not channel.wildcard and name not in channel.subscribed:
                 channel.dirty.discard(name)
                 continue
-            kept_back = name in self._withdrawn or (kind is Kind.HOST and not self._hostnames.shows(name))
+            made_up = kind is Kind.SECRET and name.startswith(HTTP3_SECRET) and name not in self._listened
+            kept_back = made_up or name in self._withdrawn or (kind is Kind.HOST and not self._hostnames.shows(name))
             wanted = None if kept_back else self._verdicts.choose((kind, name), self._resources[kind].get(name))
             absent = wanted is None and name not in channel.sent and name not in channel.unanswered
             if absent or (wanted and channel.sent.get(name) == wanted.version and name not in again):
@@ -251,7 +265,7 @@ class DeltaSession:
             channel.unanswered.discard(name)
             if resource is None:
                 channel.sent.pop(name, None)
-                if kind is Kind.SECRET and not name.startswith(HTTP3_SECRET):
+                if kind is Kind.SECRET and name not in self._listened:
                     # Envoy asks again when the next client says this name.
                     channel.subscribed.discard(name)
                     self._withdrawn.discard(name)
@@ -274,16 +288,26 @@ class DeltaSession:
         return message
 
     def _keep(self, channel: _Channel, name: str) -> None:
-        """Note that Envoy keeps this secret from now on; of too many it lets go of the one that it has had longest."""
+        """Note that Envoy asks for this secret, and keeps it from now on."""
         channel.unanswered.add(name)
         self._withdrawn.discard(name)
         self._let_go(name)
         if name != name.lower():
             self._odd.add(name)
-        if name.startswith(HTTP3_SECRET):
-            return  # as many as the listener says
-        self._kept[name] = None
-        if len(self._kept) > SECRETS_MAX:
+        if name not in self._listened:
+            self._kept[name] = None
+
+    def _bound_secrets(self, channel: _Channel) -> None:
+        """Set apart what the HTTP/3 listener asked for; of too many others Envoy lets go of those that it has had longest.
+
+        A client may say such a name, too: only of a hostname that the listener has is it taken for the listener's. This waits
+        until something is about to be said of secrets, as it is known then what the listener has, after a restart as well.
+        """
+        for name in channel.dirty:
+            if name in self._kept and name.startswith(HTTP3_SECRET) and name.removeprefix(HTTP3_SECRET) in self._http3_hosts:
+                del self._kept[name]
+                self._listened.add(name)
+        while len(self._kept) > SECRETS_MAX:
             oldest = next(iter(self._kept))
             self._let_go(oldest)
             self._withdrawn.add(oldest)

@@ -109,7 +109,13 @@ class Ingress:
         self.certificates = CertificateTable(self.table.project_of)
         self._certificates = certificates
         shown = {**self.table.resources, Kind.SECRET: self.certificates}
-        self.ads = AdsServer(shown, self._clock, refused=self._refused, hostnames_ahead=hostnames_ahead)
+        self.ads = AdsServer(
+            shown,
+            self._clock,
+            refused=self._refused,
+            hostnames_ahead=hostnames_ahead,
+            http3_hosts=self.table.http3_hosts,
+        )
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (directory / SERVICES).mkdir(exist_ok=True)
         (directory / SERVICES).chmod(0o755)  # shown to workers, which are nobody; what lies above keeps others away

@@ -70,8 +70,8 @@ class RoutingTable:
         """How HTTP/3 is served; None where it is not. Set before the first batch."""
         self._strict: dict[str, tuple[bool, bool]] = {}
         """Hostname that has to do with TLS → whether it was served with it, and had a certificate, when it was written."""
-        self._fast: set[str] = set()
-        """Hostnames that are served by HTTP/3."""
+        self.http3_hosts: set[str] = set()
+        """Hostnames that are served by HTTP/3. To be read only; always the same set."""
         self._fast_changed = False
         self._answers: Mapping[str, Mapping[str, str]] = {}
         """Host → token → what certificate authorities look for there."""
@@ -113,8 +113,8 @@ class RoutingTable:
         """Return what was written or erased since the last call."""
         if self._fast_changed and self.http3 is not None:
             self._fast_changed = False
-            if self._fast:
-                self._write(self.http3.listener(sorted(self._fast)))
+            if self.http3_hosts:
+                self._write(self.http3.listener(sorted(self.http3_hosts)))
             else:
                 self._erase(Kind.LISTENER, HTTP3)
         changed, self._changed = self._changed, set()
@@ -347,9 +347,9 @@ class RoutingTable:
         fast = self.http3 is not None and any(each.http3 for each in rules)
         if self.https_port and (fast or any(each.https_only for each in rules)):
             served, shown = self._strict[host] = self._tls_of(host)
-        fast = fast and shown and (host in self._fast or len(self._fast) < HTTP3_HOSTS_MAX)
-        if fast != (host in self._fast):
-            self._fast ^= {host}
+        fast = fast and shown and (host in self.http3_hosts or len(self.http3_hosts) < HTTP3_HOSTS_MAX)
+        if fast != (host in self.http3_hosts):
+            self.http3_hosts ^= {host}
             self._fast_changed = True
         if routes or challenges:
             port = self.http3.port if self.http3 is not None and fast else 0
