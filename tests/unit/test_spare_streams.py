@@ -24,7 +24,7 @@ from atoll.network.fake import FakeNetwork
 from atoll.node.agent import Agent
 from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
 from atoll.node.record import MemoryRecord
-from atoll.node.spares import SPARES
+from atoll.node.spares import SPARES, Spares
 from atoll.runtimes.fake import FakeRuntime
 
 
@@ -102,6 +102,28 @@ async def test_they_wait_as_long_as_there_is_a_sandbox(tmp_path: Path) -> None:
         async with asyncio.timeout(10):
             assert [await spare.receive() for spare in control.spares] == [None] * SPARES
         assert len(control.spares) == SPARES
+
+
+async def test_a_sandbox_that_comes_as_the_last_one_goes_has_its_streams() -> None:
+    control, there = FakeControlPlane(), True
+
+    async def serve(_: StreamRequest, channel: Channel) -> None:
+        await channel.close()
+
+    async with asyncio.TaskGroup() as group:
+        spares = Spares("n1", control, random.Random(1), spawn=group.create_task, serve=serve, wanted=lambda: there)
+        spares.look()
+        await until(lambda: len(control.spares) == SPARES)
+        there = False
+        spares.look()
+        there = True
+        spares.look()  # before those of the first have ended
+        await until(lambda: len(control.spares) == 2 * SPARES)
+        assert [await spare.receive() for spare in control.spares[:SPARES]] == [None] * SPARES
+        spares.look()
+        assert control.spares_dialled == 2 * SPARES
+        there = False
+        spares.look()
 
 
 async def test_of_an_older_server_none_is_asked_again(tmp_path: Path) -> None:

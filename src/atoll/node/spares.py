@@ -53,6 +53,7 @@ class Spares:
         if not self._wanted():
             for task in self._keeping:
                 task.cancel()
+            self._keeping.clear()  # not when they have ended: a sandbox may come meanwhile
             return
         for _ in range(SPARES - len(self._keeping)):
             task = self._spawn(self._keep())
