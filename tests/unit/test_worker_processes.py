@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,8 @@ from atoll.model.ports.runtime import Box, Limits, WorkerCode
 from atoll.model.worker import Worker
 from atoll.runtimes.workerd_making import ProcessRecord, read_record
 from atoll.runtimes.workerd_shared import SharedWorkers
-from atoll.runtimes.workerd_sharer import write_record
+from atoll.runtimes.workerd_sharer import Sharer, WorkerRecord, write_record
+from atoll.runtimes.workerd_sockets import Listening
 
 CODE = WorkerCode(
     worker=codec.convert({"main": "index.js", "compatibility_date": "2026-11-01", "shared": True}, Worker),
@@ -22,6 +27,77 @@ CODE = WorkerCode(
     alive_port=8081,
 )
 LIMITS = Limits(cpu_milli=100, memory_bytes=32 << 20, disk_bytes=1, pids=1)
+
+
+class Port:
+    """Sockets at one port of this machine's own, in place of those in a worker's network; `made` is called after each."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.made: Callable[[], None] = lambda: None
+
+    def listen(self, netns: Path, port: int, alive_port: int | None) -> Listening:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(("127.0.0.1", self.port))
+            listener.listen()
+            self.port = listener.getsockname()[1]
+            found = Listening(listener.detach(), None, 0)
+        self.made()
+        return found
+
+    def lets_in(self, sockets: Listening) -> bool:
+        """Return whether one who comes now comes to these."""
+        with socket.socket(fileno=os.dup(sockets.http)) as listener, socket.create_connection(("127.0.0.1", self.port), 10):
+            listener.settimeout(2)
+            try:
+                listener.accept()[0].close()
+            except TimeoutError:
+                return False
+            return True
+
+
+def make_sharer(directory: Path, id: str, port: Port) -> Sharer:
+    for stream in ("out", "err"):
+        os.mkfifo(directory / f"{id}.{stream}")
+    record = WorkerRecord(
+        id=id,
+        serial="1",
+        path=str(directory),
+        code=CODE,
+        env=(),
+        limits=LIMITS,
+        netns="/none",
+        resolv_conf=None,
+        stdout=str(directory / f"{id}.out"),
+        stderr=str(directory / f"{id}.err"),
+    )
+    return Sharer(record, directory / f"{id}.order", listen=port.listen)
+
+
+async def test_a_process_that_ends_while_sockets_are_made_for_another_leads_nobody_astray(tmp_path: Path) -> None:
+    port = Port()
+    sharer = make_sharer(tmp_path, "w", port)
+    first = sharer.offer("first")
+    sharer.lead("first")
+    second = sharer.offer("second")
+    sharer.lead("second")
+    assert port.lets_in(second)
+    ending = threading.Thread(target=sharer.take_back, args=("first",))
+
+    def end() -> None:
+        ending.start()
+        ending.join(0.2)  # one that did not wait for the whole of `offer` would be through
+
+    port.made = end
+    third = sharer.offer("third")
+    ending.join()
+    assert not sharer.has("first")
+    assert first is not second
+    assert port.lets_in(second)
+    sharer.lead("third")
+    assert port.lets_in(third)
+    sharer.let_go()
 
 
 def test_a_record_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,9 +48,10 @@ class WorkerRecord(Struct, frozen=True, kw_only=True):
 class Sharer(Member):
     """A worker that was started, with what is its own."""
 
-    def __init__(self, record: WorkerRecord, order: Path) -> None:
-        """`order` is a file of its own. Raises OSError where its pipes cannot be opened."""
+    def __init__(self, record: WorkerRecord, order: Path, *, listen: Callable[[Path, int, int | None], Listening] = listen) -> None:
+        """`order` is a file of its own; `listen` makes sockets. Raises OSError where its pipes cannot be opened."""
         self.record = record
+        self._listen = listen
         self.pipes = Pipes(Path(record.stdout), Path(record.stderr))
         self.sockets: Listening | None = None
         """To which those who come are led."""
@@ -57,6 +59,8 @@ class Sharer(Member):
         self._order = order
         self._group: dict[str, Listening] = {}
         """All that there are, by process, in the kernel's order."""
+        self._one = threading.RLock()
+        """`offer` is in a thread: between a change of the kernel's order and that of ours there may be no other."""
         super().__init__(record.id, lambda text: self.pipes.write(text, error=True))
 
     def offer(self, holder: str) -> Listening:
@@ -64,49 +68,53 @@ class Sharer(Member):
 
         Raises RuntimeFailed.
         """
-        if self.sockets is not None and not self._holder:
-            (last,) = [id for id, sockets in self._group.items() if sockets is self.sockets]
-            self._group = {holder if id == last else id: sockets for id, sockets in self._group.items()}
+        with self._one:
+            if self.sockets is not None and not self._holder:
+                (last,) = [id for id, sockets in self._group.items() if sockets is self.sockets]
+                self._group = {holder if id == last else id: sockets for id, sockets in self._group.items()}
+                self._keep()
+                return self.sockets
+            sockets = self._listen(Path(self.record.netns), self.record.code.port, self.record.code.alive_port)
+            self._group[holder] = sockets
             self._keep()
-            return self.sockets
-        sockets = listen(Path(self.record.netns), self.record.code.port, self.record.code.alive_port)
-        self._group[holder] = sockets
-        self._keep()
-        if len(self._group) == 1:
-            sockets.steer(0)
-        return sockets
+            if len(self._group) == 1:
+                sockets.steer(0)
+            return sockets
 
     def lead(self, holder: str) -> None:
         """From now on all are led to that process."""
-        if holder in self._group:  # else the worker has ended meanwhile
-            self.sockets, self._holder = self._group[holder], holder
-            self._steer()
+        with self._one:
+            if holder in self._group:  # else the worker has ended meanwhile
+                self.sockets, self._holder = self._group[holder], holder
+                self._steer()
 
     def take_back(self, holder: str) -> None:
         """A process has ended, or never served. Who comes meanwhile waits, if it was the last."""
-        sockets = self._group.get(holder)
-        if sockets is None:
-            return
-        if sockets is self.sockets:
-            self._holder = ""
-            return
-        self._group = without(self._group, holder)
-        sockets.let_go()
-        self._keep()
-        self._steer()
+        with self._one:
+            sockets = self._group.get(holder)
+            if sockets is None:
+                return
+            if sockets is self.sockets:
+                self._holder = ""
+                return
+            self._group = without(self._group, holder)
+            sockets.let_go()
+            self._keep()
+            self._steer()
 
     def restore(self, found: Mapping[str, Listening], leading: str) -> None:
         """Take over what an earlier agent had, of the processes that still run."""
-        try:
-            known = decode(self._order.read_bytes(), tuple[str, ...])
-        except (OSError, AtollError):
-            known = tuple(found)
-        group = {id: found.get(id) for id in known} | dict(found)
-        for id in [id for id in group if id not in found]:
-            group = without(group, id)
-        self._group = {id: sockets for id, sockets in group.items() if sockets is not None}
-        self._keep()
-        self.lead(leading)
+        with self._one:
+            try:
+                known = decode(self._order.read_bytes(), tuple[str, ...])
+            except (OSError, AtollError):
+                known = tuple(found)
+            group = {id: found.get(id) for id in known} | dict(found)
+            for id in [id for id in group if id not in found]:
+                group = without(group, id)
+            self._group = {id: sockets for id, sockets in group.items() if sockets is not None}
+            self._keep()
+            self.lead(leading)
 
     def has(self, holder: str) -> bool:
         """Return whether the sockets that a process has of it are open."""
@@ -122,10 +130,11 @@ class Sharer(Member):
 
     def let_go(self) -> None:
         """Close what this agent has of it; processes and the next agent go on."""
-        for sockets in self._group.values():
-            sockets.let_go()
-        self._group.clear()
-        self.sockets = None
+        with self._one:
+            for sockets in self._group.values():
+                sockets.let_go()
+            self._group.clear()
+            self.sockets = None
         self.pipes.close()
 
 
