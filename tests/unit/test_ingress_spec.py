@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from atoll.ingress.clusters import SPILL, WHOLE, Nearness, endpoints, levels_of
+from atoll.ingress.clusters import SPILL, UDP_SESSIONS_MAX, WHOLE, Nearness, cluster, endpoints, levels_of
 from atoll.ingress.hosts import Leg, virtual_host
 from atoll.ingress.refused import Refused
-from atoll.ingress.resources import Kind, Target
+from atoll.ingress.resources import BREAKER_MAX, Kind, Target
 from atoll.ingress.spill import BACK_S, Spill
 from atoll.ingress.table import RoutingTable
 from atoll.model import codec
@@ -231,6 +231,22 @@ def test_an_app_s_limits_and_outliers_are_its_cluster_s() -> None:
     assert (breaker.max_connections.value, breaker.max_requests.value, breaker.max_pending_requests.value) == (7, 8, 0)
     assert made.outlier_detection.consecutive_5xx.value == 3
     assert made.outlier_detection.max_ejection_percent.value == 20
+
+
+@pytest.mark.parametrize(
+    ("raw", "connections", "wanted"),
+    [
+        ("udp", None, UDP_SESSIONS_MAX),
+        ("udp", UDP_SESSIONS_MAX + 1, UDP_SESSIONS_MAX),
+        ("udp", 7, 7),
+        ("tcp", None, BREAKER_MAX),
+        ("tcp", UDP_SESSIONS_MAX + 1, UDP_SESSIONS_MAX + 1),
+    ],
+)
+def test_clients_of_a_udp_port_are_bounded_whatever_the_app_allows(raw: str, connections: int | None, wanted: int) -> None:
+    rules = IngressRules(limits=Limits(connections=connections)) if connections else None
+    made = Cluster.FromString(cluster(replace(TARGET, raw=raw), rules).body)
+    assert made.circuit_breakers.thresholds[0].max_connections.value == wanted
 
 
 def test_a_route_without_rules_says_no_more_than_where_it_leads() -> None:

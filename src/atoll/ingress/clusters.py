@@ -56,6 +56,9 @@ AWAY_CONNECT_MS = 600
 """To connect, for an app at several sites: a site that has gone dark is left for the next one in less than a second."""
 AWAY_FAILURES = 2
 """Connections in a row that fail, after which an instance is left out."""
+UDP_SESSIONS_MAX = 4_096
+"""Clients of a UDP port at a time, each an address and a port, which anybody can make up, and a socket of Envoy's for `UDP_IDLE_S`.
+Those that are more have their datagrams dropped."""
 RAW_SHARE = 50
 """Percent of the instances of a TCP port that may be left out at a time."""
 AWAY_EJECT_MS, AWAY_EJECT_MAX_MS = 1_000, 5_000
@@ -112,7 +115,7 @@ def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool) -> bytes:
     # Without this, an app whose endpoints all drain would have its requests sent to them nevertheless.
     message.common_lb_config.healthy_panic_threshold.value = 0
     message.common_lb_config.locality_weighted_lb_config.SetInParent()
-    message.circuit_breakers.thresholds.append(_breaker(rules))
+    message.circuit_breakers.thresholds.append(_breaker(rules, udp=raw == "udp"))
     if rules.outliers is not None or sites or raw:
         message.outlier_detection.CopyFrom(_outliers(rules, sites=sites, raw=bool(raw)))
     if sites:
@@ -147,7 +150,7 @@ def _speak_http(message: cluster_pb2.Cluster, rules: IngressRules, http2: bool, 
     message.typed_extension_protocol_options["envoy.extensions.upstreams.http.v3.HttpProtocolOptions"].CopyFrom(packed)
 
 
-def _breaker(rules: IngressRules) -> circuit_breaker_pb2.CircuitBreakers.Thresholds:
+def _breaker(rules: IngressRules, *, udp: bool) -> circuit_breaker_pb2.CircuitBreakers.Thresholds:
     breaker = circuit_breaker_pb2.CircuitBreakers.Thresholds()
     for limit in (breaker.max_connections, breaker.max_pending_requests, breaker.max_requests, breaker.max_retries):
         limit.value = BREAKER_MAX
@@ -159,6 +162,8 @@ def _breaker(rules: IngressRules) -> circuit_breaker_pb2.CircuitBreakers.Thresho
             breaker.max_requests.value = limits.requests
         if limits.pending is not None:
             breaker.max_pending_requests.value = limits.pending
+    if udp:
+        breaker.max_connections.value = min(breaker.max_connections.value, UDP_SESSIONS_MAX)
     return breaker
 
 
