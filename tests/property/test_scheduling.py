@@ -36,6 +36,9 @@ class Machine:
         own = {"node": self.node.name, "site": self.node.site, "region": self.node.region, "arch": self.node.arch}
         return own.get(key, self.node.labels.get(key))
 
+    def shunned(self) -> set[str]:
+        return {taint for taint in self.node.taints if taint.endswith(":prefer-no-schedule")}
+
     def free(self, what: str) -> int:
         return getattr(self.node.capacity, what) - sum(getattr(demand, what) for _, demand in self.held)
 
@@ -46,7 +49,7 @@ class Machine:
             return False
         if wish.regions and "any" not in wish.regions and node.region not in wish.regions:
             return False
-        if "*" not in wish.tolerations and set(node.taints) - set(wish.tolerations):
+        if "*" not in wish.tolerations and set(node.taints) - set(wish.tolerations) - self.shunned():
             return False
         if not all(holds(rule, self.label(rule.label)) for rule in wish.constraints):
             return False
@@ -247,6 +250,7 @@ def worth(machines: list[Machine], machine: Machine, item: Pending) -> float:
         listed = regions.index("any")
     rank = listed if len(regions) > 1 else 0
     total = -rank * 10**10 - 100_000 * sum(m.count(item.group) for m in together) - 10 * machine.count(item.group)
+    total -= 50_000 * len(machine.shunned()) * ("*" not in wish.tolerations)
     total += liking(machines, machine, item)
     return total * 10**6 + round(machine.packing(item.demand) * 10**6) + machine.gpu_scores(item.demand)
 
@@ -290,7 +294,7 @@ nodes = st.builds(
         gpus=st.lists(st.sampled_from(["x", "y"]).map(lambda m: GpuDevice(id="", model=m, memory_bytes=1)), max_size=3).map(tuple),
     ),
     labels=st.dictionaries(st.sampled_from(["disk", "gen"]), values, max_size=2),
-    taints=st.lists(st.sampled_from(["t1", "t2"]), max_size=1).map(tuple),
+    taints=st.lists(st.sampled_from(["t1", "t2", "t3:prefer-no-schedule"]), max_size=2, unique=True).map(tuple),
     runtimes=st.lists(st.sampled_from(RUNTIMES), min_size=1, unique=True).map(tuple),
     arch=st.sampled_from(["amd64", "arm64"]),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from test_scheduling import neighbours, snapshot_with_held
 
 from atoll.model.devices import GpuDevice, GpuSharing
@@ -78,3 +79,18 @@ def test_a_copy_grants_the_same_devices_also_with_what_an_earlier_copy_knew(
     assert plan(copied, pending) == expected
     enter(copied, expected, pending)
     assert plan(original, pending) == expected
+
+
+def test_a_copy_shuns_what_the_original_shuns_and_neither_hears_of_the_other_s_taints() -> None:
+    original = Snapshot()
+    capacity = Capacity(cpu_milli=4000, memory_bytes=1 << 30, disk_bytes=1 << 30)
+    shunned = Node(name="a", capacity=capacity, runtimes=RUNTIMES, taints=("old:prefer-no-schedule",))
+    original.upsert_node(shunned)
+    original.upsert_node(Node(name="b", capacity=capacity, runtimes=RUNTIMES))
+    demand = Demand(cpu_milli=100, memory_bytes=1 << 20, runtimes=RUNTIMES, placement=Placement())
+    pending = [Pending(id="one", group="app/p/web/1/1", demand=demand)]
+    copied = original.copy()
+    assert [placed.node for placed in plan(copied, pending).placed] == ["b"]
+    original.upsert_node(replace(shunned, taints=()))
+    assert [placed.node for placed in plan(original, pending).placed] == ["a"]
+    assert [placed.node for placed in plan(copied, pending).placed] == ["b"]

@@ -135,6 +135,7 @@ class Snapshot:
         for column in ("present", "standing", "total", "used", "runtimes", "gpu_runtimes"):
             setattr(other, column, getattr(self, column).copy())
         other.taints = {taint: bools.copy() for taint, bools in self.taints.items()}
+        other.shunned = {taint: bools.copy() for taint, bools in self.shunned.items()}
         other.labels = {key: ids.copy() for key, ids in self.labels.items()}
         other._values = {key: values.copy() for key, values in self._values.items()}
         other.ledger = self.ledger.copy()
