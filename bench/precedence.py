@@ -30,6 +30,15 @@ def take(marks: Sequence[str]) -> None:
                 (entry / "autogroup").write_text(str(NICE))
 
 
+def told() -> str:
+    """Return what a report says of the precedence that this process has, for its notes."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    if nice > NICE:
+        return f"no precedence: it was asked for and not granted (nice {nice}); it needs root"
+    session = ", by session, too" if _OWN.exists() and _OWN.read_text().split()[-1] == str(NICE) else ""
+    return f"at a precedence before all else that ran (nice {nice}{session})"
+
+
 def _give_back() -> None:
     """A shell that this was started from shares its session."""
     with suppress(OSError):

@@ -1,22 +1,34 @@
-"""What `bench scale` says of a run: what failed at its take-overs."""
+"""What `bench scale` says of a run: what failed at its take-overs, and whether its processes went before others."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench import precedence
 from bench.report import Report
 from bench.scale import Bench, Drivers, Server, TooSlow, Watched
 from bench.scale_user import Api
 
 from atoll.sim.loop import run_virtual
 
+ROOT = Path(__file__).parents[2]
+RUN = """
+import json, os, subprocess, sys
+from bench import scale
+notes = scale.run(sys.argv[1:]).notes
+child = [sys.executable, "-c", "import os; print(os.getpriority(os.PRIO_PROCESS, 0))"]
+print(json.dumps([notes, os.getpriority(os.PRIO_PROCESS, 0), int(subprocess.check_output(child))]))
+"""
 FAILED = "deploy an app while the leader dies: 503"
 
 
@@ -84,3 +96,26 @@ def test_calls_that_failed_are_told_where_a_take_over_has_no_end(tmp_path: Path)
     with pytest.raises(TooSlow):
         run_virtual(bench.take_overs, random.Random(0))
     assert bench.report.notes == [f"failed calls at the take-overs, all together: { {FAILED: 2} }"]
+
+
+def run_without_etcd(tmp_path: Path, *options: str) -> tuple[list[str], int, int]:
+    """Return the report's notes, how nice the run was, and what it started: in a session of its own, which has its precedence."""
+    command, env = [sys.executable, "-c", RUN, *options], {"PATH": str(tmp_path)}
+    ran = subprocess.run(command, cwd=ROOT, env=env, start_new_session=True, capture_output=True, text=True, timeout=60, check=True)
+    notes, nice, of_child = json.loads(ran.stdout)
+    return notes, nice, of_child
+
+
+def test_a_run_with_precedence_says_so_and_all_that_it_starts_has_it(tmp_path: Path) -> None:
+    notes, nice, of_child = run_without_etcd(tmp_path, "--precedence")
+    if nice != precedence.NICE:
+        pytest.skip("this user may not raise a process's priority")
+    assert of_child == nice
+    assert any(note.startswith("at a precedence before all else that ran (nice -19") for note in notes)
+
+
+def test_a_run_without_precedence_has_none_and_one_that_did_not_get_it_says_so(tmp_path: Path) -> None:
+    notes, nice, _ = run_without_etcd(tmp_path)
+    assert nice == os.getpriority(os.PRIO_PROCESS, 0)
+    assert not any("precedence" in note for note in notes)
+    assert precedence.told() == f"no precedence: it was asked for and not granted (nice {nice}); it needs root"
