@@ -26,6 +26,7 @@ from atoll.network.slots import Slot, SlotMaker, tag_of
 from atoll.network.sysctls import FORWARDING, forward_ipv6, read_sysctl, restore_forwarding, write_sysctl
 from atoll.network.together import Together
 from atoll.network.tunnels import names_of
+from atoll.network.upkeep import Upkeep
 
 PREPARED_DEFAULT = 32
 """Slots made ahead, so that as many starts in one moment wait for none. One takes 2 ms to make, and some 300 KiB of the kernel."""
@@ -337,24 +338,29 @@ class LinkNetwork:
             sets.replace_rules(ipv6_rules.rules(ula=self.ula, links=maker.prefix, tunnels=tunnels, connections_max=most))
 
     async def _keep_rules(self, opened: _Open) -> None:
-        """Write the rules again when somebody has removed them, as a restart of Debian's nftables service does, and turn forwarding
-        on again, as after `sysctl --system` with other settings. Never returns."""
+        """Write the rules again when somebody has removed them, as a restart of Debian's nftables service does, or they are half
+        there; turn forwarding on again, as after `sysctl --system` with other settings. Never returns."""
         known = elements.source("lo", self._addresses.node_address)
+
+        def slots() -> list[Slot]:
+            return [*(each.slot for each in self._held.values()), *opened.pool.ready]
+
+        upkeep = Upkeep(
+            lambda: opened.sets.intact(known),
+            lambda: self._write_rules(opened.maker, opened.nftables, opened.sets, list(self._held.values()), slots()),
+        )
         while True:
             await asyncio.sleep(self._rules_check_s)
-            slots = [*(each.slot for each in self._held.values()), *opened.pool.ready]
-            with_ipv6 = [slot.interface for slot in slots if slot.ipv6]
+            with_ipv6 = [slot.interface for slot in slots() if slot.ipv6]
             try:
                 if restore_forwarding([*with_ipv6, *names_of(tag_of(self._directory)).values()] if with_ipv6 else ()):
                     log.warning("network.forwarding-on", message="somebody turned forwarding off on this node; it is on again")
             except AtollError as error:
                 log.error("network.forwarding-off", message=str(error))
-            if opened.sets.intact(known):
-                continue
             try:
-                self._write_rules(opened.maker, opened.nftables, opened.sets, list(self._held.values()), slots)
-                log.error("network.rules-restored", message="somebody removed the firewall's rules; they have been written again")
-            except AtollError as error:
+                if upkeep.look():
+                    log.error("network.rules-restored", message="the firewall's rules were not whole; they have been written again")
+            except (AtollError, OSError) as error:  # OSError: netlink gave no answer in time, or had no room
                 log.error("network.rules-missing", message=str(error))
 
     def _link(self, held: _Held) -> Link:
