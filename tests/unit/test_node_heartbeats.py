@@ -9,14 +9,16 @@ from pathlib import Path
 
 from control_cell import LoopClock, run_virtual
 from detection_net import CELL_KEY, Net
+from structlog.testing import capture_logs
 
 from atoll.api.service import KINDS, Service
 from atoll.api.service.beat_keys import grant_of
 from atoll.images.fake import FakeImages
 from atoll.model import beats, codec, keys
 from atoll.model.beats import BeatGrant
+from atoll.model.errors import Invalid
 from atoll.model.ports.store import Put
-from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind
+from atoll.model.records import Assignment, Capacity, Heartbeat, Instance, Node, OwnerKind
 from atoll.model.spec import AppSpec, Metrics, Port, RuntimeName, Scale
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
@@ -34,9 +36,9 @@ CALM_S = 15.0
 class Here:
     """One agent that beats to a server that leads, and says the rest to a scripted control plane."""
 
-    def __init__(self, net: Net, data: Path, spread_s: float = 0.0, seed: int = 1) -> None:
+    def __init__(self, net: Net, data: Path, spread_s: float = 0.0, seed: int = 1, control: FakeControlPlane | None = None) -> None:
         self.net = net
-        self.control = FakeControlPlane()
+        self.control = control or FakeControlPlane()
         net.sites["n1"] = "a"
         epoch = beats.epoch_at(net.clock.now())
         self.control.granted = BeatGrant(
@@ -99,6 +101,38 @@ def on_agent(data: Path, test: Callable[[Here], Awaitable[None]]) -> None:
             await net.close()
 
     run_virtual(main())
+
+
+class Refusing(FakeControlPlane):
+    """Refuses what heartbeats say, as long as it is told to."""
+
+    refuses = True
+
+    async def heartbeat(self, heartbeat: Heartbeat) -> None:
+        await super().heartbeat(heartbeat)
+        if self.refuses:
+            raise Invalid(f"cpu_milli: -{len(self.heartbeats)} cannot be", field="cpu_milli", mend="see its log")
+
+
+def test_that_a_heartbeat_is_refused_is_said_in_the_agents_log_once_until_one_is_taken(tmp_path: Path) -> None:
+    async def main() -> None:
+        net = Net()
+        await net.server()
+        control = Refusing()
+        here = Here(net, tmp_path, control=control)
+        await asyncio.sleep(100)
+        control.refuses = False
+        await asyncio.sleep(100)
+        control.refuses = True
+        await asyncio.sleep(100)
+        await here.close()
+        await net.close()
+        assert len(control.heartbeats) > 10
+
+    with capture_logs() as said:
+        run_virtual(main())
+    refused = [(each["node"], each["mend"]) for each in said if each["log_level"] == "warning" and "refused" in each["event"]]
+    assert refused == [("n1", "see its log")] * 2
 
 
 def test_while_beats_are_acknowledged_heartbeats_come_as_seldom_as_the_server_asks_for(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from atoll.model import codec
 from atoll.model.devices import GpuDevice
@@ -52,21 +54,41 @@ def test_a_machine_that_cannot_be_is_refused_and_not_written(capacity: dict[str,
     [
         ({"cpu_milli": -1}, "cpu_milli"),
         ({"memory_bytes": 1 << 63}, "memory_bytes"),
-        ({"usage": (Usage(instance="i", cpu_milli=-5),)}, "usage.cpu_milli"),
-        ({"usage": (Usage(instance="i"), Usage(instance="j", sent_bytes=-1))}, "usage.sent_bytes"),
     ],
 )
-def test_use_that_cannot_be_is_refused_and_the_word_before_it_stays(beat: dict[str, Any], field: str) -> None:
+def test_a_nodes_use_that_cannot_be_is_refused_the_word_before_it_stays_and_the_node_lives(
+    beat: dict[str, Any], field: str
+) -> None:
     chance = random.Random(1)
 
     async def main() -> None:
         async with Cell(chance) as cell:
             good = Heartbeat(node="n1", at=1.0, cpu_milli=5, usage=(Usage(instance="i", cpu_milli=3),))
             await cell.service.control_plane.heartbeat(good)
+            heartbeats = cell.service.heartbeats
+            said = heartbeats.last_said()["n1"]
+            await asyncio.sleep(7)
             with pytest.raises(Invalid) as refused:
                 await cell.service.control_plane.heartbeat(Heartbeat(**({"node": "n1", "at": 2.0} | beat)))
             assert refused.value.field == field
-            assert cell.service.heartbeats.latest("n1") == good
+            assert heartbeats.latest("n1") == good
+            assert heartbeats.last_seen()["n1"] == said + 7
+            assert heartbeats.last_said()["n1"] == said, "so that an old figure is not taken for a new one"
+
+    run_virtual(main, chance)
+
+
+@pytest.mark.parametrize("wrong", [Usage(instance="j", cpu_milli=-5), Usage(instance="j", sent_bytes=-1)])
+def test_an_instances_use_that_cannot_be_is_left_out_and_all_else_counts(wrong: Usage) -> None:
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with Cell(chance) as cell:
+            beat = Heartbeat(node="n1", at=1.0, cpu_milli=5, usage=(Usage(instance="i", cpu_milli=3), wrong, Usage(instance="k")))
+            await cell.service.control_plane.heartbeat(beat)
+            kept = cell.service.heartbeats.latest("n1")
+            assert kept == replace(beat, usage=(beat.usage[0], beat.usage[2]))
+            assert cell.service.heartbeats.last_seen()["n1"] == cell.clock.monotonic()
 
     run_virtual(main, chance)
 

@@ -11,7 +11,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from atoll.model.devices import GpuDevice, GpuSample
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, Invalid, TooLarge
 from atoll.model.flows import Flows
 from atoll.model.labels import NVLINK_DOMAIN
 from atoll.model.records import Heartbeat, Node, Usage
@@ -68,6 +68,8 @@ class Vitals:
         self._contact = contact or Contact()
         self._beating = beating
         self._registered = asyncio.Event()
+        self._refused: str | None = None
+        """What the last heartbeat was refused for: a field, or a code."""
         if beating is not None:
             beating.on_deaf = self._registered.set
 
@@ -102,6 +104,11 @@ class Vitals:
                 if self._tools.reporter.unknown_node.is_set():
                     await self.register()
                 await self._beat_once()
+            except (Invalid, TooLarge) as error:
+                why = error.field or error.code
+                if why != self._refused:  # else the log would fill with it
+                    log.warning("what this node says of itself is refused", node=self._node.name, error=str(error), mend=error.mend)
+                self._refused = why
             except (AtollError, TimeoutError) as error:
                 log.debug("heartbeat failed", node=self._node.name, error=str(error) or "timed out")
             except Exception:  # the outer edge: a surprise must not end what runs here
@@ -139,6 +146,7 @@ class Vitals:
         sent_at = self._tools.clock.monotonic()
         async with asyncio.timeout(CALL_S):
             await self._tools.control.heartbeat(heartbeat)
+        self._refused = None
         if self._beating is not None:
             self._beating.reached()
         if self._beating is None or self._beating.http_counts:

@@ -113,8 +113,8 @@ class Exposition:
         return page.text()
 
     def _fresh(self) -> dict[str, Heartbeat]:
-        now, heard = self._context.clock.monotonic(), self._heartbeats.last_seen()
-        return {node: beat for node, beat in self._heartbeats.all().items() if now - heard.get(node, 0.0) <= FRESH_S}
+        now, said = self._context.clock.monotonic(), self._heartbeats.last_said()
+        return {node: beat for node, beat in self._heartbeats.all().items() if now - said.get(node, 0.0) <= FRESH_S}
 
     def _node(self, page: _Page, node: Node, beat: Heartbeat | None) -> None:
         labels = labelled(node=node.name, site=node.site, region=node.region)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from atoll.api.service.node_reports import check_heartbeat
+import structlog
+
+from atoll.api.service.node_reports import possible
 from atoll.model.errors import TooLarge
 from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX
 from atoll.model.ports.clock import Clock
@@ -20,6 +22,8 @@ IMAGES_MAX = 256
 WORDS_MAX = 1_024
 """Characters of a digest, or of what a node says that it is fetching."""
 
+log = structlog.get_logger()
+
 
 class Heartbeats:
     """The latest heartbeat of every node; how many nodes there are bounds it."""
@@ -28,9 +32,17 @@ class Heartbeats:
         self._clock = clock
         self._latest: dict[str, Heartbeat] = {}
         self._seen: dict[str, float] = {}
+        self._said: dict[str, float] = {}
+        self._wrong: dict[str, dict[str, str]] = {}
+        """Node → instance → the field of its use that could not be in the latest heartbeat."""
 
     def note(self, heartbeat: Heartbeat) -> None:
-        """Raises TooLarge, and Invalid for an amount that cannot be."""
+        """Take in a sign of life, and what it says; of an instance whose use cannot be the rest of what is said counts.
+
+        Raises TooLarge, and Invalid for an amount of the node's own that cannot be: the node lives all the same, and its word
+        before this one stays.
+        """
+        self._seen[heartbeat.node] = self._clock.monotonic()
         if len(heartbeat.usage) > USAGES_MAX:
             raise TooLarge(f"usage: {len(heartbeat.usage)} instances in one heartbeat; at most {USAGES_MAX}", field="usage")
         for usage in heartbeat.usage:
@@ -44,9 +56,15 @@ class Heartbeats:
         flows = heartbeat.flows
         if flows is not None and (len(flows.flows) > FLOWS_MAX or len(flows.refusals) > REFUSALS_MAX or flows.begun or flows.over):
             raise TooLarge(f"flows: at most {FLOWS_MAX} and {REFUSALS_MAX} refusals in one heartbeat", field="flows")
-        check_heartbeat(heartbeat)
+        heartbeat, wrong = possible(heartbeat)
+        for instance in wrong.keys() - self._wrong.get(heartbeat.node, {}).keys():
+            log.warning("use that cannot be is left out", node=heartbeat.node, instance=instance, field=wrong[instance])
+        if wrong:
+            self._wrong[heartbeat.node] = wrong
+        else:
+            self._wrong.pop(heartbeat.node, None)
         self._latest[heartbeat.node] = heartbeat
-        self._seen[heartbeat.node] = self._clock.monotonic()
+        self._said[heartbeat.node] = self._seen[heartbeat.node]
 
     def touch(self, node: str) -> None:
         """A node that registers is alive."""
@@ -62,6 +80,10 @@ class Heartbeats:
         """Return node → when its last sign came here, on this server's monotonic clock; a live view for the node controller."""
         return self._seen
 
+    def last_said(self) -> Mapping[str, float]:
+        """Return node → when `latest` came here, on the same clock: a sign of life may say nothing that counts. A live view."""
+        return self._said
+
     def forget(self, node: str) -> None:
-        self._latest.pop(node, None)
-        self._seen.pop(node, None)
+        for each in (self._latest, self._seen, self._said, self._wrong):
+            each.pop(node, None)

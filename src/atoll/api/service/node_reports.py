@@ -33,15 +33,21 @@ def checked(node: Node) -> Node:
     return replace(node, taints=check_taints(node.taints))
 
 
-def check_heartbeat(heartbeat: Heartbeat) -> None:
-    """Raise Invalid for an amount that cannot be."""
+def possible(heartbeat: Heartbeat) -> tuple[Heartbeat, dict[str, str]]:
+    """Return the heartbeat without the use of those instances of which an amount cannot be, and of each of these which one.
+
+    Raises Invalid where an amount of the node itself cannot be.
+    """
     for field in ("cpu_milli", "memory_bytes"):
         _check(getattr(heartbeat, field), COUNT_MAX, field)
+    wrong: dict[str, str] = {}
     for usage in heartbeat.usage:
         for field in _COUNTS:
-            # Nearly all are right, and there are very many.
             if not 0 <= getattr(usage, field) <= COUNT_MAX:
-                _check(getattr(usage, field), COUNT_MAX, f"usage.{field}")
+                wrong[usage.instance] = field
+    if not wrong:  # nearly always, and there are very many
+        return heartbeat, wrong
+    return replace(heartbeat, usage=tuple(usage for usage in heartbeat.usage if usage.instance not in wrong)), wrong
 
 
 def _check_capacity(capacity: Capacity) -> None:
