@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from envoy.config.listener.v3.listener_pb2 import Listener as EnvoyListener
 from envoy.config.route.v3.route_components_pb2 import VirtualHost
+from envoy.extensions.transport_sockets.quic.v3.quic_transport_pb2 import QuicDownstreamTransport
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
 
 from atoll.ingress.bootstrap import Listener, http3
 from atoll.ingress.certificates import CertificateTable
 from atoll.ingress.delta import SECRETS_MAX, DeltaSession, Verdicts
 from atoll.ingress.http3 import HOSTS_MAX, HTTP3
-from atoll.ingress.resources import HTTP3_SECRET, Kind
+from atoll.ingress.resources import BUFFER_BYTES, HTTP3_SECRET, STREAMS_MAX, WINDOW_BYTES, Kind
 from atoll.ingress.table import RoutingTable
 from atoll.ingress.tracing import tracing_of
 from atoll.model.certificates import CertificateBatch, Material
@@ -98,6 +99,20 @@ def test_requests_are_treated_as_at_the_other_ports(collector: str) -> None:
     for part in (b"envoy.filters.http.on_demand", b"retry-safe", b"envoy.filters.http.router", b"access.log", b"no app is served"):
         assert part in manager
     assert (b"OpenTelemetryConfig" in manager) == bool(collector)
+
+
+def test_no_request_is_taken_before_its_handshake_and_a_client_has_as_much_room_as_at_the_other_ports() -> None:
+    made = http3(Listener(address="192.0.2.1", port=80, connections_max=9, tls_port=8443), "n")
+    assert made is not None
+    listener = EnvoyListener.FromString(made.listener(["a.test"]).body)
+    transport = QuicDownstreamTransport()
+    assert listener.filter_chains[0].transport_socket.typed_config.Unpack(transport)
+    assert transport.HasField("enable_early_data")
+    assert not transport.enable_early_data.value
+    assert listener.per_connection_buffer_limit_bytes.value == BUFFER_BYTES
+    limits = listener.udp_listener_config.quic_options.quic_protocol_options
+    windows = (limits.initial_stream_window_size.value, limits.initial_connection_window_size.value)
+    assert (limits.max_concurrent_streams.value, windows) == (STREAMS_MAX, (WINDOW_BYTES, WINDOW_BYTES))
 
 
 class Secrets:

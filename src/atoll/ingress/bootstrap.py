@@ -11,7 +11,16 @@ from atoll.ingress.clusters import METADATA
 from atoll.ingress.hosts import BODY_FILTER, RATE_FILTER, STICKY_FILTER
 from atoll.ingress.http3 import Http3
 from atoll.ingress.resources import ACCESS_LOG as ACCESS_LOG
-from atoll.ingress.resources import BREAKER_MAX, BUFFER_BYTES, RETRIES, RETRY_ON, ROUTE_CONFIG, STREAM_IDLE_S
+from atoll.ingress.resources import (
+    BREAKER_MAX,
+    BUFFER_BYTES,
+    RETRIES,
+    RETRY_ON,
+    ROUTE_CONFIG,
+    STREAM_IDLE_S,
+    STREAMS_MAX,
+    WINDOW_BYTES,
+)
 from atoll.ingress.tracing import Tracing, collector, tracer
 from atoll.model.spec import BODY_BYTES_MAX
 from atoll.model.traffic import BOUNDS_MS
@@ -26,9 +35,6 @@ HEADERS_TIMEOUT_S = 15
 IDLE_CONNECTION_S = 300
 HEADERS_KB_MAX = 60
 HEADERS_MAX = 100
-STREAMS_MAX = 256
-"""HTTP/2 requests side by side on one connection."""
-WINDOW_BYTES = 1 << 20
 RECONNECT_BASE_MS = 50
 RECONNECT_MAX_MS = 500
 """After this process was restarted, Envoy is back within so long; its own default is up to 30 s."""

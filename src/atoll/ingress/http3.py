@@ -26,7 +26,7 @@ from envoy.extensions.filters.network.http_connection_manager.v3 import http_con
 from envoy.extensions.transport_sockets.quic.v3 import quic_transport_pb2
 from google.protobuf import any_pb2, json_format
 
-from atoll.ingress.resources import HTTP3_SECRET, Kind, Resource, from_us, resource
+from atoll.ingress.resources import BUFFER_BYTES, HTTP3_SECRET, STREAMS_MAX, WINDOW_BYTES, Kind, Resource, from_us, resource
 
 HTTP3 = "https3"
 """The listener's name."""
@@ -56,12 +56,17 @@ class Http3:
         message = listener_pb2.Listener(name=HTTP3)
         place = message.address.socket_address
         place.protocol, place.address, place.port_value = address_pb2.SocketAddress.UDP, self._address, self.port
-        message.udp_listener_config.quic_options.SetInParent()
+        message.per_connection_buffer_limit_bytes.value = BUFFER_BYTES
+        limits = message.udp_listener_config.quic_options.quic_protocol_options
+        limits.max_concurrent_streams.value = STREAMS_MAX
+        limits.initial_stream_window_size.value = limits.initial_connection_window_size.value = WINDOW_BYTES
         message.udp_listener_config.downstream_socket_config.prefer_gro.value = True
         for host in hosts:
             chain = message.filter_chains.add(name=host, filters=[self._manager])
             chain.filter_chain_match.server_names.append(host)
             transport = quic_transport_pb2.QuicDownstreamTransport()
+            # Who has recorded a request of early data (0-RTT, RFC 8470) could have it done a second time.
+            transport.enable_early_data.value = False
             transport.downstream_tls_context.common_tls_context.tls_certificate_sds_secret_configs.add(
                 name=HTTP3_SECRET + host, sds_config=from_us()
             )

@@ -28,6 +28,10 @@ RETRY_ON = "connect-failure,refused-stream,reset-before-request"
 BREAKER_MAX = 1_000_000
 """Envoy's own limits (1,024 requests, 3 retries) turn a stampede into 503s; instances protect themselves."""
 BUFFER_BYTES = 256 << 10
+STREAMS_MAX = 256
+"""HTTP/2 and HTTP/3 requests side by side on one connection."""
+WINDOW_BYTES = 1 << 20
+"""What a client may send of one of them, and of all on one connection, before Envoy has passed it on."""
 SLOTS = 64
 """Envoy counts by zone, and each release has its own: as many as no two kept releases of an app share one (the API keeps 50). It
 never forgets a zone's counts, so that one for each release there ever was would fill its memory."""
