@@ -85,6 +85,13 @@ def test_while_one_can_be_taken_the_next_is_made_a_moment_later_and_else_at_once
     assert after.status.retry_at == {}
 
 
+@pytest.mark.parametrize("failures", [{}, {0: 1}])
+def test_what_is_missing_is_made_though_the_date_was_set_back_while_it_waited(failures: dict[int, int]) -> None:
+    status = JobStatus(project="p", name="tools", phase=JobPhase.RUNNING, failures=failures, retry_at={0: NOW + REFILL_S})
+    assert of(Create, decide(ready("a"), ready("b"), status=status).actions) == []
+    assert len(of(Create, decide(ready("a"), ready("b"), status=status, now=NOW - 3600).actions)) == 1
+
+
 def replace_release(what: Seen, release: int) -> Seen:
     return replace(what, instance=replace(what.instance, release=release))
 

@@ -91,8 +91,10 @@ def _create(job: Job, status: JobStatus, pool: Standbys, missing: int, decision:
     if missing <= 0:
         return 0
     at = status.retry_at.get(_POOL, 0.0)
-    if at > decision.now and (status.failures or any(is_ready(seen) for seen in pool.there)):
-        decision.wake(min(at, decision.now + RETRY_MAX_S))  # the date may have been set back
+    # A date farther off than was ever meant is from before the clock was set back: what waits for it is due.
+    early = decision.now < at <= decision.now + (RETRY_MAX_S if status.failures else REFILL_S)
+    if early and (status.failures or any(is_ready(seen) for seen in pool.there)):
+        decision.wake(at)
         return 0
     waiting = sum(seen.instance.node is None for seen in pool.there)
     count = max(0, min(missing, UNPLACED_MAX - waiting))
