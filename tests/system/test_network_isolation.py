@@ -581,6 +581,31 @@ async def test_a_packet_that_is_too_short_to_have_a_port_does_not_get_past_egres
     assert arrives(254)
 
 
+async def test_a_packet_that_is_too_short_to_have_a_port_does_not_get_past_ingress_rules(network: LinkNetwork) -> None:
+    one, other = [await network.attach(name, project="p", ports=()) for name in ("a", "b")]
+    short = b"\x08\x00\x00"  # an echo request's first three bytes: it has a type, and no more
+
+    def arrives() -> bool:
+        with (
+            closing(socket_in(other, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))) as target,
+            closing(socket_in(one, kind=socket.SOCK_RAW, protocol=socket.IPPROTO_ICMP)) as sender,
+        ):
+            with contextlib.suppress(OSError):
+                sender.sendto(short, (other.address, 0))
+            target.settimeout(PATIENCE_S)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    if target.recv(100)[20:] == short:  # behind the IPv4 header
+                        return True
+            return False
+
+    assert any(arrives() for _ in range(10))
+    await network.attach("b", project="p", ports=(), rules=NetworkRules(ingress=()))
+    assert not any(arrives() for _ in range(3))
+    await network.attach("b", project="p", ports=())
+    assert any(arrives() for _ in range(3))
+
+
 async def test_packets_beyond_an_instances_limit_are_dropped(network: LinkNetwork) -> None:
     one = await network.attach("a", project="p", ports=(), rules=NetworkRules(packets=50))
     free = await network.attach("b", project="p", ports=())

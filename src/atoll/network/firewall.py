@@ -182,8 +182,12 @@ table inet {table} {{
     ip saddr . ip daddr . meta l4proto . th dport @permitted return
     meta mark set {counted.EGRESS} jump refused
   }}
+  chain guard {{
+    ip daddr . ip saddr . meta l4proto . th dport @admitted return
+    meta mark set {counted.INGRESS} jump refused
+  }}
   chain open_ports {{
-    ip daddr @guarded ip daddr . ip saddr . meta l4proto . th dport != @admitted meta mark set {counted.INGRESS} jump refused
+    ip daddr @guarded jump guard
     ip daddr . meta l4proto . th dport @inbound accept
     icmp type echo-request accept
     meta mark set {counted.PORT} jump refused
