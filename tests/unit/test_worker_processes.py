@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from atoll.model import codec
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, NotFound, RuntimeFailed
 from atoll.model.ports.images import Image, ImageConfig
-from atoll.model.ports.runtime import Box, Limits, WorkerCode
+from atoll.model.ports.runtime import Box, Limits, Started, WorkerCode
+from atoll.model.records import Exit, Usage
 from atoll.model.worker import Worker
-from atoll.runtimes.workerd_making import ProcessRecord, read_record
+from atoll.runtimes.workerd_making import Processes, ProcessRecord, read_record
 from atoll.runtimes.workerd_shared import SharedWorkers
 from atoll.runtimes.workerd_sharer import Sharer, WorkerRecord, write_record
+from atoll.runtimes.workerd_sharing import Sharing
 from atoll.runtimes.workerd_sockets import Listening
 
 CODE = WorkerCode(
@@ -151,3 +154,60 @@ async def test_what_an_earlier_agent_had_not_written_to_its_end_is_removed(tmp_p
         (tmp_path / directory / "a.json.next").write_bytes(b"{")
     assert await workers.recover([]) == []
     assert not [*tmp_path.glob("*/*")]
+
+
+class FakeBoxes:
+    """Starts nothing."""
+
+    async def begin_process(self, box: Box, configuration: str, handed: Sequence[int]) -> Started:
+        raise RuntimeFailed("no process can be started")
+
+    async def wait(self, id: str) -> Exit:
+        raise NotFound(f"no instance {id}")
+
+    async def signal(self, id: str, name: str) -> None:
+        raise NotFound(f"no instance {id}")
+
+    async def kill(self, id: str) -> None:
+        raise NotFound(f"no instance {id}")
+
+    async def delete(self, id: str) -> None:
+        pass
+
+    async def usage(self, id: str) -> Usage:
+        raise NotFound(f"no instance {id}")
+
+    async def parent(self, id: str) -> int:
+        raise NotFound(f"no instance {id}")
+
+    async def cpu_us(self, id: str) -> int:
+        raise NotFound(f"no instance {id}")
+
+
+def no_record(processes: Path) -> None:
+    processes.rmdir()
+
+
+def no_pipe(processes: Path) -> None:
+    (processes / "shared.p.0.out").symlink_to(processes / "nowhere")
+
+
+def no_modules(processes: Path) -> None:
+    """There are none in any case."""
+
+
+@pytest.mark.parametrize("break_it", [no_record, no_pipe, no_modules])
+async def test_a_start_that_fails_says_so_and_leaves_no_socket(break_it: Callable[[Path], None], tmp_path: Path) -> None:
+    processes = tmp_path / "processes"
+    processes.mkdir()
+    break_it(processes)
+    sharing = Sharing(Processes(FakeBoxes(), processes, "p", 0, None))
+    sharer = make_sharer(tmp_path, "w", Port())
+    before = {*Path("/proc/self/fd").iterdir()}
+    with pytest.raises(RuntimeFailed):
+        await asyncio.wait_for(sharing.enter(sharer), 30)
+    await sharing.close()
+    assert {*Path("/proc/self/fd").iterdir()} <= before
+    assert not processes.exists() or not [*processes.iterdir()]
+    assert sharer.exit is not None
+    sharer.let_go()

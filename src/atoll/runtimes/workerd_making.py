@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits, Mount
 from atoll.model.records import Exit
 from atoll.model.worker import MODULES
-from atoll.runtimes.oci_box import SPARE_DISK_BYTES
+from atoll.runtimes.oci_box import SPARE_DISK_BYTES, explain
 from atoll.runtimes.readiness import ready
 from atoll.runtimes.workerd_config import (
     CONFIG,
@@ -69,44 +70,48 @@ class Processes:
             raise AssertionError(f"a worker of another project than {self._project} was about to share its process")
         id = f"{_NAME}.{self._project}.{self._next}"
         self._next += 1
-        offers: dict[Member, Listening] = {}
         try:
+            return await self._make(id, sharers)
+        except OSError as error:
+            raise explain(error) from None
+
+    async def _make(self, id: str, sharers: Sequence[Sharer]) -> WorkerProcess | Unready:
+        path, pipe = self._directory / f"{id}.json", self._directory / f"{id}.out"
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as undone:
+            offers: dict[Member, Listening] = {}
             for sharer in sharers:
+                undone.callback(sharer.take_back, id)
                 offers[sharer] = await asyncio.to_thread(sharer.offer, id)
-        except BaseException:
-            for sharer in sharers:
-                sharer.take_back(id)
-            raise
-        workers = tuple((sharer.id, sharer.record.serial, len(offers[sharer].descriptors)) for sharer in sharers)
-        record = ProcessRecord(id=id, workers=workers)
-        path = self._directory / f"{id}.json"
-        write_record(path, record)
-        output = Output(self._directory / f"{id}.out", {sharer.id: sharer.pipes for sharer in sharers})
-        watch = watch_socket()
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        process = WorkerProcess(self._boxes, id, 0, offers, output, name_of(watch), path)
-        try:
-            sockets = [watch, *(fd for sharer in sharers for fd in offers[sharer].descriptors)]
-            box, text = await asyncio.to_thread(self._box, id, sharers, len(sockets))
-            started = await self._boxes.begin_process(box, text, [*sockets, writer])
-            process.pid = started.pid
-            os.close(writer)
-            writer = -1
-            if not await self._serves(process, reader, len(sockets)):
-                exit = await process.remove()
-                blamed = frozenset(output.blamed)
-                return Unready(started.pid, exit or Exit(code=1, at=time.time()), blamed)
-            write_record(path, structs.replace(record, ready=True))
-            for sharer in sharers:
-                sharer.lead(id)
-            return process
-        except BaseException:
-            await asyncio.shield(process.remove())
-            raise
-        finally:
-            for fd in (watch, reader, writer):
-                if fd >= 0:
-                    os.close(fd)
+            workers = tuple((sharer.id, sharer.record.serial, len(offers[sharer].descriptors)) for sharer in sharers)
+            record = ProcessRecord(id=id, workers=workers)
+            undone.callback(path.unlink, missing_ok=True)
+            write_record(path, record)
+            undone.callback(pipe.unlink, missing_ok=True)
+            output = Output(pipe, {sharer.id: sharer.pipes for sharer in sharers})
+            undone.callback(output.close)
+            watch = watch_socket()
+            ours.callback(os.close, watch)
+            reader, told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            ours.callback(os.close, reader)
+            writer = ours.enter_context(open(told, "wb", buffering=0))
+            process = WorkerProcess(self._boxes, id, 0, offers, output, name_of(watch), path)
+            undone.pop_all()  # from here on `remove` does it
+            try:
+                sockets = [watch, *(fd for sharer in sharers for fd in offers[sharer].descriptors)]
+                box, text = await asyncio.to_thread(self._box, id, sharers, len(sockets))
+                started = await self._boxes.begin_process(box, text, [*sockets, told])
+                process.pid = started.pid
+                writer.close()
+                if not await self._serves(process, reader, len(sockets)):
+                    exit = await process.remove()
+                    return Unready(started.pid, exit or Exit(code=1, at=time.time()), frozenset(output.blamed))
+                write_record(path, structs.replace(record, ready=True))
+                for sharer in sharers:
+                    sharer.lead(id)
+                return process
+            except BaseException:
+                await asyncio.shield(process.remove())
+                raise
 
     async def _serves(self, process: WorkerProcess, reader: int, sockets: int) -> bool:
         """Wait until workerd has said of each socket that it listens, which it does when all modules have run."""
