@@ -239,13 +239,25 @@ def test_an_older_kernel_forwards_and_goes_on_to_hear_of_its_routers(tmp_path: P
     assert not forward_ipv6(made)
 
 
+MENDED = "-A {0} -i at+ -j ACCEPT\n-A {0} -o at+ -j ACCEPT\n"
+
+
 @pytest.mark.parametrize(
     ("rules", "drops"),
     [
         ("", False),
         ("-P INPUT DROP\n-P FORWARD ACCEPT\n", False),
         ("-P FORWARD DROP\n-A FORWARD -i docker0 -j ACCEPT\n", True),
-        ("-P FORWARD DROP\n-N DOCKER-USER\n-A FORWARD -j DOCKER-USER\n-A DOCKER-USER -i at+ -j ACCEPT\n", False),
+        (f"-P FORWARD DROP\n{MENDED.format('FORWARD')}", False),
+        (f"-P FORWARD DROP\n-A FORWARD -j DOCKER-USER\n{MENDED.format('DOCKER-USER')}", False),
+        (f"-P FORWARD DROP\n-A FORWARD -j one\n-A one -j two\n-A two -j one\n{MENDED.format('two')}", False),
+        ("-P FORWARD DROP\n-A FORWARD -i at+ -j ACCEPT\n", True),
+        ("-P FORWARD DROP\n-A FORWARD -o at+ -j ACCEPT\n", True),
+        (f"-P FORWARD DROP\n-N DOCKER-USER\n{MENDED.format('DOCKER-USER')}", True),
+        (f"-P FORWARD DROP\n-A FORWARD -i eth0 -j DOCKER-USER\n{MENDED.format('DOCKER-USER')}", True),
+        (f"-P FORWARD DROP\n{MENDED.format('INPUT')}", True),
+        ("-P FORWARD DROP\n-A FORWARD -i at+ -s fd00::/8 -j ACCEPT\n-A FORWARD -o at+ -j ACCEPT\n", True),
+        ("-P FORWARD DROP\n-A\n-A FORWARD\n\n", True),
         ("-P FORWARD DROP\n-A FORWARD -i at+ -j DROP\n", True),
     ],
 )

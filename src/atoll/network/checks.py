@@ -86,9 +86,12 @@ def _forwarding() -> Check:
 
 def drops_forwarded(rules: str) -> bool:
     """Return whether `rules`, as `ip6tables -S` prints them, drop what instances send each other: a policy of DROP, as Docker and
-    ufw set it, without the rules for our links that mend it."""
+    ufw set it, without the two rules for our links that mend it, in FORWARD or in a chain that all of FORWARD passes through."""
     lines = [line.split() for line in rules.splitlines()]
-    mended = [line for line in lines if line[:1] == ["-A"] and line[-2:] == ["-j", "ACCEPT"] and "at+" in line]
+    chains = ["FORWARD"]
+    for chain in chains:  # which grows
+        chains += [line[3] for line in lines if line[:3] == ["-A", chain, "-j"] and len(line) == 4 and line[3] not in chains]
+    mended = all(any(["-A", chain, way, "at+", "-j", "ACCEPT"] in lines for chain in chains) for way in ("-i", "-o"))
     return ["-P", "FORWARD", "DROP"] in lines and not mended
 
 
