@@ -7,9 +7,12 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from control_cell import run_virtual
 
 from atoll.model import codec
 from atoll.model.errors import AtollError, NotFound, RuntimeFailed
@@ -18,10 +21,12 @@ from atoll.model.ports.runtime import Box, Limits, Started, WorkerCode
 from atoll.model.records import Exit, Usage
 from atoll.model.worker import Worker
 from atoll.runtimes.workerd_making import Processes, ProcessRecord, read_record
+from atoll.runtimes.workerd_output import Output
+from atoll.runtimes.workerd_process import WATCH_S, WorkerProcess
 from atoll.runtimes.workerd_shared import SharedWorkers
 from atoll.runtimes.workerd_sharer import Sharer, WorkerRecord, write_record
 from atoll.runtimes.workerd_sharing import Sharing
-from atoll.runtimes.workerd_sockets import Listening
+from atoll.runtimes.workerd_sockets import BACKLOG, Listening, name_of, watch_socket
 
 CODE = WorkerCode(
     worker=codec.convert({"main": "index.js", "compatibility_date": "2026-11-01", "shared": True}, Worker),
@@ -29,6 +34,8 @@ CODE = WorkerCode(
     port=8080,
     alive_port=8081,
 )
+NOBODY = 1 << 30
+"""A process that there is not."""
 LIMITS = Limits(cpu_milli=100, memory_bytes=32 << 20, disk_bytes=1, pids=1)
 
 
@@ -157,7 +164,10 @@ async def test_what_an_earlier_agent_had_not_written_to_its_end_is_removed(tmp_p
 
 
 class FakeBoxes:
-    """Starts nothing."""
+    """Starts nothing. A process of theirs has had processor time at this rate."""
+
+    def __init__(self, cpu_us_per_s: int = 0) -> None:
+        self.cpu_us_per_s = cpu_us_per_s
 
     async def begin_process(self, box: Box, configuration: str, handed: Sequence[int]) -> Started:
         raise RuntimeFailed("no process can be started")
@@ -181,7 +191,7 @@ class FakeBoxes:
         raise NotFound(f"no instance {id}")
 
     async def cpu_us(self, id: str) -> int:
-        raise NotFound(f"no instance {id}")
+        return int(asyncio.get_running_loop().time() * self.cpu_us_per_s)
 
 
 def no_record(processes: Path) -> None:
@@ -211,3 +221,41 @@ async def test_a_start_that_fails_says_so_and_leaves_no_socket(break_it: Callabl
     assert not processes.exists() or not [*processes.iterdir()]
     assert sharer.exit is not None
     sharer.let_go()
+
+
+class AtOnce(ThreadPoolExecutor):
+    """No thread: the virtual clock would not wait for one."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def found_hung(directory: Path, cpu_us_per_s: int, within_s: float) -> bool:
+    """Return whether a process that lets nobody in is found to hang within this time."""
+
+    async def main() -> bool:
+        asyncio.get_running_loop().set_default_executor(AtOnce())
+        watch, output = watch_socket(), Output(directory / "out", {})
+        process = WorkerProcess(FakeBoxes(cpu_us_per_s), "shared.p.0", NOBODY, {}, output, name_of(watch), directory / "record")
+        try:
+            async with asyncio.timeout(within_s):
+                return await process.hung() == frozenset()
+        except TimeoutError:
+            return False
+        finally:
+            output.close()
+            os.close(watch)
+
+    return run_virtual(main())
+
+
+def test_a_silent_process_is_found_to_hang_however_small_its_quota_is(tmp_path: Path) -> None:
+    assert found_hung(tmp_path, 500_000, 5)
+    assert found_hung(tmp_path, 10_000, 10), "10 ms a second is all that cpu = 0.01 gives"
+
+
+def test_a_silent_process_without_processor_time_waits_for_the_node_but_not_for_ever(tmp_path: Path) -> None:
+    assert not found_hung(tmp_path, 0, BACKLOG)
+    assert found_hung(tmp_path, 0, 2 * WATCH_S * (BACKLOG + 10))

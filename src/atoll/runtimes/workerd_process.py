@@ -22,7 +22,8 @@ WATCH_S = 1.0
 """How often a process is asked whether it answers, and how long it may take to."""
 MISSES_MAX = 3
 BUSY_US = 20_000
-"""A silent process that had less processor time than this meanwhile waits for the node, and is not at fault."""
+"""A silent process waits for the node where it had no processor time meanwhile, and is not at fault. One that had less than this
+counts in proportion: a small quota gives no more."""
 REMOVE_S = 0.5
 REMOVE_TRIES_MAX = 10
 
@@ -90,7 +91,7 @@ class WorkerProcess:
         return exit
 
     async def hung(self) -> frozenset[str]:
-        misses = 0
+        misses = 0.0
         while misses < MISSES_MAX:
             if not misses:
                 await asyncio.sleep(WATCH_S)
@@ -98,10 +99,13 @@ class WorkerProcess:
             try:
                 async with asyncio.timeout(WATCH_S):
                     await self._ask()
-                misses = 0
+                misses = 0.0
             except TimeoutError:
                 worked_us = await self._boxes.cpu_us(self.id) - before
-                misses += worked_us >= BUSY_US
+                misses += min(1.0, worked_us / BUSY_US)
+            except BlockingIOError:  # it has not let in one of the last `BACKLOG` that asked
+                misses += 1.0
+                await asyncio.sleep(WATCH_S)
             except OSError as error:  # it ends just now, which `ended` says, or this agent has no descriptor left
                 log.info("workers.watch.failed", process=self.id, error=str(error))
                 await asyncio.sleep(WATCH_S)
