@@ -140,6 +140,10 @@ async def test_every_list_and_view_is_understood(world: World) -> None:
     assert (await client.put_project("shop")).name == "shop"
     assert {project.name for project in await client.projects()} >= {"shop"}
     assert (await client.set_quota("shop", Quota(instances=3))).quota == Quota(instances=3)
+    quota = await client.quota("shop")
+    assert (await client.set_quota("shop", Quota(instances=4), if_revision=quota.revision)).quota == Quota(instances=4)
+    with pytest.raises(StaleRevision):
+        await client.set_quota("shop", Quota(instances=5), if_revision=quota.revision)
     quota = await client.quota("default")
     assert (quota.quota, quota.used.instances, quota.used.cpu_milli) == (None, 1, 100)
     assert (await client.label("n1", LabelRequest(labels={"rack": "a7"}))).node.labels == {"rack": "a7"}

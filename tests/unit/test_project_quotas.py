@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from test_cli_draining import call
 
 from atoll.api.service.access import SYSTEM
 from atoll.model.devices import GpuDevice
-from atoll.model.errors import NotFound
+from atoll.model.errors import NotFound, StaleRevision
 from atoll.model.records import Capacity, Instance, Node, Project
 from atoll.model.spec import AppSpec, Gpu, JobSpec, Quota, Resources, RuntimeName, Scale
 from atoll.model.units import Bytes, Cores
 from atoll.model.views import QuotaUse
 from atoll.sdk.fake import FakeApi
+from atoll.sdk.transport import Answer
 from atoll.sim.loop import run_virtual
 from atoll.sim.replay_cell import Cell
 from atoll.sim.replay_fleet import RUN, Fleet
@@ -100,6 +103,54 @@ def test_limits_are_set_one_by_one_shown_and_taken_away(api: FakeApi, tmp_path: 
     assert "cpu 16, memory 64.0GiB, gpu 2, instances 0, requests 50/s, weight 3" in listed
     call(api, tmp_path, "projects", "quota", "shop", "--cpu", "none", "--memory", "none", "--gpu", "none", "--instances", "none")
     assert api.get("projects", "shop")[0].quota == Quota(requests_per_s=50, weight=3)
+
+
+class Rivals(FakeApi):
+    """Someone else changes another limit before each of the first `times` changes arrives."""
+
+    times = 1
+
+    async def request(self, method: str, path: str, **more: Any) -> Answer:
+        if method == "PUT" and path.endswith("/quota") and self.times:
+            self.times -= 1
+            project = self.get("projects", "shop")[0]
+            quota = project.quota or Quota()
+            self.put("projects", "shop", replace(project, quota=replace(quota, instances=(quota.instances or 0) + 1)))
+        return await super().request(method, path, **more)
+
+
+def test_of_two_who_change_two_limits_at_the_same_time_neither_loses_theirs(tmp_path: Path) -> None:
+    api = Rivals()
+    api.put("projects", "shop", Project(name="shop", created_at=1.0, quota=Quota(weight=3)))
+    assert call(api, tmp_path, "projects", "quota", "shop", "--cpu", "16").exit_code == 0
+    assert api.get("projects", "shop")[0].quota == Quota(cpu=Cores(16), instances=1, weight=3)
+    api.times = 1_000
+    done = call(api, tmp_path, "projects", "quota", "shop", "--cpu", "8")
+    assert done.exit_code != 0
+    assert "has changed since" in done.stderr
+    assert api.times > 900, "it gives up"
+    assert api.get("projects", "shop")[0].quota.cpu == Cores(16)
+
+
+def test_a_quota_is_changed_only_as_it_was_read() -> None:
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with Cell(chance) as cell:
+            projects, quotas = cell.service.projects, cell.service.quotas
+            await projects.put("shop")
+            for project in ("shop", "default"):
+                read = quotas.get(project)
+                await projects.put("other")
+                await projects.set_quota(project, Quota(instances=3), if_match=read.revision)
+                with pytest.raises(StaleRevision, match=f"the quota of project '{project}'"):
+                    await projects.set_quota(project, Quota(gpu=1), if_match=read.revision)
+                assert quotas.get(project).quota == Quota(instances=3)
+                await projects.set_quota(project, Quota(gpu=1), if_match=quotas.get(project).revision)
+                await projects.set_quota(project, Quota(gpu=2))
+                assert quotas.get(project).quota == Quota(gpu=2), "without a condition as ever"
+
+    run_virtual(main, chance)
 
 
 def test_json_has_what_is_used_and_what_may_be(api: FakeApi, tmp_path: Path) -> None:

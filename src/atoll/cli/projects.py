@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
     from atoll.model.spec import Quota
     from atoll.model.views import QuotaView
+    from atoll.sdk.client import Client
 
 NONE = "none"
 """Takes a limit away."""
+TRIES_MAX = 5
+"""Attempts of one change while others change the same quota."""
 
 
 @group(example="atoll projects create shop\natoll projects quota shop --cpu 16 --memory 64GiB\natoll deploy -p shop")
@@ -81,10 +84,6 @@ async def quota(
     What is not given stays as it was. What runs already is left alone: a quota that is lower than what is held keeps more from
     being placed.
     """
-    from msgspec.structs import replace
-
-    from atoll.model.spec import Quota
-
     changes = {
         "cpu": _amount("cpu", cpu),
         "memory": _amount("memory", memory),
@@ -97,15 +96,30 @@ async def quota(
     }
     changes = {field: value for field, value in changes.items() if value is not None}
     async with session.client() as client:
-        view = await client.quota(name)
         if changes:
-            given = {field: None if value is NONE else value for field, value in changes.items()}
-            await client.set_quota(name, replace(view.quota or Quota(), **given))
-            view = await client.quota(name)
+            await _change(client, name, {field: None if value is NONE else value for field, value in changes.items()})
+        view = await client.quota(name)
     if session.json:
         session.output.json(view)
         return
     _show(session, view)
+
+
+async def _change(client: Client, name: str, given: dict[str, Any]) -> None:
+    """Change what is given, and nothing that others change at the same time. Raises StaleRevision where they do not cease to."""
+    from msgspec.structs import replace
+
+    from atoll.model.errors import StaleRevision
+    from atoll.model.spec import Quota
+
+    for attempt in range(1, TRIES_MAX + 1):
+        view = await client.quota(name)
+        try:
+            await client.set_quota(name, replace(view.quota or Quota(), **given), if_revision=view.revision)
+            return
+        except StaleRevision:
+            if attempt == TRIES_MAX:
+                raise
 
 
 def _amount(option: str, text: str | None) -> Any:

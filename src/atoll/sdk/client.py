@@ -68,9 +68,12 @@ class Client(MachineCalls, WorkloadCalls, InstanceCalls, SecretCalls):
         """Return what the project may have, and what its instances hold of it."""
         return await self._get(QuotaView, path("projects", project, "quota"))
 
-    async def set_quota(self, project: str, quota: Quota) -> Project:
-        """Limit what the project's instances may hold together; `Quota()` takes every limit away. What runs is left alone."""
-        return await self._write(Project, "PUT", path("projects", project, "quota"), quota)
+    async def set_quota(self, project: str, quota: Quota, *, if_revision: int | None = None) -> Project:
+        """Limit what the project's instances may hold together; `Quota()` takes every limit away. What runs is left alone.
+
+        `if_revision` is that of the `QuotaView` that it was made from. Raises StaleRevision if it is no longer the newest.
+        """
+        return await self._write(Project, "PUT", path("projects", project, "quota"), quota, if_revision=if_revision)
 
     async def events(self, project: str, *, subject: str | None = None, limit: int = 100, after: str | None = None) -> Page[Event]:
         """Return up to `limit` events, newest first; pass `next` as `after` for older ones."""

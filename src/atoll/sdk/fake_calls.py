@@ -121,7 +121,7 @@ class FakeCalls(FakeWorld):
                 self.put("projects", name, record)
                 return record
             case _, ["projects", name, "quota"]:
-                return self._quota(method, name, body)
+                return self._quota(method, name, headers, body)
             case _, ["projects", project, "apps", *rest]:
                 return self._apps(method, project, rest, headers, body)
             case _, ["projects", project, "jobs", *rest]:
@@ -442,15 +442,17 @@ class FakeCalls(FakeWorld):
             case _:
                 raise NotFound("no such call")
 
-    def _quota(self, method: str, name: str, body: bytes) -> object:
-        project, _ = self.get("projects", name)
+    def _quota(self, method: str, name: str, headers: Mapping[str, str], body: bytes) -> object:
+        project, revision = self.get("projects", name)
         if method == "PUT":
+            if "If-Match" in headers and headers["If-Match"].strip('"') != str(revision):
+                raise StaleRevision(f"project '{name}' has changed since it was read", mend="read it again")
             wish = codec.decode(body, Quota)
             self.put("projects", name, replace(project, quota=wish if wish != Quota() else None))
             return self.get("projects", name)[0]
         use = self.snapshot().project_use(name)
         used = QuotaUse(cpu_milli=use[0], memory_bytes=use[1], gpu_milli=use[3], instances=use[4])
-        return QuotaView(project=name, quota=project.quota, used=used, revision=self.revision)
+        return QuotaView(project=name, quota=project.quota, used=used, revision=revision)
 
     def _policy(self, name: str) -> NodePolicy:
         try:

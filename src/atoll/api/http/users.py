@@ -56,7 +56,7 @@ async def put_project(call: Call) -> Project:
 
 
 async def put_quota(call: Call) -> Project:
-    return await call.service.projects.set_quota(call.project, call.body(Quota), request=call.request_key)
+    return await call.service.projects.set_quota(call.project, call.body(Quota), if_match=call.if_match, request=call.request_key)
 
 
 async def get_quota(call: Call) -> QuotaView:
@@ -293,6 +293,7 @@ ROUTES: tuple[Route, ...] = (
         summary="Limit what a project's instances may hold together",
         body=Quota,
         answer=Project,
+        conditional=True,
         repeatable=True,
     ),
     _read(f"{_P}/{{project}}/quota", get_quota, "What a project may have, and what its instances hold of it", QuotaView),

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from atoll.api.service.access import Caller, check_name
 from atoll.api.service.claims import DEFAULT_PROJECT
-from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.pages import page
 from atoll.model import keys, stored
 from atoll.model.errors import NotFound
@@ -53,16 +53,20 @@ class Projects:
 
         return await self._context.write(Project, build, request)
 
-    async def set_quota(self, name: str, quota: Quota, *, request: RequestKey | None = None) -> Project:
+    async def set_quota(
+        self, name: str, quota: Quota, *, if_match: int | None = None, request: RequestKey | None = None
+    ) -> Project:
         """Limit what the project's instances may hold together; what runs already is left alone. Safe to repeat.
 
-        Raises NotFound. An empty quota takes every limit away.
+        Raises NotFound, and StaleRevision where `if_match`, of a `QuotaView`, is not the newest. An empty quota takes every limit
+        away.
         """
         check_name(name, "project")
 
         def build() -> Draft[Project]:
             require_project(self._context, name)
             held = self._context.state.get(Project, name)
+            check_match(held, if_match, f"the quota of project '{name}'")
             project = held.record if held is not None else Project(name=name, created_at=self._context.clock.now())
             project = replace(project, quota=quota if quota != Quota() else None)
             key = keys.project(name)

@@ -47,5 +47,5 @@ class Quotas:
             quota=held.record.quota if held is not None else None,
             used=QuotaUse(cpu_milli=cpu, memory_bytes=memory, gpu_milli=gpu, instances=count),
             waiting=waiting,
-            revision=int(state.revision),
+            revision=held.revision if held is not None else 0,
         )

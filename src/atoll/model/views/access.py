@@ -59,6 +59,7 @@ class QuotaView(Struct, frozen=True, kw_only=True):
     waiting: int = 0
     """Instances that have no node because the quota has no room for them."""
     revision: int
+    """Of the project's record, 0 where `default` has none: pass it as `If-Match` to change only the quota that was read."""
 
 
 class SecretRequest(Struct, frozen=True, forbid_unknown_fields=True):
