@@ -14,6 +14,7 @@ from atoll.model.records import Assignment, Exit, Instance, OwnerKind
 from atoll.model.spec import AppSpec, JobSpec
 from atoll.model.states import Desired, Phase
 from atoll.node.record import LocalRecord, MemoryRecord, SqliteRecord
+from atoll.node.record_room import kept
 from atoll.node.transitions import State
 
 
@@ -85,3 +86,13 @@ def test_a_damaged_record_is_named_with_the_mend(tmp_path: Path, damage: bytes |
 def test_only_root_reads_the_record(tmp_path: Path) -> None:
     SqliteRecord(tmp_path / "record.db").put_assignment(assignment("a"))
     assert {path.stat().st_mode & 0o077 for path in tmp_path.iterdir()} == {0}
+
+
+def test_a_record_is_closed_where_no_file_can_be_made_for_its_room(tmp_path: Path) -> None:
+    record = SqliteRecord(tmp_path / "record.db")
+    record.put_assignment(assignment("a"))
+    room = kept(tmp_path / "record.db")
+    room.mkdir()  # as where no inode is left
+    record.close()
+    room.rmdir()
+    assert len(SqliteRecord(tmp_path / "record.db").load()) == 1

@@ -40,13 +40,14 @@ def give_room(path: Path) -> None:
 
 def keep_room(path: Path) -> None:
     """Keep for the next agent what the record `path`, just closed, had while it was open. No room for it is no error."""
-    descriptor = os.open(kept(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, KEPT_BYTES)
-    except OSError as error:
+        descriptor = os.open(kept(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, KEPT_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # no block is left, or no inode for the file itself
         log.warning("no room is kept for the record", path=str(path), error=str(error))
-    finally:
-        os.close(descriptor)
 
 
 def make_room(database: sqlite3.Connection, path: Path) -> bool:
