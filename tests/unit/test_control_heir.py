@@ -10,7 +10,8 @@ from typing import Any
 from control_cell import Cell, node, run_virtual
 from msgspec import structs
 
-from atoll.control.heir import RECENT_S, Heir, Joins
+from atoll.control.controllers import run_control
+from atoll.control.heir import RECENT_S, RETRY_S, Heir, Joins
 from atoll.control.loop import LATER_PER_WAKE
 from atoll.model import codec, keys
 from atoll.model.ports.store import Put, Revision
@@ -18,7 +19,7 @@ from atoll.model.records import Instance, NodeHealth, NodeLiveness, OwnerKind, S
 from atoll.model.spec import AppSpec, Resources
 from atoll.model.states import Desired, Phase
 from atoll.model.units import Bytes, Cores
-from atoll.store.cache import DELTAS_MAX, State
+from atoll.store.cache import DELTAS_MAX, Deltas, State
 
 WEB = AppSpec(name="web", image="x", resources=Resources(cpu=Cores(0.1), memory=Bytes(1 << 20)))
 
@@ -155,6 +156,56 @@ def test_one_that_fell_behind_the_cache_starts_afresh() -> None:
             joins = await heir.take(await cell.store.revision())
             assert joins.placement.snapshot.nodes["n2"].capacity.cpu_milli == 1000 + DELTAS_MAX + DELTAS_MAX // 2 - 1
             assert joins.world.revision == joins.world.state.revision
+
+    run_virtual(main())
+
+
+def test_one_that_tripped_is_in_no_dry_run_and_is_taken_only_once_it_is_whole_again() -> None:
+    async def main() -> None:
+        async with Cell() as cell, waiting(cell) as heir:
+            await cell.add_node("n1")
+            await asyncio.sleep(1.0)
+            told = heir.joins.told
+
+            def trip(deltas: Deltas) -> None:
+                raise KeyError("a record that breaks it")
+
+            heir.joins.told = trip
+            for name in ("n2", "n3"):
+                revision = await cell.store.put(keys.node(name), codec.encode(node(name)))
+                await heir.joins.world.state.reach(revision)
+                assert heir.copy() is None, "neither in the dry run that trips nor in the next"
+            await asyncio.sleep(RETRY_S / 2)
+            taking = asyncio.ensure_future(heir.take(await cell.store.revision()))
+            await asyncio.sleep(RETRY_S / 4)
+            assert not taking.done()
+            heir.joins.told = told
+            taken = await taking
+            afresh = Joins(taken.world.state, cell.clock)
+            afresh.rebuild()
+            assert taken.whole
+            assert joined(taken) == joined(afresh)
+
+    run_virtual(main())
+
+
+def test_who_failed_to_take_over_keeps_ready_afresh() -> None:
+    class Failing(Heir):
+        taken: Joins | None = None
+
+        async def take(self, at: Revision) -> Joins:
+            self.taken = await super().take(at)
+            raise KeyError("a record that breaks it")
+
+    async def main() -> None:
+        async with Cell() as cell:
+            await cell.add_node("n1")
+            heir = Failing(cell.state, cell.clock)
+            cell.keep(asyncio.ensure_future(run_control(cell.store, cell.state, cell.clock, cell.chance(1), {}, heir=heir)))
+            await cell.until(lambda: heir.taken is not None)
+            await asyncio.sleep(0.1)
+            assert heir.joins is not heir.taken
+            assert heir.joins.whole
 
     run_virtual(main())
 

@@ -61,11 +61,24 @@ async def run_control(
     heir = heir or Heir(state, clock)
 
     async def work(term: Term) -> None:
-        joins = await heir.take(Revision(int(term.fence.expected)))
-        loop = Loop(
-            store, state, clock, chance, last_seen, term, heartbeats, detection, ingresses, optimiser, traffic, demand, ask, joins
-        )
         try:
+            joins = await heir.take(Revision(int(term.fence.expected)))
+            loop = Loop(
+                store,
+                state,
+                clock,
+                chance,
+                last_seen,
+                term,
+                heartbeats,
+                detection,
+                ingresses,
+                optimiser,
+                traffic,
+                demand,
+                ask,
+                joins,
+            )
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(loop.run(), name="control: loop")
                 if certificates is not None:

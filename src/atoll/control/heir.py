@@ -38,7 +38,7 @@ class Joins:
         self._next = Revision(0)
         """The revision that is taken over next."""
         self.whole = False
-        """Whether everything is there."""
+        """Whether everything is there, and nothing has tripped over it since."""
         self.told: Callable[[Deltas], None] = lambda deltas: None
         """Called with what has been taken over."""
 
@@ -61,13 +61,18 @@ class Joins:
         self.whole = True
 
     def pull(self) -> None:
-        """Take over all that the cache has by now. Raises Compacted: start again."""
+        """Take over all that the cache has by now. Raises Compacted: start again; so does every call after one that tripped, for it
+        may have left a change half taken over."""
+        if not self.whole:
+            raise Compacted("what is joined is not whole")
+        self.whole = False
         for deltas in self._state.since(self._next):
             self.world.apply(deltas)
             self.placement.apply(deltas)
             self._next = Revision(deltas.revision + 1)
             self.told(deltas)
         self._next = Revision(self._state.revision + 1)
+        self.whole = True
 
     async def follow(self) -> None:
         """Take over whatever changes, for ever. Raises Compacted, and Unavailable when the cache is closed."""
@@ -84,6 +89,9 @@ class Joins:
         try:
             self.pull()
         except Compacted:
+            return None
+        except Exception:  # whoever keeps these starts them afresh; a dry run does without
+            log.exception("what is kept ready to lead tripped in a dry run")
             return None
         return self.placement.copy(like)
 
@@ -159,6 +167,7 @@ class Heir:
                 return  # the cache is closed: nobody leads any more
             except Exception:  # the outer edge: who is to lead must not wait for ever for what one record has broken
                 log.exception("what is kept ready to lead tripped and starts afresh", retry_s=RETRY_S)
+                self._ready.clear()  # nobody takes it meanwhile
                 await asyncio.sleep(RETRY_S)
 
     async def _stop(self) -> None:
