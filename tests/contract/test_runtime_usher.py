@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import os
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -34,7 +39,7 @@ from test_runtime_isolation import (  # noqa: F401 - likewise
 
 from atoll.model.errors import RuntimeFailed
 from atoll.runtimes.cgroup import Cgroups
-from atoll.runtimes.usher import LOSSES_MAX
+from atoll.runtimes.usher import ANSWER_S_MAX, LOSSES_MAX
 
 pytestmark = pytest.mark.system
 
@@ -63,6 +68,19 @@ async def world(request: pytest.FixtureRequest, layer: Path, tmp_path: Path) -> 
 async def usher_of(world: World, id: str) -> str:
     """Return the id of the process that starts commands in the instance, as it is seen inside: BY_TOOL where none does."""
     return (await world.shell(id, "echo $PPID"))[1].strip()
+
+
+def waiting_in_pipes() -> set[str]:
+    """Return the pipes that this process writes to and in which something has not been read."""
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            pipe, descriptor = str(path.readlink()), int(path.name)
+            if pipe.startswith("pipe:") and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+                (waiting,) = struct.unpack("=i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
+                if waiting:
+                    found.add(pipe)
+    return found
 
 
 @pytest.mark.parametrize("world", REAL, indirect=True)
@@ -141,8 +159,11 @@ async def test_a_command_that_was_asked_for_in_vain_is_not_started_again(world: 
     await world.launch("a", "run")
     usher = await usher_of(world, "a")
     await world.shell("a", f"kill -STOP {usher}", user="root")
+    before = waiting_in_pipes()
     asked = asyncio.create_task(world.shell("a", "echo ran >> /data/ran"))
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(ANSWER_S_MAX):
+        while not waiting_in_pipes() - before:  # noqa: ASYNC110 - the kernel tells nobody that it was asked
+            await asyncio.sleep(0.01)
     await world.shell("a", f"kill -KILL {usher}", user="root")
     with pytest.raises(RuntimeFailed, match="may have run"):
         await asked
