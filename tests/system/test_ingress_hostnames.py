@@ -17,6 +17,7 @@ from test_ingress import TIMEOUT_S, Answer, eventually, get, read_answer, routin
 from test_ingress import pytestmark as pytestmark
 from test_ingress_rules import answering, with_rules
 
+from atoll.ingress.bootstrap import PLACE_BYTES_MAX
 from atoll.model.spec import HeaderEdit, IngressRules
 from atoll.model.units import Bytes
 
@@ -120,6 +121,9 @@ async def test_names_that_an_envoy_asked_an_earlier_ingress_for_are_known_to_the
         earlier.kill()
         await earlier.wait()
         assert (await get(port, "app1.localhost")).status == 200
+        # What is too long for a hostname is answered without asking anybody.
+        for length in (PLACE_BYTES_MAX + 1, 50_000):
+            assert (await get(port, "x" * (length - len(".localhost")) + ".localhost")).status == 404
         apps = [routing(f"app{n}", backend) for n in range(4)]
         async with site_at(tmp_path, port, *apps, hostnames_ahead=1) as site:
             site.control.put(routing("late", backend))

@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from atoll.ingress.ads import AdsServer
+from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
+
+from atoll.ingress.ads import OPTIONS, AdsServer
+from atoll.ingress.bootstrap import PLACE_BYTES_MAX
+from atoll.ingress.hostnames import ASKED_MAX
+from atoll.ingress.resources import ROUTE_CONFIG, Kind
 from atoll.model.ports.clock import SystemClock
 
 # RFC 9113: the client's preface and an empty SETTINGS frame, then a PING frame; frame types.
@@ -31,3 +36,10 @@ async def test_a_client_that_pings_is_answered_each_time_and_not_sent_away(tmp_p
     assert GOAWAY_TYPE not in kinds
     writer.close()
     await server.stop()
+
+
+def test_an_envoy_that_was_asked_for_the_longest_names_there_are_can_tell_all_of_them_at_once() -> None:
+    name = f"{ROUTE_CONFIG}/{'x' * PLACE_BYTES_MAX}"
+    request = DeltaDiscoveryRequest(type_url=Kind.HOST, resource_names_subscribe=[name] * ASKED_MAX)
+    # Twice over: some are asked for before it is told all hostnames.
+    assert 2 * request.ByteSize() < dict(OPTIONS)["grpc.max_receive_message_length"]

@@ -50,6 +50,9 @@ ZONE = "here"
 """Envoy's own zone: from it to that of an endpoint, which names the release, it counts requests."""
 COUNTED = r"upstream_rq_(completed|5xx|time)"
 ON_DEMAND_FILTER = "envoy.filters.http.on_demand"
+PLACE_BYTES_MAX = 253 + len(":65535")
+"""Of a hostname and its port. What a Host header has beyond that is not asked for: Envoy keeps each name, and tells all of them to
+whoever it connects to."""
 _TYPE = "@type"
 _GOOGLE = "type.googleapis.com/envoy"
 
@@ -208,7 +211,7 @@ def _connection_manager() -> dict[str, Any]:
         "codec_type": "AUTO",
         "rds": {"route_config_name": ROUTE_CONFIG, "config_source": _from_us()},
         "http_filters": [
-            {"name": ON_DEMAND_FILTER, "typed_config": {_TYPE: f"{_GOOGLE}.extensions.filters.http.on_demand.v3.OnDemand"}},
+            {"name": ON_DEMAND_FILTER, "typed_config": _on_demand()},
             {
                 "name": RATE_FILTER,
                 "disabled": True,
@@ -249,6 +252,13 @@ def _body() -> dict[str, Any]:
     return {_TYPE: f"{_GOOGLE}.extensions.filters.http.buffer.v3.Buffer", "max_request_bytes": BODY_BYTES_MAX}
 
 
+def _on_demand() -> dict[str, Any]:
+    """Return the filter that asks for a hostname that Envoy does not know; what cannot be one is nobody's, and not asked for."""
+    short = {"safe_regex": {"google_re2": {}, "regex": rf"[!-~]{{1,{PLACE_BYTES_MAX}}}"}}
+    long = {"not_matcher": {"single_predicate": {"input": _header(":authority"), "value_match": short}}}
+    return _unless(long, ON_DEMAND_FILTER, {_TYPE: f"{_GOOGLE}.extensions.filters.http.on_demand.v3.OnDemand"})
+
+
 def _retry_safe() -> dict[str, Any]:
     """Return the filter that adds to what requests of a safe method are retried on.
 
@@ -257,23 +267,26 @@ def _retry_safe() -> dict[str, Any]:
     """
     value = {"key": "x-envoy-retry-on", "value": RETRY_SAFE_ON}
     mutation = {"append": {"header": value, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}}
-    method = {
-        "name": "method",
-        "typed_config": {_TYPE: "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": ":method"},
+    safe = [{"single_predicate": {"input": _header(":method"), "value_match": {"exact": name}}} for name in SAFE_METHODS]
+    config = {
+        _TYPE: f"{_GOOGLE}.extensions.filters.http.header_mutation.v3.HeaderMutation",
+        "mutations": {"request_mutations": [mutation]},
     }
-    safe = [{"single_predicate": {"input": method, "value_match": {"exact": name}}} for name in SAFE_METHODS]
+    return _unless({"not_matcher": {"or_matcher": {"predicate": safe}}}, "envoy.filters.http.header_mutation", config)
+
+
+def _header(name: str) -> dict[str, Any]:
+    config = {_TYPE: "type.googleapis.com/envoy.type.matcher.v3.HttpRequestHeaderMatchInput", "header_name": name}
+    return {"name": name.strip(":"), "typed_config": config}
+
+
+def _unless(predicate: dict[str, Any], name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a filter that requests go past for which `predicate` holds."""
     skip = {"name": "skip", "typed_config": {_TYPE: f"{_GOOGLE}.extensions.filters.common.matcher.action.v3.SkipFilter"}}
-    unsafe = {"not_matcher": {"or_matcher": {"predicate": safe}}}
     return {
         _TYPE: f"{_GOOGLE}.extensions.common.matching.v3.ExtensionWithMatcher",
-        "extension_config": {
-            "name": "envoy.filters.http.header_mutation",
-            "typed_config": {
-                _TYPE: f"{_GOOGLE}.extensions.filters.http.header_mutation.v3.HeaderMutation",
-                "mutations": {"request_mutations": [mutation]},
-            },
-        },
-        "xds_matcher": {"matcher_list": {"matchers": [{"predicate": unsafe, "on_match": {"action": skip}}]}},
+        "extension_config": {"name": name, "typed_config": config},
+        "xds_matcher": {"matcher_list": {"matchers": [{"predicate": predicate, "on_match": {"action": skip}}]}},
     }
 
 
