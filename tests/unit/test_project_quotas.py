@@ -11,10 +11,14 @@ import pytest
 from msgspec.structs import replace
 from test_cli_draining import call
 
+from atoll.api.service import KINDS, Service
 from atoll.api.service.access import SYSTEM
+from atoll.api.service.quotas import INSTANCES_PER_TURN
+from atoll.model import codec, keys, stored
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import NotFound, StaleRevision
-from atoll.model.records import Capacity, Instance, Node, Project
+from atoll.model.ports.clock import SystemClock
+from atoll.model.records import Capacity, Instance, Job, Node, OwnerKind, Project
 from atoll.model.spec import AppSpec, Gpu, JobSpec, Quota, Resources, RuntimeName, Scale
 from atoll.model.units import Bytes, Cores
 from atoll.model.views import QuotaUse
@@ -23,6 +27,8 @@ from atoll.sdk.transport import Answer
 from atoll.sim.loop import run_virtual
 from atoll.sim.replay_cell import Cell
 from atoll.sim.replay_fleet import RUN, Fleet
+from atoll.store.cache import State
+from atoll.store.memory import MemoryStore
 
 GIB = 1 << 30
 SIZE = Resources(cpu=Cores(0.5), memory=Bytes(GIB), gpu=Gpu(count=0.25))
@@ -50,31 +56,31 @@ def test_what_a_project_holds_is_counted_as_the_scheduler_counts_and_what_waits_
             await service.projects.put("shop")
             await service.projects.set_quota("shop", Quota(memory=Bytes(3 * GIB)))
             with pytest.raises(NotFound):
-                service.quotas.get("nobody")
+                await service.quotas.get("nobody")
             for project in ("shop", "default"):
                 app = AppSpec(
                     name="web", project=project, image="x", resources=SIZE, scale=Scale(replicas=4 if project == "shop" else 1)
                 )
                 await service.apps.put(SYSTEM, app)
             await asyncio.sleep(5)
-            view = service.quotas.get("shop")
+            view = await service.quotas.get("shop")
             assert view.used == QuotaUse(cpu_milli=1500, memory_bytes=3 * GIB, gpu_milli=750, instances=3)
             assert (view.quota, view.waiting) == (Quota(memory=Bytes(3 * GIB)), 1)
-            assert service.quotas.get("default").used.instances == 1
+            assert (await service.quotas.get("default")).used.instances == 1
             await service.projects.set_quota("shop", Quota())
             await asyncio.sleep(5)
-            view = service.quotas.get("shop")
+            view = await service.quotas.get("shop")
             # The device of the one node is full: that is not the quota's doing.
             assert (view.quota, view.used.instances, view.waiting) == (None, 3, 0)
             await service.jobs.create(SYSTEM, JobSpec(name="sum", project="shop", image="x", command=(RUN, "3")))
             await asyncio.sleep(2)
-            assert service.quotas.get("shop").used.instances == 4
+            assert (await service.quotas.get("shop")).used.instances == 4
             await asyncio.sleep(5)
             assert len([key for key in cell.state.records(Instance) if key.startswith("shop/sum")]) == 1
-            assert service.quotas.get("shop").used.instances == 3, "what has ended is kept with its job, and holds nothing"
+            assert (await service.quotas.get("shop")).used.instances == 3, "what has ended is kept with its job, and holds nothing"
             await service.apps.delete("shop", "web")
             await asyncio.sleep(5)
-            assert service.quotas.get("shop").used == QuotaUse()
+            assert (await service.quotas.get("shop")).used == QuotaUse()
             await fleet.close()
 
     run_virtual(main, chance)
@@ -132,6 +138,33 @@ def test_of_two_who_change_two_limits_at_the_same_time_neither_loses_theirs(tmp_
     assert api.get("projects", "shop")[0].quota.cpu == Cores(16)
 
 
+async def test_while_very_many_instances_are_counted_others_have_their_turns() -> None:
+    clock = SystemClock()
+    store = MemoryStore(clock)
+    many = 3 * INSTANCES_PER_TURN + 1
+    job = Job(project="default", name="sum", spec=JobSpec(name="sum", image="x", resources=SIZE), created_at=1.0)
+    await store.put(keys.job("default", "sum"), stored.encode(job))
+    for number in range(many):
+        one = Instance(id=f"i{number}", project="default", owner="sum", owner_kind=OwnerKind.JOB, node="n1", created_at=1.0)
+        await store.put(keys.instance("default", one.id), codec.encode(one))
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with State(store, KINDS) as state, Service(store, state, clock, random.Random(1), bytes(32)) as service:
+        beside = asyncio.create_task(others())
+        view = await service.quotas.get("default")
+        counted = turns
+        beside.cancel()
+    await store.close()
+    assert counted >= 3
+    assert (view.used.instances, view.used.cpu_milli) == (many, 500 * many)
+
+
 def test_a_quota_is_changed_only_as_it_was_read() -> None:
     chance = random.Random(1)
 
@@ -140,15 +173,15 @@ def test_a_quota_is_changed_only_as_it_was_read() -> None:
             projects, quotas = cell.service.projects, cell.service.quotas
             await projects.put("shop")
             for project in ("shop", "default"):
-                read = quotas.get(project)
+                read = await quotas.get(project)
                 await projects.put("other")
                 await projects.set_quota(project, Quota(instances=3), if_match=read.revision)
                 with pytest.raises(StaleRevision, match=f"the quota of project '{project}'"):
                     await projects.set_quota(project, Quota(gpu=1), if_match=read.revision)
-                assert quotas.get(project).quota == Quota(instances=3)
-                await projects.set_quota(project, Quota(gpu=1), if_match=quotas.get(project).revision)
+                assert (await quotas.get(project)).quota == Quota(instances=3)
+                await projects.set_quota(project, Quota(gpu=1), if_match=(await quotas.get(project)).revision)
                 await projects.set_quota(project, Quota(gpu=2))
-                assert quotas.get(project).quota == Quota(gpu=2), "without a condition as ever"
+                assert (await quotas.get(project)).quota == Quota(gpu=2), "without a condition as ever"
 
     run_virtual(main, chance)
 

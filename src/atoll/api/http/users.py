@@ -60,7 +60,7 @@ async def put_quota(call: Call) -> Project:
 
 
 async def get_quota(call: Call) -> QuotaView:
-    return call.service.quotas.get(call.project)
+    return await call.service.quotas.get(call.project)
 
 
 async def list_apps(call: Call) -> Page[AppView]:
