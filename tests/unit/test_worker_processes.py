@@ -110,6 +110,22 @@ async def test_a_process_that_ends_while_sockets_are_made_for_another_leads_nobo
     sharer.let_go()
 
 
+async def test_the_sockets_of_a_process_that_ended_while_its_successor_was_made_are_closed(tmp_path: Path) -> None:
+    port = Port()
+    sharer = make_sharer(tmp_path, "w", port)
+    first = sharer.offer("first")
+    sharer.lead("first")
+    second = sharer.offer("second")
+    sharer.take_back("first")
+    assert sharer.has("first"), "who comes now waits there"
+    sharer.lead("second")
+    assert not sharer.has("first")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(first.http)
+    assert port.lets_in(second)
+    sharer.let_go()
+
+
 def test_a_record_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "shared.p.0.json"
     before, after = (ProcessRecord(id="shared.p.0", workers=(("a", "1", 2),), ready=ready) for ready in (False, True))

@@ -85,8 +85,11 @@ class Sharer(Member):
         """From now on all are led to that process."""
         with self._one:
             if holder in self._group:  # else the worker has ended meanwhile
+                left = None if self._holder else self.sockets
                 self.sockets, self._holder = self._group[holder], holder
                 self._steer()
+                if left is not None and left is not self.sockets:  # the one before ended while this one was made
+                    self.take_back(next(id for id, sockets in self._group.items() if sockets is left))
 
     def take_back(self, holder: str) -> None:
         """A process has ended, or never served. Who comes meanwhile waits, if it was the last."""
