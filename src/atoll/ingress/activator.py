@@ -27,6 +27,8 @@ from atoll.model.records import Endpoint
 
 CONNECTIONS_MAX = 8_192
 """Held and spliced at a time; what is more is answered with 503."""
+APP_SHARE = 8
+"""One app has at most this part of them: what woke it may stay spliced for as long as it likes."""
 BACKLOG = 4_096
 CHUNK_BYTES = 64 << 10
 CONNECT_S = 2.0
@@ -49,8 +51,13 @@ class Counts(Protocol):
 class Activator:
     """Holds connections for the apps of `table` that wake; `wake` is called with an app (`project/name`) that one waits for."""
 
-    def __init__(self, table: RoutingTable, directory: Path, *, wake: Callable[[str], None]) -> None:
+    def __init__(
+        self, table: RoutingTable, directory: Path, *, wake: Callable[[str], None], connections_max: int = CONNECTIONS_MAX
+    ) -> None:
         self._table = table
+        self._connections_max = connections_max
+        self._open: Counter[str] = Counter()
+        """App → its connections that are held or spliced."""
         self._directory = directory / WAKE
         self._wake = wake
         self._followed: set[Target] | None = None
@@ -147,11 +154,12 @@ class Activator:
         """One connection from its first byte to its last; the edge of its part of the process."""
         app = f"{target.project}/{target.app}"
         self.held += 1
+        full = self._full(app)
+        self._open[app] += not full
         try:
-            if self._waiting.total() + self._splices.total() >= CONNECTIONS_MAX:
-                text = f"{CONNECTIONS_MAX} connections wait for apps to wake here"
+            if full:
                 if not target.raw:
-                    await refuse(reader, writer, 503, "unavailable", text, http2=target.http2)
+                    await refuse(reader, writer, 503, "unavailable", full, http2=target.http2)
                 return
             routing = self._table.routing_of(app)
             limit_s = wake_s(routing) if routing is not None else 0.0
@@ -172,7 +180,18 @@ class Activator:
         except OSError:
             writer.transport.abort()  # either side has gone, and the other is told by being cut off
         finally:
+            self._open[app] -= not full
+            if not self._open[app]:
+                del self._open[app]
             writer.close()
+
+    def _full(self, app: str) -> str:
+        """Return why there is no room for another connection of the app; empty where there is."""
+        if self._open.total() >= self._connections_max:
+            return f"{self._connections_max} connections wait for apps to wake here"
+        share = self._connections_max // APP_SHARE
+        full = self._open[app] >= share
+        return f"{share} connections wait here for app '{app}' to wake, or have woken it" if full else ""
 
     async def _reach(self, app: str, target: Target) -> tuple[Splice, tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         """Return a connection to an instance, however long that takes. Nothing was sent yet, so another try is always safe."""
