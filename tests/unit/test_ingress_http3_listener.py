@@ -17,8 +17,8 @@ from atoll.ingress.table import RoutingTable
 from atoll.ingress.tracing import tracing_of
 from atoll.model.certificates import CertificateBatch, Material
 from atoll.model.ports.control_plane import RoutingBatch
-from atoll.model.records import Routing
-from atoll.model.spec import AppSpec, IngressRules, Port
+from atoll.model.records import Listening, Routing
+from atoll.model.spec import AppSpec, IngressRules, Port, PortProtocol
 
 
 class Site:
@@ -82,6 +82,19 @@ def test_as_many_are_served_as_there_is_room_for() -> None:
     site.show(*hosts)
     assert len(site.fast()) == HOSTS_MAX
     assert sum(site.told(host) for host in hosts) == HOSTS_MAX
+
+
+def test_an_app_that_had_the_port_before_the_ingress_came_takes_http3_from_nobody_and_is_told() -> None:
+    site = Site()
+    site.serve("a", "a.test")
+    site.show("a.test")
+    spec = AppSpec(name="dns", image="x", ports=(Port(name="dns", port=53, protocol=PortProtocol.UDP),))
+    listens = tuple(Listening(public=public, protocol=PortProtocol.UDP, port=53) for public in (8443, 8444))
+    app = Routing(project="p", app="dns", spec=spec, hosts=(), listens=listens)
+    problems = site.table.apply(RoutingBatch(2, False, (app,)))
+    assert [(each.app, each.message) for each in problems] == [("p/dns", "udp:8443 is where this ingress speaks HTTP/3")]
+    assert site.fast() == ["a.test"]
+    assert set(site.table.resources[Kind.LISTENER]) == {HTTP3, "udp:8444"}
 
 
 def test_without_tls_there_is_no_http3() -> None:

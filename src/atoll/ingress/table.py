@@ -303,6 +303,8 @@ class RoutingTable:
             why = resources.check_host_path(place.host, place.path)
             if why is None:
                 why = next((f"{leg.target.port} is not a port" for leg in legs if not 0 < leg.target.port < 65_536), None)
+            if why is None and self._speaks(place.host):
+                why = f"{place.host} is where this ingress speaks HTTP/3"
             if why is None:
                 owner = next(iter(self._claims[place]))
                 why = None if owner == key else f"{place.host}{place.path} belongs to {owner}"
@@ -340,7 +342,8 @@ class RoutingTable:
         routes = [(path, next(iter(self._claims[HostPath(led, path)].values()))) for path in self._paths.get(led, ())]
         self._strict.pop(host, None)
         if (public := resources.public_of(host)) is not None:
-            self._write_listener(host, public, routes)
+            # The API refuses such a port, but knows only ingresses that were there before.
+            self._write_listener(host, public, [] if self._speaks(host) else routes)
             return
         served = shown = True
         rules = [leg.rules for _, legs in routes for leg in legs if leg.rules is not None]
@@ -359,6 +362,10 @@ class RoutingTable:
             self._write(made)
         else:
             self._erase(Kind.HOST, name)
+
+    def _speaks(self, host: str) -> bool:
+        """Whether this place is the port at which the ingress itself speaks HTTP/3."""
+        return self.http3 is not None and resources.public_of(host) == ("udp", self.http3.port)
 
     def _tls_of(self, host: str) -> tuple[bool, bool]:
         return self.serves(host), self.shows(host)
