@@ -47,12 +47,17 @@ class Picture:
         """Whose images the snapshot knows."""
         self._demands: dict[tuple[Any, ...], Demand] = {}
         self._suspects: frozenset[str] = frozenset()
+        self._unread: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+        """Projects and reservations that cannot be read: of a newer version, or damaged."""
 
     def begin(self) -> None:
         """Start anew from the cache as it is now, with the nodes alone: instances come after them, then `finish`."""
-        whereabouts = self.snapshot.whereabouts
-        self.snapshot = Snapshot()
-        self.snapshot.whereabouts = whereabouts
+        before, self.snapshot = self.snapshot, Snapshot()
+        self.snapshot.whereabouts = before.whereabouts
+        unread = self._world.state.broken(Project)
+        self.snapshot.quotas = {name: quota for name, quota in before.quotas.items() if name in unread}
+        self.snapshot.reservations = before.reservations
+        self._unread = (frozenset(), frozenset())
         self.snapshot.evacuations = dict(self._world.evacuations)
         self._demands.clear()
         self._beats.clear()
@@ -66,6 +71,7 @@ class Picture:
         for key in self._world.state.records(Project):
             self._quota(key)
         self._reservations()
+        self.doubt()
 
     def apply(self, delta: Delta) -> None:
         """Take over a change of anything but an instance or its status."""
@@ -108,7 +114,9 @@ class Picture:
         self.room = True
 
     def look(self, heartbeats: Heartbeats) -> None:
-        """Take over which images nodes say they have. Called with each tick; costs little where nothing has changed."""
+        """Take over which images nodes say they have, and what cannot be read. Called with each tick; costs little where nothing
+        has changed."""
+        self.doubt()
         for name in self._beats.keys() - heartbeats.keys():
             del self._beats[name]
             self.snapshot.set_images(name, ())
@@ -116,6 +124,16 @@ class Picture:
             if self._beats.get(name) is not beat:
                 self._beats[name] = beat
                 self.snapshot.set_images(name, beat.images)
+
+    def doubt(self) -> None:
+        """Take over what cannot be read, of which the cache tells no change: the last that is known of it holds, and a project of
+        whose quota nothing is known gets nothing new. Costs little where nothing has changed."""
+        state, before = self._world.state, self._unread
+        self._unread = (frozenset(state.broken(Project)), frozenset(state.broken(Reservation)))
+        for name in before[0] ^ self._unread[0]:
+            self._quota(name)
+        if before[1] != self._unread[1]:
+            self._reservations()
 
     def evacuate(self, evacuations: Mapping[str, Evacuation]) -> None:
         """Take over which nodes instances are to leave: they take nothing new."""
@@ -176,6 +194,13 @@ class Picture:
                 del self.snapshot.homes[owner]
 
     def _quota(self, name: str) -> None:
+        if name in self._world.state.broken(Project):
+            if name not in self.snapshot.quotas:
+                self.snapshot.unread |= {name}
+            return
+        if name in self.snapshot.unread:
+            self.snapshot.unread -= {name}
+            self.room = True
         project = self._world.state.get(Project, name)
         quota = project.record.quota if project is not None else None
         if quota != self.snapshot.quotas.get(name):
@@ -186,5 +211,8 @@ class Picture:
                 del self.snapshot.quotas[name]
 
     def _reservations(self) -> None:
-        self.snapshot.reservations = {name: held.record for name, held in self._world.state.records(Reservation).items()}
+        unread = self._world.state.broken(Reservation)
+        known = {name: held for name, held in self.snapshot.reservations.items() if name in unread}
+        read = {name: held.record for name, held in self._world.state.records(Reservation).items()}
+        self.snapshot.reservations = {**known, **read}
         self.room = True

@@ -173,6 +173,7 @@ class Placement:
         """
         self._claims.victims = {}
         self.gangs = {}
+        self._picture.doubt()
         waiting = self._waiting(skip, now)
         fresh = {f"{instance.project}/{instance.id}": instance for instance in created}
         pending = [*self._pending(fresh.items()), *self._pending((key, instance) for key, (instance, _) in waiting.items())]

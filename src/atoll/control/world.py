@@ -125,6 +125,8 @@ class World:
         self.stale = True
         """Whether `evacuations` must be looked at again, because a policy has changed."""
         self._drained: dict[str, set[str]] = defaultdict(set)
+        self._unread: dict[str, Maintenance] = {}
+        """Windows that cannot be read any more (of a newer version, or damaged), as they were."""
 
     def rebuild(self) -> None:
         """Start from the cache as it is now, with everything to be decided about."""
@@ -150,13 +152,16 @@ class World:
         """Find out which nodes instances are to leave at `now`, have those decided about of which that has changed, and return
         these nodes with what holds for them now."""
         self.stale = False
-        if not self.evacuations and not self.state.records(Maintenance) and not self.state.records(NodePolicy):
+        unread = self.state.broken(Maintenance)
+        self._unread = {name: held for name, held in self._unread.items() if name in unread}
+        if not self.evacuations and not self._unread and not self.state.records(Maintenance) and not self.state.records(NodePolicy):
             return {}
 
         def plain(kind: type[T]) -> dict[str, T]:
             return {key: held.record for key, held in self.state.records(kind).items()}
 
-        found = evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), now)
+        windows = {**self._unread, **plain(Maintenance)}
+        found = evacuations(plain(Node), plain(NodePolicy), windows.values(), now)
         changed = {name: found.get(name) for name in {**found, **self.evacuations} if found.get(name) != self.evacuations.get(name)}
         self.evacuations = found
         for name in changed:
@@ -218,6 +223,8 @@ class World:
                     self._touch(key)
             case NodePolicy() | Maintenance():
                 self.stale = True
+                if isinstance(record, Maintenance) and delta.new is None and delta.key in self.state.broken(Maintenance):
+                    self._unread[delta.key] = record
             case Node() | NodeLiveness():
                 if isinstance(record, NodeLiveness):
                     if delta.new is None or record.health is not NodeHealth.LOST:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 
 from msgspec import Struct
 
@@ -47,8 +47,11 @@ class Records(Struct, frozen=True, kw_only=True):
     statuses: Mapping[str, Status]
     app_statuses: Mapping[str, AppStatus]
     projects: Mapping[str, Project] = {}
+    projects_unread: Set[str] = frozenset()
+    """Those whose record cannot be read."""
     jobs: Mapping[str, Job] = {}
     reservations: Mapping[str, Reservation] = {}
+    reservations_unread: Set[str] = frozenset()
     now: float = 0.0
     evacuations: Mapping[str, Evacuation] = {}
     images: Mapping[str, tuple[str, ...]] = {}
@@ -137,12 +140,16 @@ def bookings_of(instances: Mapping[str, Instance], spec_of: Callable[[Instance],
 
 
 def complete(snapshot: Snapshot, records: Records) -> None:
-    """Take over all but nodes, instances and their statuses, and what is booked."""
+    """Take over all but nodes, instances and their statuses, and what is booked. Of what cannot be read holds what the snapshot
+    knows of it."""
     snapshot.now = records.now
-    snapshot.reservations = dict(records.reservations)
+    known = {name: held for name, held in snapshot.reservations.items() if name in records.reservations_unread}
+    snapshot.reservations = {**known, **records.reservations}
     snapshot.evacuations = dict(records.evacuations)
     snapshot.homes = {app_owner(key): status.homes for key, status in records.app_statuses.items() if status.homes}
-    snapshot.quotas = {name: project.quota for name, project in records.projects.items() if project.quota is not None}
+    quotas = {name: quota for name, quota in snapshot.quotas.items() if name in records.projects_unread}
+    snapshot.unread = frozenset(records.projects_unread - quotas.keys())
+    snapshot.quotas = quotas | {name: project.quota for name, project in records.projects.items() if project.quota is not None}
     for name, digests in records.images.items():
         snapshot.set_images(name, digests)
     whereabouts = snapshot.whereabouts

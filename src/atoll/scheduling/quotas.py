@@ -18,7 +18,10 @@ CODE = "over-quota"
 
 def room(view: View, group: str, demand: Demand, count: int) -> int:
     """Return how many of up to `count` instances the quota of their project lets be placed."""
-    quota = view.nodes.quotas.get(project_of_group(group))
+    project = project_of_group(group)
+    if project in view.nodes.unread:
+        return 0
+    quota = view.nodes.quotas.get(project)
     if quota is None:
         return count
     return max(0, min([count, *(left // each for _, left, each in _left(view, group, demand, quota))]))
@@ -27,6 +30,12 @@ def room(view: View, group: str, demand: Demand, count: int) -> int:
 def over(view: View, group: str, demand: Demand, together: int = 1) -> Rejection:
     """Return why the quota lets no more of the class be placed, or no `together` of it at once."""
     project = project_of_group(group)
+    if project in view.nodes.unread:
+        return Rejection(
+            code=CODE,
+            message=f"the quota of project '{project}' is of a newer version, or damaged: nothing new is placed",
+            mend="update all servers, or have an admin set the quota again at one that is new",
+        )
     quota = view.nodes.quotas[project]
     name, left, each = min(_left(view, group, demand, quota), key=lambda part: part[1] // part[2])
     who = f"these {together} ask" if together > 1 else "this asks"

@@ -99,6 +99,8 @@ class Snapshot:
         """Owner → its groups that are placed somewhere."""
         self.quotas: dict[str, Quota] = {}
         """Project → its quota, of those that have one."""
+        self.unread: frozenset[str] = frozenset()
+        """Projects of which it cannot be read what their quota is: nothing new is placed for them."""
         self.reservations: dict[str, Reservation] = {}
         """By name."""
         self.bookings: tuple[Booking, ...] = ()
@@ -142,6 +144,7 @@ class Snapshot:
         other._groups = {group: rows.copy() for group, rows in self._groups.items()}
         other._owned = {owner: groups.copy() for owner, groups in self._owned.items()}
         other.quotas, other.reservations, other.bookings = self.quotas.copy(), self.reservations.copy(), self.bookings
+        other.unread = self.unread
         other.homes, other.evacuations = self.homes.copy(), self.evacuations.copy()
         other.whereabouts, other._presence = self.whereabouts.copy(), self._presence.copy()
         other._machine_ports = {port: nodes.copy() for port, nodes in self._machine_ports.items()}

@@ -202,6 +202,7 @@ class Planning:
         held = {kind: self._state.copy(kind) for kind in (_NEEDED if copied is None else _COMPLETING)}
         now, beats = self._context.clock.now(), dict(self._heartbeats.all())
         ingress_beats = dict(self._ingresses.all())
+        projects_unread, reservations_unread = frozenset(self._state.broken(Project)), frozenset(self._state.broken(Reservation))
 
         def make() -> Snapshot:
             def plain(kind: type[K]) -> dict[str, K]:
@@ -215,9 +216,11 @@ class Planning:
                 statuses=plain(Status),
                 app_statuses=plain(AppStatus),
                 projects=plain(Project),
+                projects_unread=projects_unread,
                 evacuations=evacuations(plain(Node), plain(NodePolicy), plain(Maintenance).values(), now),
                 jobs=plain(Job),
                 reservations=plain(Reservation),
+                reservations_unread=reservations_unread,
                 now=now,
                 sites=plain(Site),
                 round_trips=plain(RoundTrips),
