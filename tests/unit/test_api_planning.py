@@ -112,6 +112,19 @@ async def test_an_instance_is_explained_as_if_it_were_not_there(service: Service
     assert waiting.failed == {"standing": 1, "memory": 1}
 
 
+async def test_what_its_quota_holds_back_is_explained_so_though_nodes_would_take_it(service: Service) -> None:
+    await service.projects.set_quota("default", Quota(instances=1))
+    await service.apps.put(SYSTEM, spec(GIB, 2))
+    await instance(service, "a", "n1")
+    await instance(service, "b", None)
+    waiting = (await service.planning.explain("default", "b")).explanation
+    assert waiting.feasible == 2
+    assert waiting.rejection is not None
+    assert waiting.rejection.code == "over-quota"
+    assert "'default' has 0 of its quota of instances left" in waiting.rejection.message
+    assert (await service.planning.explain("default", "a")).explanation.rejection is None
+
+
 async def test_what_is_not_there_or_makes_no_sense_is_refused(service: Service) -> None:
     with pytest.raises(NotFound):
         await service.planning.explain("default", "gone")

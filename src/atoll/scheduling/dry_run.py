@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from atoll.model.records import Instance, Job, OwnerKind
 from atoll.model.spec import AppSpec, JobSpec, Workload
 from atoll.model.views import Explanation, InstanceExplanation, PlanView
+from atoll.scheduling import quotas
 from atoll.scheduling.assembly import ends_at, group_of
 from atoll.scheduling.bookings import Booking
 from atoll.scheduling.demand import Demand, Pending, demand_of
@@ -80,6 +81,8 @@ def explain_instance(
         if demand.placement.gang and instance.node is None:
             answer = plan(snapshot, _copies(item, waiting), bookings=before)
             explanation = replace(explanation, rejection=next(iter(answer.rejected.values()), None))
+        elif instance.node is None and not quotas.room(View(snapshot), group, demand, 1):
+            explanation = replace(explanation, rejection=quotas.over(View(snapshot), group, demand))
     return InstanceExplanation(instance=instance, explanation=explanation)
 
 
