@@ -20,7 +20,7 @@ from atoll.model import codec
 from atoll.model.errors import Conflict, Forbidden, Invalid
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import RoutingBatch
-from atoll.model.records import Endpoint, Ingress, Listening, Role, RouteClaim, Routing
+from atoll.model.records import Endpoint, Ingress, Listening, Project, Role, RouteClaim, Routing
 from atoll.model.spec import AppSpec, IngressRules, Issuer, Port, PortProtocol, PublicPort, Quota, check_app
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -61,6 +61,18 @@ async def test_a_project_has_no_port_that_its_quota_does_not_name(service: Servi
     assert service.context.state.records(RouteClaim) == {}
     await service.apps.put(SYSTEM, spec("a", (5000, "db"), (6000, "db"), (5000, "dns")))
     assert set(service.context.state.records(RouteClaim)) == {"tcp:5000/", "tcp:6000/", "udp:5000/"}
+
+
+@pytest.mark.parametrize(
+    ("ports", "why"), [("20-10", "the first is above the last"), ("0-80", "from 1 to 65535"), ("80-70000", "from 1 to 65535")]
+)
+async def test_a_quota_with_a_range_of_ports_that_is_none_is_refused_by_its_field(service: Service, ports: str, why: str) -> None:
+    with pytest.raises(Invalid, match=why) as refused:
+        await service.projects.set_quota("a", Quota(public_ports=ports))
+    assert refused.value.field == "public_ports"
+    held = service.context.state.get(Project, "a")
+    assert held is not None
+    assert held.record.quota == Quota(public_ports="5000-6000")
 
 
 async def test_a_port_has_one_app_and_another_project_hears_whose_it_is_only_if_it_may(service: Service) -> None:

@@ -12,7 +12,7 @@ from atoll.model import keys, stored
 from atoll.model.errors import NotFound
 from atoll.model.ports.store import Put, absent, unchanged
 from atoll.model.records import Project
-from atoll.model.spec import Quota
+from atoll.model.spec import Quota, check_quota
 from atoll.model.views import Page
 
 
@@ -58,10 +58,11 @@ class Projects:
     ) -> Project:
         """Limit what the project's instances may hold together; what runs already is left alone. Safe to repeat.
 
-        Raises NotFound, and StaleRevision where `if_match`, of a `QuotaView`, is not the newest. An empty quota takes every limit
-        away.
+        Raises Invalid, NotFound, and StaleRevision where `if_match`, of a `QuotaView`, is not the newest. An empty quota takes
+        every limit away.
         """
         check_name(name, "project")
+        check_quota(quota)
 
         def build() -> Draft[Project]:
             require_project(self._context, name)

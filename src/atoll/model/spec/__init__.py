@@ -62,6 +62,7 @@ from atoll.model.spec.placement import Operator as Operator
 from atoll.model.spec.placement import Placement as Placement
 from atoll.model.spec.placement import SpreadBy as SpreadBy
 from atoll.model.spec.quota import Quota as Quota
+from atoll.model.spec.quota import check_quota as check_quota
 from atoll.model.spec.rollout import Analysis as Analysis
 from atoll.model.spec.rollout import CanaryStep as CanaryStep
 from atoll.model.spec.rollout import Rollout as Rollout

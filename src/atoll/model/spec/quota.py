@@ -6,9 +6,12 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from atoll.model.errors import Invalid
 from atoll.model.names import SpecRecord
 from atoll.model.spec.serving import HOST_PORT_MIN
 from atoll.model.units import Bytes, Cores
+
+PORT_MAX = 65_535
 
 
 class Quota(SpecRecord, frozen=True, kw_only=True):
@@ -32,3 +35,14 @@ class Quota(SpecRecord, frozen=True, kw_only=True):
         """Whether the project's apps may have this port of ingresses."""
         first, _, last = self.public_ports.partition("-")
         return bool(first) and int(first) <= port <= int(last)
+
+
+def check_quota(quota: Quota) -> None:
+    """Raise Invalid, naming the field, for a range of ports that is none. What is kept already is not asked."""
+    if not quota.public_ports:
+        return
+    first, last = (int(port) for port in quota.public_ports.split("-"))
+    if not 1 <= first <= last <= PORT_MAX:
+        what = "the first is above the last" if first > last else f"ports go from 1 to {PORT_MAX}"
+        mend = "write the lowest and the highest, for example 15000-15999"
+        raise Invalid(f"public_ports: {quota.public_ports} is no range of ports: {what}", field="public_ports", mend=mend)
