@@ -16,6 +16,7 @@ from atoll.images.fake import FakeImages
 from atoll.model.errors import Exhausted, ImageError, RuntimeFailed, Unavailable
 from atoll.model.fabric import ipv6_of
 from atoll.model.ports.clock import SystemClock
+from atoll.model.ports.control_plane import Unread
 from atoll.model.ports.images import ImageConfig
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
 from atoll.model.spec import AppSpec, Health, JobSpec, Port, Restart, RestartPolicy, RuntimeName, Stop, Volume
@@ -106,6 +107,24 @@ def _instance(id: str, kind: OwnerKind) -> Instance:
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path / "agent")
+
+
+async def test_an_assignment_that_is_not_understood_is_told_once_and_what_runs_of_it_goes_on(world: World) -> None:
+    async with world.agent() as agent:
+        await world.phase(world.app("web-1"), Phase.RUNNING)
+        for id in ("web-1", "web-2"):
+            world.control.confuse(Unread("default", id, "network.egress[0].cidr: too long"))
+        world.control.cut()
+        world.control.heal()
+        for id in ("web-1", "web-2"):
+            world.control.confuse(Unread("default", id, "network.egress[0].cidr: too long"))
+        await world.phase(world.app("web-3"), Phase.RUNNING)
+        await world.control.until(lambda c: sum(event.code == "assignment-unread" for event in c.events) >= 2)
+        assert set(agent.runners) == {"web-1", "web-3"}
+        assert agent.runners["web-1"].state.phase is Phase.RUNNING
+    told = [event for event in world.control.events if event.code == "assignment-unread"]
+    assert sorted(event.subject for event in told) == ["instance/web-1", "instance/web-2"]
+    assert "cidr: too long" in told[0].message
 
 
 async def test_an_assigned_instance_runs_and_is_reported_with_its_address(world: World) -> None:

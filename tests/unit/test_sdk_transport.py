@@ -14,8 +14,8 @@ from atoll.model import codec
 from atoll.model.errors import Conflict, Invalid, NotFound, OutcomeUnknown, Unauthenticated, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch
 from atoll.model.records import Assignment, Heartbeat, IngressHeartbeat, Instance, OwnerKind, Status
-from atoll.model.spec import AppSpec, JobSpec, Port
-from atoll.model.states import Phase
+from atoll.model.spec import Allow, AppSpec, JobSpec, NetworkRules, Port
+from atoll.model.states import Desired, Phase
 from atoll.model.traffic import TrafficReport
 from atoll.sdk.control_plane import SLOW_S, HttpControlPlane
 from atoll.sdk.failover import Failover
@@ -283,6 +283,33 @@ async def test_an_assignment_of_an_app_and_of_a_job_come_back_as_what_they_were(
     sent = AssignmentBatch(1, True, tuple(Assignment(instance=instance, workload=spec, revision=1) for spec in specs))
     async with serving(batch_stream(codec.encode(sent) + b"\n")) as server:
         assert await anext(HttpControlPlane(server.address, None).assignments("n1")) == sent
+
+
+async def test_an_assignment_that_is_not_understood_is_left_as_it_is_and_the_others_are_taken() -> None:
+    allow = Allow(cidr="192.0.2.0/24")
+    specs = {"a": AppSpec(name="web", image="x"), "b": AppSpec(name="web", image="x", network=NetworkRules(egress=(allow,)))}
+    put = tuple(
+        Assignment(
+            instance=Instance(id=id, project="p", owner_kind=OwnerKind.APP, owner="web", created_at=1.0, desired=Desired.STOP),
+            workload=spec,
+            revision=1,
+        )
+        for id, spec in specs.items()
+    )
+    sent = codec.encode(AssignmentBatch(1, True, put, kept={"c": Desired.RUN}))
+    longer = sent.replace(allow.cidr.encode(), b"a text of the next version that is longer than this one takes")  # type: ignore[union-attr]
+    nameless = longer.replace(b'"id":"b"', b'"id":3')
+    assert sent != longer != nameless
+    async with serving(batch_stream(longer + b"\n" + nameless + b"\n")) as server:
+        batches = HttpControlPlane(server.address, None).assignments("n1")
+        got = await anext(batches)
+        assert (got.revision, got.complete, got.put) == (1, True, put[:1])
+        assert got.kept == {"b": Desired.STOP, "c": Desired.RUN}
+        assert [(one.project, one.instance) for one in got.unread] == [("p", "b")]
+        assert "cidr" in got.unread[0].why
+        # It may be of any instance here, and as if it were not there that one would be removed.
+        with pytest.raises(Unavailable, match="does not understand"):
+            await anext(batches)
 
 
 def test_paths_quote_what_people_name() -> None:

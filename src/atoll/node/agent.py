@@ -145,6 +145,8 @@ class Agent:
         self._spares = Spares(node, control, random, spawn=self._spawn, serve=self._serve, wanted=self._has_sandbox)
         self._reached = asyncio.Event()
         """Pulsed when the control plane is found again: whoever waits to dial it need wait no longer."""
+        self._unread: dict[str, str] = {}
+        """Assigned instances that this version does not understand → why."""
         self._closing = False
         self._group: asyncio.TaskGroup | None = None
         self._tools: Tools | None = None
@@ -301,6 +303,7 @@ class Agent:
             return
         for assignment in batch.put:
             self._assign(assignment)
+        self._tell_unread(batch)
         for id, desired in batch.kept.items():
             if (runner := self.runners.get(id)) is not None:
                 instance = replace(runner.assignment.instance, desired=advance(runner.assignment.instance.desired, desired))
@@ -325,6 +328,20 @@ class Agent:
                 runner.handle(Reached())
                 if not runner.state.removed:
                     runner.report()
+
+    def _tell_unread(self, batch: AssignmentBatch) -> None:
+        """Say once of each assignment that it is not understood, and why."""
+        known = self._unread
+        if batch.complete:
+            self._unread = {}
+        else:
+            for id in (*(assignment.instance.id for assignment in batch.put), *batch.removed):
+                known.pop(id, None)
+        for one in batch.unread:
+            if known.get(one.instance) != one.why:
+                text = f"this node's agent does not understand what it is to run: {one.why}; update it"
+                self._reporter.event(one.project, f"instance/{one.instance}", "assignment-unread", text, Severity.WARNING)
+            self._unread[one.instance] = one.why
 
     async def _watch_contact(self) -> None:
         """Stop what must not run twice once nobody is known to have heard this node for too long; for ever."""

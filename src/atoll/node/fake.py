@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from atoll.model.beats import BeatGrant
 from atoll.model.errors import AtollError, NotFound, Unavailable
-from atoll.model.ports.control_plane import NEXT_STREAM, AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
+from atoll.model.ports.control_plane import NEXT_STREAM, AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest, Unread
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Capacity, Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.spec import Health
@@ -70,6 +70,7 @@ class FakeControlPlane:
         self.events: deque[Event] = deque(maxlen=HISTORY_MAX)
         self.heartbeats: deque[Heartbeat] = deque(maxlen=HISTORY_MAX)
         self.kept: dict[str, Desired] = {}
+        self.unread: dict[str, Unread] = {}
         self.granted: BeatGrant | None = None
         self.prefetched: tuple[str, ...] = ()
         self.takes_spares = True
@@ -102,9 +103,18 @@ class FakeControlPlane:
         self.kept[id] = desired
         self._publish(AssignmentBatch(self._revision, False, kept={id: desired}))
 
+    def confuse(self, unread: Unread) -> None:
+        """Assign something that the node's version does not understand."""
+        self._revision += 1
+        self.assigned.pop(unread.instance, None)
+        self.unread[unread.instance] = unread
+        self.kept[unread.instance] = Desired.RUN
+        self._publish(AssignmentBatch(self._revision, False, kept={unread.instance: Desired.RUN}, unread=(unread,)))
+
     def remove(self, id: str) -> None:
         self._revision += 1
         self.kept.pop(id, None)
+        self.unread.pop(id, None)
         self.assigned.pop(id, None)
         self.statuses.pop(id, None)
         self._publish(AssignmentBatch(self._revision, False, (), (id,)))
@@ -170,7 +180,12 @@ class FakeControlPlane:
         self._watchers.add(queue)
         try:
             yield AssignmentBatch(
-                self._revision, True, tuple(self.assigned.values()), kept=dict(self.kept), prefetch=self.prefetched
+                self._revision,
+                True,
+                tuple(self.assigned.values()),
+                kept=dict(self.kept),
+                prefetch=self.prefetched,
+                unread=tuple(self.unread.values()),
             )
             while (batch := await queue.get()) is not None:
                 yield batch

@@ -6,7 +6,7 @@ Calls go over a few persistent connections; each watch has its own, which counts
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -21,6 +21,7 @@ from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Nod
 from atoll.model.traffic import DemandReport, TrafficReport
 from atoll.model.views import ErrorAnswer
 from atoll.sdk import answers
+from atoll.sdk.assignments import read_assignments
 from atoll.sdk.failover import Failover, transport_to
 from atoll.sdk.transport import Transport, path
 
@@ -68,8 +69,11 @@ class HttpControlPlane:
         return codec.decode(answer, BeatGrant)
 
     def assignments(self, node: str) -> AsyncIterator[AssignmentBatch]:
-        """Yield batches, the first complete; empty ones say that the server is there. Ends with Unavailable."""
-        return self._batches(path("nodes", node, "assignments"), AssignmentBatch)
+        """Yield batches, the first complete; empty ones say that the server is there. Ends with Unavailable.
+
+        An assignment that this version does not understand is in `kept` and `unread`.
+        """
+        return self._batches(path("nodes", node, "assignments"), AssignmentBatch, read_assignments)
 
     async def report(self, node: str, statuses: Sequence[Status], events: Sequence[Event] = ()) -> None:
         await self._call("POST", path("nodes", node, "statuses"), _Report(statuses, events))
@@ -168,11 +172,11 @@ class HttpControlPlane:
             raise refused
         return answer.body
 
-    async def _batches(self, where: str, kind: type[T]) -> AsyncIterator[T]:
+    async def _batches(self, where: str, kind: type[T], read: Callable[[bytes], T] | None = None) -> AsyncIterator[T]:
         async with self._transport.lines(where) as lines:
             async for line in lines:
                 try:
-                    batch = codec.decode_known(line, kind)
+                    batch = read(line) if read is not None else codec.decode_known(line, kind)
                 except Invalid as error:
                     raise _broken(line, error) from None
                 yield batch

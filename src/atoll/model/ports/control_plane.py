@@ -13,6 +13,14 @@ from atoll.model.states import Desired
 from atoll.model.traffic import DemandReport, TrafficReport
 
 
+class Unread(Struct, frozen=True):
+    """An assignment that the node's version does not understand."""
+
+    project: str
+    instance: str
+    why: str
+
+
 class AssignmentBatch(Struct, frozen=True):
     """With `complete`, `put` and `kept` are everything that is assigned to the node, and whatever else the node has must go."""
 
@@ -27,6 +35,8 @@ class AssignmentBatch(Struct, frozen=True):
     prefetch: tuple[str, ...] | None = None
     """Images (references with digests) that the node may need soon, the likeliest first; None where nothing new is said of them.
     A wish: nothing fails where it is not followed."""
+    unread: tuple[Unread, ...] = ()
+    """Said by who reads the batch, of what was in `put` and is in `kept` now: never by the server."""
 
 
 class RoutingBatch(Struct, frozen=True):
