@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 
 import pytest
 from envoy.config.listener.v3.listener_pb2 import Listener
 from msgspec.structs import replace
+from test_cli_draining import call
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.access import Caller
@@ -22,6 +24,7 @@ from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Ingress, Listening, Project, Role, RouteClaim, Routing
 from atoll.model.spec import AppSpec, IngressRules, Issuer, Port, PortProtocol, PublicPort, Quota, check_app
+from atoll.sdk.fake import FakeApi
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
 
@@ -55,6 +58,8 @@ async def test_a_project_has_no_port_that_its_quota_does_not_name(service: Servi
         await service.apps.put(SYSTEM, spec("c", (5432, "db")))
     assert denied.value.field == "ingress.ports[0].public"
     assert "--public-ports" in (denied.value.mend or "")
+    with pytest.raises(Forbidden, match="may not have port 5432"):
+        await service.planning.plan(spec("c", (5432, "db")))
     for number in (4_999, 6_001, 22):
         with pytest.raises(Forbidden, match=f"may not have port {number}"):
             await service.apps.put(SYSTEM, spec("a", (5432, "db"), (number, "dns")))
@@ -172,3 +177,28 @@ def test_a_connection_wakes_an_app_and_a_datagram_does_not() -> None:
     assert {target.cluster for target in table.sleepers()} == {"a/db/5432/tcp"}
     assert b"wake/" in table.resources[Kind.ENDPOINTS]["a/db/5432/tcp"].body
     assert b"wake/" not in table.resources[Kind.ENDPOINTS]["a/db/53/udp"].body
+
+
+class Denying(FakeApi):
+    """Grants no port, as a server does whose project has none."""
+
+    def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
+        if segments == ["plan"]:
+            raise Forbidden("ingress.ports[0].public: project 'default' may not have port 15432", mend="have an admin grant it")
+        return super().handle(method, segments, query, headers, body)
+
+
+@pytest.mark.parametrize("apps", ["", "[[apps]]\n"], ids=["one", "group"])
+@pytest.mark.parametrize("asks", ["ports = [{ public = 15432, port = 'db' }]", ""], ids=["with a port", "without"])
+def test_a_deploy_that_may_not_have_its_port_says_so_before_it_builds(tmp_path: Path, apps: str, asks: str) -> None:
+    top = f"{apps}name = 'db'\nports = [{{ name = 'db', port = 5432, protocol = 'tcp' }}]\n"
+    table = "apps." if apps else ""
+    build = f"[{table}build]\nbase = 'scratch'\nfiles = ['nowhere.txt']\n"
+    (tmp_path / "atoll.toml").write_text(f"{top}[{table}ingress]\n{asks}\n{build}")
+    api = Denying()
+    said = call(api, tmp_path, "deploy", str(tmp_path))
+    assert said.exit_code != 0
+    assert ("may not have port 15432" in said.stderr) == bool(asks)
+    # The build of a file that is not there fails, where it comes to that.
+    assert ("nowhere.txt" in said.stderr) == (not asks)
+    assert not api.under("apps")

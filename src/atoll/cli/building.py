@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atoll.cli.session import Session
-from atoll.model.errors import Invalid, Unsupported
+from atoll.model.errors import DeadlineExceeded, Invalid, Unsupported
 from atoll.model.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,8 +30,16 @@ def cache_directory() -> Path:
 
 
 async def build_and_push(session: Session, client: Client, spec: Workload, directory: Path) -> str:
-    """Return the reference of the image that `spec.build` describes. Asks the API first, since a build may take minutes."""
+    """Return the reference of the image that `spec.build` describes. Asks the API first, since a build may take minutes.
+
+    Raises Invalid or Forbidden for ports that the project may not have, before anything is built.
+    """
+    from atoll.model.spec import AppSpec
+
     await client.info()
+    if isinstance(spec, AppSpec) and (spec.public_ports() or any(port.host is not None for port in spec.ports)):
+        with contextlib.suppress(DeadlineExceeded):
+            await client.plan(spec)  # a dry run: where they would go is not asked for
     built = await build_image(session, spec, directory)
     return await push_image(session, built.layout, built.digest, spec.project, spec.name)
 

@@ -23,7 +23,7 @@ from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.projects import require_project
 from atoll.api.service.specs import spec_of
-from atoll.api.service.workloads import check_constraints
+from atoll.api.service.workloads import check_constraints, check_host_ports, check_public_ports
 from atoll.model.errors import DeadlineExceeded, NotFound
 from atoll.model.evacuation import evacuations
 from atoll.model.maintenance import Maintenance
@@ -90,7 +90,10 @@ class Planning:
         """Set by whoever keeps one."""
 
     async def plan(self, spec: AppSpec | JobSpec, caller: Caller = SYSTEM) -> PlanView:
-        """Say where the spec's instances would go; its image and secrets are not asked for. Raises Invalid, NotFound (project)."""
+        """Say where the spec's instances would go; its image and secrets are not asked for.
+
+        Raises Invalid, NotFound (project), Forbidden (a port of nodes or ingresses that the project may not have).
+        """
         check_name(spec.project, "project")
         if isinstance(spec, AppSpec):
             check_app(spec)
@@ -98,6 +101,9 @@ class Planning:
             check_job(spec)
         check_constraints(spec)
         require_project(self._context, spec.project)
+        if isinstance(spec, AppSpec):
+            check_host_ports(self._context, spec)
+            check_public_ports(self._context, spec)
         held = self._state.get(App, f"{spec.project}/{spec.name}")
         status = self._state.get(AppStatus, f"{spec.project}/{spec.name}")
         replicas = held.record.wanted(status.record if status is not None else None) if held is not None else 1
