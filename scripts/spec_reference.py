@@ -122,7 +122,7 @@ MEANING: dict[str, tuple[str, str]] = {
     "Assets.worker_first": ("Paths for which the worker is asked although there is a file.", 'worker_first = ["/api/*"]'),
     "Worker.queues": ("Messages to itself, delivered in batches; the table below.", "[[worker.queues]]"),
     "Worker.crons": (
-        "When `scheduled()` is called: minute, hour, day, month, weekday (1 to 7 from Sunday), in UTC.",
+        "When `scheduled()` is called: minute, hour, day, month, weekday (1 to 7 from Sunday), in UTC, in the dialect of workerd.",
         'crons = ["*/5 * * * *"]',
     ),
     "Worker.kv": ("Keys and values on the node's disk.", "[[worker.kv]]"),

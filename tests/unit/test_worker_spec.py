@@ -91,6 +91,7 @@ def test_what_the_spec_says_itself_is_kept() -> None:
         ({"main": "dist/index.js", "assets": {"directory": "dist"}}, {}, "worker.assets.directory"),
         ({"assets": {"directory": "p", "binding": "A"}, "vars": {"A": 1}}, {}, "worker.assets.binding"),
         ({"crons": ["* * * * *"]}, {"scale": {"replicas": 2}}, "scale.replicas"),
+        ({"crons": ["* * * * *", "61 * * * *"]}, {}, "worker.crons[1]"),
         ({"queues": [{"queue": "a"}, {"queue": "a"}]}, {}, "worker.queues[1].queue"),
         ({"queues": [{"queue": "a", "dead_letter": "a"}]}, {}, "worker.queues[0].dead_letter"),
         ({"queues": [{"queue": "a", "dead_letter": "b"}]}, {}, "worker.queues[0].dead_letter"),
@@ -119,6 +120,58 @@ def test_what_a_worker_cannot_have_is_refused_by_its_field(
         check_app(spec(worker, **fields))
     assert raised.value.field == field
     assert raised.value.mend
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "* * * * *",
+        "*/5 0-23/2 1,15,20-22 JAN-mar MON-FRI",
+        "5/10 0 L * *",
+        "0 0 LW 2 *",
+        "0 0 L-28 2 *",
+        "0 0 L-3W * *",
+        "0 0 29 2 *",
+        "0 0 15W * *",
+        "0 0 31 6 7",
+        "0 0 * * L",
+        "0 0 * * 6L",
+        "0 0 * * FRI#5",
+        "*/59,30 * * * *",
+    ],
+)
+def test_a_cron_expression_that_workerd_reads_is_taken(expression: str) -> None:
+    check_app(spec({"crons": [expression]}))
+
+
+@pytest.mark.parametrize(
+    ("expression", "word"),
+    [
+        ("60 * * * *", "minute is '60'"),
+        ("* 24 * * *", "hour"),
+        ("* * 0 * *", "day is '0'"),
+        ("* * * 13 *", "month"),
+        ("* * * * 0", "weekday is '0'"),
+        ("* * * * 8", "weekday"),
+        ("0 0 * * FRI-MON", "goes down"),
+        ("*,5 * * * *", "'\\*' in a list"),
+        ("*/0 * * * *", "bad step"),
+        ("*/60 * * * *", "bad step"),
+        ("1/2/3 * * * *", "bad step"),
+        ("1-2-3 * * * *", "minute is '2-3'"),
+        ("1- * * * *", "minute is ''"),
+        ("0 0 30 2 *", "never comes"),
+        ("0 0 L-29 FEB *", "never comes"),
+        ("0 0 31W 4,6 *", "never comes"),
+        ("0 0 L-31 * *", "goes back 1 to 30"),
+        ("0 0 * * 2#6", "1 to 5"),
+        ("L * * * *", "minute is 'L'"),
+    ],
+)
+def test_a_cron_expression_that_workerd_would_end_over_is_refused_with_what_is_wrong(expression: str, word: str) -> None:
+    with pytest.raises(Invalid, match=word) as raised:
+        check_app(spec({"crons": [expression]}))
+    assert raised.value.field == "worker.crons[0]"
 
 
 def test_an_isolate_without_modules_and_a_job_in_one_are_refused() -> None:

@@ -14,6 +14,7 @@ from msgspec import Meta
 from atoll.model.errors import Invalid
 from atoll.model.names import EnvName, Name, PortNumber, SpecRecord
 from atoll.model.units import Seconds
+from atoll.model.worker_cron import check_worker_crons
 
 if TYPE_CHECKING:
     from atoll.model.spec import AppSpec
@@ -177,6 +178,7 @@ def check_worker(spec: AppSpec, worker: Worker) -> None:
     _check_main(worker)
     _check_bindings(spec, worker)
     _check_queues(worker)
+    check_worker_crons(worker.crons, field="worker.crons")
     if worker.assets is not None:
         _check_assets(worker, worker.assets)
     _check_egress(worker)
