@@ -194,7 +194,10 @@ MEANING: dict[str, tuple[str, str]] = {
     ),
     "Build.pip": ("Python packages, as pip takes them; python3 is added.", 'pip = ["flask==3.0.3"]'),
     "Build.files": ("Paths below the app's directory that go into `workdir`.", 'files = ["app.py", "static"]'),
-    "Build.ignore": ("Patterns that are left out, by name or by path.", 'ignore = ["*.log", "tests"]'),
+    "Build.ignore": (
+        "Patterns that are left out, by name or by path; a list of one's own replaces the whole default.",
+        'ignore = ["*.log", "tests", ".git", "atoll.toml"]',
+    ),
     "Build.workdir": ("Where the files go, and the directory that the command starts in.", 'workdir = "/app"'),
     "Build.command": ("The image's command.", 'command = ["python3", "/app/app.py"]'),
     "Build.user": ("The image's user; root where absent.", 'user = "65534:65534"'),

@@ -27,7 +27,18 @@ class Build(SpecRecord, frozen=True, kw_only=True):
     ] = ()
     files: tuple[str, ...] = (".",)
     """Paths below the app's directory that go into the image's `workdir`."""
-    ignore: tuple[str, ...] = (".git", "__pycache__", "*.pyc", ".venv")
+    ignore: tuple[str, ...] = (
+        ".git",
+        "__pycache__",
+        "*.pyc",
+        ".venv",
+        "atoll.toml",
+        "atoll.*.toml",
+        "atoll.yaml",
+        "atoll.yml",
+        "atoll.json",
+    )
+    """Names, or paths below the app's directory. The spec is among them: were it in the image, each change of it made a release."""
     workdir: AbsolutePath = "/app"
     command: tuple[Argument, ...] = ()
     user: str | None = None
