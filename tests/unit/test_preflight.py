@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 from pathlib import Path
 
 import pytest
 
+from atoll.entry.agent import main as agent
 from atoll.entry.config import EXIT_HOPELESS, Config
 from atoll.entry.launch import error_in
 from atoll.entry.preflight import CAPABILITIES, check_settings, held_capabilities, make_data
-from atoll.entry.process import status_of
+from atoll.entry.process import Stop, status_of
 from atoll.entry.unbreakable import Unbreakable
 from atoll.model.errors import AtollError, Conflict, Invalid, Unavailable, Unsupported
 
 ALL = sum(1 << bit for bit in CAPABILITIES.values())
 
 
-@pytest.mark.parametrize("subnet", ["10.999.0.0/16", "10.9.0.0/30", "here", "10.1.2.3/16"])
+@pytest.mark.parametrize("subnet", ["10.999.0.0/16", "10.9.0.0/30", "here", "10.1.2.3/16", "8.8.8.0/24"])
 def test_a_subnet_that_is_none_is_refused(tmp_path: Path, subnet: str) -> None:
     with pytest.raises(Invalid) as refused:
         check_settings(Config(data=tmp_path, subnet=subnet))
     assert refused.value.field == "subnet"
+
+
+def test_an_agent_whose_subnet_is_public_does_not_join(tmp_path: Path) -> None:
+    stop = Stop()
+    stop.set()
+    with pytest.raises(Invalid, match=r"8\.8\.8\.0/24 is not of 10\.0\.0\.0/8") as refused:
+        asyncio.run(agent(Config(data=tmp_path / "data", subnet="8.8.8.0/24"), stop))
+    assert refused.value.field == "subnet"
+    assert not (tmp_path / "data").exists()
 
 
 def test_data_that_can_be_no_directory_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from atoll.images.lazy.shown import LazyImages
 from atoll.images.reference import CELL_HOST
 from atoll.images.registry import Registries
 from atoll.images.store import ImageStore
+from atoll.model.fabric import network_of
 from atoll.model.membership import MemberKind
 from atoll.model.ports.clock import SystemClock, system_random
 from atoll.model.ports.runtime import Runtime
@@ -30,6 +31,8 @@ async def main(config: Config, stop: Stop) -> None:
     """Run the agent until `stop`; then let go of what runs; on SIGINT stop it first."""
     data = config.agent_data
     labels, taints = config.node_labels, config.node_taints
+    if config.subnet:
+        network_of(config.subnet, "subnet")  # before it joins, and uses its token up
     found = await reach(config, MemberKind.NODE, data, stop)
     if found is None:
         return

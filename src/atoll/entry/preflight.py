@@ -7,7 +7,7 @@ from pathlib import Path
 
 from atoll.entry.config import Config
 from atoll.model.errors import AtollError, Exhausted, Invalid, Unsupported
-from atoll.network.addresses import AddressPool
+from atoll.model.fabric import network_of
 
 CAPABILITIES = {
     "CHOWN": 0,
@@ -35,7 +35,7 @@ def check_settings(config: Config, *, held: int | None = None) -> None:
     `held` are the capabilities, one bit each; None for this process's own.
     """
     if config.subnet:
-        AddressPool(config.subnet)
+        network_of(config.subnet, "subnet")
     config.store_place, config.node_labels, config.node_taints  # noqa: B018 - each raises
     held = held_capabilities() if held is None else held
     lacking = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]

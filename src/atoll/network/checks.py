@@ -10,8 +10,8 @@ from pathlib import Path
 from msgspec import Struct
 
 from atoll.model.errors import AtollError
+from atoll.model.fabric import network_of
 from atoll.network import resolvers
-from atoll.network.addresses import AddressPool
 from atoll.network.slots import routes
 from atoll.network.sysctls import no_ipv6, read_sysctl
 
@@ -69,7 +69,7 @@ def _sysctl() -> Check:
 
 def _subnet(subnet: str) -> Check:
     try:
-        network = AddressPool(subnet).network
+        network = network_of(subnet, "subnet")
     except AtollError as error:
         return Check("instances' subnet", False, str(error), error.mend or "")
     taken = [f"{other} ({link})" for link, other in routes() if other.subnet_of(network) and not link.startswith("at")]
