@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from atoll.entry.launch import error_in
 from atoll.entry.preflight import CAPABILITIES, check_settings, held_capabilities, make_data
 from atoll.entry.process import Stop, status_of
 from atoll.entry.unbreakable import Unbreakable
+from atoll.entry.up import check
+from atoll.ingress.envoy import free_port
 from atoll.model.errors import AtollError, Conflict, Invalid, Unavailable, Unsupported
 
 ALL = sum(1 << bit for bit in CAPABILITIES.values())
@@ -34,6 +37,15 @@ def test_an_agent_whose_subnet_is_public_does_not_join(tmp_path: Path) -> None:
         asyncio.run(agent(Config(data=tmp_path / "data", subnet="8.8.8.0/24"), stop))
     assert refused.value.field == "subnet"
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="what is asked first is whether it is root")
+@pytest.mark.parametrize("ingress", ["127.0.0.1", "0.0.0.0"])
+def test_an_ingress_where_the_own_api_listens_is_refused(ingress: str) -> None:
+    port = free_port("127.0.0.1")
+    with pytest.raises(Conflict, match=f"--ingress: {ingress}:{port} is that of --api") as refused:
+        check(Config(api=f"127.0.0.1:{port}", ingress=f"{ingress}:{port}"))
+    assert refused.value.field == "--ingress"
 
 
 def test_data_that_can_be_no_directory_is_refused(tmp_path: Path) -> None:

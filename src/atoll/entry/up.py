@@ -236,8 +236,16 @@ def check(config: Config) -> None:
     wanted = [("--listen" if config.listen else "--api", config.listens), ("--ingress", config.ingress)]
     if config.tls_port is not None and config.ingress_tls_port:
         wanted.append(("--ingress-tls-port", f"{config.ingress.rpartition(':')[0]}:{config.tls_port}"))
+    ours: list[tuple[str, tuple[str, int]]] = []
     for option, address in wanted:
         host, port = split_address(address, field=option)
+        if (own := next((name for name, other in ours if _same(other, (host, port))), None)) is not None:
+            raise Conflict(
+                f"{option}: {address} is that of {own}",
+                field=option,
+                mend=f"give another, e.g. {option} {_another(option, host, port)}",
+            )
+        ours.append((option, (host, port)))
         try:
             _try(host, port)
         except OSError as error:
@@ -269,6 +277,13 @@ def _try(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
+
+
+def _same(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    """Whether nobody can listen at both; any free port is none that could be the same."""
+    hosts = {one[0], other[0]}
+    everywhere = bool(hosts & {"0.0.0.0", "::"}) and (":" in one[0]) == (":" in other[0])  # noqa: S104 - compared, not bound
+    return 0 < one[1] == other[1] and (len(hosts) == 1 or everywhere)
 
 
 def _another(option: str, host: str, port: int) -> str:
