@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import io
 import os
+import socket
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from atoll.cli.main import cli
 from atoll.entry.agent import main as agent
 from atoll.entry.config import EXIT_HOPELESS, Config
 from atoll.entry.launch import error_in
@@ -46,6 +50,19 @@ def test_an_ingress_where_the_own_api_listens_is_refused(ingress: str) -> None:
     with pytest.raises(Conflict, match=f"--ingress: {ingress}:{port} is that of --api") as refused:
         check(Config(api=f"127.0.0.1:{port}", ingress=f"{ingress}:{port}"))
     assert refused.value.field == "--ingress"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="what is asked first is whether it is root")
+def test_up_takes_the_data_directory_from_the_environment(tmp_path: Path) -> None:
+    with socket.socket() as taken, open(tmp_path / "lock", "w+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("4711")
+        lock.flush()
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        api = f"127.0.0.1:{taken.getsockname()[1]}"  # so that nothing is started, whatever directory it takes
+        result = CliRunner().invoke(cli, ["up", "--detach", "--api", api], env={"ATOLL_DATA": str(tmp_path)})
+    assert f"{tmp_path} is in use by another `atoll up`, process 4711" in f"{result.stderr}{result.exception}"
 
 
 def test_data_that_can_be_no_directory_is_refused(tmp_path: Path) -> None:

@@ -31,10 +31,18 @@ TLS_OPTIONS = (
 """A user of etcd comes from ATOLL_STORE_USER and ATOLL_STORE_PASSWORD_FILE (or ATOLL_STORE_PASSWORD), never from an argument."""
 
 
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    envvar="ATOLL_DATA",
+    help="The data directory; else ATOLL_DATA.  [default: /var/lib/atoll]",
+)
+
+
 def settings(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every Atoll process takes."""
     options = (
-        click.option("--data", type=click.Path(path_type=Path), help="The data directory.  [default: /var/lib/atoll]"),
+        data_option,
         click.option("--ingress", metavar="HOST:PORT", help="Where apps are served.  [default: 127.0.0.1:8080]"),
         click.option(
             "--ingress-tls-port",
@@ -229,14 +237,13 @@ def _show(session: Session, config: Config, plain: str = "") -> None:
 
 
 @command(example="atoll down\natoll down --keep-running   # the next `atoll up` takes the instances over")
-@click.option("--data", type=click.Path(path_type=Path), help="The data directory; else ATOLL_DATA.  [default: /var/lib/atoll]")
+@data_option
 @click.option("--keep-running", is_flag=True, help="Leave the instances running.")
 def down(session: Session, data: Path | None, keep_running: bool) -> None:
     """End an `atoll up`: ingress first, then the instances, then the rest."""
     from atoll.entry.launch import terminate
 
-    place = os.environ.get("ATOLL_DATA")  # as `atoll up` says for the other commands
-    config = _config(session, {"data": data or (Path(place) if place else None)})
+    config = _config(session, {"data": data})
     with session.output.err.status("stopping"):
         pid = terminate(config, keep_running=keep_running)
     if session.json:
