@@ -111,3 +111,21 @@ def test_what_is_not_there_is_called_by_its_own_name(api: FakeApi, tmp_path: Pat
     assert told == "error: no template 'tools' in project 'default'\nmend: 'atoll template list' lists them\n"
     make_sandbox(api, "try")
     assert "'try' is a sandbox, and no template" in call(api, tmp_path, "template", "rm", "try", code=4).stderr
+
+
+@pytest.mark.parametrize("words", [("sandbox", "create", "try"), ("template", "create", "tools", "--pool", "1")])
+@pytest.mark.parametrize("option", ["--time-limit", "--idle-limit"])
+def test_a_limit_that_is_no_duration_is_refused_by_the_name_of_its_option(
+    api: FakeApi, tmp_path: Path, words: tuple[str, ...], option: str
+) -> None:
+    told = call(api, tmp_path, *words, "--image", "x:1", option, "soon", code=2).stderr
+    assert option in told
+    assert "'soon' is not a duration" in told
+    assert "'1m30s'" in told
+    assert not api.under("jobs")
+
+
+def test_limits_are_seconds_where_they_are_numbers(api: FakeApi, tmp_path: Path) -> None:
+    made = ("--image", "x:1", "--node", "nowhere", "--time-limit", "5", "--idle-limit", "1m30s")
+    for words in (("sandbox", "create", "try"), ("template", "create", "tools", "--pool", "1")):
+        assert "no node 'nowhere'" in call(api, tmp_path, *words, *made, code=4).stderr, "all else was well"

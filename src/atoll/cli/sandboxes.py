@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,14 @@ import click
 
 from atoll.cli.copy import copy_sandbox
 from atoll.cli.execute import execute_sandbox
+from atoll.cli.quantities import SPAN
 from atoll.cli.session import Session, command, group
 from atoll.model.errors import Invalid
 
 if TYPE_CHECKING:
     from atoll.model.spec import JobSpec
     from atoll.model.streams import Held
+    from atoll.model.units import Seconds
     from atoll.model.views import JobView
     from atoll.sdk.client import Client
 
@@ -40,8 +43,10 @@ def sandbox() -> None:
 @click.option("--image", metavar="REF", help="The image it is made from.")
 @click.option("--isolation", type=click.Choice(["container", "sandbox", "vm"]), help="How much it is kept apart.")
 @click.option("--runtime", metavar="RUNTIME", help="What it runs with; else as its isolation says.")
-@click.option("--time-limit", metavar="DURATION", help="It ends after so long, whatever it does (default 1h).")
-@click.option("--idle-limit", metavar="DURATION", help="It ends when no command or copy was under way in it for so long.")
+@click.option("--time-limit", type=SPAN, metavar="DURATION", help="It ends after so long, whatever it does (default 1h).")
+@click.option(
+    "--idle-limit", type=SPAN, metavar="DURATION", help="It ends when no command or copy was under way in it for so long."
+)
 @click.option("--snapshot", metavar="DIGEST", help="Go on from this snapshot, on the node of --node.")
 @click.option("--node", metavar="NODE", help="The node that it must be on.")
 @click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable (not for secrets).")
@@ -54,8 +59,8 @@ async def create(
     image: str | None,
     isolation: str | None,
     runtime: str | None,
-    time_limit: str | None,
-    idle_limit: str | None,
+    time_limit: Seconds | None,
+    idle_limit: Seconds | None,
     snapshot: str | None,
     node: str | None,
     env: tuple[str, ...],
@@ -63,7 +68,7 @@ async def create(
 ) -> None:
     """Make a sandbox, and wait until it runs, saying why it does not yet. Without a command it does nothing, and needs a shell in
     the image."""
-    made = {"image": image, "isolation": isolation, "runtime": runtime}
+    made: dict[str, Any] = {"image": image, "isolation": isolation, "runtime": runtime}
     limits = {"deadline": time_limit, "idle_limit": idle_limit}
     if template is None:
         spec = sandbox_spec(session, name, file, made | limits, env, argv, snapshot=snapshot, node=node)
@@ -79,7 +84,7 @@ async def create(
     await _take(session, name, template, limits, env)
 
 
-async def _take(session: Session, name: str, template: str, limits: dict[str, str | None], env: tuple[str, ...]) -> None:
+async def _take(session: Session, name: str, template: str, limits: dict[str, Seconds | None], env: tuple[str, ...]) -> None:
     from atoll.cli.execute import variables
     from atoll.model import codec
     from atoll.model.views import TakeRequest
@@ -94,7 +99,7 @@ def sandbox_spec(
     session: Session,
     name: str,
     file: Path | None,
-    given: dict[str, str | None],
+    given: Mapping[str, str | Seconds | None],
     env: tuple[str, ...],
     argv: tuple[str, ...],
     *,

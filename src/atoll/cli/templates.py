@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from atoll.cli import names
+from atoll.cli.quantities import SPAN
 from atoll.cli.sandboxes import sandbox_spec
 from atoll.cli.session import Session, command, group
 
 if TYPE_CHECKING:
+    from atoll.model.units import Seconds
     from atoll.model.views import InstanceView
 
 
@@ -29,8 +31,10 @@ def template() -> None:
 @click.option("--image", metavar="REF", help="The image they are made from.")
 @click.option("--isolation", type=click.Choice(["container", "sandbox", "vm"]), help="How much they are kept apart.")
 @click.option("--runtime", metavar="RUNTIME", help="What they run with; else as their isolation says.")
-@click.option("--time-limit", metavar="DURATION", help="Each ends so long after it was taken (default 1h).")
-@click.option("--idle-limit", metavar="DURATION", help="Each ends when nobody has used it for so long after it was taken.")
+@click.option("--time-limit", type=SPAN, metavar="DURATION", help="Each ends so long after it was taken (default 1h).")
+@click.option(
+    "--idle-limit", type=SPAN, metavar="DURATION", help="Each ends when nobody has used it for so long after it was taken."
+)
 @click.option("--snapshot", metavar="DIGEST", help="They go on from this snapshot, on the node of --node.")
 @click.option("--node", metavar="NODE", help="The node that they must be on.")
 @click.option("--env", "-e", multiple=True, metavar="NAME=VALUE", help="Set a variable (not for secrets).")
@@ -43,15 +47,21 @@ async def create(
     image: str | None,
     isolation: str | None,
     runtime: str | None,
-    time_limit: str | None,
-    idle_limit: str | None,
+    time_limit: Seconds | None,
+    idle_limit: Seconds | None,
     snapshot: str | None,
     node: str | None,
     env: tuple[str, ...],
     argv: tuple[str, ...],
 ) -> None:
     """Make or change a template. What waits in its pool is replaced where that was made otherwise; what was taken goes on."""
-    given = {"image": image, "isolation": isolation, "runtime": runtime, "deadline": time_limit, "idle_limit": idle_limit}
+    given: dict[str, str | Seconds | None] = {
+        "image": image,
+        "isolation": isolation,
+        "runtime": runtime,
+        "deadline": time_limit,
+        "idle_limit": idle_limit,
+    }
     given["pool"] = str(pool)
     spec = sandbox_spec(session, name, file, given, env, argv, snapshot=snapshot, node=node)
     async with session.client() as client:
