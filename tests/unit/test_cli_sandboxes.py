@@ -129,3 +129,15 @@ def test_limits_are_seconds_where_they_are_numbers(api: FakeApi, tmp_path: Path)
     made = ("--image", "x:1", "--node", "nowhere", "--time-limit", "5", "--idle-limit", "1m30s")
     for words in (("sandbox", "create", "try"), ("template", "create", "tools", "--pool", "1")):
         assert "no node 'nowhere'" in call(api, tmp_path, *words, *made, code=4).stderr, "all else was well"
+
+
+def test_lists_cut_the_digests_of_images(api: FakeApi, tmp_path: Path) -> None:
+    image = "cell.internal/default/tools@sha256:" + "4f" * 32
+    spec = JobSpec(name="try", image=image, sandbox=True)
+    api.put("jobs", "default/try", Job(project="default", name="try", spec=spec, created_at=1.0))
+    pool = JobSpec(name="tools", image=image, sandbox=True, pool=1)
+    api.put("jobs", "default/tools", Job(project="default", name="tools", spec=pool, created_at=1.0))
+    for noun in ("sandbox", "template"):
+        listed = call(api, tmp_path, noun, "list").stdout
+        assert "cell.internal/default/tools@sha256:" + "4f" * 6 in listed
+        assert "4f" * 7 not in listed

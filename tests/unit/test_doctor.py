@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -60,6 +61,11 @@ def test_every_part_says_why_it_matters_and_what_is_amiss_how_to_mend_it(tmp_pat
         assert finding.found, finding
         assert finding.why or finding.level is Level.OK, finding
         assert (finding.mend == "") == (finding.level is Level.OK), finding
+
+
+def test_the_parts_of_an_area_stand_together(tmp_path: Path) -> None:
+    areas = [area for area, _ in itertools.groupby(finding.area for finding in doctor.examine(config(tmp_path)))]
+    assert len(areas) == len(set(areas)), areas
 
 
 def test_a_device_that_is_there_is_not_called_usable(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ async def restart(session: Session, app: str, detach: bool) -> None:
 @names.argument("app", "apps")
 async def releases(session: Session, app: str) -> None:
     """List what was deployed, newest first; `atoll rollback` goes back to one."""
-    from atoll.cli.output import age, dim
+    from atoll.cli.output import age, dim, short_image
 
     async with session.client() as client:
         view = await client.app(session.project, app)
@@ -224,18 +224,12 @@ async def releases(session: Session, app: str) -> None:
             "●" if release.number == view.app.release else "",
             age(release.created_at),
             release.author,
-            _image(release.spec.image),
+            short_image(release.spec.image),
             dim(release.note),
         )
         for release in found
     ]
     session.output.table(("RELEASE>", "NOW", "AGE>", "BY", "IMAGE~", "NOTE"), rows, empty="no releases")
-
-
-def _image(reference: str | None) -> str:
-    """Return a reference whose digest is cut to what tells it from others."""
-    name, at, digest = (reference or "–").partition("@")
-    return f"{name}{at}{digest[:19]}"
 
 
 @command(example="atoll rollback hello\natoll rollback hello --to 3")

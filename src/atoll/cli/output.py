@@ -253,6 +253,12 @@ def clock(at: float) -> str:
     return time.strftime("%T" if same_day else "%F %T", local)
 
 
+def short_image(reference: str | None) -> str:
+    """Return a reference whose digest is cut to what tells it from others."""
+    name, at, digest = (reference or "–").partition("@")
+    return f"{name}{at}{digest[:19]}"
+
+
 def cores(milli: int) -> str:
     return f"{milli / 1000:.2f}"
 

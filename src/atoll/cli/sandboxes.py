@@ -158,6 +158,7 @@ async def _said(session: Session, client: Client, view: JobView) -> None:
 @command(example="atoll sandbox list", name="list")
 async def list_sandboxes(session: Session) -> None:
     """List the project's sandboxes."""
+    from atoll.cli.output import short_image
     from atoll.model import codec
     from atoll.sdk.sandboxes import paused_of, sandboxes
 
@@ -171,7 +172,7 @@ async def list_sandboxes(session: Session) -> None:
         (
             view.job.name,
             "paused" if view.job.name in paused else str(view.status.phase) if view.status else "pending",
-            view.job.spec.image or "",
+            short_image(view.job.spec.image),
             view.status.message if view.status else "",
         )
         for view in views

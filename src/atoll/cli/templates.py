@@ -77,6 +77,7 @@ async def create(
 @command(example="atoll template list", name="list")
 async def list_templates(session: Session) -> None:
     """List the project's templates, and how many of each are ready."""
+    from atoll.cli.output import short_image
     from atoll.sdk.sandboxes import templates
 
     async with session.client() as client:
@@ -90,7 +91,7 @@ async def list_templates(session: Session) -> None:
             view.job.name,
             f"{sum(_ready(each) for each in pools[view.job.name])}/{view.job.spec.pool}",
             view.job.spec.runtime or view.job.spec.isolation,
-            view.job.spec.image or "",
+            short_image(view.job.spec.image),
             view.status.message if view.status else "",
         )
         for view in views

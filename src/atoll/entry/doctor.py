@@ -200,6 +200,7 @@ RUNTIMES = (
 
 
 def runtimes() -> Iterator[Finding]:
+    from atoll.runtimes.native import shim_path
     from atoll.runtimes.offer import FEATURES
     from atoll.runtimes.runc import probe_runc
 
@@ -208,6 +209,11 @@ def runtimes() -> Iterator[Finding]:
         yield runc(OK, f"runc {probe_runc()}".replace("runc runc", "runc"))
     except AtollError as error:
         yield runc(MISSING, str(error), error.mend or "apt-get install runc")
+    shim = Part("runtimes", "shim", "stays with each instance's process when the agent restarts", core=True)
+    try:
+        yield shim(OK, str(shim_path().name))
+    except AtollError as error:
+        yield shim(MISSING, str(error), error.mend or "")
     for name, command, why, mend in RUNTIMES:
         optional = Part("runtimes", name, why if name in FEATURES else f"{why}; this version does not use it yet")
         beside = shutil.which(command[0], path=str(Path(sys.executable).parent))  # workerd comes with this virtual environment
@@ -230,8 +236,6 @@ def runtimes() -> Iterator[Finding]:
 
 
 def tools() -> Iterator[Finding]:
-    from atoll.runtimes.native import shim_path
-
     envoy = Part("ingress", "Envoy", "leads requests to instances", core=True)
     binary = shutil.which("envoy", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     version = version_of(binary, "--version") if binary else None
@@ -240,11 +244,6 @@ def tools() -> Iterator[Finding]:
     else:
         number = re.search(r"/(\d+\.\d+\.\d+)", version)
         yield envoy(OK, f"Envoy {number[1]}" if number else version[:60] or str(binary))
-    shim = Part("runtimes", "shim", "stays with each instance's process when the agent restarts", core=True)
-    try:
-        yield shim(OK, str(shim_path().name))
-    except AtollError as error:
-        yield shim(MISSING, str(error), error.mend or "")
     gcc = Part("build", "gcc", "builds the shim once")
     compiler = version_of("gcc", "--version")
     yield (
