@@ -159,3 +159,12 @@ def test_the_command_tells_what_it_includes_and_when_things_ran(tmp_path: Path) 
     answer = CliRunner().invoke(cli, [*arguments, "--json", "--policy", "pack"])
     found = msgspec.json.decode(answer.stdout)
     assert found["reports"][0]["living"]["nodes_failed"] == 1
+
+
+def test_the_help_of_the_replay_names_no_api_which_it_does_not_ask() -> None:
+    shown = CliRunner().invoke(cli, ["sim", "--help"])
+    assert "--json" in shown.output
+    for option in ("--api", "--ca", "--project"):
+        assert option not in shown.output
+    [summary] = [line for line in CliRunner().invoke(cli, ["--help"]).output.splitlines() if line.startswith("  sim ")]
+    assert "cell" in summary

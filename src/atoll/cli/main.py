@@ -69,7 +69,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "authority": ("members:authority", "Show and rotate the cell's certificate authority."),
     },
     "More": {
-        "sim": ("sim:sim", "Replay a trace through the scheduler, several policies side by side."),
+        "sim": ("sim:sim", "Replay a trace through a whole simulated cell, several policies side by side."),
         "schema": ("meta:schema", "Print the JSON Schema of a spec."),
         "completion": ("meta:completion", "Print a script that completes `atoll` in your shell."),
         "version": ("meta:version", "Print the versions of this command and of the server."),

@@ -113,14 +113,16 @@ def debugging() -> bool:
     return os.environ.get("ATOLL_DEBUG", "") not in ("", "0")
 
 
-def command(*, example: str, name: str | None = None, **options: Any) -> Callable[[Callable[..., Any]], click.Command]:
+def command(
+    *, example: str, name: str | None = None, asks_api: bool = True, **options: Any
+) -> Callable[[Callable[..., Any]], click.Command]:
     """A command whose function gets the Session first, and may be a coroutine. `example` ends its help.
 
-    Every command takes --json, --project, --api and --ca, as `atoll` itself does.
+    Every command takes --json, --project, --api and --ca, as `atoll` itself does; --json alone where not `asks_api`.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        def run(as_json: bool, project: str | None, api: str | None, ca: str | None, **values: Any) -> None:
+        def run(as_json: bool, project: str | None = None, api: str | None = None, ca: str | None = None, **values: Any) -> None:
             session = click.get_current_context().find_object(Session) or Session()
             session.json = session.json or as_json
             session.project_given = project or session.project_given
@@ -135,7 +137,7 @@ def command(*, example: str, name: str | None = None, **options: Any) -> Callabl
         epilog = "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.splitlines())
         wrapped: Callable[..., Any] = update_wrapper(run, function)
         made = click.command(name=name or function.__name__, epilog=epilog, cls=click.Command, **options)(wrapped)
-        made.params.extend(common_options())
+        made.params.extend(option for option in common_options() if asks_api or option.name == "as_json")
         return made
 
     return decorate

@@ -29,7 +29,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @command(
     example="atoll sim --nodes nodes.csv --work pods.csv --policy pack --policy spread --plots plots/\n"
     "atoll sim --nodes nodes.csv --work pods.csv --sites sites.csv --fail site:ams@3600+600 --json\n"
-    "atoll sim --nodes nodes.csv --work huge.csv --planning-only"
+    "atoll sim --nodes nodes.csv --work huge.csv --planning-only",
+    asks_api=False,
 )
 @click.option("--nodes", type=_FILE, required=True, help="The machines: CSV or JSON, openb's form or ours.")
 @click.option("--work", type=_FILE, required=True, help="What arrives and departs: CSV or JSON, openb's form or ours.")
