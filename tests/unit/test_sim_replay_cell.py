@@ -156,6 +156,10 @@ def test_the_command_tells_what_it_includes_and_when_things_ran(tmp_path: Path) 
     assert shown.exit_code == 0, shown.output
     for word in ("through API, controllers", "RUNS P50", "REPLACED P50", "pack", "spread"):
         assert word in shown.output
+    headings = next(line for line in shown.stdout.splitlines() if line.startswith("POLICY"))
+    for column in ("PLACED", "UNPLACED", "ENDED", "LOST", "FOUND", "FRAGMENTED"):
+        assert column in headings.split()
+        assert f"{column}: " in shown.stderr, f"nothing says what {column} means"
     answer = CliRunner().invoke(cli, [*arguments, "--json", "--policy", "pack"])
     found = msgspec.json.decode(answer.stdout)
     assert found["reports"][0]["living"]["nodes_failed"] == 1

@@ -140,7 +140,7 @@ def _show(session: Session, reports: list[Report], *, round_trips: bool) -> None
     heads = (
         "POLICY",
         "PLACED>",
-        "NEVER>",
+        "UNPLACED>",
         "ENDED>?",
         "LOST>?",
         "WAIT P50>",
@@ -176,12 +176,35 @@ def _show(session: Session, reports: list[Report], *, round_trips: bool) -> None
             for one in reports
         ],
     )
+    session.output.say(f"[dim]{_columns(living, replaced, round_trips)}[/]")
     braked = [one for one in reports if one.living is not None and one.living.braked]
     if braked:
         session.output.say(
             "[yellow]![/] so many nodes fell silent at once that none was given up for up to 10 minutes (the brake), as in a cell "
             "that nobody looks after"
         )
+
+
+def _columns(living: bool, replaced: bool, round_trips: bool) -> str:
+    """Return what the columns mean that are shown."""
+    words = [
+        "PLACED: placements, also of work that was lost and placed again",
+        "UNPLACED: without a node when the replay ended, just after the last arrival, failure or return",
+        "ENDED: done by then",
+        "LOST: placements undone by failures",
+        "WAIT: from arrival or loss to a node",
+        *(("RUNS: from arrival to running",) if living else ()),
+        *(
+            ("FOUND: from a node's failure until it was given up (median)", "REPLACED: from that failure until the work ran again")
+            if replaced
+            else ()
+        ),
+        "QUEUE MAX: most that waited at once",
+        "CPU, MEMORY, GPU: given out, of nodes that are up, on average",
+        "FRAGMENTED: of free GPUs (cores where there are none), what typical work cannot use where it lies, on average",
+        *(("ROUND TRIP: from where requests come from to the nearest instance, on average",) if round_trips else ()),
+    ]
+    return "; ".join(words)
 
 
 def _times(living: Living | None, replaced: bool) -> tuple[str, ...]:
