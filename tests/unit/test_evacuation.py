@@ -146,6 +146,7 @@ def test_a_selector_holds_where_each_of_its_rules_does(selector: str, means: boo
         ({"timezone": "Mars/Olympus"}, "timezone"),
         ({"length": Seconds(0)}, "length"),
         ({"nodes": "fra"}, "nodes"),
+        ({"nodes": "arch>=3"}, "nodes"),
     ],
 )
 def test_a_window_that_makes_no_sense_is_refused_by_name(more: dict[str, Any], field: str) -> None:

@@ -202,7 +202,10 @@ def test_nodes_are_listed_by_their_labels_with_their_taints(api: FakeApi, tmp_pa
     for rules, there in (("rack=a7", ["n2"]), ("rack!=a7", ["n1"]), ("site=fra,arch=amd64", ["n2"]), ("disk=ssd", [])):
         found = json.loads(call(api, tmp_path, "nodes", "list", "--where", rules, "--json").stdout)
         assert [view["node"]["name"] for view in found] == there
-    assert "is no rule on a label" in call(api, tmp_path, "nodes", "list", "--where", "rack").stderr
+    for rule in ("rack", "rack ==", "rack==a7", "arch>=3", "arch>3,rack=a7", "rack!"):
+        refused = call(api, tmp_path, "nodes", "list", "--where", rule)
+        assert refused.exit_code == 2, rule
+        assert "is no rule on a label" in refused.stderr
 
 
 @pytest.mark.parametrize(

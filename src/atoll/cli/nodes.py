@@ -27,8 +27,10 @@ def nodes() -> None:
 async def list_nodes(session: Session, where: str | None) -> None:
     """List the nodes, with what is reserved on each."""
     from atoll.model.evacuation import labels_of
-    from atoll.model.maintenance import selects
+    from atoll.model.maintenance import check_selector, selects
 
+    if where is not None:
+        check_selector(where)
     async with session.client() as client:
         views = await client.nodes()
         if where is not None:

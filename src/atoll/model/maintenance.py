@@ -21,6 +21,8 @@ DRAIN_DEADLINE_S = 3_600.0
 """How long a drain waits for budgets, replacements and jobs where nothing else is said."""
 LENGTH_MAX_S = 14 * 86_400.0
 SELECTOR_TERMS_MAX = 16
+OPERATORS = frozenset("<>=!")
+"""Stand in no label, and begin no value, of a selector."""
 MAINTENANCES_MAX = 200
 """Windows in one cell."""
 
@@ -75,7 +77,7 @@ class Window(Struct, frozen=True, kw_only=True):
 
 def check_maintenance(spec: MaintenanceSpec) -> None:
     """Raise Invalid, naming the field, for what contradicts itself."""
-    terms(spec.nodes)
+    check_selector(spec.nodes)
     if (spec.start is None) == (spec.every is None):
         what = "neither is given" if spec.start is None else "both are given"
         mend = "give start for one window, or every for one that comes again"
@@ -102,6 +104,18 @@ def terms(selector: str) -> tuple[tuple[str, bool, str], ...]:
     if len(found) > SELECTOR_TERMS_MAX:
         raise Invalid(f"nodes: more than {SELECTOR_TERMS_MAX} rules", field="nodes")
     return tuple(found)
+
+
+def check_selector(selector: str) -> None:
+    """Raise Invalid for a selector that is none, or that asks for more than `=` and `!=`, as `arch>=3` does.
+
+    For what comes in: `terms` goes on to read what is kept.
+    """
+    for label, equal, value in terms(selector):
+        if OPERATORS & set(label) or value[0] in OPERATORS:
+            rule = f"{label}{'=' if equal else '!='}{value}"
+            mend = "rules are LABEL=VALUE or LABEL!=VALUE, for example 'rack=a7,arch!=arm64'"
+            raise Invalid(f"nodes: {rule[:60]!r} is no rule on a label", field="nodes", mend=mend)
 
 
 def selects(selector: str, labels: Mapping[str, str]) -> bool:

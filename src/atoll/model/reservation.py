@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from atoll.model.errors import Invalid
-from atoll.model.maintenance import terms
+from atoll.model.maintenance import check_selector
 from atoll.model.names import Name, SpecRecord
 from atoll.model.units import Bytes, Cores
 
@@ -56,6 +56,6 @@ class Reservation(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def check_reservation(spec: ReservationSpec) -> None:
     """Raise Invalid, naming the field, for what contradicts itself."""
-    terms(spec.nodes)
+    check_selector(spec.nodes)
     if spec.start is not None and not spec.start < spec.end <= spec.start + LENGTH_MAX_S:
         raise Invalid("end: must be after start, by 366 days at most", field="end", mend="give a later end, or leave start out")
