@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.scheduling.world.bounds import swap_bound, two_best
 from atoll.scheduling.world.flow import assign, opened, prices, renew_hops, total_cost
 from atoll.scheduling.world.search import close, open_one
+
+pytestmark = pytest.mark.timeout(400)  # kernels compile at their first use, which takes a busy machine minutes
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
 from atoll.scheduling.world import Problem, choose
 from atoll.scheduling.world.search import greedy
+
+pytestmark = pytest.mark.timeout(400)  # kernels compile at their first use, which takes a busy machine minutes
 
 
 @st.composite

@@ -8,6 +8,8 @@ import pytest
 from atoll.model.errors import Invalid
 from atoll.scheduling.world import Place, Problem, choose, demo_places, distances_km, preferred, round_trips_ms
 
+pytestmark = pytest.mark.timeout(400)  # kernels compile at their first use, which takes a busy machine minutes
+
 PARIS = Place(name="paris", latitude=48.86, longitude=2.35)
 LONDON = Place(name="london", latitude=51.51, longitude=-0.13)
 SYDNEY = Place(name="sydney", latitude=-33.87, longitude=151.21)
