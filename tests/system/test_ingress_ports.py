@@ -121,7 +121,7 @@ async def test_a_tcp_port_leads_to_instances_and_a_drain_cuts_no_connection() ->
             assert site.control.drained_instances == []
             writer.close()
             await eventually(lambda: site.control.drained_instances == [f"db-{one.address}"])
-            # An instance that nobody listens at is passed over. The first connection may meet it at every try, before it is left out.
+            # An instance that nobody listens at is passed over, after one connection that meets it at every try at most.
             site.control.put(app(public, one.port, two.address, "127.0.0.9"))
             await eventually(lambda: _leads(public, two.address))
             answers = [await reached(public) for _ in range(20)]
