@@ -318,8 +318,9 @@ class _Step:
         no_room = bool(self.sick) and evacuation.find_no_room(self.new, self.decision)
         least = budget.least_in_move(self.app.spec, self.wanted, no_room=no_room)
         weights = self.plan.status.weights if self.plan.status is not None else {}
-        # What a rollout by shares keeps without requests serves nobody: it goes at once, and lets nothing else go.
-        idle = [seen for seen in self.sick if weights and not weights.get(seen.instance.release)]
+        # What a rollout by shares keeps without requests serves nobody: it goes at once, and lets nothing else go. What it brings
+        # is counted where old ones go for it, requests or not.
+        idle = [seen for seen in self.sick if weights and not weights.get(seen.instance.release) and not self._current(seen)]
         kept = sum(seen.ready for seen in self.old if weights and not weights.get(seen.instance.release))
         self.sick = idle + [seen for seen in self.sick if seen not in idle]
         for _ in range(len(self.sick)):

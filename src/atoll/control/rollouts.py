@@ -87,8 +87,11 @@ def _returning(facts: RolloutFacts, status: RolloutStatus | None, attempt: int, 
 
 
 def _overtaken(facts: RolloutFacts, stable: int, now: float) -> Leaving | None:
-    """Return what is left to the release that had requests until now, and is neither the wanted one nor `stable`."""
+    """Return what is left to the release that was on its way in until now, and is neither the wanted one nor `stable`.
+
+    One that had no requests yet, but for which some of `stable` have gone already, gets no more than those are missing for.
+    """
     before = facts.last.weights if facts.last is not None else {}
-    others = {release: weight for release, weight in before.items() if release not in (facts.release, stable) and weight > 0}
-    release = max(others, key=lambda each: (others[each], each), default=0)
-    return leaves(facts, stable, release, others[release], now) if release else None
+    others = [each for each, ready in facts.ready_of.items() if before and ready and each not in (facts.release, stable)]
+    release = max(others, key=lambda each: (before.get(each, 0), each), default=0)
+    return leaves(facts, stable, release, before.get(release) or None, now) if release else None
