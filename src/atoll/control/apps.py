@@ -179,9 +179,14 @@ class _Step:
         served = self.app.release if complete and self.facts.awake is not False else served
         return Rollout(complete=complete, under_way=under_way, failed=failed, progressed_at=self.progressed_at, served=served)
 
+    @property
+    def _weights(self) -> dict[int, int]:
+        """Release → its share of the requests, where a rollout by shares is under way."""
+        return self.plan.status.weights if self.plan.status is not None else {}
+
     def _drop_unserved(self) -> None:
         """Take away at once what gets no request any more: a release that was taken back, or that another one overtook."""
-        weights = self.plan.status.weights if self.plan.status is not None else {}
+        weights = self._weights
         unserved = [seen for seen in self.old if weights and seen.instance.release not in weights]
         if not unserved or not any(weights.get(seen.instance.release) and seen.ready for seen in (*self.old, *self.new)):
             return  # nothing else serves: it is replaced as in any rollout
@@ -317,7 +322,7 @@ class _Step:
         """Take away as many of those on sick devices, or on nodes that are to be empty, as others serve in their place."""
         no_room = bool(self.sick) and evacuation.find_no_room(self.new, self.decision)
         least = budget.least_in_move(self.app.spec, self.wanted, no_room=no_room)
-        weights = self.plan.status.weights if self.plan.status is not None else {}
+        weights = self._weights
         # What a rollout by shares keeps without requests serves nobody: it goes at once, and lets nothing else go. What it brings
         # is counted where old ones go for it, requests or not.
         idle = [seen for seen in self.sick if weights and not weights.get(seen.instance.release) and not self._current(seen)]

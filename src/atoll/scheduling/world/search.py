@@ -281,8 +281,6 @@ def try_swaps(
         open_one(b, size, cost, x, capacity, load, hop, via, replicas)
         with_b = total_cost(cost, x) + upkeep(replicas, fixed, before, move)
         with_sites = opened(capacity)
-        for s in with_sites:
-            renew_hops(s, cost, x, with_sites, hop, via)
         with_price = prices(capacity, load, hop, with_sites)
         loss = np.full(real, np.inf)
         for a in with_sites:
