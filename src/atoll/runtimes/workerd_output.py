@@ -28,6 +28,8 @@ ATOMIC_BYTES = 4096
 _ERRORS = frozenset({"error", "warn", "fatal"})
 _OF_SERVICE = re.compile(r"service ([^\s/]+)/\S+: (.*)", re.DOTALL)
 _TOLD_BY_TAIL = "Uncaught exception: "
+_CACHE = "bootstrap compile cache failed its compatibility check"
+"""Said of each worker's start under flags of V8 that workerd was not built with; it costs less than a millisecond."""
 
 
 class _Line(Struct, frozen=True):
@@ -138,6 +140,6 @@ class Output:
             if line.level != "warn":
                 self.blamed.add(found[1])
             self._readers[found[1]].write(found[2], error=True)
-        elif line.message and not line.message.startswith(_TOLD_BY_TAIL):
+        elif line.message and not line.message.startswith(_TOLD_BY_TAIL) and _CACHE not in line.message:
             for pipes in self._readers.values():
                 pipes.write(f"shared process: {line.message}", error=True)
