@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from running_up import running_up
 
 from atoll.cli.main import cli
 from atoll.devices.fake import FakeHardware
@@ -102,10 +102,7 @@ def test_the_table_ends_with_a_verdict(tmp_path: Path) -> None:
 
 
 def test_where_it_runs_already_the_verdict_does_not_say_to_start_it(tmp_path: Path) -> None:
-    with open(tmp_path / "lock", "w+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
+    with running_up(tmp_path):
         result = CliRunner().invoke(cli, ["doctor", "--data", str(tmp_path)])
     if result.exit_code != 0:
         pytest.skip("this machine cannot run containers, and the verdict says so")
@@ -115,13 +112,7 @@ def test_where_it_runs_already_the_verdict_does_not_say_to_start_it(tmp_path: Pa
 
 @pytest.mark.parametrize("named", ["option", "variable"])
 def test_an_address_that_the_own_atoll_holds_is_well(tmp_path: Path, named: str) -> None:
-    with socket.socket() as taken, open(tmp_path / "lock", "w+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with running_up(tmp_path) as address:
         own = ["--data", str(tmp_path)] if named == "option" else []
         environment = {"ATOLL_DATA": str(tmp_path)} if named == "variable" else {}
         result = CliRunner().invoke(cli, ["doctor", "--json", *own, "--ingress", address], env=environment)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import io
 import os
-import socket
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from running_up import running_up
 
 from atoll.cli.main import cli
 from atoll.entry.agent import main as agent
@@ -54,13 +53,7 @@ def test_an_ingress_where_the_own_api_listens_is_refused(ingress: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="what is asked first is whether it is root")
 def test_up_takes_the_data_directory_from_the_environment(tmp_path: Path) -> None:
-    with socket.socket() as taken, open(tmp_path / "lock", "w+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        api = f"127.0.0.1:{taken.getsockname()[1]}"  # so that nothing is started, whatever directory it takes
+    with running_up(tmp_path) as api:  # an address in use, so that nothing is started, whatever directory it takes
         result = CliRunner().invoke(cli, ["up", "--detach", "--api", api], env={"ATOLL_DATA": str(tmp_path)})
     assert f"{tmp_path} is in use by another `atoll up`, process 4711" in f"{result.stderr}{result.exception}"
 

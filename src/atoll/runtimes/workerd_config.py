@@ -196,9 +196,8 @@ def _heap_flags(heap_mib: int) -> tuple[str, ...]:
     without a pause grows until its control group ends it. So each collection of a small heap is a full one, and a roomy one starts
     small, after which V8's own pace holds.
     """
-    if heap_mib >= HEAP_MIB_ROOMY:
-        return f"--max-heap-size={heap_mib}", "--initial-heap-size=6"
-    return f"--max-heap-size={heap_mib}", "--gc-global", f"--max-semi-space-size={heap_mib // 8}"
+    pace = ("--initial-heap-size=6",) if heap_mib >= HEAP_MIB_ROOMY else ("--gc-global", f"--max-semi-space-size={heap_mib // 8}")
+    return f"--max-heap-size={heap_mib}", *pace
 
 
 def variables(code: WorkerCode, env: Sequence[tuple[str, str]], part: Part | None = None) -> tuple[tuple[str, str], ...]:
