@@ -433,6 +433,22 @@ def test_a_storm_of_errors_is_one_event_and_a_sum_and_the_device_stays_on_offer(
     in_world(tmp_path, story)
 
 
+def test_an_error_that_is_reported_before_the_first_look_counts(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await w.devices.close()
+        w.begin()
+        w.hardware.hang(2)
+        w.listen()
+        w.hardware.xid(w.hardware.ids[0], 48)
+        w.hardware.storm(w.hardware.ids[1], 200)
+        await asyncio.sleep(1)
+        assert w.troubles == [Trouble.BROKEN, Trouble.FAULT]
+        assert [(await w.device(index)).health for index in (0, 1)] == [GpuHealth.QUARANTINED, GpuHealth.OK]
+        assert [device.health for device in await w.begin().inventory()] == [GpuHealth.QUARANTINED, GpuHealth.OK]
+
+    in_world(tmp_path, story)
+
+
 def test_a_storm_of_a_device_fault_is_one_event_and_a_quarantine(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         w.listen()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ from atoll.model.ports.devices import DeviceEvent, Hardware, LetsGo, Trouble
 T = TypeVar("T")
 STUCK_MAX = 4
 """Calls that were given up and have not ended; while there are so many, no other is begun."""
+EARLY_MAX = 64
+"""Events that are kept for devices which the look under way, or the first one, may find."""
 EVENTS_AT_ONCE = 64
 """Events after which a storm lets others run."""
 RETRY_S_MAX = 60.0
@@ -87,6 +90,8 @@ class Watch:
         self._touched: set[str] = set()
         self._noted: set[str] = set()
         """Devices of which something newer is known than what the look under way will say: health, partitions."""
+        self._early: deque[DeviceEvent] = deque(maxlen=EARLY_MAX)
+        """What was reported of devices that no look had found."""
         self._stuck: set[asyncio.Task[Any]] = set()
         self._set_aside = 0
 
@@ -168,6 +173,9 @@ class Watch:
         for device in found:
             if device.id not in self.states:
                 self.states[device.id] = DeviceState(seen=device)
+                for event in self._early:
+                    if event.device in ("", device.id):
+                        self._befall(device.id, event)
                 if self.looked:
                     words = f"{device.model} {device.id} is there"
                     self._tell(DeviceEvent(trouble=Trouble.RECOVERED, device=device.id, message=words, at=self._clock.now()))
@@ -176,7 +184,16 @@ class Watch:
         there = {device.id for device in found}
         for id in [id for id in self.states if id not in there]:
             self.apply(id, Gone())
+        self._early.clear()
         self.looked = True
+
+    def _befall(self, id: str, event: DeviceEvent) -> None:
+        """Let happen to a device what is told elsewhere."""
+        state = self.states[id]
+        after, _ = decide(state, Told(event), self._clock.now())
+        if after is not None and after.ills != state.ills:
+            self.states[id] = replace(after, repeats=state.repeats)
+            self._changed()
 
     async def _partitions_of(self, device: GpuDevice) -> tuple[GpuPartition, ...]:
         try:
@@ -252,11 +269,10 @@ class Watch:
             self.apply(event.device, Told(event))
             return
         if not event.device:
-            for id, state in list(self.states.items()):
-                after, _ = decide(state, Told(event), self._clock.now())
-                if after is not None and after.ills != state.ills:
-                    self.states[id] = replace(after, repeats=state.repeats)
-                    self._changed()
+            for id in list(self.states):
+                self._befall(id, event)
+        if event.trouble is not Trouble.FAULT:  # a program's own, of which there may be many
+            self._early.append(event)
         self._count(event)
 
     def _count(self, event: DeviceEvent) -> None:
