@@ -17,6 +17,7 @@ from msgspec import structs
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.authorities import LIFE_S, RENEW_LATE_S
+from atoll.api.service.heartbeats import REMOVED_S
 from atoll.api.service.join_tokens import YOUNG_S, JoinTokens
 from atoll.api.service.servers import TOKEN_LIFE_S, check_key
 from atoll.api.service.signing import Shown, Subject
@@ -49,7 +50,20 @@ from atoll.model.membership import (
     renewal_message,
     uri_of,
 )
-from atoll.model.records import Capacity, Event, Ingress, Instance, Node, NodeHealth, NodeLiveness, OwnerKind, Role, Status
+from atoll.model.records import (
+    Capacity,
+    Event,
+    Heartbeat,
+    Ingress,
+    Instance,
+    Node,
+    NodeHealth,
+    NodeLiveness,
+    OwnerKind,
+    Role,
+    Status,
+    Usage,
+)
 from atoll.model.states import Phase
 from atoll.model.views import TokenRequest
 from atoll.sdk.membership import LOOK_S, RETRY_MAX_S, Credentials, Held, wait_s
@@ -393,6 +407,22 @@ async def test_a_node_is_removed_only_when_it_is_gone_and_holds_nothing(cell: Ce
     with pytest.raises(NotFound):
         await cell.members.remove_node("n1", SYSTEM)
     assert (await cell.join("n1")).shown.uri == uri_of("node", "n1"), "its name is free again"
+
+
+async def test_what_a_removed_node_said_is_forgotten_and_what_a_silent_one_said_is_not(cell: Cell) -> None:
+    beats = cell.service.heartbeats
+    for name in ("n1", "n2"):
+        await cell.put(keys.node(name), Node(name=name, capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1)))
+        beats.note(Heartbeat(node=name, at=1.0, usage=(Usage(instance="i1", disk_bytes=-1),)))
+    await cell.put(keys.node_liveness("n1"), NodeLiveness(name="n1", health=NodeHealth.LOST, since=1))
+    await cell.members.remove_node("n1", SYSTEM)
+    await cell.service.context.reach(await cell.store.put(keys.node("n3"), b"of a later version"))
+    beats.touch("n3")
+    cell.clock.time += REMOVED_S + 1
+    beats.touch("n4")  # it registers just now, and this server does not have its record yet
+    await cell.service.housekeeping.sweep()
+    assert sorted(beats.last_seen()) == ["n2", "n3", "n4"]
+    assert [sorted(table) for table in (beats.all(), beats.last_said())] == [["n2"], ["n2"]]
 
 
 async def test_a_new_authority_is_trusted_before_it_signs_and_the_old_ends_when_what_it_signed_has_ended(cell: Cell) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import structlog
 
@@ -21,12 +21,14 @@ IMAGES_MAX = 256
 """Digests in one heartbeat."""
 WORDS_MAX = 1_024
 """Characters of a digest, or of what a node says that it is fetching."""
+REMOVED_S = 60.0
+"""Silence after which a node that has no record is forgotten, with what it said last."""
 
 log = structlog.get_logger()
 
 
 class Heartbeats:
-    """The latest heartbeat of every node; how many nodes there are bounds it."""
+    """The latest heartbeat of every node; how many nodes there are bounds it, as removed ones are forgotten."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -84,6 +86,9 @@ class Heartbeats:
         """Return node → when `latest` came here, on the same clock: a sign of life may say nothing that counts. A live view."""
         return self._said
 
-    def forget(self, node: str) -> None:
-        for each in (self._latest, self._seen, self._said, self._wrong):
-            each.pop(node, None)
+    def forget_removed(self, known: Container[str]) -> None:
+        """Forget the nodes that are not `known` and say nothing any more; one that has registered only now may not be known yet."""
+        horizon = self._clock.monotonic() - REMOVED_S
+        for node in [node for node, seen in self._seen.items() if node not in known and seen < horizon]:
+            for table in (self._latest, self._seen, self._said, self._wrong):
+                table.pop(node, None)

@@ -1,4 +1,7 @@
-"""What the API removes by itself: routes that no app wants, tokens and reservations long over. Several servers may do it."""
+"""What the API removes by itself: routes that no app wants, tokens and reservations long over. Several servers may do it.
+
+And what each server forgets of its own: the heartbeats of nodes that were removed.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ import structlog
 
 from atoll.api.service import claims
 from atoll.api.service.context import Context
+from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.join_tokens import JoinTokens
 from atoll.model import keys
 from atoll.model.errors import AtollError
 from atoll.model.ports.store import Delete, unchanged
-from atoll.model.records import Token
+from atoll.model.records import Node, Token
 from atoll.model.reservation import Reservation
 
 INTERVAL_S = 30.0
@@ -27,9 +31,10 @@ log = structlog.get_logger()
 
 
 class Housekeeping:
-    def __init__(self, context: Context, join_tokens: JoinTokens) -> None:
+    def __init__(self, context: Context, join_tokens: JoinTokens, heartbeats: Heartbeats) -> None:
         self._context = context
         self._join_tokens = join_tokens
+        self._heartbeats = heartbeats
         self._sweeps = 0
 
     async def run(self) -> None:
@@ -45,7 +50,8 @@ class Housekeeping:
                 log.exception("housekeeping failed; trying again", retry_s=INTERVAL_S)
 
     async def sweep(self) -> None:
-        store = self._context.store
+        store, state = self._context.store, self._context.state
+        self._heartbeats.forget_removed(state.records(Node).keys() | state.broken(Node))
         if self._sweeps % ORPHANS_EVERY == 0:
             for key, revision in claims.orphans(self._context)[:DELETES_MAX]:
                 # One at a time: an app may take one of them up right now, and then only that one stays.

@@ -145,7 +145,7 @@ class Service:
         if server is not None and dial is not None:
             self.tunnels.elsewhere = self.servers.elsewhere
         self.api_version = api_version
-        self.housekeeping = Housekeeping(self.context, self.join_tokens)
+        self.housekeeping = Housekeeping(self.context, self.join_tokens, self.heartbeats)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
