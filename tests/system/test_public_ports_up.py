@@ -116,5 +116,17 @@ def test_tcp_and_udp_reach_an_instance_by_the_ports_that_its_project_may_have(tm
         atoll.atoll("deploy", "-f", str(file))
         wait_for(lambda: said_by_tcp(tcp) == b"here", "an answer by TCP")
         wait_for(lambda: echoed_by_udp(udp), "an answer by UDP")
+        with socket.create_server(("0.0.0.0", 0)) as other:
+            taken = other.getsockname()[1]
+            atoll.atoll("projects", "quota", "default", "--public-ports", f"{min(low, taken)}-{max(high, taken)}")
+            file.write_text(spec(image, taken, udp))
+            (words,) = atoll.atoll_json("deploy", "-f", str(file))["refused"].values()
+            assert str(taken) in words
+            assert str(taken) in atoll.atoll("status", "line")
+            assert echoed_by_udp(udp), "its other port is served"
+        file.write_text(spec(image, tcp, udp))
+        assert atoll.atoll_json("deploy", "-f", str(file))["app"]["release"] == 1, "the ports at ingresses are in no release"
+        wait_for(lambda: said_by_tcp(tcp) == b"here", "an answer by TCP again")
+        wait_for(lambda: atoll.atoll_json("status", "line")["app"]["refused"] == {}, "nothing to be left out any more")
         atoll.atoll("delete", "line", "--yes")
         wait_for(lambda: said_by_tcp(tcp) == b"", "the port to be closed")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from control_cell import LoopClock, run_virtual
 
 from atoll.api.service.context import KINDS, Context
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
 from atoll.api.service.sealing import Sealer
 from atoll.api.service.sites import Sites, check_site
 from atoll.ingress.fake import FakeRouting
-from atoll.ingress.heartbeat import Heart, app_requests
+from atoll.ingress.heartbeat import SOON_S, Heart, app_requests
 from atoll.ingress.probe import Prober, own_address
 from atoll.ingress.rates import HALF_LIFE_S, Rates
 from atoll.model import codec, keys
@@ -150,6 +152,28 @@ async def test_a_heartbeat_tells_rates_and_round_trips_and_a_control_plane_that_
     await heart.beat()
     assert len(routing.heartbeats) == 4
     assert routing.heartbeats[-1].round_trips_ms == {"bee": 30.0}
+
+
+def test_what_an_ingress_cannot_route_is_told_soon_and_a_flood_of_it_no_oftener_than_twice_a_second() -> None:
+    async def main() -> tuple[list[float], list[float]]:
+        clock, routing = LoopClock(), FakeRouting()
+        heart = Heart(Stats(), routing, Prober("here", clock), ingress="i", site="here", clock=clock)
+        running = asyncio.create_task(heart.run())
+        began = clock.now()
+        await asyncio.sleep(3.0)
+        heart.tell_soon()
+        await asyncio.sleep(4.0)
+        quiet = [beat.at - began for beat in routing.heartbeats]
+        routing.heartbeats.clear()
+        for _ in range(400):
+            heart.tell_soon()
+            await asyncio.sleep(0.01)
+        running.cancel()
+        return quiet, [beat.at - began for beat in routing.heartbeats]
+
+    quiet, flooded = run_virtual(main())
+    assert quiet == pytest.approx([0.0, 3.0 + SOON_S])
+    assert len(flooded) == pytest.approx(4.0 / SOON_S, abs=1)
 
 
 class Api:

@@ -9,7 +9,7 @@ import pytest
 from test_rollouts_service import Cell, FakeClock, cell
 
 from atoll.api.service import KINDS, SYSTEM, Caller, Service
-from atoll.api.service.ingresses import ALIVE_S
+from atoll.api.service.ingress_heartbeats import ALIVE_S
 from atoll.ingress.fake import FakeRouting
 from atoll.ingress.heartbeat import Heart
 from atoll.ingress.probe import Prober
@@ -53,8 +53,21 @@ async def test_what_an_ingress_leaves_out_is_an_event_of_the_app_once_for_each_r
     assert all("'edge'" in message for message in told)
     (view,) = cell.service.ingress_records.all()
     assert (view.problems, view.silent_s) == (2, 0.0)
+    assert cell.service.apps.get("default", "web").refused == {"edge": "too long"}
     with pytest.raises(TooLarge):
         await cell.service.control_plane.ingress_heartbeat(beat(problems={f"default/a{n}": "x" for n in range(101)}))
+
+
+async def test_an_app_shows_what_ingresses_leave_out_of_it_now_and_not_what_a_dead_one_said_last(cell: Cell) -> None:
+    await register(cell)
+    await cell.deploy()
+    await cell.service.control_plane.ingress_heartbeat(beat(problems={"default/web": "tcp 15432 is taken"}))
+    cell.clock.at += ALIVE_S
+    assert cell.service.apps.all("default", limit=10).items[0].refused == {"edge": "tcp 15432 is taken"}
+    cell.clock.at += 1.0
+    assert cell.service.apps.get("default", "web").refused == {}
+    await cell.service.control_plane.ingress_heartbeat(beat())
+    assert cell.service.apps.get("default", "web").refused == {}
 
 
 async def test_an_ingress_hears_how_far_the_sites_are(cell: Cell) -> None:

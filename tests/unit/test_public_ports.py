@@ -202,3 +202,40 @@ def test_a_deploy_that_may_not_have_its_port_says_so_before_it_builds(tmp_path: 
     # The build of a file that is not there fails, where it comes to that.
     assert ("nowhere.txt" in said.stderr) == (not asks)
     assert not api.under("apps")
+
+
+class Occupied(FakeApi):
+    """An ingress says that it cannot have the port, a while after the deploy is over."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks, self.looked = looks, 0
+
+    def handle(self, method: str, segments: list[str], query: dict[str, str], headers: Mapping[str, str], body: bytes) -> object:
+        if (method, segments[-2:]) == ("GET", ["apps", "db"]):
+            self.looked += 1
+            if self.looked == self.looks:
+                self.refused["default/db"] = {"edge": "cannot bind '0.0.0.0:15432': Address already in use"}
+        return super().handle(method, segments, query, headers, body)
+
+
+@pytest.mark.parametrize("apps", ["", "[[apps]]\n"], ids=["one", "group"])
+def test_a_deploy_whose_public_port_an_ingress_cannot_have_says_so_in_its_last_line_and_so_does_status(
+    tmp_path: Path, apps: str
+) -> None:
+    table = "apps." if apps else ""
+    top = f"{apps}name = 'db'\nimage = 'x'\nports = [{{ name = 'db', port = 5432, protocol = 'tcp' }}]\n"
+    (tmp_path / "atoll.toml").write_text(f"{top}[{table}ingress]\nports = [{{ public = 15432, port = 'db' }}]\n")
+    api = Occupied(looks=4)
+    deployed = call(api, tmp_path, "deploy", str(tmp_path))
+    assert deployed.exit_code == 0
+    told = "! ingress edge leaves out a part of db's routing: cannot bind '0.0.0.0:15432': Address already in use"
+    assert deployed.stderr.splitlines()[-1] == told
+    shown = call(api, tmp_path, "status", "db").stdout
+    assert "by ingress edge: cannot bind '0.0.0.0:15432'" in shown
+
+
+def test_a_deploy_without_public_ports_waits_for_no_ingress(tmp_path: Path) -> None:
+    api = Occupied(looks=2)
+    done = call(api, tmp_path, "deploy", "--image", "x", "--name", "db", "--port", "80")
+    assert (done.exit_code, api.looked) == (0, 1)

@@ -178,6 +178,7 @@ def _show_app(session: Session, view: AppView, made: float) -> None:
         ("resources", f"{spec.resources.cpu:g} cores · {format_bytes(spec.resources.memory)} memory{_gpu(spec.resources)}"),
         ("ports", ", ".join(f"{port.name} {port.port}/{port.protocol}" for port in spec.ports) or "none"),
         ("url", "\n".join(view.urls) or "–"),
+        *((("left out", Text(f"by ingress {ingress}: {words}", "red")) for ingress, words in view.refused.items())),
     ]
     for name, value in lines:
         grid.add_row(name, value if isinstance(value, Text) else Text(str(value)))
@@ -277,7 +278,7 @@ def confirm(question: str) -> None:
 
 async def follow(session: Session, client: Client, view: AppView, *, detach: bool) -> None:
     """Follow a rollout to its end and print what came of it. Raises why it failed."""
-    from atoll.cli.rollout import follow_rollout, show_result
+    from atoll.cli.rollout import follow_rollout, heard_from_ingresses, show_result
 
     if detach:
         if session.json:
@@ -285,5 +286,5 @@ async def follow(session: Session, client: Client, view: AppView, *, detach: boo
         else:
             session.output.say(f"{view.app.name} goes to release {view.app.release}; follow it with: atoll status {view.app.name}")
         return
-    began = await follow_rollout(session, client, view)
-    show_result(session, await client.app(view.app.project, view.app.name), began)
+    took_s = await follow_rollout(session, client, view)
+    show_result(session, await heard_from_ingresses(client, view.app.name, view.app.project, took_s), took_s)

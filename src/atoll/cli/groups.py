@@ -31,6 +31,7 @@ async def deploy(session: Session, data: dict[str, Any], path: Path, *, detach: 
 
     from atoll.cli.building import build_and_push
     from atoll.cli.deploy import spec_of
+    from atoll.cli.rollout import heard_from_ingresses, show_refused
 
     others = sorted(data.keys() - {"apps", "project"})
     if others:
@@ -46,7 +47,10 @@ async def deploy(session: Session, data: dict[str, Any], path: Path, *, detach: 
                 specs[index] = replace(spec, image=await build_and_push(session, client, spec, path.parent))
         view = await client.put_apps(project, specs)
         names = [each.app.name for each in view.apps]
+        began = time.monotonic()
         views = list(view.apps) if detach else await _follow(session, client, names)
+        if not detach:
+            views = [await heard_from_ingresses(client, name, project, time.monotonic() - began) for name in names]
     if session.json:
         session.output.json(views)
         return
@@ -57,6 +61,7 @@ async def deploy(session: Session, data: dict[str, Any], path: Path, *, detach: 
         session.output.say(f"[green]✓[/] {each.app.name} release {each.app.release} serves")
         for url in each.urls:
             session.output.print(url)
+        show_refused(session, each)
 
 
 async def _follow(session: Session, client: Client, names: list[str]) -> list[AppView]:

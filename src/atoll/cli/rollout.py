@@ -28,6 +28,8 @@ LOG_LINES = 20
 """Last lines of an instance that are shown when a rollout fails."""
 GONE_S = 300.0
 """The longest wait for an app's last instance to end."""
+REFUSED_S = 2.0
+"""So long after a change of its routing every ingress has said what of it it leaves out."""
 ROWS_MAX = 12
 """Instances in the live view; the rest are counted."""
 
@@ -205,11 +207,35 @@ def show_result(session: Session, view: AppView, took_s: float) -> None:
         share = f" with {rollout.weight} % of the requests" if rollout.weight is not None else ""
         session.output.say(f"[yellow]◐[/] {app.name} release {app.release}{share} {escape(rollout.message)}")
         session.output.say(f"[dim]see: atoll rollout status {app.name}[/]")
+        show_refused(session, view)
         return
     what = f"{wanted} ready" if wanted else "no instances wanted"
     session.output.say(f"[green]✓[/] {app.name} release {app.release}: {what} after {format_seconds(took_s)}")
     for url in view.urls:
         session.output.print(url)
+    show_refused(session, view)
+
+
+def show_refused(session: Session, view: AppView) -> None:
+    """Say what ingresses leave out of the app's routing; the rest is served, so that it is no failure."""
+    from rich.markup import escape
+
+    for ingress, words in view.refused.items():
+        session.output.say(f"[yellow]![/] ingress {ingress} leaves out a part of {view.app.name}'s routing: {escape(words)}")
+
+
+async def heard_from_ingresses(client: Client, app: str, project: str, took_s: float) -> AppView:
+    """Return the app as it stands after a rollout of `took_s`.
+
+    Of one that asks for public ports that is once an ingress says that it cannot have one, or had `REFUSED_S` to say it.
+    """
+    view = await client.app(project, app)
+    rules = view.app.spec.ingress
+    deadline = time.monotonic() + REFUSED_S - took_s
+    while rules is not None and rules.ports and not view.refused and time.monotonic() < deadline:
+        await asyncio.sleep(TICK_S)
+        view = await client.app(project, app)
+    return view
 
 
 async def until_gone(session: Session, client: Client, app: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
@@ -19,6 +20,8 @@ from atoll.model.ports.control_plane import Peer, Peers
 from atoll.model.records import IngressHeartbeat
 
 BEAT_S = 10.0
+SOON_S = 0.5
+"""How long after something new to tell the next beat comes, however often that is."""
 PROBE_S = 60.0
 COUNTERS = r"^cluster\.[^.]*\.upstream_(rq_total|cx_none_healthy)$"
 """Requests that were sent to an instance, and those for which there was none."""
@@ -40,7 +43,7 @@ def _nobody(sites: Mapping[str, float]) -> None:
 
 
 class Heart:
-    """Beats every `BEAT_S`; the answer names the peers that are measured every `PROBE_S`.
+    """Beats every `BEAT_S`, and sooner when asked to; the answer names the peers that are measured every `PROBE_S`.
 
     `problems` is asked for what is told of apps that are not routed whole; `moved` hears after each beat how far other sites are.
     """
@@ -68,14 +71,23 @@ class Heart:
         self._site = site
         self._clock = clock
         self._rates = Rates()
+        self._news = asyncio.Event()
         self._peers: tuple[Peer, ...] = ()
         self._probed_at = float("-inf")
 
     async def run(self) -> None:
         """Never returns. What fails is tried again: Envoy may be restarting, or the control plane away."""
         while True:
+            self._news.clear()
             await self.beat()
-            await asyncio.sleep(BEAT_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._news.wait()
+                    await asyncio.sleep(SOON_S)
+
+    def tell_soon(self) -> None:
+        """Have the next beat come soon: there is something new among `problems`, and whoever deployed waits to hear of it."""
+        self._news.set()
 
     async def beat(self) -> None:
         """Count, measure where it is time, and tell."""

@@ -238,6 +238,7 @@ class Ingress:
 
     def _apply(self, batch: RoutingBatch) -> None:
         for problem in self.table.apply(batch):
+            self._heart.tell_soon()
             log.warning("ingress.routing-refused", app=problem.app, message=problem.message)
         self.activator.changed()
         changed = self.table.take_changes()
@@ -273,6 +274,7 @@ class Ingress:
 
     def _refused(self, resource: Resource, words: str) -> None:
         self._refusals.note(resource, words[:WORDS_MAX])
+        self._heart.tell_soon()
         log.error("ingress.envoy-refused", kind=resource.kind.rpartition(".")[2], name=resource.name, message=words[:WORDS_MAX])
 
 

@@ -40,11 +40,13 @@ from atoll.model.reservation import Reservation, ReservationSpec
 from atoll.model.rollouts import RolloutOrder
 from atoll.model.spec import AppSpec, JobSpec, Quota, check_app, check_job
 from atoll.model.views import (
+    AppGroup,
     AppView,
     BrakeView,
     DefragView,
     DrainRequest,
     DrainView,
+    GroupView,
     Info,
     IngressView,
     InstanceView,
@@ -89,6 +91,8 @@ class FakeCalls(FakeWorld):
         self.reach: ReachView | None = None
         self.release_views: dict[str, tuple[ReleaseView, ...]] = {}
         """App (`project/name`) → its releases, as a rollout shows them."""
+        self.refused: dict[str, dict[str, str]] = {}
+        """App (`project/name`) → ingress → what that leaves out of its routing."""
         self.gpu_samples: dict[str, tuple[GpuSample, ...]] = {}
         """Node → what its devices do."""
         self.node_images: dict[str, tuple[str, ...]] = {}
@@ -213,6 +217,12 @@ class FakeCalls(FakeWorld):
         match (method, rest):
             case "GET", []:
                 return self._page([self._app_view(project, record.name) for record, _ in self.under("apps", f"{project}/")])
+            case "PUT", []:
+                specs = codec.decode(body, AppGroup).apps
+                for spec in specs:
+                    check_app(spec)
+                views = tuple(self._put_app(project, spec.name, spec, {}) for spec in specs)
+                return GroupView(apps=views, revision=self.revision)
             case "GET", [name]:
                 return self._app_view(project, name)
             case "PUT", [name]:
@@ -276,7 +286,7 @@ class FakeCalls(FakeWorld):
         app, revision = self.get("apps", f"{project}/{name}")
         status, _ = self.records.get(("app-statuses", f"{project}/{name}"), (None, 0))
         urls = (f"http://{name}.localhost:{INGRESS_PORT}",) if app.spec.port_named(None) else ()
-        return AppView(app=app, status=status, revision=revision, urls=urls)
+        return AppView(app=app, status=status, revision=revision, urls=urls, refused=self.refused.get(f"{project}/{name}", {}))
 
     def _instances(self, project: str, query: dict[str, str]) -> list[InstanceView]:
         def keep(instance: Instance) -> bool:

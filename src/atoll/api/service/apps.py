@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from atoll.api.service import claims
 from atoll.api.service.access import SYSTEM, Caller, check_name
+from atoll.api.service.app_views import AppViews
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.dependencies import check_dependencies, dependents_of
 from atoll.api.service.events import told_by
@@ -20,8 +21,7 @@ from atoll.model import keys, stored
 from atoll.model.certificates import provable
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
-from atoll.model.records import App, AppStatus, Ingress, Instance, Release
-from atoll.model.records.certificate import CertificateStatus
+from atoll.model.records import App, AppStatus, Instance, Release
 from atoll.model.rollouts import RolloutOrder, RolloutPhase
 from atoll.model.spec import AppSpec, Issuer, Strategy, check_app, check_gang_of
 from atoll.model.spec.sources import sources_of
@@ -35,17 +35,18 @@ RELEASES_MAX = 50
 class Apps:
     """What users do with apps. The caller's role has been checked; `caller` tells what may be named to them."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, views: AppViews) -> None:
         self._context = context
         self._state = context.state
+        self._views = views
 
     def get(self, project: str, name: str) -> AppView:
         """Raises NotFound."""
-        return self._view(self._held(project, name))
+        return self._views.of(self._held(project, name))
 
     def all(self, project: str, *, limit: int, after: str = "") -> Page[AppView]:
         require_project(self._context, project)
-        return page(self._state, App, project + "/", self._view, limit=limit, after=after)
+        return page(self._state, App, project + "/", self._views.of, limit=limit, after=after)
 
     def releases(self, project: str, name: str, *, limit: int, after: str = "") -> Page[Release]:
         """Newest first; `after` is the number of the last one that was read."""
@@ -116,7 +117,7 @@ class Apps:
         def change(held: Held[App]) -> Draft[AppView]:
             old = held.record
             if old.replicas == replicas:
-                return Draft(answer=lambda _: self._view(held))
+                return Draft(answer=lambda _: self._views.of(held))
             _check_most(old.spec, replicas)
             _check_single(old.spec, replicas)
             check_gang_of(old.spec, replicas)
@@ -198,7 +199,7 @@ class Apps:
 
         def change(held: Held[App]) -> Draft[AppView]:
             if held.record.deleting:
-                return Draft(answer=lambda _: self._view(held))
+                return Draft(answer=lambda _: self._views.of(held))
             dependents = dependents_of(self._context, held.record)
             if dependents:
                 mend = f"delete {dependents[0]} first, or deploy it without depends_on"
@@ -248,11 +249,10 @@ class Apps:
 
     def unchanged(self, held: Held[App]) -> Draft[AppView]:
         """Return the answer to a wish that is fulfilled already."""
-        return Draft(answer=lambda _: self._view(held))
+        return Draft(answer=lambda _: self._views.of(held))
 
     def status(self, app: App) -> AppStatus | None:
-        held = self._state.get(AppStatus, f"{app.project}/{app.name}")
-        return held.record if held is not None else None
+        return self._views.status(app)
 
     def _check_no_shares(self, app: App) -> None:
         status = self.status(app)
@@ -319,7 +319,7 @@ class Apps:
             ops.append(self._release(caller, app))
             ops.extend(self._prune(old, releases))
         elif app.replicas == old.replicas and spec == old.spec:
-            return Draft(answer=lambda _: self._view(held))
+            return Draft(answer=lambda _: self._views.of(held))
         return self._draft(app, held, compare, ops)
 
     def _check_certificate(self, spec: AppSpec) -> None:
@@ -385,39 +385,8 @@ class Apps:
         return Draft(
             compare=[first, *compare],
             ops=[Put(key, stored.encode(app)), *ops],
-            answer=lambda revision: self._view(Held(app, revision, revision)),
+            answer=lambda revision: self._views.of(Held(app, revision, revision)),
         )
-
-    def _view(self, held: Held[App]) -> AppView:
-        app = held.record
-        return AppView(app=app, status=self.status(app), revision=held.revision, urls=self._urls(app))
-
-    def _urls(self, app: App) -> tuple[str, ...]:
-        ingress = min(self._state.records(Ingress).items(), default=None)
-        if ingress is None:
-            return ()
-        known = ingress[1].record
-        hosts = [host for host in claims.hosts_of(app.spec, self._context.domain) if not host.host.startswith("*")]
-        return tuple(url for host in hosts for url in self._urls_of(app.spec, host, known))
-
-    def _urls_of(self, spec: AppSpec, host: claims.Host, ingress: Ingress) -> list[str]:
-        """Return where the app answers at one place: with TLS, too, where it asks for a certificate, and first once it has it."""
-        plain = _url("http", host, ingress.http_port, 80)
-        rules = spec.ingress
-        if not ingress.https_port or rules is None or not (rules.https_only or rules.certificate is not None):
-            return [plain]
-        secure = _url("https", host, ingress.https_port, 443)
-        if rules.https_only:
-            return [secure]
-        if rules.certificate is Issuer.ACME and not provable(host.host):
-            return [plain]
-        status = self._state.get(CertificateStatus, host.host)
-        signed = status is not None and status.record.project == spec.project and bool(status.record.chain)
-        return [secure, plain] if signed else [plain, secure]
-
-
-def _url(scheme: str, host: claims.Host, port: int, usual: int) -> str:
-    return f"{scheme}://{host.host}{'' if port == usual else f':{port}'}{host.path}"
 
 
 def _order_back(old: App, spec: AppSpec, target: int) -> RolloutOrder | None:

@@ -19,6 +19,8 @@ from atoll.store.cache import Held
 
 KEEP_S = 3_600.0
 """For so long an ingress that says nothing counts as it did last: whoever asks there still does."""
+ALIVE_S = 35.0
+"""An ingress that was heard of so lately is there: it says something every 10 s."""
 APPS_MAX = 10_000
 SITES_MAX = 2_000
 RATE_MAX = 1e9
@@ -75,6 +77,12 @@ class IngressHeartbeats:
         """Return how long ago an ingress was heard of; None for one that this server has not heard for an hour, or never."""
         at = self._heard.get(ingress)
         return None if at is None else max(0.0, self._context.clock.monotonic() - at)
+
+    def refused(self, project: str, app: str) -> dict[str, str]:
+        """Return ingress → what it leaves out of an app's routing, in words; of those that this server hears of."""
+        key, horizon = f"{project}/{app}", self._context.clock.monotonic() - ALIVE_S
+        found = {name: beat.problems.get(key) for name, beat in self._latest.items() if self._heard[name] >= horizon}
+        return {name: words for name, words in sorted(found.items()) if words is not None}
 
     def _peers(self, site: str) -> Peers:
         records = [held.record for _, held in sorted(self._context.state.records(Ingress).items())]

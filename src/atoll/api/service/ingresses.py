@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from atoll.api.service.access import Caller, check_id
 from atoll.api.service.context import Context, Draft, RequestKey
-from atoll.api.service.ingress_heartbeats import IngressHeartbeats
+from atoll.api.service.ingress_heartbeats import ALIVE_S, IngressHeartbeats
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, NotFound
 from atoll.model.membership import Identity, JoinToken, MemberKind
 from atoll.model.ports.store import Compare, Delete, Op, Put, unchanged
 from atoll.model.records import CELL_PROJECT, INGRESS_PROBLEM, Event, Ingress, Role, Token
 from atoll.model.views import IngressView
-
-ALIVE_S = 35.0
-"""An ingress that was heard of so lately is there: it says something every 10 s."""
 
 
 class Ingresses:

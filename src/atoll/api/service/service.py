@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from atoll import __version__
 from atoll.api.service.access import Caller
+from atoll.api.service.app_views import AppViews
 from atoll.api.service.apps import Apps
 from atoll.api.service.authorities import LIFE_S, Authorities
 from atoll.api.service.brakes import Brakes
@@ -106,7 +107,7 @@ class Service:
         self.tunnels = Tunnels(lambda: entropy(16).hex())
         self.projects = Projects(self.context)
         self.quotas = Quotas(self.context)
-        self.apps = Apps(self.context)
+        self.apps = Apps(self.context, AppViews(self.context, self.ingresses))
         self.groups = Groups(self.context, self.apps)
         self.jobs = Jobs(self.context)
         self.pools = Pools(self.context)

@@ -20,6 +20,8 @@ class AppView(Struct, frozen=True, kw_only=True):
     revision: int
     """Of `app`: pass it as `If-Match` to change only what was read."""
     urls: tuple[str, ...] = ()
+    refused: dict[str, str] = {}
+    """Ingress → what of the app's routing it leaves out, a public port that it cannot have, say, and why."""
 
 
 GROUP_MAX = 64
