@@ -30,7 +30,8 @@ def certificates() -> None:
 @command(
     example="atoll certificates add www.example.com --cert fullchain.pem --key privkey.pem\n"
     "atoll certificates add '*.example.com' --cert wild.pem --key wild.key\n"
-    "atoll certificates add hello.localhost --own\natoll certificates add www.example.com --acme"
+    "atoll certificates add hello.localhost --own\natoll certificates add www.example.com --acme",
+    fields={"chain": "cert", "source": ("own", "acme")},
 )
 @click.argument("host", metavar="HOST")
 @click.option("--cert", type=_FILE, help="The chain in PEM, the hostname's own certificate first.")
@@ -157,7 +158,8 @@ async def ca(session: Session) -> None:
 
 @command(
     example="atoll certificates acme --directory https://acme-v02.api.letsencrypt.org/directory --contact ops@example.com\n"
-    "atoll certificates acme --directory https://ca.example/acme --eab-kid KID --eab-key-file key.txt\natoll certificates acme"
+    "atoll certificates acme --directory https://ca.example/acme --eab-kid KID --eab-key-file key.txt\natoll certificates acme",
+    fields={"ca": "directory_ca", "eab_key": "eab_key_file"},
 )
 @click.option("--directory", metavar="URL", help="The authority's directory. Who gives it agrees to the authority's terms.")
 @click.option("--contact", multiple=True, metavar="MAIL", help="Whom the authority writes to. May be repeated.")

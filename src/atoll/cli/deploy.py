@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @command(
     example="atoll deploy examples/hello\natoll deploy -f shop.yaml -p shop\n"
-    "atoll deploy --image registry.example/web:1.4 --name web --port 8080"
+    "atoll deploy --image registry.example/web:1.4 --name web --port 8080",
+    fields={"scale": "replicas"},
 )
 @click.argument("directory", type=click.Path(path_type=Path), required=False, metavar="[DIR]")
 @click.option(

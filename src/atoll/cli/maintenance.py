@@ -60,7 +60,7 @@ async def add(
     spec = MaintenanceSpec(
         name=name or name_from(nodes),
         nodes=nodes,
-        start=moment(start) if start is not None else None,
+        start=moment(start, "--from") if start is not None else None,
         every=cron,
         timezone=zone,
         length=length,

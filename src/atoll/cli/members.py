@@ -14,7 +14,8 @@ def join_token() -> None:
 
 
 @command(
-    example="atoll join-token create\natoll join-token create --node node-3\natoll join-token create --ingress edge --expires 1d"
+    example="atoll join-token create\natoll join-token create --node node-3\natoll join-token create --ingress edge --expires 1d",
+    fields={"expires_in_s": "expires", "subject": ("node", "ingress")},
 )
 @click.option("--node", metavar="NAME", help="Only for this node; it may be one that joined before, or was revoked.")
 @click.option("--ingress", metavar="NAME", help="For an ingress of this name, in place of a node.")

@@ -56,7 +56,8 @@ async def create(session: Session, name: str) -> None:
 @command(
     example="atoll projects quota shop\n"
     "atoll projects quota shop --cpu 16 --memory 64GiB --gpu 2 --instances 200\n"
-    "atoll projects quota shop --gpu none"
+    "atoll projects quota shop --gpu none",
+    fields={"requests_per_s": "requests"},
 )
 @names.argument("name", "projects", metavar="PROJECT")
 @click.option("--cpu", metavar="CORES", help="All placed instances together; 'none' for no limit. So are the next three.")

@@ -33,8 +33,9 @@ class Span(click.ParamType[Seconds]):
 SPAN = Span()
 
 
-def moment(text: str) -> float:
+def moment(text: str, option: str) -> float:
     """Return `2026-12-06 02:00 UTC`, or the same in ISO 8601, as seconds since the epoch; without a zone it is here.
+    `option` is what it was given as.
 
     Raises Invalid.
     """
@@ -48,7 +49,7 @@ def moment(text: str) -> float:
             at = at if at.tzinfo is not None else at.astimezone()
     except (ValueError, Invalid):
         mend = "write for example '2026-12-06 02:00 UTC', or 2026-12-06T02:00:00Z"
-        raise Invalid(f"{text[:60]!r} is no moment", field="from", mend=mend) from None
+        raise Invalid(f"{option}: {text[:60]!r} is no moment", field=option.strip("-"), mend=mend) from None
     return at.astimezone(UTC).timestamp()
 
 
@@ -67,7 +68,7 @@ def again(text: str) -> tuple[str, str]:
         mend = (
             "write for example 'Sun 02:00 UTC', 'Mon,Thu 22:30 Europe/Berlin', '02:00', or a cron expression such as '0 2 * * SUN'"
         )
-        raise Invalid(f"{text[:60]!r} does not say when it comes again", field="every", mend=mend)
+        raise Invalid(f"--every: {text[:60]!r} does not say when it comes again", field="every", mend=mend)
     hour, minute = words[at].split(":")
     weekdays = ",".join(day[:3].upper() for day in days) or "*"
     return f"{int(minute)} {int(hour)} * * {weekdays}", (words[at + 1] if len(words) > at + 1 else "UTC")

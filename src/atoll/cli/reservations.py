@@ -27,7 +27,8 @@ def reserve() -> None:
 
 @command(
     example="atoll reserve add -p ml --nodes gpu=h100 --count 4 --from '2026-12-06 02:00 UTC' --for 8h\n"
-    "atoll reserve add --name sales -p shop --nodes 'site=fra' --cpu 4 --memory 8GiB --until '2026-12-24 20:00 UTC'"
+    "atoll reserve add --name sales -p shop --nodes 'site=fra' --cpu 4 --memory 8GiB --until '2026-12-24 20:00 UTC'",
+    fields={"end": ("until", "length")},
 )
 @click.option("--nodes", required=True, metavar="RULES", help="Which: label=value or label!=value, with commas; '*' for all.")
 @click.option("--count", type=click.IntRange(min=1), help="So many of these; else all.")
@@ -63,8 +64,8 @@ async def add(
 
     if (until is None) == (length is None):
         raise Invalid("--until, --for: give one of them", field="until", mend="--until for a moment, --for for how long")
-    begins = moment(start) if start is not None else None
-    end = moment(until) if until is not None else (begins if begins is not None else time.time()) + float(length or 0)
+    begins = moment(start, "--from") if start is not None else None
+    end = moment(until, "--until") if until is not None else (begins if begins is not None else time.time()) + float(length or 0)
     spec = ReservationSpec(
         name=name or name_from(f"{session.project} {nodes}"),
         project=session.project,

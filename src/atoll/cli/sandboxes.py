@@ -35,7 +35,8 @@ def sandbox() -> None:
 
 @command(
     example="atoll sandbox create try --image HOST/tools:1 --isolation sandbox --time-limit 1h --idle-limit 10m\n"
-    "atoll sandbox create try --template tools"
+    "atoll sandbox create try --template tools",
+    fields={"deadline": "time_limit"},
 )
 @click.argument("name", metavar="NAME")
 @click.option("--template", metavar="TEMPLATE", help="Take one that is ready; what else can be said is limits and variables.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from atoll.cli.flags import Fields, name_flags
 from atoll.model.errors import AtollError
 
 if TYPE_CHECKING:
@@ -114,11 +115,12 @@ def debugging() -> bool:
 
 
 def command(
-    *, example: str, name: str | None = None, asks_api: bool = True, **options: Any
+    *, example: str, name: str | None = None, asks_api: bool = True, fields: Fields | None = None, **options: Any
 ) -> Callable[[Callable[..., Any]], click.Command]:
     """A command whose function gets the Session first, and may be a coroutine. `example` ends its help.
 
-    Every command takes --json, --project, --api and --ca, as `atoll` itself does; --json alone where not `asks_api`.
+    Every command takes --json, --project, --api and --ca, as `atoll` itself does; --json alone where not `asks_api`. Errors name
+    what was typed; `fields` says which options fill fields of other names.
     """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
@@ -128,11 +130,16 @@ def command(
             session.project_given = project or session.project_given
             session.api_given = api or session.api_given
             session.ca_given = ca or session.ca_given
-            result = function(session, **values)
-            if inspect.iscoroutine(result):
-                import asyncio  # takes 30 ms, and not every command waits for something
+            try:
+                result = function(session, **values)
+                if inspect.iscoroutine(result):
+                    import asyncio  # takes 30 ms, and not every command waits for something
 
-                asyncio.run(result)
+                    asyncio.run(result)
+            except (AtollError, BaseExceptionGroup) as error:
+                if (ours := first_error(error)) is not None:
+                    name_flags(ours, click.get_current_context(), fields or {})
+                raise
 
         epilog = "\b\nExample:\n" + "\n".join(f"  {line}" for line in example.splitlines())
         wrapped: Callable[..., Any] = update_wrapper(run, function)

@@ -73,7 +73,11 @@ async def show(session: Session, name: str) -> None:
     session.output.table(("OTHER SITE", "ROUND TRIP>", "SOURCE"), rows, empty="no distance to any other site is known")
 
 
-@command(name="set", example="atoll sites set ams --at 52.31,4.76 --country NL --region weur")
+@command(
+    name="set",
+    example="atoll sites set ams --at 52.31,4.76 --country NL --region weur",
+    fields={"latitude": "at", "longitude": "at", "round_trips_ms": "trips"},
+)
 @names.argument("name", "sites", metavar="SITE")
 @click.option("--at", metavar="LAT,LON", help="Latitude and longitude in degrees.")
 @click.option("--country", help="Two letters of ISO 3166-1, such as NL.")
@@ -155,9 +159,13 @@ def _point(text: str) -> tuple[float, float]:
     from atoll.model.errors import Invalid
     from atoll.model.spec import NearKind, near_of
 
-    point = near_of(text)
-    if point.kind is not NearKind.POINT:
-        raise Invalid(f"--at: {text!r} is no latitude and longitude", field="at", mend="write for example 52.31,4.76")
+    try:
+        point = near_of(text)
+    except Invalid:
+        point = None
+    if point is None or point.kind is not NearKind.POINT:
+        mend = "latitude first, -90 to 90, then longitude: for example 52.31,4.76"
+        raise Invalid(f"--at: {text[:60]!r} is no latitude and longitude", field="at", mend=mend)
     return point.latitude, point.longitude
 
 

@@ -69,7 +69,7 @@ def parse(data: dict[str, Any], kind: type[W], path: Path | None) -> W:
         _check_image(spec)
         return spec
     except Invalid as error:
-        raise Invalid(f"{where}{error}", field=error.field, mend=error.mend or _mend(error, data, kind)) from None
+        raise Invalid(f"{where}{error}", field=error.field, mend=error.mend or _mend(error, data, kind, path)) from None
 
 
 def _check_image(spec: Workload) -> None:
@@ -85,8 +85,8 @@ def _check_image(spec: Workload) -> None:
             raise Invalid(f"{field}: {error}", field=field, mend=error.mend) from None
 
 
-def _mend(error: Invalid, data: dict[str, Any], kind: type[Workload]) -> str:
-    """For a misspelt name, the name that was meant."""
+def _mend(error: Invalid, data: dict[str, Any], kind: type[Workload], path: Path | None) -> str | None:
+    """For a misspelt name, the name that was meant; else where all names are, for what stands in a file."""
     from difflib import get_close_matches
 
     import msgspec
@@ -102,7 +102,7 @@ def _mend(error: Invalid, data: dict[str, Any], kind: type[Workload]) -> str:
         close = get_close_matches(wrong, [field.encode_name for field in msgspec.structs.fields(table)], n=1) if table else []
         if close:
             return f"did you mean `{close[0]}`?"
-    return f"`atoll schema {noun}` prints all fields and what they take"
+    return f"`atoll schema {noun}` prints all fields and what they take" if path is not None else None
 
 
 def _struct_at(kind: type[Any], path: str) -> type[Any] | None:

@@ -24,7 +24,10 @@ def template() -> None:
     """Keep sandboxes ready, to be taken by `atoll sandbox create NAME --template TEMPLATE`."""
 
 
-@command(example="atoll template create tools --image HOST/tools:1 --isolation vm --pool 4 --time-limit 1h --idle-limit 10m")
+@command(
+    example="atoll template create tools --image HOST/tools:1 --isolation vm --pool 4 --time-limit 1h --idle-limit 10m",
+    fields={"deadline": "time_limit"},
+)
 @click.argument("name", metavar="NAME")
 @click.option("--pool", type=click.IntRange(min=0), required=True, help="How many sandboxes are kept ready.")
 @click.option("--file", "-f", "file", type=click.Path(path_type=Path), help="A job's spec to begin with: TOML, JSON or YAML.")

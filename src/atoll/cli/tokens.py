@@ -15,7 +15,7 @@ def token() -> None:
     """Make and withdraw access tokens."""
 
 
-@command(example="atoll token create ci --role deploy --project shop --expires 30d")
+@command(example="atoll token create ci --role deploy --project shop --expires 30d", fields={"expires_in_s": "expires"})
 @click.argument("name")
 @click.option("--role", type=click.Choice(ROLES), default="deploy", show_default=True, help="What it may do.")
 @click.option("--subject", metavar="NAME", help="The node (role agent) or the ingress (role ingress) that it stands for.")
