@@ -20,6 +20,8 @@ from atoll.sim.mutants import MUTANTS, SEEDS_MAX, catch
 from atoll.sim.run import Outcome, run_seed
 
 SHOWN_MARKS_MAX = 400
+PROGRESS_S = 30.0
+"""How often a long run says how far it is, on stderr."""
 CHUNK = 4
 """Seeds that a worker takes at a time."""
 
@@ -53,9 +55,14 @@ def seeds(numbers: range, workers: int) -> int:
     began = time.perf_counter()
     met: Counter[str] = Counter()
     failed = 0
-    virtual_s = 0.0
+    virtual_s, said = 0.0, began
     with _mapping(workers) as mapped:
-        for outcome in mapped(_briefly, numbers):
+        for done, outcome in enumerate(mapped(_briefly, numbers), start=1):
+            if (now := time.perf_counter()) >= said + PROGRESS_S:
+                said = now
+                rate = done / (now - began)
+                left_s = (len(numbers) - done) / rate
+                print(f"{done:,} of {len(numbers):,} seeds, {rate:.1f}/s, {left_s / 60:.0f} min left", file=sys.stderr, flush=True)
             met.update(outcome.marks)
             virtual_s += outcome.virtual_s
             if outcome.broken:
