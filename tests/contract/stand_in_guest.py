@@ -266,8 +266,8 @@ def read_words(disk: Path) -> list[str]:
 
 def process_of(words: list[str]) -> tuple[list[str], dict[str, str], str]:
     """Return command, environment and directory of the instance's process."""
-    assert words[11] == "0", "these machines take no volumes"
-    rest = words[12 + 6 :]  # hostname and so on; then user, group, groups, capabilities, open files
+    assert words[12] == "0", "these machines take no volumes"
+    rest = words[13 + 6 :]  # hostname and so on; then user, group, groups, capabilities, open files
     directory, count = rest[1], int(rest[2])
     argv, rest = rest[3 : 3 + count], rest[3 + count :]
     return argv, dict(entry.split("=", 1) for entry in rest[1 : 1 + int(rest[0])]), directory

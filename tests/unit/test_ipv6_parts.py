@@ -43,6 +43,8 @@ from atoll.network.counted import EGRESS, PORT, Counted, flows_of, keys_of
 from atoll.network.fabric import FILE, Kept, load, settle
 from atoll.network.ledger import Entry, Ledger
 from atoll.network.names import ANSWERS_IPV6_MAX, Directory, NameServer
+from atoll.network.outward import Outward, is_global, let_forward, uplinks
+from atoll.network.policies import LEARNED_MAX, Policies
 from atoll.network.rules import Ruled, elements_of
 from atoll.network.sysctls import forward_ipv6, read_sysctl, restore_forwarding
 from atoll.network.tunnels import Kind, Way, ipv6_way, ways_of
@@ -116,10 +118,9 @@ def test_an_answer_of_ipv6_addresses_fits_a_small_datagram() -> None:
 
 ONLY_IPV4 = {
     "plain": "the node's own calls are tracked",
-    "published": "none is published",
     "resolvers": "names are asked for by IPv4",
     "askers": "names are asked for by IPv4",
-    "closed": "all but the cell's network is closed",
+    "closed": "what is open of the world is said instead (`world`)",
     "endpoints": "nodes reach each other by IPv4",
     "vxlans": "nodes reach each other by IPv4",
 }
@@ -144,7 +145,7 @@ def test_every_set_that_a_rule_of_ipv4_looks_into_one_of_ipv6_does_too_or_is_sai
 
 
 def test_every_chain_whose_rules_come_second_begins_with_dropping_everything() -> None:
-    assert encoded().keys() == set(ipv6_rules.CHAINS)
+    assert encoded().keys() == {*ipv6_rules.CHAINS, *ipv6_rules.PASSED}
     for name in ipv6_rules.CHAINS:
         assert f"chain {name} {{ drop; }}" in text(ULA)
 
@@ -186,6 +187,105 @@ def test_a_refused_way_out_of_the_cell_is_told_with_its_address() -> None:
     ) in found.refusals  # fmt: skip
     assert len(found.refusals) == 2
     assert keys_of([turned], {socket.inet_aton("10.0.0.2")}, 1) == [turned.key]
+
+
+# The world outside
+
+
+@pytest.mark.parametrize(
+    ("address", "open_"),
+    [
+        ("2a00:1450:4001::1", True),
+        ("2001:db8::1", True),
+        ("2620:fe::fe", True),
+        ("fd00:ec2::254", False),  # metadata of AWS
+        ("fd20:ce::254", False),  # of Google
+        ("fe80::a9fe:a9fe", False),
+        ("fc00::1", False),
+        ("ff0e::1", False),
+        ("::1", False),
+        ("::ffff:169.254.169.254", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b:1::1", False),
+        ("2002:a9fe:a9fe::1", False),
+        ("2001::1", False),  # Teredo
+        ("4000::1", False),
+        ("5f00::1", False),
+        ("fec0::1", False),
+    ],
+)
+def test_only_global_addresses_that_stand_for_no_ipv4_one_are_open(address: str, open_: bool) -> None:
+    wanted = ipaddress.IPv6Address(address)
+    ranges = [tuple(map(ipaddress.IPv6Address, one.split("-"))) for one in ipv6_rules.WORLD]
+    assert any(first <= wanted <= last for first, last in ranges) is open_
+
+
+@pytest.mark.parametrize("address", ["2a00:1450:4001::1", "2620:fe::fe"])
+def test_a_global_address_leads_back(address: str) -> None:
+    assert is_global(ipaddress.IPv6Address(address))
+
+
+@pytest.mark.parametrize("address", ["2001:db8::1", "fd00::2", "fe80::1", "::1", "ff0e::1"])
+def test_no_other_address_is_taken_for_one_that_the_world_knows(address: str) -> None:
+    assert not is_global(ipaddress.IPv6Address(address))
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "fe80::1", "::1", "::", "ff02::1", "::ffff:192.0.2.1", "2001:db8::1%eth0", "me"])
+def test_an_address_that_leads_nowhere_is_refused_by_the_options_name(address: str) -> None:
+    with pytest.raises(Invalid, match="--ipv6-address") as caught:
+        Outward(address)
+    assert caught.value.field == "ipv6-address"
+    assert caught.value.mend
+
+
+def test_an_address_that_this_machine_does_not_have_is_no_way() -> None:
+    assert Outward("2001:db8:dead::1", world="::1").find() == ""
+
+
+def test_whoever_has_an_address_beyond_the_link_is_an_uplink(tmp_path: Path) -> None:
+    lines = (
+        f"{'0' * 31}1 01 80 10 80 lo",
+        "fd4a2917c4e300000000000000000001 01 80 00 82 lo",
+        "20010db8000000000000000000000001 02 40 00 80 eth0",
+        "fe8000000000000000fc00fffe000001 02 40 20 80 eth0",
+        "fe8000000000000000fc00fffe000002 03 40 20 80 eth1",
+        "fd000000000000000000000000000002 04 40 00 80 br0",
+        "fd4a2917c4e300000000000000000002 05 80 00 80 av123456",
+    )
+    listing = tmp_path / "if_inet6"
+    listing.write_text("".join(f"{line}\n" for line in lines))
+    assert uplinks(("at123456", "av123456"), listing) == ("br0", "eth0")
+    assert uplinks((), tmp_path / "no-ipv6-here") == ()
+
+
+def test_links_that_only_agents_let_forward_are_known_also_to_the_next_agent(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    made = machine(tmp_path, all__forwarding="0", eth0__force_forwarding="0", eth1__force_forwarding="1")
+    for _ in range(2):
+        assert let_forward(("eth0", "eth1", "gone"), made, marks) == ("eth0",)
+    assert read_sysctl("ipv6/conf/eth0/force_forwarding", made) == "1"
+    (made / "ipv6/conf/all/forwarding").write_text("1\n")
+    assert let_forward(("eth0", "eth1"), made, marks) == ()  # a router by its operator's will
+
+
+def test_a_machine_that_forwards_as_a_whole_is_left_as_it_is(tmp_path: Path) -> None:
+    made = machine(tmp_path, all__forwarding="1", eth0__force_forwarding="0")
+    assert let_forward(("eth0",), made, tmp_path / "marks") == ()
+    assert read_sysctl("ipv6/conf/eth0/force_forwarding", made) == "0"
+
+
+def test_a_name_of_an_egress_rule_means_its_ipv6_addresses_too() -> None:
+    policies = Policies()
+    policies.rule("10.0.0.2", "p", NetworkRules(egress=(Allow(host="api.example", ports=(443,)),)))
+    assert policies.learn("10.0.0.2", "api.example", ["192.0.2.1"])
+    many = [f"2001:db8::{n:x}" for n in range(LEARNED_MAX + 3)]
+    assert policies.learn("10.0.0.2", "api.example", many)
+    assert not policies.learn("10.0.0.2", "api.example", many[3:])
+    found = policies.wanted()
+    assert found["permitted"] == [f"10.0.0.2 . 192.0.2.1/32 . {protocol} . 443" for protocol in ("tcp", "udp")]
+    said = {line.split(" . ")[1] for line in found["permitted_six"]}
+    addresses = {each for network in said for each in map(str, ipaddress.IPv6Network(network))}
+    assert addresses == set(many[3:])
 
 
 # Ways to other nodes

@@ -58,6 +58,9 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--subnet", metavar="CIDR", help="Addresses of instances.  [default: what the cell gives, of 10.64.0.0/10]"),
         click.option("--fabric-address", metavar="IP", help="Where other nodes reach this one.  [default: towards the servers]"),
         click.option("--no-ipv6", is_flag=True, help="This node's instances have IPv4 only."),
+        click.option(
+            "--ipv6-address", metavar="IP", help="How the world sees instances by IPv6.  [default: this node's global one]"
+        ),
         click.option("--domain", metavar="NAME", help="Apps are APP.NAME.  [default: localhost]"),
         click.option("--node", metavar="NAME", help="This node's name.  [default: the hostname]"),
         click.option("--site", metavar="NAME", help="Where this node stands.  [default: local]"),

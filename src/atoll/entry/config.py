@@ -43,6 +43,8 @@ class Config:
     """The IPv4 address by which other nodes reach this one; empty for the one towards the servers."""
     no_ipv6: bool = False
     """Instances of this node have no IPv6."""
+    ipv6_address: str = ""
+    """The address of this machine by which instances reach the world by IPv6; empty for a global one, where there is one."""
     domain: str = DOMAIN_DEFAULT
     node: str = ""
     site: str = "local"
@@ -192,7 +194,7 @@ class Config:
             "store-cert": self.store_cert,
             "store-key": self.store_key,
         }
-        given |= {"subnet": self.subnet, "fabric-address": self.fabric_address}
+        given |= {"subnet": self.subnet, "fabric-address": self.fabric_address, "ipv6-address": self.ipv6_address}
         given |= {"listen": self.listen, "advertise": self.advertise, "key": self.key, "server": self.server, "ca": self.ca}
         given |= {"ingress-tls-port": self.ingress_tls_port}
         given |= {"certificate-life": self.certificate_life if self.certificate_life != Config.certificate_life else ""}

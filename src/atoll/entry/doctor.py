@@ -181,7 +181,7 @@ def network(config: Config) -> Iterator[Finding]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
         words = done.stderr.strip().splitlines()[-1:] or ["made one"]
         yield veth(OK if done.returncode == 0 else MISSING, words[0], "modprobe veth; run outside of a restricted container")
-    for check in check_network(config.subnet or SUBNET_FORMER, held=held_by(f"({config.data})")):
+    for check in check_network(config.subnet or SUBNET_FORMER, held=held_by(f"({config.data})"), outward=config.ipv6_address):
         level = OK if check.ok else DEGRADED if check.ok is None else MISSING
         yield Part("network", check.name, "instances' links, addresses and way out", core=check.ok is False)(
             level, check.detail, check.mend

@@ -19,6 +19,7 @@ from atoll.network.checks import ipv6_off
 from atoll.network.claims import hold_subnet
 from atoll.network.fabric import NodeFabric, load, names_served, settle
 from atoll.network.links import LinkNetwork
+from atoll.network.outward import Outward
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.transport import addresses_of
 
@@ -61,7 +62,7 @@ async def enter(
     if ula and (why := (await asyncio.to_thread(ipv6_off))[0]):
         log.warning("network.no-ipv6", message=f"instances have no IPv6: {why}")
         ula = ""
-    network = LinkNetwork(subnet, directory, names=names, ula=ula)
+    network = LinkNetwork(subnet, directory, names=names, ula=ula, outward=Outward(config.ipv6_address))
     offer = replace(offer, ipv6=bool(ula))
 
     async def say(code: str, message: str, bad: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from atoll.entry.config import Config
 from atoll.model.errors import AtollError, Exhausted, Invalid, Unsupported
 from atoll.model.fabric import network_of
+from atoll.network.outward import Outward
 
 CAPABILITIES = {
     "CHOWN": 0,
@@ -36,6 +37,7 @@ def check_settings(config: Config, *, held: int | None = None) -> None:
     """
     if config.subnet:
         network_of(config.subnet, "subnet")
+    Outward(config.ipv6_address)
     config.store_place, config.node_labels, config.node_taints  # noqa: B018 - each raises
     held = held_capabilities() if held is None else held
     lacking = [name for name, bit in CAPABILITIES.items() if not held >> bit & 1]

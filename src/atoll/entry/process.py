@@ -59,6 +59,7 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     parser.add_argument("--subnet", default="")
     parser.add_argument("--fabric-address", default="")
     parser.add_argument("--no-ipv6", action="store_true")
+    parser.add_argument("--ipv6-address", default="")
     parser.add_argument("--domain", default=DOMAIN_DEFAULT)
     parser.add_argument("--node", default="")
     parser.add_argument("--site", default="local")

@@ -12,6 +12,7 @@ from msgspec import Struct
 from atoll.model.errors import AtollError
 from atoll.model.fabric import network_of
 from atoll.network import resolvers
+from atoll.network.outward import Outward
 from atoll.network.slots import routes
 from atoll.network.sysctls import no_ipv6, read_sysctl
 
@@ -30,10 +31,12 @@ class Check(Struct, frozen=True):
     mend: str = ""
 
 
-def check_network(subnet: str = "10.64.0.0/16", *, held: str | None = None) -> tuple[Check, ...]:
-    """Return what was found, in the order in which it should be mended. `held` is the subnet that the node here has already."""
+def check_network(subnet: str = "10.64.0.0/16", *, held: str | None = None, outward: str = "") -> tuple[Check, ...]:
+    """Return what was found, in the order in which it should be mended. `held` is the subnet that the node here has already,
+    `outward` the address by which instances are to reach the world by IPv6, where the operator named one."""
     of_instances = _subnet(subnet) if held is None else Check("instances' subnet", True, f"{held}, held by the agent that runs")
-    return (_capabilities(), _nftables(), _sysctl(), of_instances, _forwarding(), _ipv6(), _resolvers(), *_neighbours())
+    by_ipv6 = (_ipv6(), *_outward(outward))
+    return (_capabilities(), _nftables(), _sysctl(), of_instances, _forwarding(), *by_ipv6, _resolvers(), *_neighbours())
 
 
 def _capabilities() -> Check:
@@ -128,6 +131,23 @@ def _ipv6() -> Check:
         detail,
         "start the agent with --no-ipv6 to leave it off; Linux 6.17 needs it for no more than instances' links",
     )
+
+
+def _outward(named: str) -> tuple[Check, ...]:
+    name = "IPv6 to the world"
+    if ipv6_off()[0]:
+        return ()
+    try:
+        found = Outward(named).find()
+    except AtollError as error:
+        return (Check(name, False, str(error), error.mend or ""),)
+    if found:
+        return (Check(name, True, f"instances leave as {found}"),)
+    if named:
+        mend = f"give {named} to a link of this machine, and it a route to the world"
+        return (Check(name, None, f"none as {named}: it is not there, or leads nowhere; instances use IPv4", mend),)
+    mend = "give this machine a global address, or name one of its own that is translated further on: --ipv6-address"
+    return (Check(name, None, "none: this machine has no global IPv6 address with a way out; instances use IPv4", mend),)
 
 
 def _resolvers() -> Check:

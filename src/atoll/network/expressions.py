@@ -20,6 +20,7 @@ _ADD, _UPDATE = 0, 1
 _DROP, _ACCEPT = 0, 1
 _JUMP, _GOTO, _RETURN = -3, -4, -5
 _OVER = 1
+_TARGET_TRANSLATION, _IPV6 = 1, 10
 
 
 def _number(kind: int, value: int) -> bytes:
@@ -92,6 +93,22 @@ def within(name: str) -> bytes:
 
 def not_within(name: str) -> bytes:
     return _expression("lookup", _text(1, name) + _number(2, _register(0)) + _number(5, _INVERTED))
+
+
+def found_by(name: str, key: int, at: int) -> bytes:
+    """Take what the map has for the key that begins at `key`; only what the map has."""
+    return _expression("lookup", _text(1, name) + _number(2, _register(key)) + _number(3, _register(at)))
+
+
+def put(data: bytes, at: int) -> bytes:
+    """Take these bytes, 16 at most."""
+    return _expression("immediate", _number(1, _register(at)) + attribute(2 | _NESTED, attribute(1, data)))
+
+
+def led_to(address: int, port: int) -> bytes:
+    """Send the connection to the IPv6 address and the port that are taken there; in a chain of addresses' translation only."""
+    where = _number(3, _register(address)) + _number(5, _register(port))
+    return _expression("nat", _number(1, _TARGET_TRANSLATION) + _number(2, _IPV6) + where)
 
 
 def mark_by(name: str) -> bytes:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from atoll.model.errors import RuntimeFailed, Unsupported
-from atoll.model.fabric import PROBE_PORT, VXLAN_PORT
+from atoll.model.fabric import PROBE_PORT, VXLAN_PORT, ipv6_network_of, ipv6_of
 from atoll.model.spec import Port, PortProtocol
 from atoll.network import counted, ipv6_rules
 from atoll.network.counted import KEPT_S, PAIRS_MAX, REFUSED_MAX
@@ -44,10 +44,12 @@ def ruleset(
     tunnels: Sequence[str] = (),
     names: bool = False,
     ula: str = "",
+    outward: str = "",
 ) -> str:
     """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link, `tunnels`
     are those to other nodes, and with `names` instances may ask the node itself for names. With `ula`, the cell's IPv6 network,
-    all IPv6 is dropped until `ipv6_rules.rules` are there; without it for good.
+    all IPv6 is dropped until `ipv6_rules.rules` are there; without it for good. `outward` is the address that the world sees of
+    instances by IPv6; without it the node's own, of the link that they leave by.
 
     Each hook and each rule costs every packet: established connections pass after as few as can be, and the VXLAN's own packets
     are in no connection table. Nothing has a drop policy: what does not touch our links, bridged traffic included, is none of our
@@ -60,6 +62,12 @@ def ruleset(
     asking = f"ip daddr {node_address} udp dport 53 update @askers {{ ip saddr limit rate over {ASKED_MAX}/second }} drop"
     ask = f"ip daddr {node_address} meta l4proto {{ tcp, udp }} th dport 53 accept" if names else ""
     chains_six = ipv6_rules.chains(ula=ula, links=links, fabric=fabric) if ula else ""
+
+    translated = f"snat ip6 to {outward}" if outward else "masquerade"
+    inner = ipv6_network_of(ula) if ula else ""
+    ours = f"ip6 saddr {inner} ip6 saddr != {ipv6_of(ula, node_address)}" if ula else ""
+    out_six = f"{ours} oifname != {links} oifname != {fabric} {translated}" if ula else ""
+    lead_six = "meta l4proto { tcp, udp } ip6 daddr != ::1 fib daddr type local goto published_six" if ula else ""
 
     def of_six(verdict: str, otherwise: str = "") -> str:
         return f"meta nfproto ipv6 {verdict}" if ula else otherwise
@@ -99,6 +107,8 @@ table inet {table} {{
   set opened {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
   set over {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic,timeout; timeout {KEPT_S}s; }}
   set connections {{ type ipv4_addr; size {CONNECTIONS_TRACKED_MAX}; flags dynamic; }}
+  set world {{ type ipv6_addr; flags interval; }}
+  set uplinks {{ type ifname; }}
   set admitted_six {{ type ipv4_addr . ipv6_addr . inet_proto . inet_service; flags interval; }}
   set permitted_six {{ type ipv4_addr . ipv6_addr . inet_proto . inet_service; flags interval; }}
   set turned_away_six {{
@@ -236,14 +246,17 @@ table inet {table} {{
     type nat hook prerouting priority dstnat; policy accept;
     iifname {links} accept
     meta l4proto {{ tcp, udp }} ip daddr != 127.0.0.0/8 fib daddr type local dnat ip to meta l4proto . th dport map @published
+    {lead_six}
   }}
   chain published_to_node {{
     type nat hook output priority -100; policy accept;
     meta l4proto {{ tcp, udp }} ip daddr != 127.0.0.0/8 fib daddr type local dnat ip to meta l4proto . th dport map @published
+    {lead_six}
   }}
   chain outward {{
     type nat hook postrouting priority srcnat; policy accept;
     ip saddr {subnet} ip saddr != {node_address} oifname != {links} oifname != {fabric} masquerade
+    {out_six}
   }}
 }}
 """ + "\n".join(elements)  # noqa: S608 - an update of a firewall's set

@@ -22,18 +22,30 @@ from atoll.network.expressions import (
     comes_by,
     counted,
     crowded,
+    found_by,
     goto,
     header,
     jump,
     leaves_by,
+    led_to,
     mark,
     mark_by,
     marked,
     not_within,
     port,
     protocol,
+    put,
     within,
 )
+
+WORLD = (
+    "2000::-2000:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "2001:1::-2001:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+    "2003::-3fff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+)
+"""Where instances may go beyond the cell: global unicast addresses (2000::/3), without those that stand for an IPv4 address
+(Teredo, 2001::/32, and 6to4, 2002::/16). So link-local and multicast addresses are closed, unique local ones, with those every
+cloud's metadata service (fd00:ec2::254, fd20:ce::254), and what NAT64 translates (64:ff9b::/96)."""
 
 _SOURCE, _TARGET = 8, 24
 """Where a packet's IPv6 addresses begin."""
@@ -42,8 +54,11 @@ _EMBEDDED = 12
 CHAINS = (
     "links_six", "peers_six", "limits_out_six", "limits_in_six", "crowded_six", "turned_away_six", "paired_six", "relayed_six",
     "others_six", "private_six", "same_project_six", "fence_six", "open_ports_six", "guard_six", "declared_six",
+    "outward_six", "fence_outward_six", "published_in_six", "guard_outward_six",
 )  # fmt: skip
 """Those of `rules`."""
+PASSED = ("published_six",)
+"""Those of `rules` that do nothing before these are written: what they do not lead to an instance is for the node itself."""
 
 
 def source(at: int = 0) -> bytes:
@@ -62,7 +77,7 @@ def chains(*, ula: str, links: str, fabric: str) -> str:
     """Return the chains that need no set, and the others as they begin. `links` and `fabric` name links to instances and nodes."""
     inner = ipv6_network_of(ula)
     return (
-        "\n".join(f"  chain {name} {{ drop; }}" for name in CHAINS)
+        "\n".join([*(f"  chain {name} {{ drop; }}" for name in CHAINS), *(f"  chain {name} {{ }}" for name in PASSED)])
         + f"""
   chain from_link_six {{
     ip6 saddr != {inner} drop
@@ -74,14 +89,21 @@ def chains(*, ula: str, links: str, fabric: str) -> str:
   }}
   chain known_six {{
     oifname {links} jump limits_in_six
-    iifname {links} jump paired_six
+    iifname {links} oifname {links} jump paired_six
+    iifname {links} oifname {fabric} jump paired_six
     accept
   }}
   chain beyond_six {{
-    iifname {links} meta mark set {CLOSED} jump refused
     iifname {fabric} drop
     oifname {fabric} drop
     oifname {links} drop
+    iifname != {links} goto passing_six
+    jump crowded
+    ip6 daddr != @world meta mark set {CLOSED} jump refused
+    goto outward_six
+  }}
+  chain passing_six {{
+    iifname @uplinks oifname != "at*" drop
   }}
   chain between_six {{
     ip6 daddr != {inner} goto beyond_six
@@ -93,6 +115,7 @@ def chains(*, ula: str, links: str, fabric: str) -> str:
     iifname {links} oifname {links} goto private_six
     iifname {links} oifname {fabric} goto private_six
     iifname {fabric} goto others_six
+    oifname {links} ct status dnat goto published_in_six
     oifname {links} drop
     iifname {links} meta mark set {CLOSED} jump refused
   }}
@@ -176,4 +199,17 @@ def rules(*, ula: str, links: str, tunnels: Sequence[str], connections_max: int)
             refuse(INGRESS),
         ),
         "declared_six": (target(0) + protocol(1) + port(2) + within("inbound") + ACCEPT,),
+        # Beyond the cell an address's last 32 bits mean nothing: there whole addresses alone are looked up.
+        "outward_six": (source() + within("fenced") + jump("fence_outward_six"), ACCEPT),
+        "fence_outward_six": (
+            source() + whole(_TARGET, 1) + protocol(5) + port(6) + within("permitted_six") + RETURN,
+            refuse(EGRESS),
+        ),
+        "published_in_six": (
+            target() + within("guarded") + jump("guard_outward_six"),
+            target(0) + protocol(1) + port(2) + within("inbound") + ACCEPT,
+            DROP,
+        ),
+        "guard_outward_six": (target() + whole(_SOURCE, 1) + protocol(5) + port(6) + within("admitted_six") + RETURN, DROP),
+        "published_six": (protocol(5) + port(6) + found_by("published", 5, 3) + put(inner, 0) + led_to(0, 4),),
     }

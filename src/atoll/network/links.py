@@ -19,6 +19,8 @@ from atoll.network.addresses import AddressPool
 from atoll.network.elements import ElementSocket
 from atoll.network.ledger import Entry, Ledger
 from atoll.network.listening import taken_ports
+from atoll.network.namespaces import is_namespace
+from atoll.network.outward import Outward, let_forward, uplinks
 from atoll.network.policies import Policies
 from atoll.network.pool import SlotPool
 from atoll.network.private import Private, of_nodes
@@ -31,7 +33,7 @@ from atoll.network.upkeep import Upkeep
 PREPARED_DEFAULT = 32
 """Slots made ahead, so that as many starts in one moment wait for none. One takes 2 ms to make, and some 300 KiB of the kernel."""
 RULES_CHECK_S = 2.0
-"""Seconds within which rules that somebody removed are back."""
+"""Seconds within which rules that somebody removed are back, and a way to the world by IPv6 is seen to come or to go."""
 
 log = structlog.get_logger()
 
@@ -67,10 +69,17 @@ class LinkNetwork:
         rules_check_s: float = RULES_CHECK_S,
         names: bool = False,
         ula: str = "",
+        outward: Outward | None = None,
     ) -> None:
         """With `names`, instances ask the node itself for names, at `node_address`. With `ula`, the cell's IPv6 network, they have
-        IPv6 addresses of it. Raises Invalid for a subnet that is none."""
+        IPv6 addresses of it, and with `outward` they reach the world by IPv6 as long as that finds a way. Raises Invalid for a
+        subnet that is none."""
         self.ula = ula
+        self._outward = outward if ula else None
+        self.outward = ""
+        """The node's IPv6 address by which instances reach the world now; for reading from outside."""
+        self._ways: dict[str, list[str]] = {}
+        """Set → elements that say where IPv6 leads beyond the cell."""
         self._addresses = AddressPool(subnet)
         self._directory = directory
         self._prepared = prepared
@@ -216,7 +225,9 @@ class LinkNetwork:
                 self._ledger.write([held.entry])
                 if self._policies.rule(held.slot.address, project, rules):
                     self._write_policies(opened)
-            return self._link(self._change_ports(opened, held, tuple(ports)))
+            held = self._change_ports(opened, held, tuple(ports))
+            await self._lead(opened, [held.slot] if host_ports(ports) else [])
+            return self._link(held)
         self._check_published(id, ports)
         slot = await opened.pool.take()
         held = _Held(slot, Entry(id=id, project=project, number=slot.number, ports=tuple(ports), rules=rules))
@@ -227,6 +238,7 @@ class LinkNetwork:
             if isinstance(error, OSError):
                 raise Unavailable(f"cannot note down the link of {id}: {error}", mend="free space on the disk") from error
             raise
+        await self._lead(opened, [held.slot] if host_ports(ports) else [])
         return self._link(held)
 
     def _admit(self, many: Sequence[_Held]) -> None:
@@ -321,10 +333,12 @@ class LinkNetwork:
                 tunnels=tunnels,
                 names=self._names,
                 ula=self.ula,
+                outward=self._outward.address if self._outward is not None else "",
                 elements=[
                     *(
                         firewall.add(self._table, name, values)
-                        for name, values in {**self._private.text(), **self._around, **self._policies.written}.items()
+                        for part in (self._private.text(), self._around, self._policies.written, self._ways)
+                        for name, values in part.items()
                     ),
                     firewall.add(self._table, "sources", [f'"{slot.interface}" . {slot.address}' for slot in slots]),
                     firewall.add(self._table, "inbound", ports),
@@ -360,8 +374,39 @@ class LinkNetwork:
             try:
                 if upkeep.look():
                     log.error("network.rules-restored", message="the firewall's rules were not whole; they have been written again")
+                if self.ula:
+                    self._ways = self._flush(opened, self._ways, self._look_outward(opened.maker))
+                    await self._lead(opened, slots())
             except (AtollError, OSError) as error:  # OSError: netlink gave no answer in time, or had no room
                 log.error("network.rules-missing", message=str(error))
+
+    def _look_outward(self, maker: SlotMaker) -> dict[str, list[str]]:
+        """Return set → elements that say where IPv6 leads beyond the cell now. Raises RuntimeFailed."""
+        found = self._outward.find() if self._outward is not None else ""
+        if found != self.outward:
+            said = f"instances reach the world by IPv6 as {found}" if found else "instances reach the world by IPv4 alone"
+            log.info("network.outward-ipv6", message=said)
+        self.outward = found
+        maker.outward = bool(found)
+        by = let_forward(uplinks((maker.prefix, *names_of(tag_of(self._directory)).values())))
+        return {"world": list(ipv6_rules.WORLD) if found else [], "uplinks": [f'"{name}"' for name in by]}
+
+    async def _lead(self, opened: _Open, slots: Sequence[Slot]) -> None:
+        """Give the slots the IPv6 route that they are to have: to everywhere where there is a way, or who asks may be anywhere."""
+        published = {each.slot.number for each in self._held.values() if host_ports(each.entry.ports)}
+
+        def change() -> None:
+            for slot, outward in behind:
+                try:
+                    opened.maker.lead(slot, outward)
+                except (AtollError, OSError) as error:
+                    if is_namespace(slot.netns):  # else it has gone meanwhile
+                        log.warning("network.not-led", link=slot.interface, message=str(error))
+
+        wanted = [(slot, bool(self.outward) or slot.number in published) for slot in slots if slot.ipv6]
+        behind = [(slot, outward) for slot, outward in wanted if opened.maker.leads(slot) is not outward]
+        if behind:
+            await asyncio.to_thread(change)
 
     def _link(self, held: _Held) -> Link:
         slot = held.slot
@@ -485,6 +530,8 @@ class LinkNetwork:
             self._know(each)
             self._policies.rule(each.slot.address, each.entry.project, each.entry.rules)
         self._policies.written = self._policies.wanted()
+        if self.ula:
+            self._ways = self._look_outward(maker)
         self._write_rules(maker, nftables, sets, held, [each.slot for each in held])
         maker.open_subnet()
         for each in held:

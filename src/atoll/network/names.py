@@ -248,7 +248,8 @@ class NameServer:
         try:
             answer = dns.message.from_wire(wire)
             name = answer.question[0].name.to_text(omit_final_dot=True).lower()
-            found = [str(one) for rrset in answer.answer if rrset.rdtype == dns.rdatatype.A for one in rrset]
+            kinds = (dns.rdatatype.A, dns.rdatatype.AAAA)
+            found = [str(one) for rrset in answer.answer if rrset.rdtype in kinds for one in rrset]
         except (dns.exception.DNSException, IndexError, ValueError):
             return
         if found:

@@ -132,6 +132,17 @@ def add_neighbour(index: int, address: str, mac: bytes) -> Request:
 def add_route(index: int, destination: str | None, *, gateway: str | None = None, source: str | None = None) -> Request:
     """Route `destination`, an address or a network (None: all of IPv4), to the link, through `gateway` where given, with `source`
     as own address."""
+    body = _route(index, destination, gateway, source)
+    return Request(_NEWROUTE, body, f"set the route to {destination or 'everywhere'}", flags=_CREATE | _REPLACE)
+
+
+def delete_route(index: int, destination: str, *, gateway: str) -> Request:
+    return Request(
+        _DELROUTE, _route(index, destination, gateway, None), f"remove the route to {destination}", ignore=(errno.ESRCH,)
+    )
+
+
+def _route(index: int, destination: str | None, gateway: str | None, source: str | None) -> bytes:
     text, _, bits = (destination or "0.0.0.0/0").partition("/")
     family, length, data = packed(text)
     scope = _SCOPE_UNIVERSE if gateway else _SCOPE_LINK
@@ -141,8 +152,7 @@ def add_route(index: int, destination: str | None, *, gateway: str | None = None
     for kind, address in ((5, gateway), (7, source)):
         if address:
             body += attribute(kind, packed(address)[2])
-    body += _number(4, index)
-    return Request(_NEWROUTE, body, f"set the route to {destination or 'everywhere'}", flags=_CREATE | _REPLACE)
+    return body + _number(4, index)
 
 
 def add_dead_end(network: str, prefix_length: int) -> Request:

@@ -9,7 +9,7 @@ from atoll.model.spec import NetworkRules
 from atoll.network.rules import Ruled, elements_of
 
 LEARNED_MAX = 64
-"""Addresses of one name of a rule."""
+"""Addresses of one name of a rule, of each version of IP."""
 
 
 class Policies:
@@ -57,9 +57,11 @@ class Policies:
         return None
 
     def learn(self, address: str, host: str, addresses: Sequence[str]) -> bool:
-        """Take in what a name of an instance's rules means, the last `LEARNED_MAX` addresses; return whether that is news."""
+        """Take in what a name of an instance's rules means, the last `LEARNED_MAX` addresses of each version of IP; return whether
+        that is news."""
         known = self._learned.get((address, host), [])
-        merged = [*(one for one in known if one not in addresses), *addresses][-LEARNED_MAX:]
+        every = [*(one for one in known if one not in addresses), *addresses]
+        merged = [one for six in (False, True) for one in [each for each in every if (":" in each) is six][-LEARNED_MAX:]]
         if set(merged) == set(known):
             return False
         self._learned[(address, host)] = merged

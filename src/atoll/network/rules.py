@@ -71,7 +71,7 @@ def networks_of(allow: Allow, address: str, project: str, members: Members, lear
     if allow.cidr is not None:
         return [network_of(allow.cidr)]
     named = members.get((project, allow.app), ()) if allow.app is not None else learned.get((address, allow.host or ""), ())
-    return [ipaddress.IPv4Network(one) for one in named]
+    return [ipaddress.ip_network(one) for one in named]
 
 
 def protocols_of(allow: Allow) -> tuple[str, ...]:

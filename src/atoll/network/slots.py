@@ -2,7 +2,8 @@
 
 In the namespace `eth0` has the slot's address, and `169.254.1.1`, which is the same everywhere, is the way to everything;
 on the node a /32 route leads to the link. Neither side ever asks for a hardware address: both know it for good. So it is with IPv6,
-where the cell has a network for that: one address, and `fe80::1` as the way to the cell's instances and to nothing else.
+where the cell has a network for that: one address, and `fe80::1` as the way to the cell's instances, and to everything where the
+node has a way to the world.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from atoll.network.sysctls import open_ipv6, read_sysctl, write_sysctl
 
 GATEWAY = "169.254.1.1"
 GATEWAY_IPV6 = "fe80::1"
+EVERYWHERE_IPV6 = "::/0"
 GATEWAY_MAC = bytes.fromhex("02617400fffe")
 """The node's end of every link; each link is a world of its own, so one address serves all."""
 MTU_DEFAULT = 1500
@@ -68,6 +70,10 @@ class SlotMaker:
         self._routes = netlink.RouteSocket()
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._mtu = uplink_mtu()
+        self.outward = False
+        """Whether slots that are made have an IPv6 route to everywhere, and not to the cell alone."""
+        self._led: dict[int, bool] = {}
+        """Number → whether the slot has that; of those that are known to."""
 
     def close(self) -> None:
         self._routes.close()
@@ -77,6 +83,7 @@ class SlotMaker:
         """Raises RuntimeFailed; then nothing is left."""
         address, interface = self._pool.address(number), self._interface(number)
         ipv6 = ipv6_of(self._ula, address) if self._ula else ""
+        outward = self.outward
         mac = b"\x02\x61" + socket.inet_aton(address)
 
         def setup() -> None:
@@ -95,7 +102,7 @@ class SlotMaker:
                     netlink.add_neighbour(index, GATEWAY, GATEWAY_MAC),
                     netlink.add_route(index, GATEWAY),
                     netlink.add_route(index, None, gateway=GATEWAY),
-                    *(_inside_ipv6(index, ipv6, self._ula) if ipv6 else ()),
+                    *(_inside_ipv6(index, ipv6, EVERYWHERE_IPV6 if outward else self._ula) if ipv6 else ()),
                 )
 
         netns = self._netns(number)
@@ -106,7 +113,29 @@ class SlotMaker:
         except (RuntimeFailed, OSError):
             self.remove([number])
             raise
+        self._led[number] = outward
         return slot
+
+    def leads(self, slot: Slot) -> bool | None:
+        """Return whether the slot has an IPv6 route to everywhere; None where that is not known, as of one that was found."""
+        return self._led.get(slot.number)
+
+    def lead(self, slot: Slot, outward: bool) -> None:
+        """Give the slot an IPv6 route to everywhere, or to the cell alone. Safe to repeat. Raises RuntimeFailed, OSError."""
+
+        def change() -> None:
+            index = socket.if_nametoindex("eth0")
+            with netlink.RouteSocket() as inside:
+                if outward:
+                    inside.send(netlink.add_route(index, EVERYWHERE_IPV6, gateway=GATEWAY_IPV6))
+                else:
+                    inside.send(
+                        netlink.add_route(index, self._ula, gateway=GATEWAY_IPV6),
+                        netlink.delete_route(index, EVERYWHERE_IPV6, gateway=GATEWAY_IPV6),
+                    )
+
+        namespaces.run_inside(slot.netns, change)
+        self._led[slot.number] = outward
 
     def connect(self, slot: Slot) -> None:
         """Make the node's side as it should be, whatever it was. Safe to repeat."""
@@ -162,6 +191,7 @@ class SlotMaker:
         """Remove the slots, whole or half-made, and return when the kernel has. Safe to repeat."""
         for number in numbers:
             namespaces.remove(self._netns(number))
+            self._led.pop(number, None)
         # The kernel would remove the links with their namespaces, but not while a process is left in one.
         indices = []
         for number in numbers:
@@ -222,11 +252,11 @@ class SlotMaker:
         return namespaces.DIRECTORY / f"{self._namespace_prefix}{number:x}"
 
 
-def _inside_ipv6(index: int, address: str, ula: str) -> tuple[netlink.Request, ...]:
+def _inside_ipv6(index: int, address: str, far: str) -> tuple[netlink.Request, ...]:
     return (
         netlink.add_address(index, address),
         netlink.add_neighbour(index, GATEWAY_IPV6, GATEWAY_MAC),
-        netlink.add_route(index, ula, gateway=GATEWAY_IPV6),
+        netlink.add_route(index, far, gateway=GATEWAY_IPV6),
     )
 
 

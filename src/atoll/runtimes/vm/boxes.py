@@ -202,6 +202,7 @@ class VmBoxes(OciBoxes):
             resolv_conf=plan.resolv_conf,
             address=plan.link.address if plan.link else "",
             ipv6=plan.link.ipv6 if plan.link else "",
+            outward=plan.link.outward if plan.link else False,
             mtu=plan.link.mtu if plan.link else 0,
             read_only_root=plan.read_only_root,
             volumes=plan.volumes,

@@ -36,6 +36,8 @@ class GuestConfig(Struct, frozen=True, kw_only=True):
     resolv_conf: str = ""
     address: str = ""
     ipv6: str = ""
+    outward: bool = False
+    """That IPv6 leads to everywhere, and not to the cell alone."""
     mtu: int = 0
     read_only_root: bool = False
     volumes: tuple[VmVolume, ...] = ()
@@ -75,7 +77,8 @@ def _words(words: Sequence[str]) -> bytes:
 
 def config_words(config: GuestConfig) -> bytes:
     """Return all that the guest is told, secrets included. Raises Invalid for more than CONFIG_BYTES_MAX."""
-    head = ["atoll-guest-2", config.hostname, config.hosts, config.resolv_conf, config.address, config.ipv6, str(config.mtu)]
+    head = ["atoll-guest-3", config.hostname, config.hosts, config.resolv_conf, config.address, config.ipv6]
+    head += ["1" if config.outward else "0", str(config.mtu)]
     head += ["1" if config.read_only_root else "0", str(config.pids), str(config.memory_bytes), config.entropy.hex()]
     head.append(str(len(config.volumes)))
     for volume in config.volumes:
@@ -95,7 +98,7 @@ def refreshing(instance: str, hostname: str, link: GuestLink | None, *, entropy:
 
     Without a network, all addresses are empty.
     """
-    addresses = [link.address, link.mac, link.ipv6] if link is not None else [""] * 3
+    addresses = [link.address, link.mac, link.ipv6, "1" if link.outward else "0"] if link is not None else [""] * 4
     return entropy + now_ns.to_bytes(8, "little") + _words([machine_id(instance, entropy), hostname, *addresses])
 
 

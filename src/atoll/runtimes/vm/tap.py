@@ -52,6 +52,8 @@ class GuestLink(Struct, frozen=True):
     mtu: int
     ipv6: str = ""
     """Empty where the link has none."""
+    outward: bool = False
+    """That IPv6 leads to everywhere, and not to the cell alone."""
 
 
 def connect(netns: Path) -> GuestLink | None:
@@ -111,7 +113,7 @@ def _connect() -> GuestLink | None:
             _request(netlink, _RTM_DELQDISC, _qdisc(source))  # an earlier one, with its filters
             _request(netlink, _RTM_NEWQDISC, _qdisc(source))
             _request(netlink, _RTM_NEWTFILTER, _redirect(source, target))
-    return GuestLink(address, mac.hex(":"), mtu, _ipv6())
+    return GuestLink(address, mac.hex(":"), mtu, _ipv6(), _outward())
 
 
 def _ipv6() -> str:
@@ -122,6 +124,16 @@ def _ipv6() -> str:
             if name == LINK and scope == "00":
                 return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(address))
     return ""
+
+
+def _outward() -> bool:
+    """Return whether the link has a route to everywhere, by /proc/net/ipv6_route: destination, its length, …, flags, name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines():
+            destination, length, *_, name = line.split()
+            if name == LINK and length == "00" and not destination.strip("0"):
+                return True
+    return False
 
 
 def _make_tap() -> None:

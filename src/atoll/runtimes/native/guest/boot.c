@@ -216,7 +216,7 @@ static void make_network(const struct machine *machine, long mtu) {
         request.ifr_mtu = mtu;
         if (mtu > 0 && ioctl(fd, SIOCSIFMTU, &request) < 0) perror("mtu");
         if (set_address(machine->address) < 0) perror("the address");
-        if (machine->ipv6[0] && set_ipv6(machine->ipv6) < 0) perror("the IPv6 address");
+        if (machine->ipv6[0] && set_ipv6(machine->ipv6, machine->outward) < 0) perror("the IPv6 address");
     }
     close(fd);
 }
@@ -282,12 +282,13 @@ void boot(struct machine *machine) {
     if (mount("cgroup2", "/sys/fs/cgroup", "cgroup2", 0, NULL) < 0) perror("cgroup2");
     mount_root(machine);
     char *version = next_word(&machine->config);
-    if (version == NULL || strcmp(version, "atoll-guest-2") != 0) die("the configuration is of another version");
+    if (version == NULL || strcmp(version, "atoll-guest-3") != 0) die("the configuration is of another version");
     machine->hostname = next_word(&machine->config);
     machine->hosts = next_word(&machine->config);
     machine->resolv_conf = next_word(&machine->config);
     machine->address = next_word(&machine->config);
     machine->ipv6 = next_word(&machine->config);
+    machine->outward = next_number(&machine->config);
     long mtu = next_number(&machine->config);
     machine->read_only_root = next_number(&machine->config);
     machine->pids = next_number(&machine->config);

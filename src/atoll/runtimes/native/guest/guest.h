@@ -103,7 +103,7 @@ struct machine {
     int vsock;
     struct words config; /* see config.py for its words; what is left in it after boot() is the first process */
     char *hostname, *hosts, *resolv_conf, *address, *ipv6;
-    int read_only_root;
+    int outward, read_only_root;
     long pids, memory_bytes, volume_count;
     struct volume volumes[VOLUMES_MAX];
 };
@@ -119,7 +119,7 @@ int open_port(const char *name);
 /* ipv6.c */
 #define GATEWAY_MAC "\x02\x61\x74\x00\xff\xfe"
 void allow_ipv6(int allowed);
-int set_ipv6(const char *address);
+int set_ipv6(const char *address, int outward);
 
 /* box.c */
 struct command {

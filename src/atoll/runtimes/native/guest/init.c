@@ -233,7 +233,7 @@ static void refresh(const unsigned char *bytes, size_t count) {
     }
     struct words words = {.at = (char *)bytes + REFRESH_BYTES, .end = (char *)bytes + count};
     char *machine_id = next_word(&words), *hostname = next_word(&words), *address = next_word(&words), *mac = next_word(&words);
-    char *ipv6 = next_word(&words);
+    char *ipv6 = next_word(&words), *outward = next_word(&words); /* nodes of before say no more than the first */
     memcpy(pool.info.buf, bytes, 64);
     int fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
     if (fd < 0 || ioctl(fd, RNDADDENTROPY, &pool) < 0 || ioctl(fd, RNDRESEEDCRNG) < 0) perror("entropy");
@@ -245,7 +245,7 @@ static void refresh(const unsigned char *bytes, size_t count) {
     if (mac && mac[0] && set_hardware_address(mac) < 0) perror("the hardware address");
     if (ipv6) allow_ipv6(ipv6[0] != 0);
     if (address && address[0] && set_address(address) < 0) perror("the address");
-    if (ipv6 && set_ipv6(ipv6) < 0) perror("the IPv6 address");
+    if (ipv6 && set_ipv6(ipv6, outward && outward[0] == '1') < 0) perror("the IPv6 address");
     send_frame(REFRESHED, 0, NULL, 0);
 }
 

@@ -1,6 +1,7 @@
 /*
- * The card's IPv6: one address, the cell's network behind one neighbour, known for good, and nothing else. As the namespace's of a
- * container (slots.py), by rtnetlink, since no ioctl sets a neighbour or keeps the kernel from looking for the address's double.
+ * The card's IPv6: one address, and behind one neighbour, known for good, the cell's network or, where the node leads there,
+ * everything. As the namespace's of a container (slots.py), by rtnetlink, since no ioctl sets a neighbour or keeps the kernel from
+ * looking for the address's double.
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -56,17 +57,23 @@ static int address_is(int fd, unsigned card, int there, const struct in6_addr *a
     return ask(fd, &request);
 }
 
-static int lead_to_network(int fd, unsigned card, const struct in6_addr *address, const struct in6_addr *gateway) {
-    const struct ndmsg neighbour = {.ndm_family = AF_INET6, .ndm_ifindex = card, .ndm_state = NUD_PERMANENT};
-    const struct rtmsg way = {.rtm_family = AF_INET6, .rtm_dst_len = NETWORK_BITS, .rtm_table = RT_TABLE_MAIN,
+/* To everything where `bits` is 0. */
+static int way_is(int fd, unsigned card, int there, int bits, const struct in6_addr *address, const struct in6_addr *gateway) {
+    const struct rtmsg way = {.rtm_family = AF_INET6, .rtm_dst_len = bits, .rtm_table = RT_TABLE_MAIN,
                               .rtm_protocol = RTPROT_STATIC, .rtm_scope = RT_SCOPE_UNIVERSE, .rtm_type = RTN_UNICAST};
     struct in6_addr network = {0};
-    memcpy(&network, address, NETWORK_BITS / 8);
+    memcpy(&network, address, bits / 8);
+    struct request far = begin(there ? RTM_NEWROUTE : RTM_DELROUTE, there ? NLM_F_CREATE | NLM_F_REPLACE : 0, &way, sizeof way);
+    add(&far, RTA_DST, &network, sizeof network), add(&far, RTA_GATEWAY, gateway, sizeof *gateway), add(&far, RTA_OIF, &card, sizeof card);
+    return ask(fd, &far) < 0 && (there || errno != ESRCH) ? -1 : 0;
+}
+
+static int lead(int fd, unsigned card, int outward, const struct in6_addr *address, const struct in6_addr *gateway) {
+    const struct ndmsg neighbour = {.ndm_family = AF_INET6, .ndm_ifindex = card, .ndm_state = NUD_PERMANENT};
     struct request near = begin(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &neighbour, sizeof neighbour);
     add(&near, NDA_DST, gateway, sizeof *gateway), add(&near, NDA_LLADDR, GATEWAY_MAC, 6);
-    struct request far = begin(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, &way, sizeof way);
-    add(&far, RTA_DST, &network, sizeof network), add(&far, RTA_GATEWAY, gateway, sizeof *gateway), add(&far, RTA_OIF, &card, sizeof card);
-    return ask(fd, &near) < 0 || ask(fd, &far) < 0 ? -1 : 0;
+    if (ask(fd, &near) < 0 || way_is(fd, card, 1, outward ? 0 : NETWORK_BITS, address, gateway) < 0) return -1;
+    return outward ? 0 : way_is(fd, card, 0, 0, address, gateway); /* a copy may have its origin's */
 }
 
 /* Before the card is brought up. It has no address of itself, and none at all where the instance has none. */
@@ -76,8 +83,8 @@ void allow_ipv6(int allowed) {
     set_kernel("net/ipv6/conf/eth0/disable_ipv6", allowed ? "0" : "1");
 }
 
-/* An empty address: none. A copy has its origin's, which goes. */
-int set_ipv6(const char *address) {
+/* An empty address: none. A copy has its origin's, which goes. `outward`: it leads to everything, and not to the cell alone. */
+int set_ipv6(const char *address, int outward) {
     static struct in6_addr held;
     static int holds;
     struct in6_addr given, gateway;
@@ -86,7 +93,7 @@ int set_ipv6(const char *address) {
     if (address[0] && (inet_pton(AF_INET6, address, &given) != 1 || inet_pton(AF_INET6, "fe80::1", &gateway) != 1)) result = -1;
     if (holds && result == 0) result = address_is(fd, card, 0, &held), holds = 0;
     if (address[0] && result == 0) {
-        result = address_is(fd, card, 1, &given) < 0 || lead_to_network(fd, card, &given, &gateway) < 0 ? -1 : 0;
+        result = address_is(fd, card, 1, &given) < 0 || lead(fd, card, outward, &given, &gateway) < 0 ? -1 : 0;
         held = given, holds = 1;
     }
     close(fd);
