@@ -122,9 +122,28 @@ async def test_an_assignment_that_is_not_understood_is_told_once_and_what_runs_o
         await world.control.until(lambda c: sum(event.code == "assignment-unread" for event in c.events) >= 2)
         assert set(agent.runners) == {"web-1", "web-3"}
         assert agent.runners["web-1"].state.phase is Phase.RUNNING
+        assert world.control.statuses["web-1"].phase is Phase.RUNNING
     told = [event for event in world.control.events if event.code == "assignment-unread"]
     assert sorted(event.subject for event in told) == ["instance/web-1", "instance/web-2"]
     assert "cidr: too long" in told[0].message
+
+
+async def test_an_assignment_that_is_not_understood_fails_and_says_why_until_it_is_removed(world: World) -> None:
+    async with world.agent() as agent:
+        world.control.confuse(Unread("default", "web-2", "network.egress[0].cidr: too long"))
+        status = await world.phase("web-2", Phase.FAILED)
+        assert (
+            status.message == "this node's agent does not understand what it is to run: network.egress[0].cidr: too long; update it"
+        )
+        assert (status.project, status.node, status.ready, status.phase_at > 0) == ("default", "n1", False, True)
+        world.control.cut()
+        world.control.heal()
+        await world.phase(world.app("web-3"), Phase.RUNNING)
+        assert world.control.statuses["web-2"] == status, "said again it is the same word"
+        world.control.remove("web-2")
+        world.control.confuse(Unread("default", "web-2", "another of that name"))
+        assert "another" in (await world.phase("web-2", Phase.FAILED)).message
+        assert "web-2" not in agent.runners
 
 
 async def test_an_assigned_instance_runs_and_is_reported_with_its_address(world: World) -> None:

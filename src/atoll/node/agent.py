@@ -20,7 +20,7 @@ from atoll.model.ports.devices import Devices, ForeignDevices
 from atoll.model.ports.images import Images
 from atoll.model.ports.network import Network
 from atoll.model.ports.runtime import Runtime
-from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind, Severity
+from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind, Severity, Status
 from atoll.model.spec import JobSpec, RuntimeName
 from atoll.model.states import Desired, Phase, advance
 from atoll.node.beating import Beating
@@ -40,7 +40,7 @@ from atoll.node.snapshots import Snapshots
 from atoll.node.spares import Spares
 from atoll.node.streams import serve_stream
 from atoll.node.tools import Logs, Machine, Prober, Scraper, Tools
-from atoll.node.transitions import Reached, Removed, Wanted
+from atoll.node.transitions import Reached, Removed, State, Wanted, status_of
 from atoll.node.usage import LinuxMachine, architecture
 from atoll.node.vitals import Vitals
 from atoll.node.volumes_trouble import tell_troubles
@@ -145,8 +145,8 @@ class Agent:
         self._spares = Spares(node, control, random, spawn=self._spawn, serve=self._serve, wanted=self._has_sandbox)
         self._reached = asyncio.Event()
         """Pulsed when the control plane is found again: whoever waits to dial it need wait no longer."""
-        self._unread: dict[str, str] = {}
-        """Assigned instances that this version does not understand → why."""
+        self._unread: dict[str, Status] = {}
+        """Of assigned instances that this version does not understand: that they have failed, and why."""
         self._closing = False
         self._group: asyncio.TaskGroup | None = None
         self._tools: Tools | None = None
@@ -330,18 +330,23 @@ class Agent:
                     runner.report()
 
     def _tell_unread(self, batch: AssignmentBatch) -> None:
-        """Say once of each assignment that it is not understood, and why."""
-        known = self._unread
-        if batch.complete:
-            self._unread = {}
-        else:
-            for id in (*(assignment.instance.id for assignment in batch.put), *batch.removed):
-                known.pop(id, None)
+        """Say once of each assignment that it is not understood, and why; one of which nothing runs here has failed by that."""
+        known, still = self._unread, {one.instance for one in batch.unread}
+        over = known if batch.complete else (*(assignment.instance.id for assignment in batch.put), *batch.removed)
+        for id in [id for id in over if id in known and id not in still]:
+            del known[id]
+            if id not in self.runners:
+                self._reporter.forget(id)
         for one in batch.unread:
-            if known.get(one.instance) != one.why:
-                text = f"this node's agent does not understand what it is to run: {one.why}; update it"
+            text = f"this node's agent does not understand what it is to run: {one.why}; update it"
+            status = known.get(one.instance)
+            if status is None or status.message != text:
                 self._reporter.event(one.project, f"instance/{one.instance}", "assignment-unread", text, Severity.WARNING)
-            self._unread[one.instance] = one.why
+                failed = State(phase=Phase.FAILED, phase_at=self._clock.now(), message=text)
+                status = status_of(failed, instance=one.instance, project=one.project, node=self._node)
+            known[one.instance] = status
+            if one.instance not in self.runners:
+                self._reporter.status(status)
 
     async def _watch_contact(self) -> None:
         """Stop what must not run twice once nobody is known to have heard this node for too long; for ever."""

@@ -197,7 +197,7 @@ class FakeControlPlane:
         self._check()
         for status in statuses:
             self.history.append(status)
-            if status.instance in self.assigned:
+            if status.instance in self.assigned or status.instance in self.kept:
                 self.statuses[status.instance] = status
         self.events.extend(events)
         self._reported.set()
