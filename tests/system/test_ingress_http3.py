@@ -70,6 +70,7 @@ async def fast(
     *,
     idle_s: float = 1.0,
     tickets: list[SessionTicket] | None = None,
+    at: str = "127.0.0.1",
 ) -> tuple[str, bytes] | None:
     """Return status and body by HTTP/3; None where there is no connection to be had, or nothing comes for `idle_s`.
 
@@ -80,7 +81,7 @@ async def fast(
     keep = tickets.append if tickets is not None else None
     try:
         async with connect(
-            "127.0.0.1", cell.tls_port, configuration=settings, create_protocol=Client, session_ticket_handler=keep
+            at, cell.tls_port, configuration=settings, create_protocol=Client, session_ticket_handler=keep
         ) as client:
             return await cast(Client, client).ask(host, method, body)
     except ConnectionError:

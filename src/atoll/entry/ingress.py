@@ -29,6 +29,7 @@ async def main(config: Config, stop: Stop) -> None:
         tls_port=config.tls_port,
         tls_needed=bool(config.ingress_tls_port),
         tracing=tracing_of(config.otlp, config.trace_percent),
+        one_family=config.no_ipv6,
     )
     async with kept(found, MemberKind.INGRESS, control):
         await run_until(stop, ingress.run())

@@ -61,6 +61,8 @@ class Listener(Struct, frozen=True, kw_only=True):
     """Where requests come in; `connections_max` bounds what clients may hold open."""
 
     address: str
+    also: str = ""
+    """Another address with the same ports, of the other version of IP; empty for none."""
     port: int
     connections_max: int
     tls_port: int = 0
@@ -123,7 +125,7 @@ def http3(listener: Listener, name: str) -> Http3 | None:
     """Return how HTTP/3 is served at the port for TLS; None where there is none."""
     if not listener.tls_port:
         return None
-    return Http3(listener.address, listener.tls_port, _traced(_connection_manager(), listener, name))
+    return Http3(listener.address, listener.tls_port, _traced(_connection_manager(), listener, name), also=listener.also)
 
 
 def _clusters(listener: Listener) -> list[dict[str, Any]]:
@@ -151,10 +153,15 @@ def _control() -> dict[str, Any]:
 def _listener(listener: Listener, name: str) -> dict[str, Any]:
     return {
         "name": "http",
-        "address": {"socket_address": {"address": listener.address, "port_value": listener.port}},
+        **_places(listener, listener.port),
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
         "filter_chains": _filter_chains(_traced(_connection_manager(), listener, name)),
     }
+
+
+def _places(listener: Listener, port: int) -> dict[str, Any]:
+    first, *more = [{"socket_address": {"address": each, "port_value": port}} for each in (listener.address, listener.also) if each]
+    return {"address": first, **({"additional_addresses": [{"address": each} for each in more]} if more else {})}
 
 
 def _traced(manager: dict[str, Any], listener: Listener, name: str) -> dict[str, Any]:
@@ -166,7 +173,8 @@ def _listeners(listener: Listener, name: str) -> list[dict[str, Any]]:
     if not listener.tls_port:
         return [plain]
     manager = _traced(_connection_manager(), listener, name)
-    return [plain, tls.listener(listener.address, listener.tls_port, manager, buffer_bytes=BUFFER_BYTES, source=_from_us())]
+    places = _places(listener, listener.tls_port)
+    return [plain, tls.listener(places, manager, buffer_bytes=BUFFER_BYTES, source=_from_us())]
 
 
 def _services() -> dict[str, Any]:

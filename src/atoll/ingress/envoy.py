@@ -63,8 +63,10 @@ class EnvoyProcess:
         tls_port: int = 0,
         tls_needed: bool = True,
         tracing: Tracing | None = None,
+        also: str = "",
     ) -> None:
-        """`tls_port` is where it speaks TLS, 0 for nowhere; if that port is taken and TLS is not `tls_needed`, it does without."""
+        """It listens at `also` as well, with the same ports; if one of them is taken there, it does without. `tls_port` is where it
+        speaks TLS, 0 for nowhere; if that port is taken and TLS is not `tls_needed`, it does without."""
         self.admin = EnvoyAdmin(directory / ADMIN_SOCKET)
         self.restarts = 0
         self._directory = directory
@@ -75,7 +77,11 @@ class EnvoyProcess:
         self._tls_needed = tls_needed
         self.without_tls = ""
         """Why it does without TLS although a port was named; empty where it does not."""
-        self._listener = Listener(address=address, port=port, connections_max=connections_max(), tls_port=tls_port, tracing=tracing)
+        self.without_also = ""
+        """Why it does not listen at the other address although one was named."""
+        self._listener = Listener(
+            address=address, also=also, port=port, connections_max=connections_max(), tls_port=tls_port, tracing=tracing
+        )
         self._running: Running | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -83,6 +89,16 @@ class EnvoyProcess:
     def tls_port(self) -> int:
         """Where it speaks TLS, 0 for nowhere; known for good once it runs."""
         return self._listener.tls_port
+
+    @property
+    def also(self) -> str:
+        """The other address at which it listens; empty for none. Known for good once it runs."""
+        return self._listener.also
+
+    @property
+    def without(self) -> str:
+        """What it does without, and why; empty where that is nothing."""
+        return "; ".join(filter(None, (self.without_tls, self.without_also)))
 
     def http3(self) -> Http3 | None:
         """Return how HTTP/3 is served beside TLS; None without. To be asked once it runs."""
@@ -103,13 +119,16 @@ class EnvoyProcess:
             for listener in self._listeners():
                 if left.digest == self._digest(listener) and await self._answers():
                     self._running = left
-                    if listener != self._listener:
+                    if listener.tls_port != self._listener.tls_port:
                         self._do_without("its port was taken when Envoy started; restart the ingress once it is free")
+                    if listener.also != self._listener.also:
+                        self._do_without_also("Envoy was started without it; restart the ingress")
                     log.info("ingress.envoy-adopted", pid=left.pid)
                     return
             await self._end(left)
         check_port(self._listener.address, self._listener.port)
         self._check_tls_port()
+        self._check_also()
         digest = self._digest(self._listener)
         (self._directory / "bootstrap.json").write_bytes(self._bootstrap(self._listener))
         with (self._directory / ERRORS).open("wb") as errors:
@@ -139,9 +158,10 @@ class EnvoyProcess:
         log.info("ingress.envoy-started", pid=pid)
 
     def _listeners(self) -> list[Listener]:
-        """Return how it may have been started: without TLS, too, where that is not needed."""
+        """Return how it may have been started: without TLS, too, where that is not needed, and at one address alone."""
         first = self._listener
-        return [first] if self._tls_needed or not first.tls_port else [first, replace(first, tls_port=0)]
+        found = [first] if self._tls_needed or not first.tls_port else [first, replace(first, tls_port=0)]
+        return [*found, *(replace(each, also="") for each in found if each.also)]
 
     def _check_tls_port(self) -> None:
         listener = self._listener
@@ -155,6 +175,21 @@ class EnvoyProcess:
             mend = "name another port with --ingress-tls-port"
             log.warning("ingress.without-tls", message=error.message, mend=mend)
             self._do_without(f"{error.message}; {mend}")
+
+    def _check_also(self) -> None:
+        listener = self._listener
+        if not listener.also:
+            return
+        try:
+            for port in filter(None, (listener.port, listener.tls_port)):
+                check_port(listener.also, port)
+        except Conflict as error:
+            log.warning("ingress.at-one-address", message=error.message, mend=error.mend)
+            self._do_without_also(error.message)
+
+    def _do_without_also(self, why: str) -> None:
+        self.without_also = f"nobody is served at {shown(self._listener.also)}: {why}"
+        self._listener = replace(self._listener, also="")
 
     def _do_without(self, why: str) -> None:
         self.without_tls = f"no TLS: {why}"
@@ -302,12 +337,31 @@ def check_port(address: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # as Envoy does: IPv4 is another matter
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         try:
             probe.bind((address, port))
             probe.listen(1)
         except OSError as error:
             mend = "stop what listens there, or choose another port for the ingress"
-            raise Conflict(f"cannot listen at {address}:{port}: {error.strerror}", mend=mend, field="ingress") from None
+            raise Conflict(f"cannot listen at {shown(address)}:{port}: {error.strerror}", mend=mend, field="ingress") from None
+
+
+def shown(address: str) -> str:
+    """Return an address as it is written before a port."""
+    return f"[{address}]" if ":" in address else address
+
+
+def also_at(address: str) -> str:
+    """Return what means all addresses of the other version of IP, for an address that means all of one; empty where this machine
+    has none of those, and for any other address."""
+    other = {"0.0.0.0": "::", "::": "0.0.0.0"}.get(address, "")  # noqa: S104 - that is what was asked for
+    if other:
+        try:
+            free_port(other)
+        except OSError:
+            return ""
+    return other
 
 
 def free_port(address: str) -> int:

@@ -20,12 +20,12 @@ import envoy.extensions.filters.http.on_demand.v3.on_demand_pb2
 import envoy.extensions.filters.http.router.v3.router_pb2
 import envoy.extensions.filters.http.stateful_session.v3.stateful_session_pb2
 import envoy.type.matcher.v3.http_inputs_pb2  # noqa: F401  (all of these: for what Any holds)
-from envoy.config.core.v3 import address_pb2
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2
 from envoy.extensions.transport_sockets.quic.v3 import quic_transport_pb2
 from google.protobuf import any_pb2, json_format
 
+from atoll.ingress.listeners import take_at
 from atoll.ingress.resources import BUFFER_BYTES, HTTP3_SECRET, STREAMS_MAX, WINDOW_BYTES, Kind, Resource, from_us, resource
 
 HTTP3 = "https3"
@@ -39,8 +39,8 @@ MAX_AGE_S = 86_400
 class Http3:
     """`manager` is how requests are treated, as at the other listeners."""
 
-    def __init__(self, address: str, port: int, manager: dict[str, Any]) -> None:
-        self._address = address
+    def __init__(self, address: str, port: int, manager: dict[str, Any], *, also: str = "") -> None:
+        self._address, self._also = address, also
         self.port = port
         message = http_connection_manager_pb2.HttpConnectionManager()
         wanted = {key: value for key, value in manager.items() if key not in ("@type", "http2_protocol_options")}
@@ -54,8 +54,7 @@ class Http3:
     def listener(self, hosts: Iterable[str]) -> Resource:
         """Return the listener for these hostnames, wildcards among them; each has the secret of its name."""
         message = listener_pb2.Listener(name=HTTP3)
-        place = message.address.socket_address
-        place.protocol, place.address, place.port_value = address_pb2.SocketAddress.UDP, self._address, self.port
+        take_at(message, self._address, self.port, also=self._also, udp=True)
         message.per_connection_buffer_limit_bytes.value = BUFFER_BYTES
         limits = message.udp_listener_config.quic_options.quic_protocol_options
         limits.max_concurrent_streams.value = STREAMS_MAX

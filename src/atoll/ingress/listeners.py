@@ -32,16 +32,25 @@ _LOGGED = {
 }
 
 
-def listener(name: str, address: str, public: tuple[str, int], target: Target) -> Resource:
-    """Return what takes connections or datagrams at `public`, a protocol and a port, and leads them to `target`.
+def listener(name: str, address: str, public: tuple[str, int], target: Target, *, also: str = "") -> Resource:
+    """Return what takes connections or datagrams at `public`, a protocol and a port of `address` and, where it is said, of `also`,
+    and leads them to `target`.
 
     Who connects is the ingress for the instance. Nothing is sent again that an instance may have seen.
     """
     protocol, port = public
     message = listener_pb2.Listener(name=name)
-    message.address.socket_address.address, message.address.socket_address.port_value = address, port
+    take_at(message, address, port, also=also, udp=protocol == "udp")
     (_udp if protocol == "udp" else _tcp)(message, target)
     return resource(Kind.LISTENER, name, message)
+
+
+def take_at(message: listener_pb2.Listener, address: str, port: int, *, also: str, udp: bool) -> None:
+    """Say where a listener listens: at a port of one address, and of another where there is one."""
+    places = [message.address, *([message.additional_addresses.add().address] if also else [])]
+    for place, each in zip(places, (address, also), strict=False):
+        protocol = address_pb2.SocketAddress.UDP if udp else address_pb2.SocketAddress.TCP
+        place.socket_address.protocol, place.socket_address.address, place.socket_address.port_value = protocol, each, port
 
 
 def _tcp(message: listener_pb2.Listener, target: Target) -> None:
@@ -57,7 +66,6 @@ def _tcp(message: listener_pb2.Listener, target: Target) -> None:
 
 
 def _udp(message: listener_pb2.Listener, target: Target) -> None:
-    message.address.socket_address.protocol = address_pb2.SocketAddress.UDP
     message.udp_listener_config.SetInParent()
     proxy = udp_proxy_pb2.UdpProxyConfig(stat_prefix="udp")
     proxy.idle_timeout.FromSeconds(UDP_IDLE_S)

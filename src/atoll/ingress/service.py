@@ -17,7 +17,7 @@ from atoll.ingress.certificates import CertificateTable
 from atoll.ingress.clusters import Nearness
 from atoll.ingress.demand import Demand
 from atoll.ingress.drain import Drainer
-from atoll.ingress.envoy import LOG, EnvoyProcess, free_port
+from atoll.ingress.envoy import LOG, EnvoyProcess, also_at, free_port
 from atoll.ingress.heartbeat import Heart
 from atoll.ingress.hostnames import AHEAD_MAX
 from atoll.ingress.loads import Loads
@@ -92,8 +92,10 @@ class Ingress:
         tls_needed: bool = True,
         tracing: Tracing | None = None,
         hostnames_ahead: int = AHEAD_MAX,
+        one_family: bool = False,
     ) -> None:
-        """`certificates` is where those come from that are shown at `tls_port` (None for no TLS); see `EnvoyProcess`."""
+        """An `address` that means all of one version of IP means all of the other, too, where the machine has that, unless
+        `one_family`. `certificates` is where those come from that are shown at `tls_port` (None for no TLS); see `EnvoyProcess`."""
         self.http_port = port or free_port(address)
         self.ready = asyncio.Event()
         """Set once Envoy runs and has the routes of the control plane."""
@@ -123,6 +125,7 @@ class Ingress:
             directory,
             name=name,
             address=address,
+            also="" if one_family else also_at(address),
             port=self.http_port,
             clock=self._clock,
             workers=workers,
@@ -174,6 +177,7 @@ class Ingress:
     async def _serve(self) -> None:
         logs = [self._directory / ACCESS_LOG, self._directory / LOG]
         self.table.https_port = self.envoy.tls_port
+        self.table.also = self.envoy.also
         self.table.serves = self.certificates.serves
         self.table.shows = self.certificates.shows
         self.table.http3 = self.envoy.http3()
@@ -269,7 +273,7 @@ class Ingress:
             self.ads.publish(changes)
 
     def _problems(self) -> dict[str, str]:
-        own = {INGRESS_PROBLEM: self.envoy.without_tls} if self.envoy.without_tls else {}
+        own = {INGRESS_PROBLEM: self.envoy.without} if self.envoy.without else {}
         return {**own, **self._refusals.problems(PROBLEMS_MAX - len(own))}
 
     def _refused(self, resource: Resource, words: str) -> None:

@@ -60,6 +60,8 @@ class RoutingTable:
         """Apps that scale by their requests."""
         self.address = "127.0.0.1"
         """Where the ingress listens. Set before the first batch."""
+        self.also = ""
+        """Where it listens beside that; empty for nowhere. Set before the first batch."""
         self.https_port = 0
         """Where Envoy speaks TLS; 0 for nowhere. Set before the first batch."""
         self.serves: Callable[[str], bool] = lambda host: True
@@ -373,7 +375,7 @@ class RoutingTable:
     def _write_listener(self, name: str, public: tuple[str, int], routes: list[tuple[str, tuple[Leg, ...]]]) -> None:
         if routes:
             (leg,) = routes[0][1]
-            self._write(listeners.listener(name, self.address, public, leg.target))
+            self._write(listeners.listener(name, self.address, public, leg.target, also=self.also))
         else:
             self._erase(Kind.LISTENER, name)
 

@@ -25,11 +25,12 @@ _TYPE = "@type"
 _EXTENSIONS = "type.googleapis.com/envoy.extensions"
 
 
-def listener(address: str, port: int, manager: dict[str, Any], *, buffer_bytes: int, source: dict[str, Any]) -> dict[str, Any]:
-    """Return the listener; `manager` is how HTTP is served once the handshake is done, `source` where secrets come from."""
+def listener(places: dict[str, Any], manager: dict[str, Any], *, buffer_bytes: int, source: dict[str, Any]) -> dict[str, Any]:
+    """Return the listener; `places` are its addresses, `manager` is how HTTP is served once the handshake is done, `source` where
+    secrets come from."""
     return {
         "name": "https",
-        "address": {"socket_address": {"address": address, "port_value": port}},
+        **places,
         "per_connection_buffer_limit_bytes": buffer_bytes,
         "listener_filters": [
             {
