@@ -31,7 +31,7 @@ from atoll.sdk.client import Client
 from atoll.sdk.sandboxes import remove, running
 from atoll.store.cache import State
 from atoll.store.sqlite import SqliteStore
-from bench.precedence import take
+from bench import precedence
 from bench.report import Report, Result, percentile
 
 BUSYBOX = Path("/bin/busybox")
@@ -49,16 +49,23 @@ def run(arguments: Sequence[str]) -> Report:
     parser = argparse.ArgumentParser(prog="python -m bench sandboxes")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--of", action="append", choices=KINDS_OF, help="only this runtime; may be repeated")
-    parser.add_argument("--precedence", action="store_true", help="before all else that runs on this machine; needs root")
+    precedence.offer(parser)
     options = parser.parse_args(arguments)
     report = Report("sandboxes", notes=[f"load of the machine before it {os.getloadavg()[0]:.1f}; {options.samples} samples each"])
     report.notes.append("made: the call that makes a sandbox until it runs; taken: the call that takes one, which runs already")
     if options.precedence:
-        report.notes.append("at a precedence before all else that ran (nice -19, by session, too)")
+        precedence.take()
+    _run(report, options)
+    if options.precedence:
+        report.notes.append(precedence.told())
+    return report
+
+
+def _run(report: Report, options: argparse.Namespace) -> None:
     asyncio.run(_server_side(report, options.samples))
     if not BUSYBOX.exists():
         report.add(Result("sandbox taken, as its client sees it", None, "ms", why="needs the package busybox-static"))
-        return report
+        return
     with ScratchAtoll("atoll-bench-") as atoll, tempfile.TemporaryDirectory() as scratch:
         archive = docker_archive(Path(scratch) / "busybox.tar", "busybox:1", program=BUSYBOX, target="/bin/busybox")
         image = atoll.atoll_json("image", "import", str(archive), "--name", "busybox", "--tag", "1")["image"]
@@ -69,8 +76,7 @@ def run(arguments: Sequence[str]) -> Report:
                     Result(f"{name}: taken to first command", None, "ms", why="`atoll doctor` says why it does not run here")
                 )
                 continue
-            asyncio.run(_measure(report, atoll, name, image, options.samples, precedence=options.precedence))
-    return report
+            asyncio.run(_measure(report, atoll, name, image, options.samples, ahead=options.precedence))
 
 
 async def _server_side(report: Report, samples: int) -> None:
@@ -103,7 +109,7 @@ async def _server_side(report: Report, samples: int) -> None:
     report.add(Result("sandbox taken, in the server (one synced write), p99", percentile(took, 99), "ms"))
 
 
-async def _measure(report: Report, atoll: ScratchAtoll, name: str, image: str, samples: int, *, precedence: bool) -> None:
+async def _measure(report: Report, atoll: ScratchAtoll, name: str, image: str, samples: int, *, ahead: bool) -> None:
     async with Client.connect(f"http://{atoll.api}", atoll.token) as client:
         spec = JobSpec(
             name=f"{name}-tools",
@@ -122,8 +128,8 @@ async def _measure(report: Report, atoll: ScratchAtoll, name: str, image: str, s
         made: list[float] = []
         for at in range(samples + 1):
             await _full(client, spec.name)
-            if precedence:
-                take((str(atoll.data), spec.name))
+            if ahead:
+                precedence.take((str(atoll.data), spec.name))
             await asyncio.sleep(REST_S)
             took_ms, first_ms, next_ms = await _take(client, spec.name, f"{name}-taken-{at}")
             await _full(client, spec.name)

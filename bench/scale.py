@@ -489,7 +489,7 @@ def run(arguments: list[str]) -> Report:
     parser.add_argument("--drivers", type=int, default=2, help="processes that hold the agents")
     parser.add_argument("--no-beats", action="store_true", help="heartbeats over HTTP only")
     parser.add_argument("--etcd-in-memory", action="store_true", help="its data not on a disk, where others keep that busy")
-    parser.add_argument("--precedence", action="store_true", help="all its processes before what else runs here; needs root")
+    precedence.offer(parser)
     parser.add_argument("--takeovers", type=int, default=TAKEOVERS, help="how often the server that leads is killed")
     parser.add_argument("--spread", action="store_true", help="two servers from the beginning, the agents spread over them")
     parser.add_argument("--py-spy", help="profile the server in steady state with this program")
@@ -502,7 +502,7 @@ def run(arguments: list[str]) -> Report:
         notes=[f"{chosen.nodes} nodes, {chosen.instances} instances, {chosen.apps} apps; one etcd, its data {where}"],
     )
     if chosen.precedence:
-        precedence.take(())  # what it starts inherits it: etcd, the servers, the agents
+        precedence.take()  # what it starts inherits it: etcd, the servers, the agents
         report.notes.append(precedence.told())
     if shutil.which("etcd") is None:
         report.add(Result("a large cell", None, "s", why="there is no etcd on this machine"))
