@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -15,13 +16,14 @@ from atoll.api.service.access import SYSTEM
 from atoll.entry.config import Config
 from atoll.entry.preflight import check_settings
 from atoll.entry.process import parse
+from atoll.model import keys
 from atoll.model.errors import Invalid, NotFound
 from atoll.model.labels import LABELS_MAX, check_labels, check_taints, described, labelled, read_taint, tainted, tolerated
 from atoll.model.maintenance import MaintenanceSpec
 from atoll.model.records import Capacity, Instance, Node, NodePolicy
 from atoll.model.spec import AppSpec, Constraint, Placement, RuntimeName, Scale
 from atoll.model.units import Seconds
-from atoll.model.views import LabelRequest, TaintRequest
+from atoll.model.views import DrainRequest, LabelRequest, TaintRequest
 from atoll.scheduling.demand import Demand, Pending
 from atoll.scheduling.plan import plan
 from atoll.scheduling.snapshot import Snapshot
@@ -168,6 +170,34 @@ def test_labels_and_taints_said_of_a_node_count_at_once_and_outlast_its_agent() 
             with pytest.raises(Invalid, match="no effect"):
                 await service.control_plane.register_node(node("n3", taints=("a:b",)))
             await fleet.close()
+
+    run_virtual(main, chance)
+
+
+def test_what_a_newer_server_says_of_a_node_stays_when_an_older_one_cordons_drains_or_labels_it() -> None:
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with Cell(chance) as cell:
+            nodes = cell.service.nodes
+            await cell.service.control_plane.register_node(node("n1"))
+            newer = {"name": "n1", "labels": {"disk": "ssd"}, "later": {"than": ["this"]}}
+            await cell.store.put(keys.node_policy("n1"), json.dumps(newer).encode())
+            await nodes.cordon("n1", True)
+            assert await said(cell) == {**newer, "cordoned": True}
+            await cell.service.drains.start("n1", DrainRequest())
+            assert (await said(cell))["later"] == newer["later"]
+            await cell.service.drains.undo("n1")
+            await nodes.label("n1", LabelRequest(labels={"disk": "hdd"}))
+            await nodes.cordon("n1", False)
+            assert await said(cell) == {**newer, "labels": {"disk": "hdd"}}
+            assert nodes.get("n1").node.labels == {"disk": "hdd"}
+
+    async def said(cell: Cell) -> dict[str, Any]:
+        item = await cell.store.get(keys.node_policy("n1"))
+        assert item is not None
+        found: dict[str, Any] = json.loads(item.value)
+        return found
 
     run_virtual(main, chance)
 

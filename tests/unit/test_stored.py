@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from atoll.model import codec, keys, stored
 from atoll.model.errors import Invalid
-from atoll.model.records import App, Job, Project
+from atoll.model.records import App, Job, NodePolicy, Project
 from atoll.model.spec import AppSpec, Health, HealthKind, JobSpec, Port, Quota
 from atoll.model.units import Seconds
 from atoll.store.cache import State
@@ -111,3 +112,14 @@ async def test_a_server_holds_what_a_newer_one_wrote_and_leaves_alone_what_uses_
     async with State(store, {keys.APPS: App}) as state:
         assert set(state.records(App)) == {"default/web"}
         assert state.broken(App) == {"default/new"}
+
+
+def test_what_stands_beside_a_record_is_kept_when_it_is_written_over() -> None:
+    data = b'{"name":"n1","later":{"a":1},"cordoned":true}'
+    record, beside = codec.decode(data, NodePolicy), stored.beside(data, NodePolicy)
+    assert beside == {"later": {"a": 1}}
+    after = json.loads(stored.encode_over(structs.replace(record, cordoned=False, note="x"), beside))
+    assert after == {"name": "n1", "note": "x", "later": {"a": 1}}
+    assert stored.beside(stored.encode_over(record, None), NodePolicy) is None
+    with pytest.raises(Invalid):
+        stored.beside(b"[1]", NodePolicy)

@@ -50,6 +50,21 @@ def decode(data: bytes, kind: type[T]) -> T:
     return codec.convert(known, kind)
 
 
+def beside(data: bytes, kind: type[Struct]) -> dict[str, Any] | None:
+    """Return what the store holds of a record beside the fields that `kind` knows, which a newer Atoll wrote; None for nothing.
+
+    Raises Invalid for what is no record.
+    """
+    value = codec.decode(data, dict[str, Any])
+    names = {encoded for _, encoded, _ in _fields_of(kind)}
+    return {name: one for name, one in value.items() if name not in names} or None
+
+
+def encode_over(record: Struct, unknown: dict[str, Any] | None) -> bytes:
+    """Return a record without specs, as it is stored, with what stood beside it (`beside`) when it was read."""
+    return codec.encode({**codec.to_plain(record), **unknown} if unknown else record)
+
+
 def _used(value: Struct, path: str) -> Iterator[str]:
     """Yield the fields of the specs in `value` that are not at their default, as `spec.ports.port`: without indexes and keys."""
     strict = value.__struct_config__.forbid_unknown_fields

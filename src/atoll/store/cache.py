@@ -26,6 +26,7 @@ from msgspec import Struct
 from atoll.model import stored
 from atoll.model.errors import AtollError, Compacted, Invalid, Unavailable
 from atoll.model.ports.store import Change, Consistency, KeyValue, Revision, Store
+from atoll.model.records.basis import Record
 from atoll.store.index import By, Index
 from atoll.store.window import Window
 
@@ -52,6 +53,8 @@ class Held(Struct, Generic[T], frozen=True, gc=False):
     record: T
     revision: Revision
     created: Revision
+    beside: dict[str, Any] | None = None
+    """Of a record of which people say one part at a time: its fields that this version does not know (`stored.encode_over`)."""
 
 
 class Delta(Struct, frozen=True, gc=False):
@@ -300,7 +303,8 @@ class State:
 
 def _decode(item: KeyValue, kind: type[T]) -> Held[T] | None:
     try:
-        return Held(stored.decode(item.value, kind), item.mod_revision, item.create_revision)
+        beside = stored.beside(item.value, kind) if issubclass(kind, Record) and kind.PIECEMEAL else None
+        return Held(stored.decode(item.value, kind), item.mod_revision, item.create_revision, beside)
     except Invalid as error:
         log.error("a record does not decode and is left out", key=item.key, kind=kind.__name__, cause=error.message)
         return None

@@ -12,7 +12,7 @@ from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.api.service.lookups import by_node, by_owner, owner_of
 from atoll.api.service.nodes import Nodes
 from atoll.api.service.specs import spec_of
-from atoll.model import codec, keys
+from atoll.model import keys, stored
 from atoll.model.errors import NotFound
 from atoll.model.evacuation import Evacuation, evacuation_of, in_force, in_words
 from atoll.model.maintenance import Drain, Maintenance
@@ -100,7 +100,7 @@ class Drains:
         key = keys.node_policy(name)
         return Draft(
             compare=[absent(key) if held is None else unchanged(key, held.revision)],
-            ops=[Put(key, codec.encode(policy))],
+            ops=[Put(key, stored.encode_over(policy, held.beside if held is not None else None))],
             answer=lambda _: replace(self._nodes.get(name), policy=policy),
         )
 

@@ -16,7 +16,7 @@ from atoll.api.service.node_reports import checked
 from atoll.api.service.pages import page
 from atoll.api.service.specs import spec_of
 from atoll.api.service.tunnels import Tunnels
-from atoll.model import codec, keys
+from atoll.model import codec, keys, stored
 from atoll.model.devices import GpuDevice
 from atoll.model.errors import Conflict, Invalid, NotFound
 from atoll.model.evacuation import evacuation_of, in_force
@@ -124,7 +124,7 @@ class Nodes:
             shown = described(node.record, policy)
             return Draft(
                 compare=[absent(key) if held is None else unchanged(key, held.revision)],
-                ops=[Put(key, codec.encode(policy))],
+                ops=[Put(key, stored.encode_over(policy, held.beside if held is not None else None))],
                 answer=lambda _: replace(self.get(name), policy=policy, node=shown),
             )
 

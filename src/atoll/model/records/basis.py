@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from msgspec import Struct
 
 CELL = "main"
@@ -12,3 +14,6 @@ CELL_PROJECT = "default"
 
 class Record(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Frozen and made from text, a record is never part of a circle: Python's collector need not walk through all of a cell."""
+
+    PIECEMEAL: ClassVar[bool] = False
+    """Whether people say one part of it at a time: who writes it again keeps the fields that it does not know (`model.stored`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import ClassVar
 
 from atoll.model.devices import GpuDevice, GpuSample, OfferedDevice
 from atoll.model.flows import Flows
@@ -43,6 +44,8 @@ class Node(Record, frozen=True, kw_only=True):
 
 class NodePolicy(Record, frozen=True, kw_only=True):
     """What operators say of a node. Writer: API."""
+
+    PIECEMEAL: ClassVar[bool] = True
 
     name: str
     cordoned: bool = False
