@@ -9,6 +9,7 @@ import pytest
 from msgspec import structs
 
 from atoll.control.actions import (
+    AGAIN_S,
     Action,
     Create,
     Decision,
@@ -253,6 +254,22 @@ def test_a_rollout_past_its_deadline_fails_and_says_why() -> None:
     assert not of(Update, made.actions)
     assert not of(Create, made.actions)
     assert [t.event.code for t in of(Tell, made.actions)] == ["rollout-failed"]
+
+
+def test_past_its_deadline_a_rollout_of_which_all_there_is_serves_is_not_decided_again_at_once() -> None:
+    told = app_status(AppPhase.DEPLOYING, release=2, progressed_at=NOW - 101, updated=1)
+    facts = app_facts(seen("a"), seen("b", release=2), release=2, replicas=3, status=told, updated_at=NOW - 101)
+    assert decide(facts).wake_at is None
+
+
+def test_a_decision_of_which_nothing_came_is_not_made_again_at_once() -> None:
+    late = Decision(NOW, lambda: "x")
+    late.wake(NOW + 5)
+    assert late.again_at == NOW + 5
+    late.wake(NOW - 7)
+    assert late.again_at == NOW + AGAIN_S
+    late.tell("default", "app/web", "code", "words")
+    assert late.again_at == NOW - 7
 
 
 def test_a_deleted_app_goes_only_when_its_last_instance_has() -> None:

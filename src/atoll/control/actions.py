@@ -11,6 +11,8 @@ from atoll.model.evacuation import Evacuation
 from atoll.model.records import AppStatus, Brake, Event, Instance, Job, JobStatus, NodeLiveness, Prefetch, Severity, Status
 from atoll.model.states import Desired, Phase
 
+AGAIN_S = 0.1
+"""After which it is decided again where that should have been by now, and nothing came of it."""
 EVENTS_PER_DECISION_MAX = 100
 """Events about single instances in one decision; beyond it the owner's own event says how many there were."""
 
@@ -232,6 +234,13 @@ class Decision:
 
     def wake(self, at: float) -> None:
         self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+
+    @property
+    def again_at(self) -> float | None:
+        """When to decide again: at once only where something was done, or the same would be decided for ever."""
+        if self.wake_at is None or self.wake_at > self.now or self.actions:
+            return self.wake_at
+        return self.now + AGAIN_S
 
     def tell(
         self,

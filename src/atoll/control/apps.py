@@ -173,7 +173,7 @@ class _Step:
         # All there is of it serves: it has come round, or only its time was too short, and it goes on.
         stuck = len(self.ready_new) < len(self.new) or not self.new
         failed = under_way and stuck and self.decision.now >= deadline
-        if under_way and not failed:
+        if under_way and self.decision.now < deadline:
             self.decision.wake(deadline)
         # Asleep, a release has proved nothing.
         served = self.app.release if complete and self.facts.awake is not False else served

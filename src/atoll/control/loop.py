@@ -225,8 +225,8 @@ class Loop:
     async def _wake(self) -> None:
         units = self._decide()
         if self._world.dirty or self._world.later:
-            self._changed.set()
-            await asyncio.sleep(0)  # what is left comes with the next wake; others are to have their turn before it
+            self._changed.set()  # what is left comes with the next wake
+        await asyncio.sleep(0)  # others are to have their turn before that, however soon it is
         if not units:
             return
         outcome = await self._writer.commit(units)
@@ -394,7 +394,7 @@ class Loop:
                     decide_job(job, decision)
                 else:
                     decide_orphans(self._world.instances(owner), decision)
-        self._timers.set(owner, decision.wake_at)
+        self._timers.set(owner, decision.again_at)
         return decision
 
     def _place(self, decided: list[tuple[Owner, Decision]], now: float) -> list[Unit]:
