@@ -29,6 +29,7 @@ from atoll.ingress.resources import (
     written,
     zone_of,
 )
+from atoll.model.fabric import DOMAIN
 from atoll.model.records import Endpoint
 from atoll.model.spec import IngressRules
 
@@ -59,6 +60,8 @@ AWAY_FAILURES = 2
 UDP_SESSIONS_MAX = 4_096
 """Clients of a UDP port at a time, each an address and a port, which anybody can make up, and a socket of Envoy's for `UDP_IDLE_S`.
 Those that are more have their datagrams dropped."""
+UDP_CLIENTS_MAX = 65_536
+"""Of all UDP ports of an ingress together."""
 RAW_SHARE = 50
 """Percent of the instances of a TCP port that may be left out at a time."""
 AWAY_EJECT_MS, AWAY_EJECT_MAX_MS = 1_000, 5_000
@@ -93,7 +96,8 @@ def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = 
 
     `sites`: they are, or were, at several sites. Envoy counts requests of a cluster that changes anew, so this stays once it is so.
     """
-    rest = _usual(target.http2, target.raw, sites) if rules is None else _cluster(rules, target.http2, target.raw, sites)
+    internal = f"{target.app}.{target.project}.{DOMAIN}"
+    rest = _usual(target.http2, target.raw, sites) if rules is None else _cluster(rules, target.http2, target.raw, sites, internal)
     # Messages that follow one another on the wire are one.
     return written(Kind.CLUSTER, target.cluster, cluster_pb2.Cluster(name=target.cluster).SerializeToString() + rest)
 
@@ -104,7 +108,7 @@ def _usual(http2: bool, raw: str, sites: bool) -> bytes:
     return _cluster(IngressRules(), http2, raw, sites)
 
 
-def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool) -> bytes:
+def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool, internal: str = "") -> bytes:
     message = cluster_pb2.Cluster(
         type=cluster_pb2.Cluster.EDS,
         eds_cluster_config=cluster_pb2.Cluster.EdsClusterConfig(eds_config=from_us()),
@@ -129,18 +133,18 @@ def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool) -> bytes:
             state=socket_option_pb2.SocketOption.STATE_PREBIND,
         )
     if not raw:
-        _speak_http(message, rules, http2, sites=sites)
+        _speak_http(message, rules, http2, sites=sites, internal=internal)
     body: bytes = message.SerializeToString(deterministic=True)
     return body
 
 
-def _speak_http(message: cluster_pb2.Cluster, rules: IngressRules, http2: bool, *, sites: bool) -> None:
+def _speak_http(message: cluster_pb2.Cluster, rules: IngressRules, http2: bool, *, sites: bool, internal: str) -> None:
     options = http_protocol_options_pb2.HttpProtocolOptions(retry_policy=tries(rules, sites=sites))
     options.common_http_protocol_options.CopyFrom(
         protocol_pb2.HttpProtocolOptions(idle_timeout=duration_pb2.Duration(seconds=UPSTREAM_IDLE_S))
     )
     if rules.instance_tls is not None:
-        message.transport_socket.CopyFrom(tls.to_instances(rules.instance_tls, http2=http2))
+        message.transport_socket.CopyFrom(tls.to_instances(rules.instance_tls, http2=http2, internal=internal))
     if http2:
         options.explicit_http_config.http2_protocol_options.allow_connect = True
     else:
@@ -163,8 +167,14 @@ def _breaker(rules: IngressRules, *, udp: bool) -> circuit_breaker_pb2.CircuitBr
         if limits.pending is not None:
             breaker.max_pending_requests.value = limits.pending
     if udp:
-        breaker.max_connections.value = min(breaker.max_connections.value, UDP_SESSIONS_MAX)
+        breaker.max_connections.value = udp_clients(rules)
     return breaker
+
+
+def udp_clients(rules: IngressRules | None) -> int:
+    """Return how many clients a UDP port of an app with these rules may have at a time."""
+    wanted = rules.limits.connections if rules is not None and rules.limits is not None else None
+    return UDP_SESSIONS_MAX if wanted is None else min(wanted, UDP_SESSIONS_MAX)
 
 
 def _outliers(rules: IngressRules, *, sites: bool, raw: bool) -> outlier_detection_pb2.OutlierDetection:

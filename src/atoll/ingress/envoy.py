@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from atoll.ingress.admin import EnvoyAdmin
 from atoll.ingress.bootstrap import ADMIN_SOCKET, Listener, bootstrap, http3
+from atoll.ingress.clusters import UDP_CLIENTS_MAX
 from atoll.ingress.http3 import Http3
 from atoll.ingress.running import Running, alive, ended, started_at
 from atoll.ingress.tracing import Tracing
@@ -39,6 +40,8 @@ RESTART_RESET_S = 30.0
 """After so long a life the next crash counts as the first."""
 POLL_S = 0.02
 DESCRIPTORS_SPARE = 1_000
+UDP_SHARE = 4
+"""This part of the descriptors is for clients of UDP ports, where it is not more than they may be."""
 PID_FILE = "envoy.json"
 LOG = "envoy.log"
 ERRORS = "envoy.err"
@@ -329,7 +332,13 @@ def connections_max() -> int:
     """Return how many client connections fit into the limit of open files, each needing one more to an instance."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = 1 << 20 if hard == resource.RLIM_INFINITY else hard
-    return max(100, (limit - DESCRIPTORS_SPARE) // 2)
+    return max(100, (limit - DESCRIPTORS_SPARE - udp_clients_max()) // 2)
+
+
+def udp_clients_max() -> int:
+    """Return how many clients of UDP ports, each a socket, fit into the limit of open files beside all connections."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return UDP_CLIENTS_MAX if hard == resource.RLIM_INFINITY else min(UDP_CLIENTS_MAX, hard // UDP_SHARE)
 
 
 def check_port(address: str, port: int) -> None:

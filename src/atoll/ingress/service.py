@@ -13,11 +13,12 @@ from atoll.ingress.activator import Activator
 from atoll.ingress.admin import EnvoyAdmin, Requests, short
 from atoll.ingress.ads import AdsServer
 from atoll.ingress.bootstrap import ACCESS_LOG, ADS_SOCKET
+from atoll.ingress.callers import Shown
 from atoll.ingress.certificates import CertificateTable
 from atoll.ingress.clusters import Nearness
 from atoll.ingress.demand import Demand
 from atoll.ingress.drain import Drainer
-from atoll.ingress.envoy import LOG, EnvoyProcess, also_at, free_port
+from atoll.ingress.envoy import LOG, EnvoyProcess, also_at, free_port, udp_clients_max
 from atoll.ingress.heartbeat import Heart
 from atoll.ingress.hostnames import AHEAD_MAX
 from atoll.ingress.loads import Loads
@@ -30,7 +31,7 @@ from atoll.ingress.spill import Spill
 from atoll.ingress.table import RoutingTable
 from atoll.ingress.tracing import Tracing
 from atoll.model import records
-from atoll.model.certificates import CertificateFeed
+from atoll.model.certificates import Callers, CertificateFeed
 from atoll.model.errors import AtollError, DeadlineExceeded, Unavailable
 from atoll.model.ports.clock import Clock, SystemClock
 from atoll.model.ports.control_plane import Peers, RoutingBatch
@@ -88,6 +89,7 @@ class Ingress:
         binary: Path | None = None,
         reachable: str | None = None,
         certificates: CertificateFeed | None = None,
+        callers: Callers | None = None,
         tls_port: int | None = None,
         tls_needed: bool = True,
         tracing: Tracing | None = None,
@@ -95,7 +97,8 @@ class Ingress:
         one_family: bool = False,
     ) -> None:
         """An `address` that means all of one version of IP means all of the other, too, where the machine has that, unless
-        `one_family`. `certificates` is where those come from that are shown at `tls_port` (None for no TLS); see `EnvoyProcess`."""
+        `one_family`. `certificates` is where those come from that are shown at `tls_port` (None for no TLS); see `EnvoyProcess`.
+        `callers` certifies it for instances that ask who calls."""
         self.http_port = port or free_port(address)
         self.ready = asyncio.Event()
         """Set once Envoy runs and has the routes of the control plane."""
@@ -107,9 +110,11 @@ class Ingress:
         self._clock = clock or SystemClock()
         self.table = RoutingTable(Nearness(site))
         self.table.address = address
+        self.table.udp_room.clients_max = udp_clients_max()
         self._refusals = Refused(self.table)
         self.certificates = CertificateTable(self.table.project_of)
         self._certificates = certificates
+        self._shown = Shown(callers, ingress=name, clock=self._clock, changed=self._show) if callers is not None else None
         shown = {**self.table.resources, Kind.SECRET: self.certificates}
         self.ads = AdsServer(
             shown,
@@ -187,6 +192,8 @@ class Ingress:
             tasks.create_task(self._become_ready(), name="ingress-ready")
             if self._certificates is not None:
                 tasks.create_task(self._follow_certificates(self._certificates), name="ingress-certificates")
+            if self._shown is not None:
+                tasks.create_task(self._shown.run(), name="ingress-shown")
             tasks.create_task(self._drainer.run(), name="ingress-drain")
             tasks.create_task(self._meter.run(), name="ingress-meter")
             tasks.create_task(self._demand.run(self.activator), name="ingress-demand")
@@ -227,6 +234,12 @@ class Ingress:
             await asyncio.sleep(retry_s)
             retry_s = min(retry_s * 2, RETRY_MAX_S)
 
+    def _show(self, shown: Resource) -> None:
+        self.certificates.shown = shown
+        # Before all certificates are known nothing is said of any; this one is among them then.
+        if self.certificates.whole:
+            self.ads.publish_secrets({(shown.kind, shown.name)})
+
     async def _register(self) -> None:
         await self._control_plane.register_ingress(
             records.Ingress(
@@ -244,6 +257,8 @@ class Ingress:
         for problem in self.table.apply(batch):
             self._heart.tell_soon()
             log.warning("ingress.routing-refused", app=problem.app, message=problem.message)
+        if self._shown is not None:
+            self._shown.follow(batch)
         self.activator.changed()
         changed = self.table.take_changes()
         # Whose a hostname is decides which certificate is shown for it.
@@ -274,7 +289,8 @@ class Ingress:
 
     def _problems(self) -> dict[str, str]:
         own = {INGRESS_PROBLEM: self.envoy.without} if self.envoy.without else {}
-        return {**own, **self._refusals.problems(PROBLEMS_MAX - len(own))}
+        own |= dict(list(self._shown.problems().items())[: PROBLEMS_MAX // 2]) if self._shown is not None else {}
+        return {**self._refusals.problems(PROBLEMS_MAX - len(own)), **own}
 
     def _refused(self, resource: Resource, words: str) -> None:
         self._refusals.note(resource, words[:WORDS_MAX])

@@ -14,6 +14,7 @@ from atoll.ingress.http3 import HTTP3, Http3
 from atoll.ingress.legs import Places, canary_of, legs_of, limits_of, targets_of
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
 from atoll.ingress.sleepers import serving, socket_of
+from atoll.ingress.udp_room import UdpRoom
 from atoll.model.certificates import wildcard_of, wildcards_over
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Routing
@@ -62,6 +63,9 @@ class RoutingTable:
         """Where the ingress listens. Set before the first batch."""
         self.also = ""
         """Where it listens beside that; empty for nowhere. Set before the first batch."""
+        self.udp_room = UdpRoom(clusters.UDP_CLIENTS_MAX)
+        self._udp_clients: dict[str, int] = {}
+        """Cluster of a UDP port → how many clients Envoy lets it have."""
         self.https_port = 0
         """Where Envoy speaks TLS; 0 for nowhere. Set before the first batch."""
         self.serves: Callable[[str], bool] = lambda host: True
@@ -101,7 +105,9 @@ class RoutingTable:
             names |= self._put(key, routing)
         for host in names:
             self._write_host(host)
-        for key in self._claimants(names) | put.keys():
+        for host in (settled := self.udp_room.settle()):
+            self._write_udp(host)
+        for key in self._claimants(names | settled) | put.keys():
             problems = self._problems_of(key)
             if problems:
                 self._problems[key] = problems
@@ -214,12 +220,21 @@ class RoutingTable:
             self._spread[key] = sites
         scale = routing.spec.scale
         (self._counted.add if scale is not UNSET and scale.counts_requests else self._counted.discard)(key)
+        counted = set()
         for target in targets:
             # Envoy counts requests of a cluster that changes anew, and a drain waits for what is counted.
             if not draining or target.cluster not in self.resources[Kind.CLUSTER]:
                 self._write(clusters.cluster(target, routing.spec.ingress, sites=len(sites) > 1))
+                if target.raw == "udp" and self._count_clients(target, routing):
+                    counted |= {place.host for place, legs in places.items() if any(leg.target == target for leg in legs)}
             self._write(self._endpoints(target, routing))
-        return self._claim(key, before, places) if old is None or before != places else set()
+        return counted | (self._claim(key, before, places) if old is None or before != places else set())
+
+    def _count_clients(self, target: Target, routing: Routing) -> bool:
+        """Take down how many clients a UDP port may have; return whether that is news."""
+        before, now = self._udp_clients.get(target.cluster), clusters.udp_clients(routing.spec.ingress)
+        self._udp_clients[target.cluster] = now
+        return before != now
 
     def move(self, near: Nearness) -> None:
         """Take over how far the sites are from here."""
@@ -309,7 +324,7 @@ class RoutingTable:
                 why = f"{place.host} is where this ingress speaks HTTP/3"
             if why is None:
                 owner = next(iter(self._claims[place]))
-                why = None if owner == key else f"{place.host}{place.path} belongs to {owner}"
+                why = self.udp_room.why_not(place.host) if owner == key else f"{place.host}{place.path} belongs to {owner}"
             if why is not None:
                 problems.append(Problem(key, why))
         return tuple(problems)
@@ -345,7 +360,10 @@ class RoutingTable:
         self._strict.pop(host, None)
         if (public := resources.public_of(host)) is not None:
             # The API refuses such a port, but knows only ingresses that were there before.
-            self._write_listener(host, public, [] if self._speaks(host) else routes)
+            if public[0] == "udp":
+                self._ask_for_udp(host, [] if self._speaks(host) else routes)
+            else:
+                self._write_listener(host, public, routes)
             return
         served = shown = True
         rules = [leg.rules for _, legs in routes for leg in legs if leg.rules is not None]
@@ -372,6 +390,19 @@ class RoutingTable:
     def _tls_of(self, host: str) -> tuple[bool, bool]:
         return self.serves(host), self.shows(host)
 
+    def _ask_for_udp(self, host: str, routes: list[tuple[str, tuple[Leg, ...]]]) -> None:
+        if routes:
+            cluster = routes[0][1][0].target.cluster
+            self.udp_room.ask(host, cluster, self._udp_clients.get(cluster, clusters.UDP_SESSIONS_MAX))
+        else:
+            self.udp_room.leave(host)
+
+    def _write_udp(self, host: str) -> None:
+        public = resources.public_of(host)
+        if public is not None:
+            paths = self._paths.get(host, ()) if self.udp_room.is_open(host) else ()
+            self._write_listener(host, public, [(path, next(iter(self._claims[HostPath(host, path)].values()))) for path in paths])
+
     def _write_listener(self, name: str, public: tuple[str, int], routes: list[tuple[str, tuple[Leg, ...]]]) -> None:
         if routes:
             (leg,) = routes[0][1]
@@ -386,6 +417,7 @@ class RoutingTable:
             for kind in (Kind.CLUSTER, Kind.ENDPOINTS):
                 for name in self._clusters.get(key, set()) - wanted:
                     self._erase(kind, name)
+                    self._udp_clients.pop(name, None)
             if wanted:
                 self._clusters[key] = wanted
             else:
