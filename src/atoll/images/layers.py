@@ -8,7 +8,7 @@ import functools
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -45,8 +45,9 @@ class ReadyLayer(Struct, frozen=True):
 class Layers:
     """Fetches and unpacks layers to `disk`, and knows which lie there."""
 
-    def __init__(self, disk: Disk, *, unpacked_bytes_max: int) -> None:
+    def __init__(self, disk: Disk, *, unpacked_bytes_max: int, unpacker: Callable[..., Unpacked] = unpack) -> None:
         self._disk = disk
+        self._unpacker = unpacker
         self._unpacked_bytes_max = unpacked_bytes_max
         self._bytes: dict[str, int] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -141,7 +142,9 @@ class Layers:
         on_bytes = meter.from_thread(descriptor.digest)
         try:
             found: Unpacked = await in_thread(
-                lambda: unpack(blob, made, diff_id=diff_id, bytes_max=self._unpacked_bytes_max, on_bytes=on_bytes, stop=stop),
+                lambda: self._unpacker(
+                    blob, made, diff_id=diff_id, bytes_max=self._unpacked_bytes_max, on_bytes=on_bytes, stop=stop
+                ),
                 stop=stop,
             )
         except BaseException as error:
