@@ -10,7 +10,8 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest
 
 from atoll.ingress.bootstrap import Listener, http3
 from atoll.ingress.certificates import CertificateTable
-from atoll.ingress.delta import SECRETS_MAX, DeltaSession, Verdicts
+from atoll.ingress.delta import DeltaSession, Verdicts
+from atoll.ingress.held_secrets import SECRETS_MAX
 from atoll.ingress.http3 import HOSTS_MAX, HTTP3
 from atoll.ingress.resources import BUFFER_BYTES, HTTP3_SECRET, STREAMS_MAX, WINDOW_BYTES, Kind
 from atoll.ingress.table import RoutingTable

@@ -6,9 +6,9 @@ from envoy.config.route.v3.route_components_pb2 import VirtualHost
 from envoy.extensions.transport_sockets.tls.v3.secret_pb2 import Secret
 from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 
-from atoll.ingress import delta
 from atoll.ingress.certificates import CertificateTable
 from atoll.ingress.delta import DeltaSession, Verdicts
+from atoll.ingress.held_secrets import SECRETS_MAX
 from atoll.ingress.resources import Kind
 from atoll.ingress.table import RoutingTable
 from atoll.model.certificates import CHALLENGE_PATH, CertificateBatch, ChallengeAnswer, Material
@@ -155,14 +155,14 @@ def test_one_that_was_refused_at_once_is_answered_with_none_so_that_nobody_waits
 
 def test_strangers_who_make_up_names_cannot_fill_envoys_memory() -> None:
     stream = Stream(material("*.w.test"))
-    count = delta.SECRETS_MAX + 100
+    count = SECRETS_MAX + 100
     for number in range(count):
         stream.ask(f"n{number}.w.test")
         if number % 1_000 == 999:
             stream.answer()
     _, none = stream.answer()
     assert len(none) <= 100
-    held = delta.SECRETS_MAX
+    held = SECRETS_MAX
     stream.put(material("*.w.test", chain="newer"))
     chains, _ = stream.answer()
     assert len(chains) == held
@@ -174,7 +174,7 @@ def test_strangers_who_make_up_names_cannot_fill_envoys_memory() -> None:
 
 def test_a_stranger_who_names_what_http3_asks_for_is_told_that_there_is_nothing_and_not_remembered() -> None:
     stream = Stream(material("*.w.test"))
-    names = [f"HTTP3/n{number}.w.test" for number in range(delta.SECRETS_MAX + 100)]
+    names = [f"HTTP3/n{number}.w.test" for number in range(SECRETS_MAX + 100)]
     stream.ask(*names)
     assert stream.answer() == ({}, set(names))
     stream.put(material("*.w.test", chain="newer"), material("n7.w.test"))

@@ -71,6 +71,7 @@ _BESIDE: dict[tuple[Any, ...], dict[str, Any]] = {
     ((), "pool"): {"sandbox": True},
     (("gpu",), "sharing"): {"count": 0.5},
     (("instance_tls",), "name"): {"ca": Maker().pem},
+    (("instance_tls",), "mutual"): {"ca": Maker().pem},
     (("canary",), "value"): {"cookie": "canary"},
     (("gpu",), "topology"): {"count": 2},
     (("scale",), "idle"): {"replicas": 0},

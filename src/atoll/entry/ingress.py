@@ -26,6 +26,7 @@ async def main(config: Config, stop: Stop) -> None:
         port=port,
         domain=config.domain,
         certificates=control,
+        callers=control,
         tls_port=config.tls_port,
         tls_needed=bool(config.ingress_tls_port),
         tracing=tracing_of(config.otlp, config.trace_percent),

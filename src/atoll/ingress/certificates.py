@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from envoy.extensions.transport_sockets.tls.v3 import secret_pb2
 
-from atoll.ingress.resources import Kind, Name, Resource, said
+from atoll.ingress.resources import SHOWN, Kind, Name, Resource, resource, said
 from atoll.model.certificates import CertificateBatch, Material, wildcard_of, wildcards_over
 
 
@@ -21,6 +20,8 @@ class CertificateTable(Mapping[str, Resource]):
 
     def __init__(self, project_of: Callable[[str], str | None]) -> None:
         self._project_of = project_of
+        self.shown: Resource | None = None
+        """What instances are shown, which is no hostname's."""
         self._materials: dict[str, Material] = {}
         self.challenges: dict[str, dict[str, str]] = {}
         """Host → token → what is answered under it."""
@@ -30,10 +31,14 @@ class CertificateTable(Mapping[str, Resource]):
         """Wildcard → how many certificates are there for names below it, at any depth."""
 
     def __getitem__(self, name: str) -> Resource:
+        if name == SHOWN:
+            if self.shown is None:
+                raise KeyError(name)
+            return self.shown
         found = self.material(name)
         if found is None:
             raise KeyError(name)
-        return _secret(name, found)
+        return secret(name, found.chain, found.key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._materials)
@@ -85,9 +90,9 @@ class CertificateTable(Mapping[str, Resource]):
         return {host for host in {*before, *wanted} if before.get(host) != wanted.get(host)}
 
 
-def _secret(name: str, material: Material) -> Resource:
+def secret(name: str, chain: str, key: str) -> Resource:
+    """Return a certificate with its key (PEM) as Envoy takes it."""
     message = secret_pb2.Secret(name=name)
-    message.tls_certificate.certificate_chain.inline_string = material.chain
-    message.tls_certificate.private_key.inline_string = material.key
-    body = message.SerializeToString(deterministic=True)
-    return Resource(Kind.SECRET, name, hashlib.blake2b(body, digest_size=9).hexdigest(), body)
+    message.tls_certificate.certificate_chain.inline_string = chain
+    message.tls_certificate.private_key.inline_string = key
+    return resource(Kind.SECRET, name, message)

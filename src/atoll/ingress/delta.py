@@ -12,14 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from envoy.service.discovery.v3 import discovery_pb2
 
+from atoll.ingress.held_secrets import HeldSecrets
 from atoll.ingress.hostnames import Asked, Hostnames, order
-from atoll.ingress.resources import HTTP3_SECRET, ROUTE_CONFIG, Kind, Name, Resource, said
-from atoll.model.certificates import covers
+from atoll.ingress.resources import ROUTE_CONFIG, SHOWN, Kind, Name, Resource
 
 RESPONSE_RESOURCES_MAX = 2_000
-SECRETS_MAX = 16_384
-"""Certificates that Envoy keeps in memory, some 20 KiB each. Of a wildcard it has one for each name that a client makes up, so that
-without a bound strangers could fill it; one that was let go of is asked for again when it is needed, which takes 3 ms."""
 HOLD_S = 1.0
 """The longest that a hostname waits for the endpoints it leads to. Envoy asks for them within a millisecond or two."""
 MISSED = f"{ROUTE_CONFIG}/missed.invalid"
@@ -99,21 +96,13 @@ class DeltaSession:
         """Whether Envoy was told of all hostnames."""
         self._asked = Asked(self._hostnames)
         self._withheld = withheld
-        self._http3_hosts = http3_hosts
         self._verdicts = verdicts
         self._channels: dict[Kind, _Channel] = {}
         self._nonce = 0
         self._awaited: set[str] = set()
         """Clusters that are new to Envoy and whose endpoints it does not have yet."""
         self._held_until: float | None = None
-        self._kept: dict[str, None] = {}
-        """Secrets that Envoy holds, in the order in which it asked for them. It never says when it has no use for one any more."""
-        self._odd: set[str] = set()
-        """Of them, and of what the listener asked for, those that are not written as a hostname is: in capitals."""
-        self._listened: set[str] = set()
-        """Secrets that the HTTP/3 listener asked for: as many as it has hostnames, and Envoy says when it has no use for one."""
-        self._withdrawn: set[str] = set()
-        """Secrets that it is about to be told to let go of."""
+        self._secrets = HeldSecrets(http3_hosts)
 
     @property
     def held_until(self) -> float | None:
@@ -135,8 +124,7 @@ class DeltaSession:
             if (channel := self._channels.get(kind)) is not None:
                 channel.dirty.add(name)
                 if kind is Kind.SECRET:
-                    several = {*self._kept, *self._odd} if name.startswith("*.") else self._odd
-                    channel.dirty.update(kept for kept in several if covers(name, said(kept)))
+                    channel.dirty.update(self._secrets.touched(name))
 
     def receive(self, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
         """Take over what Envoy asks for, and its answer to the last response. A kind that is not ours is ignored."""
@@ -159,13 +147,12 @@ class DeltaSession:
             channel.subscribed.add(name)
             channel.dirty.add(name)
             channel.sent.pop(name, None)
-            if kind is Kind.SECRET:
-                self._keep(channel, name)
+            if kind is Kind.SECRET and self._secrets.ask(name):
+                channel.unanswered.add(name)
         for name in request.resource_names_unsubscribe:
             channel.subscribed.discard(name)
             if kind is Kind.SECRET:
-                self._listened.discard(name)
-                self._let_go(name)
+                self._secrets.leave(name)
             if not channel.wildcard:
                 channel.sent.pop(name, None)
                 channel.applied.pop(name, None)
@@ -229,14 +216,19 @@ class DeltaSession:
         suspects: dict[str, Resource | None] = {}
         again = self._asked.names if kind is Kind.HOST else {}
         if kind is Kind.SECRET:
-            self._bound_secrets(channel)
+            channel.dirty.update(self._secrets.bound(channel.dirty))
         for name in sorted(channel.dirty, key=order if kind is Kind.HOST else None):
             if not channel.wildcard and name not in channel.subscribed:
                 channel.dirty.discard(name)
                 continue
-            made_up = kind is Kind.SECRET and name.startswith(HTTP3_SECRET) and name not in self._listened
-            kept_back = made_up or name in self._withdrawn or (kind is Kind.HOST and not self._hostnames.shows(name))
+            if kind is Kind.SECRET:
+                kept_back = self._secrets.withholds(name)
+            else:
+                kept_back = kind is Kind.HOST and not self._hostnames.shows(name)
             wanted = None if kept_back else self._verdicts.choose((kind, name), self._resources[kind].get(name))
+            if name == SHOWN and wanted is None:
+                channel.dirty.discard(name)  # there will be one: what Envoy has of an earlier process is good until then
+                continue
             absent = wanted is None and name not in channel.sent and name not in channel.unanswered
             if absent or (wanted and channel.sent.get(name) == wanted.version and name not in again):
                 channel.dirty.discard(name)
@@ -265,11 +257,9 @@ class DeltaSession:
             channel.unanswered.discard(name)
             if resource is None:
                 channel.sent.pop(name, None)
-                if kind is Kind.SECRET and name not in self._listened:
+                if kind is Kind.SECRET and self._secrets.withdraw(name):
                     # Envoy asks again when the next client says this name.
                     channel.subscribed.discard(name)
-                    self._withdrawn.discard(name)
-                    self._let_go(name)
                 message.removed_resources.append(name)
                 continue
             if kind is Kind.CLUSTER:
@@ -286,36 +276,6 @@ class DeltaSession:
                 message.resources.add(name=MISSED, version=channel.nonce, aliases=missed)
             self._asked.told(alias for part in message.resources for alias in part.aliases)
         return message
-
-    def _keep(self, channel: _Channel, name: str) -> None:
-        """Note that Envoy asks for this secret, and keeps it from now on."""
-        channel.unanswered.add(name)
-        self._withdrawn.discard(name)
-        self._let_go(name)
-        if name != name.lower():
-            self._odd.add(name)
-        if name not in self._listened:
-            self._kept[name] = None
-
-    def _bound_secrets(self, channel: _Channel) -> None:
-        """Set apart what the HTTP/3 listener asked for; of too many others Envoy lets go of those that it has had longest.
-
-        A client may say such a name, too: only of a hostname that the listener has is it taken for the listener's. This waits
-        until something is about to be said of secrets, as it is known then what the listener has, after a restart as well.
-        """
-        for name in channel.dirty:
-            if name in self._kept and name.startswith(HTTP3_SECRET) and name.removeprefix(HTTP3_SECRET) in self._http3_hosts:
-                del self._kept[name]
-                self._listened.add(name)
-        while len(self._kept) > SECRETS_MAX:
-            oldest = next(iter(self._kept))
-            self._let_go(oldest)
-            self._withdrawn.add(oldest)
-            channel.dirty.add(oldest)
-
-    def _let_go(self, name: str) -> None:
-        self._kept.pop(name, None)
-        self._odd.discard(name)
 
     def _expect_endpoints(self, cluster: str) -> None:
         endpoints = self._channels.get(Kind.ENDPOINTS)

@@ -39,6 +39,9 @@ PATH_BYTES_MAX = 1024
 HOSTNAME = re.compile(r"(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*")
 HTTP3_SECRET = "HTTP3/"  # noqa: S105 (a name)
 """Before a hostname: the secret that HTTP/3 shows for it. Under one name Envoy would tell the second who asks for it nothing."""
+SHOWN = "to-instances/" + "-" * 256
+"""The secret that the ingress shows to instances. No client can say a name of over 255 bytes (BoringSSL ends such a handshake), and
+so none can have it shown to itself."""
 PUBLIC = re.compile(r"(tcp|udp):([1-9][0-9]{0,4})")
 """A place that is a port of the ingress and no hostname."""
 PATH = re.compile(r"/[A-Za-z0-9\-._~!$&'()*+,;=:@/%]*")

@@ -12,6 +12,7 @@ from typing import Any
 from envoy.config.core.v3 import base_pb2
 from envoy.extensions.transport_sockets.tls.v3 import common_pb2, tls_pb2
 
+from atoll.ingress.resources import SHOWN, from_us
 from atoll.model.spec import InstanceTls
 
 ALPN = ("h2", "http/1.1")
@@ -49,18 +50,27 @@ def listener(places: dict[str, Any], manager: dict[str, Any], *, buffer_bytes: i
     }
 
 
-def to_instances(wanted: InstanceTls, *, http2: bool) -> base_pb2.TransportSocket:
-    """Return how instances are spoken to that speak TLS: whoever is not the one that the app names gets no request."""
-    context = tls_pb2.UpstreamTlsContext(sni=wanted.name or "")
+def to_instances(wanted: InstanceTls, *, http2: bool, internal: str) -> base_pb2.TransportSocket:
+    """Return how instances are spoken to that speak TLS: whoever is not the one that the app names gets no request.
+
+    `internal` is the app's name within its project. With `mutual`, what is shown to instances is asked for as `SHOWN`, so that a
+    newer one touches neither the cluster nor connections that are open; without one none is made.
+    """
+    name = wanted.name or (internal if wanted.mutual and wanted.ca else None)
+    context = tls_pb2.UpstreamTlsContext(sni=name or "")
     common = context.common_tls_context
     common.tls_params.tls_minimum_protocol_version = common_pb2.TlsParameters.TLSv1_2
     common.alpn_protocols.append("h2" if http2 else "http/1.1")
     if wanted.ca:
         common.validation_context.trusted_ca.inline_string = wanted.ca
-    if wanted.name is not None:
+    if wanted.mutual:
+        common.tls_certificate_sds_secret_configs.add(name=SHOWN, sds_config=from_us())
+        # A session that is resumed would go past what is shown now.
+        context.max_session_keys.value = 0
+    if name is not None:
         match = common.validation_context.match_typed_subject_alt_names.add()
         match.san_type = common_pb2.SubjectAltNameMatcher.DNS
-        match.matcher.exact = wanted.name
+        match.matcher.exact = name
     common.validation_context.verify_certificate_spki.extend(wanted.pins)
     socket = base_pb2.TransportSocket(name="envoy.transport_sockets.tls")
     socket.typed_config.Pack(context)

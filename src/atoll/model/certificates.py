@@ -9,6 +9,7 @@ from typing import Annotated, Protocol
 from msgspec import Meta, Struct
 
 from atoll.model.errors import Invalid
+from atoll.model.membership import CSR_CHARS_MAX
 from atoll.model.records.certificate import CertificatePhase, CertificateSource
 
 CHAIN_CHARS_MAX = 65_536
@@ -123,6 +124,29 @@ class CertificateBatch(Struct, frozen=True):
     """Hosts whose record or key cannot be read now: what is known of them holds."""
     challenges: tuple[ChallengeAnswer, ...] | None = None
     """All that are to be answered; None where nothing new is said of them."""
+
+
+class CallerRequest(Struct, frozen=True, kw_only=True):
+    """An ingress asks for what it shows to instances that ask who calls."""
+
+    csr: Annotated[str, Meta(max_length=CSR_CHARS_MAX)]
+    """PKCS #10 in PEM, of a key that stays with the ingress; nothing but the key is taken from it."""
+
+
+class CallerCertificate(Struct, frozen=True, kw_only=True):
+    """Good for nothing but to be shown to instances: no server of the cell takes it, and no client."""
+
+    certificate: str
+    life_s: float
+    """From its making, so that the clocks need not agree."""
+
+
+class Callers(Protocol):
+    """Who certifies an ingress for the instances that it calls."""
+
+    async def certify_caller(self, ingress: str, request: CallerRequest) -> CallerCertificate:
+        """Raises Unavailable (safe to repeat), Revoked, NotFound where the server is older than this."""
+        ...
 
 
 class CertificateFeed(Protocol):

@@ -191,8 +191,8 @@ def certificate_status(host: str) -> str:
     return f"{CERTIFICATE_STATUSES}{host}"
 
 
-def certificate_root() -> str:
-    return f"{CERTIFICATE_ROOTS}cell"
+def certificate_root(of: str = "cell") -> str:
+    return f"{CERTIFICATE_ROOTS}{of}"
 
 
 def acme_settings() -> str:

@@ -27,6 +27,8 @@ API_HEADER = "atoll-api"
 
 SERVER_NAME = "server.atoll.internal"
 """The DNS name that every server's certificate has, so that clients can tell servers of the cell at any address."""
+CALLER = "caller"
+"""The kind in the name of who calls an instance, an ingress: no `MemberKind`, so that it opens nothing else."""
 JOIN_PREFIX = "atolljoin_"
 _ID_BYTES = 6
 _SECRET_BYTES = 24

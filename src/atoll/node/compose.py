@@ -12,7 +12,7 @@ from atoll.model.ports.images import Image
 from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Box, Limits, Mount, WorkerCode
 from atoll.model.records import Assignment, OwnerKind
-from atoll.model.spec import AppSpec, JobSpec, Port, Workload
+from atoll.model.spec import CALLER_CA, AppSpec, JobSpec, Port, Workload
 from atoll.model.worker import ALIVE
 
 PATH_DEFAULT = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -20,6 +20,11 @@ PATH_DEFAULT = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 def ports_of(workload: Workload) -> tuple[Port, ...]:
     return workload.ports if isinstance(workload, AppSpec) else ()
+
+
+def knows_callers(workload: Workload) -> bool:
+    """Whether its instances are handed the authority that ingresses show themselves by."""
+    return isinstance(workload, AppSpec) and workload.ingress is not None and workload.ingress.mutual
 
 
 def argv_of(workload: Workload, image: Image) -> tuple[str, ...]:
@@ -50,6 +55,8 @@ def env_of(assignment: Assignment, image: Image, secrets: Mapping[str, str], nod
     ports = ports_of(workload)
     if ports:
         env["PORT"] = str(ports[0].port)
+    if knows_callers(workload):
+        env["ATOLL_INGRESS_CA"] = CALLER_CA
     env |= workload.env
     env |= secrets
     return tuple(env.items())

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from atoll.model.errors import Exhausted
+from atoll.model.errors import Exhausted, Unavailable
 from atoll.model.ports.runtime import Mount
 from atoll.model.records import Assignment, OwnerKind
+from atoll.model.spec import CALLER_CA, CALLER_CA_DIRECTORY
+from atoll.node.compose import knows_callers
 
 JOBS = "@jobs"
 VOLUME_MODE = 0o777
@@ -71,6 +73,26 @@ class Directories:
                 raise Exhausted(f"cannot make volume {volume.name}: {error.strerror}", mend="free some disk space") from None
             mounts.append(Mount(source, volume.path, bool(volume.read_only)))
         return mounts
+
+    def make_trust(self, assignment: Assignment) -> list[Mount]:
+        """Make the file by which an app's instances know the ingresses that call them; nothing where the app asks for none.
+
+        Raises Unavailable: the control plane has not told of the authority. Exhausted on a full disk.
+        """
+        if not knows_callers(assignment.workload):
+            return []
+        if not assignment.caller_ca:
+            mend = "a server of the agent's version tells of it"
+            raise Unavailable("the authority that ingresses show themselves by has not been told of yet", mend=mend)
+        directory = self.instances / assignment.instance.id / "callers"
+        file = directory / CALLER_CA.rpartition("/")[2]
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+            file.write_text(assignment.caller_ca)
+            file.chmod(0o644)
+        except OSError as error:
+            raise Exhausted(f"cannot write {file.name}: {error.strerror}", mend="free some disk space") from None
+        return [Mount(directory, CALLER_CA_DIRECTORY, read_only=True)]
 
     def remove_instance(self, id: str) -> None:
         """Remove what is left of an instance's directory. The runtime must have let go of it before."""

@@ -105,7 +105,10 @@ class Preparation:
             image=image,
             link=link,
             secrets=secrets,
-            mounts=self._tools.directories.make_volumes(self._assignment, self._shown),
+            mounts=[
+                *self._tools.directories.make_volumes(self._assignment, self._shown),
+                *self._tools.directories.make_trust(self._assignment),
+            ],
             devices=devices,
             stdout=stdout,
             stderr=stderr,

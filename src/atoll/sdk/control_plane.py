@@ -13,7 +13,7 @@ import msgspec
 
 from atoll.model import codec
 from atoll.model.beats import BeatGrant
-from atoll.model.certificates import CertificateBatch
+from atoll.model.certificates import CallerCertificate, CallerRequest, CertificateBatch
 from atoll.model.errors import AtollError, DeadlineExceeded, Invalid, OutcomeUnknown, Unavailable
 from atoll.model.fabric import FabricBatch, FabricGrant, FabricOffer, FabricPaths
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
@@ -108,6 +108,10 @@ class HttpControlPlane:
     def certificates(self, ingress: str) -> AsyncIterator[CertificateBatch]:
         """See `model.certificates.CertificateFeed`."""
         return self._batches(path("ingresses", ingress, "certificates"), CertificateBatch)
+
+    async def certify_caller(self, ingress: str, request: CallerRequest) -> CallerCertificate:
+        """See `model.certificates.Callers`."""
+        return codec.decode(await self._call("POST", path("ingresses", ingress, "caller"), request), CallerCertificate)
 
     async def ingress_heartbeat(self, heartbeat: IngressHeartbeat) -> Peers:
         """Tell every server: each may be asked to forget an ingress that is silent. Raises as `heartbeat`."""

@@ -14,6 +14,8 @@ from atoll.model import codec
 from atoll.model.certificates import (
     AcmeRequest,
     AcmeView,
+    CallerCertificate,
+    CallerRequest,
     CertificateBatch,
     CertificateRequest,
     CertificateView,
@@ -69,6 +71,10 @@ async def watch_certificates(call: Call) -> Lines:
     return Lines(_encoded(call.service.certificate_feeds.certificates(call.path["ingress"], KEEPALIVE_S)))
 
 
+async def certify_caller(call: Call) -> CallerCertificate:
+    return await call.service.callers.certify(call.path["ingress"], call.body(CallerRequest))
+
+
 async def _encoded(batches: AsyncIterator[CertificateBatch]) -> AsyncIterator[bytes]:
     async for batch in batches:
         yield codec.encode(batch) + b"\n"
@@ -107,5 +113,14 @@ ROUTES: tuple[Route, ...] = (
         "All certificates with their keys, as they change",
         CertificateBatch,
         lines=True,
+    ),
+    Route(
+        method="POST",
+        path="/v1/ingresses/{ingress}/caller",
+        need=Need.INGRESS,
+        run=certify_caller,
+        summary="A certificate that the ingress shows to instances",
+        answer=CallerCertificate,
+        body=CallerRequest,
     ),
 )

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from atoll.api.service import claims
 from atoll.api.service.access import SYSTEM, Caller, check_name
 from atoll.api.service.app_views import AppViews
+from atoll.api.service.callers import ensure_for
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.dependencies import check_dependencies, dependents_of
 from atoll.api.service.events import told_by
@@ -67,6 +68,7 @@ class Apps:
         is being deleted), StaleRevision.
         """
         self.check(spec)
+        await ensure_for(self._context, (spec,))
         return await self._context.write(AppView, lambda: self.draft(caller, spec, if_match), request)
 
     def check(self, spec: AppSpec) -> None:

@@ -27,8 +27,28 @@ from atoll.store.cache import Held
 OWN_LIFE_S = 90 * 86_400.0
 """Of a certificate that the cell signs itself; browsers take none that lives longer than 398 days."""
 ONLY = "cell"
-"""The one record of each kind."""
+"""The one record of the settings, and the root for hostnames."""
 MIN_EAB_BYTES = 16
+
+
+async def ensure_root(context: Context, of: str, name: str) -> CertificateRoot:
+    """Return one of the cell's roots, which is made here under `name` when it is first needed. Safe to repeat."""
+    key = keys.certificate_root(of)
+    made: list[CertificateRoot] = []
+
+    def build() -> Draft[CertificateRoot]:
+        held = context.state.get(CertificateRoot, of)
+        if held is not None:
+            found = held.record
+            return Draft(answer=lambda _: found)
+        if not made:
+            now = context.clock.now()
+            certificate, private = signing.new_authority(name, CELL, now)
+            made.append(CertificateRoot(certificate=certificate, sealed=context.sealer.seal(private, key), created_at=now))
+        root = made[0]
+        return Draft(compare=[absent(key)], ops=[Put(key, codec.encode(root))], answer=lambda _: root)
+
+    return await context.write(CertificateRoot, build)
 
 
 class CertificateRoots:
@@ -40,20 +60,7 @@ class CertificateRoots:
 
     async def ensure(self) -> CertificateRoot:
         """Return the cell's root for hostnames, which is made here when it is first needed. Safe to repeat."""
-        key = keys.certificate_root()
-        made: list[CertificateRoot] = []
-
-        def build() -> Draft[CertificateRoot]:
-            held = self._state.get(CertificateRoot, ONLY)
-            if held is not None:
-                found = held.record
-                return Draft(answer=lambda _: found)
-            if not made:
-                made.append(self._new())
-            root = made[0]
-            return Draft(compare=[absent(key)], ops=[Put(key, codec.encode(root))], answer=lambda _: root)
-
-        return await self._context.write(CertificateRoot, build)
+        return await ensure_root(self._context, ONLY, "hostnames")
 
     async def root(self) -> RootView:
         root = await self.ensure()
@@ -134,12 +141,6 @@ class CertificateRoots:
     def keys_of(self, settings: AcmeSettings) -> AcmeKeys:
         """Raises Corrupt."""
         return codec.decode(self._context.sealer.open(settings.sealed, keys.acme_settings()), AcmeKeys)
-
-    def _new(self) -> CertificateRoot:
-        now = self._context.clock.now()
-        certificate, key = signing.new_authority("hostnames", CELL, now)
-        sealed = self._context.sealer.seal(key, keys.certificate_root())
-        return CertificateRoot(certificate=certificate, sealed=sealed, created_at=now)
 
 
 def _check(wish: AcmeRequest) -> None:

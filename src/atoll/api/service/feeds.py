@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 
 import structlog
 
+from atoll.api.service.callers import CALLERS, caller_ca
 from atoll.api.service.context import Context
 from atoll.api.service.following import Following
 from atoll.api.service.routing import routing_of
@@ -32,6 +33,8 @@ from atoll.model.records import (
     Routing,
     Status,
 )
+from atoll.model.records.certificate import CertificateRoot
+from atoll.model.spec import AppSpec
 from atoll.model.states import Desired, Phase
 from atoll.store.cache import Delta, Deltas, Held
 from atoll.store.index import by_project
@@ -229,7 +232,9 @@ class Feeds:
                 release=held.record.release,
             )
             return None
-        return Assignment(instance=held.record, workload=spec, revision=held.revision)
+        mutual = isinstance(spec, AppSpec) and spec.ingress is not None and spec.ingress.mutual
+        ca = caller_ca(self._state) if mutual else ""
+        return Assignment(instance=held.record, workload=spec, revision=held.revision, caller_ca=ca)
 
     def _kept(self, held: Held[Instance]) -> Desired:
         """A node that forgot an end (it lost power or its disk was full, and so its newest records) is not to run it again."""
@@ -273,6 +278,9 @@ class Feeds:
                 held = self._state.get(Instance, delta.key)
                 if held is not None and held.record.owner_kind is OwnerKind.APP:
                     apps.add(f"{held.record.project}/{held.record.owner}")
+            elif delta.kind is CertificateRoot and delta.key == CALLERS:
+                for listener in (one for group in self._agents.values() for one in group):
+                    listener.mark_everything()
             elif delta.kind is Prefetch:
                 for listener in self._agents.get(delta.key, ()):
                     listener.mark_prefetch()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from atoll.api.service.access import Caller
 from atoll.api.service.apps import Apps
+from atoll.api.service.callers import ensure_for
 from atoll.api.service.context import Context, Draft, RequestKey
 from atoll.model.errors import Conflict, Invalid
 from atoll.model.ports.store import Compare, Op, Revision
@@ -56,6 +57,7 @@ class Groups:
 
             return Draft(compare=_once(compare), ops=ops, answer=answer)
 
+        await ensure_for(self._context, specs)
         return await self._context.write(GroupView, build, request)
 
 

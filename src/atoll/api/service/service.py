@@ -14,6 +14,7 @@ from atoll.api.service.app_views import AppViews
 from atoll.api.service.apps import Apps
 from atoll.api.service.authorities import LIFE_S, Authorities
 from atoll.api.service.brakes import Brakes
+from atoll.api.service.callers import CallerAuthority
 from atoll.api.service.certificate_feed import CertificateFeeds
 from atoll.api.service.certificate_roots import CertificateRoots
 from atoll.api.service.certificates import Certificates
@@ -130,6 +131,7 @@ class Service:
         self.certificates = Certificates(self.context)
         self.certificate_roots = CertificateRoots(self.context)
         self.certificate_feeds = CertificateFeeds(self.context)
+        self.callers = CallerAuthority(self.context)
         self.watching = Watching(self.context)
         self.control_plane = LocalControlPlane(
             self.context, self.feeds, self.nodes, self.secrets, self.heartbeats, self.tunnels, self.ingresses

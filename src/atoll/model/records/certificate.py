@@ -104,9 +104,8 @@ class AcmeKeys(Record, frozen=True, kw_only=True):
 
 
 class CertificateRoot(Record, frozen=True, kw_only=True):
-    """What the cell signs hostnames with; apart from the authority of machines, so that who trusts one trusts not the other.
-
-    Writer: API.
+    """What the cell signs hostnames with, or what ingresses show to instances: each apart from the other and from the authority of
+    machines, so that who trusts one trusts not the others. Writer: API.
     """
 
     certificate: str

@@ -153,6 +153,8 @@ class Assignment(Record, frozen=True, kw_only=True):
     instance: Instance
     workload: AppSpec | JobSpec
     revision: int
+    caller_ca: str = ""
+    """PEM, of an app with `ingress.instance_tls.mutual`: who signs what ingresses show its instances."""
 
 
 def workload_of(assignment: Assignment) -> Workload:

@@ -28,6 +28,8 @@ from atoll.model.spec.ingress import Outliers as Outliers
 from atoll.model.spec.ingress import PublicPort as PublicPort
 from atoll.model.spec.ingress import Rate as Rate
 from atoll.model.spec.ingress import Sticky as Sticky
+from atoll.model.spec.instance_tls import CALLER_CA as CALLER_CA
+from atoll.model.spec.instance_tls import CALLER_CA_DIRECTORY as CALLER_CA_DIRECTORY
 from atoll.model.spec.instance_tls import InstanceTls as InstanceTls
 from atoll.model.spec.isolation import RUNTIMES_BY_ISOLATION as RUNTIMES_BY_ISOLATION
 from atoll.model.spec.isolation import SNAPSHOT_RUNTIMES as SNAPSHOT_RUNTIMES

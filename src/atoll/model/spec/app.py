@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated
 
 from msgspec import UNSET, Meta, UnsetType
@@ -12,6 +13,7 @@ from atoll.model.names import Name
 from atoll.model.spec.build import Build
 from atoll.model.spec.disruption import Disruption, check_disruption
 from atoll.model.spec.ingress import IngressRules, check_ingress
+from atoll.model.spec.instance_tls import CALLER_CA_DIRECTORY
 from atoll.model.spec.isolation import Isolation
 from atoll.model.spec.lifecycle import Restart, Stop
 from atoll.model.spec.placement import check_gang
@@ -93,6 +95,26 @@ def _complete_worker(spec: AppSpec, worker: Worker) -> None:
             force_setattr(spec, "rollout", Rollout(max_surge=0, max_unavailable=1))
 
 
+def _check_mutual(spec: AppSpec) -> None:
+    """Raise Invalid where instances could not ask the ingress for its certificate."""
+    field = "ingress.instance_tls.mutual"
+    if spec.worker is not None:
+        raise Invalid(f"{field}: a worker speaks no TLS", field=field, mend="leave instance_tls out")
+    named = [port for port in spec.ports if spec.health is not None and (spec.health.port is None or port.name == spec.health.port)]
+    if spec.health is not None and spec.health.kind is HealthKind.HTTP and named and named[0].protocol is PortProtocol.HTTP:
+        mend = "use kind = 'tcp' or 'exec', or a port of protocol 'tcp' without TLS for it"
+        raise Invalid(
+            f"health.kind: a check by http shows no certificate, and {field} asks for one", field="health.kind", mend=mend
+        )
+    own = PurePosixPath(CALLER_CA_DIRECTORY)
+    for index, volume in enumerate(spec.volumes):
+        path = PurePosixPath(volume.path)
+        if path == own or own in path.parents or path in own.parents:
+            where = f"volumes[{index}].path"
+            mend = "mount it elsewhere"
+            raise Invalid(f"{where}: {CALLER_CA_DIRECTORY} is where {field} puts its file", field=where, mend=mend)
+
+
 def check_app(spec: AppSpec) -> None:
     """Raise Invalid for an app spec that contradicts itself, naming the field."""
     check_workload(spec)
@@ -120,6 +142,8 @@ def check_app(spec: AppSpec) -> None:
                 field="ingress.certificate",
                 mend="add a port with protocol = 'http', or leave certificate out",
             )
+        if spec.ingress.mutual:
+            _check_mutual(spec)
     _check_public_ports(spec)
     for index, route in enumerate(spec.routes):
         check_route(f"routes[{index}]", route)

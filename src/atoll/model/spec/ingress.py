@@ -131,6 +131,11 @@ class IngressRules(SpecRecord, frozen=True, kw_only=True):
     ports: Annotated[tuple[PublicPort, ...], Meta(max_length=PUBLIC_PORTS_MAX)] = ()
     """Where the app's `tcp` and `udp` ports are reached from outside."""
 
+    @property
+    def mutual(self) -> bool:
+        """Whether ingresses show instances who they are."""
+        return self.instance_tls is not None and self.instance_tls.mutual
+
 
 def check_ingress(rules: IngressRules) -> None:
     """Raise Invalid for rules that Envoy could not take, or that contradict themselves."""

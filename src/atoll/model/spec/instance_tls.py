@@ -12,6 +12,9 @@ from atoll.model.errors import Invalid
 from atoll.model.names import SpecRecord
 
 PINS_MAX = 4
+CALLER_CA_DIRECTORY = "/etc/atoll/ingress"
+CALLER_CA = f"{CALLER_CA_DIRECTORY}/ca.pem"
+"""In instances of apps with `mutual`: the authority that signs what ingresses show, and nothing else."""
 _NAME = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*$(?!\n)"
 _PIN_BYTES = 32
 
@@ -28,6 +31,9 @@ class InstanceTls(SpecRecord, frozen=True, kw_only=True):
     """With `ca`: a name that the certificate must have; it is asked for by it, too (SNI)."""
     pins: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=PINS_MAX)] = ()
     """SHA-256 of public keys (SubjectPublicKeyInfo) in base64, of which the instance must have one."""
+    mutual: bool = False
+    """The ingress shows a certificate, too: by the authority in `CALLER_CA`, which instances are to ask for one. Where `ca` is
+    given and no `name`, the instance's own must be for `APP.PROJECT.internal`."""
 
 
 def check_instance_tls(tls: InstanceTls) -> None:
