@@ -27,6 +27,7 @@ from atoll.model.ports.network import Link
 from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
 from atoll.model.units import Bytes
 from atoll.network import namespaces, netlink, slots
+from atoll.network.firewall import CONNECTIONS_MAX
 from atoll.network.links import LinkNetwork
 from atoll.network.rules import BURST_BYTES_MIN, BURST_PACKETS_MIN
 
@@ -665,6 +666,50 @@ async def test_bytes_beyond_an_instances_limit_are_dropped(network: LinkNetwork)
     # The kernel saves up a second's worth beside the burst; headers count as well.
     limited = await flood(slow, sink, 5353, bytes(size), (rate + BURST_BYTES_MIN) / size, rate / size)
     assert BURST_BYTES_MIN / (size + 100) - 1 <= limited.received <= limited.allowed + 1
+
+
+async def test_an_instance_has_no_more_connections_than_its_bound_and_another_has_its_own(tmp_path: Path, subnet: str) -> None:
+    assert CONNECTIONS_MAX == 16_384
+    bound = 200  # of 16,384 each costs the kernel a look at all before: minutes
+    network = LinkNetwork(subnet, tmp_path / "network", prepared=0, connections_max=bound)
+    port = Port(name="dns", port=5353, protocol=PortProtocol.UDP)
+    one, other, sink = [await network.attach(name, project="p", ports=(port,)) for name in ("a", "b", "c")]
+    with listening(sink, 5353, socket.SOCK_DGRAM) as server:
+
+        def heard(link: Link, count: int) -> int:
+            """Return how many of so many clients of an instance were heard."""
+            server.setblocking(False)
+            found = 0
+            with contextlib.ExitStack() as clients:
+                for _ in range(count):
+                    client = clients.enter_context(closing(socket_in(link, kind=socket.SOCK_DGRAM)))
+                    client.sendto(b"x", (sink.address, 5353))
+                    with contextlib.suppress(BlockingIOError):
+                        while server.recv(16):
+                            found += 1
+                server.settimeout(PATIENCE_S)
+                with contextlib.suppress(TimeoutError):
+                    while server.recv(16):
+                        found += 1
+            return found
+
+        began = time.monotonic()
+        found = heard(one, bound + 100)
+        if time.monotonic() - began > 30:
+            pytest.skip("this machine was so slow that the first connections ended before the last began")
+        assert found == bound
+        assert heard(other, 10) == 10
+    for link in (one, other, sink):
+        await network.detach(link.id)
+    await network.close()
+
+
+async def test_the_bound_of_connections_is_the_one_that_is_promised(network: LinkNetwork) -> None:
+    await network.attach("a", project="p", ports=())
+    listed = await asyncio.to_thread(
+        subprocess.run, ["nft", "list", "table", "inet", network._table], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert f"ct count over {CONNECTIONS_MAX} " in listed.stdout
 
 
 async def test_what_goes_between_apps_and_what_is_refused_is_counted_with_its_reason(network: LinkNetwork, subnet: str) -> None:

@@ -45,6 +45,7 @@ def ruleset(
     names: bool = False,
     ula: str = "",
     outward: str = "",
+    connections_max: int = CONNECTIONS_MAX,
 ) -> str:
     """Return the commands that replace the whole table in one transaction. `prefix` starts the name of every link, `tunnels`
     are those to other nodes, and with `names` instances may ask the node itself for names. With `ula`, the cell's IPv6 network,
@@ -153,7 +154,7 @@ table inet {table} {{
   }}
   chain crowded {{
     ct state new update @opened {{ ip saddr counter }}
-    ct state new add @connections {{ ip saddr ct count over {CONNECTIONS_MAX} }} drop
+    ct state new add @connections {{ ip saddr ct count over {connections_max} }} drop
     {of_six("ct state new jump crowded_six")}
   }}
   chain to_node {{

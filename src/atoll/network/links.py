@@ -70,12 +70,14 @@ class LinkNetwork:
         names: bool = False,
         ula: str = "",
         outward: Outward | None = None,
+        connections_max: int = firewall.CONNECTIONS_MAX,
     ) -> None:
         """With `names`, instances ask the node itself for names, at `node_address`. With `ula`, the cell's IPv6 network, they have
         IPv6 addresses of it, and with `outward` they reach the world by IPv6 as long as that finds a way. Raises Invalid for a
         subnet that is none."""
         self.ula = ula
         self._outward = outward if ula else None
+        self._connections_max = connections_max
         self.outward = ""
         """The node's IPv6 address by which instances reach the world now; for reading from outside."""
         self._ways: dict[str, list[str]] = {}
@@ -334,6 +336,7 @@ class LinkNetwork:
                 names=self._names,
                 ula=self.ula,
                 outward=self._outward.address if self._outward is not None else "",
+                connections_max=self._connections_max,
                 elements=[
                     *(
                         firewall.add(self._table, name, values)
@@ -348,7 +351,7 @@ class LinkNetwork:
             )
         )
         if self.ula:
-            most = firewall.CONNECTIONS_MAX
+            most = self._connections_max
             sets.replace_rules(ipv6_rules.rules(ula=self.ula, links=maker.prefix, tunnels=tunnels, connections_max=most))
 
     async def _keep_rules(self, opened: _Open) -> None:
