@@ -145,7 +145,8 @@ class Rules:
             self._story.breaks(f"a status of {new.instance}, which is gone, was written")
         elif instance.node != new.node:
             self._story.breaks(f"{new.node} spoke of {new.instance}, which is on {instance.node}")
-        if old is not None and new.phase not in _reachable(old.phase):
+        forgot = instance is not None and instance.node is not None and self._machines[instance.node].disk.forgot
+        if old is not None and new.phase not in _reachable(old.phase, forgot=forgot):
             self._story.breaks(f"{new.instance} went from {old.phase} to {new.phase}")
         if new.ready and new.phase is not Phase.RUNNING:
             self._story.breaks(f"{new.instance} is {new.phase} and ready")
@@ -284,9 +285,10 @@ class Rules:
             self._story.breaks(f"node {name} was given up, though it has been well, and reached, for {well_s:.1f} s")
 
 
-def _reachable(phase: Phase) -> frozenset[Phase]:
-    """Return where an instance may be at its node's next word: an agent reports only the newest."""
-    found = {phase}
+def _reachable(phase: Phase, *, forgot: bool) -> frozenset[Phase]:
+    """Return where an instance may be at its node's next word: an agent reports only the newest, and one whose machine `forgot`
+    the last of what it wrote when it lost power need not know that it had begun to stop."""
+    found = {phase, Phase.RUNNING} if forgot and phase is Phase.STOPPING else {phase}
     grown = True
     while grown:
         more = found.union(*(TRANSITIONS[step] for step in found))

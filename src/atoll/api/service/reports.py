@@ -29,6 +29,8 @@ def _closure() -> dict[Phase, frozenset[Phase]]:
     for _ in Phase:
         for phase, found in reached.items():
             reached[phase] = found.union(*(reached[step] for step in found))
+    # A machine that lost power may have forgotten that it had begun to stop.
+    reached[Phase.STOPPING] |= reached[Phase.RUNNING]
     return {phase: frozenset(found) for phase, found in reached.items()}
 
 
