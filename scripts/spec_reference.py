@@ -65,7 +65,7 @@ MEANING: dict[str, tuple[str, str]] = {
     ),
     "NetworkRules.packets": ("Packets per second, likewise.", "packets = 20000"),
     "Allow.app": ("Instances of this app or job of the project. One of `app`, `cidr` and `host`.", 'app = "db"'),
-    "Allow.cidr": ("IPv4 addresses.", 'cidr = "192.0.2.0/24"'),
+    "Allow.cidr": ("IPv4 addresses, or IPv6 ones (`::/0` is all of those).", 'cidr = "192.0.2.0/24"'),
     "Allow.host": (
         "The addresses that the node's name servers say for this name; `*.` means every name below it. Only in `egress`.",
         'host = "*.example.org"',
@@ -231,7 +231,7 @@ MEANING: dict[str, tuple[str, str]] = {
     ),
     "Port.http2": ("The instance speaks HTTP/2 without TLS (gRPC).", "http2 = true"),
     "Port.host": (
-        "The port of its node, on all IPv4 addresses but loopback, that leads here, for all. One instance of a node can have it. "
+        "The port of its node, on all addresses but loopback, of IPv4 and IPv6, that leads here. One instance can have it. "
         "Below 1024 only where the project's quota allows it (`host_port_min`).",
         "host = 8053",
     ),
@@ -324,6 +324,11 @@ MEANING: dict[str, tuple[str, str]] = {
         """[ingress.instance_tls] with ca = '''PEM'''""",
     ),
     "InstanceTls.name": ("With `ca`: a name that the certificate must have.", 'name = "web.internal"'),
+    "InstanceTls.mutual": (
+        "The ingress shows a certificate, too, by the authority in `/etc/atoll/ingress/ca.pem` of each instance; "
+        "with `ca` and no `name`, the instance's must be for `APP.PROJECT.internal`.",
+        "mutual = true",
+    ),
     "InstanceTls.pins": (
         "SHA-256 of public keys (SubjectPublicKeyInfo) in base64, one of which the instance must have.",
         'pins = ["k2oYXKqiZrucvpgengXLeM1zKwsygOuURBK7b4+PB68="]',
