@@ -39,7 +39,7 @@ class Counters(Struct, frozen=True):
 class Network(Protocol):
     async def attach(self, id: str, *, project: str, ports: Sequence[Port], rules: NetworkRules | None = None) -> Link:
         """Return the instance's link: out through NAT, in only to `ports` from the node's ingress, and from anywhere by the node's
-        own IPv4 addresses to those that are published (`Port.host`), until `detach`. Instances of one project reach each
+        own addresses to those that are published (`Port.host`), until `detach`. Instances of one project reach each
         other's `ports`. `rules` narrow all that, the node's ingress excepted. Safe to repeat.
 
         Raises Unavailable when a port of the node is taken, Exhausted when no address is free; then nothing is left behind.

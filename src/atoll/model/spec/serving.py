@@ -45,7 +45,7 @@ class Port(SpecRecord, frozen=True, kw_only=True):
     http2: bool = False
     """The instance speaks HTTP/2 without TLS (gRPC)."""
     host: PortNumber | None = None
-    """The port is published as this one of its node's IPv4 addresses, for anyone; no other instance of the node can have it."""
+    """The port is published as this one of its node's addresses, for anyone; no other instance of the node can have it."""
 
 
 HOST_PORT_MIN = 1024
