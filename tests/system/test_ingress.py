@@ -227,6 +227,16 @@ async def applied(site: Site, host: str) -> None:
     await site.ingress.ads.applied((Kind.HOST, f"http/{host}"), "any", timeout_s=TIMEOUT_S)
 
 
+async def test_a_request_on_which_nothing_moves_is_ended(tmp_path: Path) -> None:
+    assert resources.STREAM_IDLE_S == 600
+    async with site_at(tmp_path / "ingress", stream_idle_s=1.0) as site:
+        (backend,) = await site.backends(1)
+        site.control.put(routing("web", backend))
+        await eventually(lambda: serves(site, "web.localhost"))
+        ended = await get(site.port, "web.localhost", "/slow")  # which is never answered
+        assert ended.status == 504
+
+
 async def serves(site: Site, host: str, path: str = "/") -> bool:
     return (await get(site.port, host, path)).status == 200
 

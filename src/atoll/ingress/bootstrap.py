@@ -68,6 +68,8 @@ class Listener(Struct, frozen=True, kw_only=True):
     tls_port: int = 0
     """Where they come in over TLS; 0 for nowhere."""
     tracing: Tracing | None = None
+    stream_idle_s: float = STREAM_IDLE_S
+    """A request or stream on which nothing moves for so long is ended."""
 
 
 def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
             "cds_config": _from_us(),
             "lds_config": _from_us(),
         },
-        "static_resources": {"listeners": [*_listeners(listener, name), _services()], "clusters": _clusters(listener)},
+        "static_resources": {"listeners": [*_listeners(listener, name), _services(listener)], "clusters": _clusters(listener)},
         "cluster_manager": {"enable_deferred_cluster_creation": True},
         "deferred_stat_options": {"enable_deferred_creation_stats": True},
         # What is kept is what is read: 10,000 apps with all of Envoy's statistics cost 300 MB.
@@ -125,7 +127,7 @@ def http3(listener: Listener, name: str) -> Http3 | None:
     """Return how HTTP/3 is served at the port for TLS; None where there is none."""
     if not listener.tls_port:
         return None
-    return Http3(listener.address, listener.tls_port, _traced(_connection_manager(), listener, name), also=listener.also)
+    return Http3(listener.address, listener.tls_port, _traced(_connection_manager(listener), listener, name), also=listener.also)
 
 
 def _clusters(listener: Listener) -> list[dict[str, Any]]:
@@ -155,7 +157,7 @@ def _listener(listener: Listener, name: str) -> dict[str, Any]:
         "name": "http",
         **_places(listener, listener.port),
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
-        "filter_chains": _filter_chains(_traced(_connection_manager(), listener, name)),
+        "filter_chains": _filter_chains(_traced(_connection_manager(listener), listener, name)),
     }
 
 
@@ -172,12 +174,12 @@ def _listeners(listener: Listener, name: str) -> list[dict[str, Any]]:
     plain = _listener(listener, name)
     if not listener.tls_port:
         return [plain]
-    manager = _traced(_connection_manager(), listener, name)
+    manager = _traced(_connection_manager(listener), listener, name)
     places = _places(listener, listener.tls_port)
     return [plain, tls.listener(places, manager, buffer_bytes=BUFFER_BYTES, source=_from_us())]
 
 
-def _services() -> dict[str, Any]:
+def _services(listener: Listener) -> dict[str, Any]:
     """Return the listener by which this node's workers reach other apps: a header names the cluster, and the host means nothing."""
     route = {
         "name": "service",
@@ -186,11 +188,11 @@ def _services() -> dict[str, Any]:
         "route": {
             "cluster_header": SERVICE_HEADER,
             "timeout": "0s",
-            "idle_timeout": f"{STREAM_IDLE_S}s",
+            "idle_timeout": f"{listener.stream_idle_s}s",
             "retry_policy": {"retry_on": RETRY_ON, "num_retries": RETRIES},
         },
     }
-    manager = _connection_manager()
+    manager = _connection_manager(listener)
     del manager["rds"]
     manager["http_filters"] = [each for each in manager["http_filters"] if each["name"] != ON_DEMAND_FILTER]
     manager["stat_prefix"] = "services"
@@ -208,7 +210,7 @@ def _filter_chains(manager: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}]
 
 
-def _connection_manager() -> dict[str, Any]:
+def _connection_manager(listener: Listener) -> dict[str, Any]:
     router = {
         _TYPE: f"{_GOOGLE}.extensions.filters.http.router.v3.Router",
         "suppress_envoy_headers": True,
@@ -242,7 +244,7 @@ def _connection_manager() -> dict[str, Any]:
         "server_header_transformation": "PASS_THROUGH",
         "normalize_path": True,
         "request_headers_timeout": f"{HEADERS_TIMEOUT_S}s",
-        "stream_idle_timeout": f"{STREAM_IDLE_S}s",
+        "stream_idle_timeout": f"{listener.stream_idle_s}s",
         "common_http_protocol_options": {"idle_timeout": f"{IDLE_CONNECTION_S}s", "max_headers_count": HEADERS_MAX},
         "max_request_headers_kb": HEADERS_KB_MAX,
         "http2_protocol_options": {

@@ -25,6 +25,7 @@ from atoll.ingress.admin import EnvoyAdmin
 from atoll.ingress.bootstrap import ADMIN_SOCKET, Listener, bootstrap, http3
 from atoll.ingress.clusters import UDP_CLIENTS_MAX
 from atoll.ingress.http3 import Http3
+from atoll.ingress.resources import STREAM_IDLE_S
 from atoll.ingress.running import Running, alive, ended, started_at
 from atoll.ingress.tracing import Tracing
 from atoll.model import codec
@@ -67,6 +68,7 @@ class EnvoyProcess:
         tls_needed: bool = True,
         tracing: Tracing | None = None,
         also: str = "",
+        stream_idle_s: float = STREAM_IDLE_S,
     ) -> None:
         """It listens at `also` as well, with the same ports; if one of them is taken there, it does without. `tls_port` is where it
         speaks TLS, 0 for nowhere; if that port is taken and TLS is not `tls_needed`, it does without."""
@@ -83,7 +85,13 @@ class EnvoyProcess:
         self.without_also = ""
         """Why it does not listen at the other address although one was named."""
         self._listener = Listener(
-            address=address, also=also, port=port, connections_max=connections_max(), tls_port=tls_port, tracing=tracing
+            address=address,
+            also=also,
+            port=port,
+            connections_max=connections_max(),
+            tls_port=tls_port,
+            tracing=tracing,
+            stream_idle_s=stream_idle_s,
         )
         self._running: Running | None = None
         self._child: subprocess.Popen[bytes] | None = None

@@ -26,7 +26,7 @@ from atoll.ingress.logs import keep_bounded
 from atoll.ingress.meter import Meter
 from atoll.ingress.probe import Prober, own_address
 from atoll.ingress.refused import PROBLEMS_MAX, Refused
-from atoll.ingress.resources import Kind, Resource
+from atoll.ingress.resources import STREAM_IDLE_S, Kind, Resource
 from atoll.ingress.spill import Spill
 from atoll.ingress.table import RoutingTable
 from atoll.ingress.tracing import Tracing
@@ -94,6 +94,7 @@ class Ingress:
         tls_needed: bool = True,
         tracing: Tracing | None = None,
         hostnames_ahead: int = AHEAD_MAX,
+        stream_idle_s: float = STREAM_IDLE_S,
         one_family: bool = False,
     ) -> None:
         """An `address` that means all of one version of IP means all of the other, too, where the machine has that, unless
@@ -138,6 +139,7 @@ class Ingress:
             tls_port=(tls_port or free_port(address)) if tls_port is not None else 0,
             tls_needed=tls_needed,
             tracing=tracing,
+            stream_idle_s=stream_idle_s,
         )
         self._demand = Demand(self.table, self.envoy.admin, control_plane, ingress=name)
         self.activator = Activator(self.table, directory, wake=self._demand.wake)
