@@ -47,7 +47,8 @@ def wire() -> Iterator[tuple[str, str, str]]:
         subprocess.run(["ip", "netns", "del", name], check=False, timeout=20)
 
 
-@pytest.mark.parametrize("kind", ["runc", "gvisor", "qemu"])
+@pytest.mark.timeout(400)  # of a machine that is emulated
+@pytest.mark.parametrize("kind", ["runc", "gvisor", pytest.param("qemu", marks=pytest.mark.soak)])
 async def test_it_reaches_the_world_by_ipv6_where_the_node_does(kind: str, tmp_path: Path, wire: tuple[str, str, str]) -> None:
     name, node, address = wire
     world = real_world(kind, tmp_path, make_layer(tmp_path))

@@ -29,6 +29,7 @@ from atoll.model.ports.network import Link
 from atoll.model.ports.runtime import Limits, Mount
 from atoll.model.spec import Port
 from atoll.network.links import LinkNetwork
+from atoll.network.outward import Outward
 from atoll.network.sysctls import no_ipv6
 from atoll.runtimes.mounts import mounts_below
 from atoll.runtimes.qemu import QemuRuntime
@@ -50,6 +51,13 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_layer(tmp_path_factory.mktemp("image"))
 
 
+class LeadsOut(Outward):
+    """A node that reaches the world by IPv6, so that guests are led there."""
+
+    def find(self) -> str:
+        return "2001:db8::1"
+
+
 class Shared:
     """A machine that runs during all tests of the module, on a network of the node's own kind."""
 
@@ -66,7 +74,7 @@ async def shared(kind: str, layer: Path, tmp_path_factory: pytest.TempPathFactor
     world = real_world(kind, directory, layer)
     # A subnet of this process's own: other test runs may be on this machine.
     subnet, ula = f"10.93.{os.getpid() % 256}.0/24", "" if no_ipv6() else new_ula(os.urandom(5))
-    network = LinkNetwork(subnet, directory / "network", prepared=1, resolver_sources=(), ula=ula)
+    network = LinkNetwork(subnet, directory / "network", prepared=1, resolver_sources=(), ula=ula, outward=LeadsOut())
     try:
         link = await network.attach("shared", project="p", ports=[Port(name="http", port=8080)])
         pid = await world.launch("shared", "run", netns=link.netns, mounts=_volumes(world))
@@ -377,8 +385,7 @@ async def test_it_is_reached_at_its_addresses_and_reaches_the_node_by_its_gatewa
         _, out = await shared.sh("busybox ip -6 addr show eth0; busybox ip -6 route; ls /proc/net/if_inet6")
         assert out.count("inet6") == 2  # its own and the file; none that it gave itself
         assert f"inet6 {shared.link.ipv6}/128" in out
-        assert "via fe80::1 dev eth0" in out
-        assert "default" not in out
+        assert "default via fe80::1 dev eth0" in out  # as the node leads there: test_runtime_outward.py goes there
     # Metadata services and the node itself are out of reach, as they are for a container.
     _, out = await shared.sh(
         "echo x | nc -w 1 169.254.169.254 80 && echo reached; echo x | nc -w 1 169.254.1.1 22 && echo node; echo end"
