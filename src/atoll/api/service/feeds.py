@@ -123,7 +123,7 @@ class Feeds:
         listener = self._listen(self._agents[node])
         try:
             while True:
-                revision = int(self._state.revision)
+                revision = self._following.revision
                 if listener.everything:
                     listener.everything = listener.prefetch = False
                     listener.dirty.clear()
@@ -149,7 +149,7 @@ class Feeds:
             while True:
                 complete = listener.everything
                 listener.everything = False
-                revision = int(self._state.revision)
+                revision = self._following.revision
                 dirty, listener.dirty = listener.dirty, set()
                 names = set(self._state.records(App)) if complete else dirty
                 put, removed = [], []

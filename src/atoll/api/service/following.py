@@ -25,13 +25,13 @@ class Following:
         self._rebuild = rebuild
         self._task: asyncio.Task[None] | None = None
         self.closed = False
+        self.revision = 0
+        """Up to which all changes were applied. The cache itself may be further on."""
 
     def start(self) -> None:
         """Begin to follow; safe to repeat. Must be called where the event loop runs."""
         if self._task is None and not self.closed:
-            # Asked for in the same moment as the records are read, so that no change falls in between.
-            changes = self._state.changes()
-            self._rebuild()
+            changes = self._anew()
             self._task = asyncio.create_task(self._run(changes), name=f"api {self._name}")
 
     async def close(self) -> None:
@@ -46,6 +46,7 @@ class Following:
             try:
                 async for deltas in changes:
                     self._apply(deltas)
+                    self.revision = int(deltas.revision)
             except Unavailable:
                 return
             except Compacted:
@@ -54,5 +55,11 @@ class Following:
                 # The outer edge: whoever listens must go on hearing, whatever one record did.
                 log.exception("a feed tripped and tells everything anew", feed=self._name, retry_s=RETRY_S)
                 await asyncio.sleep(RETRY_S)
-            changes = self._state.changes()
-            self._rebuild()
+            changes = self._anew()
+
+    def _anew(self) -> AsyncIterator[Deltas]:
+        """Take all as it is, and return what changes after that: both in one moment, so that no change falls in between."""
+        changes = self._state.changes()
+        self._rebuild()
+        self.revision = int(self._state.revision)
+        return changes
