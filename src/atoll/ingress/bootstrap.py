@@ -312,6 +312,7 @@ def _access_log() -> dict[str, Any]:
         "flags": "%RESPONSE_FLAGS%",
         "why": "%RESPONSE_CODE_DETAILS%",
         "app": "%ROUTE_NAME%",
+        "broke": "%UPSTREAM_TRANSPORT_FAILURE_REASON%",
         "release": f"%UPSTREAM_METADATA({METADATA}:release)%",
         "site": f"%UPSTREAM_METADATA({METADATA}:site)%",
         "instance": f"%UPSTREAM_METADATA({METADATA}:instance)%",

@@ -33,13 +33,25 @@ log = structlog.get_logger()
 
 
 class Shown:
-    """`changed` is called with each certificate that is to be shown from then on. `run` asks `callers` once an app needs it."""
+    """`changed` is called with each certificate that is to be shown from then on, `told` when `problems` may say other things.
 
-    def __init__(self, callers: Callers, *, ingress: str, clock: Clock, changed: Callable[[Resource], None]) -> None:
+    `run` asks `callers` once an app needs it.
+    """
+
+    def __init__(
+        self,
+        callers: Callers,
+        *,
+        ingress: str,
+        clock: Clock,
+        changed: Callable[[Resource], None],
+        told: Callable[[], None] = lambda: None,
+    ) -> None:
         self._callers = callers
         self._ingress = ingress
         self._clock = clock
         self._changed = changed
+        self._told = told
         self._apps: set[str] = set()
         self._needed = asyncio.Event()
         self._life: tuple[float, float] | None = None
@@ -83,12 +95,17 @@ class Shown:
             answer = await self._callers.certify_caller(self._ingress, CallerRequest(csr=_csr(key)))
             chain = answer.certificate
         except AtollError as error:
-            self._cause = error.message
+            before, self._cause = self.problems(), error.message
+            if self.problems() != before:
+                self._told()
             self._retry_s = min(max(RETRY_S, self._retry_s * 2), RETRY_MAX_S)
             log.warning("ingress.not-certified", message=str(error), code=error.code, retry_in_s=self._retry_s)
             return self._retry_s
         # It began to live after we asked, so by this it ends a little early.
+        before = self.problems()
         self._life, self._retry_s, self._cause = (now, now + answer.life_s), 0.0, ""
+        if before:
+            self._told()
         self._changed(secret(SHOWN, chain, _pem(key)))
         return min(LOOK_S, RENEW_AT * answer.life_s)
 

@@ -115,7 +115,9 @@ class Ingress:
         self._refusals = Refused(self.table)
         self.certificates = CertificateTable(self.table.project_of)
         self._certificates = certificates
-        self._shown = Shown(callers, ingress=name, clock=self._clock, changed=self._show) if callers is not None else None
+        self._shown = None
+        if callers is not None:
+            self._shown = Shown(callers, ingress=name, clock=self._clock, changed=self._show, told=lambda: self._heart.tell_soon())
         shown = {**self.table.resources, Kind.SECRET: self.certificates}
         self.ads = AdsServer(
             shown,

@@ -22,6 +22,8 @@ HANDSHAKE_S = 10
 """From the connection to the end of its handshake. Without it a client for whose name nobody answers would wait for ever."""
 HELLO_S = 5
 """Until the client has said its name."""
+SHOWN_WAIT_S = 1
+"""How long Envoy, when it starts, waits for what it shows to instances; then it serves all others, and those get no request yet."""
 _TYPE = "@type"
 _EXTENSIONS = "type.googleapis.com/envoy.extensions"
 
@@ -64,7 +66,9 @@ def to_instances(wanted: InstanceTls, *, http2: bool, internal: str) -> base_pb2
     if wanted.ca:
         common.validation_context.trusted_ca.inline_string = wanted.ca
     if wanted.mutual:
-        common.tls_certificate_sds_secret_configs.add(name=SHOWN, sds_config=from_us())
+        source = from_us()
+        source.initial_fetch_timeout.FromSeconds(SHOWN_WAIT_S)
+        common.tls_certificate_sds_secret_configs.add(name=SHOWN, sds_config=source)
         # A session that is resumed would go past what is shown now.
         context.max_session_keys.value = 0
     if name is not None:
