@@ -17,6 +17,7 @@ from test_ingress import pytestmark as pytestmark
 from atoll.ingress.envoy import free_port
 from atoll.model.records import Endpoint, Listening, Routing
 from atoll.model.spec import AppSpec, Port, PortProtocol
+from atoll.model.traffic import DemandReport
 
 TCP, UDP = PortProtocol.TCP, PortProtocol.UDP
 
@@ -190,6 +191,74 @@ async def test_a_connection_wakes_an_app_that_sleeps_and_waits_for_it() -> None:
             for _ in range(5):
                 assert await reached(public) == line.address
             assert site.ingress.activator.held == held
+
+
+async def test_a_datagram_wakes_an_app_that_sleeps_and_is_handed_to_it() -> None:
+    loop = asyncio.get_running_loop()
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        async with site_at(Path(directory) / "i") as site:
+            heard = Heard("127.0.0.2")
+            end, _ = await loop.create_datagram_endpoint(lambda: heard, ("127.0.0.2", 0))
+            port = end.get_extra_info("sockname")[1]
+            public = free_port("127.0.0.1")
+            asleep = _waking(app(public, port, protocol=UDP))
+            awake = _waking(app(public, port, heard.address, protocol=UDP))
+            reports: list[frozenset[str]] = []
+
+            def asked(report: DemandReport) -> None:
+                reports.append(frozenset(report.apps))
+                if "default/db" in report.apps:
+                    site.control.put(awake)
+
+            try:
+                site.control.put(asleep)
+                await asyncio.sleep(0)
+                assert site.ingress.activator.waiting == set()
+                site.control.on_demand = asked
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as client:
+                    client.connect(("127.0.0.1", public))
+                    assert await _asked(client, b"first") == heard.address
+                    assert b"first" in heard.got
+                    assert site.ingress.activator.waiting == set()
+                    # It is at work as long as datagrams come, and no longer.
+                    told = len(reports)
+                    assert await _asked(client, b"later") == heard.address
+                    await eventually(lambda: any("default/db" in apps for apps in reports[told:]))
+                    told = len(reports)
+                    await eventually(lambda: len(reports) > told + 1 and "default/db" not in reports[-1])
+                    # Asleep again, it is woken again, with what the same client says.
+                    site.control.on_demand = lambda report: None
+                    site.control.put(asleep)
+                    held = site.ingress.activator.datagrams
+                    await eventually(lambda: _sent(client, b"again") and held.waiting == {"default/db"})
+                    count = held.kept
+                    await eventually(lambda: _sent(client, b"kept") and held.kept > count)
+                    assert b"kept" not in heard.got
+                    site.control.put(awake)
+                    await eventually(lambda: b"kept" in heard.got)
+            finally:
+                end.close()
+
+
+def _sent(client: socket.socket, text: bytes) -> bool:
+    try:
+        client.send(text)
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+class Heard(Datagrams):
+    """It remembers what it got."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+        self.got: list[bytes] = []
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self.got.append(data)
+        super().datagram_received(data, addr)
 
 
 def _waking(made: Routing) -> Routing:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 import pytest
+from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.listener.v3.listener_pb2 import Listener
 from msgspec.structs import replace
 from test_cli_draining import call
@@ -170,13 +171,20 @@ def test_a_port_becomes_a_listener_at_the_ingress_s_address_and_goes_with_its_ap
     assert set(table.resources[Kind.ENDPOINTS]) == {"a/thief/5432/tcp"}
 
 
-def test_a_connection_wakes_an_app_and_a_datagram_does_not() -> None:
+def test_a_connection_wakes_an_app_and_so_does_a_datagram() -> None:
     table = RoutingTable()
+    table.udp_waker = lambda target: 40_000 + target.port
     both = (Listening(public=5432, protocol=TCP, port=5432), Listening(public=5053, protocol=UDP, port=53))
     table.apply(RoutingBatch(1, True, (routing("db", *both, wakes=True),)))
-    assert {target.cluster for target in table.sleepers()} == {"a/db/5432/tcp"}
+    assert {target.cluster for target in table.sleepers()} == {"a/db/5432/tcp", "a/db/53/udp"}
     assert b"wake/" in table.resources[Kind.ENDPOINTS]["a/db/5432/tcp"].body
-    assert b"wake/" not in table.resources[Kind.ENDPOINTS]["a/db/53/udp"].body
+    udp = ClusterLoadAssignment.FromString(table.resources[Kind.ENDPOINTS]["a/db/53/udp"].body)
+    place = udp.endpoints[0].lb_endpoints[0].endpoint.address.socket_address
+    assert (place.address, place.port_value) == ("127.0.0.1", 40_053)
+    # Where no socket is to be had, datagrams are lost, and nothing else is.
+    table.udp_waker = lambda target: 0
+    table.apply(RoutingBatch(2, True, (routing("dns", both[1], wakes=True),)))
+    assert not ClusterLoadAssignment.FromString(table.resources[Kind.ENDPOINTS]["a/dns/53/udp"].body).endpoints
 
 
 class Denying(FakeApi):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from envoy.config.cluster.v3.cluster_pb2 import Cluster
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from test_public_ports import routing
@@ -22,6 +22,7 @@ PORTS = ("udp:1", "udp:2", "udp:3", "udp:4")
 STEPS = st.lists(st.tuples(st.sampled_from(PORTS), st.sampled_from(("a", "b", "c")), st.integers(0, 8)), max_size=30)
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_no_order_of_changes_gives_out_more_than_there_is_or_takes_it_from_who_asks_for_no_more(
     steps: list[tuple[str, str, int]],

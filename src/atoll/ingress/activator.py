@@ -19,6 +19,7 @@ import structlog
 from msgspec import Struct
 
 from atoll.ingress.admin import Requests, short
+from atoll.ingress.datagrams import Datagrams
 from atoll.ingress.refusals import refuse
 from atoll.ingress.resources import Target
 from atoll.ingress.sleepers import WAKE, serving, socket_of, wake_s
@@ -60,6 +61,8 @@ class Activator:
         """App → its connections that are held or spliced."""
         self._directory = directory / WAKE
         self._wake = wake
+        self.datagrams = Datagrams(table, wake=wake)
+        """What wakes apps by UDP."""
         self._followed: set[Target] | None = None
         self._servers: dict[Target, asyncio.Task[asyncio.Server]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,7 +78,7 @@ class Activator:
     @property
     def waiting(self) -> set[str]:
         """Apps that somebody waits for."""
-        return set(self._waiting)
+        return set(self._waiting) | self.datagrams.waiting
 
     @property
     def busy(self) -> set[str]:
@@ -90,15 +93,17 @@ class Activator:
 
     def changed(self) -> None:
         """Follow a change of the table, before Envoy is told of it: a socket that Envoy knows must be there."""
-        wanted = self._table.sleepers()
-        if wanted is not self._followed:
-            self._followed = wanted
+        sleepers = self._table.sleepers()
+        if sleepers is not self._followed:
+            self._followed = sleepers
+            wanted = {target for target in sleepers if target.raw != "udp"}
             for target in self._servers.keys() - wanted:
                 self._close(target)
             for target in wanted - self._servers.keys():
                 self._listen(target)
         for app in [app for app in self._woken if self._gone(app) or serving(self._table.endpoints_of(app))]:
             self._woken.pop(app).set()
+        self.datagrams.changed()
 
     def stop(self) -> None:
         """Break off what waits and what is spliced: Envoy has ended, or will find the sockets gone."""
@@ -106,6 +111,7 @@ class Activator:
             self._close(target)
         for task in self._tasks:
             task.cancel()
+        self.datagrams.stop()
 
     async def requests(self, clusters: tuple[str, ...], admin: Counts) -> dict[str, Requests]:
         """Return what `admin` does, and beside it what is spliced to each address, which Envoy does not see."""

@@ -101,6 +101,7 @@ def bootstrap(listener: Listener, *, name: str) -> dict[str, Any]:
                     + [
                         {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_rq_(total|active|pending_active|retry|5xx)"}},
                         {"safe_regex": {"regex": r"cluster\.[^.]*\.upstream_cx_none_healthy"}},
+                        {"safe_regex": {"regex": r"cluster\.[^.]*\.udp\.sess_(rx|tx)_datagrams"}},
                         {"safe_regex": {"regex": rf"cluster\.[^.]*\.zone\.{ZONE}\.[^.]*\.{COUNTED}"}},
                     ]
                 }

@@ -235,7 +235,7 @@ def endpoints(
     places: Iterable[Endpoint],
     weights: Mapping[int, int] = {},
     *,
-    activator: str | None = None,
+    activator: str | int | None = None,
     near: Nearness = Nearness(),
     wide: int = 1,
 ) -> Resource:
@@ -244,7 +244,7 @@ def endpoints(
     A draining one gets no new request; one at a bad address is left out. A release gets requests by its weight, or without weights
     by how many of its instances serve; what of it cannot be had goes to the others that have a weight. Requests go to the nearest
     level, and to the next where that has none that is well; the first `wide` levels count as one. `activator` is the socket that
-    requests go to where there is no other place for them.
+    requests go to where there is no other place for them; a number is a UDP port of the loopback address.
     """
     known: dict[str, Endpoint] = {}
     for place in places:
@@ -270,10 +270,13 @@ def endpoints(
         group = message.endpoints.add()
         group.locality.zone = ASLEEP
         group.load_balancing_weight.value = 1
-        pipe = address_pb2.Address(pipe=address_pb2.Pipe(path=activator))
+        if isinstance(activator, int):
+            place = address_pb2.Address(socket_address=address_pb2.SocketAddress(address="127.0.0.1", port_value=activator))
+        else:
+            place = address_pb2.Address(pipe=address_pb2.Pipe(path=activator))
         group.lb_endpoints.append(
             endpoint_components_pb2.LbEndpoint(
-                endpoint=endpoint_components_pb2.Endpoint(address=pipe), health_status=health_check_pb2.HEALTHY
+                endpoint=endpoint_components_pb2.Endpoint(address=place), health_status=health_check_pb2.HEALTHY
             )
         )
     return resource(Kind.ENDPOINTS, target.cluster, message)

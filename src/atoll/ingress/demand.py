@@ -85,14 +85,14 @@ class Demand:
                 self._unsaid.clear()
 
     async def look(self) -> list[str]:
-        """Return the apps that have a request under way, or had a new one since the last look. Raises Unavailable."""
+        """Return the apps that have a request under way, or had a new one or a datagram since the last look. Raises Unavailable."""
         owners = {target.cluster: f"{target.project}/{target.app}" for target in self._table.sleepers()}
         clusters = [cluster for cluster, app in owners.items() if self._table.endpoints_of(app)]
         if not clusters:
             self._totals.clear()
             return []
         names = "[^.]*" if len(clusters) > FILTERED_CLUSTERS_MAX else "(" + "|".join(re.escape(name) for name in clusters) + ")"
-        wanted = quote(rf"^cluster\.{names}\.upstream_rq_(active|total)$", safe="")
+        wanted = quote(rf"^cluster\.{names}\.(upstream_rq_(active|total)|udp\.sess_(rx|tx)_datagrams)$", safe="")
         active, totals = _counts(await self._admin.get(f"/stats?usedonly&filter={wanted}"))
         found = {owners[name] for name in clusters if active.get(name) or totals.get(name, 0) != self._totals.get(name, 0)}
         self._totals = {name: totals[name] for name in clusters if name in totals}
@@ -113,12 +113,14 @@ def _parts(apps: list[str]) -> list[tuple[str, ...]]:
 
 
 def _counts(answer: bytes) -> tuple[dict[str, int], dict[str, int]]:
-    """Return what is under way at each cluster and what was ever sent to it; a line is `cluster.NAME.upstream_rq_total: 5`."""
+    """Return what is under way at each cluster and what was ever sent to it, or as datagrams came from it; a line is
+    `cluster.NAME.upstream_rq_total: 5`, or `cluster.NAME.udp.sess_tx_datagrams: 5`."""
     active: dict[str, int] = {}
     totals: dict[str, int] = {}
     for line in answer.decode(errors="replace").splitlines():
         name, _, value = line.partition(": ")
         parts = name.split(".")
-        if len(parts) == 3 and value.isdigit():
-            (active if parts[2].endswith("_active") else totals)[parts[1]] = int(value)
+        if len(parts) in (3, 4) and value.isdigit():
+            counts = active if parts[-1].endswith("_active") else totals
+            counts[parts[1]] = counts.get(parts[1], 0) + int(value)
     return active, totals

@@ -145,6 +145,7 @@ class Ingress:
         )
         self._demand = Demand(self.table, self.envoy.admin, control_plane, ingress=name)
         self.activator = Activator(self.table, directory, wake=self._demand.wake)
+        self.table.udp_waker = self.activator.datagrams.port_of
         self._drainer = Drainer(
             self.table, self.ads, _Counts(self.envoy.admin, self.activator), control_plane, ingress=name, clock=self._clock
         )

@@ -63,6 +63,8 @@ class RoutingTable:
         """Where the ingress listens. Set before the first batch."""
         self.also = ""
         """Where it listens beside that; empty for nowhere. Set before the first batch."""
+        self.udp_waker: Callable[[Target], int] = lambda target: 0
+        """At which port of the loopback address a datagram wakes an app; 0 for none. Set before the first batch."""
         self.udp_room = UdpRoom(clusters.UDP_CLIENTS_MAX)
         self._udp_clients: dict[str, int] = {}
         """Cluster of a UDP port → how many clients Envoy lets it have."""
@@ -266,7 +268,7 @@ class RoutingTable:
     def _endpoints(self, target: Target, routing: Routing) -> Resource:
         if not target.preview:
             asleep = routing.wakes and not serving(routing.endpoints)
-            activator = socket_of(target) if asleep and target.raw != "udp" else None
+            activator = (self.udp_waker(target) or None if target.raw == "udp" else socket_of(target)) if asleep else None
             wide = self._wide.get(key_of(routing), 1)
             return clusters.endpoints(target, routing.endpoints, routing.weights, activator=activator, near=self._near, wide=wide)
         previewed = routing.preview.endpoints if routing.preview is not None else canary_of(routing)
@@ -447,7 +449,7 @@ def _possible(place: HostPath, legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
 def _wakeable(routing: Routing | None, places: Places) -> set[Target]:
     if routing is None or not routing.wakes:
         return set()
-    return {target for target in targets_of(places) if not target.preview and target.raw != "udp"}
+    return {target for target in targets_of(places) if not target.preview}
 
 
 def _every(routing: Routing) -> tuple[Endpoint, ...]:
