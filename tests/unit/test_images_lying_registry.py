@@ -214,7 +214,9 @@ async def test_a_pull_resumes_after_the_process_has_died(tmp_path: Path, registr
     registry.handlers.append(on(registry.big, hang))
     async with storing(tmp_path, registry) as store:
         task = asyncio.create_task(store.ensure(f"{registry.host}/app:1"))
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(30):
+            while not any(path.stat().st_size >= 1 << 20 for path in (tmp_path / "images/partial").iterdir()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task

@@ -77,6 +77,12 @@ def settings(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--default-registry", metavar="HOST", help="Where images without a host come from."),
         click.option(
+            "--registry-auth",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False, resolve_path=True),
+            metavar="FILE",
+            help="What this node shows to private registries: a file as docker, podman or skopeo login writes it.",
+        ),
+        click.option(
             "--prometheus",
             metavar="HOST:PORT,…",
             help="Prometheus servers that apps may scale by (scale.prometheus); the leading server asks no other.",

@@ -14,6 +14,7 @@ from atoll.images.disk import spread_below
 from atoll.images.lazy.shown import LazyImages
 from atoll.images.reference import CELL_HOST
 from atoll.images.registry import Registries
+from atoll.images.registry_auth import RegistryAuth
 from atoll.images.store import ImageStore
 from atoll.model.fabric import network_of
 from atoll.model.membership import MemberKind
@@ -33,12 +34,13 @@ async def main(config: Config, stop: Stop) -> None:
     labels, taints = config.node_labels, config.node_taints
     if config.subnet:
         network_of(config.subnet, "subnet")  # before it joins, and uses its token up
+    auth = RegistryAuth(config.registry_auth) if config.registry_auth is not None else None
     found = await reach(config, MemberKind.NODE, data, stop)
     if found is None:
         return
     access = {CELL_HOST: found.registry()}
-    registries = Registries(access, default=config.default_registry or None)
-    lazy = LazyImages(data / "images" / "lazy", access)
+    registries = Registries(access, default=config.default_registry or None, find=auth)
+    lazy = LazyImages(data / "images" / "lazy", {**(auth.known if auth is not None else {}), **access})
     images = ImageStore(data / "images", registries, lazy=lazy)
     for busy in (data / "instances", data / "volumes", data / "logs", data / "runtimes", data / "network", RUNTIME_DIRECTORY):
         busy.mkdir(parents=True, exist_ok=True, mode=0o711 if busy == RUNTIME_DIRECTORY else 0o700)

@@ -54,6 +54,8 @@ class Config:
     taints: tuple[str, ...] = ()
     """Of this node: `KEY[=VALUE][:EFFECT]` each."""
     default_registry: str = ""
+    registry_auth: Path | None = None
+    """A file with what private registries are shown, as `docker login` writes it."""
     nvproxy_driver: str = ""
     """The driver version that gVisor shall take the node's NVIDIA driver for; at the operator's own risk."""
     prometheus: str = ""
@@ -193,6 +195,7 @@ class Config:
             "store-ca": self.store_ca,
             "store-cert": self.store_cert,
             "store-key": self.store_key,
+            "registry-auth": self.registry_auth,
         }
         given |= {"subnet": self.subnet, "fabric-address": self.fabric_address, "ipv6-address": self.ipv6_address}
         given |= {"listen": self.listen, "advertise": self.advertise, "key": self.key, "server": self.server, "ca": self.ca}

@@ -67,6 +67,7 @@ def parse(role: str, arguments: list[str] | None = None) -> Config:
     for name in ("label", "taint"):
         parser.add_argument(f"--{name}", dest=f"{name}s", action="append", default=[])
     parser.add_argument("--default-registry", default="")
+    parser.add_argument("--registry-auth", type=Path)
     parser.add_argument("--nvproxy-driver", default="")
     parser.add_argument("--prometheus", default="")
     parser.add_argument("--cdi-devices", default="")

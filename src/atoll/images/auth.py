@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import httpx
 import msgspec
@@ -39,6 +39,10 @@ class Access(Struct, frozen=True, kw_only=True):
         return f"Access(url={self.url!r}, username={self.username!r}, insecure={self.insecure})"
 
 
+Find = Callable[[str], Access | None]
+"""Tells of a registry, by its host, each time that it is asked: what it says may change."""
+
+
 class _Token(Struct):
     value: str
     expires_at: float
@@ -53,13 +57,17 @@ class _TokenAnswer(Struct):
 class Credentials:
     """What is known of each registry, and the tokens that they have given."""
 
-    def __init__(self, access: Mapping[str, Access], http: httpx.AsyncClient) -> None:
+    def __init__(self, access: Mapping[str, Access], http: httpx.AsyncClient, find: Find | None = None) -> None:
         self._access = dict(access)
+        self._find = find
         self._http = http
         self._tokens: dict[tuple[str, str], _Token] = {}
 
     def access(self, host: str) -> Access:
-        return self._access.get(host, Access())
+        known = self._access.get(host)
+        if known is None and self._find is not None:
+            known = self._find(host)
+        return known or Access()
 
     def base(self, host: str) -> str:
         access = self.access(host)

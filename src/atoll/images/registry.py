@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 
 from atoll.images.answers import Retriable, network_errors, read_bounded
+from atoll.images.auth import Find
 from atoll.images.manifest import (
     ACCEPT,
     INDEX_DEPTH_MAX,
@@ -31,7 +32,8 @@ from atoll.model.errors import ImageError, Unavailable, Unsupported
 class Registries:
     """All registries that a node may pull from. `aclose` it in the end.
 
-    `access` says by host how to reach one and with what credentials; other hosts are tried over https without any.
+    `access` says by host how to reach one and with what credentials, and of others `find`, if that knows them; the rest are tried
+    over https without any.
     `default` is the registry of references that name none.
     """
 
@@ -44,10 +46,11 @@ class Registries:
         patience: Patience | None = None,
         http: httpx.AsyncClient | None = None,
         rng: random.Random | None = None,
+        find: Find | None = None,
     ) -> None:
         self.default = default
         self.architecture = architecture or machine_architecture()
-        self.transport = Transport(access, patience=patience, http=http, rng=rng)
+        self.transport = Transport(access, patience=patience, http=http, rng=rng, find=find)
 
     async def aclose(self) -> None:
         await self.transport.aclose()

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from atoll.images.answers import Retriable, is_loopback, network_errors, raise_for_status
 from atoll.images.auth import Access as Access
-from atoll.images.auth import Credentials
+from atoll.images.auth import Credentials, Find
 from atoll.model.errors import ImageError
 from atoll.model.tls import trusting
 
@@ -47,6 +47,7 @@ class Transport:
         patience: Patience | None = None,
         http: httpx.AsyncClient | None = None,
         rng: random.Random | None = None,
+        find: Find | None = None,
     ) -> None:
         self.patience = patience or Patience()
         timeout = httpx.Timeout(self.patience.stall_s, connect=self.patience.connect_s, pool=None)
@@ -55,7 +56,7 @@ class Transport:
         )
         self._owns_http = http is None
         self._rng = rng or random.Random()
-        self._credentials = Credentials(access or {}, self._http)
+        self._credentials = Credentials(access or {}, self._http, find)
 
     async def aclose(self) -> None:
         if self._owns_http:
