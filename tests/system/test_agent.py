@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from atoll.images.fake import FakeImages
 from atoll.model import codec
@@ -24,7 +25,22 @@ from atoll.model.errors import Unsupported
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import Channel, StreamKind, StreamRequest
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
-from atoll.model.spec import AppSpec, Health, HealthKind, JobSpec, Port, Resources, Restart, RuntimeName, Stop, Volume
+from atoll.model.spec import (
+    CALLER_CA,
+    CALLER_CA_DIRECTORY,
+    AppSpec,
+    Health,
+    HealthKind,
+    IngressRules,
+    InstanceTls,
+    JobSpec,
+    Port,
+    Resources,
+    Restart,
+    RuntimeName,
+    Stop,
+    Volume,
+)
 from atoll.model.states import Desired, Phase
 from atoll.model.streams import Kind, LogLine, Resize, pack, unpack
 from atoll.model.units import Bytes, Seconds
@@ -434,6 +450,20 @@ async def test_a_volume_outlives_its_instance_and_any_user_may_write_to_it(contr
     control.assign(app("web-2", "sleep", "1000", volumes=volumes))
     await _phase(control, "web-2", Phase.RUNNING)
     assert await _exec(control, "web-2", "cat", "/data/file") == (0, b"kept\n")
+
+
+async def test_an_app_that_asks_who_calls_can_read_the_authority_and_cannot_change_it(control: FakeControlPlane) -> None:
+    rules = IngressRules(instance_tls=InstanceTls(pins=("k2oYXKqiZrucvpgengXLeM1zKwsygOuURBK7b4+PB68=",), mutual=True))
+    control.assign(replace(app("web-1", "sleep", "1000", ingress=rules, user="app"), caller_ca="authority\n"))
+    await _phase(control, "web-1", Phase.RUNNING)
+    assert await _exec(control, "web-1", "sh", "-c", "cat $ATOLL_INGRESS_CA") == (0, b"authority\n")
+    for argv in (("sh", "-c", f"echo x > {CALLER_CA}"), ("sh", "-c", f"echo x > {CALLER_CA_DIRECTORY}/other")):
+        status, _ = await _exec(control, "web-1", *argv, user="root")
+        assert status != 0
+    assert await _exec(control, "web-1", "cat", CALLER_CA) == (0, b"authority\n")
+    # Without the authority nothing starts: it would take nobody, or everybody.
+    control.assign(app("web-2", "sleep", "1000", ingress=rules))
+    await control.until(lambda c: "web-2" in c.statuses and "has not been told of yet" in c.statuses["web-2"].message)
 
 
 async def test_out_of_memory_is_reported_as_such(control: FakeControlPlane) -> None:
