@@ -23,12 +23,15 @@ class UdpRoom:
         """In the order in which they came."""
         self._open: set[str] = set()
         self._touched: set[str] = set()
+        self._new: set[str] = set()
+        """Those that ask for what they did not have."""
 
     def ask(self, port: str, cluster: str, clients: int) -> None:
         """Have room for a port whose clients are `clients` at most. Safe to repeat."""
         before, now = self._asked.get(port), _Asked(cluster, clients)
         if before is None or before.cluster != cluster or before.clients < clients:
             self._asked.pop(port, None)
+            self._new.add(port)
         self._asked[port] = now
         self._touched.add(port)
 
@@ -43,12 +46,14 @@ class UdpRoom:
             return set()
         before, self._open = self._open, set()
         held: dict[str, int] = {}
-        for port, asked in self._asked.items():
+        # Who has room and asks for no more keeps it, whoever of those that share it goes.
+        for port, asked in sorted(self._asked.items(), key=lambda each: each[0] not in before or each[0] in self._new):
             more = max(0, asked.clients - held.get(asked.cluster, 0))
             if sum(held.values()) + more <= self.clients_max:
                 held[asked.cluster] = held.get(asked.cluster, 0) + more
                 self._open.add(port)
         touched, self._touched = self._touched | (before ^ self._open), set()
+        self._new.clear()
         return touched
 
     def is_open(self, port: str) -> bool:
