@@ -7,30 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from atoll.api.service import claims
+from atoll.api.service import app_releases, claims
 from atoll.api.service.access import SYSTEM, Caller, check_name
 from atoll.api.service.app_views import AppViews
 from atoll.api.service.callers import ensure_for
 from atoll.api.service.context import Context, Draft, RequestKey, check_match
 from atoll.api.service.dependencies import check_dependencies, dependents_of
 from atoll.api.service.events import told_by
-from atoll.api.service.lookups import by_owner, owner_of
 from atoll.api.service.pages import page
 from atoll.api.service.projects import require_project
 from atoll.api.service.workloads import check_constraints, check_host_ports, check_public_ports, check_secrets, pin
 from atoll.model import keys, stored
 from atoll.model.certificates import provable
 from atoll.model.errors import Conflict, Invalid, NotFound
-from atoll.model.ports.store import Compare, Delete, Op, Put, absent, unchanged
-from atoll.model.records import App, AppStatus, Instance, Release
+from atoll.model.ports.store import Compare, Op, Put, absent, unchanged
+from atoll.model.records import App, AppStatus, Release
 from atoll.model.rollouts import RolloutOrder, RolloutPhase
 from atoll.model.spec import AppSpec, Issuer, Strategy, check_app, check_gang_of
 from atoll.model.spec.sources import sources_of
 from atoll.model.views import AppView, Page
 from atoll.store.cache import Held
-
-RELEASES_MAX = 50
-"""Releases that are kept of one app; older ones go, unless an instance runs them."""
 
 
 class Apps:
@@ -51,9 +47,9 @@ class Apps:
 
     def releases(self, project: str, name: str, *, limit: int, after: str = "") -> Page[Release]:
         """Newest first; `after` is the number of the last one that was read."""
-        found = self._releases(self._held(project, name).record)[::-1]
+        found = app_releases.kept(self._state, self._held(project, name).record)[::-1]
         if after:
-            number = _number(after)
+            number = app_releases.number(after)
             found = [held for held in found if held.record.number < number]
         items = tuple(held.record for held in found[:limit])
         following = str(items[-1].number) if len(found) > limit else None
@@ -166,7 +162,7 @@ class Apps:
         """
 
         def change(held: Held[App]) -> Draft[AppView]:
-            specs = {release.record.number: release.record.spec for release in self._releases(held.record)}
+            specs = {release.record.number: release.record.spec for release in app_releases.kept(self._state, held.record)}
             numbers = sorted(specs)
             target = number or max((n for n in numbers if n < held.record.release), default=0)
             if target not in numbers:
@@ -174,7 +170,7 @@ class Apps:
                 wanted = f"release {target}" if target else f"release before {held.record.release}"
                 raise NotFound(f"app '{name}' has no {wanted}; it has {kept}", field="release")
             spec = specs[target]
-            if _metric(spec) == _metric(held.record.spec):
+            if app_releases.metric_of(spec) == app_releases.metric_of(held.record.spec):
                 # How many there are is the app's and no release's, unless the release gives another metric away.
                 spec = replace(spec, scale=held.record.spec.scale)
             now = held.record.spec
@@ -273,21 +269,6 @@ class Apps:
             raise NotFound(f"no app '{name[:60]}' in project '{project}'", mend="'atoll apps' lists them")
         return held
 
-    def _releases(self, app: App) -> list[Held[Release]]:
-        """All kept releases of an app, oldest first. Their numbers have no gaps, because only the oldest are ever removed."""
-        records = self._state.records(Release)
-        found: list[Held[Release]] = []
-        number = app.release
-        while (held := records.get(_release_key(app, number))) is not None:
-            found.append(held)
-            number -= 1
-        found.reverse()
-        number = app.release + 1
-        while (held := records.get(_release_key(app, number))) is not None:
-            found.append(held)
-            number += 1
-        return found
-
     def _create(self, caller: Caller, spec: AppSpec) -> Draft[AppView]:
         now = self._context.clock.now()
         app = App(
@@ -300,7 +281,7 @@ class Apps:
             updated_at=now,
         )
         compare, ops = claims.claim(self._context, caller, None, spec)
-        return self._draft(app, None, [*compare, absent(_key(app))], [*ops, self._release(caller, app)])
+        return self._draft(app, None, [*compare, absent(app_releases.key(app))], [*ops, app_releases.record(caller, app)])
 
     def _change(self, caller: Caller, held: Held[App], spec: AppSpec) -> Draft[AppView]:
         old = held.record
@@ -312,14 +293,14 @@ class Apps:
         check_gang_of(spec, app.replicas)
         compare: list[Compare] = []
         ops: list[Op] = []
-        if _of_release(spec) != _of_release(old.spec) or _metric(spec) != _metric(old.spec):
-            releases = self._releases(old)
+        if app_releases.is_new(old.spec, spec):
+            releases = app_releases.kept(self._state, old)
             self._check_ports(old, spec)
             app = replace(app, order=None, release=1 + max((release.record.number for release in releases), default=old.release))
             compare, ops = claims.claim(self._context, caller, old.spec, spec)
-            compare.append(absent(_key(app)))
-            ops.append(self._release(caller, app))
-            ops.extend(self._prune(old, releases))
+            compare.append(absent(app_releases.key(app)))
+            ops.append(app_releases.record(caller, app))
+            ops.extend(app_releases.prune(self._state, self.status(old), old, releases))
         elif app.replicas == old.replicas and spec == old.spec:
             return Draft(answer=lambda _: self._views.of(held))
         return self._draft(app, held, compare, ops)
@@ -353,34 +334,6 @@ class Apps:
                     mend="keep its number and http2, or deploy this release with rollout.strategy = 'rolling' or 'blue-green'",
                 )
 
-    def _release(self, caller: Caller, app: App) -> Put:
-        release = Release(
-            project=app.project,
-            app=app.name,
-            number=app.release,
-            spec=app.spec,
-            created_at=app.updated_at,
-            author=caller.name or caller.id,
-        )
-        return Put(_key(app), stored.encode(release))
-
-    def _prune(self, app: App, releases: list[Held[Release]]) -> list[Op]:
-        """Delete the oldest releases over the bound, up to the first that something runs or that served last."""
-        if len(releases) < RELEASES_MAX:
-            return []
-        status = self.status(app)
-        needed = {app.release, status.served_release if status else 0}
-        if status is not None and status.rollout is not None:
-            needed.add(status.rollout.stable)
-        there = self._state.found(Instance, by_owner, owner_of(app))
-        needed.update(held.record.release for held in there.values())
-        ops: list[Op] = []
-        for release in releases[: len(releases) - RELEASES_MAX + 1]:
-            if release.record.number in needed:
-                break
-            ops.append(Delete(keys.release(app.project, app.name, release.record.number)))
-        return ops
-
     def _draft(self, app: App, held: Held[App] | None, compare: list[Compare], ops: list[Op]) -> Draft[AppView]:
         key = keys.app(app.project, app.name)
         first = absent(key) if held is None else unchanged(key, held.revision)
@@ -406,16 +359,6 @@ def _replicas(spec: AppSpec, otherwise: int) -> int:
     return otherwise if spec.scale is UNSET else spec.scale.replicas
 
 
-def _of_release(spec: AppSpec) -> AppSpec:
-    """Return what instances run by: changing the rest makes no release."""
-    return replace(spec, scale=UNSET, disruption=None, depends_on=(), ingress=None)
-
-
-def _metric(spec: AppSpec) -> str | None:
-    """Return what instances are asked for: of all that `scale` says the one thing that they run by, as the rest of a release."""
-    return None if spec.scale is UNSET else spec.scale.metric
-
-
 def _check_most(spec: AppSpec, replicas: int) -> None:
     if spec.scale is UNSET:
         return
@@ -436,17 +379,3 @@ def _check_single(spec: AppSpec, replicas: int) -> None:
             field="replicas",
             mend="put what needs no state into a worker of its own, bound to this one",
         )
-
-
-def _key(app: App) -> str:
-    return keys.release(app.project, app.name, app.release)
-
-
-def _release_key(app: App, number: int) -> str:
-    return keys.release(app.project, app.name, number).removeprefix(keys.RELEASES)
-
-
-def _number(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 9:
-        raise Invalid(f"after: {text[:40]!r} is not a release's number", field="after")
-    return int(text)
