@@ -29,7 +29,7 @@ def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_300_seeds_hold_and_meet_every_mark() -> None:
     done = simulate("--seeds", str(SEEDS), "--workers", str(WORKERS))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert done.stderr == ""
+    assert all("left" in line for line in done.stderr.splitlines()), done.stderr  # how far it is, and nothing else
     assert f"{len(EXPECTED)} of {len(EXPECTED)} marks met" in done.stdout
     assert f"{SEEDS} of {SEEDS} seeds held" in done.stdout
 
