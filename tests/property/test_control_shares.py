@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from test_control_rollout import Model
 from atoll.control.actions import Create, Decision, Remove, Seen, Tell, Update, WriteAppStatus
 from atoll.control.analysis import Outcome, Verdict
 from atoll.control.apps import AppFacts, decide_app
+from atoll.model.evacuation import Evacuation
 from atoll.model.records import AppPhase
 from atoll.model.rollouts import RolloutOrder, RolloutPhase, RolloutStatus
 from atoll.model.spec import Analysis, CanaryStep, Rollout, Strategy
@@ -106,7 +108,9 @@ class Shared(Model):
         least = wanted - rules.max_unavailable
         assert self.sharing(weights) >= min(ready, least), (self.rollout, seen_before)
         doubled = rules.strategy is Strategy.BLUE_GREEN
-        most = max(wanted + rules.max_surge, 2 * wanted if doubled else 0)
+        # One for what a drained node takes from a release that has none to spare.
+        one_more = any(seen.evacuation for seen in seen_before.values())
+        most = max(wanted + rules.max_surge, 2 * wanted if doubled else 0) + one_more
         assert len(self.running()) <= max(running, most), "a decision made too many"
         self._check_verdict(before)
 
@@ -240,3 +244,74 @@ def test_a_failed_analysis_always_ends_at_the_old_release_with_all_requests(mode
         model.step(chance)
         model.decide()
     assert model.made == made, "it is not tried again by itself"
+
+
+class Calm(Shared):
+    """One whose instances never end by themselves: what serves is too little only where a decision made it so."""
+
+    def drain(self, chance: random.Random) -> None:
+        """A node with one instance on it is to be empty, in good time."""
+        placed = [seen for seen in self.alive() if seen.instance.node is not None]
+        if placed:
+            seen = chance.choice(placed)
+            evacuation = Evacuation(why="it is being drained", since=self.now, deadline=self.now + 10_000)
+            self.seen[seen.instance.id] = structs.replace(seen, evacuation=evacuation)
+
+    def short(self) -> str:
+        """Return which release has too few instances for its share of the requests, or nothing."""
+        enough = max(0, self.app.replicas - self.spec.rollout.max_unavailable)
+        weights = self.rollout.weights if self.rollout is not None else {}
+        ready = Counter(seen.instance.release for seen in self.running() if seen.ready)
+        sharing = {release: weight for release, weight in weights.items() if weight and ready[release]}
+        for release, weight in sharing.items():
+            if 100 * ready[release] <= (100 * weight / sum(sharing.values()) - 1) * enough:
+                return f"{ready[release]} of release {release} for {weight} %, {enough} are enough for all"
+        return "" if sharing or not weights or not enough else f"none of {weights}"
+
+
+calm = st.builds(
+    Calm,
+    replicas=st.integers(1, 6),
+    surge=st.integers(1, 6),
+    unavailable=st.integers(0, 2),
+    strategy=st.sampled_from([Strategy.CANARY, Strategy.CANARY, Strategy.BLUE_GREEN]),
+    reverts=st.sampled_from([None, True, False]),
+)
+steers = st.lists(
+    st.sampled_from(
+        [
+            *("release", "back", "good", "bad", "pause", "resume", "promote", "abort", "drain", "drain"),
+            *("step", "step", "step", "step", "step"),
+        ]
+    ),
+    max_size=60,
+)
+
+
+@given(calm, steers, st.integers(0, 2**32))
+@settings(max_examples=150, deadline=None)
+def test_at_every_moment_each_release_has_the_instances_for_its_share_of_the_requests(
+    model: Calm, todo: list[str], seed: int
+) -> None:
+    chance = random.Random(seed)
+    model.decide()
+    settle(model, chance, 1)
+    for what in todo:
+        match what:
+            case "drain":
+                model.drain(chance)
+            case "back" if model.rollout is not None and model.rollout.stable:
+                model.app = structs.replace(model.app, release=model.rollout.stable, order=None, updated_at=model.now)
+            case "release" | "good" | "bad" | "pause" | "resume" | "promote" | "abort":
+                do(model, what, chance)
+            case _:
+                for _ in range(10):
+                    model.step(chance)
+                    model.decide()
+                    assert not model.short(), (model.short(), model.rollout)
+        model.decide()
+        assert not model.short(), (what, model.short(), model.rollout)
+    model.verdict = None
+    order = RolloutOrder(release=model.app.release, attempt=99, promoted=True)
+    model.app = structs.replace(model.app, order=order, updated_at=model.now)
+    settle(model, chance, model.app.release)

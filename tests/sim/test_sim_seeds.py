@@ -50,7 +50,8 @@ def test_a_seed_does_not_depend_on_those_before_it() -> None:
 FAST = [
     mutant
     for mutant in MUTANTS
-    if mutant.name in ("drain-skipped", "release-changed", "votes-for-anyone", "cache-not-awaited", "request-key-ignored")
+    if mutant.name
+    in ("drain-skipped", "release-changed", "votes-for-anyone", "cache-not-awaited", "request-key-ignored", "shares-unheeded")
 ]
 
 

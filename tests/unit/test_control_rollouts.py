@@ -63,10 +63,10 @@ def status_of(made: Plan) -> RolloutStatus:
         (None, {"ready": 0}, (RolloutPhase.PROGRESSING, 0, 0)),
         (None, {"ready": 1}, (RolloutPhase.PROGRESSING, 0, 5)),
         (STEP_1, {}, (RolloutPhase.PROGRESSING, 0, 5)),
-        (structs.replace(STEP_1, since=NOW - 60), {}, (RolloutPhase.PROGRESSING, 1, 5)),
+        (structs.replace(STEP_1, since=NOW - 60), {}, (RolloutPhase.PROGRESSING, 1, 10)),
         (structs.replace(STEP_1, since=NOW - 60), {"ready": 0}, (RolloutPhase.PROGRESSING, 0, 5)),
         (structs.replace(STEP_1, since=NOW - 60), {"order": order(paused=True)}, (RolloutPhase.WAITING, 0, 5)),
-        (structs.replace(STEP_1, step=1, since=0.0), {"ready": 4}, (RolloutPhase.PROGRESSING, 1, 5)),
+        (structs.replace(STEP_1, step=1, since=0.0), {"ready": 4}, (RolloutPhase.PROGRESSING, 1, 40)),
         (structs.replace(STEP_1, step=1, since=0.0), {"ready": 5}, (RolloutPhase.WAITING, 1, 50)),
         (STEP_2, {"ready": 5}, (RolloutPhase.WAITING, 1, 50)),
         (STEP_2, {"ready": 5, "order": order(step=1)}, (RolloutPhase.WAITING, 1, 50)),
@@ -134,9 +134,11 @@ def test_without_revert_a_failed_analysis_waits_for_a_person_who_may_go_on() -> 
 )
 def test_the_surge_bounds_both_sets_and_the_old_one_shrinks_only_as_far_as_it_must(weight: int, new: int, old: int) -> None:
     rules = structs.replace(CANARY, steps=(CanaryStep(weight=weight),))
-    made = plan(rules, None, ready=0)
     assert canary_count(10, weight) == new
-    assert (made.new, made.old, made.most) == (new, old, 12)
+    made = plan(rules, None, ready=0)
+    assert (made.new, made.old, made.most) == (new, 10, 12)
+    made = plan(rules, None, ready=new)
+    assert (status_of(made).weight, made.new, made.old, made.most) == (weight, new, old, 12)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +207,7 @@ def test_what_overtakes_a_canary_takes_its_requests_away_as_fast_as_the_old_rele
     assert status_of(few).weights == {3: 0, 1: 70, 2: 30}
     assert status_of(plan(last=few.status, release=3, ready=0, ready_of={1: 9, 2: 3})).weights == {3: 0, 1: 90, 2: 10}
     begun = plan(last=few.status, release=3, ready=1, ready_of={1: 7, 2: 4, 3: 1})
-    assert status_of(begun).weights == {3: 5, 1: 65, 2: 30}
+    assert status_of(begun).weights == {3: 5, 1: 70, 2: 25}
     assert status_of(plan(last=few.status, release=3, ready=0, ready_of={1: 7})).weights == {3: 0, 1: 100}
 
 

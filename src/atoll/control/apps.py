@@ -12,7 +12,7 @@ from collections import Counter
 
 from msgspec import structs
 
-from atoll.control import evacuation, gpus
+from atoll.control import evacuation, gpus, shares
 from atoll.control.actions import Decision, Remove, RemoveApp, Seen
 from atoll.control.appreport import Standing, report_app, tell, write_status
 from atoll.control.appstatus import Rollout, has_crashed, settled, status_of, why_not_ready
@@ -121,6 +121,7 @@ class _Step:
             served=served,
             kept=served in self.facts.specs,
             wanted=self.wanted,
+            least=budget.least_in_rollout(self.app.spec, self.wanted),
             made=len(self.new) + len(failed),
             ready=updated,
             others=sum(seen.instance.release != app.release for seen in self.old),
@@ -239,14 +240,27 @@ class _Step:
     def _missing(self) -> int:
         """Return how many instances of the wanted release may be made: up to the number wanted, and within the surge."""
         waiting_new = sum(self._current(seen) for seen in self.waiting)
-        return min(self.plan.new - len(self.new) - waiting_new, self.plan.most - self._total())
+        return min(self.plan.new - len(self.new) - waiting_new, self._room(current=True))
 
     def _missing_before(self, rollout: Rollout) -> int:
         """Return how many instances of the release before must be made, while it is kept or the wanted one has failed."""
         waiting_old = sum(not self._current(seen) for seen in self.waiting)
         wanted = self.plan.old or self._served_wanted()
         there = sum(seen.instance.release != self._leaving for seen in self.old)
-        return min(wanted - there - waiting_old, self.plan.most - self._total())
+        return min(wanted - there - waiting_old, self._room(current=False))
+
+    def _room(self, *, current: bool) -> int:
+        """Return how many more may be meant to run.
+
+        What is to leave its node waits for another in its place where its release has none to spare for its share of the requests.
+        A canary may have taken all of the surge: then one more is made.
+        """
+        room = self.plan.most - self._total()
+        waits = [seen for seen in self.sick if seen.ready and self._current(seen) is current] if self._weights else []
+        if not waits:
+            return room
+        least, serving = self._least_in_move(), self._serving()
+        return room + any(not self._may_go(seen, serving, least) for seen in waits)
 
     def _served_wanted(self) -> int:
         """Return how many of what served before are kept while the wanted release has failed.
@@ -315,25 +329,36 @@ class _Step:
         self._forget(order[:surplus])
         self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
 
-    def _serving(self) -> int:
-        return len(self.ready_new) + sum(seen.ready for seen in (*self.old, *self.sick))
+    def _serving(self) -> Counter[int]:
+        """Return release → its instances that take requests; where a rollout goes by shares, of those releases that have one."""
+        there = Counter(seen.instance.release for seen in (*self.ready_new, *self.old, *self.sick) if seen.ready)
+        weights = self._weights
+        return Counter({release: count for release, count in there.items() if weights.get(release)}) or there
+
+    def _may_go(self, seen: Seen, serving: Counter[int], least: int) -> bool:
+        """Whether what takes requests may go while `least` are to stay: of all, and of its release for its share.
+
+        What a rollout by shares keeps without requests may.
+        """
+        weights, release = self._weights, seen.instance.release
+        if not weights.get(release) and any(count and weights.get(other) for other, count in serving.items()):
+            return True
+        return serving.total() > least and shares.may_go(release, weights, serving, least)
+
+    def _least_in_move(self) -> int:
+        newcomers = (*self.new, *self.old) if self._weights else self.new
+        no_room = bool(self.sick) and evacuation.find_no_room(newcomers, self.decision)
+        return budget.least_in_move(self.app.spec, self.wanted, no_room=no_room)
 
     def _retire_sick(self) -> None:
         """Take away as many of those on sick devices, or on nodes that are to be empty, as others serve in their place."""
-        no_room = bool(self.sick) and evacuation.find_no_room(self.new, self.decision)
-        least = budget.least_in_move(self.app.spec, self.wanted, no_room=no_room)
-        weights = self._weights
-        # What a rollout by shares keeps without requests serves nobody: it goes at once, and lets nothing else go. What it brings
-        # is counted where old ones go for it, requests or not.
-        idle = [seen for seen in self.sick if weights and not weights.get(seen.instance.release) and not self._current(seen)]
-        kept = sum(seen.ready for seen in self.old if weights and not weights.get(seen.instance.release))
-        self.sick = idle + [seen for seen in self.sick if seen not in idle]
-        for _ in range(len(self.sick)):
-            if self.sick[0] not in idle and self._serving() - kept <= least:
-                break
-            seen = self.sick.pop(0)
-            self.ready = [other for other in self.ready if other is not seen]
-            self._replace(seen, drain_s=self.facts.drain_s(seen))
+        least, serving = self._least_in_move(), self._serving()
+        for seen in list(self.sick):
+            if self._may_go(seen, serving, least):
+                serving[seen.instance.release] -= seen.ready and seen.instance.release in serving
+                self.sick = [other for other in self.sick if other is not seen]
+                self.ready = [other for other in self.ready if other is not seen]
+                self._replace(seen, drain_s=self.facts.drain_s(seen))
 
     def _replace(self, seen: Seen, *, drain_s: float | None) -> None:
         """Let an instance go because of its device, or off its node."""
@@ -354,23 +379,27 @@ class _Step:
 
     def _retire_old(self, rollout: Rollout) -> None:
         """Take away as many of the old as the ready ones allow, those that do not serve first."""
-        serving = self._serving()
         least = budget.least_in_rollout(self.app.spec, self.wanted)
         spare = len(self.old) + len(self.ready_new) - least
         if not self.plan.old and rollout.failed and rollout.served in self.facts.specs:
             spare = min(spare, len(self.old) - self._served_wanted())
+        serving, stay = self._serving(), set[int]()
         leaving, reason = self._leaving, f"replaced by release {self.release}"
         kept = sum(seen.instance.release != leaving for seen in self.old)
         for seen in sorted(self.old, key=lambda s: (s.ready, s.instance.release != leaving, s.instance.created_at, s.instance.id)):
-            if self.plan.old and seen.instance.release != leaving:
-                if kept <= self.plan.old:
-                    continue  # as many of the release before stay
-                kept -= 1
-            if spare <= 0 or (seen.ready and serving <= least):
+            release = seen.instance.release
+            before = release != leaving
+            if spare <= 0:
                 break
+            if self.plan.old and before and kept <= self.plan.old:
+                continue  # as many of the release before stay
+            if seen.ready and (release in stay or not self._may_go(seen, serving, least)):
+                stay.add(release)
+                continue
             self._retire(seen, reason)
             spare -= 1
-            serving -= seen.ready
+            serving[release] -= seen.ready and release in serving
+            kept -= before
             self._forget([seen])
 
     def _forget(self, seen: list[Seen]) -> None:

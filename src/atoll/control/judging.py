@@ -78,6 +78,6 @@ class Judging:
 
 def _judged(status: RolloutStatus, app: App) -> bool:
     attempt = app.order.attempt if app.order is not None and app.order.release == app.release else 0
-    if (status.release, status.attempt) != (app.release, attempt) or not status.since:
+    if (status.release, status.attempt) != (app.release, attempt) or not status.judged:
         return False
     return status.phase.under_way or status.phase is RolloutPhase.KEEPING

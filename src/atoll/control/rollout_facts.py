@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from atoll.control.analysis import Verdict
+from atoll.control.shares import borne
 from atoll.model.records import Severity
 from atoll.model.rollouts import Leaving, RolloutOrder, RolloutStatus
 from atoll.model.spec import Rollout
@@ -27,6 +28,8 @@ class RolloutFacts(Struct, frozen=True, kw_only=True):
     """Whether the spec of `served` is still held, so that one can go back."""
     wanted: int
     """Instances."""
+    least: int | None = None
+    """How many must be ready for all requests; None: by `rules` alone."""
     made: int = 0
     """Instances of `release` that there are, or that wait for their next try."""
     ready: int = 0
@@ -40,6 +43,11 @@ class RolloutFacts(Struct, frozen=True, kw_only=True):
     verdict: Verdict | None = None
     why: str = ""
     """Why instances of `release` are not ready."""
+
+    @property
+    def enough(self) -> int:
+        """How many ready instances all requests need."""
+        return max(0, self.wanted - self.rules.max_unavailable) if self.least is None else self.least
 
 
 class Told(Struct, frozen=True):
@@ -95,11 +103,11 @@ def leaves(facts: RolloutFacts, stable: int, release: int, before: int | None, n
     return still_leaves(facts, stable, Leaving(release=release, weight=before, until=now + facts.rules.deadline), now)
 
 
-def still_leaves(facts: RolloutFacts, stable: int, leaving: Leaving | None, now: float) -> Leaving | None:
-    """Return what is left to it now: less with each instance of `stable` that is ready, never more; None for nothing."""
+def still_leaves(facts: RolloutFacts, stable: int, leaving: Leaving | None, now: float, share: int = 100) -> Leaving | None:
+    """Return what is left to it now of `share`, which is all but the wanted release's own: less with each instance of `stable` that
+    is ready, never more; None for nothing.
+    """
     if leaving is None or not facts.wanted or now >= leaving.until or not facts.ready_of.get(leaving.release):
         return None
-    enough = max(1, facts.wanted - facts.rules.max_unavailable)
-    missing = 100 - 100 * facts.ready_of.get(stable, 0) // enough
-    weight = min(missing, leaving.weight)
+    weight = min(share - borne(facts.ready_of.get(stable, 0), max(1, facts.enough)), leaving.weight)
     return replace(leaving, weight=weight) if weight > 0 else None

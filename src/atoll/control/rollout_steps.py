@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from atoll.control.analysis import Outcome
 from atoll.control.rollout_facts import Plan, RolloutFacts, Told, canary_count, leaves, plan_of
+from atoll.control.shares import borne, needed
 from atoll.model.records import Severity
 from atoll.model.rollouts import RolloutOrder, RolloutPhase, RolloutStatus
 from atoll.model.spec import Strategy
@@ -62,7 +63,7 @@ class Step:
         rules, verdict = self.rules.analysis, self.facts.verdict
         if rules is None:
             return None
-        if self.status.since:
+        if self.status.judged:
             self._wake(self.now + rules.interval)
         if verdict is None or verdict.at <= self.status.analysed_at or verdict.at < self.status.since:
             return None
@@ -118,27 +119,35 @@ class Step:
         steps = self.rules.steps
         while self.status.step < len(steps) and not self.order.promoted:
             step = steps[self.status.step]
-            needed = canary_count(wanted, step.weight)
+            count = canary_count(wanted, step.weight)
             if not self.status.since:
-                if ready < needed:
-                    message = f"{ready} of {needed} instances are ready for {step.weight} %"
-                    self._set(phase=RolloutPhase.PROGRESSING, message=message)
-                    return self._end(**self._sets(needed))
+                if ready < count:
+                    message = f"{ready} of {count} instances are ready for {step.weight} %"
+                    weight = self._on_the_way(step.weight, count)
+                    self._set(phase=RolloutPhase.PROGRESSING, message=message, weight=weight)
+                    return self._end(**self._sets(count))
                 self._begin_step(step.weight, f"step {self.status.step + 1} of {len(steps)}")
-            if not self._step_over(step.pause, ready >= needed):
-                return self._end(**self._sets(needed))
+            if not self._step_over(step.pause, ready >= count):
+                return self._end(**self._sets(count))
             self.progressed = True
             self._set(step=self.status.step + 1, since=0.0, failures=0, passes=0)
         if self.status.phase is not RolloutPhase.PROMOTING:
             self._set(phase=RolloutPhase.PROMOTING, since=self.now, failures=0, passes=0, message="")
             self.progressed = True
             self._tell("rollout-promoted", f"release {self.facts.release} is to have all requests{self._by()}")
-        weight = self.status.weight or 0
-        weight = 100 if ready >= wanted else max(weight, min(99, 100 * ready // wanted))
-        self._set(weight=weight)
+        self._set(weight=max(self.status.weight or 0, borne(ready, self.facts.enough)))
         if ready >= wanted and not self.facts.others:
             self._set(phase=RolloutPhase.COMPLETE)
         return self._end()
+
+    def _on_the_way(self, weight: int, count: int) -> int:
+        """Return the share while instances are made for `weight`. Where the surge has no room for `count` of them beside all that
+        the old release needs for its share, they take over from it one by one.
+        """
+        now = self.status.weight or 0
+        if self._room_beside(count) >= needed(100 - now, self.facts.enough):
+            return now
+        return max(now, min(weight, borne(self.facts.ready, self.facts.enough)))
 
     def _begin_step(self, weight: int, what: str) -> None:
         self.progressed = True
@@ -176,12 +185,18 @@ class Step:
         return True
 
     def _sets(self, new: int) -> dict[str, int]:
-        """Return how many of both releases there are while both serve; of the old one all that the surge leaves room for."""
+        """Return how many of both releases there are while both serve; of the old one all that the surge leaves room for, and in
+        any case what its share needs.
+        """
         wanted = self.facts.wanted
         if self.status.strategy is Strategy.BLUE_GREEN:
             return {"new": new, "old": wanted, "most": self._twice()}
-        most = wanted + self.rules.max_surge
-        return {"new": new, "old": min(wanted, most - new), "most": most}
+        least = needed(100 - (self.status.weight or 0), self.facts.enough)
+        return {"new": new, "old": max(least, self._room_beside(new)), "most": wanted + self.rules.max_surge}
+
+    def _room_beside(self, new: int) -> int:
+        """Return how many of the old release the surge of a canary leaves room for."""
+        return min(self.facts.wanted, self.facts.wanted + self.rules.max_surge - new)
 
     def _twice(self) -> int:
         return max(2 * self.facts.wanted, self.facts.wanted + self.rules.max_surge)

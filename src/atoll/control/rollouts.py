@@ -31,6 +31,8 @@ def is_steered(facts: RolloutFacts) -> bool:
 def decide_rollout(facts: RolloutFacts, now: float) -> Plan:
     """Return what the rollout comes to at `now`, in seconds since the epoch."""
     made = _decide(facts, now)
+    if made.status is not None and made.status.leaving is not None:
+        made = replace(made, status=_relieved(facts, made.status, now))
     leaving = made.status.leaving if made.status is not None else None
     if leaving is not None and (made.wake_at is None or leaving.until < made.wake_at):
         made = replace(made, wake_at=leaving.until)
@@ -42,7 +44,7 @@ def _decide(facts: RolloutFacts, now: float) -> Plan:
     attempt = order.attempt if order is not None else 0
     status = last if last is not None and (last.release, last.attempt) == (facts.release, attempt) else None
     if status is not None and status.leaving is not None:
-        status = replace(status, leaving=still_leaves(facts, status.stable, status.leaving, now))
+        status = _relieved(facts, status, now)
         if status.leaving is None and status.phase is RolloutPhase.REVERTED:
             text = f"release {status.stable} has all requests again"
             return plan_of(facts, status, told=(Told("rollout-restored", text, data={"release": status.release}),))
@@ -68,6 +70,12 @@ def _decide(facts: RolloutFacts, now: float) -> Plan:
     return Step(facts, status, order, now).go_on()
 
 
+def _relieved(facts: RolloutFacts, status: RolloutStatus, now: float) -> RolloutStatus:
+    """Leave to a release on its way out what `stable` has too few instances for, beside what the wanted release takes."""
+    takes = (status.weight or 0) if status.release != status.stable else 0
+    return replace(status, leaving=still_leaves(facts, status.stable, status.leaving, now, 100 - takes))
+
+
 def _returning(facts: RolloutFacts, status: RolloutStatus | None, attempt: int, now: float) -> RolloutStatus | None:
     """What is wanted served before: nothing else is served from now on, but what its own instances are too few for."""
     own, last = facts.release, facts.last
@@ -87,11 +95,8 @@ def _returning(facts: RolloutFacts, status: RolloutStatus | None, attempt: int, 
 
 
 def _overtaken(facts: RolloutFacts, stable: int, now: float) -> Leaving | None:
-    """Return what is left to the release that was on its way in until now, and is neither the wanted one nor `stable`.
-
-    One that had no requests yet, but for which some of `stable` have gone already, gets no more than those are missing for.
-    """
+    """Return what is left to the release that had requests until now, and is neither the wanted one nor `stable`."""
     before = facts.last.weights if facts.last is not None else {}
-    others = [each for each, ready in facts.ready_of.items() if before and ready and each not in (facts.release, stable)]
-    release = max(others, key=lambda each: (before.get(each, 0), each), default=0)
-    return leaves(facts, stable, release, before.get(release) or None, now) if release else None
+    others = {release: weight for release, weight in before.items() if release not in (facts.release, stable) and weight > 0}
+    release = max(others, key=lambda each: (others[each], each), default=0)
+    return leaves(facts, stable, release, others[release], now) if release else None

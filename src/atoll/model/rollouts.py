@@ -100,6 +100,11 @@ class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return {**found, self.stable: found[self.stable] - left, self.leaving.release: left}
 
     @property
+    def judged(self) -> bool:
+        """Whether requests of `release` count for its analysis: it has some, or had its time for them."""
+        return bool(self.since or self.weight)
+
+    @property
     def serving(self) -> int:
         """Return the release that instances should be of when nothing goes on: the old one after a revert."""
         return self.stable if self.phase is RolloutPhase.REVERTED else self.release

@@ -7,6 +7,7 @@ where the code has no port there, by setting a name for the length of one run (`
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.api.service import reports
-from atoll.control import nodes
+from atoll.control import apps, nodes, rollout_steps, shares
 from atoll.control.detection.exchange import Exchange
 from atoll.control.heir import Heir, Joins
 from atoll.control.judging import Traffic
@@ -42,7 +43,7 @@ from atoll.sim.planted_parts import (
 from atoll.sim.planted_parts import LeakyMachine as LeakyMachine
 from atoll.sim.run import Outcome, run_seed
 from atoll.sim.server import Server, Work, control
-from atoll.sim.shapes import agents_die, leaders_change, nodes_cut_off, servers_lag, words_late
+from atoll.sim.shapes import agents_die, leaders_change, nodes_cut_off, releases_share, servers_lag, words_late
 from atoll.sim.shapes import gpus_fail as gpus_fail
 from atoll.sim.shapes import members_fall as members_fall
 from atoll.sim.shapes import rivalry as rivalry
@@ -155,6 +156,11 @@ async def _taken_as_it_is(heir: Heir, at: Revision) -> Joins:
     return await _take(heir, Revision(0))
 
 
+def _all_alike(step: Any) -> Counter[int]:
+    """Stands for `apps._Step._serving`: what is ready counts, whether it has requests or not."""
+    return Counter(seen.instance.release for seen in (*step.ready_new, *step.old, *step.sick) if seen.ready)
+
+
 MUTANTS = (
     Mutant(
         name="fence-dropped",
@@ -220,6 +226,16 @@ MUTANTS = (
         parts=lambda: WithStore(planted.Wavering),
     ),
     Mutant(name="drained-served", what="the ingress sends requests to what is draining", parts=lambda: WithIngress(DeafIngress)),
+    Mutant(
+        name="shares-unheeded",
+        what="old instances go for new ones that have no requests yet",
+        shape=releases_share,
+        patches=(
+            (rollout_steps, "needed", lambda share, enough: 0),
+            (shares, "may_go", lambda release, weights, ready_of, enough: True),
+            (apps._Step, "_serving", _all_alike),
+        ),
+    ),
     Mutant(
         name="late-word-counts",
         what="a report that comes late overwrites a newer one",

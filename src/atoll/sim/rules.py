@@ -13,8 +13,7 @@ from atoll.model.errors import Unavailable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.ports.runtime import Box
 from atoll.model.ports.store import Change, Revision, WatchBatch
-from atoll.model.records import App, AppStatus, Event, Instance, Job, Node, NodeHealth, NodeLiveness, OwnerKind, Release, Status
-from atoll.model.rollouts import RolloutPhase
+from atoll.model.records import Event, Instance, Job, Node, NodeHealth, NodeLiveness, OwnerKind, Release, Status
 from atoll.model.spec import Workload
 from atoll.model.states import TRANSITIONS, Desired, Phase, advance
 from atoll.node.decide import HOLD_S
@@ -22,6 +21,7 @@ from atoll.sim.gpus import overcommitted
 from atoll.sim.machine import SimMachine
 from atoll.sim.members import Cluster
 from atoll.sim.server import KINDS
+from atoll.sim.serving import Serving
 from atoll.sim.story import Story
 
 _FIXED = ("id", "project", "owner_kind", "owner", "release", "generation", "index", "attempt", "created_at")
@@ -31,8 +31,6 @@ STOPPED_S = 25.0
 grace (3 s), the longest standstill of an agent, and what is left of the leader's margin (`control/patience.py`)."""
 WELL_S = 12.0
 """A machine that was well, and reached by every server, for so long is not given up."""
-SETTLED_S = 1.0
-"""How long a number of ready instances must last until it may not be fallen below."""
 
 
 class Rules:
@@ -46,8 +44,7 @@ class Rules:
         self.revision = 0
         self.stopped_at: dict[str, int] = {}
         """Instance → revision at which it was told to stop, or removed."""
-        self.least_ready: dict[str, int] = {}
-        """App → ready instances below which a calm run never falls."""
+        self.serving = Serving(story, self.records)
         self.once: dict[str, str] = {}
         """Instance → owner, of those that must never run twice."""
         self.lost_at: dict[str, float] = {}
@@ -56,8 +53,6 @@ class Rules:
         """Machine → when it was last away, paused, or out of some server's reach."""
         self._runs: set[str] = set()
         """Jobs that schedules have made."""
-        self._ready_since: dict[str, tuple[int, float]] = {}
-        """App → how many are ready, and since when it is so many."""
 
     async def watch(self, cluster: Cluster) -> None:
         """Follow every revision for ever."""
@@ -83,7 +78,7 @@ class Rules:
         for instance in placed:
             self._check_room(instance.node or "")
         if self._calm:
-            self._check_serving()
+            self.serving.check()
 
     def _change(self, kind: type[Any], key: str, change: Change, placed: list[Instance]) -> None:
         records = self.records[kind]
@@ -190,41 +185,6 @@ class Rules:
             keys.release(instance.project, instance.owner, instance.release).removeprefix(keys.RELEASES)
         )
         return release.spec if release else None
-
-    def ready(self, app: str) -> int:
-        """Return how many instances of an app serve. What is kept without requests, beside the release that has them, does not."""
-        status: AppStatus | None = self.records[AppStatus].get(app)
-        rollout = status.rollout if status is not None else None
-        kept = rollout.stable if rollout is not None and rollout.phase is RolloutPhase.KEEPING else None
-        count = 0
-        for key, instance in self.records[Instance].items():
-            said: Status | None = self.records[Status].get(key)
-            if f"{instance.project}/{instance.owner}" == app and instance.owner_kind is OwnerKind.APP:
-                serves = instance.desired is Desired.RUN and not instance.standby and instance.release != kept
-                count += bool(serves and said and said.ready)
-        return count
-
-    def _check_serving(self) -> None:
-        """Without faults, an app that once served never serves with less than it promised.
-
-        What has been reached counts once it has lasted for `SETTLED_S`: who decides may not have heard of it before. A smaller
-        wish counts at once.
-        """
-        now = asyncio.get_running_loop().time()
-        for name, app in self.records[App].items():
-            floor = 0 if app.deleting else max(0, app.replicas - app.spec.rollout.max_unavailable)
-            ready = self.ready(name)
-            before, since = self._ready_since.get(name, (0, now))
-            lasting = before if now - since >= SETTLED_S else 0
-            least = min(max(self.least_ready.get(name, 0), lasting), floor)
-            if ready < least:
-                self._story.breaks(f"{ready} instances of {name} serve; without faults {least} must")
-            if ready != before:
-                self._ready_since[name] = (ready, now)
-            self.least_ready[name] = least
-        for name in [name for name in self.least_ready if name not in self.records[App]]:
-            del self.least_ready[name]
-            self._ready_since.pop(name, None)
 
     def routed(self, batch: RoutingBatch) -> None:
         """Check a batch before the ingress uses it."""

@@ -45,6 +45,13 @@ def nodes_cut_off(profile: Profile) -> Profile:
     return replace(calmer, span_s=150.0, chaos=chaos, chaos_every_s=15.0)
 
 
+def releases_share(profile: Profile) -> Profile:
+    """Make a run without faults of nothing but apps that go by shares of the requests."""
+    calm = replace(profile, calm=True, lost=0.0, lost_reply=0.0, repeated=0.0, store_fails=0.0, slow_watch=0.0, runtime_fails=0.0)
+    calm = replace(calm, chaos=(), skew_s=0.0, latency_s=0.003, once=0.0, core_only=False, span_s=60.0)
+    return replace(calm, shares=1.0, apps=3, jobs=0)
+
+
 def words_late(profile: Profile) -> Profile:
     """Make a run of requests that arrive again, late."""
     return replace(profile, calm=False, repeated=0.5, latency_s=0.01, span_s=60.0)

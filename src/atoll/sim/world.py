@@ -95,7 +95,7 @@ class World:
             self.ingresses,
             self.machines,
             self.net,
-            lambda app: self.rules.least_ready.get(app, 0) > 0,
+            lambda app: self.rules.serving.least_ready.get(app, 0) > 0,
             story,
             choose,
             strict=profile.calm,
