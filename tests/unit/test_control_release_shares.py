@@ -11,7 +11,7 @@ from test_control_rollouts import CANARY, NOW, STEP_1, STEP_2, decide, plan, see
 from atoll.control.actions import Create, Decision, Seen, Update, WriteAppStatus
 from atoll.control.shares import borne, may_go, must_stay, needed
 from atoll.model.evacuation import Evacuation
-from atoll.model.rollouts import Leaving, RolloutPhase, RolloutStatus
+from atoll.model.rollouts import Leaving, RolloutOrder, RolloutPhase, RolloutStatus
 from atoll.model.spec import CanaryStep, Rollout
 from atoll.model.states import Desired
 from atoll.model.units import Seconds
@@ -176,3 +176,23 @@ def test_what_overtakes_a_canary_relieves_what_leaves_by_the_share_that_it_takes
     rules: Rollout = structs.replace(CANARY, steps=(CanaryStep(weight=20),))
     made = plan(rules, last, release=3, ready=2, ready_of={1: 8, 2: 3, 3: 2})
     assert status_of(made).weights == {3: 20, 1: 80}
+
+
+def test_a_canary_that_is_tried_again_while_it_is_taken_back_returns_only_what_the_old_release_bears() -> None:
+    back = Leaving(release=2, weight=60, until=NOW + 100)
+    last = RolloutStatus(release=2, stable=1, strategy=STEP_1.strategy, phase=RolloutPhase.REVERTED, leaving=back)
+    again = RolloutOrder(release=2, attempt=1)
+    shares = []
+    for ready in (4, 5, 9, 10):
+        status = status_of(plan(last=last, order=again, ready=6, ready_of={1: ready, 2: 6}))
+        shares.append((status.weight, bool(status.since)))
+        assert status.weights == {2: status.weight, 1: 100 - (status.weight or 0)}
+    assert shares == [(60, False), (50, False), (10, False), (5, True)]
+    late = plan(last=last, order=again, ready=6, ready_of={1: 4, 2: 6}, progressed_at=NOW - 100)
+    assert (status_of(late).weight, bool(status_of(late).since)) == (5, True), "not for ever"
+
+
+def test_what_does_not_serve_makes_way_though_all_that_serves_is_to_leave() -> None:
+    rolling = Rollout(max_surge=0, max_unavailable=1, deadline=Seconds(20))
+    there = moving([*[seen(f"n{n}", 2) for n in range(3)], seen("o0", 1, ready=False)], "n0", "n1", "n2")
+    assert left(decide(rolling, there, None, status={"served_release": 2})) == ["o0"]

@@ -380,8 +380,8 @@ class _Step:
     def _retire_old(self, rollout: Rollout) -> None:
         """Take away as many of the old as the ready ones allow, those that do not serve first."""
         least = budget.least_in_rollout(self.app.spec, self.wanted)
-        spare = len(self.old) + len(self.ready_new) - least
-        if not self.plan.old and rollout.failed and rollout.served in self.facts.specs:
+        spare = len(self.old) + len(self.sick) + len(self.ready_new) - least
+        if not self.plan.old and rollout.failed and rollout.served != self.release and rollout.served in self.facts.specs:
             spare = min(spare, len(self.old) - self._served_wanted())
         serving, stay = self._serving(), set[int]()
         leaving, reason = self._leaving, f"replaced by release {self.release}"

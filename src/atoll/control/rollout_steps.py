@@ -121,9 +121,11 @@ class Step:
             step = steps[self.status.step]
             count = canary_count(wanted, step.weight)
             if not self.status.since:
-                if ready < count:
+                weight = self._on_the_way(step.weight, count)
+                if ready < count or weight > step.weight:
                     message = f"{ready} of {count} instances are ready for {step.weight} %"
-                    weight = self._on_the_way(step.weight, count)
+                    if ready >= count:
+                        message = f"release {self.status.stable} has too few ready instances for {100 - step.weight} %"
                     self._set(phase=RolloutPhase.PROGRESSING, message=message, weight=weight)
                     return self._end(**self._sets(count))
                 self._begin_step(step.weight, f"step {self.status.step + 1} of {len(steps)}")
@@ -142,9 +144,16 @@ class Step:
 
     def _on_the_way(self, weight: int, count: int) -> int:
         """Return the share while instances are made for `weight`. Where the surge has no room for `count` of them beside all that
-        the old release needs for its share, they take over from it one by one.
+        the old release needs for its share, they take over from it one by one. Where the release had more, since it is tried again
+        while it is being taken back, it gives back no more than the old one bears, for as long as a step may take.
         """
         now = self.status.weight or 0
+        if now > weight:
+            deadline = self.facts.progressed_at + self.rules.deadline
+            if self.now >= deadline:
+                return weight
+            self._wake(deadline)
+            return max(weight, min(now, 100 - borne(self.facts.ready_of.get(self.status.stable, 0), self.facts.enough)))
         if self._room_beside(count) >= needed(100 - now, self.facts.enough):
             return now
         return max(now, min(weight, borne(self.facts.ready, self.facts.enough)))

@@ -63,11 +63,18 @@ def _decide(facts: RolloutFacts, now: float) -> Plan:
             stable=facts.served,
             attempt=attempt,
             strategy=facts.rules.strategy,
-            weight=None if rolling else 0,
+            weight=None if rolling else _had(facts),
             since=now if rolling else 0.0,
             leaving=None if rolling else _overtaken(facts, facts.served, now),
         )
     return Step(facts, status, order, now).go_on()
+
+
+def _had(facts: RolloutFacts) -> int:
+    """Return the share of a canary's release that it still has from a try before, which is being taken back."""
+    last = facts.last
+    again = facts.rules.strategy is Strategy.CANARY and last is not None and last.stable == facts.served
+    return last.weights.get(facts.release, 0) if last is not None and again else 0
 
 
 def _relieved(facts: RolloutFacts, status: RolloutStatus, now: float) -> RolloutStatus:

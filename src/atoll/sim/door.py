@@ -55,7 +55,7 @@ class Door:
             raise OutcomeUnknown("the store did not say in time") from None
 
     async def revision(self) -> Revision:
-        await self.cluster.led(self.member)
+        await self.cluster.led(self.member, to_read=True)
         return await self.cluster.machine.revision()
 
     async def get(self, key: str, *, consistency: Consistency = LINEARIZABLE) -> KeyValue | None:
@@ -84,7 +84,7 @@ class Door:
 
     async def _may_read(self, consistency: Consistency) -> None:
         if consistency is Consistency.LINEARIZABLE:
-            await self.cluster.led(self.member)
+            await self.cluster.led(self.member, to_read=True)
 
     def _behind(self) -> Revision | None:
         """Return the revision that a member which hears no leader knows; None where it knows the newest."""

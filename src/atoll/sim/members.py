@@ -3,7 +3,7 @@
 What is concrete: each member's log, how much of it is on its disk, terms, who may become leader (only one whose log is at least as
 new as those of a majority), that an entry counts once a majority has it on disk, and that an old leader's tail is thrown away. What
 is abstract: elections take a drawn time and no messages, and nothing is sent while nothing happens, so that a quiet store costs
-nothing. Source: Ongaro and Ousterhout, "In Search of an Understandable Consensus Algorithm" (2014), sections 5.2 to 5.4.
+nothing. Source: Ongaro and Ousterhout, "In Search of an Understandable Consensus Algorithm" (2014), sections 5.2 to 5.4 and 8.
 
 A member that crashes keeps what is on its disk, and of what was not yet any part (a torn tail is found by its checksum, as etcd's
 log does). One whose disk lied comes back empty and votes only once it has caught up: that is what operators do, since a member that
@@ -186,18 +186,27 @@ class Cluster(Replication):
 
     # Finding a leader.
 
+    def _commit(self, leader: Member, count: int) -> None:
+        super()._commit(leader, count)
+        self._found()
+
     def _found(self) -> None:
         waiting, self._leader_found = self._leader_found, []
         for waiter in waiting:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def led(self, member: Member) -> None:
-        """Wait until `member` hears a leader that a majority hears. Raises Unavailable after `PATIENCE_S`."""
+    async def led(self, member: Member, *, to_read: bool = False) -> None:
+        """Wait until `member` hears a leader that a majority hears. Raises Unavailable after `PATIENCE_S`.
+
+        `to_read`: and until that leader knows what counts of what earlier ones left behind, as an entry of its own does (section 8
+        of the source): a read before it could miss a write that is told of later.
+        """
         deadline = self._loop.time() + PATIENCE_S
         while True:
             leader = self.leader
-            if leader is not None and self.hears(member) and self.leads(leader):
+            known = not to_read or self.committed_in_term
+            if leader is not None and known and self.hears(member) and self.leads(leader):
                 return
             left_s = deadline - self._loop.time()
             if not member.alive or left_s <= 0:

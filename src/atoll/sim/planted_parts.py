@@ -27,9 +27,9 @@ from atoll.sim.record import SimRecord
 class EagerCluster(Cluster):
     """Acknowledges what only its leader has."""
 
-    async def led(self, member: Member) -> None:
+    async def led(self, member: Member, *, to_read: bool = False) -> None:
         if not self.hears(member):
-            await super().led(member)
+            await super().led(member, to_read=to_read)
 
     def propose(self, apply: Apply) -> Any:
         answer = super().propose(apply)

@@ -71,6 +71,12 @@ class Replication:
             if member.up and not member.learning and (member is candidate or self._net.talk(candidate.name, member.name))
         ]
 
+    @property
+    def committed_in_term(self) -> bool:
+        """Whether an entry of this term counts; in the first one there is nothing that could be unknown."""
+        leader = self.leader
+        return self.term == 1 or bool(leader and self.committed and leader.log[self.committed - 1].term == self.term)
+
     def leads(self, member: Member) -> bool:
         """Whether `member` leads, and a majority hears it."""
         return member is self.leader and member.up and len(self._voters(member)) >= self.quorum
