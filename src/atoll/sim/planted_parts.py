@@ -82,8 +82,8 @@ class ForgetfulMachine(SimMachine):
 class StaleRecord(SimRecord):
     """Keeps neither that an instance is to stop nor how far it came since it ran."""
 
-    def put_assignment(self, assignment: Assignment) -> None:
-        super().put_assignment(replace(assignment, instance=replace(assignment.instance, desired=Desired.RUN)))
+    def _keep(self, assignment: Assignment) -> None:
+        super()._keep(replace(assignment, instance=replace(assignment.instance, desired=Desired.RUN)))
 
     def put_state(self, id: str, state: NodeState) -> None:
         if state.desired is Desired.RUN and not state.phase.final:

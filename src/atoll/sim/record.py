@@ -11,6 +11,7 @@ import random
 
 from atoll.model.errors import Unavailable
 from atoll.model.records import Assignment
+from atoll.model.states import Desired
 from atoll.node.contact import Contact
 from atoll.node.record import Entry, MemoryRecord
 from atoll.node.transitions import State
@@ -29,6 +30,8 @@ class Disk:
         self.full = False
         self.forgot = False
         """It has lost writes: what was reported may be done again where nobody can be asked (`docs/simulator.md` says why)."""
+        self.stopped: dict[str, Life] = {}
+        """Id of what is to stop → the life of the agent that first wrote that down."""
         self.contact = ""
         """What the agent wrote down of when it was heard last."""
         self._choose = choose
@@ -83,6 +86,11 @@ class SimRecord:
         return self._disk.record.load()
 
     def put_assignment(self, assignment: Assignment) -> None:
+        self._keep(assignment)
+        if assignment.instance.desired is Desired.STOP:
+            self._disk.stopped.setdefault(assignment.instance.id, self._life)
+
+    def _keep(self, assignment: Assignment) -> None:
         self._write(assignment.instance.id).put_assignment(assignment)
 
     def put_state(self, id: str, state: State) -> None:
@@ -93,6 +101,7 @@ class SimRecord:
 
     def remove(self, id: str) -> None:
         self._write(id).remove(id)
+        self._disk.stopped.pop(id, None)
 
     def close(self) -> None: ...
 

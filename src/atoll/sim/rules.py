@@ -205,6 +205,9 @@ class Rules:
         asked = not machine.disk.forgot or now - machine.agent_since < HOLD_S
         if said is not None and said.phase.final and asked:
             self._story.breaks(f"{box.id} starts on {machine.name} after its end was reported: {said.phase}")
+        if machine.disk.stopped.get(box.id, machine.life) is not machine.life and not machine.disk.forgot:
+            # By this agent it may have been on its way already.
+            self._story.breaks(f"{box.id} starts on {machine.name} though an agent before wrote down that it is to stop")
         if instance is not None and instance.node != machine.name:
             self._story.breaks(f"{box.id} starts on {machine.name}, but its node is {instance.node}")
         # What is no longer wanted at all does not count: a node that was given up runs it on until it hears of that.
