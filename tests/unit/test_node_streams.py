@@ -157,6 +157,29 @@ async def test_reports_are_bounded_and_the_newest_word_wins() -> None:
     assert control.events[-1].message == str(EVENTS_MAX + 9)
 
 
+async def test_that_it_runs_waits_a_moment_for_that_it_is_ready_and_that_it_is_not_any_more_waits_for_nothing() -> None:
+    control = Slow()
+    reporter = Reporter("n1", control, SystemClock(), random.Random(1))
+    task = asyncio.create_task(reporter.run())
+
+    async def tell(*, ready: bool) -> int:
+        """Say so, and return how many reports there are as soon as what goes at once has gone."""
+        reporter.status(Status(instance="i", project="default", node="n1", phase=Phase.RUNNING, ready=ready))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return len(control.batches)
+
+    assert await tell(ready=False) == 0
+    assert await tell(ready=True) == 1
+    async with asyncio.timeout(5):
+        while not reporter.idle:  # noqa: ASYNC110 - the reporter has no event for it
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
+    assert await tell(ready=False) == 2
+    task.cancel()
+    assert [statuses for statuses, _ in control.batches] == [1, 1]
+
+
 async def test_what_is_forgotten_while_under_way_is_not_said_again() -> None:
     control = Slow()
     control.errors = [Unavailable("away")]

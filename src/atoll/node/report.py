@@ -23,7 +23,8 @@ EVENTS_BATCH_MAX = 256
 REPORT_S = 15.0
 """Deadline of one report."""
 LAZY_S = 0.05
-"""How long what nobody acts on (preparing, starting, events) waits for company: a start costs the server one write, not three."""
+"""How long what nobody acts on (preparing, starting, running but not ready yet, events) waits for company: a start costs the server
+one write, not three."""
 RETRY_FIRST_S = 0.05
 RETRY_GROWTH = 1.5
 """Slow enough that a server which is back after a second is found within half of one."""
@@ -37,6 +38,11 @@ log = structlog.get_logger()
 def retry_delay(failures: int, choose: random.Random, max_s: float = RETRY_MAX_S) -> float:
     """Return the wait before the next try, with jitter so that nodes do not come back in step."""
     return min(max_s, RETRY_FIRST_S * RETRY_GROWTH ** min(failures, 64)) * choose.uniform(0.5, 1.0)
+
+
+def _not_ready_yet(status: Status, last: Status | None) -> bool:
+    """Whether it runs, and that it is ready will be what counts: that word, soon after, must not wait for this one's answer."""
+    return status.phase is Phase.RUNNING and not status.ready and not (last is not None and last.phase is Phase.RUNNING)
 
 
 class Reporter:
@@ -68,7 +74,7 @@ class Reporter:
         # What was said before is the same word, however often it is said.
         again = last is not None and replace(last, word=0) == status
         self._last[status.instance] = self._statuses[status.instance] = last if last and again else self._numbered(status)
-        if status.phase in (Phase.PREPARING, Phase.STARTING):
+        if status.phase in (Phase.PREPARING, Phase.STARTING) or _not_ready_yet(status, last):
             self._wake_soon()
         else:
             self._wake.set()
