@@ -12,7 +12,7 @@ from atoll.control.actions import Create, Decision, Seen, Update, WriteAppStatus
 from atoll.control.shares import borne, may_go, must_stay, needed
 from atoll.model.evacuation import Evacuation
 from atoll.model.rollouts import Leaving, RolloutOrder, RolloutPhase, RolloutStatus
-from atoll.model.spec import CanaryStep, Rollout
+from atoll.model.spec import CanaryStep, Rollout, Strategy
 from atoll.model.states import Desired
 from atoll.model.units import Seconds
 
@@ -196,3 +196,47 @@ def test_what_does_not_serve_makes_way_though_all_that_serves_is_to_leave() -> N
     rolling = Rollout(max_surge=0, max_unavailable=1, deadline=Seconds(20))
     there = moving([*[seen(f"n{n}", 2) for n in range(3)], seen("o0", 1, ready=False)], "n0", "n1", "n2")
     assert left(decide(rolling, there, None, status={"served_release": 2})) == ["o0"]
+
+
+def test_a_canary_that_is_tried_again_loses_nothing_of_what_serves() -> None:
+    back = Leaving(release=2, weight=75, until=NOW + 100)
+    last = RolloutStatus(release=2, stable=1, strategy=STEP_1.strategy, phase=RolloutPhase.REVERTED, leaving=back)
+    rules = structs.replace(NARROW, steps=(CanaryStep(weight=25, pause=Seconds(60)),))
+    again = RolloutOrder(release=2, attempt=1)
+    made = decide(rules, [*old(1), *new(3)], last, order=again)
+    assert (weights(made), left(made), created(made)) == ({2: 75, 1: 25}, [], [1])
+    made = decide(
+        rules, [*old(2), *new(3)], structs.replace(last, attempt=1, phase=RolloutPhase.PROGRESSING, weight=75), order=again
+    )
+    assert (weights(made), left(made)) == ({2: 50, 1: 50}, ["n0"]), "as the old ones come back, new ones go"
+    over = structs.replace(last, leaving=None)
+    starts = [seen("o0", 1, ready=False)]
+    assert left(decide(rules, [*starts, *new(4)], over, order=again)) == [], "nothing else serves"
+
+
+def test_a_blue_green_release_that_is_tried_again_serves_until_the_old_one_can() -> None:
+    rules = Rollout(strategy=Strategy.BLUE_GREEN, deadline=Seconds(100))
+    back = Leaving(release=2, weight=100, until=NOW + 100)
+    last = RolloutStatus(release=2, stable=1, strategy=Strategy.BLUE_GREEN, phase=RolloutPhase.REVERTED, leaving=back)
+    again = RolloutOrder(release=2, attempt=1)
+    down = [seen(f"o{n}", 1, ready=False) for n in range(4)]
+    made = decide(rules, [*down, *new(4)], last, order=again)
+    assert (weights(made), [id for id in left(made) if id.startswith("n")]) == ({2: 100, 1: 0}, [])
+    assert weights(decide(rules, [*old(4), *new(4)], last, order=again)) == {2: 0, 1: 100}
+    promoted = structs.replace(again, promoted=True)
+    assert weights(decide(rules, [*down, *new(4)], last, order=promoted)) == {2: 100, 1: 0}
+
+
+def test_who_only_waits_is_not_late_when_an_instance_falls_over_or_more_are_wanted() -> None:
+    waits = structs.replace(AT_5, weight=25, since=NOW - 3000)
+    rules = structs.replace(NARROW, steps=(CanaryStep(weight=25),))
+    long_ago = {"progressed_at": NOW - 3000}
+    for there in ([*old(3), seen("n0", 2, ready=False)], moving([*old(3), *new(1)], "n0")):
+        made = decide(rules, there, waits, status=long_ago, updated_at=NOW - 3000)
+        assert weights(made) == {2: 25, 1: 75}, "it has its time from now on"
+    fallen = structs.replace(waits, short_since=NOW - 101)
+    made = decide(rules, [*old(3), seen("n0", 2, ready=False)], fallen, status=long_ago, updated_at=NOW - 3000)
+    assert weights(made) == {1: 100}, "and no more than that"
+    more = plan(rules, waits, wanted=16, ready=1, made=1, progressed_at=NOW - 3000)
+    assert (status_of(more).phase, status_of(more).short_since) == (RolloutPhase.WAITING, NOW)
+    assert status_of(plan(rules, status_of(more), wanted=16, ready=4, made=4, progressed_at=NOW - 3000)).short_since == 0.0

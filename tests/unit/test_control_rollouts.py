@@ -77,7 +77,13 @@ def status_of(made: Plan) -> RolloutStatus:
         (STEP_2, {"ready": 10, "order": order(promoted=True)}, (RolloutPhase.PROMOTING, 1, 100)),
         (STEP_2, {"ready": 10, "others": 0, "order": order(promoted=True)}, (RolloutPhase.COMPLETE, 1, 100)),
         (STEP_2, {"order": order(aborted=True)}, (RolloutPhase.REVERTED, 1, None)),
-        (STEP_1, {"ready": 0, "progressed_at": NOW - 100}, (RolloutPhase.REVERTED, 0, None)),
+        (STEP_1, {"ready": 0, "progressed_at": NOW - 100}, (RolloutPhase.PROGRESSING, 0, 5)),
+        (structs.replace(STEP_1, short_since=NOW - 99), {"ready": 0, "progressed_at": NOW - 500}, (RolloutPhase.PROGRESSING, 0, 5)),
+        (
+            structs.replace(STEP_1, short_since=NOW - 100),
+            {"ready": 0, "progressed_at": NOW - 500},
+            (RolloutPhase.REVERTED, 0, None),
+        ),
         (STEP_1, {"ready": 1, "progressed_at": NOW - 100}, (RolloutPhase.PROGRESSING, 0, 5)),
         (structs.replace(STEP_1, phase=RolloutPhase.REVERTED, weight=None), {"ready": 10}, (RolloutPhase.REVERTED, 0, None)),
         (structs.replace(STEP_1, phase=RolloutPhase.REVERTED), {"order": order(attempt=1)}, (RolloutPhase.PROGRESSING, 0, 5)),
@@ -296,7 +302,7 @@ def decide(rules: Rollout, instances: list[Seen], last: RolloutStatus | None, **
         release=2,
         replicas=4,
         created_at=0.0,
-        updated_at=NOW - 50,
+        updated_at=more.pop("updated_at", NOW - 50),
         order=more.pop("order", None),
     )
     status = AppStatus(

@@ -82,6 +82,7 @@ def test_hosts_are_found_however_they_are_written(tmp_path: Path) -> None:
         (json.dumps({"auths": {"a.example": {"auth": base64.b64encode(b"S3CRET").decode()}}}), "no USER:PASSWORD"),
         (json.dumps({"auths": {"a.example": {"username": "S3CRET"}}}), "has no user and password"),
         (json.dumps({"auths": {"a.example": {}}}), "has no user and password"),
+        (json.dumps({"credsStore": "desktop"}), "has no auths"),
     ],
 )
 def test_a_file_that_says_nothing_to_show_is_refused_by_name_and_quotes_no_secret(tmp_path: Path, text: str, told: str) -> None:
@@ -93,6 +94,17 @@ def test_a_file_that_says_nothing_to_show_is_refused_by_name_and_quotes_no_secre
     assert "S3CRET" not in f"{caught.value.message}{caught.value.mend}"
     with pytest.raises(Invalid, match="No such file"):
         RegistryAuth(tmp_path / "other.json")
+
+
+def test_an_entry_that_says_nothing_does_no_harm_to_the_others_and_none_at_all_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "auth.json"
+    write(file, a_example={}, b_example={"auth": basic("u", ""), "identitytoken": "t"}, c_example={"auth": basic("u", "p")})
+    with capture_logs() as logs:
+        auth = RegistryAuth(file)
+    assert set(auth.known) == {"c.example"}
+    assert [entry["cause"].split("auths.")[1].split()[0] for entry in logs] == ["a.example", "b.example"]
+    write(file)  # as after a logout
+    assert auth("c.example") is None
 
 
 def test_a_change_that_cannot_be_read_leaves_what_was_read_last_and_is_logged_once(tmp_path: Path) -> None:

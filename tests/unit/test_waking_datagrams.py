@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 from test_public_ports import routing
 
-from atoll.ingress.datagrams import HELD_BYTES_MAX, HELD_MAX, Datagrams
+from atoll.ingress.datagrams import ASKING_MAX, HELD_BYTES_MAX, HELD_MAX, Datagrams
 from atoll.ingress.table import RoutingTable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Listening, Routing
@@ -122,3 +122,43 @@ async def test_an_app_that_goes_takes_its_socket_and_what_waited_with_it(waker: 
         await asyncio.sleep(0.05)  # the kernel says no by the next one
         with pytest.raises(ConnectionRefusedError):
             client.send(b"three")
+
+
+async def test_however_many_come_before_envoy_knows_a_client_has_one_socket_and_only_so_many_clients(
+    waker: Waker, instance: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waker.put(asleep(instance))
+    port = waker.port()
+    waker.put(replace(asleep(instance), endpoints=(PLACE,)))
+    with client_of(port) as one:
+        for number in range(10):
+            one.send(b"%d" % number)
+        got = [await heard(instance) for _ in range(10)]
+        assert len({address for _, address in got}) == 1
+        monkeypatch.setattr("atoll.ingress.datagrams.ASKING_MAX", 2)
+        with client_of(port) as two, client_of(port) as three:
+            two.send(b"two")
+            assert (await heard(instance))[0] == b"two"
+            three.send(b"three")
+            one.send(b"one")
+            assert (await heard(instance))[0] == b"one", "what is beyond the bound is lost, and nothing else"
+    assert ASKING_MAX < 1_024, "files that a process may have open by default"
+
+
+async def test_without_files_to_open_datagrams_are_lost_and_nothing_else(
+    waker: Waker, instance: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waker.put(asleep(instance))
+
+    def none(*_: object) -> socket.socket:
+        raise OSError(24, "Too many open files")
+
+    with client_of(waker.port()) as client:
+        client.send(b"lost")
+        await until(lambda: waker.datagrams.kept == 1)
+        monkeypatch.setattr("atoll.ingress.datagrams._socket", none)
+        waker.put(replace(asleep(instance), endpoints=(PLACE,)))
+        assert waker.datagrams.kept == 0
+        monkeypatch.undo()
+        client.send(b"kept")
+        assert (await heard(instance))[0] == b"kept"

@@ -25,7 +25,7 @@ from atoll.control.reconciling import reconciled
 from atoll.control.rollouts import Plan, RolloutFacts, decide_rollout, is_steered
 from atoll.control.standby import Standbys, served_a_while
 from atoll.model.records import AppPhase, Severity
-from atoll.model.rollouts import RolloutPhase
+from atoll.model.rollouts import RolloutPhase, RolloutStatus
 from atoll.model.states import Desired, Phase
 from atoll.scheduling import budget
 from atoll.scheduling.quotas import CODE as OVER_QUOTA
@@ -103,6 +103,12 @@ class _Step:
         self.decision.wake(at)
         return False
 
+    def _last_rollout(self) -> RolloutStatus | None:
+        rollout = self.facts.status.rollout if self.facts.status is not None else None
+        if rollout is None or not rollout.short_since:
+            return rollout
+        return structs.replace(rollout, short_since=self.decision.past(rollout.short_since))
+
     def _decide_rollout(self) -> tuple[Plan, float]:
         """Return what comes next, and when the rollout last progressed."""
         app, last, updated = self.app, self.facts.status, len(self.ready_new)
@@ -117,7 +123,7 @@ class _Step:
             rules=self.rules,
             release=app.release,
             order=app.order,
-            last=last.rollout if last is not None else None,
+            last=self._last_rollout(),
             served=served,
             kept=served in self.facts.specs,
             wanted=self.wanted,
@@ -323,11 +329,26 @@ class _Step:
             self.new,
             key=lambda s: (s.instance.node is not None, s.ready, -s.instance.created_at, s.instance.id),
         )
-        why = reconciled(self.app, order[surplus:], order[:surplus], self.decision) or f"only {self.plan.new} wanted"
-        for seen in order[:surplus]:
+        leaving = self._spared(order[:surplus])
+        stay = [seen for seen in order if seen not in leaving]
+        why = reconciled(self.app, stay, leaving, self.decision) or f"only {self.plan.new} wanted"
+        for seen in leaving:
             self._retire(seen, why)
-        self._forget(order[:surplus])
+        self._forget(leaving)
         self.crashed = any(has_crashed(seen) for seen in (*self.new, *self.failed) if self._current(seen))
+
+    def _spared(self, surplus: list[Seen]) -> list[Seen]:
+        """Return who of more than enough of the wanted release may go. While it goes by shares, what bears its share stays: of a
+        canary that is tried again there may be more than its step asks for, and they all that serves.
+        """
+        if not self._weights or self.plan.new >= self.wanted:
+            return surplus
+        serving, least, found = self._serving(), budget.least_in_rollout(self.app.spec, self.wanted), list[Seen]()
+        for seen in surplus:
+            if not seen.ready or self._may_go(seen, serving, least):
+                serving[seen.instance.release] -= seen.ready and seen.instance.release in serving
+                found.append(seen)
+        return found
 
     def _serving(self) -> Counter[int]:
         """Return release → its instances that take requests; where a rollout goes by shares, of those releases that have one."""

@@ -95,11 +95,18 @@ class Step:
         return canary_count(self.facts.wanted, steps[self.status.step].weight) if self.facts.wanted else 0
 
     def _late(self) -> Plan | None:
-        """Return the plan for a rollout whose instances do not become ready in time."""
-        deadline = self.facts.progressed_at + self.rules.deadline
-        if self.facts.ready >= self._needed() and (self.status.strategy is not Strategy.ROLLING or not self.facts.others):
-            return None
-        if self.order.paused:
+        """Return the plan for a rollout whose instances do not become ready in time.
+
+        What was ready, and is not any more, has its time from then on: a step may wait for a person, or for requests, much longer.
+        """
+        short = self.facts.ready < self._needed()
+        rolling = self.status.strategy is Strategy.ROLLING
+        if self.order.paused or not short:
+            self._set(short_since=0.0)
+        elif self.status.since and not self.status.short_since and not rolling:
+            self._set(short_since=self.now)
+        deadline = max(self.facts.progressed_at, self.status.short_since) + self.rules.deadline
+        if self.order.paused or not (short or (rolling and self.facts.others)):
             return None
         if self.now < deadline:
             self._wake(deadline)
@@ -108,7 +115,7 @@ class Step:
         reason = f"made no progress for {format_seconds(self.rules.deadline)}{why}"
         if self.rules.reverts:
             return self._revert(reason)
-        if self.status.strategy is Strategy.ROLLING:
+        if rolling:
             return self._end(failed=True)
         return self._end(failed=True, **self._sets(self._needed()))
 
@@ -194,13 +201,14 @@ class Step:
         return True
 
     def _sets(self, new: int) -> dict[str, int]:
-        """Return how many of both releases there are while both serve; of the old one all that the surge leaves room for, and in
-        any case what its share needs.
+        """Return how many of both releases there are while both serve; of the old one all that the surge leaves room for, and of
+        both in any case what their shares need.
         """
         wanted = self.facts.wanted
         if self.status.strategy is Strategy.BLUE_GREEN:
             return {"new": new, "old": wanted, "most": self._twice()}
-        least = needed(100 - (self.status.weight or 0), self.facts.enough)
+        own, least = (needed(share, self.facts.enough) for share in (self.status.weight or 0, 100 - (self.status.weight or 0)))
+        new = max(new, own)
         return {"new": new, "old": max(least, self._room_beside(new)), "most": wanted + self.rules.max_surge}
 
     def _room_beside(self, new: int) -> int:

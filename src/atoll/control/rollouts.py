@@ -17,6 +17,7 @@ from atoll.control.rollout_facts import Told as Told
 from atoll.control.rollout_facts import canary_count as canary_count
 from atoll.control.rollout_facts import leaves, order_of, plan_of, still_leaves
 from atoll.control.rollout_steps import Step
+from atoll.control.shares import borne
 from atoll.model.rollouts import Leaving, RolloutPhase, RolloutStatus
 from atoll.model.spec import Strategy
 
@@ -56,6 +57,9 @@ def _decide(facts: RolloutFacts, now: float) -> Plan:
         return plan_of(facts, _returning(facts, status, attempt, now))
     if not facts.served or not facts.kept or not is_steered(facts):
         return plan_of(facts, None)
+    if status is None and last is not None and _still_needed(facts, last):
+        message = f"is tried again once release {last.stable} has as many ready instances as all requests need"
+        return plan_of(facts, replace(_relieved(facts, last, now), message=message))
     if status is None:
         rolling = facts.rules.strategy is Strategy.ROLLING
         status = RolloutStatus(
@@ -68,6 +72,18 @@ def _decide(facts: RolloutFacts, now: float) -> Plan:
             leaving=None if rolling else _overtaken(facts, facts.served, now),
         )
     return Step(facts, status, order, now).go_on()
+
+
+def _still_needed(facts: RolloutFacts, last: RolloutStatus) -> bool:
+    """Whether a blue-green release that is asked for again while it is being taken back serves what the old one cannot yet.
+
+    To try it again takes all its requests away.
+    """
+    again = last.phase is RolloutPhase.REVERTED and (last.release, last.stable) == (facts.release, facts.served)
+    promoted = facts.order is not None and facts.order.promoted
+    too_few = bool(facts.wanted) and borne(facts.ready_of.get(last.stable, 0), max(1, facts.enough)) < 100
+    serves = facts.ready_of.get(facts.release, 0) > 0
+    return facts.rules.strategy is Strategy.BLUE_GREEN and again and not promoted and too_few and serves
 
 
 def _had(facts: RolloutFacts) -> int:

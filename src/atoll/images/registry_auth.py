@@ -32,11 +32,11 @@ class _Auth(msgspec.Struct):
 
 
 class _File(msgspec.Struct):
-    auths: dict[str, _Auth] = {}
+    auths: dict[str, _Auth] | None = None
 
 
 class RegistryAuth:
-    """Raises Invalid for a file that cannot be read, naming it, or that has nothing that could be shown."""
+    """Raises Invalid for a file that cannot be read, naming it, or whose entries have nothing that could be shown."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -79,10 +79,22 @@ def read(file: Path) -> dict[str, Access]:
     except (msgspec.DecodeError, UnicodeDecodeError):
         mend = "write it with: skopeo login --authfile FILE HOST"
         raise Invalid(f"registry-auth: {file} is no file of credentials in JSON", field="registry-auth", mend=mend) from None
+    if found is None:
+        mend = "credential helpers are not asked; write passwords into it: skopeo login --authfile FILE HOST"
+        raise Invalid(f"registry-auth: {file} has no auths", field="registry-auth", mend=mend)
     known: dict[str, Access] = {}
+    useless: list[Invalid] = []
     for name, auth in found.items():
-        access = _access(file, name, auth)
-        known.update(dict.fromkeys(_hosts(name), access))
+        try:
+            access = _access(file, name, auth)
+        except Invalid as error:
+            # Docker writes such entries beside good ones: for what a credential helper keeps.
+            useless.append(error)
+            log.warning("credentials that cannot be shown", cause=error.message, mend=error.mend)
+        else:
+            known.update(dict.fromkeys(_hosts(name), access))
+    if useless and not known:
+        raise useless[0]
     return known
 
 

@@ -30,6 +30,8 @@ AT_ONCE = 64
 BYTES_MAX = 1 << 16
 ANSWER_S = 5.0
 """So long an answer to what was handed over is waited for."""
+ASKING_MAX = 256
+"""Clients whose answers are waited for at a time; what comes from more of them is lost."""
 
 Client = Any
 """As the socket names who sent."""
@@ -44,6 +46,13 @@ class Held(Struct):
     bytes: int = 0
 
 
+class Asking(Struct):
+    """A socket from which a client's datagrams were handed over, and that its answers come to."""
+
+    socket: socket.socket
+    until: asyncio.TimerHandle
+
+
 class Datagrams:
     """Holds datagrams for the UDP ports of the apps of `table` that wake; `wake` is called with an app (`project/name`)."""
 
@@ -52,8 +61,7 @@ class Datagrams:
         self._wake = wake
         self._sockets: dict[Target, socket.socket] = {}
         self._held: dict[Target, Held] = {}
-        self._asking: dict[socket.socket, asyncio.TimerHandle] = {}
-        """Sockets of what was handed over, until they are closed."""
+        self._asking: dict[tuple[Target, Client], Asking] = {}
 
     @property
     def waiting(self) -> set[str]:
@@ -69,7 +77,11 @@ class Datagrams:
         """Return the loopback port at which datagrams for `target` wake its app, which listens from now on; 0 where it cannot."""
         listener = self._sockets.get(target)
         if listener is None:
-            listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            try:
+                listener = _socket()
+            except OSError as error:
+                log.error("ingress.no-activator", app=_app(target), message=str(error))
+                return 0
             try:
                 listener.bind((LOOPBACK, 0))
                 asyncio.get_running_loop().add_reader(listener, self._take, target, listener)
@@ -95,8 +107,8 @@ class Datagrams:
         for listener in self._sockets.values():
             _close(listener)
         self._sockets.clear()
-        for asking in list(self._asking):
-            self._end(asking)
+        for target, client in list(self._asking):
+            self._end(target, client)
 
     def _take(self, target: Target, listener: socket.socket) -> None:
         for _ in range(AT_ONCE):
@@ -134,29 +146,32 @@ class Datagrams:
     def _hand_over(self, target: Target) -> None:
         held = self._held.pop(target)
         held.until.cancel()
-        asking: dict[Client, socket.socket] = {}
         for data, client in held.datagrams:
-            if client not in asking:
-                made = self._ask(target, client)
-                if made is None:
-                    return
-                asking[client] = made
-            with contextlib.suppress(OSError):
-                asking[client].send(data)
+            asking = self._asking.get((target, client)) or self._ask(target, client)
+            if asking is not None:
+                with contextlib.suppress(OSError):
+                    asking.socket.send(data)
 
-    def _ask(self, target: Target, client: Client) -> socket.socket | None:
+    def _ask(self, target: Target, client: Client) -> Asking | None:
         """Return a socket to an instance whose answers go to `client`; None where there can be none."""
+        endpoints = serving(self._table.endpoints_of(_app(target)))
+        if len(self._asking) >= ASKING_MAX or not endpoints:
+            return None
         loop = asyncio.get_running_loop()
-        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
-            made.connect((random.choice(serving(self._table.endpoints_of(_app(target)))).address, target.port))
+            made = _socket()
+        except OSError as error:
+            log.warning("ingress.not-handed-over", app=_app(target), message=str(error))
+            return None
+        try:
+            made.connect((random.choice(endpoints).address, target.port))
             loop.add_reader(made, self._answer, target, made, client)
         except OSError as error:
             made.close()
             log.warning("ingress.not-handed-over", app=_app(target), message=str(error))
             return None
-        self._asking[made] = loop.call_later(ANSWER_S, self._end, made)
-        return made
+        asking = self._asking[target, client] = Asking(made, loop.call_later(ANSWER_S, self._end, target, client))
+        return asking
 
     def _answer(self, target: Target, asking: socket.socket, client: Client) -> None:
         listener = self._sockets.get(target)
@@ -168,16 +183,21 @@ class Datagrams:
             except BlockingIOError:
                 return
             except OSError:
-                self._end(asking)
+                self._end(target, client)
                 return
 
-    def _end(self, asking: socket.socket) -> None:
-        self._asking.pop(asking).cancel()
-        _close(asking)
+    def _end(self, target: Target, client: Client) -> None:
+        asking = self._asking.pop((target, client))
+        asking.until.cancel()
+        _close(asking.socket)
 
 
 def _app(target: Target) -> str:
     return f"{target.project}/{target.app}"
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
 
 
 def _close(one: socket.socket) -> None:

@@ -68,6 +68,8 @@ class RolloutStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Percent of the requests that go to `release`; None: to every ready instance alike, and after a revert none."""
     since: float = 0.0
     """When this step's weight, or this phase, came into force; 0 while instances are being made for it."""
+    short_since: float = 0.0
+    """Since when fewer instances are ready than what is in force needs; 0 for enough. Its deadline counts from then."""
     failures: int = 0
     """Bad intervals of this step."""
     passes: int = 0
