@@ -6,6 +6,8 @@ import asyncio
 import errno
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,16 @@ def test_an_error_in_groups_has_its_own_exit_status(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "error: the subnet is taken\nmend: choose another\n"
     assert status_of(lambda: fail(Unavailable("not now"))) == 1
     assert status_of(lambda: None) == 0
+
+
+def test_a_process_opens_as_many_files_as_it_may() -> None:
+    program = """
+import resource
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+from atoll.entry.process import raise_open_files
+raise_open_files()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

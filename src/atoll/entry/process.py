@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -94,6 +95,7 @@ def run(role: str, main: Main) -> None:
     config = parse(role)
     set_up_logs(role, as_json=config.log_json)
     die_with_parent()
+    raise_open_files()
     if status := status_of(lambda: uvloop.run(_until_stopped(main, config))):
         sys.exit(status)
 
@@ -189,6 +191,14 @@ def set_up_logs(role: str, *, as_json: bool) -> None:
     )
     structlog.contextvars.bind_contextvars(process=role)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{role} %(levelname)s %(name)s: %(message)s")
+
+
+def raise_open_files() -> None:
+    """Let this process open as many files as it may: each connection that is held is one, and service managers begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # a kernel's own bound may be lower: it stays as it is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def die_with_parent() -> None:
