@@ -346,7 +346,7 @@ class _Step:
         serving, least, found = self._serving(), budget.least_in_rollout(self.app.spec, self.wanted), list[Seen]()
         for seen in surplus:
             if not seen.ready or self._may_go(seen, serving, least):
-                serving[seen.instance.release] -= seen.ready and seen.instance.release in serving
+                _count_out(seen, serving)
                 found.append(seen)
         return found
 
@@ -376,7 +376,7 @@ class _Step:
         least, serving = self._least_in_move(), self._serving()
         for seen in list(self.sick):
             if self._may_go(seen, serving, least):
-                serving[seen.instance.release] -= seen.ready and seen.instance.release in serving
+                _count_out(seen, serving)
                 self.sick = [other for other in self.sick if other is not seen]
                 self.ready = [other for other in self.ready if other is not seen]
                 self._replace(seen, drain_s=self.facts.drain_s(seen))
@@ -419,7 +419,7 @@ class _Step:
                 continue
             self._retire(seen, reason)
             spare -= 1
-            serving[release] -= seen.ready and release in serving
+            _count_out(seen, serving)
             kept -= before
             self._forget([seen])
 
@@ -473,6 +473,12 @@ class _Step:
             all=(*self.old, *self.new, *self.sick, *self.lost, *self.failed),
         )
         report_app(self.facts, rollout, self.plan, standing, self.decision)
+
+
+def _count_out(seen: Seen, serving: Counter[int]) -> None:
+    """Count one that goes no more among those that take requests."""
+    if seen.ready and seen.instance.release in serving:
+        serving[seen.instance.release] -= 1
 
 
 def _promoted(seen: Seen) -> Seen:

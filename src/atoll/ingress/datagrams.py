@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import structlog
@@ -78,15 +78,10 @@ class Datagrams:
         listener = self._sockets.get(target)
         if listener is None:
             try:
-                listener = _socket()
+                with _socket() as listener:
+                    listener.bind((LOOPBACK, 0))
+                    asyncio.get_running_loop().add_reader(listener, self._take, target, listener)
             except OSError as error:
-                log.error("ingress.no-activator", app=_app(target), message=str(error))
-                return 0
-            try:
-                listener.bind((LOOPBACK, 0))
-                asyncio.get_running_loop().add_reader(listener, self._take, target, listener)
-            except OSError as error:
-                listener.close()
                 log.error("ingress.no-activator", app=_app(target), message=str(error))
                 return 0
             self._sockets[target] = listener
@@ -159,15 +154,10 @@ class Datagrams:
             return None
         loop = asyncio.get_running_loop()
         try:
-            made = _socket()
+            with _socket() as made:
+                made.connect((random.choice(endpoints).address, target.port))
+                loop.add_reader(made, self._answer, target, made, client)
         except OSError as error:
-            log.warning("ingress.not-handed-over", app=_app(target), message=str(error))
-            return None
-        try:
-            made.connect((random.choice(endpoints).address, target.port))
-            loop.add_reader(made, self._answer, target, made, client)
-        except OSError as error:
-            made.close()
             log.warning("ingress.not-handed-over", app=_app(target), message=str(error))
             return None
         asking = self._asking[target, client] = Asking(made, loop.call_later(ANSWER_S, self._end, target, client))
@@ -196,8 +186,15 @@ def _app(target: Target) -> str:
     return f"{target.project}/{target.app}"
 
 
-def _socket() -> socket.socket:
-    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+@contextlib.contextmanager
+def _socket() -> Iterator[socket.socket]:
+    """Make a socket, which is closed if what is done with it first fails, and else stays open."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        yield made
+    except BaseException:
+        made.close()
+        raise
 
 
 def _close(one: socket.socket) -> None:
