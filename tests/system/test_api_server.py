@@ -22,6 +22,7 @@ import pytest
 
 from atoll.api.http.app import create_app
 from atoll.api.http.serve import HEADER_BYTES_MAX, ApiServer, BoundedProtocol, listen, serving
+from atoll.api.http.streams import AHEAD_MAX
 from atoll.api.registry.collect import collect
 from atoll.api.registry.handlers import registry_handler
 from atoll.api.registry.registry import Registry
@@ -29,13 +30,13 @@ from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
 from atoll.model.certificates import CertificateRequest
 from atoll.model.chains import check_chain
-from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Forbidden, NotFound, Unavailable
+from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Exhausted, Forbidden, NotFound, Unavailable
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import NEXT_STREAM, TAKEN, StreamKind, StreamRequest
 from atoll.model.records import Ingress, Instance, NodeHealth, NodeLiveness, OwnerKind, Role, Status
 from atoll.model.spec import AppSpec, Port
 from atoll.model.states import Desired, Phase
-from atoll.model.streams import ExecOptions, Kind, pack, unpack
+from atoll.model.streams import ErrorBody, ExecOptions, Kind, NextCommand, pack, unpack
 from atoll.model.views import TokenRequest
 from atoll.sdk import client as sdk
 from atoll.sdk.control_plane import HttpControlPlane
@@ -357,6 +358,77 @@ async def test_a_stream_that_waits_is_given_to_the_next_client_and_no_agent_dial
         await stranger.open_stream("n1", NEXT_STREAM)
     for each in (client, agent, stranger):
         await each.close()
+
+
+AHEAD = "/v1/projects/default/commands/next"
+
+
+async def test_a_command_is_asked_for_on_a_stream_that_its_client_opened_before(cell: Cell) -> None:
+    agent = await cell.agent()
+    waiting = await agent.open_stream("n1", NEXT_STREAM)
+    await cell.instance("web-1", phase=Phase.RUNNING)
+    client = HttpTransport(cell.address, await cell.token(Role.DEPLOY, "default"))
+    channel = await client.channel(AHEAD)
+    await channel.send(codec.encode(NextCommand(instance="web-1", options=ExecOptions(argv=("true",)))))
+    request = codec.decode(await waiting.receive() or b"", StreamRequest)
+    assert (request.kind, request.instance, request.options["argv"]) == (StreamKind.EXEC, "web-1", ["true"])
+    await waiting.send(TAKEN)
+    await waiting.send(pack(Kind.STDOUT, b"hello"))
+    await waiting.send(pack(Kind.EXIT, b"3"))
+    assert await channel.receive() == TAKEN
+    assert [unpack(await channel.receive() or b"") for _ in range(2)] == [(Kind.STDOUT, b"hello"), (Kind.EXIT, b"3")]
+    await channel.close()
+    for each in (client, agent):
+        await each.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        (b'{"instance":"web-9","options":{"argv":["true"]}}', "not-found"),
+        (b'{"instance":"../x","options":{"argv":["true"]}}', "invalid"),
+        (b'{"instance":"web-1","options":{"argv":[]}}', "invalid"),
+        (b"\xff", "invalid"),
+        (b'{"instance":"other-1","options":{"argv":["true"]}}', "not-found"),
+    ],
+)
+async def test_what_is_asked_for_on_such_a_stream_is_checked_as_any_command(cell: Cell, said: bytes, code: str) -> None:
+    await cell.instance("web-1", phase=Phase.RUNNING)
+    client = HttpTransport(cell.address, await cell.token(Role.DEPLOY, "default"))
+    channel = await client.channel(AHEAD)
+    await channel.send(said)
+    kind, payload = unpack(await channel.receive() or b"")
+    assert (kind, codec.decode(payload, ErrorBody).code) == (Kind.ERROR, code)
+    assert await channel.receive() is None
+    await channel.close()
+    await client.close()
+
+
+async def test_streams_that_wait_for_a_command_are_few_and_end_with_their_token(cell: Cell) -> None:
+    view = await cell.service.tokens.create(SYSTEM, TokenRequest(name="t", role=Role.DEPLOY, project="default"))
+    client = HttpTransport(cell.address, view.token)
+    open_ones = [await client.channel(AHEAD) for _ in range(AHEAD_MAX)]
+    with pytest.raises(Exhausted, match="wait for a command"):
+        await client.channel(AHEAD)
+    for reader in (await cell.token(Role.READ, "default"), await cell.token(Role.DEPLOY, "shop")):
+        other = HttpTransport(cell.address, reader)
+        with pytest.raises(Forbidden):
+            await other.channel(AHEAD)
+        await other.close()
+    await open_ones.pop().close()
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                open_ones.append(await client.channel(AHEAD))
+                break
+            except Exhausted:
+                await asyncio.sleep(0.01)
+    await cell.service.tokens.delete(SYSTEM, view.id)
+    for each in open_ones:
+        with pytest.raises(Unavailable, match="closed"):
+            await asyncio.wait_for(each.receive(), 5)
+        await each.close()
+    await client.close()
 
 
 async def test_a_stream_is_only_for_the_node_that_was_asked(cell: Cell) -> None:

@@ -44,6 +44,14 @@ class ExecOptions(Struct, frozen=True, kw_only=True):
     columns: int = 80
 
 
+class NextCommand(Struct, frozen=True, kw_only=True):
+    """What a client says first on a stream that it opened before it wanted a command. The answer is an empty message or ERROR; what
+    follows is an exec stream."""
+
+    instance: str
+    options: ExecOptions
+
+
 class LogOptions(Struct, frozen=True, kw_only=True):
     follow: bool = False
     tail: int | None = None

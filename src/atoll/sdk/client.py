@@ -49,6 +49,7 @@ class Client(MachineCalls, WorkloadCalls, InstanceCalls, SecretCalls):
         await self.close()
 
     async def close(self) -> None:
+        await self._ahead.close()
         await self._transport.close()
 
     async def info(self) -> Info:

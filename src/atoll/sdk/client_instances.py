@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from atoll.model import codec
-from atoll.model.streams import ExecOptions, FilesOptions, Held, LogLine, LogOptions
+from atoll.model.streams import ExecOptions, FilesOptions, Held, LogLine, LogOptions, NextCommand
 from atoll.model.views import (
     InstanceExplanation,
     InstanceView,
     SnapshotsView,
 )
 from atoll.sdk import answers, streams
+from atoll.sdk.ahead import Ahead
 from atoll.sdk.calls import Calls
-from atoll.sdk.transport import path
+from atoll.sdk.transport import Transport, path
 
 HOLD_S = 140.0
 """Of one call that may have to wait for a snapshot."""
@@ -21,6 +22,10 @@ HOLD_S = 140.0
 
 class InstanceCalls(Calls):
     """Part of `Client`."""
+
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(transport)
+        self._ahead = Ahead(transport)
 
     async def instances(self, project: str, *, app: str | None = None, job: str | None = None) -> list[InstanceView]:
         return await self._all(InstanceView, "projects", project, "instances", app=app, job=job)
@@ -38,8 +43,11 @@ class InstanceCalls(Calls):
 
     async def exec(self, project: str, id: str, options: ExecOptions) -> streams.Exec:
         """Start a command in a running instance."""
-        where = path("projects", project, "instances", id, "exec", options=codec.encode(options).decode())
-        return streams.Exec(await self._transport.channel(where))
+        channel = await self._ahead.command(project, NextCommand(instance=id, options=options))
+        if channel is None:
+            where = path("projects", project, "instances", id, "exec", options=codec.encode(options).decode())
+            channel = await self._transport.channel(where)
+        return streams.Exec(channel)
 
     async def logs(self, project: str, id: str, options: LogOptions = LogOptions()) -> AsyncIterator[LogLine]:
         """Yield the instance's lines, oldest first; with `follow`, until the instance is gone or the iterator is closed."""

@@ -98,6 +98,8 @@ class FakeApi(FakeCalls):
             case ["projects", project, "instances", id, "exec"]:
                 self.get("instances", f"{project}/{id}")
                 return fake_streams.exec_channel(codec.decode(query["options"].encode(), ExecOptions))
+            case ["projects", project, "commands", "next"]:
+                return fake_streams.command_ahead_channel(lambda id: _there(self, project, id))
             case ["projects", project, "instances", id, "logs"]:
                 self.get("instances", f"{project}/{id}")
                 return fake_streams.log_channel(self.logs.get(id, []), codec.decode(query["options"].encode(), LogOptions))
@@ -113,6 +115,10 @@ class FakeApi(FakeCalls):
     def _check_up(self) -> None:
         if self.down is not None:
             raise self.down
+
+
+def _there(api: FakeApi, project: str, id: str) -> None:
+    api.get("instances", f"{project}/{id}")
 
 
 def _parts(path: str) -> tuple[list[str], dict[str, str]]:

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from atoll.model import codec
-from atoll.model.errors import Invalid, Unavailable
-from atoll.model.ports.control_plane import Channel
-from atoll.model.streams import ErrorBody, ExecOptions, Kind, LogLine, LogOptions, Resize, pack, unpack
+from atoll.model.errors import AtollError, Invalid, Unavailable
+from atoll.model.ports.control_plane import TAKEN, Channel
+from atoll.model.streams import ErrorBody, ExecOptions, Kind, LogLine, LogOptions, NextCommand, Resize, pack, unpack
 
 MESSAGES_MAX = 64
 
@@ -47,6 +47,13 @@ class FakeNodeEnd:
     async def send(self, kind: Kind, payload: bytes = b"") -> None:
         await self._down.put(pack(kind, payload))
 
+    async def first(self) -> bytes:
+        """Return the first message as it came."""
+        return await self._up.get() or b""
+
+    async def taken(self) -> None:
+        await self._down.put(TAKEN)
+
     async def __aiter__(self) -> AsyncIterator[tuple[Kind, bytes]]:
         while (message := await self._up.get()) is not None:
             yield unpack(message)
@@ -58,35 +65,52 @@ def exec_channel(options: ExecOptions) -> Channel:
     Anything else cannot be started.
     """
 
+    return FakeChannel(lambda node: _run(node, options))
+
+
+def command_ahead_channel(check: Callable[[str], None]) -> Channel:
+    """Wait for a `NextCommand`, then go on as its `exec_channel`; `check` raises for an instance that is not there."""
+
     async def run(node: FakeNodeEnd) -> None:
-        match options.argv:
-            case ("echo", *words):
-                await node.send(Kind.STDOUT, " ".join(words).encode() + b"\n")
-                await node.send(Kind.EXIT, b"0")
-            case ("exit", code):
-                await node.send(Kind.STDERR, b"bye\n")
-                await node.send(Kind.EXIT, code.encode())
-            case ("cat",):
-                async for kind, payload in node:
-                    if kind is Kind.STDIN:
-                        await node.send(Kind.STDOUT, payload)
-                    elif kind is Kind.STDIN_END:
-                        break
-                await node.send(Kind.EXIT, b"0")
-            case ("size",):
-                await node.send(Kind.STDOUT, f"{options.rows}x{options.columns}\n".encode())
-                async for kind, payload in node:
-                    if kind is Kind.RESIZE:
-                        size = codec.decode(payload, Resize)
-                        await node.send(Kind.STDOUT, f"{size.rows}x{size.columns}\n".encode())
-                    elif kind in (Kind.STDIN, Kind.STDIN_END):
-                        break
-                await node.send(Kind.EXIT, b"0")
-            case _:
-                told = ErrorBody(code="command-not-found", message=f"cannot start {options.argv[0]!r}: no such file or directory")
-                await node.send(Kind.ERROR, codec.encode(told))
+        wanted = codec.decode(await node.first(), NextCommand)
+        try:
+            check(wanted.instance)
+        except AtollError as error:
+            await node.send(Kind.ERROR, codec.encode(ErrorBody(code=error.code, message=error.message)))
+            return
+        await node.taken()
+        await _run(node, wanted.options)
 
     return FakeChannel(run)
+
+
+async def _run(node: FakeNodeEnd, options: ExecOptions) -> None:
+    match options.argv:
+        case ("echo", *words):
+            await node.send(Kind.STDOUT, " ".join(words).encode() + b"\n")
+            await node.send(Kind.EXIT, b"0")
+        case ("exit", code):
+            await node.send(Kind.STDERR, b"bye\n")
+            await node.send(Kind.EXIT, code.encode())
+        case ("cat",):
+            async for kind, payload in node:
+                if kind is Kind.STDIN:
+                    await node.send(Kind.STDOUT, payload)
+                elif kind is Kind.STDIN_END:
+                    break
+            await node.send(Kind.EXIT, b"0")
+        case ("size",):
+            await node.send(Kind.STDOUT, f"{options.rows}x{options.columns}\n".encode())
+            async for kind, payload in node:
+                if kind is Kind.RESIZE:
+                    size = codec.decode(payload, Resize)
+                    await node.send(Kind.STDOUT, f"{size.rows}x{size.columns}\n".encode())
+                elif kind in (Kind.STDIN, Kind.STDIN_END):
+                    break
+            await node.send(Kind.EXIT, b"0")
+        case _:
+            told = ErrorBody(code="command-not-found", message=f"cannot start {options.argv[0]!r}: no such file or directory")
+            await node.send(Kind.ERROR, codec.encode(told))
 
 
 def log_channel(lines: Sequence[LogLine], options: LogOptions) -> Channel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -17,16 +18,21 @@ from atoll.api.http.calls import admit, internal, parse_query
 from atoll.api.service import Caller, Need, Service
 from atoll.api.service.access import check_id
 from atoll.model import codec
-from atoll.model.errors import AtollError, Invalid, NotFound
-from atoll.model.ports.control_plane import Channel, StreamKind
+from atoll.model.errors import AtollError, Exhausted, Invalid, NotFound
+from atoll.model.ports.control_plane import TAKEN, Channel, StreamKind
 from atoll.model.records import Instance, NodeHealth, NodeLiveness
-from atoll.model.streams import ExecOptions, FilesOptions, LogOptions
+from atoll.model.streams import ExecOptions, FilesOptions, Kind, LogOptions, NextCommand, pack
 
 T = TypeVar("T")
 Socket = WebSocket[Any, Any, Any]
 Open = Callable[[Service, Caller, dict[str, str], dict[str, str]], Awaitable[Channel]]
 
 ARGV_BYTES_MAX = 8_192
+COMMANDS_AHEAD = "/v1/projects/{project}/commands/next"
+AHEAD_S = 120.0
+"""How long a stream may wait for a command; clients close theirs sooner."""
+AHEAD_MAX, AHEAD_ALL_MAX = 8, 1_024
+"""Streams that wait so, of one caller and of all."""
 CLOSE_S = 5.0
 """How long either end has to take the last messages once the other has closed."""
 GOING_AWAY = 1001
@@ -38,10 +44,13 @@ log = structlog.get_logger()
 
 
 async def open_exec(service: Service, caller: Caller, path: dict[str, str], query: dict[str, str]) -> Channel:
-    options = _options(query, ExecOptions)
+    return await _command(service, path["project"], path["instance"], _options(query, ExecOptions))
+
+
+async def _command(service: Service, project: str, id: str, options: ExecOptions) -> Channel:
     if not options.argv or not options.argv[0]:
         raise Invalid("argv: empty; say what to run", field="argv")
-    instance = service.instances.running(path["project"], path["instance"])
+    instance = service.instances.running(project, id)
     variables = service.pools.variables(instance)
     if variables:
         options = replace(options, env={**variables, **options.env})
@@ -90,7 +99,7 @@ STREAMS: tuple[tuple[str, Need, Open], ...] = (
 
 
 def stream_handlers(service: Service) -> list[WebsocketRouteHandler]:
-    return [_handler(service, path, need, opener) for path, need, opener in STREAMS]
+    return [*(_handler(service, path, need, opener) for path, need, opener in STREAMS), _commands_ahead(service)]
 
 
 def _handler(service: Service, path: str, need: Need, opener: Open) -> WebsocketRouteHandler:
@@ -113,6 +122,69 @@ def _handler(service: Service, path: str, need: Need, opener: Open) -> Websocket
             await channel.close()
 
     return WebsocketRouteHandler(re.sub(r"\{(\w+)\}", r"{\1:str}", path))(handle)
+
+
+def _commands_ahead(service: Service) -> WebsocketRouteHandler:
+    """Streams that clients open before they want a command: its handshake is then over, and the command is their first message."""
+    waiting: Counter[str] = Counter()
+
+    async def handle(socket: Socket) -> None:
+        try:
+            caller, parts = admit(service, socket, Need.DEPLOY)
+            if waiting[caller.id] >= AHEAD_MAX or waiting.total() >= AHEAD_ALL_MAX:
+                raise Exhausted("enough streams wait for a command already", mend="ask for the command itself")
+        except AtollError as error:
+            await _refuse(socket, error)
+            return
+        await socket.accept()
+        with service.standing.watched(caller) as ended:
+            waiting[caller.id] += 1
+            try:
+                wanted = await _first_message(socket, ended)
+            finally:
+                waiting[caller.id] -= 1
+                if not waiting[caller.id]:
+                    del waiting[caller.id]
+            if wanted is not None:
+                await _serve(service, socket, parts["project"], wanted, ended)
+
+    return WebsocketRouteHandler(re.sub(r"\{(\w+)\}", r"{\1:str}", COMMANDS_AHEAD))(handle)
+
+
+async def _first_message(socket: Socket, ended: asyncio.Future[AtollError]) -> bytes | None:
+    """Return what a client says first; None when it has left, or has waited long enough, or may not have it any more."""
+    receiving = asyncio.ensure_future(socket.receive())
+    done, _ = await asyncio.wait((receiving, ended), timeout=AHEAD_S, return_when=asyncio.FIRST_COMPLETED)
+    if receiving not in done:
+        receiving.cancel()
+        reason = f"{ended.result().code}: {ended.result().message}" if ended.done() else "nobody wanted a command"
+        await socket.send({"type": "websocket.close", "code": POLICY, "reason": reason[:REASON_CHARS_MAX]})
+        return None
+    message: Any = receiving.result()
+    if message["type"] == "websocket.disconnect":
+        return None
+    data = message.get("bytes")
+    return bytes(data) if data is not None else (message.get("text") or "").encode()
+
+
+async def _serve(service: Service, socket: Socket, project: str, wanted: bytes, ended: asyncio.Future[AtollError]) -> None:
+    try:
+        command = codec.decode(wanted, NextCommand)
+        channel = await _command(service, project, check_id(command.instance, "instance"), command.options)
+    except AtollError as error:
+        told = error
+    except Exception as error:
+        log.exception("a command's stream could not be opened", project=project)
+        told = internal(error)
+    else:
+        try:
+            await socket.send({"type": "websocket.send", "bytes": TAKEN, "text": None})
+            await splice(socket, channel, ended)
+        finally:
+            await channel.close()
+        return
+    await socket.send({"type": "websocket.send", "bytes": pack(Kind.ERROR, codec.encode(error_body(told).error)), "text": None})
+    await socket.send({"type": "websocket.close", "code": 1000, "reason": ""})
 
 
 async def splice(socket: Socket, channel: Channel, ended: asyncio.Future[AtollError] | None = None) -> None:

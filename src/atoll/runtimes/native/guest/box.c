@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/capability.h>
+#include <linux/openat2.h>
 #include <linux/sched.h>
 #include <sched.h>
 #include <signal.h>
@@ -49,7 +50,8 @@ struct process {
 enum { UTS, IPC, MOUNTS, PIDS, NAMESPACES };
 static const char *const NAMESPACE_NAMES[NAMESPACES] = {"uts", "ipc", "mnt", "pid"};
 
-static int namespaces[NAMESPACES] = {-1, -1, -1, -1}, own_pids = -1, group_file = -1, group_place = -1, terminals = -1;
+static int namespaces[NAMESPACES] = {-1, -1, -1, -1}, own_pids = -1, own_names = -1, group_file = -1, group_place = -1, terminals = -1;
+static int root = -1; /* the instance's, as its first process has it */
 
 static char **next_list(struct words *from) {
     long count = next_number(from);
@@ -111,7 +113,10 @@ static void make_directory(const char *path) {
 
 static int limit_capabilities(const struct process *process) {
     for (int at = 0; at < CAPABILITIES; at++)
-        if (!(process->capabilities >> at & 1) && prctl(PR_CAPBSET_READ, at) == 1 && prctl(PR_CAPBSET_DROP, at) < 0) return -1;
+        if (!(process->capabilities >> at & 1) && prctl(PR_CAPBSET_DROP, at) < 0) {
+            if (errno != EINVAL) return -1;
+            break; /* the kernel knows no more of them */
+        }
     return prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0);
 }
 
@@ -148,10 +153,7 @@ static void run(const struct process *process) {
 static _Noreturn void become(const struct process *process, int pipe, int copies) {
     const struct rlimit core = {0, 0};
     sigset_t none;
-    if (machineless)
-        signal(SIGPIPE, SIG_DFL); /* all that it ignores; in gVisor a call is no small thing */
-    else
-        for (int number = 1; number < NSIG; number++) signal(number, SIG_DFL);
+    signal(SIGPIPE, SIG_DFL); /* all that init ignores, and it has no handlers */
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     umask(022);
@@ -326,6 +328,7 @@ void make_box(const struct machine *machine) {
     group_file = open(GROUP "/cgroup.procs", O_WRONLY | O_CLOEXEC);
     group_place = open(GROUP, O_PATH | O_DIRECTORY | O_CLOEXEC);
     own_pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
+    own_names = open("/proc/self/ns/uts", O_RDONLY | O_CLOEXEC);
 }
 
 static void join_group(int pipe) {
@@ -369,7 +372,11 @@ int start_first(const struct machine *machine, struct command *command) {
         namespaces[at] = open(path, O_RDONLY | O_CLOEXEC);
     }
     forget(&process);
-    return wait_until_it_runs(words[0], command->text);
+    int result = wait_until_it_runs(words[0], command->text);
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/root", command->pid);
+    root = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    return result;
 }
 
 static int enter(void) {
@@ -416,26 +423,37 @@ static void end_with(pid_t parent) {
     if (machineless && (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != parent)) _exit(127);
 }
 
+/* As vfork(2) when it shares our memory: the call must come back in the function of whoever makes it, so it is no function's. */
+static inline __attribute__((always_inline)) long clone3_here(struct clone_args *how) {
+#ifdef __x86_64__
+    long child;
+    __asm__ volatile("syscall" : "=a"(child) : "0"(SYS_clone3), "D"(how), "S"(sizeof *how) : "rcx", "r11", "memory");
+    return child;
+#else
+    how->flags &= ~(uint64_t)(CLONE_VM | CLONE_VFORK);
+    long child = syscall(SYS_clone3, how, sizeof *how);
+    return child < 0 ? -errno : child;
+#endif
+}
+
 /* Forks into the instance's processes: the parent stays init, which so hears of the end. */
-static pid_t fork_inside(void) {
+static inline __attribute__((always_inline)) pid_t fork_inside(int copies) {
     if (setns(namespaces[PIDS], CLONE_NEWPID) < 0) return -1;
     /* Begun in the instance's group: moving a process there waits until every processor has passed a quiet point (RCU). */
     struct clone_args how = {.flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = group_place};
-    pid_t child = syscall(SYS_clone3, &how, sizeof how);
-    if (child < 0 && errno == ENOSYS && (child = fork()) == 0) is_outside = 1;
+    if (!copies) how.flags |= CLONE_VM | CLONE_VFORK;
+    long child = clone3_here(&how);
+    if (child == 0) return 0;
+    if (child < 0) errno = -child;
+    if (child == -ENOSYS && (child = fork()) == 0) is_outside = 1;
+    int number = errno;
     if (child != 0 && setns(own_pids, CLONE_NEWPID) < 0) perror("setns");
-    return child;
+    errno = number;
+    return child < 0 ? -1 : child;
 }
 
-/*
- * Without a machine a command begins with vfork: in gVisor another address space costs as much as all the rest. The child writes nothing
- * of this process's but its stack, and stays in this function; what copies files goes on beside us, and needs memory of its own.
- */
-static pid_t begin(const struct process *process, const struct pipes *pipes, int terminal, int pipe, int copies) {
-    const pid_t self = getpid();
-    const pid_t child = !machineless ? fork_inside() : copies ? fork() : vfork();
-    if (child != 0) return child;
-    end_with(self);
+static _Noreturn __attribute__((noinline)) void go_on(const struct process *process, const struct pipes *pipes, int terminal,
+                                                      int pipe, int copies) {
     setsid();
     if (is_outside) join_group(pipe);
     if (!machineless && enter() < 0) give_up(pipe, "cannot enter the instance");
@@ -444,6 +462,20 @@ static pid_t begin(const struct process *process, const struct pipes *pipes, int
     else
         take_pipes(pipes, process, pipe);
     become(process, pipe, copies);
+}
+
+/*
+ * A command begins with vfork: another address space costs as much as all the rest, in gVisor and in an emulated machine. The child writes
+ * nothing of this process's but what lies below this function's frame, which therefore is one of its own; what copies files goes on beside
+ * us, and needs memory of its own.
+ */
+static __attribute__((noinline)) pid_t begin(const struct process *process, const struct pipes *pipes, int terminal, int pipe,
+                                             int copies) {
+    const pid_t self = getpid();
+    const pid_t child = !machineless ? fork_inside(copies) : copies ? fork() : vfork();
+    if (child != 0) return child;
+    end_with(self);
+    go_on(process, pipes, terminal, pipe, copies);
 }
 
 int start_beside(struct words words, int rows, int columns, struct command *command) {
@@ -503,20 +535,26 @@ void statistics(uint64_t into[5]) {
     into[4] = number_in(GROUP "/memory.events", "oom_kill ");
 }
 
-/* After a restore: the name by which the instance knows itself. Its files may have been replaced inside; then they stay. */
+/*
+ * After a restore: the name by which the instance knows itself. Its files may have been replaced inside; then they stay. All of it from
+ * here: a process to do it inside would cost a copy of an emulated machine more than the rest of what is new to it.
+ */
 void rename_host(const char *hostname, const char *machine_id) {
-    pid_t child = fork();
-    if (child != 0) return;
-    if (setns(namespaces[UTS], CLONE_NEWUTS) == 0 && hostname[0] && sethostname(hostname, strlen(hostname)) != 0)
-        dprintf(2, "guest: the new hostname is refused\n");
     if (hostname[0]) {
         char text[HOST_NAME_MAX + 2];
+        if (setns(namespaces[UTS], CLONE_NEWUTS) < 0 || sethostname(hostname, strlen(hostname)) < 0) perror("the hostname");
+        if (setns(own_names, CLONE_NEWUTS) < 0) perror("setns");
         snprintf(text, sizeof text, "%s\n", hostname);
         put_file("/given/hostname", text);
     }
-    if (machine_id[0] && setns(namespaces[MOUNTS], CLONE_NEWNS) == 0) {
-        int fd = open("/etc/machine-id", O_WRONLY | O_TRUNC | O_NOFOLLOW | O_CLOEXEC);
-        if (fd >= 0 && write(fd, machine_id, strlen(machine_id)) < 0) perror("machine-id");
+    if (machine_id[0] && root >= 0) {
+        const struct open_how how = {.flags = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC,
+                                     .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
+        struct stat info;
+        int fd = syscall(SYS_openat2, root, "etc/machine-id", &how, sizeof how);
+        if (fd < 0) return;
+        if (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && (ftruncate(fd, 0) < 0 || write(fd, machine_id, strlen(machine_id)) < 0))
+            perror("machine-id");
+        close(fd);
     }
-    _exit(0);
 }

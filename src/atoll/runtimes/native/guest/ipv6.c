@@ -78,6 +78,9 @@ static int lead(int fd, unsigned card, int outward, const struct in6_addr *addre
 
 /* Before the card is brought up. It has no address of itself, and none at all where the instance has none. */
 void allow_ipv6(int allowed) {
+    static int said = -1; /* a copy's mostly is what its origin's was */
+    if (said == allowed) return;
+    said = allowed;
     set_kernel("net/ipv6/conf/eth0/addr_gen_mode", "1");
     set_kernel("net/ipv6/conf/eth0/accept_ra", "0");
     set_kernel("net/ipv6/conf/eth0/disable_ipv6", allowed ? "0" : "1");
