@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from atoll.api.http.app import create_app
+from atoll.api.http.calls import QUERY_BYTES_MAX
 from atoll.api.http.serve import HEADER_BYTES_MAX, ApiServer, BoundedProtocol, listen, serving
 from atoll.api.http.streams import AHEAD_MAX
 from atoll.api.registry.collect import collect
@@ -30,13 +31,23 @@ from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.model import codec, keys
 from atoll.model.certificates import CertificateRequest
 from atoll.model.chains import check_chain
-from atoll.model.errors import AtollError, Conflict, DeadlineExceeded, Exhausted, Forbidden, NotFound, Unavailable
+from atoll.model.errors import (
+    AtollError,
+    Conflict,
+    DeadlineExceeded,
+    Exhausted,
+    Forbidden,
+    NotFound,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+)
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import NEXT_STREAM, TAKEN, StreamKind, StreamRequest
 from atoll.model.records import Ingress, Instance, NodeHealth, NodeLiveness, OwnerKind, Role, Status
 from atoll.model.spec import AppSpec, Port
 from atoll.model.states import Desired, Phase
-from atoll.model.streams import ErrorBody, ExecOptions, Kind, NextCommand, pack, unpack
+from atoll.model.streams import MESSAGE_BYTES_MAX, ErrorBody, ExecOptions, Kind, NextCommand, pack, unpack
 from atoll.model.views import TokenRequest
 from atoll.sdk import client as sdk
 from atoll.sdk.control_plane import HttpControlPlane
@@ -390,6 +401,7 @@ async def test_a_command_is_asked_for_on_a_stream_that_its_client_opened_before(
         (b'{"instance":"web-1","options":{"argv":[]}}', "invalid"),
         (b"\xff", "invalid"),
         (b'{"instance":"other-1","options":{"argv":["true"]}}', "not-found"),
+        (b'{"instance":"web-1","options":{"argv":["' + b"x" * QUERY_BYTES_MAX + b'"]}}', "too-large"),
     ],
 )
 async def test_what_is_asked_for_on_such_a_stream_is_checked_as_any_command(cell: Cell, said: bytes, code: str) -> None:
@@ -429,6 +441,27 @@ async def test_streams_that_wait_for_a_command_are_few_and_end_with_their_token(
             await asyncio.wait_for(each.receive(), 5)
         await each.close()
     await client.close()
+
+
+async def test_a_token_that_ended_by_its_time_gets_no_command_more(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = await cell.agent()
+    waiting = await agent.open_stream("n1", NEXT_STREAM)
+    await cell.instance("web-1", phase=Phase.RUNNING)
+    client = HttpTransport(cell.address, await cell.token(Role.DEPLOY, "default"))
+    channel = await client.channel(AHEAD)
+    monkeypatch.setattr(cell.service.membership, "still", lambda caller: Unauthenticated("the token has expired"))
+    await channel.send(codec.encode(NextCommand(instance="web-1", options=ExecOptions(argv=("true",)))))
+    with pytest.raises(Unavailable, match="expired"):
+        await channel.receive()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(waiting.receive(), 0.1)
+    for each in (channel, client, agent):
+        await each.close()
+
+
+async def test_what_would_end_an_agents_tunnel_is_refused(cell: Cell) -> None:
+    with pytest.raises(TooLarge, match="with its variables"):
+        await cell.service.tunnels.open("n1", StreamKind.EXEC, "web-1", {"env": {"A": "x" * MESSAGE_BYTES_MAX}})
 
 
 async def test_a_stream_is_only_for_the_node_that_was_asked(cell: Cell) -> None:

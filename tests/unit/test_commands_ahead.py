@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from atoll.model import codec
-from atoll.model.errors import AtollError, DeadlineExceeded, NotFound, Unavailable
+from atoll.model.errors import AtollError, Invalid, NotFound, OutcomeUnknown, Unavailable
 from atoll.model.ports.control_plane import TAKEN, Channel
 from atoll.model.spec import AppSpec
 from atoll.model.streams import ExecOptions, Kind, NextCommand, pack
@@ -16,6 +16,7 @@ from atoll.sdk import ahead
 from atoll.sdk.ahead import Ahead
 from atoll.sdk.client import Client
 from atoll.sdk.fake import FakeApi
+from atoll.sdk.transport import Address
 
 ECHO = NextCommand(instance="web-1", options=ExecOptions(argv=("echo", "hi")))
 
@@ -59,6 +60,7 @@ class Script:
     """A server whose streams say what they were told to, and take nothing once they are `cut`."""
 
     def __init__(self, *answers: bytes | AtollError | None, refuse: AtollError | None = None, cut: bool = False) -> None:
+        self.address = Address.parse("http://one")
         self.answers = list(answers)
         self.refuse = refuse
         self.cut = cut
@@ -129,9 +131,11 @@ async def test_one_that_broke_while_it_waited_costs_nothing() -> None:
     ("answer", "error", "words"),
     [
         (pack(Kind.ERROR, b'{"code":"not-found","message":"no instance web-1"}'), NotFound, "no instance web-1"),
-        (None, Unavailable, "may run"),
-        (Unavailable("the stream broke"), Unavailable, "broke"),
-        (pack(Kind.STDOUT, b"x"), Unavailable, "STDOUT"),
+        (pack(Kind.ERROR, b'{"code":"invalid","message":"argv: empty"}'), Invalid, "argv"),
+        (pack(Kind.ERROR, b'{"code":"unavailable","message":"no tunnel"}'), Unavailable, "no tunnel"),
+        (None, OutcomeUnknown, "may run"),
+        (Unavailable("the stream broke"), OutcomeUnknown, "broke; the command may run"),
+        (pack(Kind.STDOUT, b"x"), OutcomeUnknown, "STDOUT"),
     ],
 )
 async def test_what_goes_wrong_after_it_was_asked_is_told(answer: bytes | None, error: type[Exception], words: str) -> None:
@@ -147,18 +151,42 @@ async def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(monkeypa
     monkeypatch.setattr(ahead, "ANSWER_S", 0.02)
     script = Script()
     kept = await waiting(script)
-    with pytest.raises(DeadlineExceeded, match="may run"):
+    with pytest.raises(OutcomeUnknown, match="may run"):
         await kept.command("default", ECHO)
+    assert script.closed == 1
     await kept.close()
 
 
-async def test_a_server_that_knows_no_such_streams_is_asked_once() -> None:
+async def test_a_server_that_would_have_no_such_streams_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "REFUSED_S", 0.05)
     script = Script(refuse=NotFound("no such path"))
     kept = await waiting(script)
     for _ in range(3):
         assert await kept.command("default", ECHO) is None
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.002)
     assert len(script.opened) == 1
+    await asyncio.sleep(0.05)
+    await kept.command("default", ECHO)
+    await settle(lambda: len(script.opened) == 2)
+    await kept.close()
+
+
+async def test_one_at_a_server_that_was_left_is_not_used() -> None:
+    script = Script(TAKEN)
+    kept = await waiting(script)
+    script.address = Address.parse("http://other")
+    assert await kept.command("default", ECHO) is None
+    await settle(lambda: (len(script.opened), script.closed) == (2, 1))
+    assert not script.sent
+    await kept.close()
+
+
+async def test_one_is_not_lost_to_a_command_that_cannot_be_said() -> None:
+    script = Script(TAKEN)
+    kept = await waiting(script)
+    with pytest.raises(UnicodeEncodeError):
+        await kept.command("default", NextCommand(instance="web-1", options=ExecOptions(argv=("\ud800",))))
+    assert await kept.command("default", ECHO) is script
     await kept.close()
 
 

@@ -33,7 +33,8 @@ APP_SHARE = 8
 BACKLOG = 4_096
 CHUNK_BYTES = 64 << 10
 CONNECT_S = 2.0
-CONNECT_AGAIN_S = 0.05
+AGAIN_FIRST_S, AGAIN_MAX_S = 0.002, 0.05
+"""An app without a check counts as ready when its process runs, and may begin to listen a moment later."""
 
 log = structlog.get_logger()
 
@@ -201,6 +202,7 @@ class Activator:
 
     async def _reach(self, app: str, target: Target) -> tuple[Splice, tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         """Return a connection to an instance, however long that takes. Nothing was sent yet, so another try is always safe."""
+        again_s = AGAIN_FIRST_S
         while True:
             endpoint = await self._endpoint(app)
             splice = Splice(app, endpoint.address)
@@ -215,7 +217,8 @@ class Activator:
             except BaseException:
                 self._end(splice)
                 raise
-            await asyncio.sleep(CONNECT_AGAIN_S)
+            await asyncio.sleep(again_s)
+            again_s = min(2 * again_s, AGAIN_MAX_S)
 
     async def _endpoint(self, app: str) -> Endpoint:
         self._waiting[app] += 1

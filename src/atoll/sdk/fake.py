@@ -17,7 +17,7 @@ from atoll.model.streams import ErrorBody, ExecOptions, FilesOptions, LogLine, L
 from atoll.model.views import ErrorAnswer, WatchLine
 from atoll.sdk import fake_streams
 from atoll.sdk.fake_calls import FakeCalls
-from atoll.sdk.transport import REQUEST_S, SILENCE_S, Answer
+from atoll.sdk.transport import REQUEST_S, SILENCE_S, Address, Answer
 
 
 class FakeApi(FakeCalls):
@@ -25,6 +25,7 @@ class FakeApi(FakeCalls):
 
     def __init__(self) -> None:
         super().__init__()
+        self.address = Address.parse("http://fake")
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         """Method, path and headers of each request."""
         self.channels: list[str] = []

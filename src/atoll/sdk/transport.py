@@ -100,6 +100,11 @@ class Lines(Protocol):
 class Transport(Protocol):
     """Every call may raise Unavailable (the server does not answer) or OutcomeUnknown (it may have acted)."""
 
+    @property
+    def address(self) -> Address:
+        """Of the server in use."""
+        ...
+
     async def request(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float = REQUEST_S
     ) -> Answer:

@@ -14,11 +14,11 @@ from litestar.handlers import WebsocketRouteHandler
 from msgspec.structs import replace
 
 from atoll.api.http.answers import JSON, error_body
-from atoll.api.http.calls import admit, internal, parse_query
+from atoll.api.http.calls import QUERY_BYTES_MAX, admit, internal, parse_query
 from atoll.api.service import Caller, Need, Service
 from atoll.api.service.access import check_id
 from atoll.model import codec
-from atoll.model.errors import AtollError, Exhausted, Invalid, NotFound
+from atoll.model.errors import AtollError, DeadlineExceeded, Exhausted, Invalid, NotFound, TooLarge
 from atoll.model.ports.control_plane import TAKEN, Channel, StreamKind
 from atoll.model.records import Instance, NodeHealth, NodeLiveness
 from atoll.model.streams import ExecOptions, FilesOptions, Kind, LogOptions, NextCommand, pack
@@ -27,7 +27,6 @@ T = TypeVar("T")
 Socket = WebSocket[Any, Any, Any]
 Open = Callable[[Service, Caller, dict[str, str], dict[str, str]], Awaitable[Channel]]
 
-ARGV_BYTES_MAX = 8_192
 COMMANDS_AHEAD = "/v1/projects/{project}/commands/next"
 AHEAD_S = 120.0
 """How long a stream may wait for a command; clients close theirs sooner."""
@@ -145,7 +144,11 @@ def _commands_ahead(service: Service) -> WebsocketRouteHandler:
                 waiting[caller.id] -= 1
                 if not waiting[caller.id]:
                     del waiting[caller.id]
-            if wanted is not None:
+            if wanted is None:
+                return
+            if (reason := service.membership.still(caller)) is not None:  # what ends by its time alone is looked at seldom
+                await _end(socket, reason)
+            else:
                 await _serve(service, socket, parts["project"], wanted, ended)
 
     return WebsocketRouteHandler(re.sub(r"\{(\w+)\}", r"{\1:str}", COMMANDS_AHEAD))(handle)
@@ -157,8 +160,7 @@ async def _first_message(socket: Socket, ended: asyncio.Future[AtollError]) -> b
     done, _ = await asyncio.wait((receiving, ended), timeout=AHEAD_S, return_when=asyncio.FIRST_COMPLETED)
     if receiving not in done:
         receiving.cancel()
-        reason = f"{ended.result().code}: {ended.result().message}" if ended.done() else "nobody wanted a command"
-        await socket.send({"type": "websocket.close", "code": POLICY, "reason": reason[:REASON_CHARS_MAX]})
+        await _end(socket, ended.result() if ended.done() else DeadlineExceeded("nobody wanted a command"))
         return None
     message: Any = receiving.result()
     if message["type"] == "websocket.disconnect":
@@ -167,8 +169,15 @@ async def _first_message(socket: Socket, ended: asyncio.Future[AtollError]) -> b
     return bytes(data) if data is not None else (message.get("text") or "").encode()
 
 
+async def _end(socket: Socket, why: AtollError) -> None:
+    reason = f"{why.code}: {why.message}"
+    await socket.send({"type": "websocket.close", "code": POLICY, "reason": reason[:REASON_CHARS_MAX]})
+
+
 async def _serve(service: Service, socket: Socket, project: str, wanted: bytes, ended: asyncio.Future[AtollError]) -> None:
     try:
+        if len(wanted) > QUERY_BYTES_MAX:
+            raise TooLarge(f"the command has {len(wanted)} bytes; at most {QUERY_BYTES_MAX} are taken")
         command = codec.decode(wanted, NextCommand)
         channel = await _command(service, project, check_id(command.instance, "instance"), command.options)
     except AtollError as error:
@@ -196,8 +205,7 @@ async def splice(socket: Socket, channel: Channel, ended: asyncio.Future[AtollEr
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if ended is not None and ended.done() and not inward.done() and not outward.done():
             outward.cancel()
-            reason = f"{ended.result().code}: {ended.result().message}"
-            await socket.send({"type": "websocket.close", "code": POLICY, "reason": reason[:REASON_CHARS_MAX]})
+            await _end(socket, ended.result())
             return
         if outward.done() and not inward.done():
             await asyncio.wait((inward,), timeout=CLOSE_S)

@@ -15,8 +15,9 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.model import codec
-from atoll.model.errors import DeadlineExceeded, Exhausted, NotFound, Unavailable
+from atoll.model.errors import DeadlineExceeded, Exhausted, NotFound, TooLarge, Unavailable
 from atoll.model.ports.control_plane import TAKEN, Channel, StreamRequest
+from atoll.model.streams import MESSAGE_BYTES_MAX
 
 PIPE_MESSAGES_MAX = 16
 """Messages that wait in one direction of a stream; with `MESSAGE_BYTES_MAX` each, at most 2 MiB."""
@@ -27,6 +28,8 @@ LOST_ANSWER_S = 1.0
 """How long another server has to show a tunnel of a node that counts as lost."""
 REQUESTS_MAX = 256
 """Streams of one node that wait for its agent."""
+REQUEST_BYTES_MAX = MESSAGE_BYTES_MAX
+"""Of what an agent is told of one: a longer message would end its tunnel, and with it all other streams that wait."""
 SPARES_MAX = 4
 """Streams of one node that may wait for whoever wants one."""
 STREAMS_MAX = 4_096
@@ -150,10 +153,14 @@ class Tunnels:
         """Return the client's end of a new stream, once the agent has dialled in, here or (unless `here_only`) at another
         server. For the tunnel of a node that is `lost` nobody waits.
 
-        Raises Unavailable: the agent has no tunnel; DeadlineExceeded: it did not answer; Exhausted: too many wait.
+        Raises Unavailable: the agent has no tunnel; DeadlineExceeded: it did not answer; Exhausted: too many wait; TooLarge: what
+        the agent would be told of it would break its tunnel.
         """
+        request = StreamRequest(self._new_id(), kind, instance, options)
+        if (size := len(codec.encode(request))) > REQUEST_BYTES_MAX:
+            raise TooLarge(f"what is asked of the node has {size} bytes with its variables; at most {REQUEST_BYTES_MAX} are taken")
         if not lost and (spare := self._spare_of(node)) is not None:
-            return await _ask(spare, StreamRequest(self._new_id(), kind, instance, options), node, answer_s)
+            return await _ask(spare, request, node, answer_s)
         queue = self._nodes.get(node)
         elsewhere = None if here_only or queue is not None else self.elsewhere
         if queue is None and lost:
@@ -163,7 +170,6 @@ class Tunnels:
         waiting = len(self._of(node))
         if waiting >= REQUESTS_MAX or len(self._waiting) >= STREAMS_MAX or (queue is not None and queue.full()):
             raise Exhausted(f"{waiting} streams wait for node '{node}' already")
-        request = StreamRequest(self._new_id(), kind, instance, options)
         answer: asyncio.Future[Pipe] = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = _Waiting(node, request, answer)
         if queue is not None:

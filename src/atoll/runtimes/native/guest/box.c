@@ -548,12 +548,12 @@ void rename_host(const char *hostname, const char *machine_id) {
         put_file("/given/hostname", text);
     }
     if (machine_id[0] && root >= 0) {
-        const struct open_how how = {.flags = O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC,
+        const struct open_how how = {.flags = O_WRONLY | O_TRUNC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC,
                                      .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
         struct stat info;
         int fd = syscall(SYS_openat2, root, "etc/machine-id", &how, sizeof how);
-        if (fd < 0) return;
-        if (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && (ftruncate(fd, 0) < 0 || write(fd, machine_id, strlen(machine_id)) < 0))
+        if (fd < 0 && errno == ENOENT) return; /* not every image has one */
+        if (fd < 0 || (fstat(fd, &info) == 0 && S_ISREG(info.st_mode) && write(fd, machine_id, strlen(machine_id)) < 0))
             perror("machine-id");
         close(fd);
     }

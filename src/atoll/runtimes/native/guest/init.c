@@ -29,7 +29,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { REFRESH_BYTES = 72, POLLS_MAX = 8 + 3 * STREAMS_MAX, RETRY_MS = 200 };
+/* READ_BYTES: gVisor has all of a buffer that is read into present, however little comes. */
+enum { REFRESH_BYTES = 72, POLLS_MAX = 8 + 3 * STREAMS_MAX, RETRY_MS = 200, READ_BYTES = 32 << 10 };
 
 struct stream {
     int used;
@@ -347,7 +348,8 @@ static void read_frames(void) {
 }
 
 static void read_channel(void) {
-    ssize_t got = read(channel, input + input_bytes, sizeof input - input_bytes);
+    size_t left = sizeof input - input_bytes;
+    ssize_t got = read(channel, input + input_bytes, left < READ_BYTES ? left : READ_BYTES);
     if (got > 0) {
         input_bytes += got;
         read_frames();
