@@ -183,7 +183,7 @@ class _Step:
             if index in self.succeeded or index in self.active:
                 continue
             due = self.retry_at.get(index, 0.0)
-            if due > self.decision.now:
+            if self.decision.now < due <= self.decision.now + RETRY_MAX_S:  # else a leader said so whose date was later
                 self.decision.wake(due)
                 continue
             self.retry_at.pop(index, None)

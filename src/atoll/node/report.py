@@ -35,6 +35,24 @@ SKIP_FIRST = 86_400_000
 log = structlog.get_logger()
 
 
+class Words:
+    """Numbers of what an agent says of one thing, so that of two words the newer counts, in whatever order they arrive."""
+
+    def __init__(self, now: float) -> None:
+        self._last = int(now * 1000)
+        """Above the numbers of an earlier agent, which spoke less than a thousand times a second."""
+        self._skip = SKIP_FIRST
+
+    def next(self) -> int:
+        self._last += 1
+        return self._last
+
+    def skip(self) -> None:
+        """Speak louder: the control plane has heard words of higher numbers from an earlier agent, whose date was later."""
+        self._last += self._skip
+        self._skip *= 2
+
+
 def retry_delay(failures: int, choose: random.Random, max_s: float = RETRY_MAX_S) -> float:
     """Return the wait before the next try, with jitter so that nodes do not come back in step."""
     return min(max_s, RETRY_FIRST_S * RETRY_GROWTH ** min(failures, 64)) * choose.uniform(0.5, 1.0)
@@ -56,9 +74,7 @@ class Reporter:
         self._statuses: dict[str, Status] = {}
         self._sending: dict[str, Status] = {}
         self._last: dict[str, Status] = {}
-        self._word = int(clock.now() * 1000)
-        """The number of the newest word; above those of an earlier agent, which spoke less than a thousand times a second."""
-        self._skip = SKIP_FIRST
+        self._words = Words(clock.now())
         self._events: deque[Event] = deque(maxlen=EVENTS_MAX)
         self._wake = asyncio.Event()
         self._lazy: asyncio.TimerHandle | None = None
@@ -80,13 +96,10 @@ class Reporter:
             self._wake.set()
 
     def _numbered(self, status: Status) -> Status:
-        self._word += 1
-        return replace(status, word=self._word)
+        return replace(status, word=self._words.next())
 
     def _skip_words(self) -> None:
-        """Speak louder: the control plane has heard words of higher numbers from an earlier agent, whose date was later."""
-        self._word += self._skip
-        self._skip *= 2
+        self._words.skip()
         for told in (self._last, self._sending, self._statuses):
             told.update({id: self._numbered(status) for id, status in told.items()})
 

@@ -11,7 +11,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from atoll.model.devices import GpuDevice, GpuSample
-from atoll.model.errors import AtollError, Invalid, TooLarge
+from atoll.model.errors import AtollError, Conflict, Invalid, TooLarge
 from atoll.model.flows import Flows
 from atoll.model.labels import NVLINK_DOMAIN
 from atoll.model.records import Heartbeat, Node, Usage
@@ -21,6 +21,7 @@ from atoll.node.contact import Contact
 from atoll.node.gpu_usage import owners_of, usage_of
 from atoll.node.metrics import Scrapes, target_of, with_metrics
 from atoll.node.prefetch import Prefetch
+from atoll.node.report import Words
 from atoll.node.runner import Runner
 from atoll.node.tools import Machine, Tools
 
@@ -67,6 +68,7 @@ class Vitals:
         self._scrapes = Scrapes(tools.scraper, tools.reporter)
         self._contact = contact or Contact()
         self._beating = beating
+        self._words = Words(tools.clock.now())
         self._registered = asyncio.Event()
         self._refused: str | None = None
         """What the last heartbeat was refused for: a field, or a code."""
@@ -75,7 +77,14 @@ class Vitals:
 
     async def register(self) -> None:
         """Tell the control plane what this node is. Safe to repeat."""
-        tools = self._tools
+        try:
+            await self._register()
+        except Conflict:  # it knows a newer word: of another call of this, or of an earlier agent whose date was later
+            self._words.skip()
+            await self._register()
+
+    async def _register(self) -> None:
+        tools, word = self._tools, self._words.next()  # before anything is looked at: a later word knows as much or more
         devices: tuple[GpuDevice, ...] = ()
         refusals: dict[RuntimeName, str] = {}
         if tools.gpus is not None:
@@ -89,6 +98,7 @@ class Vitals:
             runtimes=tuple(tools.runtimes),
             ports_taken=self._machine.ports_taken(),
             registered_at=tools.clock.now(),
+            word=word,
         )
         async with asyncio.timeout(CALL_S):
             await tools.control.register_node(node)

@@ -80,8 +80,11 @@ class User:
             await asyncio.sleep(RETRY_S)
 
     async def read(self, call: Callable[[Service], T]) -> T:
-        async def now(service: Service) -> T:
+        async def found(service: Service) -> T:
             return call(service)
+
+        async def now(service: Service) -> T:
+            return await service.context.look(lambda: found(service))
 
         while True:
             try:

@@ -60,7 +60,8 @@ def _handler(service: Service, route: Route) -> HTTPRouteHandler:
                 caller, path = admit(service, request, route.need)
             body = await _body(request, route.body_bytes_max) if reads_body else b""
             unread = False
-            result = await route.run(Call(service, request, caller, path, body))
+            call = Call(service, request, caller, path, body)
+            result = await (route.run(call) if reads_body else service.context.look(lambda: route.run(call)))
             if isinstance(result, Lines):
                 result = _While(service, caller, result)
         except AtollError as error:

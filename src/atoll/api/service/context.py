@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import structlog
@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
-from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, StaleRevision, Unavailable
+from atoll.model.errors import BY_CODE, AtollError, Conflict, Invalid, NotFound, Retry, StaleRevision, Unavailable
 from atoll.model.fabric import Fabric, FabricIpv6, FabricNode, FabricPaths
 from atoll.model.maintenance import Maintenance
 from atoll.model.membership import Authority, Identity, JoinToken, Server
@@ -47,6 +47,7 @@ from atoll.model.records import (
 )
 from atoll.model.records.certificate import AcmeSettings, Certificate, CertificateRoot, CertificateStatus
 from atoll.model.reservation import Reservation
+from atoll.model.streams import ErrorBody
 from atoll.store.cache import Held, State
 
 T = TypeVar("T")
@@ -100,6 +101,9 @@ REQUEST_KEEP_S = 3_600.0
 """How long at least the answer to a request key is kept."""
 REQUEST_LEASE_S = 60.0
 """The keys of so long a time share one lease of the store, which removes them."""
+
+GOOD, BAD, FAULTY = 200, 400, 500
+"""Statuses of HTTP: of what was done, and from which on something is refused, and something is wrong here."""
 
 log = structlog.get_logger()
 
@@ -158,8 +162,9 @@ class Context:
 
         `build` is called again when something that it read has changed meanwhile; what it raises is raised, once this server is
         sure to have seen all that was written before (others may have answered the caller until now). A repeat under
-        the same `request` gets the first answer. Raises Conflict: others changed it too often, or the key was used for
-        something else. OutcomeUnknown: repeat with the same request key, or read first.
+        the same `request` gets the first answer, and what was refused for good stays refused: a try of it that is still on its way
+        changes nothing. Raises Conflict: others changed it too often, or the key was used for something else. OutcomeUnknown:
+        repeat with the same request key, or read first.
         """
         certain = False
         for _ in range(TRIES_MAX):
@@ -167,23 +172,25 @@ class Context:
                 kept = await self._kept(kind, request)
                 if kept is not None:
                     return kept
+            draft = None
             try:
                 draft = build()
-            except AtollError:
+            except AtollError as error:
                 if certain:
-                    raise
-                draft = None
+                    if await self._refuse(request, error):
+                        raise
+                    continue  # an earlier try has got through meanwhile
             if not certain and (draft is None or not draft.ops):
                 # Refused, or done already: as far as this server has heard. Another may have written what it has not seen.
                 certain = True
                 if await self.be_current():
                     continue
             if draft is None:
-                draft = build()
+                continue
             compare, ops = list(draft.compare), list(draft.ops)
             if request is not None:
                 compare.append(absent(keys.request(request.caller, request.key)))
-                ops.append(await self._keep(request, draft))
+                ops.append(await self._keep(request, GOOD, codec.encode(draft.answer(Revision(0)))))
             if not ops:
                 return draft.answer(Revision(0))
             try:
@@ -199,6 +206,16 @@ class Context:
             if result.succeeded:
                 return draft.answer(result.revision)
         raise Conflict("others change the same thing all the time; nothing was written", mend="try again")
+
+    async def look(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Return what `read` finds in the cache. That there is nothing is said once this server is sure to have seen all that was
+        written before: another may have made it. Raises Unavailable where it cannot be sure."""
+        try:
+            return await read()
+        except NotFound:
+            if not await self.be_current():
+                raise
+        return await read()
 
     async def be_current(self) -> bool:
         """Make sure that the cache shows all that was written before this call; return whether it did not.
@@ -242,19 +259,36 @@ class Context:
         record = codec.decode(item.value, RequestRecord)
         if record.fingerprint != request.fingerprint:
             raise Conflict("this Idempotency-Key was used for a different request", mend="use a new key for each request")
+        body = self.sealer.open(record.body, keys.request(request.caller, request.key))
+        if record.status >= BAD:
+            told = codec.decode(body, ErrorBody)
+            raise BY_CODE.get(told.code, AtollError)(told.message, mend=told.mend, field=told.field)
         # Straight into its type: by way of plain data a map with whole numbers for keys would not come back.
-        answer = codec.decode(self.sealer.open(record.body, keys.request(request.caller, request.key)), kind)
+        answer = codec.decode(body, kind)
         # The first try may have ended before the cache had seen it: who has this answer may build on it here.
         await self.reach(item.mod_revision)
         if isinstance(answer, Struct) and getattr(answer, "revision", None) == 0:
             answer = structs.replace(answer, revision=item.mod_revision)
         return answer
 
-    async def _keep(self, request: RequestKey, draft: Draft[T]) -> Put:
+    async def _refuse(self, request: RequestKey | None, error: AtollError) -> bool:
+        """Keep that a request was refused, where the same may not be asked again; False where one like it has got through."""
+        if request is None or error.retry is not Retry.NEVER or not BAD <= error.status < FAULTY:
+            return True
+        told = ErrorBody(code=error.code, message=error.message, mend=error.mend, field=error.field)
+        try:
+            kept = await self._keep(request, error.status, codec.encode(told))
+            return (await self.store.txn([absent(kept.key)], [kept])).succeeded
+        except NotFound:  # as in `write`
+            self._lease = None
+            return False
+
+    async def _keep(self, request: RequestKey, status: int, answer: bytes) -> Put:
         """The answer is sealed, because that to a new token holds the token. Its revision is that of this very record."""
         key = keys.request(request.caller, request.key)
-        body = self.sealer.seal(codec.encode(draft.answer(Revision(0))), key)
-        record = RequestRecord(status=200, body=body, fingerprint=request.fingerprint, at=self.clock.now())
+        record = RequestRecord(
+            status=status, body=self.sealer.seal(answer, key), fingerprint=request.fingerprint, at=self.clock.now()
+        )
         return Put(key, codec.encode(record), await self._request_lease())
 
     async def _request_lease(self) -> LeaseId:

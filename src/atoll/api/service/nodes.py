@@ -151,7 +151,8 @@ class Nodes:
     async def register(self, node: Node) -> None:
         """Write what an agent says of its machine, if that is new. Safe to repeat.
 
-        Raises Invalid.
+        Raises Invalid, and Conflict for what is not the newest word (an agent whose date was set back says it again, with a higher
+        number).
         """
         check_id(node.name, "name")
         node = checked(node)
@@ -159,6 +160,8 @@ class Nodes:
 
         def build() -> Draft[None]:
             held = self._state.get(Node, node.name)
+            if held is not None and 0 < node.word < held.record.word:
+                raise Conflict(f"a newer word of node '{node.name}' is known", mend="say it again as a newer one")
             first = held.record.registered_at if held is not None else self._context.clock.now()
             record = replace(node, registered_at=first)
             if held is not None and held.record == record:

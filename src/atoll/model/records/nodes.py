@@ -40,6 +40,9 @@ class Node(Record, frozen=True, kw_only=True):
     ports_taken: tuple[str, ...] = ()
     """Ports of the machine that programs of its own listen on (`tcp/22`), and that no instance can be published on."""
     registered_at: float = 0.0
+    word: int = 0
+    """The number of this word of the agent's: one that was on its way for long is not to count for the newest. 0 for an agent from
+    before there were numbers."""
 
 
 class NodePolicy(Record, frozen=True, kw_only=True):

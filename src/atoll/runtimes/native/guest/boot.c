@@ -183,10 +183,13 @@ done:
 /* A clone wakes with its origin's. The card takes a new one while it is up. */
 int set_hardware_address(const char *mac) {
     struct ifreq request = {.ifr_name = "eth0", .ifr_hwaddr = {.sa_family = ARPHRD_ETHER}};
-    unsigned char *bytes = (unsigned char *)request.ifr_hwaddr.sa_data;
-    if (sscanf(mac, "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx", bytes, bytes + 1, bytes + 2, bytes + 3, bytes + 4, bytes + 5) != 6) {
-        errno = EINVAL;
-        return -1;
+    char *end = (char *)mac;
+    for (int at = 0; at < 6; at++, mac = end + 1) {
+        request.ifr_hwaddr.sa_data[at] = strtoul(mac, &end, 16);
+        if (end != mac + 2 || *end != (at < 5 ? ':' : 0)) {
+            errno = EINVAL;
+            return -1;
+        }
     }
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0), result = ioctl(fd, SIOCSIFHWADDR, &request);
     close(fd);

@@ -50,7 +50,7 @@ struct process {
 enum { UTS, IPC, MOUNTS, PIDS, NAMESPACES };
 static const char *const NAMESPACE_NAMES[NAMESPACES] = {"uts", "ipc", "mnt", "pid"};
 
-static int namespaces[NAMESPACES] = {-1, -1, -1, -1}, own_pids = -1, own_names = -1, group_file = -1, group_place = -1, terminals = -1;
+static int namespaces[NAMESPACES] = {-1, -1, -1, -1}, name_file = -1, group_file = -1, group_place = -1, terminals = -1;
 static int root = -1; /* the instance's, as its first process has it */
 
 static char **next_list(struct words *from) {
@@ -142,7 +142,8 @@ static void run(const struct process *process) {
         char file[PATH_MAX];
         end = strchrnul(path, ':');
         if (end == path || snprintf(file, sizeof file, "%.*s/%s", (int)(end - path), path, name) >= (int)sizeof file) continue;
-        execve(file, process->argv, process->env);
+        /* Asked first: the kernel makes and drops an address space for each file that it cannot execute. */
+        if (access(file, X_OK) == 0) execve(file, process->argv, process->env);
         if (errno != ENOENT && errno != ENOTDIR) number = errno;
         if (number != ENOENT && number != EACCES) break;
     }
@@ -327,8 +328,7 @@ void make_box(const struct machine *machine) {
     write_number(GROUP "/memory.max", machine->memory_bytes);
     group_file = open(GROUP "/cgroup.procs", O_WRONLY | O_CLOEXEC);
     group_place = open(GROUP, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    own_pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
-    own_names = open("/proc/self/ns/uts", O_RDONLY | O_CLOEXEC);
+    name_file = open("/given/hostname", O_WRONLY | O_CLOEXEC);
 }
 
 static void join_group(int pipe) {
@@ -371,6 +371,9 @@ int start_first(const struct machine *machine, struct command *command) {
         snprintf(path, sizeof path, "/proc/%d/ns/%s", command->pid, NAMESPACE_NAMES[at]);
         namespaces[at] = open(path, O_RDONLY | O_CLOEXEC);
     }
+    /* Where init has nothing of its own it goes along, and with it whatever it starts: not one call for each command. */
+    for (int at = 0; at < NAMESPACES; at++)
+        if (at != MOUNTS && setns(namespaces[at], 0) < 0) perror(NAMESPACE_NAMES[at]);
     forget(&process);
     int result = wait_until_it_runs(words[0], command->text);
     char path[64];
@@ -380,7 +383,6 @@ int start_first(const struct machine *machine, struct command *command) {
 }
 
 static int enter(void) {
-    if (setns(namespaces[UTS], CLONE_NEWUTS) < 0 || setns(namespaces[IPC], CLONE_NEWIPC) < 0) return -1;
     if (unshare(CLONE_NEWCGROUP) < 0) return -1; /* it is in the instance's group already, so this one shows the same */
     return setns(namespaces[MOUNTS], CLONE_NEWNS);
 }
@@ -438,7 +440,6 @@ static inline __attribute__((always_inline)) long clone3_here(struct clone_args 
 
 /* Forks into the instance's processes: the parent stays init, which so hears of the end. */
 static inline __attribute__((always_inline)) pid_t fork_inside(int copies) {
-    if (setns(namespaces[PIDS], CLONE_NEWPID) < 0) return -1;
     /* Begun in the instance's group: moving a process there waits until every processor has passed a quiet point (RCU). */
     struct clone_args how = {.flags = CLONE_INTO_CGROUP, .exit_signal = SIGCHLD, .cgroup = group_place};
     if (!copies) how.flags |= CLONE_VM | CLONE_VFORK;
@@ -446,9 +447,6 @@ static inline __attribute__((always_inline)) pid_t fork_inside(int copies) {
     if (child == 0) return 0;
     if (child < 0) errno = -child;
     if (child == -ENOSYS && (child = fork()) == 0) is_outside = 1;
-    int number = errno;
-    if (child != 0 && setns(own_pids, CLONE_NEWPID) < 0) perror("setns");
-    errno = number;
     return child < 0 ? -1 : child;
 }
 
@@ -540,12 +538,12 @@ void statistics(uint64_t into[5]) {
  * here: a process to do it inside would cost a copy of an emulated machine more than the rest of what is new to it.
  */
 void rename_host(const char *hostname, const char *machine_id) {
-    if (hostname[0]) {
-        char text[HOST_NAME_MAX + 2];
-        if (setns(namespaces[UTS], CLONE_NEWUTS) < 0 || sethostname(hostname, strlen(hostname)) < 0) perror("the hostname");
-        if (setns(own_names, CLONE_NEWUTS) < 0) perror("setns");
-        snprintf(text, sizeof text, "%s\n", hostname);
-        put_file("/given/hostname", text);
+    char text[HOST_NAME_MAX + 1];
+    const size_t length = strlen(hostname);
+    if (length && length < sizeof text) {
+        if (sethostname(hostname, length) < 0) perror("the hostname");
+        memcpy(text, hostname, length), text[length] = '\n';
+        if (ftruncate(name_file, 0) < 0 || pwrite(name_file, text, length + 1, 0) < 0) perror("/etc/hostname");
     }
     if (machine_id[0] && root >= 0) {
         const struct open_how how = {.flags = O_WRONLY | O_TRUNC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC,

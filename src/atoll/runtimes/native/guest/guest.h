@@ -120,6 +120,7 @@ int open_port(const char *name);
 #define GATEWAY_MAC "\x02\x61\x74\x00\xff\xfe"
 void allow_ipv6(int allowed);
 int set_ipv6(const char *address, int outward);
+int move_address(const char *from, const char *to);
 
 /* box.c */
 struct command {

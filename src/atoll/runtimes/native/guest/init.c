@@ -227,6 +227,7 @@ static void refresh(const unsigned char *bytes, size_t count) {
         struct rand_pool_info info;
         unsigned char bytes[64];
     } pool = {.info = {.entropy_count = 512, .buf_size = 64}};
+    static char held[64];
     if (count < REFRESH_BYTES) return;
     if (machineless) {
         send_frame(REFRESHED, 0, NULL, 0);
@@ -244,8 +245,9 @@ static void refresh(const unsigned char *bytes, size_t count) {
     if (clock_settime(CLOCK_REALTIME, &now) < 0) perror("the clock");
     if (hostname && machine_id) rename_host(hostname, machine_id);
     if (mac && mac[0] && set_hardware_address(mac) < 0) perror("the hardware address");
-    if (ipv6) allow_ipv6(ipv6[0] != 0);
-    if (address && address[0] && set_address(address) < 0) perror("the address");
+    if (ipv6 && address && address[0]) allow_ipv6(ipv6[0] != 0);
+    if (address && address[0] && move_address(machine.address, address) < 0 && set_address(address) < 0) perror("the address");
+    if (address && address[0]) snprintf(held, sizeof held, "%s", address), machine.address = held;
     if (ipv6 && set_ipv6(ipv6, outward && outward[0] == '1') < 0) perror("the IPv6 address");
     send_frame(REFRESHED, 0, NULL, 0);
 }

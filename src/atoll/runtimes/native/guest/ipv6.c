@@ -1,7 +1,7 @@
 /*
  * The card's IPv6: one address, and behind one neighbour, known for good, the cell's network or, where the node leads there,
  * everything. As the namespace's of a container (slots.py), by rtnetlink, since no ioctl sets a neighbour or keeps the kernel from
- * looking for the address's double.
+ * looking for the address's double. And the IPv4 address of a copy, in place of its origin's.
  */
 #define _GNU_SOURCE
 #include "guest.h"
@@ -48,13 +48,32 @@ static int ask(int fd, const struct request *request) {
     return errno ? -1 : 0;
 }
 
-static int address_is(int fd, unsigned card, int there, const struct in6_addr *address) {
-    const struct ifaddrmsg what = {.ifa_family = AF_INET6, .ifa_prefixlen = 128, .ifa_index = card};
+static int address_is(int fd, unsigned card, int there, int family, const void *address) {
+    const size_t bytes = family == AF_INET6 ? sizeof(struct in6_addr) : sizeof(struct in_addr);
+    const struct ifaddrmsg what = {.ifa_family = family, .ifa_prefixlen = bytes * 8, .ifa_index = card};
     const unsigned flags = IFA_F_NODAD | IFA_F_NOPREFIXROUTE;
     struct request request = begin(there ? RTM_NEWADDR : RTM_DELADDR, there ? NLM_F_CREATE | NLM_F_REPLACE : 0, &what, sizeof what);
-    add(&request, IFA_LOCAL, address, sizeof *address), add(&request, IFA_ADDRESS, address, sizeof *address);
-    if (there) add(&request, IFA_FLAGS, &flags, sizeof flags);
+    add(&request, IFA_LOCAL, address, bytes), add(&request, IFA_ADDRESS, address, bytes);
+    if (there && family == AF_INET6) add(&request, IFA_FLAGS, &flags, sizeof flags);
     return ask(fd, &request);
+}
+
+static unsigned the_card(void) {
+    static unsigned card;
+    return card ? card : (card = if_nametoindex("eth0"));
+}
+
+static int open_routes(void) { return socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE); }
+
+/* The new one comes first: with its last address the card would lose its ways and its neighbour. */
+int move_address(const char *from, const char *to) {
+    struct in_addr old, new;
+    if (inet_pton(AF_INET, from, &old) != 1 || inet_pton(AF_INET, to, &new) != 1) return -1;
+    if (old.s_addr == new.s_addr) return 0;
+    int fd = open_routes();
+    int result = address_is(fd, the_card(), 1, AF_INET, &new) < 0 || address_is(fd, the_card(), 0, AF_INET, &old) < 0 ? -1 : 0;
+    close(fd);
+    return result;
 }
 
 /* To everything where `bits` is 0. */
@@ -78,7 +97,7 @@ static int lead(int fd, unsigned card, int outward, const struct in6_addr *addre
 
 /* Before the card is brought up. It has no address of itself, and none at all where the instance has none. */
 void allow_ipv6(int allowed) {
-    static int said = -1; /* a copy's mostly is what its origin's was */
+    static int said = -1; /* what a copy is told mostly is what its origin was */
     if (said == allowed) return;
     said = allowed;
     set_kernel("net/ipv6/conf/eth0/addr_gen_mode", "1");
@@ -91,12 +110,13 @@ int set_ipv6(const char *address, int outward) {
     static struct in6_addr held;
     static int holds;
     struct in6_addr given, gateway;
-    const unsigned card = if_nametoindex("eth0");
-    int result = 0, fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+    if (!address[0] && !holds) return 0;
+    const unsigned card = the_card();
+    int result = 0, fd = open_routes();
     if (address[0] && (inet_pton(AF_INET6, address, &given) != 1 || inet_pton(AF_INET6, "fe80::1", &gateway) != 1)) result = -1;
-    if (holds && result == 0) result = address_is(fd, card, 0, &held), holds = 0;
+    if (holds && result == 0) result = address_is(fd, card, 0, AF_INET6, &held), holds = 0;
     if (address[0] && result == 0) {
-        result = address_is(fd, card, 1, &given) < 0 || lead(fd, card, outward, &given, &gateway) < 0 ? -1 : 0;
+        result = address_is(fd, card, 1, AF_INET6, &given) < 0 || lead(fd, card, outward, &given, &gateway) < 0 ? -1 : 0;
         held = given, holds = 1;
     }
     close(fd);
