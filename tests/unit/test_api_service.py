@@ -27,7 +27,7 @@ from atoll.model.errors import (
     Unauthenticated,
     Unavailable,
 )
-from atoll.model.ports.store import Compare, Op, TxnResult
+from atoll.model.ports.store import Compare, Op, Revision, TxnResult, WatchBatch
 from atoll.model.records import (
     AppPhase,
     AppStatus,
@@ -336,6 +336,28 @@ async def test_a_key_is_remembered_for_a_write_that_changed_nothing(service: Ser
     assert await service.apps.put(SYSTEM, app_spec(), request=request) == view
     with pytest.raises(Conflict):
         await service.apps.put(SYSTEM, app_spec(), request=replace(request, fingerprint="f2"))
+
+
+async def test_what_was_refused_stays_refused_under_its_key(service: Service) -> None:
+    """Else a try of it that is on its way for long acts after its user was told no. (Found by the simulator, seed 6866.)"""
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    with pytest.raises(NotFound, match="no app 'web'") as first:
+        await service.apps.restart("default", "web", request=request)
+    await service.apps.put(SYSTEM, app_spec())
+    with pytest.raises(NotFound, match="no app 'web'") as again:
+        await service.apps.restart("default", "web", request=request)
+    assert (again.value.message, again.value.mend, again.value.field) == (first.value.message, first.value.mend, first.value.field)
+    assert (await service.apps.restart("default", "web", request=replace(request, key="k2"))).app.generation == 2
+    with pytest.raises(Conflict, match="Idempotency-Key"):
+        await service.apps.restart("default", "web", request=replace(request, fingerprint="f2"))
+
+
+async def test_a_refusal_that_may_be_another_next_time_is_not_kept(service: Service) -> None:
+    view = await service.apps.put(SYSTEM, app_spec())
+    request = RequestKey(caller="t", key="k1", fingerprint="f1")
+    with pytest.raises(StaleRevision):
+        await service.apps.scale("default", "web", 2, if_match=view.revision + 7, request=request)
+    assert (await service.apps.scale("default", "web", 2, request=request)).app.replicas == 2
 
 
 async def test_an_app_that_is_being_deleted_takes_no_changes(service: Service) -> None:
@@ -881,6 +903,49 @@ async def test_a_write_whose_outcome_is_unknown_happens_once_when_it_is_repeated
             view = await until_answered(number)
             assert view.app.generation == number + 1
     await store.close()
+
+
+class Deaf(MemoryStore):
+    """Who watches it hears nothing while it is `deaf`."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(clock)
+        self.hears = asyncio.Event()
+        self.hears.set()
+
+    async def _heard(self, batches: AsyncIterator[WatchBatch]) -> AsyncIterator[WatchBatch]:
+        async for batch in batches:
+            await self.hears.wait()
+            yield batch
+
+    def watch(self, prefix: str, *, start: Revision) -> AsyncIterator[WatchBatch]:
+        return self._heard(super().watch(prefix, start=start))
+
+
+async def test_that_there_is_nothing_is_said_once_all_that_was_written_is_known(clock: FakeClock) -> None:
+    """Else who waits for an app to be gone is told so by a server that has not heard of it. (Found by the simulator, seed 3633.)"""
+    store = Deaf(clock)
+    async with State(store, KINDS) as state, Service(store, state, clock, random.Random(1), KEY) as service:
+        other = State(store, KINDS)
+        async with other, Service(store, other, clock, random.Random(2), KEY) as elsewhere:
+            with pytest.raises(NotFound):
+                await service.context.look(lambda: found(service))
+            await service.context.reach(await store.revision())
+            store.hears.clear()
+            writing = asyncio.ensure_future(elsewhere.apps.put(SYSTEM, app_spec()))
+            while (await store.get(keys.app("default", "web"))) is None:  # noqa: ASYNC110 - it is written before it is heard of
+                await asyncio.sleep(0)
+            looking = asyncio.ensure_future(service.context.look(lambda: found(service)))
+            await asyncio.sleep(0.05)
+            assert not looking.done()
+            store.hears.set()
+            assert (await looking).app.name == "web"
+            await writing
+    await store.close()
+
+
+async def found(service: Service) -> AppView:
+    return service.apps.get("default", "web")
 
 
 async def test_the_default_project_is_there_from_the_beginning(service: Service) -> None:

@@ -324,6 +324,14 @@ def test_a_failed_try_counts_once_however_often_it_is_seen() -> None:
     assert [(c.instance.index, c.instance.attempt) for c in of(Create, later.actions)] == [(0, 1)]
 
 
+def test_a_try_that_is_due_by_a_date_which_is_none_any_more_is_made_now() -> None:
+    """A leader whose date was an hour ahead said when. (Found by the simulator, seed 5009.)"""
+    status = JobStatus(project="p", name="web", phase=JobPhase.RUNNING, failures={0: 1}, retry_at={0: NOW + 3600})
+    failed = try_("a", Phase.FAILED, status={"phase_at": NOW - 5, "exit": Exit(code=2, at=NOW - 5)})
+    made = run_job(job_facts(failed, retries=2, status=status))
+    assert [(c.instance.index, c.instance.attempt) for c in of(Create, made.actions)] == [(0, 1)]
+
+
 def test_a_try_whose_node_was_shut_down_in_order_is_made_again_and_counts_as_no_failure() -> None:
     made = run_job(job_facts(try_("a", Phase.STOPPED), retries=0))
     assert job_status(made).failures == {}

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from atoll.model import codec
 from atoll.model.devices import GpuDevice
-from atoll.model.errors import Invalid
+from atoll.model.errors import Conflict, Invalid
 from atoll.model.records import Capacity, Heartbeat, Node, Usage
 from atoll.sim.loop import run_virtual
 from atoll.sim.replay_cell import Cell
@@ -45,6 +45,31 @@ def test_a_machine_that_cannot_be_is_refused_and_not_written(capacity: dict[str,
                 await cell.service.control_plane.register_node(Node(**({"name": "n1", "capacity": Capacity(**amounts)} | more)))
             assert refused.value.field == field
             assert not cell.state.records(Node)
+
+    run_virtual(main, chance)
+
+
+def test_what_an_agent_said_before_does_not_count_when_it_comes_after_what_it_said_then() -> None:
+    """Else work is placed on a device that was said to have failed. (Found by the simulator, seed 2664.)"""
+    chance = random.Random(1)
+
+    async def main() -> None:
+        async with Cell(chance) as cell:
+            tell = cell.service.control_plane.register_node
+            well = Node(name="n1", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1, gpus=(GPU,)), word=7)
+            broken = replace(well, capacity=replace(well.capacity, gpus=(replace(GPU, present=False),)), word=8)
+            await tell(well)
+            await tell(broken)
+            with pytest.raises(Conflict, match="newer word"):
+                await tell(well)
+            assert cell.state.records(Node)["n1"].record.capacity.gpus[0].present is False
+            await tell(replace(well, word=0))  # of an agent from before there were numbers
+            await tell(replace(broken, word=7))
+            # The same said anew is newer: what was said in between may still be on its way.
+            await tell(replace(well, word=9))
+            await tell(replace(well, word=11))
+            with pytest.raises(Conflict):
+                await tell(replace(broken, word=10))
 
     run_virtual(main, chance)
 

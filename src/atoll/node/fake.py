@@ -10,7 +10,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from atoll.model.beats import BeatGrant
-from atoll.model.errors import AtollError, NotFound, Unavailable
+from atoll.model.errors import AtollError, Conflict, NotFound, Unavailable
 from atoll.model.ports.control_plane import NEXT_STREAM, AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest, Unread
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Capacity, Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
@@ -161,6 +161,9 @@ class FakeControlPlane:
 
     async def register_node(self, node: Node) -> None:
         self._check()
+        known = self.nodes.get(node.name)
+        if known is not None and 0 < node.word < known.word:
+            raise Conflict(f"a newer word of node '{node.name}' is known")
         self.nodes[node.name] = node
 
     async def heartbeat(self, heartbeat: Heartbeat) -> None:
