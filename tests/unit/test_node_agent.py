@@ -18,7 +18,7 @@ from atoll.model.fabric import ipv6_of
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import Unread
 from atoll.model.ports.images import ImageConfig
-from atoll.model.records import Assignment, Instance, OwnerKind, Status
+from atoll.model.records import Assignment, Capacity, Instance, Node, OwnerKind, Status
 from atoll.model.spec import AppSpec, Health, JobSpec, Port, Restart, RestartPolicy, RuntimeName, Stop, Volume
 from atoll.model.states import Desired, Phase
 from atoll.model.units import Seconds
@@ -107,6 +107,18 @@ def _instance(id: str, kind: OwnerKind) -> Instance:
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path / "agent")
+
+
+async def test_an_agent_whose_date_was_set_back_is_heard_all_the_same(world: World) -> None:
+    later = int(SystemClock().now() * 1000) + 3_600_000
+    world.control.nodes["n1"] = Node(name="n1", capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1), word=later)
+    async with world.agent():
+        await until(lambda: world.control.nodes["n1"].word > later)
+        assert world.control.nodes["n1"].capacity == FakeMachine().capacity()
+        first = world.control.nodes["n1"].word
+        await world.phase(world.app("web-1"), Phase.RUNNING)
+    async with world.agent():
+        await until(lambda: world.control.nodes["n1"].word > first)
 
 
 async def test_an_assignment_that_is_not_understood_is_told_once_and_what_runs_of_it_goes_on(world: World) -> None:
