@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.routing import routing_of
+from atoll.model import codec, keys
 from atoll.model.errors import NotFound, TooLarge
 from atoll.model.ports.clock import SystemClock
-from atoll.model.records import Ingress
-from atoll.model.spec import AppSpec, Port, Scale
+from atoll.model.records import Ingress, Instance, OwnerKind, Status
+from atoll.model.spec import AppSpec, Health, Port, Scale
+from atoll.model.states import Phase
 from atoll.model.traffic import DEMAND_APPS_MAX, AppLoad, DemandReport, Load
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -67,6 +71,37 @@ async def test_an_app_that_sleeps_is_not_stopped_by_a_deploy_without_a_scale(
     without = AppSpec(name="web", image="registry.test/web:2", ports=(Port(port=80),))
     app = (await service.apps.put(SYSTEM, without)).app
     assert (app.replicas, app.sleeps) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "told"),
+    [
+        ({}, {"phase": Phase.STARTING}, True),
+        ({}, {"phase": Phase.RUNNING}, True),
+        ({}, {"phase": Phase.STARTING, "address": None}, False),
+        ({}, {"phase": Phase.BACKOFF}, False),
+        ({}, {"phase": Phase.STOPPING}, False),
+        ({"health": Health()}, {"phase": Phase.STARTING}, False),
+        ({"scale": Scale(replicas=1)}, {"phase": Phase.STARTING}, False),
+    ],
+)
+async def test_where_an_instance_of_an_app_that_wakes_will_be_is_told_where_a_connection_says_that_it_is_ready(
+    service: Service, changes: dict[str, Any], status: dict[str, Any], told: bool
+) -> None:
+    app = (await service.apps.put(SYSTEM, replace(SLEEPY, **changes))).app
+    instance = Instance(id="web-1", project="default", owner_kind=OwnerKind.APP, owner="web", release=1, node="n", created_at=1.0)
+    seen = Status(**({"instance": "web-1", "project": "default", "node": "n", "address": "10.64.0.7"} | status))
+    context = service.context
+    for key, record in ((keys.instance("default", "web-1"), instance), (keys.status("default", "web-1"), seen)):
+        await context.reach(await context.store.put(key, codec.encode(record)))
+    routing = routing_of(context.state, app, (instance,), "localhost")
+    assert routing is not None
+    assert ([each.address for each in routing.starting], routing.endpoints) == (["10.64.0.7"] if told else [], ())
+    ready = replace(seen, phase=Phase.RUNNING, ready=True, address="10.64.0.7")
+    await context.reach(await context.store.put(keys.status("default", "web-1"), codec.encode(ready)))
+    routing = routing_of(context.state, app, (instance,), "localhost")
+    assert routing is not None
+    assert (len(routing.endpoints), routing.starting) == (1, ())
 
 
 async def test_loads_are_kept_of_apps_that_are_there_and_a_late_or_lost_report_takes_nothing_back(service: Service) -> None:

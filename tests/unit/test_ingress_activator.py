@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import tempfile
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+
+import pytest
 
 from atoll.ingress.activator import APP_SHARE, Activator
 from atoll.ingress.resources import Target
@@ -85,3 +89,104 @@ async def test_an_app_holds_its_share_of_connections_and_others_wake_beside_it()
             writer.close()
         activator.stop()
         server.close()
+
+
+class Sleepy:
+    """An app of which an instance is on its way to `port` of 127.0.0.1, and an activator that waits for it."""
+
+    def __init__(self, directory: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.place = Endpoint(instance="i", node="n", address="127.0.0.1")
+        self.table = RoutingTable()
+        self.directory = Path(directory)
+        self.woken: list[str] = []
+        self.activator = Activator(self.table, self.directory, wake=self.woken.append)
+        self.activator.start()
+        self.connections = 0
+        self._revision = 0
+
+    def tell(self, *, starting: tuple[Endpoint, ...] = (), endpoints: tuple[Endpoint, ...] = ()) -> None:
+        self._revision += 1
+        spec = AppSpec(name="web", project="p", image="x", ports=(Port(port=self.port),))
+        hosts = (("web.test", "/", self.port, False),)
+        made = Routing(project="p", app="web", spec=spec, hosts=hosts, wakes=True, starting=starting, endpoints=endpoints)
+        self.table.apply(RoutingBatch(self._revision, False, (made,)))
+        self.activator.changed()
+
+    async def ask(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_unix_connection(self.directory / socket_of(Target("p", "web", self.port)))
+        writer.write(b"hello")
+        return reader, writer
+
+    async def listen(self) -> asyncio.Server:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self.connections += 1
+            await _echo(reader, writer)
+
+        return await asyncio.start_server(serve, "127.0.0.1", self.port)
+
+
+@pytest.fixture
+async def sleepy() -> AsyncIterator[Sleepy]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        made = Sleepy(directory)
+        yield made
+        made.activator.stop()
+
+
+async def test_who_waits_goes_to_an_instance_that_takes_connections_before_anybody_says_that_it_is_ready(sleepy: Sleepy) -> None:
+    sleepy.tell()
+    held = [await sleepy.ask() for _ in range(20)]
+    await until(lambda: len(sleepy.woken) >= 20)
+    sleepy.tell(starting=(sleepy.place,))
+    await asyncio.sleep(0.05)
+    server = await sleepy.listen()
+    async with asyncio.timeout(LIMIT_S):
+        for reader, _ in held:
+            assert await reader.readexactly(5) == b"hello"
+    assert sleepy.connections <= 22, "one knocks for all who wait"
+    late = await sleepy.ask()
+    async with asyncio.timeout(LIMIT_S):
+        assert await late[0].readexactly(5) == b"hello"
+    sleepy.tell(endpoints=(sleepy.place,))
+    for _, writer in (*held, late):
+        writer.close()
+    server.close()
+
+
+async def test_nobody_knocks_where_nobody_waits_and_who_comes_later_still_does(sleepy: Sleepy) -> None:
+    server = await sleepy.listen()
+    sleepy.tell(starting=(sleepy.place,))
+    await asyncio.sleep(0.05)
+    assert sleepy.connections == 0
+    reader, writer = await sleepy.ask()
+    async with asyncio.timeout(LIMIT_S):
+        assert await reader.readexactly(5) == b"hello"
+    writer.close()
+    server.close()
+
+
+async def test_an_instance_that_took_a_connection_and_went_is_waited_for_anew(sleepy: Sleepy) -> None:
+    server = await sleepy.listen()
+    sleepy.tell(starting=(sleepy.place,))
+    reader, writer = await sleepy.ask()
+    async with asyncio.timeout(LIMIT_S):
+        assert await reader.readexactly(5) == b"hello"
+    writer.close()
+    server.close()
+    await server.wait_closed()
+    reader, writer = await sleepy.ask()
+    await asyncio.sleep(0.05)
+    server = await sleepy.listen()
+    async with asyncio.timeout(LIMIT_S):
+        assert await reader.readexactly(5) == b"hello"
+    writer.close()
+    server.close()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not holds():  # noqa: ASYNC110 - what is waited for tells nobody
+            await asyncio.sleep(0.002)

@@ -214,7 +214,7 @@ class Ingress:
             try:
                 await self._register()
                 async for batch in self._control_plane.routing(self._name):
-                    self._apply(batch)
+                    await self._apply(batch)
                     retry_s = RETRY_S
                 log.warning("ingress.control-plane-away", message="the watch ended")
             except AtollError as error:
@@ -258,13 +258,14 @@ class Ingress:
             )
         )
 
-    def _apply(self, batch: RoutingBatch) -> None:
+    async def _apply(self, batch: RoutingBatch) -> None:
         for problem in self.table.apply(batch):
             self._heart.tell_soon()
             log.warning("ingress.routing-refused", app=problem.app, message=problem.message)
         if self._shown is not None:
             self._shown.follow(batch)
         self.activator.changed()
+        await asyncio.sleep(0)  # who waits for an instance goes to it before the rest of this is done
         changed = self.table.take_changes()
         # Whose a hostname is decides which certificate is shown for it.
         hosts = {(Kind.SECRET, name.partition("/")[2]) for kind, name in changed if kind is Kind.HOST}

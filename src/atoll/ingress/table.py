@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from atoll.ingress import clusters, hosts, limits, listeners, resources
 from atoll.ingress.clusters import Nearness
@@ -192,6 +193,11 @@ class RoutingTable:
         routing = self._routings.get(key)
         return routing.endpoints if routing is not None else ()
 
+    def starting_of(self, key: str) -> tuple[Endpoint, ...]:
+        """Return where an app's instances will be (`Routing.starting`)."""
+        routing = self._routings.get(key)
+        return routing.starting if routing is not None else ()
+
     def knows(self, address: str) -> bool:
         """Whether an app that wakes has an endpoint at `address`."""
         keys = {f"{target.project}/{target.app}" for target in self._sleepers}
@@ -205,6 +211,9 @@ class RoutingTable:
     def _put(self, key: str, routing: Routing) -> set[str]:
         old = self._routings.get(key)
         if old == routing:
+            return set()
+        if old is not None and replace(old, starting=routing.starting) == routing:
+            self._routings[key] = routing  # nothing that Envoy is told
             return set()
         before, places = self._places.get(key, {}), legs_of(routing)
         self._routings[key], self._places[key] = routing, places

@@ -85,12 +85,13 @@ class Reporter:
     def idle(self) -> bool:
         return not self._statuses and not self._events
 
-    def status(self, status: Status) -> None:
+    def status(self, status: Status, *, urgent: bool = False) -> None:
+        """Tell of an instance: at once what somebody acts on, and what is `urgent`."""
         last = self._last.get(status.instance)
         # What was said before is the same word, however often it is said.
         again = last is not None and replace(last, word=0) == status
         self._last[status.instance] = self._statuses[status.instance] = last if last and again else self._numbered(status)
-        if status.phase in (Phase.PREPARING, Phase.STARTING) or _not_ready_yet(status, last):
+        if not urgent and (status.phase in (Phase.PREPARING, Phase.STARTING) or _not_ready_yet(status, last)):
             self._wake_soon()
         else:
             self._wake.set()

@@ -10,11 +10,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, assert_never
 
 import structlog
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from atoll.model.errors import AtollError
 from atoll.model.ports.runtime import Runtime
 from atoll.model.records import Assignment, Status
+from atoll.model.spec import AppSpec
 from atoll.model.states import Phase
 from atoll.model.units import format_seconds
 from atoll.node.attend import await_exit, probe_once, remove, warm
@@ -181,7 +183,14 @@ class Runner:
         if self._may_be_told:
             self._reported = self._status()
         if self._reported is not None:
-            self._tools.reporter.status(self._reported)
+            self._tools.reporter.status(self._reported, urgent=self._awaited)
+
+    @property
+    def _awaited(self) -> bool:
+        """Whether requests may wait for this start: who holds them looks for it where it will be (`Routing.starting`)."""
+        workload = self.assignment.workload
+        sleeps = isinstance(workload, AppSpec) and workload.health is None and workload.scale is not UNSET and workload.scale.sleeps
+        return sleeps and self.state.phase is Phase.STARTING
 
     @property
     def _may_be_told(self) -> bool:

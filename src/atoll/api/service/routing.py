@@ -79,7 +79,8 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         weights=weights,
         preview=preview,
         # Kept awake or not: a request is not refused between `atoll scale APP 1` and the first instance that is ready.
-        wakes=app.spec.scale is not UNSET and app.spec.scale.sleeps and not app.deleting,
+        wakes=(wakes := app.spec.scale is not UNSET and app.spec.scale.sleeps and not app.deleting),
+        starting=_starting(state, app, instances, hosts, wanted) if wakes and not weights and not endpoints else (),
         project_rate=quota.requests_per_s if quota is not None else None,
     )
 
@@ -123,16 +124,34 @@ def endpoint_of(state: State, instance: Instance) -> Endpoint | None:
     draining = instance.desired is Desired.DRAIN
     if status.address is None or status.phase is not Phase.RUNNING or not (status.ready or draining):
         return None
-    node = state.get(Node, instance.node)
+    return _endpoint(state, instance, status.address, draining=draining)
+
+
+def _endpoint(state: State, instance: Instance, address: str, *, draining: bool) -> Endpoint:
+    node = state.get(Node, instance.node or "")
     site = node.record.site if node is not None else "local"
     return Endpoint(
         instance=instance.id,
-        node=instance.node,
+        node=instance.node or "",
         site=site,
-        address=status.address,
+        address=address,
         draining=draining,
         release=instance.release,
     )
+
+
+def _starting(state: State, app: App, instances: Iterable[Instance], hosts: Iterable[Host], wanted: Ports) -> tuple[Endpoint, ...]:
+    """Return where the app's instances will be, as far as a connection alone says that they are ready; see `Routing.starting`."""
+    found = []
+    for instance in instances:
+        status = state.get(Status, f"{instance.project}/{instance.id}")
+        spec = release_spec(state, app.project, app.name, instance.release)
+        if status is None or status.record.parked or spec is None or spec.health is not None or _ports(hosts, spec) != wanted:
+            continue
+        comes = status.record.phase in (Phase.STARTING, Phase.RUNNING) and instance.desired is Desired.RUN and not instance.standby
+        if comes and status.record.address is not None and instance.node is not None and not _lost(state, instance.node):
+            found.append(_endpoint(state, instance, status.record.address, draining=False))
+    return tuple(sorted(found, key=lambda endpoint: endpoint.instance))
 
 
 def _reachable(state: State, instances: Iterable[Instance]) -> list[Instance]:

@@ -98,6 +98,9 @@ class Routing(Record, frozen=True, kw_only=True):
     """Where a release answers before it gets the app's requests."""
     wakes: bool = False
     """A request that finds no endpoint waits while the ingress has the app woken (`ControlPlane.demand`)."""
+    starting: tuple[Endpoint, ...] = ()
+    """Of an app that wakes, has no health check and no endpoint: where instances will be that have an address already. One is
+    ready when it takes a connection, which who waits for it may find out by himself."""
     canary: int = 0
     """The release that requests which `spec.ingress.canary` chooses go to; 0 while there is none."""
     listens: tuple[Listening, ...] = ()
