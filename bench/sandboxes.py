@@ -38,7 +38,7 @@ BUSYBOX = Path("/bin/busybox")
 SAMPLES = 20
 POOL = 3
 CORES = Cores(0.25)
-"""Of each sandbox: with the tenth that one gets unasked, an emulated one stands still for most of a period once it has run a command."""
+"""Of each sandbox: with the tenth that one gets unasked, it stands still for most of a period once it has run a command."""
 WAIT_S = 120.0
 OFFER_S = 30.0
 REST_S = 0.3
