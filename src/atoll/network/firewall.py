@@ -159,12 +159,12 @@ table inet {table} {{
   }}
   chain to_node {{
     type filter hook input priority filter; policy accept;
+    iifname {links} ct state untracked tcp flags & (syn|ack) != syn accept
     iifname {fabric} jump from_tunnel
     udp dport {VXLAN_PORT} @th,96,24 @vxlans ip saddr != @endpoints drop
     iifname != {links} accept
     {asking if names else ""}
     ct state established,related accept
-    ct state untracked ip saddr . tcp sport @plain accept
     jump crowded
     {ask}
     ip daddr @resolvers meta l4proto {{ tcp, udp }} th dport 53 accept
