@@ -117,6 +117,10 @@ async def test_an_agent_whose_date_was_set_back_is_heard_all_the_same(world: Wor
         assert world.control.nodes["n1"].capacity == FakeMachine().capacity()
         first = world.control.nodes["n1"].word
         await world.phase(world.app("web-1"), Phase.RUNNING)
+        world.control.cut()
+        world.control.heal()
+        await world.phase(world.app("web-2"), Phase.RUNNING)
+        assert world.control.nodes["n1"].word == first, "said again it is the same word, and nothing is written"
     async with world.agent():
         await until(lambda: world.control.nodes["n1"].word > first)
 

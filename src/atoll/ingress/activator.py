@@ -250,6 +250,8 @@ class Activator:
             if not self._waiting[app]:
                 del self._waiting[app]
                 self._ports.pop(app, None)
+                if not self._open_of(app):
+                    self._opened.pop(app, None)
 
     def _open_of(self, app: str) -> list[Endpoint]:
         return [each for each in serving(self._table.starting_of(app)) if each.address == self._opened.get(app)]

@@ -265,8 +265,8 @@ class Ingress:
         if self._shown is not None:
             self._shown.follow(batch)
         self.activator.changed()
-        await asyncio.sleep(0)  # who waits for an instance goes to it before the rest of this is done
         changed = self.table.take_changes()
+        await asyncio.sleep(0)  # who waits for an instance goes to it before the rest of this is done
         # Whose a hostname is decides which certificate is shown for it.
         hosts = {(Kind.SECRET, name.partition("/")[2]) for kind, name in changed if kind is Kind.HOST}
         self.ads.publish(changed | hosts)

@@ -27,6 +27,8 @@ from atoll.node.tools import Machine, Tools
 
 CALL_S = 10.0
 """Deadline of a registration or a heartbeat."""
+SKIPS_MAX = 16
+"""Each skip is twice as far as the one before: of an agent whose date was set back by up to 180 years."""
 USAGE_S = 2.0
 """Deadline of reading one instance's usage."""
 IMAGES_MAX = 64
@@ -69,6 +71,8 @@ class Vitals:
         self._contact = contact or Contact()
         self._beating = beating
         self._words = Words(tools.clock.now())
+        self._said: Node | None = None
+        """What the control plane was told last, or may have been."""
         self._registered = asyncio.Event()
         self._refused: str | None = None
         """What the last heartbeat was refused for: a field, or a code."""
@@ -76,12 +80,17 @@ class Vitals:
             beating.on_deaf = self._registered.set
 
     async def register(self) -> None:
-        """Tell the control plane what this node is. Safe to repeat."""
-        try:
-            await self._register()
-        except Conflict:  # it knows a newer word: of another call of this, or of an earlier agent whose date was later
-            self._words.skip()
-            await self._register()
+        """Tell the control plane what this node is. Safe to repeat: what was said before is the same word, however often."""
+        for left in reversed(range(SKIPS_MAX)):
+            try:
+                await self._register()
+            except Conflict:  # it knows a newer word: of another call of this, or of an earlier agent whose date was later
+                if not left:
+                    raise
+                self._words.skip()
+                self._said = None
+            else:
+                break
 
     async def _register(self) -> None:
         tools, word = self._tools, self._words.next()  # before anything is looked at: a later word knows as much or more
@@ -100,6 +109,10 @@ class Vitals:
             registered_at=tools.clock.now(),
             word=word,
         )
+        said = self._said
+        if said is not None and replace(node, registered_at=said.registered_at, word=said.word) == said:
+            node = said
+        self._said = node
         async with asyncio.timeout(CALL_S):
             await tools.control.register_node(node)
         if tools.gpus is not None:

@@ -61,7 +61,8 @@ def _handler(service: Service, route: Route) -> HTTPRouteHandler:
             body = await _body(request, route.body_bytes_max) if reads_body else b""
             unread = False
             call = Call(service, request, caller, path, body)
-            result = await (route.run(call) if reads_body else service.context.look(lambda: route.run(call)))
+            sure = not reads_body and not open_to_all
+            result = await (service.context.look(lambda: route.run(call)) if sure else route.run(call))
             if isinstance(result, Lines):
                 result = _While(service, caller, result)
         except AtollError as error:

@@ -259,7 +259,7 @@ class Context:
         record = codec.decode(item.value, RequestRecord)
         if record.fingerprint != request.fingerprint:
             raise Conflict("this Idempotency-Key was used for a different request", mend="use a new key for each request")
-        body = self.sealer.open(record.body, keys.request(request.caller, request.key))
+        body = self.sealer.open(record.body, _sealed_as(request, record.status))
         if record.status >= BAD:
             told = codec.decode(body, ErrorBody)
             raise BY_CODE.get(told.code, AtollError)(told.message, mend=told.mend, field=told.field)
@@ -287,7 +287,10 @@ class Context:
         """The answer is sealed, because that to a new token holds the token. Its revision is that of this very record."""
         key = keys.request(request.caller, request.key)
         record = RequestRecord(
-            status=status, body=self.sealer.seal(answer, key), fingerprint=request.fingerprint, at=self.clock.now()
+            status=status,
+            body=self.sealer.seal(answer, _sealed_as(request, status)),
+            fingerprint=request.fingerprint,
+            at=self.clock.now(),
         )
         return Put(key, codec.encode(record), await self._request_lease())
 
@@ -320,3 +323,9 @@ def revision_of(text: str) -> int:
     if not digits.isascii() or not digits.isdecimal() or len(digits) > 18:
         raise Invalid(f"If-Match: {text[:40]!r} is not a revision", field="If-Match", mend='send the ETag of an answer, e.g. "42"')
     return int(digits)
+
+
+def _sealed_as(request: RequestKey, status: int) -> str:
+    """A server from before refusals were kept cannot open one, and so does not take it for an answer."""
+    key = keys.request(request.caller, request.key)
+    return key if status < BAD else f"{key} refused"

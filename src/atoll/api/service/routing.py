@@ -80,7 +80,7 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         preview=preview,
         # Kept awake or not: a request is not refused between `atoll scale APP 1` and the first instance that is ready.
         wakes=(wakes := app.spec.scale is not UNSET and app.spec.scale.sleeps and not app.deleting),
-        starting=_starting(state, app, instances, hosts, wanted) if wakes and not weights and not endpoints else (),
+        starting=_starting(state, app, instances, hosts, wanted) if wakes and not (weights or endpoints or app.standby) else (),
         project_rate=quota.requests_per_s if quota is not None else None,
     )
 

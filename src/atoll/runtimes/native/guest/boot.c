@@ -31,7 +31,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define GATEWAY "169.254.1.1"
 
 enum {
     TRAILER_BYTES = 4096,

@@ -117,6 +117,7 @@ long long disk_bytes_used(void);
 int open_port(const char *name);
 
 /* ipv6.c */
+#define GATEWAY "169.254.1.1"
 #define GATEWAY_MAC "\x02\x61\x74\x00\xff\xfe"
 void allow_ipv6(int allowed);
 int set_ipv6(const char *address, int outward);

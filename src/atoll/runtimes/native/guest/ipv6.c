@@ -65,13 +65,21 @@ static unsigned the_card(void) {
 
 static int open_routes(void) { return socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE); }
 
-/* The new one comes first: with its last address the card would lose its ways and its neighbour. */
+static int know_gateway(int fd, unsigned card, int family, const void *address) {
+    const struct ndmsg neighbour = {.ndm_family = family, .ndm_ifindex = card, .ndm_state = NUD_PERMANENT};
+    struct request near = begin(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &neighbour, sizeof neighbour);
+    add(&near, NDA_DST, address, family == AF_INET6 ? sizeof(struct in6_addr) : sizeof(struct in_addr));
+    add(&near, NDA_LLADDR, GATEWAY_MAC, 6);
+    return ask(fd, &near);
+}
+
+/* The new one comes first: with its last address the card would lose its ways. Its neighbour it has lost with its old hardware address. */
 int move_address(const char *from, const char *to) {
-    struct in_addr old, new;
-    if (inet_pton(AF_INET, from, &old) != 1 || inet_pton(AF_INET, to, &new) != 1) return -1;
-    if (old.s_addr == new.s_addr) return 0;
-    int fd = open_routes();
-    int result = address_is(fd, the_card(), 1, AF_INET, &new) < 0 || address_is(fd, the_card(), 0, AF_INET, &old) < 0 ? -1 : 0;
+    struct in_addr old, new, gateway;
+    if (inet_pton(AF_INET, from, &old) != 1 || inet_pton(AF_INET, to, &new) != 1 || inet_pton(AF_INET, GATEWAY, &gateway) != 1) return -1;
+    int fd = open_routes(), result = know_gateway(fd, the_card(), AF_INET, &gateway);
+    if (result == 0 && old.s_addr != new.s_addr)
+        result = address_is(fd, the_card(), 1, AF_INET, &new) < 0 || address_is(fd, the_card(), 0, AF_INET, &old) < 0 ? -1 : 0;
     close(fd);
     return result;
 }
@@ -88,10 +96,7 @@ static int way_is(int fd, unsigned card, int there, int bits, const struct in6_a
 }
 
 static int lead(int fd, unsigned card, int outward, const struct in6_addr *address, const struct in6_addr *gateway) {
-    const struct ndmsg neighbour = {.ndm_family = AF_INET6, .ndm_ifindex = card, .ndm_state = NUD_PERMANENT};
-    struct request near = begin(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, &neighbour, sizeof neighbour);
-    add(&near, NDA_DST, gateway, sizeof *gateway), add(&near, NDA_LLADDR, GATEWAY_MAC, 6);
-    if (ask(fd, &near) < 0 || way_is(fd, card, 1, outward ? 0 : NETWORK_BITS, address, gateway) < 0) return -1;
+    if (know_gateway(fd, card, AF_INET6, gateway) < 0 || way_is(fd, card, 1, outward ? 0 : NETWORK_BITS, address, gateway) < 0) return -1;
     return outward ? 0 : way_is(fd, card, 0, 0, address, gateway); /* a copy may have its origin's */
 }
 
