@@ -8,7 +8,6 @@ time it answers itself. As soon as an instance serves, Envoy is told of it inste
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import socket
 from collections import Counter
@@ -21,6 +20,7 @@ from msgspec import Struct
 
 from atoll.ingress.admin import Requests, short
 from atoll.ingress.datagrams import Datagrams
+from atoll.ingress.doors import AGAIN_FIRST_S, AGAIN_MAX_S, Doors
 from atoll.ingress.refusals import refuse
 from atoll.ingress.resources import Target
 from atoll.ingress.sleepers import WAKE, serving, socket_of, wake_s
@@ -34,11 +34,6 @@ APP_SHARE = 8
 BACKLOG = 4_096
 CHUNK_BYTES = 64 << 10
 CONNECT_S = 2.0
-KNOCK_S = 0.5
-KNOCKS_SOON = 100
-"""So often it is knocked every AGAIN_FIRST_S, for as long as most starts take; then less and less often."""
-AGAIN_FIRST_S, AGAIN_MAX_S = 0.002, 0.05
-"""An app without a check counts as ready when its process runs, and may begin to listen a moment later."""
 
 log = structlog.get_logger()
 
@@ -74,11 +69,7 @@ class Activator:
         """One for each connection."""
         self._waiting: Counter[str] = Counter()
         self._woken: dict[str, asyncio.Event] = {}
-        self._ports: dict[str, int] = {}
-        """App → the port that somebody waits for."""
-        self._knocking: dict[str, asyncio.Task[None]] = {}
-        self._opened: dict[str, str] = {}
-        """App → the address of an instance that takes connections, though nobody has said so yet."""
+        self._doors = Doors(table, self._let_in)
         self._splices: Counter[Splice] = Counter()
         self._spliced: Counter[str] = Counter()
         """Address → connections that were ever spliced to it, of those that have any."""
@@ -113,17 +104,18 @@ class Activator:
                 self._listen(target)
         for app in list(self._woken):
             if self._gone(app) or serving(self._table.endpoints_of(app)):
-                self._woken.pop(app).set()
+                self._let_in(app)
             else:
-                self._look_for(app)
+                self._doors.look(app)
         self.datagrams.changed()
 
     def stop(self) -> None:
         """Break off what waits and what is spliced: Envoy has ended, or will find the sockets gone."""
         for target in list(self._servers):
             self._close(target)
-        for task in (*self._tasks, *self._knocking.values()):
+        for task in self._tasks:
             task.cancel()
+        self._doors.stop()
         self.datagrams.stop()
 
     async def requests(self, clusters: tuple[str, ...], admin: Counts) -> dict[str, Requests]:
@@ -137,6 +129,10 @@ class Activator:
         for address in [address for address in self._spliced if not active[address] and not self._table.knows(address)]:
             del self._spliced[address]
         return found
+
+    def _let_in(self, app: str) -> None:
+        if (woken := self._woken.pop(app, None)) is not None:
+            woken.set()
 
     def _gone(self, app: str) -> bool:
         return self._table.routing_of(app) is None
@@ -226,8 +222,7 @@ class Activator:
                     return splice, await asyncio.open_connection(endpoint.address, target.port, limit=CHUNK_BYTES)
             except (OSError, TimeoutError):
                 self._end(splice)
-                if self._opened.get(app) == endpoint.address:
-                    del self._opened[app]
+                self._doors.shut(app, endpoint.address)
             except BaseException:
                 self._end(splice)
                 raise
@@ -237,10 +232,9 @@ class Activator:
     async def _endpoint(self, app: str, port: int) -> Endpoint:
         self._waiting[app] += 1
         try:
-            while not (found := serving(self._table.endpoints_of(app)) or self._open_of(app)):
+            while not (found := serving(self._table.endpoints_of(app)) or self._doors.open(app)):
                 self._wake(app)
-                self._ports[app] = port
-                self._look_for(app)
+                self._doors.want(app, port)
                 await self._woken.setdefault(app, asyncio.Event()).wait()
                 if self._gone(app):
                     raise ConnectionError(f"app '{app}' is gone")
@@ -249,36 +243,7 @@ class Activator:
             self._waiting[app] -= 1
             if not self._waiting[app]:
                 del self._waiting[app]
-                self._ports.pop(app, None)
-                if not self._open_of(app):
-                    self._opened.pop(app, None)
-
-    def _open_of(self, app: str) -> list[Endpoint]:
-        return [each for each in serving(self._table.starting_of(app)) if each.address == self._opened.get(app)]
-
-    def _look_for(self, app: str) -> None:
-        if app in self._ports and app not in self._knocking and serving(self._table.starting_of(app)):
-            self._knocking[app] = asyncio.ensure_future(self._knock(app, self._ports[app]))
-
-    async def _knock(self, app: str, port: int) -> None:
-        """Wait until an instance that starts takes connections: some ms before the control plane can say so. For all who wait."""
-        tries, pause_s = 0, AGAIN_FIRST_S
-        try:
-            while app in self._waiting and (starting := serving(self._table.starting_of(app))):
-                for endpoint in starting:
-                    with contextlib.suppress(OSError, TimeoutError):
-                        async with asyncio.timeout(KNOCK_S):
-                            _, writer = await asyncio.open_connection(endpoint.address, port)
-                        writer.transport.abort()
-                        self._opened[app] = endpoint.address
-                        if (woken := self._woken.pop(app, None)) is not None:
-                            woken.set()
-                        return
-                await asyncio.sleep(pause_s)
-                tries += 1
-                pause_s = pause_s if tries < KNOCKS_SOON else min(2 * pause_s, AGAIN_MAX_S)
-        finally:
-            del self._knocking[app]
+                self._doors.unwanted(app)
 
     def _end(self, splice: Splice) -> None:
         self._splices[splice] -= 1
