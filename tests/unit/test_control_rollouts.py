@@ -217,6 +217,16 @@ def test_what_overtakes_a_canary_takes_its_requests_away_as_fast_as_the_old_rele
     assert status_of(plan(last=few.status, release=3, ready=0, ready_of={1: 7})).weights == {3: 0, 1: 100}
 
 
+def test_what_was_overtaken_serves_what_nobody_else_can_past_a_deadline_and_when_the_next_one_is_taken_back() -> None:
+    """It is not bad; and where the next one is promoted at once nobody makes more of the old one. (Seed 7506.)"""
+    few = plan(last=STEP_2, release=3, ready=0, ready_of={1: 7, 2: 5})
+    usual: dict[str, Any] = {"rules": CANARY, "served": 1, "wanted": 10, "made": 1, "others": 12, "progressed_at": NOW + 990}
+    facts = RolloutFacts(**usual, release=3, last=few.status, ready=0, ready_of={1: 7, 2: 5})
+    assert status_of(decide_rollout(facts, NOW + 1000)).weights == {3: 0, 1: 70, 2: 30}
+    back = decide_rollout(structs.replace(facts, order=structs.replace(order(aborted=True), release=3)), NOW + 1000)
+    assert (status_of(back).phase, status_of(back).weights) == (RolloutPhase.REVERTED, {1: 70, 2: 30})
+
+
 def test_who_goes_back_by_hand_gives_the_old_release_what_it_has_instances_for() -> None:
     whole = plan(last=STEP_2, release=1, ready=10, others=5)
     assert status_of(whole).weights == {1: 100}

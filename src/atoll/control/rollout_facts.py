@@ -93,14 +93,17 @@ def canary_count(wanted: int, weight: int) -> int:
     return min(wanted, max(1, math.ceil(wanted * weight / 100)))
 
 
-def leaves(facts: RolloutFacts, stable: int, release: int, before: int | None, now: float) -> Leaving | None:
+def leaves(
+    facts: RolloutFacts, stable: int, release: int, before: int | None, now: float, *, patience_s: float | None = None
+) -> Leaving | None:
     """Return what `release`, which is on its way out, keeps of the requests at first: `before`, or its part of what serves, but no
-    more than `stable` has too few instances for. None for nothing.
+    more than `stable` has too few instances for. None for nothing. It keeps some for `patience_s`, or the rollout's deadline.
     """
     there = facts.ready_of.get(release, 0)
     if before is None:
         before = 100 * there // max(1, there + facts.ready_of.get(stable, 0))
-    return still_leaves(facts, stable, Leaving(release=release, weight=before, until=now + facts.rules.deadline), now)
+    until = now + (facts.rules.deadline if patience_s is None else patience_s)
+    return still_leaves(facts, stable, Leaving(release=release, weight=before, until=until), now)
 
 
 def still_leaves(facts: RolloutFacts, stable: int, leaving: Leaving | None, now: float, share: int = 100) -> Leaving | None:

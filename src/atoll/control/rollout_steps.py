@@ -8,7 +8,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from atoll.control.analysis import Outcome
-from atoll.control.rollout_facts import Plan, RolloutFacts, Told, canary_count, leaves, plan_of
+from atoll.control.rollout_facts import Plan, RolloutFacts, Told, canary_count, leaves, plan_of, still_leaves
 from atoll.control.shares import borne, needed
 from atoll.model.records import Severity
 from atoll.model.rollouts import RolloutOrder, RolloutPhase, RolloutStatus
@@ -258,7 +258,9 @@ class Step:
 
     def _revert(self, why: str) -> Plan:
         before = self.status.weight if self.status.strategy is not Strategy.ROLLING else None
-        leaving = leaves(self.facts, self.status.stable, self.facts.release, before, self.now)
+        # What it overtook is not bad, and serves on where there is too little of the old one.
+        overtaken = still_leaves(self.facts, self.status.stable, self.status.leaving, self.now)
+        leaving = overtaken or leaves(self.facts, self.status.stable, self.facts.release, before, self.now)
         self._set(phase=RolloutPhase.REVERTED, weight=None, since=self.now, message=why, leaving=leaving)
         stable = f"Release {self.status.stable} has all requests"
         if leaving is not None:

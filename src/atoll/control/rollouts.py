@@ -21,6 +21,10 @@ from atoll.control.shares import borne
 from atoll.model.rollouts import Leaving, RolloutPhase, RolloutStatus
 from atoll.model.spec import Strategy
 
+OVERTAKEN_S = 86_400.0
+"""How long a release that another overtook keeps what nobody else has the instances for: it is not bad, and where the next one was
+promoted at once nobody makes more of the one before them."""
+
 
 def is_steered(facts: RolloutFacts) -> bool:
     """Whether a rollout has a status of its own: it goes by shares, is judged, may go back by itself, or was spoken of."""
@@ -69,7 +73,7 @@ def _decide(facts: RolloutFacts, now: float) -> Plan:
             strategy=facts.rules.strategy,
             weight=None if rolling else _had(facts),
             since=now if rolling else 0.0,
-            leaving=None if rolling else _overtaken(facts, facts.served, now),
+            leaving=None if rolling else _overtaken(facts, facts.served, now, patience_s=OVERTAKEN_S),
         )
     return Step(facts, status, order, now).go_on()
 
@@ -117,9 +121,9 @@ def _returning(facts: RolloutFacts, status: RolloutStatus | None, attempt: int, 
     return status
 
 
-def _overtaken(facts: RolloutFacts, stable: int, now: float) -> Leaving | None:
+def _overtaken(facts: RolloutFacts, stable: int, now: float, *, patience_s: float | None = None) -> Leaving | None:
     """Return what is left to the release that had requests until now, and is neither the wanted one nor `stable`."""
     before = facts.last.weights if facts.last is not None else {}
     others = {release: weight for release, weight in before.items() if release not in (facts.release, stable) and weight > 0}
     release = max(others, key=lambda each: (others[each], each), default=0)
-    return leaves(facts, stable, release, others[release], now) if release else None
+    return leaves(facts, stable, release, others[release], now, patience_s=patience_s) if release else None

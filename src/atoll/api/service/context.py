@@ -172,7 +172,7 @@ class Context:
                 kept = await self._kept(kind, request)
                 if kept is not None:
                     return kept
-            draft = None
+            draft, seen = None, self.state.revision
             try:
                 draft = build()
             except AtollError as error:
@@ -183,7 +183,8 @@ class Context:
             if not certain and (draft is None or not draft.ops):
                 # Refused, or done already: as far as this server has heard. Another may have written what it has not seen.
                 certain = True
-                if await self.be_current():
+                await self.be_current()
+                if self.state.revision != seen:
                     continue
             if draft is None:
                 continue
@@ -213,22 +214,18 @@ class Context:
         try:
             return await read()
         except NotFound:
-            if not await self.be_current():
-                raise
+            await self.be_current()
         return await read()
 
-    async def be_current(self) -> bool:
-        """Make sure that the cache shows all that was written before this call; return whether it did not.
+    async def be_current(self) -> None:
+        """Make sure that the cache shows all that was written before this call. What was read of it before is to be read again.
 
         Raises Unavailable when it falls too far behind: nobody may be told what is only what this server has missed.
         """
         newest = await self._newest()
-        if self.state.revision >= newest:
-            return False
         await self.reach(newest)
         if self.state.revision < newest:
             raise Unavailable("this server has not heard of all that was written", mend="try again, or ask another server")
-        return True
 
     async def _newest(self) -> Revision:
         """Return the store's newest revision, read after this call began. Whoever asks before that read begins shares it: when
