@@ -53,7 +53,7 @@ async def test_a_thousand_that_ask_at_once_cost_one_read() -> None:
     cell = Cell()
     async with cell as context:
         before = cell.store.reads
-        assert await asyncio.gather(*(context.be_current() for _ in range(1_000))) == [False] * 1_000
+        await asyncio.gather(*(context.be_current() for _ in range(1_000)))
         assert cell.store.reads == before + 1
 
 
@@ -81,12 +81,14 @@ async def test_one_that_goes_away_takes_the_answer_from_nobody_and_a_failure_is_
         await asyncio.sleep(0.01)
         asking[0].cancel()
         cell.store.gate.set()
-        assert await asyncio.gather(*asking[1:]) == [False, False]
+        await asyncio.gather(*asking[1:])
         cell.store.away = True
         failed = await asyncio.gather(*(context.be_current() for _ in range(3)), return_exceptions=True)
         assert all(isinstance(one, Unavailable) for one in failed)
         cell.store.away = False
-        assert await context.be_current() is False
+        reads = cell.store.reads
+        await context.be_current()
+        assert cell.store.reads == reads + 1
 
 
 async def test_what_the_cache_has_not_seen_is_waited_for() -> None:
