@@ -15,7 +15,7 @@ import enum
 
 from msgspec import Struct
 
-from atoll.model.errors import Invalid
+from atoll.model.errors import BY_CODE, AtollError, Invalid
 
 MESSAGE_BYTES_MAX = 1 << 17
 
@@ -112,6 +112,14 @@ class ErrorBody(Struct, frozen=True, kw_only=True):
     mend: str | None = None
     field: str | None = None
     retry: str = "never"
+
+    @classmethod
+    def of(cls, error: AtollError) -> ErrorBody:
+        return cls(code=error.code, message=error.message, mend=error.mend, field=error.field, retry=error.retry.value)
+
+    def error(self) -> AtollError:
+        """Return the error that this says; one of an unknown code is of the general class."""
+        return BY_CODE.get(self.code, AtollError)(self.message, mend=self.mend, field=self.field)
 
 
 class LogLine(Struct, frozen=True, kw_only=True):

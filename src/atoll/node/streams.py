@@ -87,7 +87,7 @@ async def serve_stream(
             else:
                 await _serve(request, channel, runner, logs, node)
         except AtollError as error:
-            body = ErrorBody(code=error.code, message=str(error), mend=error.mend, field=error.field, retry=error.retry.value)
+            body = ErrorBody.of(error)
             await channel.send(pack(Kind.ERROR, codec.encode(body)))
     except Unavailable:
         log.debug("stream left", kind=request.kind, instance=request.instance)

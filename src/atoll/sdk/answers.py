@@ -32,9 +32,10 @@ _TOKEN_MEND = f"give a token: ATOLL_TOKEN=…, or {_WHERE}"
 
 def from_body(body: ErrorBody) -> errors.AtollError:
     """Return the error that an answer or a stream carries; an unknown code becomes the general class."""
-    cls = errors.BY_CODE.get(body.code, errors.AtollError)
-    mend = _TOKEN_MEND if cls is errors.Unauthenticated else body.mend
-    return cls(body.message, mend=mend, field=body.field)
+    error = body.error()
+    if type(error) is errors.Unauthenticated:
+        error.mend = _TOKEN_MEND
+    return error
 
 
 def from_answer(status: int, body: bytes) -> errors.AtollError:

@@ -53,8 +53,7 @@ class FakeApi(FakeCalls):
         except Unavailable:
             raise
         except AtollError as error:
-            told = ErrorBody(code=error.code, message=error.message, mend=error.mend, field=error.field)
-            answer = Answer(error.status, {}, codec.encode(ErrorAnswer(told)))
+            answer = Answer(error.status, {}, codec.encode(ErrorAnswer(ErrorBody.of(error))))
         if key:
             self._answers[key] = answer
         return answer
@@ -100,7 +99,7 @@ class FakeApi(FakeCalls):
                 self.get("instances", f"{project}/{id}")
                 return fake_streams.exec_channel(codec.decode(query["options"].encode(), ExecOptions))
             case ["projects", project, "commands", "next"]:
-                return fake_streams.command_ahead_channel(lambda id: _there(self, project, id))
+                return fake_streams.command_ahead_channel(lambda id: self.get("instances", f"{project}/{id}"))
             case ["projects", project, "instances", id, "logs"]:
                 self.get("instances", f"{project}/{id}")
                 return fake_streams.log_channel(self.logs.get(id, []), codec.decode(query["options"].encode(), LogOptions))
@@ -116,10 +115,6 @@ class FakeApi(FakeCalls):
     def _check_up(self) -> None:
         if self.down is not None:
             raise self.down
-
-
-def _there(api: FakeApi, project: str, id: str) -> None:
-    api.get("instances", f"{project}/{id}")
 
 
 def _parts(path: str) -> tuple[list[str], dict[str, str]]:

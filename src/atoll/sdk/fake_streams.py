@@ -68,7 +68,7 @@ def exec_channel(options: ExecOptions) -> Channel:
     return FakeChannel(lambda node: _run(node, options))
 
 
-def command_ahead_channel(check: Callable[[str], None]) -> Channel:
+def command_ahead_channel(check: Callable[[str], object]) -> Channel:
     """Wait for a `NextCommand`, then go on as its `exec_channel`; `check` raises for an instance that is not there."""
 
     async def run(node: FakeNodeEnd) -> None:
@@ -76,7 +76,7 @@ def command_ahead_channel(check: Callable[[str], None]) -> Channel:
         try:
             check(wanted.instance)
         except AtollError as error:
-            await node.send(Kind.ERROR, codec.encode(ErrorBody(code=error.code, message=error.message)))
+            await node.send(Kind.ERROR, codec.encode(ErrorBody.of(error)))
             return
         await node.taken()
         await _run(node, wanted.options)

@@ -102,8 +102,7 @@ async def _left(receive: Receive) -> None:
 
 def error_body(error: AtollError) -> ErrorAnswer:
     """Return an error as every answer and every stream carries it."""
-    body = ErrorBody(code=error.code, message=error.message, mend=error.mend, field=error.field, retry=error.retry.value)
-    return ErrorAnswer(body)
+    return ErrorAnswer(ErrorBody.of(error))
 
 
 def error_answer(error: AtollError, status: int | None = None, headers: Sequence[Header] = ()) -> Answer:

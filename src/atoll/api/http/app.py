@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 
 from atoll.api.http import certificates, fabric, machines, members, operators, users
 from atoll.api.http.answers import Answer, Lines, error_answer, record_answer
-from atoll.api.http.calls import Call, Route, admit, check_version, internal
+from atoll.api.http.calls import Call, Route, admit, check_version, internal, pattern
 from atoll.api.http.streams import stream_handlers
 from atoll.api.service import SYSTEM, Caller, Need, Service
 from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge
@@ -73,7 +72,7 @@ def _handler(service: Service, route: Route) -> HTTPRouteHandler:
             return Answer(b"", 204, ())
         return result if callable(result) else record_answer(result, route.status)
 
-    path = re.sub(r"\{(\w+)\}", r"{\1:str}", route.path)
+    path = pattern(route.path)
     return HTTPRouteHandler(path, http_method=route.method, status_code=route.status, request_max_body_size=None)(handle)  # type: ignore[arg-type]
 
 

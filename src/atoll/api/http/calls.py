@@ -169,6 +169,11 @@ class Call:
         return RequestKey(caller=self.caller.id, key=key, fingerprint=fingerprint)
 
 
+def pattern(path: str) -> str:
+    """Return a path of our tables in the framework's words."""
+    return re.sub(r"\{(\w+)\}", r"{\1:str}", path)
+
+
 def parse_query(query: bytes) -> dict[str, str]:
     """Raises Invalid."""
     if not query:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from litestar.handlers import WebsocketRouteHandler
 from msgspec.structs import replace
 
 from atoll.api.http.answers import JSON, error_body
-from atoll.api.http.calls import QUERY_BYTES_MAX, admit, internal, parse_query
+from atoll.api.http.calls import QUERY_BYTES_MAX, admit, internal, parse_query, pattern
 from atoll.api.service import Caller, Need, Service
 from atoll.api.service.access import check_id
 from atoll.model import codec
@@ -120,7 +119,7 @@ def _handler(service: Service, path: str, need: Need, opener: Open) -> Websocket
         finally:
             await channel.close()
 
-    return WebsocketRouteHandler(re.sub(r"\{(\w+)\}", r"{\1:str}", path))(handle)
+    return WebsocketRouteHandler(pattern(path))(handle)
 
 
 def _commands_ahead(service: Service) -> WebsocketRouteHandler:
@@ -151,7 +150,7 @@ def _commands_ahead(service: Service) -> WebsocketRouteHandler:
             else:
                 await _serve(service, socket, parts["project"], wanted, ended)
 
-    return WebsocketRouteHandler(re.sub(r"\{(\w+)\}", r"{\1:str}", COMMANDS_AHEAD))(handle)
+    return WebsocketRouteHandler(pattern(COMMANDS_AHEAD))(handle)
 
 
 async def _first_message(socket: Socket, ended: asyncio.Future[AtollError]) -> bytes | None:
@@ -162,11 +161,7 @@ async def _first_message(socket: Socket, ended: asyncio.Future[AtollError]) -> b
         receiving.cancel()
         await _end(socket, ended.result() if ended.done() else DeadlineExceeded("nobody wanted a command"))
         return None
-    message: Any = receiving.result()
-    if message["type"] == "websocket.disconnect":
-        return None
-    data = message.get("bytes")
-    return bytes(data) if data is not None else (message.get("text") or "").encode()
+    return _said(receiving.result())
 
 
 async def _end(socket: Socket, why: AtollError) -> None:
@@ -219,12 +214,16 @@ async def splice(socket: Socket, channel: Channel, ended: asyncio.Future[AtollEr
 
 
 async def _inward(socket: Socket, channel: Channel) -> None:
-    while True:
-        message: Any = await socket.receive()
-        if message["type"] == "websocket.disconnect":
-            return
-        data = message.get("bytes")
-        await channel.send(bytes(data) if data is not None else (message.get("text") or "").encode())
+    while (said := _said(await socket.receive())) is not None:
+        await channel.send(said)
+
+
+def _said(message: Any) -> bytes | None:
+    """Return what came; None for the client's end."""
+    if message["type"] == "websocket.disconnect":
+        return None
+    data = message.get("bytes")
+    return bytes(data) if data is not None else (message.get("text") or "").encode()
 
 
 async def _outward(socket: Socket, channel: Channel) -> None:

@@ -13,7 +13,7 @@ from msgspec import Struct, structs
 
 from atoll.api.service.sealing import Sealer
 from atoll.model import codec, keys
-from atoll.model.errors import BY_CODE, AtollError, Conflict, Invalid, NotFound, Retry, StaleRevision, Unavailable
+from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, Retry, StaleRevision, Unavailable
 from atoll.model.fabric import Fabric, FabricIpv6, FabricNode, FabricPaths
 from atoll.model.maintenance import Maintenance
 from atoll.model.membership import Authority, Identity, JoinToken, Server
@@ -258,8 +258,7 @@ class Context:
             raise Conflict("this Idempotency-Key was used for a different request", mend="use a new key for each request")
         body = self.sealer.open(record.body, _sealed_as(request, record.status))
         if record.status >= BAD:
-            told = codec.decode(body, ErrorBody)
-            raise BY_CODE.get(told.code, AtollError)(told.message, mend=told.mend, field=told.field)
+            raise codec.decode(body, ErrorBody).error()
         # Straight into its type: by way of plain data a map with whole numbers for keys would not come back.
         answer = codec.decode(body, kind)
         # The first try may have ended before the cache had seen it: who has this answer may build on it here.
@@ -272,9 +271,8 @@ class Context:
         """Keep that a request was refused, where the same may not be asked again; False where one like it has got through."""
         if request is None or error.retry is not Retry.NEVER or not BAD <= error.status < FAULTY:
             return True
-        told = ErrorBody(code=error.code, message=error.message, mend=error.mend, field=error.field)
         try:
-            kept = await self._keep(request, error.status, codec.encode(told))
+            kept = await self._keep(request, error.status, codec.encode(ErrorBody.of(error)))
             return (await self.store.txn([absent(kept.key)], [kept])).succeeded
         except NotFound:  # as in `write`
             self._lease = None

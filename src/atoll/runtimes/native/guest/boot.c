@@ -31,7 +31,6 @@
 #include <time.h>
 #include <unistd.h>
 
-
 enum {
     TRAILER_BYTES = 4096,
     ENDING_AT = 2048,
