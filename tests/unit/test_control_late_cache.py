@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 from control_cell import Cell, run_virtual
+from late_store import Late
 
 from atoll.control.loop import REACH_S
 from atoll.model import keys
-from atoll.model.ports.store import Revision, WatchBatch
 from atoll.model.records import AppPhase, Instance
 from atoll.model.spec import AppSpec, Port
 from atoll.store.cache import State
-from atoll.store.memory import MemoryStore
 
 WEB = AppSpec(name="web", image="x", ports=(Port(port=80),))
-
-
-class Late(MemoryStore):
-    """What it tells those that watch comes only while `flows`."""
-
-    def __init__(self, clock: object) -> None:
-        super().__init__(clock)  # type: ignore[arg-type]
-        self.flows = asyncio.Event()
-        self.flows.set()
-
-    def watch(self, prefix: str, *, start: Revision) -> AsyncIterator[WatchBatch]:
-        return self._late(super().watch(prefix, start=start))
-
-    async def _late(self, batches: AsyncIterator[WatchBatch]) -> AsyncIterator[WatchBatch]:
-        async for batch in batches:
-            await self.flows.wait()
-            yield batch
 
 
 def test_while_what_was_written_is_not_seen_nothing_else_is_and_then_it_goes_on() -> None:

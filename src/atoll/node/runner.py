@@ -10,7 +10,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, assert_never
 
 import structlog
-from msgspec import UNSET
 from msgspec.structs import replace
 
 from atoll.model.errors import AtollError
@@ -189,8 +188,8 @@ class Runner:
     def _awaited(self) -> bool:
         """Whether requests may wait for this start: who holds them looks for it where it will be (`Routing.starting`)."""
         workload = self.assignment.workload
-        sleeps = isinstance(workload, AppSpec) and workload.health is None and workload.scale is not UNSET and workload.scale.sleeps
-        return sleeps and self.state.phase is Phase.STARTING
+        unasked = isinstance(workload, AppSpec) and workload.wakes and workload.health is None
+        return unasked and self.state.phase is Phase.STARTING
 
     @property
     def _may_be_told(self) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 import structlog
 
 from atoll.api.service.callers import CALLERS, caller_ca
 from atoll.api.service.context import Context
 from atoll.api.service.following import Following
+from atoll.api.service.lookups import by_node, by_owner
 from atoll.api.service.routing import routing_of
 from atoll.api.service.specs import spec_of
 from atoll.model.errors import Unavailable
@@ -99,8 +100,6 @@ class Feeds:
         self._state = context.state
         self._agents: dict[str, dict[Listener, None]] = defaultdict(dict)  # in the order they came, which repeats
         self._ingresses: dict[Listener, None] = {}
-        self._by_node: dict[str, set[str]] = defaultdict(set)
-        self._by_app: dict[str, set[str]] = defaultdict(set)
         self._routings: dict[str, Routing | None] = {}
         self._following = Following(self._state, "feeds", self._apply, self._rebuild)
 
@@ -115,14 +114,19 @@ class Feeds:
 
     def of_node(self, node: str) -> list[Held[Instance]]:
         """Return the instances that are placed on `node`."""
-        found = (self._state.get(Instance, key) for key in self._by_node.get(node, ()))
-        return [held for held in found if held is not None]
+        return list(self._state.found(Instance, by_node, node).values())
 
     async def assignments(self, node: str, keepalive_s: float | None = None) -> AsyncIterator[AssignmentBatch]:
-        """See `ControlPlane.assignments`; with `keepalive_s`, an empty batch whenever so long nothing happened."""
+        """See `ControlPlane.assignments`; with `keepalive_s`, an empty batch whenever so long nothing happened.
+
+        What is not in a complete batch is gone, and its node forgets it. So none comes from a server that others may have left
+        behind: it raises Unavailable where it cannot be sure.
+        """
         listener = self._listen(self._agents[node])
         try:
             while True:
+                if listener.everything:
+                    await self._context.be_current()
                 revision = self._following.revision
                 if listener.everything:
                     listener.everything = listener.prefetch = False
@@ -248,26 +252,19 @@ class Feeds:
         """Compute an app's routing, once for all ingresses."""
         if key not in self._routings:
             app = self._state.get(App, key)
-            found = (self._state.get(Instance, name) for name in self._by_app.get(key, ()))
-            instances = [held.record for held in found if held is not None]
+            instances = [held.record for held in self._of_app(key).values()]
             routing = routing_of(self._state, app.record, instances, self._context.domain) if app is not None else None
             self._routings[key] = routing
         return self._routings[key]
 
     def _rebuild(self) -> None:
-        self._by_node.clear()
-        self._by_app.clear()
         self._routings.clear()
-        for key, held in self._state.records(Instance).items():
-            self._index(key, held.record)
         for listener in (*self._ingresses, *(one for group in self._agents.values() for one in group)):
             listener.mark_everything()
 
-    def _index(self, key: str, instance: Instance) -> None:
-        if instance.node is not None:
-            self._by_node[instance.node].add(key)
-        if instance.owner_kind is OwnerKind.APP:
-            self._by_app[f"{instance.project}/{instance.owner}"].add(key)
+    def _of_app(self, key: str) -> Mapping[str, Held[Instance]]:
+        project, _, name = key.partition("/")
+        return self._state.found(Instance, by_owner, (OwnerKind.APP, project, name))
 
     def _apply(self, deltas: Deltas) -> None:
         apps: set[str] = set()
@@ -300,9 +297,8 @@ class Feeds:
 
     def _apply_release(self, release: Release) -> None:
         """A release is there before its instances, but for one that was damaged and has come back."""
-        for key in self._by_app.get(f"{release.project}/{release.app}", ()):
-            held = self._state.get(Instance, key)
-            if held is not None and held.record.node is not None and held.record.release == release.number:
+        for key, held in self._of_app(f"{release.project}/{release.app}").items():
+            if held.record.node is not None and held.record.release == release.number:
                 for listener in self._agents.get(held.record.node, ()):
                     listener.mark(key)
 
@@ -311,21 +307,9 @@ class Feeds:
         if either is None:
             return
         record = either.record
-        app = f"{record.project}/{record.owner}"
         if record.owner_kind is OwnerKind.APP:
-            apps.add(app)
-        if new is None:
-            self._by_app[app].discard(key)
-            if not self._by_app[app]:
-                del self._by_app[app]
-        else:
-            self._index(key, new.record)
-        nodes = {held.record.node for held in (old, new) if held is not None and held.record.node is not None}
-        for node in nodes:
-            if new is None or new.record.node != node:
-                self._by_node[node].discard(key)
-                if not self._by_node[node]:
-                    del self._by_node[node]
+            apps.add(f"{record.project}/{record.owner}")
+        for node in {held.record.node for held in (old, new) if held is not None and held.record.node is not None}:
             for listener in self._agents.get(node, ()):
                 listener.mark(key)
 

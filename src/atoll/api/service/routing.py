@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from msgspec import UNSET
-
 from atoll.api.service.claims import Host, hosts_of, listeners_of, preview_of
 from atoll.api.service.specs import release_spec
 from atoll.model.records import (
@@ -79,7 +77,7 @@ def routing_of(state: State, app: App, instances: Iterable[Instance], domain: st
         weights=weights,
         preview=preview,
         # Kept awake or not: a request is not refused between `atoll scale APP 1` and the first instance that is ready.
-        wakes=(wakes := app.spec.scale is not UNSET and app.spec.scale.sleeps and not app.deleting),
+        wakes=(wakes := app.spec.wakes and not app.deleting),
         starting=_starting(state, app, instances, hosts, wanted) if wakes and not (weights or endpoints or app.standby) else (),
         project_rate=quota.requests_per_s if quota is not None else None,
     )

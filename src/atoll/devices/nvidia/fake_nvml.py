@@ -233,7 +233,7 @@ def nvmlDeviceGetMPSComputeRunningProcesses_v3(handle: Any) -> list[Any]:
 
 @call
 def nvmlEventSetCreate() -> Any:
-    return {"pipe": os.open(directory() / EVENTS, os.O_RDWR | os.O_CLOEXEC), "devices": {}, "data": b""}
+    return {"pipe": os.open(directory() / EVENTS, os.O_RDWR | os.O_CLOEXEC), "devices": {}}
 
 
 @call
@@ -254,11 +254,10 @@ def nvmlDeviceRegisterEvents(handle: Any, kinds: int, events: Any) -> None:
 @call
 def nvmlEventSetWait(events: Any, timeout_ms: int) -> Any:
     while True:
-        while b"\n" not in events["data"]:
-            if not select.select([events["pipe"]], [], [], timeout_ms / 1000)[0]:
-                raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
-            events["data"] += os.read(events["pipe"], 4096)
-        line, _, events["data"] = events["data"].partition(b"\n")
+        if not select.select([events["pipe"]], [], [], timeout_ms / 1000)[0]:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
+        # Whole lines are written, and one is taken: what nobody has asked for yet stays for the next set of events.
+        line = b"".join(iter(lambda: os.read(events["pipe"], 1), b"\n"))
         name, kind, data, part = line.decode().split()
         if name not in events["devices"]:
             continue

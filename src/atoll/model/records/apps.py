@@ -39,8 +39,7 @@ class App(Record, frozen=True, kw_only=True):
     @property
     def sleeps(self) -> bool:
         """Whether it has no instance while nobody asks for it, and is woken by the next request."""
-        scale = self.spec.scale
-        return scale is not UNSET and scale.sleeps and self.replicas == 0
+        return self.spec.wakes and self.replicas == 0
 
     def wanted(self, status: AppStatus | None) -> int:
         """Return how many instances there should be: `replicas`, or up to `most` what the metric asks for."""

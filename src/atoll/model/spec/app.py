@@ -54,6 +54,11 @@ class AppSpec(Workload, frozen=True, kw_only=True, tag_field="kind", tag="app"):
         if self.worker is not None:
             _complete_worker(self, self.worker)
 
+    @property
+    def wakes(self) -> bool:
+        """Whether requests wake it where it has no instance."""
+        return self.scale is not UNSET and self.scale.sleeps
+
     def port_named(self, name: str | None) -> Port | None:
         """Return the port called `name`, or without a name the first `http` port."""
         for port in self.ports:

@@ -1,15 +1,19 @@
-"""A stream of assignments that has nothing to say shows that it is there, and says at once what there is."""
+"""Streams of assignments: what an agent is told first, and while there is nothing to say."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 
+import pytest
 from control_cell import LoopClock, run_virtual
+from late_store import Late
 
 from atoll.api.service import KINDS, Service
+from atoll.api.service.context import REACH_S
 from atoll.model import codec, keys
-from atoll.model.records import Prefetch
+from atoll.model.errors import Unavailable
+from atoll.model.records import Instance, OwnerKind, Prefetch
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
 
@@ -39,5 +43,26 @@ def test_an_empty_batch_comes_whenever_nothing_has_happened_for_so_long_and_news
             await anext(feed)
             assert clock.monotonic() - before == KEEPALIVE_S, "counted from the last word"
             await feed.aclose()
+
+    run_virtual(main())
+
+
+def test_a_server_that_others_have_left_behind_tells_no_agent_what_is_all_there_is() -> None:
+    async def main() -> None:
+        clock = LoopClock()
+        store = Late(clock)
+        one = Instance(id="a-1", project="default", owner="a", owner_kind=OwnerKind.APP, node="n1", release=1, created_at=1.0)
+        async with State(store, KINDS) as state, Service(store, state, clock, random.Random(1), bytes(32)) as service:
+            store.flows.clear()
+            await store.put(keys.instance("default", "a-1"), codec.encode(one))
+            with pytest.raises(Unavailable):
+                await anext(service.feeds.assignments("n1"))
+            late = asyncio.ensure_future(anext(service.feeds.assignments("n1")))
+            await asyncio.sleep(REACH_S / 2)
+            assert not late.done()
+            store.flows.set()
+            batch = await late
+            assert batch.complete
+            assert list(batch.kept) == ["a-1"], "its app is not there, and so it is kept as it is"
 
     run_virtual(main())
