@@ -18,6 +18,7 @@ from msgspec import structs
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.authorities import LIFE_S, RENEW_LATE_S
 from atoll.api.service.heartbeats import REMOVED_S
+from atoll.api.service.ingress_heartbeats import ALIVE_S
 from atoll.api.service.join_tokens import YOUNG_S, JoinTokens
 from atoll.api.service.servers import TOKEN_LIFE_S, check_key
 from atoll.api.service.signing import Shown, Subject
@@ -41,6 +42,7 @@ from atoll.model.membership import (
     Authority,
     Certified,
     JoinRequest,
+    JoinToken,
     JoinTokenRequest,
     MemberKind,
     RenewRequest,
@@ -378,11 +380,39 @@ async def test_a_revoked_machine_cannot_ask_again_with_the_token_that_let_it_in(
     token, machine = await cell.token(), Machine()
     await cell.join("n1", token, machine)
     await cell.members.revoke(MemberKind.NODE, "n1", SYSTEM)
-    with pytest.raises(Revoked):
+    with pytest.raises(Unauthenticated, match="withdrawn"):
         await cell.join("n1", token, machine)
     await cell.members.remove_node("n1", SYSTEM)
-    with pytest.raises(Conflict, match="removed since"):
+    with pytest.raises(Unauthenticated, match="withdrawn"):
         await cell.join("n1", token, machine)
+
+
+@pytest.mark.parametrize("kind", list(MemberKind))
+@pytest.mark.parametrize("how", ["revoked", "revoked by an older server", "removed", "replaced", "replaced by an older server"])
+async def test_a_machine_that_was_put_out_is_not_let_in_as_its_successor_by_asking_again(
+    cell: Cell, kind: MemberKind, how: str
+) -> None:
+    token, machine = await cell.token(kind=kind), Machine()
+    await cell.join("n1", token, machine)
+    (used,) = (held.record for held in cell.service.context.state.records(JoinToken).values())
+    if how.startswith("revoked"):
+        await cell.members.revoke(kind, "n1", SYSTEM)
+    elif how == "removed" and kind is MemberKind.NODE:
+        await cell.members.remove_node("n1", SYSTEM)
+    elif how == "removed":
+        await cell.put(keys.ingress("n1"), Ingress(name="n1", http_port=80))
+        cell.clock.time += ALIVE_S
+        await cell.service.ingress_records.forget("n1", SYSTEM)
+    if how == "revoked by an older server":  # which leaves the token
+        await cell.put(keys.join_token(used.id), used)
+    if how == "replaced by an older server":  # which knows of no enrolment in a token
+        await cell.put(keys.join_token(used.id), structs.replace(used, used_enrolment=""))
+    successor = await cell.join("n1", await cell.token("n1", kind))
+    with pytest.raises((Unauthenticated, Conflict), match=r"withdrawn|removed or replaced since"):
+        await cell.join("n1", token, machine)
+    with pytest.raises(Unauthenticated):
+        cell.members.caller(machine.shown)
+    assert cell.members.caller(successor.shown).subject == "n1"
 
 
 async def test_a_node_is_removed_only_when_it_is_gone_and_holds_nothing(cell: Cell) -> None:

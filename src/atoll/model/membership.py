@@ -79,6 +79,8 @@ class JoinToken(_Record, frozen=True, kw_only=True):
     used_by: str = ""
     used_key: str = ""
     """SHA-256 of the public key that joined: the same machine may ask again, when the answer did not reach it."""
+    used_enrolment: str = ""
+    """The enrolment that it got: who asks again must still have it. Empty in what an older server wrote."""
 
 
 class Identity(_Record, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from atoll.model.records import (
     Status,
     Token,
 )
+from atoll.store.cache import State
 
 NAMED_MAX = 5
 """Instances that an error names."""
@@ -55,12 +56,12 @@ class Expulsions:
                 raise NotFound(f"no {kind} '{name[:60]}'", mend="'atoll nodes' lists them")
             now = self._context.clock.now()
             old = held.record if held is not None else Identity(kind=kind, name=name, enrolment="", joined_at=now)
-            if old.revoked_at is not None and not tokens and not self._invitations(kind, name):
+            if old.revoked_at is not None and not tokens and not invitations(self._state, kind, name):
                 return Draft(answer=lambda _: _view(old))
             identity = replace(old, revoked_at=old.revoked_at or now)
             compare, ops = self._put_identity(identity)
             ops += [Delete(keys.token(token.digest)) for token in tokens]
-            ops += [Delete(keys.join_token(id)) for id in self._invitations(kind, name)]
+            ops += [Delete(keys.join_token(id)) for id in invitations(self._state, kind, name)]
             who = caller.name or caller.id
             ops.append(self._event(kind, name, f"{kind}-revoked", f"{kind} {name} was revoked, by {who}", Severity.WARNING))
             return Draft(compare=compare, ops=ops, answer=lambda _: _view(identity))
@@ -101,7 +102,7 @@ class Expulsions:
                     ops.append(Delete(key))
             ops += [Delete(keys.node_policy(name)), Delete(keys.node_liveness(name)), Delete(keys.prefetch(name))]
             ops += [Delete(keys.fabric_node(name)), Delete(keys.fabric_paths(name))]
-            ops += [Delete(keys.join_token(id)) for id in self._invitations(MemberKind.NODE, name)]
+            ops += [Delete(keys.join_token(id)) for id in invitations(self._state, MemberKind.NODE, name)]
             who = caller.name or caller.id
             ops.append(self._event(MemberKind.NODE, name, "node-removed", f"node {name} was removed, by {who}"))
             return Draft(compare=compare, ops=ops, answer=lambda _: _view(replace(gone, revoked_at=gone.revoked_at or now)))
@@ -126,11 +127,6 @@ class Expulsions:
         tokens = (held.record for held in self._state.records(Token).values())
         return [token for token in tokens if token.role is ROLES[kind] and token.subject == name]
 
-    def _invitations(self, kind: MemberKind, name: str) -> list[str]:
-        """Return the join tokens for exactly this machine: those of before do not let it in again."""
-        found = ((id, held.record) for id, held in self._state.records(JoinToken).items())
-        return [id for id, token in found if token.kind is kind and token.subject == name]
-
     def _event(self, kind: MemberKind, name: str, code: str, message: str, severity: Severity = Severity.INFO) -> Put:
         at = self._context.clock.now()
         id = f"{int(at * 1000):013d}-{name}-{code}"
@@ -138,6 +134,12 @@ class Expulsions:
         node = name if kind is MemberKind.NODE else None
         event = Event(id=id, at=at, project=CELL_PROJECT, subject=subject, code=code, message=message, severity=severity, node=node)
         return Put(keys.event(CELL_PROJECT, id), codec.encode(event))
+
+
+def invitations(state: State, kind: MemberKind, name: str) -> list[str]:
+    """Return the join tokens for exactly this machine, and those that let it in: none of before lets it in again."""
+    found = ((id, held.record) for id, held in state.records(JoinToken).items())
+    return [id for id, token in found if token.kind is kind and name in (token.subject, token.used_by)]
 
 
 def _view(identity: Identity) -> IdentityView:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from atoll.api.service.access import Caller, check_id
 from atoll.api.service.context import Context, Draft, RequestKey
+from atoll.api.service.expulsions import invitations
 from atoll.api.service.ingress_heartbeats import ALIVE_S, IngressHeartbeats
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, NotFound
-from atoll.model.membership import Identity, JoinToken, MemberKind
+from atoll.model.membership import Identity, MemberKind
 from atoll.model.ports.store import Compare, Delete, Op, Put, unchanged
 from atoll.model.records import CELL_PROJECT, INGRESS_PROBLEM, Event, Ingress, Role, Token
 from atoll.model.views import IngressView
@@ -65,12 +66,7 @@ class Ingresses:
                 ops.append(Delete(key))
             tokens = (one.record for one in self._state.records(Token).values())
             ops += [Delete(keys.token(one.digest)) for one in tokens if one.role is Role.INGRESS and one.subject == name]
-            invitations = self._state.records(JoinToken).items()
-            ops += [
-                Delete(keys.join_token(id))
-                for id, one in invitations
-                if one.record.kind is MemberKind.INGRESS and one.record.subject == name
-            ]
+            ops += [Delete(keys.join_token(id)) for id in invitations(self._state, MemberKind.INGRESS, name)]
             ops.append(self._event(name, caller))
             view = IngressView(ingress=held.record, silent_s=silent_s)
             return Draft(compare=compare, ops=ops, answer=lambda _: view)

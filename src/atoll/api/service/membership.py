@@ -100,7 +100,7 @@ class Membership(Expulsions):
             identity = Identity(
                 kind=token.kind, name=name, enrolment=enrolment, joined_at=now, serial=signed.serial, expires_at=signed.expires_at
             )
-            used = replace(token, used_at=token.used_at or now, used_by=name, used_key=digest)
+            used = replace(token, used_at=token.used_at or now, used_by=name, used_key=digest, used_enrolment=enrolment)
             compare, ops = self._put_identity(identity)
             held = self._state.get(JoinToken, token.id)
             compare.append(unchanged(keys.join_token(token.id), held.revision if held is not None else 0))
@@ -191,10 +191,12 @@ class Membership(Expulsions):
         if token.used_at is not None and token.used_by != name:
             raise Conflict(f"this join token was used already, by this machine as '{token.used_by}'", mend=_JOIN_MEND)
         if token.used_at is not None:
-            # To ask again is for an answer that was lost, not a way back in.
+            # To ask again is for an answer that was lost, not a way back in; nor into what another machine has joined as since.
             self._not_revoked(token.kind, name)
-            if self._state.get(Identity, f"{token.kind}/{name}") is None:
-                raise Conflict(f"this join token was used already, by '{name}', which was removed since", mend=_JOIN_MEND)
+            held = self._state.get(Identity, f"{token.kind}/{name}")
+            if held is None or not token.used_enrolment or held.record.enrolment != token.used_enrolment:
+                said = f"this join token was used already, by '{name}', which was removed or replaced since"
+                raise Conflict(said, mend=_JOIN_MEND)
         if token.subject and token.subject != name:
             raise Forbidden(f"this join token is for '{token.subject}', not '{name}'", mend="leave --node away, or make another")
         if token.used_at is None and not token.subject:
