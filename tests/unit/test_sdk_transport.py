@@ -12,7 +12,7 @@ from control_cell import run_virtual
 
 from atoll.model import codec
 from atoll.model.errors import Conflict, Invalid, NotFound, OutcomeUnknown, Unauthenticated, Unavailable
-from atoll.model.ports.control_plane import AssignmentBatch
+from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
 from atoll.model.records import Assignment, Heartbeat, IngressHeartbeat, Instance, OwnerKind, Status
 from atoll.model.spec import Allow, AppSpec, JobSpec, NetworkRules, Port
 from atoll.model.states import Desired, Phase
@@ -380,6 +380,30 @@ async def test_an_ingress_hears_that_it_was_forgotten_though_the_first_server_is
         three.handler = peers
         assert (await control.ingress_heartbeat(beat)).sites == {"ams": 3.0}
         assert [len(each.requests) for each in (one, two, three)] == [2, 2, 2]
+        await control.close()
+
+
+async def test_a_server_that_is_behind_is_left_for_the_next_and_so_is_one_whose_stream_ends_in_an_error() -> None:
+    told = [codec.encode(RoutingBatch(revision, True)) + b"\n" for revision in (9, 8, 10)]
+    sorry = b'{"error":{"code":"unavailable","message":"not current"}}\n'
+    async with (
+        serving(batch_stream(told[0])) as first,
+        serving(batch_stream(told[1])) as behind,
+        serving(batch_stream(sorry)) as ails,
+    ):
+        control = HttpControlPlane(",".join(each.address for each in (first, behind, ails)), None)
+        first.handler = batch_stream(told[0], sorry)
+        follow = control.routing("g1")
+        assert (await anext(follow)).revision == 9
+        with pytest.raises(Unavailable, match="not current"):
+            await anext(follow)
+        with pytest.raises(Unavailable, match="at revision 8, and 9 is known"):
+            await anext(control.routing("g1"))
+        with pytest.raises(Unavailable, match="not current"):
+            await anext(control.routing("g1"))
+        first.handler = batch_stream(told[2])
+        assert (await anext(control.routing("g1"))).revision == 10
+        assert [len(each.requests) for each in (first, behind, ails)] == [2, 1, 1]
         await control.close()
 
 

@@ -6,6 +6,7 @@ Calls go over a few persistent connections; each watch has its own, which counts
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from atoll.model.views import ErrorAnswer
 from atoll.sdk import answers
 from atoll.sdk.assignments import read_assignments
 from atoll.sdk.failover import Failover, transport_to
+from atoll.sdk.onward import Batch, Onward
 from atoll.sdk.transport import Transport, path
 
 CALL_S = 10.0
@@ -31,7 +33,7 @@ CALL_S = 10.0
 SLOW_S = 2.0
 """So long a server may keep the others waiting for the next heartbeat."""
 
-T = TypeVar("T")
+B = TypeVar("B", bound=Batch)
 
 
 class _Report(msgspec.Struct, frozen=True):
@@ -52,6 +54,8 @@ class HttpControlPlane:
     def __init__(self, address: str, token: str | None, *, node: str | None = None, transport: Transport | None = None) -> None:
         self._transport: Transport = transport or transport_to(address, token, agent="atoll-agent")
         self._node = node
+        self._onward: defaultdict[str, Onward] = defaultdict(Onward)
+        """Path of a stream → how far it was told."""
 
     async def register_node(self, node: Node) -> None:
         await self._call("PUT", path("nodes", node.name), node)
@@ -176,13 +180,14 @@ class HttpControlPlane:
             raise refused
         return answer.body
 
-    async def _batches(self, where: str, kind: type[T], read: Callable[[bytes], T] | None = None) -> AsyncIterator[T]:
+    async def _batches(self, where: str, kind: type[B], read: Callable[[bytes], B] | None = None) -> AsyncIterator[B]:
         async with self._transport.lines(where) as lines:
             async for line in lines:
                 try:
                     batch = read(line) if read is not None else codec.decode_known(line, kind)
                 except Invalid as error:
                     raise _broken(line, error) from None
+                self._onward[where].take(batch)
                 yield batch
 
 

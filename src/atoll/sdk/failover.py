@@ -84,8 +84,15 @@ class Failover:
 
     @asynccontextmanager
     async def lines(self, path: str, *, silence_s: float = SILENCE_S) -> AsyncIterator[Lines]:
+        """As `HttpTransport.lines`. A server is left when its stream breaks, or is Unavailable to who reads it."""
         async with AsyncExitStack() as stack:
-            yield _Left(await self._first(lambda one: stack.enter_async_context(one.lines(path, silence_s=silence_s))), self)
+            lines = await self._first(lambda one: stack.enter_async_context(one.lines(path, silence_s=silence_s)))
+            at = self._at
+            try:
+                yield lines
+            except Unavailable:
+                self._leave(at)
+                raise
 
     async def channel(self, path: str) -> Channel:
         return await self._first(lambda one: one.channel(path))
@@ -110,20 +117,3 @@ class Failover:
         """Use the next server from now on, unless another call has gone on already."""
         if self._at == at:
             self._at = (at + 1) % len(self._transports)
-
-
-class _Left:
-    """A stream whose break means that its server is left."""
-
-    def __init__(self, lines: Lines, failover: Failover) -> None:
-        self._lines = lines
-        self._failover = failover
-        self._at = failover._at
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            async for line in self._lines:
-                yield line
-        except Unavailable:
-            self._failover._leave(self._at)
-            raise

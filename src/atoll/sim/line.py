@@ -13,6 +13,7 @@ from atoll.model.errors import AtollError, Unavailable
 from atoll.model.ports.control_plane import AssignmentBatch, Channel, Peers, RoutingBatch, StreamRequest
 from atoll.model.records import Event, Heartbeat, Ingress, IngressHeartbeat, Node, Status
 from atoll.model.traffic import DemandReport, TrafficReport
+from atoll.sdk.onward import Onward
 from atoll.sim.faults import Faults, Life
 from atoll.sim.net import Net
 from atoll.sim.server import Server, check_serving
@@ -48,6 +49,7 @@ class Line:
         self._story = story
         self._choose = choose
         self._at = choose.randrange(len(servers))
+        self._routed = Onward()
 
     @property
     def server(self) -> Server:
@@ -127,9 +129,13 @@ class Line:
             return task.result()
         raise Unavailable("the connection broke")
 
-    async def _stream(self, open: Callable[[Service], AsyncIterator[T]]) -> AsyncIterator[T]:
+    async def _stream(
+        self, open: Callable[[Service], AsyncIterator[T]], check: Callable[[T], None] | None = None
+    ) -> AsyncIterator[T]:
         try:
             async for batch in self._batches(open):
+                if check is not None:
+                    check(batch)
                 yield batch
         except Unavailable:
             self._move()
@@ -203,7 +209,7 @@ class Line:
         await self.call(lambda service: service.control_plane.register_ingress(ingress))
 
     def routing(self, ingress: str) -> AsyncIterator[RoutingBatch]:
-        return self._stream(lambda service: service.control_plane.routing(ingress, KEEPALIVE_S))
+        return self._stream(lambda service: service.control_plane.routing(ingress, KEEPALIVE_S), self._routed.take)
 
     async def demand(self, report: DemandReport) -> None:
         await self.call(lambda service: service.control_plane.demand(report))

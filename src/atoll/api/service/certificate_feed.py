@@ -89,7 +89,7 @@ class CertificateFeeds:
                 put.append(found)
             elif host not in self._unread():
                 removed.append(host)
-        return CertificateBatch(int(self._state.revision), False, tuple(put), tuple(removed), tuple(kept))
+        return CertificateBatch(self._following.revision, False, tuple(put), tuple(removed), tuple(kept))
 
     def _hosts(self) -> set[str]:
         return {*self._state.records(Certificate), *self._state.records(CertificateStatus)}

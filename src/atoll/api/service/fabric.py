@@ -162,6 +162,7 @@ class Fabrics:
         members: dict[str, Member] = {}
         try:
             while True:
+                revision = self._following.revision
                 complete, listener.everything = listener.everything, False
                 listener.dirty.clear()
                 if complete:
@@ -175,7 +176,7 @@ class Fabrics:
                 }
                 cell = self._state.get(Fabric, "cell")
                 batch = FabricBatch(
-                    revision=int(self._state.revision),
+                    revision=revision,
                     complete=complete,
                     keys_after=max(cell.record.keys_after if cell is not None else 0.0, self._context.clock.now() - KEY_LIFE_S),
                     nodes=_news(nodes, wanted_nodes),
