@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from atoll.api.service.servers import TOKEN_LIFE_S, check_key
 from atoll.api.service.signing import Shown, Subject
 from atoll.api.service.standing import Standing
 from atoll.entry.config import Config
-from atoll.entry.serving import server_id
+from atoll.entry.joining import reach
+from atoll.entry.process import Stop
+from atoll.entry.serving import ServerCertificate, server_id
 from atoll.model import codec, keys
 from atoll.model.errors import (
     AtollError,
@@ -35,6 +39,7 @@ from atoll.model.errors import (
     NotFound,
     Revoked,
     Unauthenticated,
+    Unavailable,
     Unsupported,
     VersionSkew,
 )
@@ -68,9 +73,13 @@ from atoll.model.records import (
 )
 from atoll.model.states import Phase
 from atoll.model.views import TokenRequest
-from atoll.sdk.membership import LOOK_S, RETRY_MAX_S, Credentials, Held, wait_s
+from atoll.sdk.http import HttpTransport
+from atoll.sdk.membership import LOOK_S, RETRY_MAX_S, Credentials, Held, keep_renewed, wait_s
+from atoll.sdk.private_file import write_private
+from atoll.sdk.transport import Answer
 from atoll.sdk.trust import chosen, fingerprint, pins_of
 from atoll.store.cache import State
+from atoll.store.lock import unavailable
 from atoll.store.memory import MemoryStore
 
 
@@ -675,6 +684,108 @@ async def test_two_thirds_are_counted_from_when_a_certificate_was_made_however_s
     assert held is not None
     assert held.renew_at - cell.clock.now() == pytest.approx(life_s * 2 / 3, abs=1.0)
     assert wait_s(held, cell.clock.now(), 0, random.Random(1)) >= min(LOOK_S, life_s * 2 / 3 - 1.0), "or else it is a hot loop"
+
+
+def held_by(machine: Machine, directory: Path) -> Credentials:
+    """Return the credentials of a machine that has joined, on disk."""
+    assert machine.certified is not None
+    key = machine.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    credentials = Credentials(directory)
+    write_private(credentials.bundle, machine.certified.bundle.encode())
+    write_private(credentials.file, key + machine.certified.certificate.encode())
+    return credentials
+
+
+class Way(HttpTransport):
+    """The way to the cell for a renewal."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__("http://server")
+        self._cell = cell
+
+    async def request(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float = 30.0
+    ) -> Answer:
+        assert (method, path) == ("POST", "/v1/identity/renew")
+        return Answer(200, {}, codec.encode(await self._cell.members.renew(codec.decode(body, RenewRequest))))
+
+
+class AtOnce(random.Random):
+    """Waits for nothing after a failure."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return 0.0
+
+
+async def test_a_certificate_that_cannot_be_kept_is_asked_for_again_once_the_disk_takes_it(cell: Cell, tmp_path: Path) -> None:
+    credentials = held_by(await cell.join("n1"), tmp_path)
+    before = credentials.file.read_bytes()
+    (tmp_path / "identity.pem.new").mkdir()  # in its way, as a full disk would be
+    cell.clock.time += LIFE_S * 2 / 3 + 1
+    tls = credentials.tls()
+    told = asyncio.Event()
+
+    async def say(code: str, message: str, bad: bool) -> None:
+        assert code == "certificate-not-renewed"
+        assert str(credentials.file) in message
+        told.set()
+
+    keeping = asyncio.create_task(keep_renewed(credentials, lambda: Way(cell), tls, cell.clock, AtOnce(), say))
+    async with asyncio.timeout(10):
+        await told.wait()
+        assert credentials.file.read_bytes() == before
+        (tmp_path / "identity.pem.new").rmdir()
+        while not tls.generation:
+            assert not keeping.done()
+            await asyncio.sleep(0)
+    keeping.cancel()
+    held = credentials.load()
+    assert held is not None
+    assert held.ends_at > cell.clock.now() + LIFE_S / 2
+
+
+async def test_a_server_that_cannot_write_down_the_authorities_says_so_and_goes_on_once_it_can(cell: Cell, tmp_path: Path) -> None:
+    config = Config(data=tmp_path)
+    certificate = ServerCertificate(config, cell.service, "s1", cell.clock)
+    blocked = config.ca_file.with_name("ca.pem.new")
+    blocked.mkdir(parents=True)
+    with pytest.raises(Unavailable, match=r"cannot use .*ca\.pem"):  # which ends no server that runs
+        await certificate.begin()
+    blocked.rmdir()
+    await certificate.begin()
+    assert config.ca_file.read_text() == cell.service.authorities.bundle()
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"), [(errno.ENOSPC, "make room on"), (errno.EDQUOT, "make room on"), (errno.EACCES, "run as"), (errno.EIO, "")]
+)
+def test_what_a_disk_refuses_names_what_helps(number: int, mend: str) -> None:
+    error = unavailable(Path("/data/ca.pem"), OSError(number, os.strerror(number)))
+    assert os.strerror(number) in error.message
+    assert (error.mend or "").startswith(mend)
+    assert bool(error.mend) is bool(mend)
+
+
+async def test_the_servers_of_a_machine_that_joined_are_written_only_where_they_are_others(cell: Cell, tmp_path: Path) -> None:
+    held_by(await cell.join("n1"), tmp_path / "identity")
+    file = tmp_path / "identity/servers"
+
+    async def servers(given: str = "") -> str:
+        found = await reach(Config(server=given), MemberKind.NODE, tmp_path, Stop())
+        assert found is not None
+        return found.servers
+
+    with pytest.raises(Invalid, match="which servers"):
+        await servers()
+    assert await servers("https://a:1") == "https://a:1"
+    (tmp_path / "identity/servers.new").mkdir()  # in the way of every write
+    assert [await servers(), await servers("https://a:1")] == ["https://a:1"] * 2
+    with pytest.raises(Unavailable):
+        await servers("https://b:1")
+    assert file.read_text() == "https://a:1\n", "whole or not at all"
+    file.write_text("")
+    with pytest.raises(Invalid, match="which servers"):
+        await servers()
 
 
 async def test_a_pin_chooses_its_authority_and_nothing_else(cell: Cell) -> None:

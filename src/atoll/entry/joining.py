@@ -22,12 +22,15 @@ from atoll.model.records import CELL_PROJECT, Event, Severity
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.failover import transport_to
 from atoll.sdk.membership import Credentials, keep_renewed
+from atoll.sdk.private_file import write_private
 from atoll.sdk.transport import Transport, addresses_of
 from atoll.sdk.trust import Tls, read_ca
 
 JOIN_VARIABLE = "ATOLL_JOIN"
 """The join token, so that it stands in no process's arguments for longer than it is needed."""
 IDENTITY_DIRECTORY = "identity"
+SERVERS = "servers"
+"""The file in it with the URLs that were given last."""
 
 log = structlog.get_logger()
 
@@ -80,8 +83,12 @@ async def reach(config: Config, kind: MemberKind, data: Path, stop: Stop) -> Rea
                 field="node",
                 mend=f"leave it away, or remove {data / IDENTITY_DIRECTORY} and join anew",
             )
-        servers = config.server or _kept_servers(data)
-        _keep_servers(data, servers)
+        before = _kept_servers(data)
+        servers = config.server or before
+        if not servers:
+            raise Invalid("which servers?", field="server", mend="give --server https://HOST:7600")
+        if servers != before:
+            write_private(data / IDENTITY_DIRECTORY / SERVERS, f"{servers}\n".encode())
         return Reach(name=held.name, servers=servers, token="", tls=credentials.tls(), credentials=credentials)
     token = await read_token(data / "token", stop)
     if token is None:
@@ -108,14 +115,9 @@ async def _authority(config: Config, stop: Stop) -> str | Path | None:
 
 
 def _kept_servers(data: Path) -> str:
-    try:
-        return (data / IDENTITY_DIRECTORY / "servers").read_text().strip()
-    except FileNotFoundError:
-        raise Invalid("which servers?", field="server", mend="give --server https://HOST:7600") from None
-
-
-def _keep_servers(data: Path, servers: str) -> None:
-    (data / IDENTITY_DIRECTORY / "servers").write_text(servers + "\n")
+    """Return the servers of the last start; empty where none are known."""
+    file = data / IDENTITY_DIRECTORY / SERVERS
+    return file.read_text().strip() if file.exists() else ""
 
 
 @contextlib.asynccontextmanager

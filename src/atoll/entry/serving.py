@@ -91,7 +91,7 @@ class ServerCertificate:
         self.tls = ListenerTls()
 
     async def begin(self) -> None:
-        """Get the first certificate. Raises Corrupt (the cell's key is another), Unavailable (the store)."""
+        """Get the first certificate. Raises Corrupt (the cell's key is another), Unavailable (the store, the disk)."""
         await self._renew()
 
     async def run(self) -> None:

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from atoll.model import codec
 from atoll.model.errors import Invalid, Unauthenticated
+from atoll.sdk.private_file import write_private
 from atoll.sdk.transport import ADDRESS_DEFAULT, addresses_of
 
 DATA_DEFAULT = Path("/var/lib/atoll")
@@ -45,13 +46,8 @@ def config_path(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def save(path: Path, saved: Saved) -> None:
-    """Write `saved` for its owner alone, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(codec.encode(saved) + b"\n")
-    temporary.replace(path)
+    """Write `saved` for its owner alone, whole or not at all. Raises Unavailable."""
+    write_private(path, codec.encode(saved) + b"\n")
 
 
 def load(path: Path) -> Saved | None:

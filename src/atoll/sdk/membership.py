@@ -108,7 +108,8 @@ class Credentials:
         return held
 
     async def renew(self, transport: Transport) -> Certified:
-        """Get another certificate for a new key, and keep both. Raises as the server answers; then what was held stays."""
+        """Get another certificate for a new key, and keep both. Raises as the server answers, and Unavailable where they cannot be
+        kept; then what was held stays."""
         old = serialization.load_pem_private_key(self.file.read_bytes(), None)
         if not isinstance(old, ec.EllipticCurvePrivateKey):
             raise Corrupt(f"{self.file} holds another kind of key", mend="remove it, and join anew with --join")
@@ -158,9 +159,8 @@ async def keep_renewed(
         # A clock that was set back to before the certificate began is no reason: a new one would begin later still.
         if clock.now() < held.renew_at:
             continue
-        transport = anonymous()
         try:
-            certified = await credentials.renew(transport)
+            certified = await _renewed(credentials, anonymous())
         except AtollError as error:
             failures += 1
             log.warning("the certificate could not be renewed", cause=error.message, mend=error.mend, failures=failures)
@@ -170,8 +170,13 @@ async def keep_renewed(
             failures = 0
             tls.renewed()
             log.info("the certificate was renewed", name=certified.name)
-        finally:
-            await transport.close()
+
+
+async def _renewed(credentials: Credentials, transport: Transport) -> Certified:
+    try:
+        return await credentials.renew(transport)
+    finally:
+        await transport.close()
 
 
 def wait_s(held: Held, now: float, failures: int, choose: random.Random) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -58,8 +59,12 @@ class FileLock:
 
 def unavailable(path: Path, error: OSError) -> Unavailable:
     """Return the operating system's refusal as ours, with the mend where it is known."""
-    mend = {
-        "PermissionError": f"run as the user that owns {path.parent}, or as root",
-        "FileNotFoundError": f"make the directory {path.parent}",
-    }.get(type(error).__name__)
-    return Unavailable(f"cannot use {path}: {error.strerror}", mend=mend)
+    owner, room = f"run as the user that owns {path.parent}, or as root", f"make room on the disk of {path.parent}"
+    mends = {
+        errno.EACCES: owner,
+        errno.EPERM: owner,
+        errno.ENOENT: f"make the directory {path.parent}",
+        errno.ENOSPC: room,
+        errno.EDQUOT: room,
+    }
+    return Unavailable(f"cannot use {path}: {error.strerror}", mend=mends.get(error.errno or 0))
