@@ -125,7 +125,7 @@ def test_a_broken_device_never_comes_back_because_time_goes_by() -> None:
 
 
 def test_a_broken_device_comes_back_when_the_driver_says_so() -> None:
-    life = Life().xid(119).happens(Told(DeviceEvent(trouble=Trouble.RECOVERED, message="reset done")))
+    life = Life().xid(119).happens(Told(DeviceEvent(trouble=Trouble.RECOVERED, device=DEVICE.id, message="reset done")))
     assert life.health is GpuHealth.OK
     assert life.troubles == [Trouble.BROKEN, Trouble.RECOVERED]
 
@@ -166,7 +166,7 @@ def test_rows_that_could_not_be_remapped_take_a_device_out_for_good() -> None:
     life = (
         Life()
         .seen(remap_failed=True)
-        .happens(Told(DeviceEvent(trouble=Trouble.RECOVERED, message="reset")))
+        .happens(Told(DeviceEvent(trouble=Trouble.RECOVERED, device=DEVICE.id, message="reset")))
         .seen(remap_failed=True)
     )
     assert life.health is GpuHealth.QUARANTINED
@@ -217,6 +217,15 @@ def test_a_silent_driver_takes_the_device_out_until_it_answers() -> None:
     assert not life.state.device().answers
     assert life.seen().health is GpuHealth.OK
     assert life.troubles == [Trouble.RECOVERED]
+
+
+@pytest.mark.parametrize("code", [119, 74, 62, 95, 63])
+def test_a_driver_that_answers_again_mends_no_device(code: int) -> None:
+    life = Life().xid(code)
+    before = life.health, life.reason
+    life.happens(Told(DeviceEvent(trouble=Trouble.SILENT, message="no answer")))
+    life.happens(Told(DeviceEvent(trouble=Trouble.RECOVERED, message="the driver answers again")))
+    assert (life.health, life.reason) == before
 
 
 def test_one_ill_that_ends_leaves_the_others() -> None:

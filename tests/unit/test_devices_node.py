@@ -666,6 +666,19 @@ def test_waiting_for_events_goes_on_after_the_driver_could_not_be_waited_for(tmp
     run_virtual(main, random.Random(7))
 
 
+def test_a_driver_that_answers_again_leaves_a_broken_device_out_and_is_told_once(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        w.listen()
+        w.hardware.xid(w.hardware.ids[0], 119)
+        w.hardware.tell(Trouble.SILENT, "", "the driver does not answer")
+        w.hardware.tell(Trouble.RECOVERED, "", "the driver answers again")
+        await asyncio.sleep(1)
+        assert w.troubles == [Trouble.BROKEN, Trouble.SILENT, Trouble.RECOVERED]
+        assert [(await w.device(index)).health for index in (0, 1)] == [GpuHealth.QUARANTINED, GpuHealth.OK]
+
+    in_world(tmp_path, story)
+
+
 def test_an_operators_word_brings_a_device_back_that_was_reset(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         w.hardware.xid(w.hardware.ids[0], 119)

@@ -194,6 +194,9 @@ def _told(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceSta
     at = event.at or now
     name = f"XID {event.code}: {event.message}" if event.code and "XID" not in event.message else event.message
     match event.trouble:
+        case Trouble.RECOVERED if not event.device:
+            # its driver answers: that mends nothing of the device itself
+            return _without(state, frozenset({Cause.SILENT})), (replace(event, device=state.id, at=at),)
         case Trouble.RECOVERED:
             state = _without(state, _ENDED_BY_RESET | {Cause.DRIVER_SAYS, Cause.SILENT})
             return replace(state, repeats=()), (replace(event, device=state.id, at=at),)

@@ -188,7 +188,7 @@ class Watch:
         self.looked = True
 
     def _befall(self, id: str, event: DeviceEvent) -> None:
-        """Let happen to a device what is told elsewhere."""
+        """Let happen to a device what befell all of its driver's: one word for them together is told by whoever calls this."""
         state = self.states[id]
         after, _ = decide(state, Told(event), self._clock.now())
         if after is not None and after.ills != state.ills:

@@ -70,6 +70,7 @@ class Trouble(enum.StrEnum):
     VANISHED = "vanished"
     """The driver does not know it any more."""
     RECOVERED = "recovered"
+    """Of a device: it is well again. Of all (no `device`): the driver answers again, which mends no device."""
     DRIVER_CHANGED = "driver-changed"
     """The kernel driver was replaced under what runs."""
     SILENT = "silent"
