@@ -174,7 +174,7 @@ class Steps:
         claim.cancel()
         await asyncio.gather(claim, return_exceptions=True)
         await dead.close()
-        await self.begin().recover(self.held)
+        await self.begin().recover(lambda: self.held)
 
     async def run(self, steps: int) -> None:
         await self.devices.inventory()

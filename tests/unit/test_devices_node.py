@@ -699,7 +699,7 @@ def test_after_a_kill_the_next_agent_removes_what_is_wanted_no_more_and_nothing_
         await w.claim("i-goes", w.part("1g.10gb", 2, 1))
         w.hardware.partition_by_hand(w.hardware.ids[0], "3g.40gb", 4)
         w.begin()
-        await w.devices.recover({"i-stays": [w.part("2g.20gb", 0, 2)]})
+        await w.devices.recover(lambda: {"i-stays": [w.part("2g.20gb", 0, 2)]})
         assert await w.there() == [("2g.20gb", 0), ("3g.40gb", 4)]
         assert [partition.start for partition in (await w.device()).foreign] == [4]
         await w.claim("i-stays", w.part("2g.20gb", 0, 2))
@@ -724,7 +724,7 @@ def test_a_partition_made_just_before_the_kill_is_known_as_ours(tmp_path: Path) 
         with pytest.raises(asyncio.CancelledError):
             await first.claim("i-1", [grant], Gpu(), RuntimeName.RUNC)
         second = NodeDevices([hardware], directory=tmp_path / "other", clock=clock, boot="b")
-        await second.recover({})
+        await second.recover(dict)
         assert await hardware.partitions(hardware.ids[0]) == ()
         await first.close()
         await second.close()
@@ -742,7 +742,7 @@ def test_a_half_made_partition_of_a_killed_agent_is_removed_and_a_strangers_is_n
             with pytest.raises(Unavailable):
                 await w.hardware.make_partition(device, profile, start)
         w.begin()
-        await w.devices.recover({})
+        await w.devices.recover(dict)
         assert await w.there() == [("2g.20gb", 4)]
 
     in_world(tmp_path, story, mig=True)
@@ -754,7 +754,7 @@ def test_the_same_slices_made_by_someone_else_meanwhile_are_left_alone(tmp_path:
         await w.hardware.remove_partition(w.hardware.ids[0], 0)
         w.hardware.partition_by_hand(w.hardware.ids[0], "1g.10gb", 0)
         w.begin()
-        await w.devices.recover({})
+        await w.devices.recover(dict)
         assert await w.there() == [("1g.10gb", 0)]
 
     in_world(tmp_path, story, mig=True)
@@ -765,12 +765,42 @@ def test_without_its_file_the_next_agent_adopts_what_the_held_grants_name(tmp_pa
         await w.claim("i-1", w.part("2g.20gb", 0, 2))
         (tmp_path / FILE).write_text("not json")
         w.begin()
-        await w.devices.recover({"i-1": [w.part("2g.20gb", 0, 2)]})
+        await w.devices.recover(lambda: {"i-1": [w.part("2g.20gb", 0, 2)]})
         assert (await w.device()).foreign == ()
         await w.devices.release("i-1")
         assert await w.there() == []
 
     in_world(tmp_path, story, mig=True)
+
+
+def test_what_the_file_says_of_a_place_holds_against_a_grant_of_another(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await w.claim("i-1", w.part("2g.20gb", 0, 2))
+        w.begin()
+        await w.devices.recover(lambda: {id: [w.part("2g.20gb", 0, 2)] for id in ("i-1", "i-2")})
+        await w.devices.release("i-2")
+        assert await w.there() == [("2g.20gb", 0)]
+        await w.devices.release("i-1")
+        assert await w.there() == []
+
+    in_world(tmp_path, story, mig=True)
+
+
+def test_what_is_released_while_the_next_agent_looks_at_its_driver_is_not_held_afterwards(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        held = {"i-1": [w.whole(0)], "i-2": [w.whole(1)]}
+        for instance, grants in held.items():
+            await w.claim(instance, *grants)
+        w.begin()
+        w.hardware.hang(2)
+        recovering = asyncio.ensure_future(w.devices.recover(lambda: held))
+        await asyncio.sleep(1)
+        del held["i-1"]
+        await w.devices.release("i-1")
+        await recovering
+        assert set(LedgerFile(tmp_path, w.boot).now.holdings) == {"i-2"}
+
+    in_world(tmp_path, story)
 
 
 def test_a_quarantine_outlives_the_agent_but_not_the_machine(tmp_path: Path) -> None:
@@ -794,7 +824,7 @@ def test_a_device_that_vanished_while_no_agent_ran_is_shown_as_gone_while_it_is_
         w.hardware.vanish(w.hardware.ids[0], told=False)
         w.begin()
         w.listen()
-        await w.devices.recover({"i-1": [w.whole()]})
+        await w.devices.recover(lambda: {"i-1": [w.whole()]})
         assert (await w.device()).present is False
         await asyncio.sleep(1)
         assert w.troubles == [Trouble.VANISHED]
@@ -804,7 +834,7 @@ def test_a_device_that_vanished_while_no_agent_ran_is_shown_as_gone_while_it_is_
 
 def test_a_held_device_that_nobody_here_ever_saw_is_shown_as_gone(tmp_path: Path) -> None:
     async def story(w: World) -> None:
-        await w.devices.recover({"i-1": [GpuGrant(device="GPU-of-old")]})
+        await w.devices.recover(lambda: {"i-1": [GpuGrant(device="GPU-of-old")]})
         gone = {device.id: device.present for device in await w.devices.inventory()}
         assert gone["GPU-of-old"] is False
 
@@ -817,7 +847,7 @@ def test_recovery_with_a_hung_driver_ends_and_is_made_good_later(tmp_path: Path)
         w.hardware.hang()
         w.begin()
         began = asyncio.get_running_loop().time()
-        await w.devices.recover({})
+        await w.devices.recover(dict)
         assert asyncio.get_running_loop().time() - began <= 3 * PATIENCE.silent_s
         w.hardware.answer()
         await asyncio.sleep(2 * PATIENCE.look_s)
@@ -990,12 +1020,12 @@ async def test_an_mps_daemon_outlives_the_agent_and_is_adopted_or_ended_by_the_n
     await w.devices.close()
     assert w.runs
     second = w.begin()
-    await second.recover({"i-1": [w.grant(250)]})
+    await second.recover(lambda: {"i-1": [w.grant(250)]})
     await second.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
     assert len(w.starts) == 1
     await second.close()
     third = w.begin()
-    await third.recover({})
+    await third.recover(dict)
     assert not w.runs
     await third.close()
 

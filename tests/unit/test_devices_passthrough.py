@@ -175,7 +175,7 @@ async def test_a_device_that_a_machine_has_shows_as_held_and_not_as_vanished(wor
     await world.end()
 
     second = world.begin()
-    await second.recover({"vm": world.whole(0)})
+    await second.recover(lambda: {"vm": world.whole(0)})
     assert await world.health(second) == WELL
     world.hardware.driver_mismatch()  # from here on the driver answers nobody
     assert [device.health for device in await second.inventory()] == [GpuHealth.OK, GpuHealth.QUARANTINED]
@@ -284,7 +284,7 @@ async def test_a_device_that_does_not_go_back_is_taken_out_until_it_does(world: 
     await world.end()
 
     second = world.begin()
-    await second.recover({})
+    await second.recover(dict)
     with pytest.raises(Unavailable, match="is taken out"):
         await second.claim("c", world.whole(0), Gpu(), RUNC)
     world.bus.refusing = set()
@@ -327,7 +327,7 @@ async def test_an_agent_that_dies_anywhere_is_followed_by_one_that_puts_it_right
     await world.end()
 
     second = world.begin()
-    await second.recover({"vm": world.whole(0)} if held else {})
+    await second.recover(lambda: {"vm": world.whole(0)} if held else {})
     if held:
         assert (await second.claim("vm", world.whole(0), Gpu(), QEMU)).edits.pci == (FIRST,)
         assert world.bus.drivers() == (VFIO_DRIVER, VFIO_DRIVER, "nvidia")
@@ -346,7 +346,7 @@ async def test_what_no_record_speaks_of_is_given_back(world: World) -> None:
     await world.end()
     (world.directory / "devices.json").unlink()
     second = world.begin()
-    await second.recover({})
+    await second.recover(dict)
     assert world.bus.drivers() == HOME
     assert await world.health(second) == WELL
 
@@ -361,7 +361,7 @@ async def test_after_a_restart_of_the_machine_devices_are_their_drivers_own(worl
         world.bus._bind(address, world.bus.natural[address])
     world.hardware.come_back(world.hardware.ids[0])
     second = world.begin(boot="2")
-    await second.recover({})
+    await second.recover(dict)
     assert world.bus.drivers() == HOME
     assert await world.health(second) == WELL
     assert (await second.claim("c", world.whole(0), Gpu(), RUNC)).edits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -18,9 +18,10 @@ from atoll.devices.ledger import LedgerFile
 from atoll.devices.node import NodeDevices
 from atoll.images.fake import FakeImages
 from atoll.model.devices import GpuGrant, GpuHealth, GpuSample, GpuSharing
+from atoll.model.errors import Unavailable
 from atoll.model.records import Assignment, Instance, OwnerKind, Usage
 from atoll.model.spec import AppSpec, Gpu, JobSpec, Resources, Restart, RuntimeName
-from atoll.model.states import Phase
+from atoll.model.states import Desired, Phase
 from atoll.model.units import Seconds
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node import gpus
@@ -59,6 +60,7 @@ class World:
         self.machine = FakeMachine()
         self.hardware: FakeHardware | None = FakeHardware(**hardware, clock=CLOCK)
         self.ids = self.hardware.ids
+        self.kind_of_devices = NodeDevices
         self.runtimes: tuple[RuntimeName, ...] = (RuntimeName.RUNC,)
         self.gvisor_drivers: set[str] = set()
 
@@ -66,7 +68,7 @@ class World:
     async def agent(self) -> AsyncIterator[Agent]:
         devices = None
         if self.hardware is not None:
-            devices = NodeDevices(
+            devices = self.kind_of_devices(
                 [self.hardware],
                 directory=self.data,
                 clock=CLOCK,
@@ -231,6 +233,60 @@ async def test_what_a_killed_agent_had_claimed_is_adopted_and_what_nobody_holds_
         await until(lambda: "adopted" in world.codes("instance/web-0"))
         assert [each.id for each in await world.hardware.partitions(id)] == [before[0].id]
         assert world.held == {"web-0"}
+
+
+@virtual
+async def test_the_partition_that_took_the_place_of_an_ended_instance_s_outlives_the_next_agent(tmp_path: Path) -> None:
+    adopted: list[set[str]] = []
+
+    class Noting(NodeDevices):
+        async def recover(self, held: Callable[[], Mapping[str, Sequence[GpuGrant]]]) -> None:
+            adopted.append(set(held()))
+            await super().recover(held)
+
+    world = World(tmp_path / "agent", mig=True)
+    world.kind_of_devices = Noting
+    assert world.hardware is not None
+    (id,) = world.ids
+    async with world.agent():
+        await until(lambda: "n1" in world.control.nodes)
+        kind = world.control.nodes["n1"].capacity.gpus[0].profiles[0]
+        grant = GpuGrant(device=id, sharing=GpuSharing.MIG, profile=kind.name, start=kind.starts[0], size=kind.memory_slices)
+        gpu = Gpu(profile=kind.name)
+        await world.phase(world.app("web-0", grant, gpu=gpu), Phase.RUNNING)
+        await world.phase(world.app("web-9", grant, gpu=gpu), Phase.PREPARING)  # recorded after it, and waits for its place
+        world.control.want("web-9", Desired.STOP)
+        await world.phase("web-9", Phase.STOPPED)
+    before = await world.hardware.partitions(id)
+    async with world.agent():
+        await until(lambda: "adopted" in world.codes("instance/web-0"))
+        await asyncio.sleep(2 * gpus.LOOK_S)
+        assert await world.hardware.partitions(id) == before
+        assert world.held == {"web-0"}
+    assert adopted == [set(), {"web-0"}]
+
+
+@virtual
+async def test_what_ended_before_its_devices_could_be_adopted_is_not_held_afterwards(world: World) -> None:
+    blocked = True
+
+    class Late(NodeDevices):
+        async def recover(self, held: Callable[[], Mapping[str, Sequence[GpuGrant]]]) -> None:
+            if blocked:
+                raise Unavailable("not yet")
+            await super().recover(held)
+
+    async with world.agent():
+        await world.phase(world.app("web-0", GpuGrant(device=world.ids[0])), Phase.RUNNING)
+        await world.phase(world.app("web-1", GpuGrant(device=world.ids[1])), Phase.RUNNING)
+    world.kind_of_devices = Late
+    async with world.agent():
+        world.control.want("web-0", Desired.STOP)
+        await world.phase("web-0", Phase.STOPPED)
+        await until(lambda: world.held == {"web-1"})
+        blocked = False
+        await asyncio.sleep(2 * gpus.RECOVER_PAUSE_S)
+        assert world.held == {"web-1"}
 
 
 @virtual

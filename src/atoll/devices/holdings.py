@@ -210,14 +210,12 @@ class Holdings:
             await self._handed.sweep(watch)
 
     def adopt(self, instance: str, grants: Sequence[GpuGrant]) -> None:
-        """Take as made for an instance what is found where its grants say, should the file have been lost."""
+        """Take as made for an instance what is found where its grants say, should the file have been lost; what the file says of
+        that place holds."""
         for grant in grants:
-            if grant.sharing is not GpuSharing.MIG:
-                continue
-            wanted = Made(device=grant.device, profile=grant.profile, start=grant.start, instance=instance)
-            mine = any(replace(made, id="") == wanted for made in self._file.now.made)
-            if not mine:
-                self._file.write(self._file.now.with_made(wanted))
+            if grant.sharing is GpuSharing.MIG and self._file.now.made_at(grant.device, grant.start) is None:
+                made = Made(device=grant.device, profile=grant.profile, start=grant.start, instance=instance)
+                self._file.write(self._file.now.with_made(made))
 
     def _holding(self, instance: str) -> tuple[Watch, ...]:
         return self._drivers.of_all({grant.device for grant in self._file.now.holdings.get(instance, ())})

@@ -94,6 +94,9 @@ class Ledger(Struct, frozen=True, kw_only=True):
     def holds(self, device: str) -> bool:
         return any(grant.device == device for grants in self.holdings.values() for grant in grants)
 
+    def made_at(self, device: str, start: int) -> Made | None:
+        return next((made for made in self.made if (made.device, made.start) == (device, start)), None)
+
     def with_made(self, new: Made) -> Ledger:
         kept = tuple(made for made in self.made if (made.device, made.start) != (new.device, new.start))
         return replace(self, made=(*kept, new))

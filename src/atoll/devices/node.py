@@ -134,9 +134,21 @@ class NodeDevices:
     async def resume(self, instance: str, pids: Sequence[int]) -> None:
         await self._holdings.resume(instance, pids)
 
-    async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
+    async def recover(self, held: Callable[[], Mapping[str, Sequence[GpuGrant]]]) -> None:
         self._begin()
         await self._drivers.look(wait_s=self._patience.silent_s)
+        self._adopt(held())
+        self._drivers.miss()
+        if self._handed is not None:
+            await self._handed.recover(self._watches)
+        await asyncio.gather(*(self._sweep(watch) for watch in self._watches))
+        await self._drivers.look(wait_s=self._patience.silent_s)
+        if self._mps is not None:
+            grants = [grant for grants in self._file.now.holdings.values() for grant in grants]
+            await self._mps.keep({grant.device for grant in grants if grant.sharing is GpuSharing.MPS})
+
+    def _adopt(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
+        """Write down that these instances hold what they do, and no others. Nothing is awaited: a release comes before or after."""
         owners = {made.instance for made in self._file.now.made} | {handed.instance for handed in self._file.now.handed}
         for instance in owners - {"", *held}:
             self._holdings.disown(instance)
@@ -148,14 +160,6 @@ class NodeDevices:
             self._holdings.adopt(instance, grants)
         for watch in self._watches:
             watch.hold(list(watch.states), ledger.holds)
-        self._drivers.miss()
-        if self._handed is not None:
-            await self._handed.recover(self._watches)
-        await asyncio.gather(*(self._sweep(watch) for watch in self._watches))
-        await self._drivers.look(wait_s=self._patience.silent_s)
-        if self._mps is not None:
-            wanted = {grant.device for grants in held.values() for grant in grants if grant.sharing is GpuSharing.MPS}
-            await self._mps.keep(wanted)
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -49,7 +49,7 @@ class Slices:
         there = await self._at(watch, grant)
         if there is None:
             return
-        mine = self._made_at(grant.device, grant.start)
+        mine = self._file.now.made_at(grant.device, grant.start)
         if mine is None or not mine.is_of(there):
             raise Conflict(f"{grant.device}: someone else made {there.profile} at {there.start}")
         if mine.instance != instance:
@@ -59,7 +59,7 @@ class Slices:
 
     async def _make(self, watch: Watch, instance: str, grant: GpuGrant) -> GpuPartition:
         wanted = Made(device=grant.device, profile=grant.profile, start=grant.start, instance=instance)
-        if self._made_at(grant.device, grant.start) is None:
+        if self._file.now.made_at(grant.device, grant.start) is None:
             self._file.write(self._file.now.with_made(wanted))
         call = watch.hardware.make_partition(grant.device, grant.profile, grant.start)
         made = await watch.call(call, self._patience.change_s)
@@ -77,9 +77,6 @@ class Slices:
     async def _is_half_made(self, watch: Watch, grant: GpuGrant) -> bool:
         there = await self._at(watch, grant)
         return there is not None and not there.id
-
-    def _made_at(self, device: str, start: int) -> Made | None:
-        return next((made for made in self._file.now.made if (made.device, made.start) == (device, start)), None)
 
     def disown(self, instance: str) -> bool:
         """Note that nothing of `instance` is wanted any more; `sweep` removes it. Returns whether there was something."""

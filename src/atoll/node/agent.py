@@ -375,7 +375,7 @@ class Agent:
         return None
 
     def _held(self) -> dict[str, tuple[GpuGrant, ...]]:
-        instances = [runner.assignment.instance for runner in self.runners.values()]
+        instances = [runner.assignment.instance for runner in self.runners.values() if not runner.state.phase.final]
         return {instance.id: instance.gpus for instance in instances if instance.gpus}
 
     def _holders(self, device: str) -> list[Instance]:

@@ -125,9 +125,9 @@ class Gpus:
         async with asyncio.timeout(RELEASE_S):
             await self._devices.release(id)
 
-    async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> bool:
-        """Adopt what a former agent made for `held`; False where the driver does not let it: then try again, and nothing is
-        claimed until it has succeeded."""
+    async def recover(self, held: Callable[[], Mapping[str, Sequence[GpuGrant]]]) -> bool:
+        """Adopt what a former agent made for what is `held`, which is asked when it is needed; False where the driver does not let
+        it: then try again, and nothing is claimed until it has succeeded."""
         try:
             async with asyncio.timeout(RECOVER_S):
                 await self._devices.recover(held)
@@ -138,11 +138,11 @@ class Gpus:
         return True
 
     async def recover_later(self, held: Callable[[], Mapping[str, Sequence[GpuGrant]]]) -> None:
-        """Try until it succeeds; `held` is asked each time, since instances end meanwhile."""
+        """Try until it succeeds."""
         while not self._recovered.is_set():
             await asyncio.sleep(RECOVER_PAUSE_S)
             try:
-                await self.recover(held())
+                await self.recover(held)
             except Exception:  # the outer edge: a surprise must not end the agent
                 log.exception("GPUs not recovered", node=self._node)
 

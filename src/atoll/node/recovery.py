@@ -36,12 +36,11 @@ async def recover(entries: Sequence[Entry], tools: Tools, choose: random.Random)
             else:
                 log.warning("removing an instance that is not recorded", instance=each.id, runtime=runtime.name)
                 await _persist(lambda id=each.id, runtime=runtime: runtime.delete(id), f"delete {each.id}", choose)  # type: ignore[misc]
-    if tools.gpus is not None:
-        # After the runtimes: what was not recorded has ended now, and lets go of its devices.
-        await tools.gpus.recover(
-            {id: entry.assignment.instance.gpus for id, entry in known.items() if entry.assignment.instance.gpus}
-        )
     keep = [id for id, entry in known.items() if not entry.state.phase.final]
+    if tools.gpus is not None:
+        # After the runtimes: what was not recorded has ended now, and lets go of its devices, as what has ended before does.
+        held = {id: known[id].assignment.instance.gpus for id in keep if known[id].assignment.instance.gpus}
+        await tools.gpus.recover(lambda: held)
     links = await _persist(lambda: tools.network.recover(keep), "network recover", choose, settled=bool(known))
     ipv6 = {link.id: link.ipv6 for link in links}
     for id in tools.directories.strangers(known):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -209,8 +209,9 @@ class Devices(Protocol):
         """Put back what `suspend` took off. Safe to repeat. Raises Unavailable: some of them are still off; Unsupported as it."""
         ...
 
-    async def recover(self, held: Mapping[str, Sequence[GpuGrant]]) -> None:
-        """Adopt what a former agent made for these instances and remove what it made for others, half-made partitions too."""
+    async def recover(self, held: Callable[[], Mapping[str, Sequence[GpuGrant]]]) -> None:
+        """Adopt what a former agent made for the instances that hold something, and remove what it made for others, half-made
+        partitions too. `held` is asked when the drivers were looked at, which takes its time: instances end meanwhile."""
         ...
 
     async def reinstate(self, device: str, *, reset: bool = False) -> None:
