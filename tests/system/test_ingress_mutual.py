@@ -19,15 +19,19 @@ from atoll.api.service import KINDS, Service
 from atoll.api.service.callers import CallerAuthority
 from atoll.ingress import envoy
 from atoll.ingress.bootstrap import ACCESS_LOG
+from atoll.ingress.clusters import CONNECT_TIMEOUT_S
 from atoll.ingress.fake import FakeRouting
 from atoll.ingress.fake_certificates import FakeCertificates
+from atoll.ingress.resources import Kind
 from atoll.ingress.service import Ingress
+from atoll.ingress.sleepers import serving
 from atoll.model.certificates import CallerCertificate, CallerRequest
 from atoll.model.errors import AtollError
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import Endpoint, Routing
-from atoll.model.spec import AppSpec, IngressRules, InstanceTls, Port, check_app
+from atoll.model.spec import AppSpec, Health, IngressRules, InstanceTls, Port, check_app
 from atoll.model.traffic import DemandReport
+from atoll.model.units import Seconds
 from atoll.model.worker import SERVICE_HEADER, SERVICES, SERVICES_SOCKET
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -297,6 +301,35 @@ async def test_it_wakes_what_sleeps_and_workers_call_it_too(cell: Cell) -> None:
         assert instance.callers == {"spiffe://main/caller/edge"}
     finally:
         cell.routing.on_demand = lambda report: None
+        instance.close()
+
+
+async def test_what_speaks_tls_and_takes_its_time_to_wake_is_waited_for_by_one_try(cell: Cell) -> None:
+    instance, port = await cell.instance("deep.shop.internal")
+    try:
+        whole = cell.serve("deep", port, wakes=True, awake=False)
+        assert whole.spec.ingress is not None
+        whole = replace(whole, spec=replace(whole.spec, ingress=replace(whole.spec.ingress, retries=0)))
+        cell.routing.put(replace(whole, endpoints=()))
+        await cell.ingress.ads.applied((Kind.HOST, "http/deep.test"), "any", timeout_s=TIMEOUT_S)
+        activator = cell.ingress.activator
+        request = asyncio.create_task(cell.get("deep.test"))
+        await asyncio.sleep(CONNECT_TIMEOUT_S + 0.5)
+        assert activator.waiting == {"shop/deep"}
+        cell.routing.put(whole)
+        assert await request == "200 here"
+        # What does not wake at all is said at its deadline, and not once more for each of Envoy's tries.
+        lazy = replace(
+            whole.spec, ingress=IngressRules(instance_tls=InstanceTls(ca=cell.maker.pem)), health=Health(start=Seconds(1))
+        )
+        cell.routing.put(replace(whole, spec=lazy, endpoints=()))
+        async with asyncio.timeout(TIMEOUT_S):
+            while serving(cell.ingress.table.endpoints_of("shop/deep")):  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.01)
+            began = asyncio.get_running_loop().time()
+            assert (await cell.get("deep.test")).startswith("503")
+        assert 1 <= asyncio.get_running_loop().time() - began < 3
+    finally:
         instance.close()
 
 

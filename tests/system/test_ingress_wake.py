@@ -215,6 +215,17 @@ async def test_an_app_that_does_not_wake_is_answered_at_its_deadline_with_a_reas
     assert attempts <= {1, "1"}
 
 
+async def test_a_client_that_goes_is_waited_for_no_longer_however_much_it_had_to_say(site: Site) -> None:
+    site.control.put(asleep("a", port=80))
+    await applied(site, "a.localhost")
+    for body in (b"", b"x" * (3 << 20)):
+        _, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        writer.write(f"POST / HTTP/1.1\r\nHost: a.localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        await eventually(lambda: site.ingress.activator.waiting == {"default/a"})
+        writer.transport.abort()
+        await eventually(lambda: not site.ingress.activator.busy)
+
+
 async def test_a_control_plane_that_is_away_is_asked_again_until_it_is_back(site: Site) -> None:
     (one,) = await site.backends(1)
     starter = Starter(site, asleep("a", one))

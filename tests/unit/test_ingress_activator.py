@@ -16,7 +16,8 @@ from atoll.ingress.sleepers import socket_of
 from atoll.ingress.table import RoutingTable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Listening, Routing
-from atoll.model.spec import AppSpec, Port, PortProtocol
+from atoll.model.spec import AppSpec, Health, IngressRules, InstanceTls, Port, PortProtocol
+from atoll.model.units import Seconds
 
 SHARE = 2
 LIMIT_S = 30.0
@@ -105,11 +106,14 @@ class Sleepy:
         self.activator = Activator(self.table, self.directory, wake=self.woken.append)
         self.activator.start()
         self.connections = 0
+        self.rules: IngressRules | None = None
+        self.health: Health | None = None
         self._revision = 0
 
     def tell(self, *, starting: tuple[Endpoint, ...] = (), endpoints: tuple[Endpoint, ...] = ()) -> None:
         self._revision += 1
-        spec = AppSpec(name="web", project="p", image="x", ports=(Port(port=self.port),))
+        ports = (Port(port=self.port),)
+        spec = AppSpec(name="web", project="p", image="x", ports=ports, ingress=self.rules, health=self.health)
         hosts = (("web.test", "/", self.port, False),)
         made = Routing(project="p", app="web", spec=spec, hosts=hosts, wakes=True, starting=starting, endpoints=endpoints)
         self.table.apply(RoutingBatch(self._revision, False, (made,)))
@@ -180,6 +184,49 @@ async def test_an_instance_that_took_a_connection_and_went_is_waited_for_anew(sl
     reader, writer = await sleepy.ask()
     await asyncio.sleep(0.05)
     server = await sleepy.listen()
+    async with asyncio.timeout(LIMIT_S):
+        assert await reader.readexactly(5) == b"hello"
+    writer.close()
+    server.close()
+
+
+async def test_who_hangs_up_is_waited_for_no_longer_and_leaves_its_place_whatever_it_has_sent(sleepy: Sleepy) -> None:
+    sleepy.tell()
+    for body in (b"", b"x" * (4 << 20)):
+        _, writer = await sleepy.ask()
+        writer.write(body)
+        await until(lambda: sleepy.activator.waiting == {"p/web"})
+        writer.transport.abort()
+        await until(lambda: not sleepy.activator.busy)
+
+
+async def test_who_has_said_all_and_waits_for_the_answer_has_not_hung_up(sleepy: Sleepy) -> None:
+    sleepy.tell()
+    reader, writer = await sleepy.ask()
+    writer.write_eof()
+    await until(lambda: len(sleepy.woken) == 1)
+    server = await sleepy.listen()
+    sleepy.tell(endpoints=(sleepy.place,))
+    async with asyncio.timeout(LIMIT_S):
+        assert await reader.readexactly(5) == b"hello"
+    writer.close()
+    server.close()
+
+
+async def test_who_speaks_tls_waits_once_for_what_does_not_wake_and_not_with_each_of_envoys_tries(sleepy: Sleepy) -> None:
+    sleepy.rules, sleepy.health = IngressRules(instance_tls=InstanceTls()), Health(start=Seconds(0.2))
+    sleepy.tell()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with asyncio.timeout(LIMIT_S):
+        assert await (await sleepy.ask())[0].read() == b"", "no words, which would be no TLS"
+        assert loop.time() - began >= 0.2
+        assert len(sleepy.woken) == 1
+        assert await (await sleepy.ask())[0].read() == b""
+    assert len(sleepy.woken) == 1, "this one was not waited with"
+    server = await sleepy.listen()
+    sleepy.tell(endpoints=(sleepy.place,))
+    reader, writer = await sleepy.ask()
     async with asyncio.timeout(LIMIT_S):
         assert await reader.readexactly(5) == b"hello"
     writer.close()

@@ -17,7 +17,8 @@ from atoll.ingress.resources import Kind
 from atoll.ingress.table import RoutingTable
 from atoll.model.ports.control_plane import RoutingBatch
 from atoll.model.records import Endpoint, Routing
-from atoll.model.spec import AppSpec
+from atoll.model.spec import AppSpec, Health, IngressRules, InstanceTls
+from atoll.model.units import Seconds
 
 T = TypeVar("T", Cluster, ClusterLoadAssignment, VirtualHost)
 Hosts = tuple[tuple[str, str, int, bool], ...]
@@ -193,3 +194,18 @@ def test_an_app_that_sleeps_has_the_activator_while_nothing_of_it_serves_and_nev
     table.apply(RoutingBatch(3, False, (asleep,)))
     table.apply(RoutingBatch(4, False, removed=("p/a",)))
     assert not table.sleepers()
+
+
+def test_a_handshake_may_last_as_long_as_its_app_may_take_to_wake_and_no_other_waits_longer_to_connect() -> None:
+    table = RoutingTable()
+    secret, far = IngressRules(instance_tls=InstanceTls(pins=("x",))), replace(at("10.0.0.3"), site="far")
+    for rules, wakes, endpoints, expected_s in (
+        (secret, True, (), 45.0),
+        (secret, True, (at("10.0.0.2"), far), 45.0),
+        (secret, False, (at("10.0.0.2"), far), 0.6),
+        (IngressRules(), True, (), 0.6),
+    ):
+        spec = AppSpec(name="a", image="x", ingress=rules, health=Health(start=Seconds(40)))
+        table.apply(RoutingBatch(1, False, (replace(routing("a", *endpoints), spec=spec, wakes=wakes),)))
+        found = parsed(table, Kind.CLUSTER, "p/a/80", Cluster).connect_timeout
+        assert found.seconds + found.nanos / 1e9 == expected_s

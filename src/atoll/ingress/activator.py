@@ -21,11 +21,12 @@ from msgspec import Struct
 from atoll.ingress.admin import Requests, short
 from atoll.ingress.datagrams import Datagrams
 from atoll.ingress.doors import AGAIN_FIRST_S, AGAIN_MAX_S, Doors
+from atoll.ingress.hangups import Hangups
 from atoll.ingress.refusals import refuse
 from atoll.ingress.resources import Target
 from atoll.ingress.sleepers import WAKE, serving, socket_of, wake_s
 from atoll.ingress.table import RoutingTable
-from atoll.model.records import Endpoint
+from atoll.model.records import Endpoint, Routing
 
 CONNECTIONS_MAX = 8_192
 """Held and spliced at a time; what is more is answered with 503."""
@@ -34,6 +35,8 @@ APP_SHARE = 8
 BACKLOG = 4_096
 CHUNK_BYTES = 64 << 10
 CONNECT_S = 2.0
+VAIN_S = 1.0
+"""Envoy's own tries (`clusters.RETRY_MAX_MS` apart) follow a wait in vain within that."""
 
 log = structlog.get_logger()
 
@@ -69,6 +72,9 @@ class Activator:
         """One for each connection."""
         self._waiting: Counter[str] = Counter()
         self._woken: dict[str, asyncio.Event] = {}
+        self._vain: dict[str, float] = {}
+        """App that is spoken to by TLS → when somebody last waited for it in vain (seconds of the loop)."""
+        self._hangups = Hangups()
         self._doors = Doors(table, self._let_in)
         self._splices: Counter[Splice] = Counter()
         self._spliced: Counter[str] = Counter()
@@ -91,6 +97,7 @@ class Activator:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for left in self._directory.iterdir():
             left.unlink()
+        self._hangups.start()
 
     def changed(self) -> None:
         """Follow a change of the table, before Envoy is told of it: a socket that Envoy knows must be there."""
@@ -107,6 +114,8 @@ class Activator:
                 self._let_in(app)
             else:
                 self._doors.look(app)
+        for app in [app for app in self._vain if self._gone(app) or serving(self._table.endpoints_of(app))]:
+            del self._vain[app]
         self.datagrams.changed()
 
     def stop(self) -> None:
@@ -116,6 +125,7 @@ class Activator:
         for task in self._tasks:
             task.cancel()
         self._doors.stop()
+        self._hangups.stop()
         self.datagrams.stop()
 
     async def requests(self, clusters: tuple[str, ...], admin: Counts) -> dict[str, Requests]:
@@ -178,13 +188,18 @@ class Activator:
                 return
             routing = self._table.routing_of(app)
             limit_s = wake_s(routing) if routing is not None else 0.0
+            secret = routing is not None and _speaks_tls(routing, target)
+            if secret and self._in_vain(app):
+                return
             try:
-                async with asyncio.timeout(limit_s):
+                async with asyncio.timeout(limit_s), self._hangups.ending(writer):
                     splice, theirs = await self._reach(app, target)
             except TimeoutError:
                 log.warning("ingress.not-woken", app=app, waited_s=limit_s)
                 text = f"app '{app}' slept, and no instance of it was ready within {limit_s:g} s"
-                if not target.raw:
+                if secret:
+                    self._vain[app] = asyncio.get_running_loop().time()
+                elif not target.raw:
                     await refuse(reader, writer, 504, "deadline-exceeded", text, http2=target.http2)
                 return
             try:
@@ -199,6 +214,10 @@ class Activator:
             if not self._open[app]:
                 del self._open[app]
             writer.close()
+
+    def _in_vain(self, app: str) -> bool:
+        """Whether this is Envoy's next try after a wait in vain: as it cannot be answered in words, it would wait all over."""
+        return asyncio.get_running_loop().time() - self._vain.get(app, -VAIN_S) < VAIN_S
 
     def _full(self, app: str) -> str:
         """Return why there is no room for another connection of the app; empty where there is."""
@@ -249,6 +268,11 @@ class Activator:
         self._splices[splice] -= 1
         if not self._splices[splice]:
             del self._splices[splice]
+
+
+def _speaks_tls(routing: Routing, target: Target) -> bool:
+    rules = routing.spec.ingress
+    return not target.raw and rules is not None and rules.instance_tls is not None
 
 
 async def _splice(

@@ -34,6 +34,8 @@ from atoll.model.records import Endpoint
 from atoll.model.spec import IngressRules
 
 CONNECT_TIMEOUT_S = 2
+WAKE_MARGIN_S = 5
+"""Beyond the longest wait for an app to wake: the activator says first that it has not."""
 UPSTREAM_IDLE_S = 4
 """Below the 5 s after which common web servers close an idle connection, so that no request meets a closing one."""
 OTHER_HOST_TRIES = 32
@@ -91,13 +93,17 @@ class Nearness(Struct, frozen=True):
         return not any(ms[later] < ms[sooner] * CLOSER - CLOSER_MS for sooner, later in itertools.pairwise(order))
 
 
-def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = False) -> Resource:
+def cluster(target: Target, rules: IngressRules | None = None, *, sites: bool = False, wake_s: float = 0.0) -> Resource:
     """Return how the instances of `target` are spoken to; their addresses come apart from it.
 
     `sites`: they are, or were, at several sites. Envoy counts requests of a cluster that changes anew, so this stays once it is so.
+    `wake_s` is the longest wait for the app to wake, 0 for one that never sleeps.
     """
     internal = f"{target.app}.{target.project}.{DOMAIN}"
-    rest = _usual(target.http2, target.raw, sites) if rules is None else _cluster(rules, target.http2, target.raw, sites, internal)
+    if rules is None:
+        rest = _usual(target.http2, target.raw, sites)
+    else:
+        rest = _cluster(rules, target.http2, target.raw, sites, internal, 0.0 if target.preview else wake_s)
     # Messages that follow one another on the wire are one.
     return written(Kind.CLUSTER, target.cluster, cluster_pb2.Cluster(name=target.cluster).SerializeToString() + rest)
 
@@ -108,7 +114,7 @@ def _usual(http2: bool, raw: str, sites: bool) -> bytes:
     return _cluster(IngressRules(), http2, raw, sites)
 
 
-def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool, internal: str = "") -> bytes:
+def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool, internal: str = "", wake_s: float = 0.0) -> bytes:
     message = cluster_pb2.Cluster(
         type=cluster_pb2.Cluster.EDS,
         eds_cluster_config=cluster_pb2.Cluster.EdsClusterConfig(eds_config=from_us()),
@@ -124,6 +130,9 @@ def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool, internal: 
         message.outlier_detection.CopyFrom(_outliers(rules, sites=sites, raw=bool(raw)))
     if sites:
         message.connect_timeout.FromMilliseconds(AWAY_CONNECT_MS)
+    if wake_s and not raw and rules.instance_tls is not None:
+        # It covers the handshake, which begins at the activator and which only an instance can end.
+        message.connect_timeout.FromMilliseconds(round((wake_s + WAKE_MARGIN_S) * 1000))
     if sites and raw != "udp":
         message.upstream_bind_config.socket_options.add(
             description="TCP_USER_TIMEOUT",

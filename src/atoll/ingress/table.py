@@ -14,7 +14,7 @@ from atoll.ingress.http3 import HOSTS_MAX as HTTP3_HOSTS_MAX
 from atoll.ingress.http3 import HTTP3, Http3
 from atoll.ingress.legs import Places, canary_of, legs_of, limits_of, targets_of
 from atoll.ingress.resources import HostPath, Kind, Name, Problem, Resource, Target
-from atoll.ingress.sleepers import serving, socket_of
+from atoll.ingress.sleepers import serving, socket_of, wake_s
 from atoll.ingress.udp_room import UdpRoom
 from atoll.model.certificates import wildcard_of, wildcards_over
 from atoll.model.ports.control_plane import RoutingBatch
@@ -232,10 +232,11 @@ class RoutingTable:
         scale = routing.spec.scale
         (self._counted.add if scale is not UNSET and scale.counts_requests else self._counted.discard)(key)
         counted = set()
+        asleep_s = wake_s(routing) if routing.wakes else 0.0
         for target in targets:
             # Envoy counts requests of a cluster that changes anew, and a drain waits for what is counted.
             if not draining or target.cluster not in self.resources[Kind.CLUSTER]:
-                self._write(clusters.cluster(target, routing.spec.ingress, sites=len(sites) > 1))
+                self._write(clusters.cluster(target, routing.spec.ingress, sites=len(sites) > 1, wake_s=asleep_s))
                 if target.raw == "udp" and self._count_clients(target, routing):
                     counted |= {place.host for place, legs in places.items() if any(leg.target == target for leg in legs)}
             self._write(self._endpoints(target, routing))
