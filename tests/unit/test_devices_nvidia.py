@@ -576,6 +576,14 @@ async def test_a_partition_is_made_shown_and_removed(hardware: NvidiaHardware) -
     await hardware.remove_partition(THIRD, 4)
 
 
+async def test_a_driver_that_knows_no_profile_by_its_number_makes_partitions_all_the_same(
+    driver: FakeDriver, hardware: NvidiaHardware
+) -> None:
+    driver.lack("nvmlDeviceGetGpuInstanceProfileInfoById")  # before 580
+    made = await hardware.make_partition(THIRD, "3g.40gb", 4)
+    assert await hardware.partitions(THIRD) == (made,)
+
+
 async def test_making_a_partition_again_returns_it(hardware: NvidiaHardware) -> None:
     made = await hardware.make_partition(THIRD, "1g.10gb", 6)
     assert await hardware.make_partition(THIRD, "1g.10gb", 6) == made
@@ -596,8 +604,9 @@ async def test_what_cannot_be_made_is_refused_with_what_can(hardware: NvidiaHard
     with pytest.raises(Invalid, match="cannot begin at 2") as caught:
         await hardware.make_partition(THIRD, "3g.40gb", 2)
     assert "0, 4" in str(caught.value.mend)
-    with pytest.raises(Invalid, match="not in MIG mode"):
+    with pytest.raises(Invalid, match="not in MIG mode") as caught:
         await hardware.make_partition(FIRST, "1g.10gb", 0)
+    assert str(caught.value.mend).startswith("stop the node's agent")
     with pytest.raises(NotFound):
         await hardware.make_partition("GPU-0", "1g.10gb", 0)
     assert await hardware.partitions(FIRST) == ()

@@ -114,9 +114,13 @@ class FakeDriver:
             else:
                 os.environ[fake_state.VARIABLE] = before
 
-    def fail(self, function: str, code: int, *, times: int = -1) -> None:
-        """Have a function of NVML fail with an NVML error, as often as `times` says (-1: always)."""
-        self._fault(function, {"kind": "error", "code": code, "times": times})
+    def fail(self, function: str, code: int, *, times: int = -1, device: str = "") -> None:
+        """Have a function of NVML fail with an NVML error, as often as `times` says (-1: always); with `device` of that one only."""
+        self._fault(f"{function}@{device}" if device else function, {"kind": "error", "code": code, "times": times})
+
+    def lack(self, function: str) -> None:
+        """Be a driver that does not have this function."""
+        self.fail(function, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
 
     def hang(self, function: str, *, times: int = 1) -> None:
         """Have it never return."""

@@ -48,9 +48,10 @@ def call(function: Callable[..., Any]) -> Callable[..., Any]:
     """As every entry of NVML: what is asked to go wrong does, and nothing works before `nvmlInit`."""
 
     def entry(*arguments: Any, **named: Any) -> Any:
-        fault = _take_fault(function.__name__)
-        if fault is not None:
-            _suffer(fault)
+        for name in (function.__name__, f"{function.__name__}@{_named(arguments)}"):
+            fault = _take_fault(name)
+            if fault is not None:
+                _suffer(fault)
         if not started and function.__name__ != "nvmlInit":
             raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
         return function(*arguments, **named)
@@ -70,6 +71,14 @@ def _take_fault(name: str) -> dict[str, Any] | None:
             if not fault["times"]:
                 del state["faults"][name]
     return fault
+
+
+def _named(arguments: tuple[Any, ...]) -> str:
+    """Return the device that a call is about: its first argument is a handle, or a place; empty for none."""
+    first = arguments[0] if arguments else -1
+    place = first if isinstance(first, int) else _place(first) if isinstance(first, ctypes._Pointer) else -1
+    devices = load()["devices"]
+    return str(devices[place]["id"]) if 0 <= place < len(devices) else ""
 
 
 def _suffer(fault: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from atoll.devices.nvidia import reading
 
 _NOT_FOUND, _IN_USE, _INSUFFICIENT = 6, 19, 23
 _GPU_NOT_FOUND = 28
+_MODE = "stop the node's agent, which has every GPU open, and whatever else uses this one; then: nvidia-smi -i {} -mig 1"
 
 
 class Refusal(Exception):
@@ -36,7 +37,7 @@ def make(nvml: Any, device: str, profile: str, start: int) -> dict[str, Any]:
     """Make the partition, or complete it, or return the one that is there."""
     handle = _device(nvml, device)
     if not _mig(nvml, handle):
-        raise Refusal("invalid", f"{device} is not in MIG mode", f"nvidia-smi -i {device} -mig 1, while nothing uses it")
+        raise Refusal("invalid", f"{device} is not in MIG mode", _MODE.format(device))
     offered = {item["name"]: item for item in reading.profiles(nvml, handle)}
     kind = offered.get(profile)
     if kind is None:
@@ -46,7 +47,7 @@ def make(nvml: Any, device: str, profile: str, start: int) -> dict[str, Any]:
     end = start + kind["memory_slices"]
     for item in _existing(nvml, handle):
         if item["start"] == start and item["profile"] == profile:
-            return _shown(item) if item["id"] else _complete(nvml, handle, item["handle"], start)
+            return _shown(item) if item["id"] else _complete(nvml, handle, item["handle"], start, kind["compute_slices"])
         if item["start"] < end and start < item["start"] + item["size"]:
             raise _taken(device, profile, start, f"{item['profile']} is at {item['start']}")
     placement = nvml.c_nvmlGpuInstancePlacement_t(start, kind["memory_slices"])
@@ -56,7 +57,7 @@ def make(nvml: Any, device: str, profile: str, start: int) -> dict[str, Any]:
         if error.value == _INSUFFICIENT:
             raise _taken(device, profile, start, "the driver has no room for it there") from None
         raise
-    return _complete(nvml, handle, instance, start)
+    return _complete(nvml, handle, instance, start, kind["compute_slices"])
 
 
 def remove(nvml: Any, device: str, start: int) -> None:
@@ -79,18 +80,17 @@ def remove(nvml: Any, device: str, start: int) -> None:
             raise
 
 
-def _complete(nvml: Any, handle: Any, instance: Any, start: int) -> dict[str, Any]:
+def _complete(nvml: Any, handle: Any, instance: Any, start: int, slices: int) -> dict[str, Any]:
     try:
-        nvml.nvmlGpuInstanceCreateComputeInstance(instance, _whole(nvml, handle, instance))
-    except nvml.NVMLError:
+        nvml.nvmlGpuInstanceCreateComputeInstance(instance, _whole(nvml, instance, slices))
+    except (nvml.NVMLError, Refusal):
         nvml.nvmlGpuInstanceDestroy(instance)
         raise
     return next(_shown(item) for item in _existing(nvml, handle) if item["start"] == start)
 
 
-def _whole(nvml: Any, handle: Any, instance: Any) -> int:
-    """Return the compute profile that covers all of a GPU instance."""
-    wanted = nvml.nvmlDeviceGetGpuInstanceProfileInfoById(handle, nvml.nvmlGpuInstanceGetInfo(instance).profileId).sliceCount
+def _whole(nvml: Any, instance: Any, wanted: int) -> int:
+    """Return the compute profile that covers all of a GPU instance, which has `wanted` slices."""
     for info in _compute_profiles(nvml, instance):
         if info.sliceCount == wanted:
             return int(info.id)
