@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
+from late_store import Late
 from msgspec.structs import replace
 
 from atoll.api.http.answers import Lines
 from atoll.api.service import KINDS, SYSTEM, Caller, RequestKey, Service
+from atoll.api.service.events import DATA_BYTES_MAX, MESSAGE_CHARS_MAX, MINUTE_S, PER_MINUTE_MAX, Allowance
+from atoll.api.service.reports import AHEAD_S
 from atoll.api.service.watching import Watch
 from atoll.api.service.workloads import pinned_digests
 from atoll.model import codec, keys
@@ -825,6 +829,124 @@ async def test_a_jump_over_phases_is_legal_but_not_back_from_an_end(service: Ser
     assert await report(Phase.RUNNING) is Phase.RUNNING, "a machine that lost power may have forgotten that it had begun to stop"
     assert await report(Phase.STOPPED) is Phase.STOPPED
     assert await report(Phase.RUNNING) is Phase.STOPPED
+
+
+def node_event(clock: FakeClock, number: int = 0, **changes: Any) -> Event:
+    event = Event(id=f"e{number}", at=clock.at, project="default", subject="node/n1", code="gpu-broken", message="m")
+    return replace(event, **changes)
+
+
+async def put_node(service: Service, name: str = "n1") -> None:
+    await put_record(service, keys.node(name), Node(name=name, capacity=Capacity(cpu_milli=1, memory_bytes=1, disk_bytes=1)))
+
+
+def kept_events(service: Service, project: str = "default") -> list[Event]:
+    return list(service.events.all(project, limit=5_000).items)
+
+
+async def test_an_event_of_an_agent_is_of_no_later_than_now_and_within_its_bounds(service: Service, clock: FakeClock) -> None:
+    await put_node(service)
+    data = {"small": 1, "large": "x" * DATA_BYTES_MAX, "last": [2]}
+    await service.control_plane.report("n1", [], [node_event(clock, at=clock.at + 1e9, message="m" * 10_000, data=data)])
+    (event,) = kept_events(service)
+    assert event.at == clock.at + AHEAD_S
+    assert len(event.message) == MESSAGE_CHARS_MAX
+    assert event.data == {"small": 1}
+    await service.control_plane.report("n1", [], [node_event(clock, 1, at=clock.at - 60, data={"a": "b"})])
+    assert [(one.at, one.data) for one in kept_events(service) if one.id == "e1"] == [(clock.at - 60, {"a": "b"})]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"code": "x" * 10_000}, {"code": "Two words"}, {"subject": "instance/" + "x" * 10_000}, {"subject": "instance/a/b"}]
+)
+async def test_an_event_with_a_code_or_subject_that_is_none_is_refused(
+    service: Service, clock: FakeClock, wrong: dict[str, str]
+) -> None:
+    await put_node(service)
+    with pytest.raises(Invalid, match=r"events\.(code|subject)"):
+        await service.control_plane.report("n1", [], [node_event(clock, **wrong)])
+    assert not kept_events(service)
+
+
+async def test_an_agent_writes_events_only_in_the_cell_s_project_and_in_those_that_have_something_there(
+    service: Service, clock: FakeClock
+) -> None:
+    await put_node(service)
+    for project, node in (("mine", "n1"), ("theirs", "n2")):
+        await service.projects.put(project)
+        await put_instance(service, f"{project}-1", 1, node=node)
+        await put_record(
+            service,
+            keys.instance(project, f"{project}-1"),
+            Instance(id=f"{project}-1", project=project, owner_kind=OwnerKind.APP, owner="web", node=node, created_at=1),
+        )
+    events = [
+        node_event(clock, 1, project="mine", subject="instance/mine-1", code="started"),
+        node_event(clock, 2, project="mine", subject="instance/mine-0", code="stopped"),  # gone already
+        node_event(clock, 3, project="theirs", subject="instance/theirs-0", code="started"),
+        node_event(clock, 4, project="theirs"),
+        node_event(clock, 5),
+    ]
+    await service.control_plane.report("n1", [], events)
+    kept = {project: sorted(event.id for event in kept_events(service, project)) for project in ("default", "mine", "theirs")}
+    assert kept == {"default": ["e5"], "mine": ["e1", "e2"], "theirs": []}
+
+
+async def test_an_event_in_a_project_that_this_server_has_not_heard_of_yet_is_taken(clock: FakeClock) -> None:
+    store = Late(clock)
+    async with State(store, KINDS) as state, Service(store, state, clock, random.Random(1), KEY, "localhost") as service:
+        await put_node(service)
+        store.flows.clear()
+        instance = Instance(id="mine-1", project="mine", owner_kind=OwnerKind.APP, owner="web", node="n1", created_at=1)
+        await store.put(keys.instance("mine", "mine-1"), codec.encode(instance))
+        event = node_event(clock, project="mine", subject="instance/mine-1", code="started")
+        reporting = asyncio.ensure_future(service.control_plane.report("n1", [], [event]))
+        await asyncio.sleep(0)
+        assert not reporting.done()
+        store.flows.set()
+        await reporting
+        assert await store.get(keys.event("mine", event.id)) is not None
+    await store.close()
+
+
+async def test_of_a_node_s_events_so_many_are_taken_in_a_minute_and_the_rest_is_told_once(
+    service: Service, clock: FakeClock
+) -> None:
+    for name in ("n1", "n2"):
+        await put_node(service, name)
+    for first in range(0, 1_000, 250):
+        await service.control_plane.report("n1", [], [node_event(clock, number) for number in range(first, first + 250)])
+    await service.control_plane.report("n1", [], [node_event(clock, number) for number in range(250)])  # said again, and known
+    assert len(kept_events(service)) == PER_MINUTE_MAX
+    other = node_event(clock, 5_000, subject="node/n2")
+    await service.control_plane.report("n2", [], [other])
+    assert len(kept_events(service)) == PER_MINUTE_MAX + 1, "what one has too many is nothing to another"
+    clock.at += MINUTE_S
+    for number in (6_000, 6_001):
+        await service.control_plane.report("n1", [], [node_event(clock, number)])
+    (told,) = (event for event in kept_events(service) if event.code == "events-left-out")
+    assert told.message.startswith("400 events of node n1 were left out")
+    assert len(kept_events(service)) == PER_MINUTE_MAX + 4
+
+
+async def test_events_whose_write_failed_are_taken_when_they_are_said_again(clock: FakeClock) -> None:
+    allowance = Allowance(clock)
+    with allowance.of("n1", PER_MINUTE_MAX + 5) as (room, _):
+        assert room == PER_MINUTE_MAX
+    clock.at += MINUTE_S
+    for _ in range(3):
+        with contextlib.suppress(Unavailable), allowance.of("n1", PER_MINUTE_MAX) as found:
+            raise Unavailable("the store")
+        assert found == (PER_MINUTE_MAX, 5)
+
+
+async def test_what_an_instance_uses_is_what_its_own_node_tells(service: Service) -> None:
+    await service.apps.put(SYSTEM, app_spec())
+    await put_instance(service, "web-1", 1)
+    for node, cpu_milli in (("n0", 9), ("n1", 5), ("n2", 9)):
+        service.heartbeats.note(Heartbeat(node=node, at=1.0, usage=(Usage(instance="web-1", cpu_milli=cpu_milli),)))
+    assert [usage.cpu_milli for usage in service.nodes.usage(SYSTEM, None)] == [5]
+    assert [usage.cpu_milli for usage in service.nodes.usage(SYSTEM, "default")] == [5]
 
 
 async def test_a_job_waits_until_an_earlier_one_of_its_name_has_left_nothing(service: Service) -> None:

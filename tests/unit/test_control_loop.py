@@ -594,6 +594,8 @@ def test_orphans_and_old_events_are_collected() -> None:
                 await cell.store.put(keys.event("default", event.id), codec.encode(event))
             old = Event(id="old", at=START - 400_000, project="quiet", subject="app/x", code="c", message="")
             await cell.put(keys.event("quiet", "old"), old)
+            ahead = Event(id="ahead", at=START + 1e9, project="quiet", subject="node/n1", code="c", message="its clock was wrong")
+            await cell.put(keys.event("quiet", "ahead"), ahead)
             await start(cell)
             await asyncio.sleep(100)
             assert not cell.state.records(Status)

@@ -60,7 +60,8 @@ def old_events(events: Iterable[Held[Event]], now: float) -> Iterator[Forget]:
     for held_events in by_project.values():
         held_events.sort(key=_age_order, reverse=True)
         for place, held in enumerate(held_events):
-            if place >= EVENTS_PER_PROJECT_MAX or held.record.at < now - EVENT_AGE_MAX_S:
+            # One that is dated as long ahead (a clock was wrong) would never be old, and would stay before all others.
+            if place >= EVENTS_PER_PROJECT_MAX or abs(now - held.record.at) > EVENT_AGE_MAX_S:
                 yield _forget_event(held)
             else:
                 kept.append(held)

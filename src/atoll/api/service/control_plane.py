@@ -8,6 +8,7 @@ from atoll.api.service import reports
 from atoll.api.service.beat_keys import grant_of
 from atoll.api.service.context import Context
 from atoll.api.service.demand import Demands
+from atoll.api.service.events import Allowance
 from atoll.api.service.feeds import Feeds
 from atoll.api.service.heartbeats import Heartbeats
 from atoll.api.service.ingress_heartbeats import IngressHeartbeats
@@ -46,6 +47,7 @@ class LocalControlPlane:
         self.counted = Traffic(context.clock)
         """What ingresses say goes there."""
         self._ingresses = ingresses
+        self._allowance = Allowance(context.clock)
         self.wanted = Demands(context)
         """What ingresses have requests for."""
 
@@ -62,7 +64,7 @@ class LocalControlPlane:
         return self._feeds.assignments(node, keepalive_s)
 
     async def report(self, node: str, statuses: Sequence[Status], events: Sequence[Event] = ()) -> None:
-        await reports.report(self._context, node, statuses, events)
+        await reports.report(self._context, node, statuses, events, self._allowance)
 
     async def instance_secrets(self, instance: str, node: str | None = None) -> dict[str, str]:
         """See `ControlPlane`; with `node`, only for an instance of that node."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -10,6 +14,7 @@ from atoll.api.service.access import Caller
 from atoll.api.service.context import Context
 from atoll.api.service.projects import require_project
 from atoll.model import codec, keys
+from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Put
 from atoll.model.records import App, Event
 from atoll.model.views import Page
@@ -18,14 +23,57 @@ from atoll.store.index import by_project
 
 MESSAGE_CHARS_MAX = 2_000
 DATA_ITEMS_MAX = 32
+DATA_BYTES_MAX = 4_096
+"""Of all its items as they are kept; those that go beyond it are left out."""
+PER_MINUTE_MAX = 600
+"""Events of one node that a server takes in a minute: more than half of what is kept of a project."""
+MINUTE_S = 60.0
 
 
 def bounded(event: Event) -> Event:
     """Return `event` cut to its bounds."""
-    if len(event.message) <= MESSAGE_CHARS_MAX and len(event.data) <= DATA_ITEMS_MAX:
+    data: dict[str, Any] = {}
+    left_bytes = DATA_BYTES_MAX
+    for name, value in list(event.data.items())[:DATA_ITEMS_MAX]:
+        left_bytes -= len(codec.encode({name: value}))
+        if left_bytes >= 0:
+            data[name] = value
+    if len(event.message) <= MESSAGE_CHARS_MAX and len(data) == len(event.data):
         return event
-    data = dict(list(event.data.items())[:DATA_ITEMS_MAX])
     return replace(event, message=event.message[:MESSAGE_CHARS_MAX], data=data)
+
+
+class Allowance:
+    """How many events each node may still write, `PER_MINUTE_MAX` in a minute; and how many more it would have, to be told once."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._began = clock.monotonic()
+        self._taken: Counter[str] = Counter()
+        self._over: Counter[str] = Counter()
+        self._untold: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def of(self, node: str, wanted: int) -> Iterator[tuple[int, int]]:
+        """Yield how many of `wanted` events may be written now, and how many of minutes before were left out and are to be told.
+
+        What raises in it was not written: nothing counts then, for it will be said again.
+        """
+        if self._clock.monotonic() - self._began >= MINUTE_S:
+            self._began = self._clock.monotonic()
+            self._untold.update(self._over)
+            self._taken.clear()
+            self._over.clear()
+        room = min(wanted, PER_MINUTE_MAX - self._taken[node])
+        untold = self._untold.pop(node, 0)
+        self._taken[node] += room
+        try:
+            yield room, untold
+        except BaseException:
+            self._taken[node] = max(0, self._taken[node] - room)
+            self._untold[node] += untold
+            raise
+        self._over[node] += wanted - room
 
 
 class Events:

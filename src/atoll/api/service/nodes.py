@@ -176,10 +176,12 @@ class Nodes:
         await self._context.write(type(None), build)
 
     def usage(self, caller: Caller, project: str | None) -> tuple[Usage, ...]:
-        """Return the latest usage of every instance that `caller` may see, by instance."""
+        """Return the latest usage of every instance that `caller` may see, as the node tells that it is on, by instance."""
         there = self._state.records(Instance) if project is None else self._state.found(Instance, by_project, project)
-        seen = {held.record.id for held in there.values() if caller.sees(held.record.project)}
-        found = (usage for heartbeat in self._heartbeats.all().values() for usage in heartbeat.usage if usage.instance in seen)
+        nodes = {held.record.id: held.record.node for held in there.values() if caller.sees(held.record.project)}
+        found = (
+            usage for node, beat in self._heartbeats.all().items() for usage in beat.usage if nodes.get(usage.instance) == node
+        )
         return tuple(sorted(found, key=lambda usage: usage.instance))
 
     def flows(self, project: str) -> Flows:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import structlog
 from msgspec.structs import replace
 
 from atoll.api.service.access import check_id, check_name
 from atoll.api.service.context import Context, Draft
-from atoll.api.service.events import MESSAGE_CHARS_MAX, bounded
+from atoll.api.service.events import MESSAGE_CHARS_MAX, PER_MINUTE_MAX, Allowance, bounded
+from atoll.api.service.lookups import by_node
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Forbidden, Invalid, NotFound, TooLarge
 from atoll.model.ports.store import Compare, Op, Put, Target, absent, unchanged
-from atoll.model.records import Drained, Event, Ingress, Instance, Node, Status
+from atoll.model.records import CELL_PROJECT, Drained, Event, Ingress, Instance, Node, Severity, Status
 from atoll.model.states import TRANSITIONS, Desired, Phase
 
 STATUSES_MAX = 1_000
 """Statuses, and events, in one report."""
+AHEAD_S = 5.0
+"""How much later than this server's an agent's clock may date an event."""
 
 log = structlog.get_logger()
 
@@ -37,11 +40,12 @@ def _closure() -> dict[Phase, frozenset[Phase]]:
 REACHABLE = _closure()
 
 
-async def report(context: Context, node: str, statuses: Sequence[Status], events: Sequence[Event]) -> None:
+async def report(context: Context, node: str, statuses: Sequence[Status], events: Sequence[Event], allowance: Allowance) -> None:
     """Write what `node` says of its instances. Safe to repeat.
 
     What concerns an instance that is gone, or would go back from an end, is left out: the agent is told of removals by its
-    assignments. So is a word that comes after a newer one of the same node: a report may have been on its way for long.
+    assignments. So is a word that comes after a newer one of the same node: a report may have been on its way for long; and an
+    event in a project that has nothing there. Of the events that go beyond `allowance`, only their number is written.
     Raises NotFound for a node that has not registered, Forbidden for another node's instance, Conflict when all else is written
     and some of it was not the newest word (an agent whose date was set back says it again, with higher numbers), Invalid, TooLarge,
     Unavailable when this server's cache is too far behind to tell.
@@ -59,16 +63,31 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
         if status.phase is Phase.LOST:
             raise Invalid("statuses.phase: only the control plane says that an instance is lost", field="statuses.phase")
         _check_addresses(status)
-    event_ops = {op.key: op for event in events if (op := _event(context, node, event)) is not None}
-
-    if any(context.state.get(Instance, f"{status.project}/{status.instance}") is None for status in newest.values()):
+    for event in events:
+        _check_event(context, node, event)
+    unknown = any(context.state.get(Instance, f"{status.project}/{status.instance}") is None for status in newest.values())
+    projects = {event.project for event in events}
+    if unknown or not all(_may_write(context, node, project) for project in projects):
         # Gone, or this server has not heard of it yet: the agent may have come from one that has.
         await context.be_current()
+    projects = {project for project in projects if _may_write(context, node, project)}
+    fresh = {f"{event.project}/{event.id}": event for event in events if event.project in projects}
+    said = [_event(context, node, event) for key, event in fresh.items() if context.state.get(Event, key) is None]
+    with allowance.of(node, len(said)) as (room, left_out):
+        told = [_left_out(context, node, left_out)] if left_out else []
+        late = await _write(context, node, newest, [*told, *said[:room]])
+    if late:
+        log.warning("a report came late", node=node, instances=sorted(late))
+        raise Conflict(f"newer words of node '{node}' are known: {', '.join(sorted(late))}", mend="say it again as a newer one")
+
+
+async def _write(context: Context, node: str, newest: Mapping[str, Status], events: Sequence[Op]) -> set[str]:
+    """Write it all, and return the instances of which a newer word is known."""
     late: set[str] = set()
 
     def build() -> Draft[None]:
         compare: list[Compare] = []
-        ops: list[Op] = list(event_ops.values())
+        ops: list[Op] = list(events)
         late.clear()
         for status in newest.values():
             if _is_late(context, status):
@@ -81,9 +100,7 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
         return Draft(compare=compare, ops=ops, answer=lambda _: None)
 
     await context.write(type(None), build)
-    if late:
-        log.warning("a report came late", node=node, instances=sorted(late))
-        raise Conflict(f"newer words of node '{node}' are known: {', '.join(sorted(late))}", mend="say it again as a newer one")
+    return late
 
 
 def _check_addresses(status: Status) -> None:
@@ -123,21 +140,45 @@ def _status(context: Context, node: str, status: Status) -> tuple[list[Compare],
     return [exists, absent(key) if old is None else unchanged(key, old.revision)], Put(key, codec.encode(status))
 
 
-def _event(context: Context, node: str, event: Event) -> Put | None:
-    """An agent speaks of its instances and of itself."""
+def _may_write(context: Context, node: str, project: str) -> bool:
+    """Whether events of `node` may stand in a project: the cell's own, and each that has an instance there."""
+    there = context.state.found(Instance, by_node, node).values()
+    return project == CELL_PROJECT or any(held.record.project == project for held in there)
+
+
+def _check_event(context: Context, node: str, event: Event) -> None:
+    """An agent speaks of its instances and of itself. Raises Invalid, Forbidden."""
     check_name(event.project, "events.project")
     check_id(event.id, "events.id")
+    check_id(event.code, "events.code")
     kind, _, name = event.subject.partition("/")
     if kind == "instance":
-        held = context.state.get(Instance, f"{event.project}/{name}")
+        held = context.state.get(Instance, f"{event.project}/{check_id(name, 'events.subject')}")
         if held is not None and held.record.node != node:
             raise Forbidden(f"instance '{name[:60]}' is not on node '{node}'")
     elif event.subject != f"node/{node}":
         raise Forbidden(f"an agent may not speak of '{event.subject[:60]}'")
-    known = context.state.get(Event, f"{event.project}/{event.id}")
-    if known is not None:
-        return None
-    return Put(keys.event(event.project, event.id), codec.encode(bounded(replace(event, node=node))))
+
+
+def _event(context: Context, node: str, event: Event) -> Put:
+    """Nothing is of later than now, or it would stay when all else is too old."""
+    at = min(event.at, context.clock.now() + AHEAD_S)
+    return Put(keys.event(event.project, event.id), codec.encode(bounded(replace(event, at=at, node=node))))
+
+
+def _left_out(context: Context, node: str, count: int) -> Put:
+    at = context.clock.now()
+    event = Event(
+        id=f"{int(at * 1000):013d}-{node}-events-left-out",
+        at=at,
+        project=CELL_PROJECT,
+        subject=f"node/{node}",
+        code="events-left-out",
+        message=f"{count} events of node {node} were left out: it had more than {PER_MINUTE_MAX} in a minute",
+        severity=Severity.WARNING,
+        node=node,
+    )
+    return Put(keys.event(CELL_PROJECT, event.id), codec.encode(event))
 
 
 async def register_ingress(context: Context, ingress: Ingress) -> None:
