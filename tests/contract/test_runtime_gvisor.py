@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from runtime_world import LIMITS, World, make_layer, real_world
 
-from atoll.model.errors import Invalid, RuntimeFailed, Unsupported
+from atoll.model.errors import Exhausted, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Limits
 from atoll.runtimes.gvisor import GvisorRuntime
 
@@ -51,6 +51,16 @@ def netns() -> Iterator[Path]:
         subprocess.run(["ip", *command.split()], check=True)
     yield Path("/run/netns") / name
     subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MiB."""
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
 
 
 async def test_the_sandbox_is_nobody_under_a_filter_and_its_processes_are_unknown_to_the_node(world: World) -> None:
@@ -123,6 +133,36 @@ async def test_a_signal_to_what_is_paused_arrives_when_it_goes_on(world: World) 
     await world.runtime.signal("a", "SIGTERM")
     await world.runtime.resume("a")
     assert (await asyncio.wait_for(world.runtime.wait("a"), 10)).code == 0
+
+
+async def _stands_still(world: World, id: str) -> bool:
+    """Return whether a command is refused or waits, as it does where the sandbox is paused."""
+    try:
+        await asyncio.wait_for(world.shell(id, "exit 3"), 1.0)
+    except (RuntimeFailed, TimeoutError):
+        return True
+    return False
+
+
+async def test_what_an_earlier_agent_paused_stands_still_after_its_snapshot(world: World) -> None:
+    await world.launch("a", "run")
+    await world.runtime.pause("a")
+    await world.reopen()
+    await world.runtime.recover()
+    await world.runtime.snapshot("a", world.directory / "snapshot")
+    assert await _stands_still(world, "a")
+    await world.runtime.resume("a")
+    assert (await world.shell("a", "exit 3"))[0] == 3
+
+
+async def test_a_snapshot_for_which_there_is_no_room_is_refused_and_the_sandbox_goes_on(world: World, small: Path) -> None:
+    await world.launch("a", "run")
+    await world.shell("a", "dd if=/dev/urandom of=/dev/shm/much bs=1M count=24 2> /dev/null; echo kept > /dev/shm/mark")
+    with pytest.raises(Exhausted, match="disk has 16 MiB left") as raised:
+        await world.runtime.snapshot("a", small / "snapshot")
+    assert raised.value.mend
+    assert list(small.iterdir()) == []
+    assert (await world.shell("a", "cat /dev/shm/mark"))[1] == "kept\n"
 
 
 async def test_a_terminal_takes_input(world: World) -> None:

@@ -17,14 +17,16 @@ from atoll.model.ports.control_plane import Channel, StreamKind, StreamRequest
 from atoll.model.records import Assignment, Instance, OwnerKind, Status
 from atoll.model.spec import JobSpec, RuntimeName
 from atoll.model.states import Phase
-from atoll.model.streams import Kind, pack
+from atoll.model.streams import Kind, pack, unpack
 from atoll.model.units import Seconds
 from atoll.network.fake import FakeNetwork, FakeNetworkState
 from atoll.node.agent import Agent
 from atoll.node.attend import WARM_S
 from atoll.node.fake import FakeControlPlane
+from atoll.node.holding import SNAPSHOT_BYTES_PER_S_MIN, SNAPSHOT_S
 from atoll.node.record import MemoryRecord
 from atoll.runtimes.fake import FakeHost
+from atoll.sim import loop
 
 ID = "try-1"
 LIMIT_S = 600.0
@@ -300,3 +302,29 @@ def test_one_of_a_pool_has_run_a_command_before_it_is_taken_and_no_other_has(pla
             assert calls.count("exec") == 1
 
     play(story)
+
+
+def test_a_snapshot_may_take_longer_the_more_there_is_to_write_and_not_for_ever(tmp_path: Path) -> None:
+    async def story() -> None:
+        world = World(tmp_path / "agent")
+        async with world.agent():
+            resources = (await world.sandbox(limit_s=None)).workload.resources
+            whole_s = (int(resources.memory) + int(resources.disk)) / SNAPSHOT_BYTES_PER_S_MIN
+            assert whole_s > 1
+            kinds = []
+            for took_s in (SNAPSHOT_S + whole_s - 1, SNAPSHOT_S + whole_s + 1):
+                world.host.before = slow_snapshot(took_s)
+                message = await world.open(StreamKind.SNAPSHOT).receive()
+                assert message is not None
+                kinds.append(unpack(message)[0])
+            assert kinds == [Kind.DATA, Kind.ERROR]
+
+    loop.run_virtual(story, random.Random(1))  # it has threads, whose work is done at once there
+
+
+def slow_snapshot(took_s: float) -> Callable[[str, str], Awaitable[None]]:
+    async def before(call: str, id: str) -> None:
+        if call == "snapshot":
+            await asyncio.sleep(took_s)
+
+    return before

@@ -14,6 +14,9 @@ from atoll.node.runner import Runner
 from atoll.node.transitions import Paused
 
 PAUSE_S, SNAPSHOT_S = 30.0, 120.0
+SNAPSHOT_BYTES_PER_S_MIN = 16 << 20
+"""A snapshot may take longer than `SNAPSHOT_S` by as much as all memory and disk take at this rate: one that is cut off ends a
+sandbox of gVisor."""
 
 
 async def hold(runner: Runner, runtime: Runtime, kind: str, node: str) -> Held:
@@ -22,13 +25,20 @@ async def hold(runner: Runner, runtime: Runtime, kind: str, node: str) -> Held:
     Raises Unsupported, Conflict, Exhausted, RuntimeFailed, DeadlineExceeded.
     """
     async with runner.holding:
-        limit_s = SNAPSHOT_S if kind == StreamKind.SNAPSHOT else PAUSE_S
+        limit_s = _limit_s(runner, kind)
         try:
             async with asyncio.timeout(limit_s):
                 snapshot = await _hold(runner, runtime, kind, node)
         except TimeoutError:
             raise DeadlineExceeded(f"{kind} of {runner.id} took over {format_seconds(limit_s)}") from None
         return Held(instance=runner.id, node=node, paused=runner.paused, snapshot=snapshot)
+
+
+def _limit_s(runner: Runner, kind: str) -> float:
+    if kind != StreamKind.SNAPSHOT:
+        return PAUSE_S
+    resources = runner.assignment.workload.resources
+    return SNAPSHOT_S + (int(resources.memory) + int(resources.disk)) / SNAPSHOT_BYTES_PER_S_MIN
 
 
 async def _hold(runner: Runner, runtime: Runtime, kind: str, node: str) -> SnapshotView | None:

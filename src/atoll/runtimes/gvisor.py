@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from msgspec import structs
 
-from atoll.model.errors import Conflict, DeadlineExceeded, Invalid, RuntimeFailed, Unsupported
+from atoll.model.errors import Conflict, DeadlineExceeded, Exhausted, Invalid, RuntimeFailed, Unsupported
 from atoll.model.ports.runtime import Box, Compatibility, Execution, Feature, Snapshot, Started
 from atoll.model.spec import RuntimeName
 from atoll.runtimes.exec_tool import Inner
@@ -26,7 +27,7 @@ from atoll.runtimes.netns_link import keep_link
 from atoll.runtimes.nvproxy import check_edits, gvisor_drivers, options, proxied
 from atoll.runtimes.oci import USHER
 from atoll.runtimes.oci_box import OciBoxes
-from atoll.runtimes.oci_container import Container
+from atoll.runtimes.oci_container import Container, used_bytes
 from atoll.runtimes.oci_exec import OciExecution
 from atoll.runtimes.oci_probe import check_machine, once_per_boot, run_once, version_of
 from atoll.runtimes.oci_runtime import END_S_MAX, START_S_MAX, OciRuntime
@@ -50,6 +51,10 @@ MEMORY_BYTES_MIN = 48 << 20
 THREADS_BESIDE = 192
 """Threads of gVisor's kernel and file server, and a process of theirs for each address space inside."""
 TOOL_S_MAX, CHECKPOINT_S_MAX = 10.0, 60.0
+CHECKPOINT_BYTES_PER_S_MIN = 16 << 20
+"""A checkpoint may take longer than `CHECKPOINT_S_MAX` by as much as its bytes take at this rate."""
+SNAPSHOT_SLACK_BYTES = 16 << 20
+"""Of a snapshot, beside the instance's memory and disk: what gVisor's kernel says of itself, and the manifest."""
 _WORDS_MAX = 300
 _END_S = 1.0
 _NETNS_FILE, _IMAGE_FILE, _RESTORE_FILE = "netns", "image", "restore"
@@ -111,7 +116,6 @@ class GvisorRuntime(OciRuntime):
             raise Unsupported("gVisor has no user namespaces beside its own", mend="use runc, crun or lxc")
         super().__init__(directory, binary=binary, cgroup=cgroup, userns=False)
         self._nvproxy_driver = nvproxy_driver
-        self._paused: set[str] = set()
         self._beside: dict[str, set[OciExecution | GuestExecution]] = {}
         self._held_back: dict[str, list[int]] = {}  # signals to what is paused, which runsc refuses
 
@@ -199,13 +203,16 @@ class GvisorRuntime(OciRuntime):
         await self._running(id)
         boxes, _ = await self._find(id)
         await self.ask(boxes, id, "pause", id)
-        self._paused.add(id)
+
+    async def _is_paused(self, boxes: OciBoxes, id: str) -> bool:
+        """Return what runsc's own record says: who had it stand still may have been an earlier agent."""
+        said = await self.ask(boxes, id, "state", id)
+        return bool(said) and json.loads(said)["status"] == "paused"
 
     async def resume(self, id: str) -> None:
         await self._running(id)
         boxes, _ = await self._find(id)
         await self.ask(boxes, id, "resume", id)
-        self._paused.discard(id)
         for number in self._held_back.pop(id, ()):
             await self.ask(boxes, id, "kill", id, str(number))
 
@@ -243,7 +250,8 @@ class GvisorRuntime(OciRuntime):
         compatibility = await self._in_thread(self._compatibility)
         await self._in_thread(begin, directory)
         try:
-            await self._write_down(boxes, container, directory)
+            size_bytes = await self._in_thread(check_room, boxes, container, directory)
+            await self._write_down(boxes, container, directory, size_bytes)
             sealing = functools.partial(
                 seal,
                 directory,
@@ -260,15 +268,22 @@ class GvisorRuntime(OciRuntime):
                 raise failure(error) from None
             raise
 
-    async def _write_down(self, boxes: OciBoxes, container: Sandbox, directory: Path) -> None:
-        """Checkpoint, which ends the sandbox, take its disk, and have another go on in its place."""
+    async def _write_down(self, boxes: OciBoxes, container: Sandbox, directory: Path, size_bytes: int) -> None:
+        """Checkpoint, which ends the sandbox, take its disk, and have another go on in its place.
+
+        runsc ends it where the checkpoint fails too (`--leave-running` starts another from what was written), so that all that can
+        be known to be in the way is looked for first, and it is given the time that it takes.
+        """
         id = container.record.id
-        paused = id in self._paused
+        paused = await self._is_paused(boxes, id)
         container.between = between = asyncio.Event()
         try:
             if container.attendance is not None:
                 await container.attendance.end()
-            await self.ask(boxes, id, "checkpoint", f"--image-path={directory}", id, deadline_s=CHECKPOINT_S_MAX)
+            deadline_s = CHECKPOINT_S_MAX + size_bytes / CHECKPOINT_BYTES_PER_S_MIN
+            await self.ask(boxes, id, "checkpoint", f"--image-path={directory}", id, deadline_s=deadline_s)
+            if paused:  # what stands still does not take in that it was ended
+                await self._in_thread(container.group.kill)
             await asyncio.wait_for(Container.ended(container), END_S_MAX)
             try:
                 await self._in_thread(boxes.scratch.write_down, container.record.disk, directory / SNAPSHOT_DISK)
@@ -318,7 +333,6 @@ class GvisorRuntime(OciRuntime):
 
     async def delete(self, id: str) -> None:
         self._held_back.pop(id, None)
-        self._paused.discard(id)
         self._beside.pop(id, None)
         await super().delete(id)
 
@@ -329,13 +343,13 @@ class GvisorRuntime(OciRuntime):
         except OSError as error:
             raise RuntimeFailed(f"cannot open the root of instance {id}: {error}") from None
 
-    async def ask(self, boxes: OciBoxes, id: str, *arguments: str, deadline_s: float = TOOL_S_MAX) -> None:
-        """Have the tool do something with the running instance. One that has ended meanwhile is no error."""
+    async def ask(self, boxes: OciBoxes, id: str, *arguments: str, deadline_s: float = TOOL_S_MAX) -> bytes:
+        """Have the tool do something with the running instance; return what it says. One that has ended meanwhile is no error."""
         command = [*self.command(boxes.state, Path("/dev/null")), *arguments]
-        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE)
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
         try:
             async with asyncio.timeout(deadline_s):
-                _, words = await process.communicate()
+                said, words = await process.communicate()
         except TimeoutError:
             raise DeadlineExceeded(f"the sandbox of instance {id} did not answer within {deadline_s:.0f} s") from None
         finally:
@@ -345,6 +359,22 @@ class GvisorRuntime(OciRuntime):
         _, container = await self._find(id)
         if process.returncode != 0 and container.running:
             raise RuntimeFailed(f"runsc {arguments[0]} failed: {words.decode(errors='replace').strip()[-_WORDS_MAX:]}")
+        return said
+
+
+def check_room(boxes: OciBoxes, container: Container, directory: Path) -> int:
+    """Return how many bytes a snapshot of the instance in `directory` may take. Raises Exhausted without the room. Blocking."""
+    disk_bytes = used_bytes(boxes.directory / "scratch" / container.record.disk)
+    size_bytes = SNAPSHOT_SLACK_BYTES + container.group.memory_bytes() + disk_bytes
+    space = os.statvfs(directory)
+    free_bytes = space.f_bavail * space.f_frsize
+    if size_bytes > free_bytes:
+        raise Exhausted(
+            f"a snapshot of instance {container.record.id} may take {size_bytes >> 20} MiB, and the node's disk has"
+            f" {free_bytes >> 20} MiB left",
+            mend="remove snapshots, or free space on the node",
+        )
+    return size_bytes
 
 
 class _Signals:

@@ -89,17 +89,12 @@ class Container:
         span_us = max(1.0, (now - self._cpu_at) * 1e6)
         cpu_milli = max(0, round((used_us - self._cpu_us) * 1000 / span_us))
         self._cpu_us, self._cpu_at = used_us, now
-        try:
-            space = os.statvfs(disk)
-            disk_bytes = (space.f_blocks - space.f_bfree) * space.f_frsize
-        except FileNotFoundError:
-            disk_bytes = 0
         return Usage(
             instance=self.record.id,
             cpu_milli=cpu_milli,
             memory_bytes=self.group.memory_bytes(),
             pids=self.group.pids(),
-            disk_bytes=disk_bytes,
+            disk_bytes=used_bytes(disk),
         )
 
     def close(self) -> None:
@@ -109,6 +104,15 @@ class Container:
             if ending is not None:
                 ending.close()
         self.shim = self.first = None
+
+
+def used_bytes(disk: Path) -> int:
+    """Return how much of a mounted disk is in use; 0 where there is none. Blocking."""
+    try:
+        space = os.statvfs(disk)
+    except FileNotFoundError:
+        return 0
+    return (space.f_blocks - space.f_bfree) * space.f_frsize
 
 
 def ending_of(pid: int | None) -> Ending | None:
