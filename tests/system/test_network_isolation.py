@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from atoll.model.errors import Conflict, Exhausted, RuntimeFailed, Unavailable
-from atoll.model.fabric import VXLAN_PORT, FabricNode, Member
+from atoll.model.fabric import VXLAN_PORT, FabricNode, Member, new_ula
 from atoll.model.flows import Flows, Reason
 from atoll.model.ports.network import Link
 from atoll.model.spec import Allow, NetworkRules, Port, PortProtocol
@@ -30,6 +30,7 @@ from atoll.network import namespaces, netlink, slots
 from atoll.network.firewall import CONNECTIONS_MAX
 from atoll.network.links import LinkNetwork
 from atoll.network.rules import BURST_BYTES_MIN, BURST_PACKETS_MIN
+from atoll.network.sysctls import no_ipv6
 
 pytestmark = [pytest.mark.system, pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces needs root")]
 
@@ -370,6 +371,110 @@ async def test_a_published_port_leads_from_another_machine_to_the_instance_and_i
             with pytest.raises(Unavailable, match="a program of this machine listens on it"):
                 await later.attach("d", project="p", ports=ports[:1])
         await later.close()
+
+
+async def test_datagrams_of_one_flow_to_a_published_port_go_to_the_instance_that_has_it_now(
+    network: LinkNetwork, outside: Link
+) -> None:
+    ports = (Port(name="talk", port=5353, host=8154, protocol=PortProtocol.UDP),)
+    with closing(socket_in(outside, kind=socket.SOCK_DGRAM)) as client:
+        for id in ("first", "second"):
+            link = await network.attach(id, project="p", ports=ports)
+            with listening(link, 5353, socket.SOCK_DGRAM) as server:
+                client.sendto(id.encode(), (outside.id, 8154))  # from one and the same port
+                heard, peer = server.recvfrom(16)
+                assert heard == id.encode()
+                server.sendto(b"yes", peer)
+                assert client.recv(16) == b"yes"
+            await network.detach(id)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+async def test_what_was_open_with_an_instance_is_not_with_the_next_holder_of_its_address(
+    tmp_path: Path, subnet: str, family: socket.AddressFamily, by_hand: bool
+) -> None:
+    subnet = subnet.replace("/24", "/29")  # so that an address comes back soon
+    ula = new_ula(random.randbytes(5)) if family == socket.AF_INET6 else ""
+    if ula and no_ipv6():
+        pytest.skip(f"no IPv6 here: {no_ipv6()}")
+    talk = Port(name="talk", port=5353, protocol=PortProtocol.UDP)
+    network = LinkNetwork(subnet, tmp_path / "small", prepared=0, ula=ula)
+
+    def at(link: Link) -> str:
+        return link.ipv6 or "" if ula else link.address
+
+    def bound(link: Link) -> socket.socket:
+        made = socket_in(link, family, socket.SOCK_DGRAM)
+        made.bind((at(link), 5353))
+        return made
+
+    try:
+        stays = await network.attach("stays", project="p", ports=(talk,))
+        goes = await network.attach("goes", project="p", ports=(talk,))
+        with closing(bound(stays)) as here:
+            with closing(bound(goes)) as there:
+                here.sendto(b"hello", (at(goes), 5353))
+                assert there.recv(16) == b"hello"
+                there.sendto(b"hello", (at(stays), 5353))
+                assert here.recv(16) == b"hello"
+            if by_hand:
+                await network.close()
+                namespaces.remove(goes.netns)
+                with contextlib.suppress(OSError):  # unless the kernel has removed it with the namespace
+                    with netlink.RouteSocket() as routes:
+                        routes.send(netlink.set_group(socket.if_nametoindex(goes.interface), 77), netlink.delete_group(77))
+                network = LinkNetwork(subnet, tmp_path / "small", prepared=0, ula=ula)
+                await network.recover(("stays", "goes"))
+            else:
+                await network.detach("goes")
+            for number in range(6):
+                later = await network.attach(f"later-{number}", project="q", ports=())
+                if later.address == goes.address:
+                    break
+                await network.detach(later.id)
+            assert later.address == goes.address
+            with closing(bound(later)) as there:
+                for one, other, where in ((here, there, later), (there, here, stays)):
+                    other.settimeout(PATIENCE_S)
+                    one.sendto(b"still there?", (at(where), 5353))
+                    with pytest.raises((TimeoutError, ConnectionRefusedError)):
+                        other.recv(16)
+    finally:
+        await network.recover(())
+        await network.close()
+
+
+async def test_what_was_open_with_an_instance_of_another_node_goes_when_that_has_gone(
+    network: LinkNetwork, outside: Link, subnet: str
+) -> None:
+    own, there = FabricNode(name="here", prefix=subnet), {"there": FabricNode(name="there", prefix="10.200.0.0/16")}
+    gone, stays = (
+        Member(id=f"i{n}", project="p", owner="web", node="there", address=f"10.200.77.{random.randrange(n, n + 100)}")
+        for n in (2, 102)
+    )
+    await network.see(own, there, [gone, stays])
+    way = ["ip", "route", "add", "10.200.77.0/24", "via", outside.address]
+    await asyncio.to_thread(subprocess.run, way, check=True, timeout=20)  # goes with the wire
+    with closing(socket.socket(type=socket.SOCK_DGRAM)) as client:
+        for member in (gone, stays):
+            client.sendto(b"hello", (member.address, 5353))
+    assert tracked(gone.address)
+    await network.see(own, there, [stays])
+    assert not tracked(gone.address)
+    assert tracked(stays.address)
+
+
+def test_where_nobody_may_see_the_kernels_connections_an_end_is_one_all_the_same_and_the_log_says_so_once() -> None:
+    ends = "from atoll.network.connections import Connections as C; c = C(); [c.cut([a]) for a in ('10.0.0.1', 'fd00::1')]"
+    command = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", sys.executable, "-c", ends]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.count("network.connections-kept") == 1
+    assert "nf_conntrack_netlink" in done.stdout
+
+
+def tracked(address: str) -> bool:
+    return f"dst={address} " in Path("/proc/net/nf_conntrack").read_text()
 
 
 async def test_instances_reach_the_outside_with_the_nodes_address(network: LinkNetwork, outside: Link) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections.abc import Sequence
 
+import dns.edns
 import dns.flags
 import dns.message
 import dns.rcode
@@ -17,7 +19,8 @@ from atoll.model.fabric import FabricNode, Member
 from atoll.model.spec import Allow, NetworkRules, PortProtocol
 from atoll.model.spec.network import check_network
 from atoll.network import probe
-from atoll.network.names import ANSWERS_MAX, PENDING_OF_ONE_MAX, Directory, NameServer
+from atoll.network.elements import Elements
+from atoll.network.names import ANSWERS_MAX, PENDING_OF_ONE_MAX, Directory, Found, NameServer
 from atoll.network.paths import LOST_S, STEADY, Paths
 from atoll.network.private import Private, of_nodes
 from atoll.network.rules import Ruled, elements_of
@@ -176,6 +179,28 @@ def test_an_answer_is_kept_for_its_project_only_and_until_something_changes() ->
     assert asked(4, "10.64.16.2") == (4, "NOERROR", 1)
 
 
+def test_a_long_question_is_answered_and_its_answer_not_kept() -> None:
+    looked: list[Sequence[str]] = []
+
+    class Watched(Directory):
+        def find(self, name: Sequence[str], project: str) -> Found:
+            looked.append(name)
+            return super().find(name, project)
+
+    found = Watched("e1", "ams", "east")
+    found.see(MEMBERS)
+    server = NameServer(found, "127.0.0.1", {"10.64.16.2": "shop"}.get, tuple)
+    for length, times in ((8, 1), (60_000, 2)):
+        options = [dns.edns.GenericOption(65_001, bytes(length))]
+        wire = dns.message.make_query("web.shop.internal", "A", use_edns=0, options=options).to_wire(max_size=65_535)
+        looked.clear()
+        first, second = server.answer(wire, "10.64.16.2"), server.answer(wire, "10.64.16.2")
+        assert first is not None
+        assert first == second
+        assert sum(len(rrset) for rrset in dns.message.from_wire(first).answer) == 3
+        assert len(looked) == times
+
+
 def test_other_names_are_for_the_nodes_own_servers() -> None:
     server = NameServer(directory(), "127.0.0.1", {}.get, tuple)
     assert server.answer(dns.message.make_query("example.org", "A").to_wire(), "10.64.16.2") is None
@@ -214,8 +239,32 @@ def test_an_instance_with_an_address_of_another_nodes_prefix_is_not_believed() -
     stolen = Member(id="x", project="shop", owner="web", node="w1", address="10.64.32.9", ready=True)
     own = Member(id="y", project="shop", owner="web", node="w1", address="10.64.16.9", ready=True)
     good = member("z", "web", W1, 9)
-    private.see(others(E1), (stolen, own, good))
+    assert len(list(private.see(others(E1), (stolen, own, good)))) == 1
     assert private.projects() == {good.address: "shop"}
+
+
+def test_what_could_not_be_written_of_other_nodes_instances_is_made_up_for_the_next_time() -> None:
+    private = Private(ipaddress.IPv4Network(E1.prefix))
+    first = [member(f"i{n}", "web", W1, 2 + n) for n in range(200)] + [member(f"j{n}", "web", E2, 2 + n) for n in range(200)]
+    first += [member(f"k{n}", "web", W2, 2 + n) for n in range(200)]
+    later = [member("i0", "web", W1, 2, project="other"), *first[1:550]]
+
+    def sizes(change: tuple[list[Elements], list[Elements]]) -> tuple[list[int], list[int]]:
+        deleted, added = ([len(keys) for _, keys in part] for part in change)
+        return deleted, added
+
+    assert sizes(next(private.see(others(E1), first))) == ([], [500, 500])  # which fails
+    assert private.projects() == {}
+    assert [sizes(change) for change in private.see(others(E1), first)] == [([], [500, 500]), ([], [100, 100])]
+    assert len(private.projects()) == 600
+    changes = private.see(others(E1), later)
+    assert sizes(next(changes)) == ([51, 51], [])
+    assert sizes(next(changes)) == ([], [1, 1])  # and this one fails
+    changes.close()
+    assert len(private.projects()) == 549
+    assert [sizes(change) for change in private.see(others(E1), later)] == [([], [1, 1])]
+    assert list(private.see(others(E1), later)) == []
+    assert private.projects()[first[0].address] == "other"
 
 
 @given(st.binary(max_size=64))

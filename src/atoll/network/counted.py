@@ -16,7 +16,7 @@ from msgspec import structs
 from atoll.model.errors import RuntimeFailed
 from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX, Flow, Flows, Reason, Refusal
 from atoll.network.elements import ElementSocket
-from atoll.network.netlink import REPLY_TIMEOUT_S, attribute
+from atoll.network.netlink import REPLY_TIMEOUT_S, attribute, attributes
 
 ELEMENTS_MAX = 4096
 """Of one set, in one look: some 15 ms of the agent's time."""
@@ -40,7 +40,6 @@ _GET, _NEW = 10 << 8 | 13, 10 << 8 | 12
 _REQUEST_DUMP = 0x1 | 0x300
 _ERROR, _DONE = 2, 3
 _INET = 1
-_TYPE_MASK = 0x3FFF
 _LIST, _KEY, _VALUE, _EXPRESSION, _EXPRESSIONS, _DATA = 3, 1, 1, 7, 11, 2
 _ELEMENT_KEY = 1
 _REFUSED_END = struct.Struct("=BxxxBBxxI")
@@ -130,38 +129,28 @@ def keys_of(counted: Iterable[Counted], packed: Collection[bytes], heads: int) -
 
 def elements_of(body: bytes) -> Iterator[Counted]:
     """Yield the elements of one message; one without a counter has zeros."""
-    for kind, listed in _attributes(body):
+    for kind, listed in attributes(body):
         if kind != _LIST:
             continue
-        for _, element in _attributes(listed):
+        for _, element in attributes(listed):
             key, packets, total = b"", 0, 0
-            for part, value in _attributes(element):
+            for part, value in attributes(element):
                 if part == _ELEMENT_KEY:
-                    key = next((data for inner, data in _attributes(value) if inner == _VALUE), b"")
+                    key = next((data for inner, data in attributes(value) if inner == _VALUE), b"")
                 elif part == _EXPRESSION:
                     packets, total = _counter(value)
                 elif part == _EXPRESSIONS:
-                    for _, one in _attributes(value):
+                    for _, one in attributes(value):
                         packets, total = _counter(one)
             yield Counted(key, packets, total)
 
 
 def _counter(expression: bytes) -> tuple[int, int]:
     values = {}
-    for kind, data in _attributes(expression):
+    for kind, data in attributes(expression):
         if kind == _DATA:
-            values = {inner: int.from_bytes(number, "big") for inner, number in _attributes(data) if len(number) == 8}
+            values = {inner: int.from_bytes(number, "big") for inner, number in attributes(data) if len(number) == 8}
     return values.get(_PACKETS, 0), values.get(_BYTES, 0)
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, at)
-        if length < 4:
-            return
-        yield kind & _TYPE_MASK, data[at + 4 : at + length]
-        at += (length + 3) & ~3
 
 
 def flows_of(

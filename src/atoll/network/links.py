@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -107,6 +108,8 @@ class LinkNetwork:
         self._around: dict[str, list[str]] = {}
         """Set → elements that say who the other nodes are."""
         self._policies = Policies()
+        self._uncut: set[str] = set()
+        """Addresses of other nodes' instances that have gone, whose connections may still be in the kernel's table."""
         self._admissions = Together(self._admit, self._lost)
 
     @property
@@ -170,7 +173,8 @@ class LinkNetwork:
         """
         if self._state is None:
             members = list(members)
-            self._private.see(nodes, members)
+            for _ in self._private.see(nodes, members):
+                pass
             self._around = of_nodes(own, nodes, number)
             self._policies.see(members)
 
@@ -184,15 +188,15 @@ class LinkNetwork:
         """
         opened = await self._open()
         members = list(members)
-        new, gone = self._private.see(nodes, members)
-        if gone:  # an address that is another project's now must go before it comes again
-            for part in gone:
-                opened.sets.change(delete=[part])
-        for part in new:
-            opened.sets.change(add=[part])
+        for delete, add in self._private.see(nodes, members):
+            opened.sets.change(add=add, delete=delete)
         self._around = self._flush(opened, self._around, of_nodes(own, nodes, number))
-        self._policies.see(members)
+        # This node's own are cut when their slots go, before anybody has the address again.
+        self._uncut |= {one for one in self._policies.see(members) if ipaddress.IPv4Address(one) not in self._addresses.network}
         self._write_policies(opened)
+        cut = tuple(self._uncut)
+        await asyncio.to_thread(opened.maker.cut, cut)
+        self._uncut.difference_update(cut)
 
     def wants_name(self, address: str, name: str) -> str | None:
         """Return the `host` of a rule of the instance at `address` that `name` falls under."""
@@ -508,8 +512,8 @@ class LinkNetwork:
     def _take_over(self, maker: SlotMaker, nftables: firewall.Nftables, sets: ElementSocket) -> None:
         entries = {entry.number: entry for entry in self._ledger.load()}
         whole, broken = maker.find()
-        maker.remove([*broken, *(whole.keys() - entries.keys())])
-        # Those without a slot: the machine was restarted, or somebody removed the link by hand.
+        # Those without a slot, too: somebody removed the link by hand, and what was open of it is still there.
+        maker.remove(list(broken | (whole.keys() ^ entries.keys())))
         self._ledger.remove(list(entries.keys() - whole.keys()))
         self._ledger.compact()
         maker.check_overlap()

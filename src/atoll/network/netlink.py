@@ -10,8 +10,9 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import Self
 
 from atoll.model.errors import RuntimeFailed
 
@@ -37,6 +38,7 @@ _TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST, _UNREACHABLE = 254, 4, 1, 7
 _METRIC_LAST = 1 << 30
 _PERMANENT = 0x80
 _NESTED = 0x8000
+_TYPE_MASK = 0x3FFF
 _NO_DETECTION, _NO_ROUTE = 0x02, 0x200
 _GENERATE_NONE = 1
 
@@ -45,6 +47,17 @@ def attribute(kind: int, value: bytes) -> bytes:
     """Return one attribute, padded to four bytes."""
     length = _ATTRIBUTE.size + len(value)
     return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (-length % 4)
+
+
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the kind and the value of each attribute, up to the first that is none."""
+    at = 0
+    while at + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        if length < _ATTRIBUTE.size:
+            return
+        yield kind & _TYPE_MASK, data[at + _ATTRIBUTE.size : at + length]
+        at += (length + 3) & ~3
 
 
 def _text(kind: int, value: str) -> bytes:
@@ -170,17 +183,17 @@ def _dead_end(network: str, prefix_length: int) -> bytes:
     return body + attribute(1, data) + _number(6, _METRIC_LAST)
 
 
-class RouteSocket:
+class RequestSocket:
     """A netlink socket in the network namespace of the thread that makes it; it stays there, whoever uses it later."""
 
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    def __init__(self, protocol: int) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.settimeout(REPLY_TIMEOUT_S)
         self._socket.bind((0, 0))
         self._sequence = 0
         self._lock = threading.Lock()
 
-    def __enter__(self) -> RouteSocket:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -224,6 +237,13 @@ class RouteSocket:
                     results.append(_refusal(requests[sequence - first], number))
                 answer = answer[(length + 3) & ~3 :]
         return results
+
+
+class RouteSocket(RequestSocket):
+    """One for links, addresses and routes."""
+
+    def __init__(self) -> None:
+        super().__init__(socket.NETLINK_ROUTE)
 
 
 def _refusal(request: Request, number: int) -> RuntimeFailed | None:

@@ -40,13 +40,15 @@ class Policies:
             del self._learned[key]
         return before is not None or rules is not None
 
-    def see(self, members: Iterable[Member]) -> None:
-        """Take in all instances of the node's projects, wherever they are."""
+    def see(self, members: Iterable[Member]) -> set[str]:
+        """Take in all instances of the node's projects, wherever they are; return the addresses whose holder has gone."""
         before, self._members, self.owners = self.owners, {}, {}
         for member in members:
             self._members.setdefault((member.project, member.owner), []).append(member.address)
             self.owners[member.address] = (member.project, member.owner)
-        self.left.update(address for address, owner in before.items() if self.owners.get(address) != owner)
+        gone = {address for address, owner in before.items() if self.owners.get(address) != owner}
+        self.left |= gone
+        return gone
 
     def wants_name(self, address: str, name: str) -> str | None:
         """Return the `host` of a rule of the instance at `address` that `name` falls under."""

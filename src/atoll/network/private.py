@@ -9,13 +9,13 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from atoll.model.fabric import FabricNode, Member, node_address
 from atoll.network.elements import Elements
 
 ELEMENTS_AT_ONCE = 500
-"""A netlink attribute has at most 64 KiB, and a socket takes 200 KiB at once."""
+"""A netlink attribute has at most 64 KiB, and a socket takes 200 KiB at once: they are added to both sets, or to none."""
 
 
 class Private:
@@ -46,10 +46,11 @@ class Private:
     def gone(self, address: str) -> None:
         self._own.pop(address, None)
 
-    def see(self, nodes: Mapping[str, FabricNode], members: Iterable[Member]) -> tuple[list[Elements], list[Elements]]:
-        """Take in the instances of other nodes, and return what to add and, before that, to delete.
+    def see(self, nodes: Mapping[str, FabricNode], members: Iterable[Member]) -> Iterator[tuple[list[Elements], list[Elements]]]:
+        """Take in the instances of other nodes: yield, for one transaction each, what to delete and what to add.
 
-        One whose address is not of its node's prefix is left out: no node can give itself another's.
+        Each counts as done when the next is asked for, so that what could not be is made up for by the next call. One whose address
+        is not of its node's prefix is left out: no node can give itself another's.
         """
         prefixes = {name: ipaddress.IPv4Network(node.prefix) for name, node in nodes.items()}
         wanted = {}
@@ -60,10 +61,14 @@ class Private:
             address = ipaddress.IPv4Address(member.address)
             if address in prefix and str(address) != node_address(str(prefix)):
                 wanted[member.address] = member.project
-        stale = {address: project for address, project in self._others.items() if wanted.get(address) != project}
-        new = {address: project for address, project in wanted.items() if self._others.get(address) != project}
-        self._others = wanted
-        return self._elements(new), self._elements(stale)
+        # An address that is another project's now must go before it comes again.
+        for part in _parts({address: project for address, project in self._others.items() if wanted.get(address) != project}):
+            yield self._elements(part), []
+            for gone in part:
+                del self._others[gone]
+        for part in _parts({address: project for address, project in wanted.items() if address not in self._others}):
+            yield [], self._elements(part)
+            self._others |= part
 
     def text(self) -> dict[str, list[str]]:
         """Return set → elements as the rules are written with."""
@@ -75,18 +80,16 @@ class Private:
         }
 
     def _elements(self, found: Mapping[str, str]) -> list[Elements]:
-        if not found:
-            return []
         packed = [(socket.inet_aton(address), struct.pack("=I", self._number(project))) for address, project in found.items()]
-        parts = [packed[i : i + ELEMENTS_AT_ONCE] for i in range(0, len(packed), ELEMENTS_AT_ONCE)]
-        return [
-            elements
-            for part in parts
-            for elements in (("project_of", part), ("member", [address + number for address, number in part]))
-        ]
+        return [("project_of", packed), ("member", [address + number for address, number in packed])]
 
     def _number(self, project: str) -> int:
         return self._numbers.setdefault(project, len(self._numbers) + 1)
+
+
+def _parts(found: Mapping[str, str]) -> list[dict[str, str]]:
+    listed = list(found.items())
+    return [dict(listed[at : at + ELEMENTS_AT_ONCE]) for at in range(0, len(listed), ELEMENTS_AT_ONCE)]
 
 
 def of_nodes(own: FabricNode, nodes: Mapping[str, FabricNode], number: int | None = None) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -24,6 +24,7 @@ from atoll.model.errors import Conflict, RuntimeFailed
 from atoll.model.fabric import ipv6_network_of, ipv6_of
 from atoll.network import namespaces, netlink
 from atoll.network.addresses import AddressPool
+from atoll.network.connections import Connections
 from atoll.network.sysctls import open_ipv6, read_sysctl, write_sysctl
 
 GATEWAY = "169.254.1.1"
@@ -68,6 +69,7 @@ class SlotMaker:
         self._pool = pool
         self._group = int(tag, 16)
         self._routes = netlink.RouteSocket()
+        self._connections = Connections()
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._mtu = uplink_mtu()
         self.outward = False
@@ -188,7 +190,8 @@ class SlotMaker:
         return ipv6_of(self._ula, self._pool.address(number)) if made else ""
 
     def remove(self, numbers: Sequence[int]) -> None:
-        """Remove the slots, whole or half-made, and return when the kernel has. Safe to repeat."""
+        """Remove the slots, whole or half-made, with what is open of their connections, and return when the kernel has. Safe to
+        repeat."""
         for number in numbers:
             namespaces.remove(self._netns(number))
             self._led.pop(number, None)
@@ -202,6 +205,14 @@ class SlotMaker:
         if indices:
             self._routes.send(*(netlink.set_group(index, self._group) for index in indices))
             self._routes.send(netlink.delete_group(self._group))
+        # Only now nothing that is under way can begin one again.
+        self.cut([self._pool.address(number) for number in numbers if number < self._pool.network.num_addresses])
+
+    def cut(self, addresses: Collection[str]) -> None:
+        """Delete what the kernel knows of connections of instances, by their IPv4 addresses and the IPv6 ones that follow from
+        these. Safe to repeat. Raises RuntimeFailed, OSError."""
+        six = [ipv6_of(self._ula, address) for address in addresses] if self._ula else []
+        self._connections.cut([*addresses, *six])
 
     def open_subnet(self) -> None:
         """Give the node its address in the subnet, and the subnet's unused addresses to nobody. Safe to repeat."""
