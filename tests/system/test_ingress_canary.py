@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from pathlib import Path
 
@@ -52,6 +53,37 @@ async def test_a_header_or_cookie_chooses_the_new_release_and_nobody_else_stays_
             await eventually(lambda: _body(site.port, b"b2"))
             for _ in range(10):
                 assert (await get(site.port, HOST, "/", "Cookie: canary=1")).body == b"b2"
+
+
+async def test_a_canary_that_is_taken_back_drains_what_chose_it_and_nobody_is_turned_away() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        async with site_at(Path(directory) / "i") as site:
+            old, new = await site.backends(2)
+            going = rolling(routing("web", old, new), CanaryChoice(header="x-canary"))
+            back = replace(
+                rolling(routing("web", old, draining=(new,)), CanaryChoice(header="x-canary"), canary=0), weights={1: 100}
+            )
+            site.control.put(going)
+            await eventually(lambda: serves(site, HOST))
+            assert (await get(site.port, HOST, "/", "X-Canary: 1")).body == b"b3"
+            slow = asyncio.create_task(get(site.port, HOST, "/slow", "X-Canary: 1"))
+            await eventually(lambda: new.active == 1)
+            statuses: list[int] = []
+
+            async def choose() -> None:
+                while len(statuses) < 400:
+                    statuses.append((await get(site.port, HOST, "/", "X-Canary: 1")).status)
+
+            load = [asyncio.create_task(choose()) for _ in range(4)]
+            await eventually(lambda: len(statuses) > 20)
+            site.control.put(back)
+            await asyncio.gather(*load)
+            assert set(statuses) == {200}
+            assert new.active == 1
+            assert site.control.drained_instances == []
+            new.release.set()
+            assert (await slow).body == b"b3"
+            await eventually(lambda: site.control.drained_instances == ["web-b3"])
 
 
 async def _body(port: int, body: bytes) -> bool:

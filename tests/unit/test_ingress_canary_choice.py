@@ -6,6 +6,8 @@ import random
 from typing import Any
 
 import pytest
+from envoy.config.core.v3.health_check_pb2 import DRAINING, HEALTHY
+from envoy.config.endpoint.v3.endpoint_pb2 import ClusterLoadAssignment
 from envoy.config.route.v3.route_components_pb2 import VirtualHost
 from msgspec import structs
 
@@ -17,7 +19,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Invalid
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import RoutingBatch
-from atoll.model.records import App, AppPhase, AppStatus, Endpoint, Routing, Rule
+from atoll.model.records import App, AppPhase, AppStatus, Endpoint, Preview, Routing, Rule
 from atoll.model.rollouts import RolloutPhase, RolloutStatus
 from atoll.model.spec import AppSpec, CanaryChoice, CanaryStep, IngressRules, Port, Rollout, Strategy, check_app
 from atoll.store.cache import State
@@ -76,7 +78,45 @@ def test_each_place_leads_to_the_new_release_first_for_who_chooses_it_and_only_w
     for later in (routing(0), routing(2, draining=True)):
         table.apply(RoutingBatch(2, False, (later,)))
         assert led(table) == [(["x-part"], plain), ([], plain)]
-        assert set(ends) == {plain}
+
+
+def health(table: RoutingTable, cluster: str) -> dict[str, int]:
+    message = ClusterLoadAssignment.FromString(table.resources[Kind.ENDPOINTS][cluster].body)
+    ends = [end for group in message.endpoints for end in group.lb_endpoints]
+    return {end.endpoint.address.socket_address.address: end.health_status for end in ends}
+
+
+def test_what_nobody_is_led_to_any_more_is_counted_until_the_last_instance_that_may_be_at_work_by_it_is_gone() -> None:
+    table = RoutingTable()
+    plain, new = "a/web/80", "a/web/80/preview"
+    table.apply(RoutingBatch(1, True, (routing(2),)))
+    for revision, later in enumerate((routing(0), routing(0, draining=True), routing(2, draining=True)), 2):
+        table.apply(RoutingBatch(revision, False, (later,)))
+        assert table.clusters_of("a/web") == (plain, new)
+        assert new in table.resources[Kind.CLUSTER]
+        # Who comes by a route that Envoy still has goes where all go.
+        assert health(table, new) == health(table, plain)
+    assert health(table, new) == {"10.0.0.1": HEALTHY, "10.0.0.2": DRAINING}
+    gone = structs.replace(routing(0), endpoints=routing(0).endpoints[:1])
+    table.apply(RoutingBatch(9, False, (gone,)))
+    assert table.clusters_of("a/web") == (plain,)
+    assert set(table.resources[Kind.CLUSTER]) == set(table.resources[Kind.ENDPOINTS]) == {plain}
+
+
+def test_an_instance_that_left_the_preview_hostname_drains_there() -> None:
+    table = RoutingTable()
+    old, new = routing(0).endpoints
+    preview = Preview(host="preview.test", release=2, port=81, endpoints=(new,))
+    table.apply(RoutingBatch(1, True, (structs.replace(routing(0), preview=preview),)))
+    back = Preview(host="preview.test", release=1, port=81, endpoints=(old,))
+    table.apply(RoutingBatch(2, False, (structs.replace(routing(0), preview=back),)))
+    assert health(table, "a/web/81/preview") == {"10.0.0.1": HEALTHY, "10.0.0.2": DRAINING}
+    moved = structs.replace(back, port=82)
+    table.apply(RoutingBatch(3, False, (structs.replace(routing(0, draining=True), preview=moved),)))
+    assert table.clusters_of("a/web") == ("a/web/80", "a/web/81/preview", "a/web/82/preview")
+    assert health(table, "a/web/81/preview")["10.0.0.2"] == DRAINING
+    table.apply(RoutingBatch(4, False, removed=("a/web",)))
+    assert table.resources[Kind.CLUSTER] == {}
 
 
 async def test_there_is_a_release_to_choose_only_while_its_canary_rollout_is_under_way() -> None:

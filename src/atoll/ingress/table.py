@@ -47,6 +47,8 @@ class RoutingTable:
         """App → what Envoy counts its releases under → the release."""
         self._names: dict[str, tuple[str, ...]] = {}
         """App → its clusters."""
+        self._previews: dict[str, dict[Target, set[str]]] = {}
+        """App → what leads to some of its instances alone, or did → the instances that are or were led to by it."""
         self._wide: dict[str, int] = {}
         """App → how many of the nearest levels of sites count as one, of those where it is more than the nearest."""
         self._draining: set[str] = set()
@@ -222,7 +224,8 @@ class RoutingTable:
         every = _every(routing)
         numbers = {endpoint.release for endpoint in every} | routing.weights.keys()
         self._zones[key] = {resources.zone_of(number): number for number in sorted(numbers - {0})}
-        targets = targets_of(places)
+        self._keep_previews(key, routing, every)
+        targets = self._targets(key)
         self._names[key] = tuple(sorted(target.cluster for target in targets))
         draining = any(endpoint.draining for endpoint in every)
         (self._draining.add if draining else self._draining.discard)(key)
@@ -242,6 +245,21 @@ class RoutingTable:
             self._write(self._endpoints(target, routing))
         return counted | (self._claim(key, before, places) if old is None or before != places else set())
 
+    def _keep_previews(self, key: str, routing: Routing, every: Collection[Endpoint]) -> None:
+        """An instance that nobody is led to by a preview any more may be at work on requests that came by it: Envoy counts those as
+        long as the cluster has it, and a drain waits for what is counted."""
+        before, there = self._previews.pop(key, {}), {endpoint.instance for endpoint in every}
+        found = {target: instances & there for target, instances in before.items()}
+        for target in targets_of(self._places[key]):
+            if target.preview:
+                found[target] = found.get(target, set()) | {endpoint.instance for endpoint in _previewed(routing)}
+        if kept := {target: instances for target, instances in found.items() if instances}:
+            self._previews[key] = kept
+
+    def _targets(self, key: str) -> set[Target]:
+        """Return the ports of the app that have a cluster."""
+        return targets_of(self._places[key]) | self._previews.get(key, {}).keys()
+
     def _count_clients(self, target: Target, routing: Routing) -> bool:
         """Take down how many clients a UDP port may have; return whether that is news."""
         before, now = self._udp_clients.get(target.cluster), clusters.udp_clients(routing.spec.ingress)
@@ -254,7 +272,7 @@ class RoutingTable:
             return
         self._near = near
         for key in self._spread:
-            for target in targets_of(self._places[key]):
+            for target in self._targets(key):
                 self._write(self._endpoints(target, self._routings[key]))
 
     def spilling(self) -> dict[str, int]:
@@ -272,7 +290,7 @@ class RoutingTable:
         """Have so many of the nearest levels of sites get the app's requests alike."""
         if self._wide.get(key, 1) != levels:
             self._wide[key] = levels
-            for target in targets_of(self._places[key]):
+            for target in self._targets(key):
                 self._write(self._endpoints(target, self._routings[key]))
 
     def _endpoints(self, target: Target, routing: Routing) -> Resource:
@@ -281,8 +299,14 @@ class RoutingTable:
             activator = (self.udp_waker(target) or None if target.raw == "udp" else socket_of(target)) if asleep else None
             wide = self._wide.get(key_of(routing), 1)
             return clusters.endpoints(target, routing.endpoints, routing.weights, activator=activator, near=self._near, wide=wide)
-        previewed = routing.preview.endpoints if routing.preview is not None else canary_of(routing)
-        return clusters.endpoints(target, previewed, near=self._near)
+        key = key_of(routing)
+        if target in targets_of(self._places[key]):
+            places, weights = _previewed(routing), {}
+        else:  # until Envoy has the new routes, who comes by the old ones goes where all go
+            places, weights = routing.endpoints, routing.weights
+        kept = self._previews.get(key, {}).get(target, set()) - {endpoint.instance for endpoint in places}
+        left = (replace(endpoint, draining=True) for endpoint in _every(routing) if endpoint.instance in kept)
+        return clusters.endpoints(target, (*places, *left), weights, near=self._near)
 
     def _write_limits(self, keys: Iterable[str]) -> None:
         before = {key: self._limits[key] for key in keys if key in self._limits}
@@ -345,7 +369,7 @@ class RoutingTable:
         routing = self._routings.pop(key, None)
         before = self._places.pop(key, {})
         self._sleep(_wakeable(routing, before), set())
-        for kept in (self._zones, self._names, self._spread, self._wide):
+        for kept in (self._zones, self._names, self._previews, self._spread, self._wide):
             kept.pop(key, None)
         self._draining.discard(key)
         self.changes += 1
@@ -460,6 +484,11 @@ def _wakeable(routing: Routing | None, places: Places) -> set[Target]:
     if routing is None or not routing.wakes:
         return set()
     return {target for target in targets_of(places) if not target.preview}
+
+
+def _previewed(routing: Routing) -> tuple[Endpoint, ...]:
+    """Return the endpoints that requests are led to by a preview."""
+    return routing.preview.endpoints if routing.preview is not None else canary_of(routing)
 
 
 def _every(routing: Routing) -> tuple[Endpoint, ...]:
