@@ -304,6 +304,12 @@ async def test_a_body_that_is_too_large_is_refused_whether_it_says_so_or_not(sit
         assert (await post(site, host, b"x" * 1000, chunked=True)).body == b"1000"
         assert (await post(site, host, b"x" * 9000, chunked=True)).status == 413
         assert (await get(site.port, host)).status == 200
+        for length in (2049, (1 << 63) - 2, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
+            async with asyncio.timeout(TIMEOUT_S):
+                reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+                writer.write(f"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\nx".encode())
+                assert (await read_answer(reader)).status == 413, length
+                writer.close()
 
 
 async def post(site: Site, host: str, body: bytes, *, chunked: bool = False) -> Answer:

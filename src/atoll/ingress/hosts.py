@@ -31,7 +31,6 @@ APP, PROJECT = "app", "project"
 """What requests are counted by against a rate."""
 HTTPS_PORT = 443
 """Of a URL with https that names none."""
-_INT_MAX = (1 << 63) - 1
 _ADD = base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD
 
 
@@ -122,16 +121,18 @@ def _routes(path: str, leg: Leg) -> Iterable[route_components_pb2.Route]:
     if body_max is None:
         yield _route(path, leg)
         return
+    # What says how long it is streams through, and an upgrade has no end; only the rest must be seen whole before it goes on.
+    said = _route(path, leg)
+    said.match.headers.add(name="content-length").range_match.CopyFrom(range_pb2.Int64Range(start=0, end=int(body_max) + 1))
+    yield said
+    # No range holds every length that can be said: what is in none is more.
     refused = route_components_pb2.Route(name=_name(leg), match=_match(path, leg))
     refused.direct_response.status = 413
-    length = refused.match.headers.add(name="content-length")
-    length.range_match.CopyFrom(range_pb2.Int64Range(start=int(body_max) + 1, end=_INT_MAX))
+    refused.match.headers.add(name="content-length", present_match=True)
     yield refused
-    # What says how long it is streams through, and an upgrade has no end; only the rest must be seen whole before it goes on.
-    for header in ("content-length", "upgrade"):
-        plain = _route(path, leg)
-        plain.match.headers.add(name=header, present_match=True)
-        yield plain
+    upgrade = _route(path, leg)
+    upgrade.match.headers.add(name="upgrade", present_match=True)
+    yield upgrade
     held = _route(path, leg)
     buffer = buffer_pb2.BufferPerRoute(buffer=buffer_pb2.Buffer(max_request_bytes=wrappers_pb2.UInt32Value(value=int(body_max))))
     held.typed_per_filter_config[BODY_FILTER].CopyFrom(_packed(buffer))
