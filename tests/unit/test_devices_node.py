@@ -211,6 +211,30 @@ def test_a_device_that_a_stranger_uses_is_not_given_away(tmp_path: Path) -> None
     in_world(tmp_path, story)
 
 
+@pytest.mark.parametrize(("model", "times", "granted"), [("H100-80GB", 2, True), ("H100-80GB", 9, False), ("MI300X", 9, True)])
+def test_a_device_of_which_nobody_says_who_uses_it_is_given_away_only_where_its_driver_never_can(
+    tmp_path: Path, model: str, times: int, granted: bool
+) -> None:
+    class Dumb(FakeHardware):
+        async def samples(self) -> tuple[GpuSample, ...]:
+            nonlocal times
+            times -= 1
+            found = await super().samples()
+            return found if times < 0 else found[1:]
+
+    async def main() -> None:
+        async with world(tmp_path, Dumb(model, count=2, clock=VirtualClock(asyncio.get_running_loop()))) as w:
+            await w.claim("i-1", w.whole(1))
+            if granted:
+                await w.claim("i-2", w.whole(0))
+                return
+            with pytest.raises(Unavailable, match="does not say who uses it"):
+                await w.claim("i-2", w.whole(0))
+            assert set(LedgerFile(tmp_path, w.boot).now.holdings) == {"i-1"}
+
+    run_virtual(main, random.Random(7))
+
+
 def test_shares_never_come_to_more_than_the_device(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         await w.claim("i-1", w.share(600))

@@ -518,6 +518,29 @@ async def test_a_device_that_was_there_at_discovery_and_not_when_the_watch_begin
     assert (gone.trouble, gone.device) == (Trouble.VANISHED, THIRD)
 
 
+@pytest.mark.parametrize("function", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetUUID", "nvmlDeviceRegisterEvents"])
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_RESET_REQUIRED])
+async def test_a_bad_device_is_told_and_takes_no_other_s_events_away(
+    driver: FakeDriver, hardware: NvidiaHardware, function: str, code: int
+) -> None:
+    await hardware.discover()
+    driver.fail(function, code, device=SECOND)
+    driver.xid(FIRST, 31)
+    events = hardware.events()
+    deaf, fault = await next_event(events), await next_event(events)
+    assert (deaf.trouble, deaf.device) == (Trouble.SUSPECT, SECOND)
+    assert "cannot be waited for" in deaf.message
+    assert (fault.trouble, fault.device, fault.code) == (Trouble.FAULT, FIRST, 31)
+
+
+@pytest.mark.parametrize("function", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceRegisterEvents"])
+async def test_where_no_device_s_events_can_be_had_that_is_silence(
+    driver: FakeDriver, hardware: NvidiaHardware, function: str
+) -> None:
+    driver.fail(function, pynvml.NVML_ERROR_UNKNOWN)
+    assert (await next_event(hardware.events())).trouble is Trouble.SILENT
+
+
 async def test_a_device_that_is_removed_from_the_bus_has_vanished(driver: FakeDriver) -> None:
     bus = Bus()
     async with opened(driver, Deadlines(), bus) as hardware:
@@ -663,14 +686,31 @@ async def test_samples_tell_what_every_device_and_partition_does(driver: FakeDri
     made = await hardware.make_partition(THIRD, "1g.10gb", 0)
     with driver.change() as state:
         state["devices"][0] |= {"busy_percent": 42, "processes": {"100": 2 * GIB}, "mps_processes": {"101": GIB, "100": 0}}
+        state["devices"][1]["graphics_processes"] = {"103": GIB}
         state["devices"][2]["instances"][0]["processes"] = {"102": GIB}
     samples = {sample.device: sample for sample in await hardware.samples()}
     assert set(samples) == {FIRST, SECOND, THIRD, made.id}
     first = samples[FIRST]
     assert (first.busy_milli, first.memory_bytes, first.power_milliwatts, first.temperature_c) == (420, 2 * GIB, 70_000, 40)
     assert first.processes == {100: 2 * GIB, 101: GIB}
+    assert samples[SECOND].processes == {103: GIB}
     assert samples[made.id].processes == {102: GIB}
     assert samples[THIRD].busy_milli == 0, "the driver does not say it of a device in MIG mode"
+
+
+async def test_a_bad_device_takes_no_other_s_sample_away(driver: FakeDriver, hardware: NvidiaHardware) -> None:
+    driver.fail("nvmlDeviceGetHandleByIndex", pynvml.NVML_ERROR_UNKNOWN, device=SECOND)
+    assert {sample.device for sample in await hardware.samples()} == {FIRST, THIRD}
+    driver.fail("nvmlDeviceGetHandleByIndex", pynvml.NVML_ERROR_UNKNOWN)
+    with pytest.raises(Unavailable, match="nvmlDeviceGetHandleByIndex"):
+        await hardware.samples()
+
+
+async def test_a_driver_that_tells_no_graphics_processes_tells_the_others(driver: FakeDriver, hardware: NvidiaHardware) -> None:
+    driver.lack("nvmlDeviceGetGraphicsRunningProcesses_v3")
+    with driver.change() as state:
+        state["devices"][0]["processes"] = {"100": GIB}
+    assert next(sample.processes for sample in await hardware.samples() if sample.device == FIRST) == {100: GIB}
 
 
 async def test_edits_are_asked_with_what_was_found_and_the_partitions_instances(driver: FakeDriver) -> None:

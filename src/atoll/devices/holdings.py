@@ -18,7 +18,7 @@ from atoll.devices.mps import Mps
 from atoll.devices.passthrough import MACHINES
 from atoll.devices.slices import Slices
 from atoll.devices.watch import Patience, Watch, turns
-from atoll.model.devices import GpuDevice, GpuGrant, GpuSample, GpuSharing
+from atoll.model.devices import GpuDevice, GpuGrant, GpuSample, GpuSharing, GpuVendor
 from atoll.model.errors import AtollError, Conflict, Unavailable, Unsupported
 from atoll.model.ports.devices import Claim, Edits
 from atoll.model.spec import Gpu, RuntimeName
@@ -120,11 +120,15 @@ class Holdings:
 
     async def _admit(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> None:
         """Raise what stands in the way of any grant."""
-        samples = {}
-        if instance not in self._file.now.holdings:
+        samples: dict[str, GpuSample] = {}
+        new = instance not in self._file.now.holdings
+        if new:
             samples = {sample.device: sample for sample in await self._drivers.samples()}
             strange = {grant.device for grant in grants if self._differs(grant, samples)}
             await asyncio.gather(*(watch.look() for watch in self._drivers.of_all(strange)))
+            if any(self._is_untold(grant, samples) for grant in grants):
+                # a worker that had to begin anew may have taken longer than samples may: after the look it is there
+                samples = {sample.device: sample for sample in await self._drivers.samples()}
         for grant in grants:
             watch = self._drivers.of(grant.device)
             device = self._drivers.offer(watch, watch.states[grant.device].device()) if watch is not None else None
@@ -136,6 +140,8 @@ class Holdings:
                 foreign=device.foreign if device is not None else (),
                 sample=samples.get(grant.device),
             )
+            if error is None and new and self._is_untold(grant, samples):
+                error = Unavailable(f"{grant.device}: its driver does not say who uses it", mend="place it elsewhere")
             offered = self._drivers.offered.get(grant.device)
             if error is None and device is not None and offered is not None and offered.driver != device.driver:
                 error = Unavailable(f"{device.id}: the driver was changed from {offered.driver} to {device.driver}")
@@ -152,6 +158,11 @@ class Holdings:
             return True
         seen = watch.states[grant.device].seen
         return (sample.driver, sample.mig) != (seen.driver, seen.mig) or not sample.driver
+
+    def _is_untold(self, grant: GpuGrant, samples: Mapping[str, GpuSample]) -> bool:
+        """Whether it is not known who uses a device of which its driver can tell: NVIDIA's always can, others not everywhere."""
+        watch = self._drivers.of(grant.device)
+        return grant.device not in samples and watch is not None and watch.vendor is GpuVendor.NVIDIA
 
     async def _carry_out(self, instance: str, grants: Sequence[GpuGrant], gpu: Gpu, runtime: RuntimeName) -> Claim:
         if self._handed is not None and runtime in MACHINES:

@@ -61,6 +61,7 @@ def fake_device(index: int, *, mig: bool = False, nvlinks: Sequence[str] = ()) -
         "power_milliwatts": 70_000,
         "temperature_c": 40,
         "processes": {},
+        "graphics_processes": {},
         "mps_processes": {},
     }
 
@@ -115,7 +116,7 @@ class FakeDriver:
                 os.environ[fake_state.VARIABLE] = before
 
     def fail(self, function: str, code: int, *, times: int = -1, device: str = "") -> None:
-        """Have a function of NVML fail with an NVML error, as often as `times` says (-1: always); with `device` of that one only."""
+        """Have a function of NVML fail with an NVML error, as often as `times` says (-1: always); `device`: of that one only."""
         self._fault(f"{function}@{device}" if device else function, {"kind": "error", "code": code, "times": times})
 
     def lack(self, function: str) -> None:

@@ -224,6 +224,11 @@ def nvmlDeviceGetComputeRunningProcesses_v3(handle: Any) -> list[Any]:
 
 
 @call
+def nvmlDeviceGetGraphicsRunningProcesses_v3(handle: Any) -> list[Any]:
+    return _processes(handle, "graphics_processes")
+
+
+@call
 def nvmlDeviceGetMPSComputeRunningProcesses_v3(handle: Any) -> list[Any]:
     return _processes(handle, "mps_processes")
 

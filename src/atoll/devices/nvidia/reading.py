@@ -199,8 +199,11 @@ def _nvlinks(nvml: Any, handle: Any) -> tuple[dict[str, int], int]:
 
 
 def samples(nvml: Any) -> list[dict[str, Any]]:
-    """Return what every device and every partition does now; what is lost or does not say is left out, or zero."""
-    found = []
+    """Return what every device and every partition does now; what is lost or does not say is left out, or zero.
+
+    Raises NVMLError where none says anything.
+    """
+    found, failures = [], []
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -210,7 +213,9 @@ def samples(nvml: Any) -> list[dict[str, Any]]:
                 found.extend(_sample(nvml, part) for part in mig_devices(nvml, handle))
         except nvml.NVMLError as error:
             if error.value not in (GPU_IS_LOST, *_ABSENT):
-                raise
+                failures.append(error)
+    if failures and not found:
+        raise failures[0]
     return found
 
 
@@ -219,7 +224,11 @@ def _sample(nvml: Any, handle: Any) -> dict[str, Any]:
     busy = ask(None, nvml.nvmlDeviceGetUtilizationRates, handle)
     memory = ask(None, nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2) or ask(None, nvml.nvmlDeviceGetMemoryInfo, handle)
     processes: dict[str, int] = {}
-    for function in (nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3):
+    for function in (
+        nvml.nvmlDeviceGetComputeRunningProcesses_v3,
+        nvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
+        nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3,
+    ):
         for process in ask([], function, handle):
             processes[str(process.pid)] = max(processes.get(str(process.pid), 0), process.usedGpuMemory or 0)
     return {

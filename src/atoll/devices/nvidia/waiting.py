@@ -1,7 +1,8 @@
 """Waiting for the driver's events. Runs in a worker of its own, for as long as that lives, and imports nothing of Atoll.
 
-It writes lines: `{"ready": {uuid: pci}}` once it waits, `{"event": {device, kind, code, part}}` for each event,
-`{"lost": [uuids]}` for devices that fell off the bus, `{"alive": true}` after a round without news, `{"error": …}` before it ends.
+It writes lines: `{"ready": {uuid: pci}, "unreadable": [words]}` once it waits, `{"event": {device, kind, code, part}}` for each
+event, `{"lost": [uuids]}` for devices that fell off the bus, `{"deaf": {uuid: words}}` for those whose events cannot be had,
+`{"alive": true}` after a round without news, `{"error": …}` before it ends. One bad device takes no other's events away.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def wait(nvml: Any, say: Callable[[dict[str, Any]], None], failure: Callable[[An
     """Say what happens until there is no device left to wait for, or something fails."""
     try:
         nvml.nvmlInit()
-        devices = _devices(nvml)
-        say({"ready": {uuid: pci_address(nvml.nvmlDeviceGetPciInfo(handle).busId) for uuid, handle in devices.items()}})
+        devices, shown, failures = _devices(nvml)
+        say({"ready": shown, "unreadable": [str(error) for error in failures]})
         while devices:
             for uuid in _follow(nvml, devices, say):
                 del devices[uuid]
@@ -42,18 +43,28 @@ def wait(nvml: Any, say: Callable[[dict[str, Any]], None], failure: Callable[[An
         say({"error": failure(nvml, error)})
 
 
-def _devices(nvml: Any) -> dict[str, Any]:
+def _devices(nvml: Any) -> tuple[dict[str, Any], dict[str, str], list[Exception]]:
+    """Return the handles of the devices that can be read, their PCI addresses, and what was wrong with others that are not lost.
+
+    Raises NVMLError where none can be read.
+    """
     found: dict[str, Any] = {}
+    shown: dict[str, str] = {}
+    failures: list[Exception] = []
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             if _is_lost(nvml, handle):
                 continue
-            found[nvml.nvmlDeviceGetUUID(handle)] = handle
+            uuid = nvml.nvmlDeviceGetUUID(handle)
+            shown[uuid] = pci_address(nvml.nvmlDeviceGetPciInfo(handle).busId)
+            found[uuid] = handle
         except nvml.NVMLError as error:
             if error.value != GPU_IS_LOST:
-                raise
-    return found
+                failures.append(error)
+    if failures and not found:
+        raise failures[0]
+    return found, shown, failures
 
 
 def _follow(nvml: Any, devices: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> list[str]:
@@ -64,8 +75,11 @@ def _follow(nvml: Any, devices: dict[str, Any], say: Callable[[dict[str, Any]], 
         wanted |= bit
     events = nvml.nvmlEventSetCreate()
     try:
-        for handle in devices.values():
-            _register(nvml, handle, wanted, events)
+        deaf = {uuid: error for uuid, handle in devices.items() if (error := _register(nvml, handle, wanted, events)) is not None}
+        if len(deaf) == len(devices):
+            raise next(iter(deaf.values()))
+        if deaf:
+            say({"deaf": {uuid: str(error) for uuid, error in deaf.items()}})
         while True:
             try:
                 event = nvml.nvmlEventSetWait(events, ROUND_MS)
@@ -87,15 +101,17 @@ def _follow(nvml: Any, devices: dict[str, Any], say: Callable[[dict[str, Any]], 
         nvml.nvmlEventSetFree(events)
 
 
-def _register(nvml: Any, handle: Any, wanted: int, events: Any) -> None:
+def _register(nvml: Any, handle: Any, wanted: int, events: Any) -> Exception | None:
+    """Have a device's events come; return why they cannot. One that is lost is found by the next round, one that has
+    none is watched by the rounds alone."""
     try:
         supported = wanted & nvml.nvmlDeviceGetSupportedEventTypes(handle)
         if supported:
             nvml.nvmlDeviceRegisterEvents(handle, supported, events)
     except nvml.NVMLError as error:
-        # A lost device is found by the next round; one without events is watched by the rounds alone.
         if error.value not in (GPU_IS_LOST, NOT_SUPPORTED):
-            raise
+            return error  # type: ignore[no-any-return]
+    return None
 
 
 def _lost(nvml: Any, devices: dict[str, Any]) -> list[str]:

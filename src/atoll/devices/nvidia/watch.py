@@ -109,7 +109,7 @@ class Watch:
         self._left.append(worker)
         try:
             line = await self._line(worker, self._start_s)
-            self._on_ready(line["ready"])
+            self._on_ready(line["ready"], line["unreadable"])
             devices = set(line["ready"])
             while devices - self._vanished:
                 self._on_line(await self._line(worker, self._quiet_s))
@@ -131,7 +131,7 @@ class Watch:
             raise Unavailable(str(error), mend=error.mend)
         return line
 
-    def _on_ready(self, devices: dict[str, str]) -> None:
+    def _on_ready(self, devices: dict[str, str], unreadable: list[str]) -> None:
         if self._silent:
             self._silent = False
             self._tell(Trouble.RECOVERED, message="NVIDIA's driver answers again")
@@ -140,13 +140,18 @@ class Watch:
             self._vanished.discard(device)
             self._tell(Trouble.RECOVERED, device, message=f"the GPU {device} is there again")
         for device in set(self._known) - set(devices):
-            self._vanish(device, "the driver does not know it any more")
+            if unreadable:  # which of them it is, and whether it is there, the next look at the devices finds out
+                self._tell_deaf(device, "; ".join(unreadable))
+            else:
+                self._vanish(device, "the driver does not know it any more")
         self._known.update(devices)
 
     def _on_line(self, line: dict[str, Any]) -> None:
         self._check_driver()
         for device in line.get("lost", ()):
             self._vanish(device, "it has fallen off the bus")
+        for device, why in line.get("deaf", {}).items():
+            self._tell_deaf(device, why)
         if "event" in line:
             self._on_event(**line["event"])
 
@@ -197,6 +202,10 @@ class Watch:
         self._vanished.add(device)
         mend = "see the kernel's log; restart the node if it does not come back"
         self._tell(Trouble.VANISHED, device, code=code, message=f"the GPU {device} has vanished: {why}", mend=mend)
+
+    def _tell_deaf(self, device: str, why: str) -> None:
+        mend = "see the kernel's log for NVRM; reset the GPU or restart the node if it stays so"
+        self._tell(Trouble.SUSPECT, device, message=f"the events of the GPU {device} cannot be waited for: {why}", mend=mend)
 
     def _tell_silent(self, message: str, mend: str) -> None:
         if not self._silent:
