@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from atoll.api.http.answers import Answer, Lines, error_answer, record_answer
 from atoll.api.http.calls import Call, Route, admit, check_version, internal, pattern
 from atoll.api.http.streams import stream_handlers
 from atoll.api.service import SYSTEM, Caller, Need, Service
-from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge
+from atoll.model.errors import AtollError, Invalid, NotFound, TooLarge, Unavailable
 
 ROUTES: tuple[Route, ...] = (
     *operators.ROUTES,
@@ -29,6 +30,8 @@ ROUTES: tuple[Route, ...] = (
 OPENAPI_PATH = "/schema/openapi.json"
 
 CLOSE = ((b"connection", b"close"),)
+BODY_SILENT_S = 30.0
+"""How long nothing may come of a body that is still to come; one that comes slowly is waited for."""
 
 log = structlog.get_logger()
 
@@ -83,7 +86,7 @@ def _more_to_come(request: Request[Any, Any, Any]) -> bool:
 
 
 async def _body(request: Request[Any, Any, Any], bytes_max: int) -> bytes:
-    """Read the body within its bound. Raises TooLarge, Invalid (the client went away)."""
+    """Read the body within its bound. Raises TooLarge, Invalid (the client went away), Unavailable (it sends nothing)."""
     stated = request.headers.get("content-length")
     if stated is not None and stated.isdecimal() and int(stated[:18]) > bytes_max:
         raise TooLarge(f"the body has {stated[:18]} bytes; at most {bytes_max} are taken")
@@ -91,7 +94,11 @@ async def _body(request: Request[Any, Any, Any], bytes_max: int) -> bytes:
     size = 0
     receive = request.receive
     while True:
-        message: Any = await receive()
+        try:
+            async with asyncio.timeout(BODY_SILENT_S):
+                message: Any = await receive()
+        except TimeoutError:
+            raise Unavailable(f"nothing came of the body for {BODY_SILENT_S:g} s") from None
         if message["type"] != "http.request":
             raise Invalid("the body ended too early")
         part = message.get("body", b"")

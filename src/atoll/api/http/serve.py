@@ -30,7 +30,7 @@ from atoll.model.streams import MESSAGE_BYTES_MAX
 HEADER_BYTES_MAX = 65_536
 """Of one request, with its path."""
 HEADER_S = 15.0
-"""How long a new connection has to send its first request's headers."""
+"""How long a new connection has to send its first request's headers, and one that begins another request."""
 PAUSED_S = 600.0
 """How long a WebSocket's reader may take nothing."""
 KEEP_ALIVE_S = 75
@@ -145,6 +145,12 @@ class BoundedProtocol(_Impatient, HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        # Whatever it is: blank lines before a request begin none, and end uvicorn's wait for one.
+        if self._deadline is None and self.cycle is not None and self.cycle.response_complete:
+            self._deadline = self.loop.call_later(self.header_s, self._late)
+        super().data_received(data)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
