@@ -19,9 +19,11 @@ from atoll.model.devices import (
     GpuSharing,
     GpuVendor,
     LinkKind,
+    MigProfile,
 )
 from atoll.model.records import Capacity, Node
 from atoll.model.spec import AppSpec, Gpu, GpuTopology, Isolation, Placement, Quota, Resources, RuntimeName
+from atoll.model.spec.gpu import check_gpu
 from atoll.model.units import Bytes
 from atoll.scheduling.demand import Demand, Pending, demand_of
 from atoll.scheduling.explain import explain
@@ -197,6 +199,38 @@ def test_partitions_of_one_instance_may_be_on_several_devices_and_a_used_device_
     grants = place(nodes, Gpu(profile="3g.40gb", count=3)).placed[0].gpus
     assert [(one.device, one.start) for one in grants] == [(first, 4), (first, 0), (second, 4)]
     assert given(nodes, Gpu(profile="1g.10gb"), 3) == [[first], [first], [first]]
+
+
+def rtx_pro_6000() -> tuple[GpuDevice, ...]:
+    """A device with twelve memory slices, as its driver describes it."""
+    kinds = (("1g.24gb", 1, 3, (0, 3, 6, 9), 4), ("2g.48gb", 2, 6, (0, 6), 2), ("4g.96gb", 4, 12, (0,), 1))
+    media = (("1g.24gb+me", 1, 3, (0, 3, 6, 9), 1), ("1g.24gb+me.all", 1, 3, (0, 3, 6, 9), 1))
+    plain_ones = (("1g.24gb+gfx", 1, 3, (0, 3, 6, 9), 4), ("1g.24gb-me", 1, 3, (0, 3, 6, 9), 4))
+    profiles = tuple(
+        MigProfile(name=name, compute_slices=compute, memory_slices=size, memory_bytes=8 * size * GIB, starts=starts, most=most)
+        for name, compute, size, starts, most in (*kinds, *media, *plain_ones)
+    )
+    return plain(1, memory_bytes=96 * GIB, mig=True, profiles=profiles, sharing=(GpuSharing.MIG,))
+
+
+def test_a_device_of_twelve_memory_slices_is_given_to_the_last_one() -> None:
+    nodes = snapshot(node("a", rtx_pro_6000()))
+    for profile, starts in {"1g.24gb": {0, 3, 6, 9}, "2g.48gb": {0, 6}, "4g.96gb": {0}, "1g.24gb-me": {0, 3, 6, 9}}.items():
+        assert {one.gpus[0].start for one in place(nodes, Gpu(profile=profile), 9).placed} == starts
+
+
+def test_one_partition_of_a_device_alone_has_the_media_engines_whatever_its_suffix_says_more() -> None:
+    nodes = snapshot(node("a", rtx_pro_6000()))
+    (held,) = place(nodes, Gpu(profile="1g.24gb+me.all"), 9).placed
+    nodes.allocate("x", "a", "x", demand(Gpu(profile="1g.24gb+me.all")), held.gpus)
+    assert not place(nodes, Gpu(profile="1g.24gb+me")).placed
+    assert len(place(nodes, Gpu(profile="1g.24gb-me"), 9).placed) == 3
+    assert len(place(nodes, Gpu(profile="1g.24gb+gfx"), 9).placed) == 3
+
+
+@pytest.mark.parametrize("profile", ["1g.10gb", "1g.10gb+me", "1g.24gb+me.all", "1g.24gb-me", "2g.48gb+gfx"])
+def test_every_name_of_a_profile_can_be_asked_for(profile: str) -> None:
+    check_gpu(Gpu(profile=profile), (RuntimeName.RUNC,))
 
 
 def test_what_another_partitioned_is_never_given_away() -> None:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from atoll.model.devices import COMPUTE_SLICES, MEMORY_SLICES, GpuPartition, MigProfile
+from atoll.model.devices import COMPUTE_SLICES, MEMORY_SLICES, GpuPartition, MigProfile, has_media
 from atoll.model.errors import Conflict, Invalid
 
 TABLE = Path(__file__).parent / "data" / "mig_profiles.csv"
@@ -60,7 +60,7 @@ def obstacle(profiles: Iterable[MigProfile], existing: Iterable[GpuPartition], p
         return f"{used} of {COMPUTE_SLICES} compute slices are taken, and {profile.name} needs {profile.compute_slices}"
     if sum(other.profile == profile.name for other in there) >= profile.most:
         return f"there are {profile.most} of {profile.name} already, which is the most"
-    if profile.name.endswith("+me") and any(other.profile.endswith("+me") for other in there):
+    if has_media(profile.name) and any(has_media(other.profile) for other in there):
         return "another partition has the media engines"
     return ""
 

@@ -9,8 +9,11 @@ from msgspec import Struct
 MILLI = 1000
 """Thousandths of a device's compute: a whole device."""
 MEMORY_SLICES = 8
-"""Memory slices of a device that can be partitioned (MIG); compute slices are seven."""
+"""Memory slices of most devices that can be partitioned (MIG); how many one has its profiles' places say."""
 COMPUTE_SLICES = 7
+"""Compute slices of such a device, at most."""
+MEDIA = "+me"
+"""What the suffix of a profile's name begins with where it has media engines that one partition of a device alone can have."""
 
 
 class _Record(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -80,6 +83,11 @@ class MigProfile(_Record, frozen=True, kw_only=True):
     """First memory slices at which it may be placed."""
     most: int
     """Partitions of this kind at a time."""
+
+
+def has_media(profile: str) -> bool:
+    """Return whether no two partitions of such profiles can be on one device (`1g.24gb+me`, `1g.24gb+me.all`)."""
+    return MEDIA in profile
 
 
 class GpuPartition(_Record, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from atoll.model.names import SpecRecord
 from atoll.model.spec.isolation import RuntimeName
 from atoll.model.units import Bytes
 
-PROFILE_PATTERN = r"[1-7]g\.[1-9][0-9]{0,3}gb(\+[a-z.]{1,12})?"
+PROFILE_PATTERN = r"[1-7]g\.[1-9][0-9]{0,3}gb([+-][a-z.]{1,12})?"
 DRIVER_PATTERN = r"[0-9]{1,4}(\.[0-9]{1,4}){0,2}"
 SHARE_BYTES_MIN = 1 << 20
 """A share of no memory would be one without a limit."""

@@ -1,7 +1,8 @@
 """Where on a device its MIG partitions go, so that the largest ones stay possible.
 
-A device has eight memory slices and seven compute slices. A partition takes a run of memory slices that begins at one of its
-profile's starts, and some compute slices; it is never moved, so where it goes decides what still fits beside it.
+A device has memory slices (eight, or twelve), as many as its profiles' places say, and at most seven compute slices. A partition
+takes a run of memory slices that begins at one of its profile's starts, and some compute slices; it is never moved, so where it goes
+decides what still fits beside it.
 
 `Table.best_start` takes the start after which most partitions of the largest profile would still fit, then most of the next,
 and so on (`worth` is that order as a number). `mig_measure` says how near this comes to the exact optimum.
@@ -12,13 +13,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from atoll.model.devices import COMPUTE_SLICES, MEMORY_SLICES, GpuPartition, MigProfile
+from atoll.model.devices import COMPUTE_SLICES, GpuPartition, MigProfile, has_media
 
 LAYOUTS_MAX = 65_536
 """Layouts of one table whose worth is remembered; the seven profiles of one device make 2,319."""
-
-MEDIA = "+me"
-"""At the end of a profile's name: it has the media engines, which one partition of a device alone can have."""
 
 
 class Part(NamedTuple):
@@ -49,18 +47,18 @@ class Table:
         profile = self.by_name.get(name)
         if profile is None:
             return ()
-        media = name.endswith(MEDIA)
+        media = has_media(name)
         taken = compute = same = 0
         for part in layout:
             taken |= _slices(part.start, part.size)
             compute += part.compute
             same += part.profile == name
-            if media and part.profile.endswith(MEDIA):
+            if media and has_media(part.profile):
                 return ()
         if compute + profile.compute_slices > COMPUTE_SLICES or same >= profile.most:
             return ()
         size = profile.memory_slices
-        return tuple(s for s in profile.starts if s + size <= MEMORY_SLICES and not taken & _slices(s, size))
+        return tuple(s for s in profile.starts if not taken & _slices(s, size))
 
     def part(self, name: str, start: int) -> Part:
         profile = self.by_name[name]
