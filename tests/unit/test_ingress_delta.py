@@ -10,7 +10,7 @@ from envoy.service.discovery.v3.discovery_pb2 import DeltaDiscoveryRequest, Delt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atoll.ingress.delta import HOLD_S, RESPONSE_RESOURCES_MAX, DeltaSession, Verdicts
+from atoll.ingress.delta import HOLD_S, LISTEN_AGAIN_S, RESPONSE_RESOURCES_MAX, DeltaSession, Verdicts
 from atoll.ingress.hostnames import ASKED_MAX, Hostnames
 from atoll.ingress.resources import Kind, Name, Resource
 
@@ -267,6 +267,76 @@ def test_a_bad_cluster_or_endpoint_stops_no_other_app(kind: Kind) -> None:
     for name in "ac":
         assert world.has(Kind.HOST)[f"http/{name}"] == world.wanted(Kind.HOST)[f"http/{name}"]
         assert world.has(Kind.ENDPOINTS)[name] == world.wanted(Kind.ENDPOINTS)[name]
+
+
+class Ports:
+    """Listeners, and an Envoy that takes each unless its port is `busy`."""
+
+    def __init__(self) -> None:
+        self.resources: dict[Kind, dict[str, Resource]] = {kind: {} for kind in Kind}
+        self.busy: set[str] = set()
+        self.told: list[tuple[str, str]] = []
+        self.sent: list[list[str]] = []
+        self._verdicts = Verdicts(
+            lambda resource, words: self.told.append(("refused", resource.name)),
+            lambda resource: self.told.append(("taken", resource.name)),
+        )
+        self.connect()
+
+    def connect(self) -> None:
+        self.session = DeltaSession(self.resources, self._verdicts)
+        self.session.receive(DeltaDiscoveryRequest(type_url=Kind.LISTENER))
+
+    def put(self, name: str, version: str = "v1") -> None:
+        self.resources[Kind.LISTENER][name] = Resource(Kind.LISTENER, name, version, b"")
+        self.session.changed({(Kind.LISTENER, name)})
+
+    def settle(self, now: float) -> None:
+        while (response := self.session.respond(now)) is not None:
+            self.sent.append(names := [part.name for part in response.resources])
+            answer = DeltaDiscoveryRequest(type_url=Kind.LISTENER, response_nonce=response.nonce)
+            if self.busy & set(names):
+                answer.error_detail.message = "it is busy"
+            self.session.receive(answer)
+
+
+def test_a_port_that_was_busy_for_a_moment_is_tried_again_by_itself_and_what_was_said_of_it_taken_back() -> None:
+    ports = Ports()
+    ports.busy = {"tcp:1", "tcp:2"}
+    for name in ("tcp:1", "tcp:2", "tcp:3"):
+        ports.put(name)
+    ports.settle(100.0)
+    assert ports.told == [("refused", "tcp:1"), ("refused", "tcp:2")]
+    assert ports.session.applied((Kind.LISTENER, "tcp:3")) == "v1"
+    for now in (100.0, 100.0 + LISTEN_AGAIN_S - 0.1):
+        ports.sent.clear()
+        ports.settle(now)
+        assert ports.sent == []
+    assert ports.session.held_until == 100.0 + LISTEN_AGAIN_S
+    ports.busy = {"tcp:2"}
+    ports.settle(100.0 + LISTEN_AGAIN_S)
+    assert ports.sent == [["tcp:1"], ["tcp:2"]]
+    assert ports.told[2:] == [("taken", "tcp:1")], "the other was refused once more, which is no news"
+    assert ports.session.applied((Kind.LISTENER, "tcp:1")) == "v1"
+    assert ports.session.held_until == 100.0 + 2 * LISTEN_AGAIN_S
+    ports.busy = set()
+    ports.settle(100.0 + 2 * LISTEN_AGAIN_S)
+    assert ports.told[3:] == [("taken", "tcp:2")]
+    assert ports.session.held_until is None
+
+
+def test_a_port_that_was_refused_is_tried_by_a_new_connection_at_once_and_what_it_had_stays_meanwhile() -> None:
+    ports = Ports()
+    ports.put("tcp:1", "good")
+    ports.settle(0.0)
+    ports.busy = {"tcp:1"}
+    ports.put("tcp:1", "bad")
+    ports.settle(1.0)
+    ports.busy = set()
+    ports.connect()
+    ports.settle(2.0)
+    assert ports.session.applied((Kind.LISTENER, "tcp:1")) == "bad"
+    assert ports.told == [("refused", "tcp:1"), ("taken", "tcp:1")]
 
 
 @settings(deadline=None)

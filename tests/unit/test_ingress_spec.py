@@ -282,6 +282,17 @@ def test_what_envoy_refused_is_told_of_its_app_until_it_changes() -> None:
     assert refused.problems() == {}
 
 
+def test_what_envoy_takes_after_all_is_told_no_longer_and_what_it_took_of_another_version_changes_nothing() -> None:
+    table = RoutingTable()
+    told(table, 1, routing(at("10.0.0.1")))
+    refused, newest = Refused(table), table.resources[Kind.HOST]["http/a.example"]
+    refused.note(newest, "the port is busy")
+    refused.taken(newest._replace(version="older"))
+    assert "the port is busy" in refused.problems()["p/a"]
+    refused.taken(newest)
+    assert refused.problems() == {}
+
+
 class Active:
     """What Envoy says is under way."""
 

@@ -44,13 +44,15 @@ class AdsServer:
         clock: Clock,
         *,
         refused: Callable[[Resource, str], None],
+        taken: Callable[[Resource], None] = lambda resource: None,
         hostnames_ahead: int = AHEAD_MAX,
         http3_hosts: Collection[str] = (),
     ) -> None:
-        """With more hostnames than `hostnames_ahead` Envoy is told of each when it asks; `http3_hosts`: see `DeltaSession`."""
+        """With more hostnames than `hostnames_ahead` Envoy is told of each when it asks; `refused` and `taken`: see `Verdicts`,
+        `http3_hosts`: see `DeltaSession`."""
         self._resources = resources
         self._clock = clock
-        self._verdicts = Verdicts(refused)
+        self._verdicts = Verdicts(refused, taken)
         self._hostnames = Hostnames(resources.get(Kind.HOST, {}), ahead_max=hostnames_ahead)
         self._http3_hosts = http3_hosts
         self._sessions: dict[DeltaSession, asyncio.Event] = {}

@@ -2,7 +2,8 @@
 
 Protocol: https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol#incremental-xds. Of each kind at most one response is
 unanswered, so that a refusal always tells which response is meant. A response of several resources that is refused is sent
-again one by one, which finds the bad one; that one is put back to what Envoy last took, and all others go on.
+again one by one, which finds the bad one; that one is put back to what Envoy last took, and all others go on. A listener may be
+refused because its port is somebody else's for a moment, so it alone is tried again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from atoll.ingress.resources import ROUTE_CONFIG, SHOWN, Kind, Name, Resource
 RESPONSE_RESOURCES_MAX = 2_000
 HOLD_S = 1.0
 """The longest that a hostname waits for the endpoints it leads to. Envoy asks for them within a millisecond or two."""
+LISTEN_AGAIN_S = 15.0
+"""After so long a listener that was refused is tried again."""
 MISSED = f"{ROUTE_CONFIG}/missed.invalid"
 """What Envoy is told of hostnames that nobody has."""
 
@@ -28,31 +31,50 @@ Resources = Mapping[Kind, Mapping[str, Resource]]
 class Verdicts:
     """What Envoy has said of resources so far; it outlives a connection, so that a new one starts with what is good."""
 
-    def __init__(self, refused: Callable[[Resource, str], None]) -> None:
-        """`refused` is called once for each version of a resource that Envoy does not take, with its words."""
+    def __init__(self, refused: Callable[[Resource, str], None], taken: Callable[[Resource], None] = lambda resource: None) -> None:
+        """`refused` is called once for each version of a resource that Envoy does not take, with its words, and `taken` if it
+        takes that after all."""
         self._refused = refused
+        self._taken = taken
         self._good: dict[Name, Resource] = {}
         self._bad: dict[Name, str] = {}
+        self._again: set[Name] = set()
+        """What was refused and is to be tried again."""
         self.suspects: set[Name] = set()
 
     def choose(self, name: Name, newest: Resource | None) -> Resource | None:
         """Return what Envoy should have: the newest, or if it was refused, the last that was taken."""
-        if newest is not None and self._bad.get(name) == newest.version:
+        if newest is not None and self._bad.get(name) == newest.version and name not in self._again:
             return self._good.get(name)
         return newest
 
+    def doubt(self, kind: Kind) -> list[str]:
+        """Have all of `kind` that was refused tried again, each by itself; return their names."""
+        names = [name for name in self._bad if name[0] is kind]
+        self._again.update(names)
+        self.suspects.update(names)
+        return [text for _, text in names]
+
     def take(self, name: Name, resource: Resource | None) -> None:
-        self.suspects.discard(name)
+        self._settle(name)
         if resource is None:
             self._good.pop(name, None)
             self._bad.pop(name, None)
         else:
             self._good[name] = resource
+            if self._bad.get(name) == resource.version:
+                del self._bad[name]
+                self._taken(resource)
 
     def refuse(self, name: Name, resource: Resource, words: str) -> None:
+        self._settle(name)
+        if self._bad.get(name) != resource.version:
+            self._bad[name] = resource.version
+            self._refused(resource, words)
+
+    def _settle(self, name: Name) -> None:
         self.suspects.discard(name)
-        self._bad[name] = resource.version
-        self._refused(resource, words)
+        self._again.discard(name)
 
 
 class _Channel:
@@ -102,14 +124,19 @@ class DeltaSession:
         self._awaited: set[str] = set()
         """Clusters that are new to Envoy and whose endpoints it does not have yet."""
         self._held_until: float | None = None
+        self._listen_again: float | None = None
+        """When listeners that were refused are tried again."""
+        self._shut = False
+        """Whether a listener was refused since they were last tried."""
         self._secrets = HeldSecrets(http3_hosts)
 
     @property
     def held_until(self) -> float | None:
         """When `respond` should be called again even if nothing happens, on the clock that it was given."""
-        if self._held_until is not None or not self._asked.waiting or self._channels[Kind.HOST].in_flight is not None:
-            return self._held_until
-        return self._asked.missed_until
+        held = self._held_until
+        if held is None and self._asked.waiting and self._channels[Kind.HOST].in_flight is None:
+            held = self._asked.missed_until
+        return min((each for each in (held, self._listen_again) if each is not None), default=None)
 
     def applied(self, name: Name) -> str | None:
         """Return the version of a resource that Envoy has confirmed."""
@@ -140,6 +167,8 @@ class DeltaSession:
             channel.wildcard = kind is Kind.HOST or not named or len(named) < len(request.resource_names_subscribe)
             channel.wildcard = channel.wildcard and kind is not Kind.SECRET
             channel.dirty.update(self._resources[kind])
+            if kind is Kind.LISTENER:
+                self._verdicts.doubt(kind)
         elif request.response_nonce and request.response_nonce == channel.nonce and channel.in_flight is not None:
             self._answer(kind, channel, request)
         named = [] if kind is Kind.HOST else list(request.resource_names_subscribe)
@@ -170,6 +199,7 @@ class DeltaSession:
 
     def respond(self, now: float) -> discovery_pb2.DeltaDiscoveryResponse | None:
         """Return the next response to send, or None when Envoy has, or is about to answer for, all that it may have now."""
+        self._try_listeners_again(now)
         # Twice, as looking at the hostnames may show that clusters no longer wait for them.
         for kind, channel in sorted(self._channels.items(), key=_rank) * 2:
             silent = channel.wildcard and not channel.nonce
@@ -184,6 +214,13 @@ class DeltaSession:
                 if batch or silent or missed:
                     return self._response(kind, channel, batch, missed)
         return None
+
+    def _try_listeners_again(self, now: float) -> None:
+        if self._listen_again is not None and now >= self._listen_again:
+            self._listen_again, self._shut = None, False
+            self._channels[Kind.LISTENER].dirty.update(self._verdicts.doubt(Kind.LISTENER))
+        if self._shut and self._listen_again is None:
+            self._listen_again = now + LISTEN_AGAIN_S
 
     def _choose_hostnames(self, channel: _Channel) -> None:
         self._asked.resolve()
@@ -315,6 +352,7 @@ class DeltaSession:
         elif resource is not None:
             self._verdicts.refuse((kind, name), resource, words)
             channel.dirty.add(name)
+            self._shut |= kind is Kind.LISTENER
             if kind is Kind.SECRET:
                 channel.unanswered.add(name)
 

@@ -12,7 +12,7 @@ REFUSALS_MAX = 10_000
 
 
 class Refused:
-    """Forgets a refusal as soon as what was refused has changed or gone."""
+    """Forgets a refusal as soon as what was refused has changed or gone, or is taken after all."""
 
     def __init__(self, table: RoutingTable) -> None:
         self._table = table
@@ -23,6 +23,11 @@ class Refused:
         """Take down that Envoy does not take this version; its last good one serves."""
         if len(self._words) < REFUSALS_MAX:
             self._words[resource.kind, resource.name] = (resource.version, words)
+
+    def taken(self, resource: Resource) -> None:
+        """Take down that Envoy has taken after all what it refused."""
+        if self._words.get((resource.kind, resource.name), ("", ""))[0] == resource.version:
+            del self._words[resource.kind, resource.name]
 
     def problems(self, most: int = PROBLEMS_MAX) -> dict[str, str]:
         """Return `PROJECT/APP` → what is left out of its routing, of at most `most` apps."""

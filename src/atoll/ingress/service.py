@@ -123,6 +123,7 @@ class Ingress:
             shown,
             self._clock,
             refused=self._refused,
+            taken=self._taken,
             hostnames_ahead=hostnames_ahead,
             http3_hosts=self.table.http3_hosts,
         )
@@ -297,6 +298,11 @@ class Ingress:
         own = {INGRESS_PROBLEM: self.envoy.without} if self.envoy.without else {}
         own |= dict(list(self._shown.problems().items())[: PROBLEMS_MAX // 2]) if self._shown is not None else {}
         return {**self._refusals.problems(PROBLEMS_MAX - len(own)), **own}
+
+    def _taken(self, resource: Resource) -> None:
+        self._refusals.taken(resource)
+        self._heart.tell_soon()
+        log.info("ingress.envoy-took", kind=resource.kind.rpartition(".")[2], name=resource.name)
 
     def _refused(self, resource: Resource, words: str) -> None:
         self._refusals.note(resource, words[:WORDS_MAX])
