@@ -11,7 +11,7 @@ from msgspec import Struct
 from atoll.ingress.admin import Requests
 from atoll.ingress.resources import Kind, Name
 from atoll.ingress.table import RoutingTable
-from atoll.model.errors import AtollError
+from atoll.model.errors import AtollError, DeadlineExceeded
 from atoll.model.ports.clock import Clock
 
 SETTLE_S = 0.1
@@ -20,8 +20,11 @@ drained when it had no active and no new request for so long after that."""
 POLL_S = 0.02
 POLL_MAX_S = 0.25
 """While requests are active, as a WebSocket may be for minutes."""
-APPLIED_TIMEOUT_S = 5.0
+APPLIED_TIMEOUT_S = 0.5
+"""All others wait so long for what Envoy does not confirm, as of a cluster that it has refused; it is asked again every time."""
 RETRY_S = 0.5
+INSTANCES_PER_REPORT = 1_000
+"""As many as the control plane takes at once."""
 
 log = structlog.get_logger()
 
@@ -62,6 +65,8 @@ class Drainer:
         self._wake = asyncio.Event()
         self._confirmed: set[str] = set()
         """Instances whose draining Envoy has confirmed."""
+        self._late: set[str] = set()
+        """Instances whose draining Envoy has not confirmed in time."""
         self._watched: dict[str, _Watched] = {}
         self._reported: set[str] = set()
 
@@ -82,10 +87,12 @@ class Drainer:
                 continue
             try:
                 done = await self._look(pending)
+                for at in range(0, len(done), INSTANCES_PER_REPORT):
+                    part = done[at : at + INSTANCES_PER_REPORT]
+                    await self._report.drained(self._ingress, part)
+                    self._reported.update(part)
+                    log.info("ingress.drained", instances=part)
                 if done:
-                    await self._report.drained(self._ingress, done)
-                    self._reported.update(done)
-                    log.info("ingress.drained", instances=done)
                     continue
             except AtollError as error:
                 log.warning("ingress.drain-waits", instances=sorted(pending), message=str(error))
@@ -96,22 +103,34 @@ class Drainer:
     def _forget(self, draining: set[str]) -> None:
         self._reported &= draining
         self._confirmed &= draining
+        self._late &= draining
         for id in self._watched.keys() - draining:
             del self._watched[id]
 
     async def _look(self, pending: dict[str, tuple[str, str]]) -> list[str]:
         """Return the instances that have drained by now."""
         clusters = {key: self._table.clusters_of(key) for key in {key for key, _ in pending.values()}}
-        for id, (key, _) in pending.items():
-            if id not in self._confirmed:
-                for cluster in clusters[key]:
-                    newest = self._table.resources[Kind.ENDPOINTS].get(cluster)
-                    if newest is not None:
-                        await self._ads.applied((Kind.ENDPOINTS, cluster), newest.version, timeout_s=APPLIED_TIMEOUT_S)
-                self._confirmed.add(id)
+        unconfirmed = {id: clusters[key] for id, (key, _) in pending.items() if id not in self._confirmed}
+        asked = sorted({name for names in unconfirmed.values() for name in names})
+        applied = dict(zip(asked, await asyncio.gather(*map(self._applied, asked)), strict=True))
+        late = {id for id, names in unconfirmed.items() if not all(applied[name] for name in names)}
+        self._confirmed |= unconfirmed.keys() - late
+        if news := late - self._late:
+            log.warning("ingress.drain-not-confirmed", instances=sorted(news))
+            self._late |= news
         counts = await self._admin.requests(tuple(sorted({name for names in clusters.values() for name in names})))
         now = self._clock.monotonic()
-        return [id for id, (_, address) in pending.items() if self._quiet(id, address, counts, now)]
+        return [id for id, (_, address) in pending.items() if id in self._confirmed and self._quiet(id, address, counts, now)]
+
+    async def _applied(self, cluster: str) -> bool:
+        """Whether Envoy has the cluster's endpoints as they are."""
+        newest = self._table.resources[Kind.ENDPOINTS].get(cluster)
+        try:
+            if newest is not None:
+                await self._ads.applied((Kind.ENDPOINTS, cluster), newest.version, timeout_s=APPLIED_TIMEOUT_S)
+        except DeadlineExceeded:
+            return False
+        return True
 
     def _quiet(self, id: str, address: str, counts: dict[str, Requests], now: float) -> bool:
         own = [each for host, each in counts.items() if host.rpartition(":")[0].strip("[]") == address]
