@@ -68,7 +68,7 @@ class Script:
         self.sent: list[bytes] = []
         self.closed = 0
 
-    async def channel(self, path: str) -> Channel:
+    async def channel(self, path: str, **options: object) -> Channel:
         self.opened.append(path)
         if self.refuse is not None:
             raise self.refuse

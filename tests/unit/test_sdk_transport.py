@@ -20,7 +20,7 @@ from atoll.model.traffic import TrafficReport
 from atoll.sdk.control_plane import SLOW_S, HttpControlPlane
 from atoll.sdk.failover import Failover
 from atoll.sdk.http import HttpTransport
-from atoll.sdk.transport import Address, Answer, path
+from atoll.sdk.transport import Address, Answer, Unreachable, path
 
 Handler = Callable[[str, bytes, asyncio.StreamWriter], Awaitable[None]]
 
@@ -424,3 +424,50 @@ def test_a_heartbeat_is_told_to_every_server_and_one_that_hangs_does_not_hold_up
         await control.close()
 
     run_virtual(main())
+
+
+async def breaks(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+
+
+async def behind(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(answer(b"{}", "503 Service Unavailable"))
+
+
+async def gone(head: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(answer(b"{}", "404 Not Found"))
+
+
+@pytest.mark.parametrize(
+    ("first", "acts", "told", "asked"),
+    [
+        (breaks, True, OutcomeUnknown, 0),
+        (breaks, False, NotFound, 1),
+        (behind, True, NotFound, 1),
+        (None, True, NotFound, 1),
+    ],
+)
+async def test_a_command_is_asked_of_the_next_server_only_where_the_last_cannot_have_begun_it(
+    first: Handler | None, acts: bool, told: type[Exception], asked: int
+) -> None:
+    async with serving(first or gone) as one, serving(gone) as two:
+        addresses = ("http://127.0.0.1:1" if first is None else one.address, two.address)
+        both = Failover([HttpTransport(address, connect_s=1.0) for address in addresses])
+        with pytest.raises(told):
+            await both.channel("/v1/projects/default/instances/web-1/exec", acts=acts)
+        assert len(two.requests) == asked
+        assert str(both.address) == two.address, "the one that broke is left"
+        await both.close()
+
+
+async def test_a_handshake_that_broke_says_whether_anything_was_asked() -> None:
+    nobody = HttpTransport("http://127.0.0.1:1")
+    with pytest.raises(Unreachable):
+        await nobody.channel("/v1/x", acts=True)
+    async with serving(breaks) as server:
+        transport = HttpTransport(server.address)
+        with pytest.raises(OutcomeUnknown, match="it may have been begun"):
+            await transport.channel("/v1/x", acts=True)
+        with pytest.raises(Unavailable) as caught:
+            await transport.channel("/v1/x")
+        assert not isinstance(caught.value, Unreachable)

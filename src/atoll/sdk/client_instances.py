@@ -42,11 +42,11 @@ class InstanceCalls(Calls):
         return await self._write(InstanceView, "POST", path("projects", project, "instances", id, "stop"))
 
     async def exec(self, project: str, id: str, options: ExecOptions) -> streams.Exec:
-        """Start a command in a running instance."""
+        """Start a command in a running instance. Raises OutcomeUnknown: it may run."""
         channel = await self._ahead.command(project, NextCommand(instance=id, options=options))
         if channel is None:
             where = path("projects", project, "instances", id, "exec", options=codec.encode(options).decode())
-            channel = await self._transport.channel(where)
+            channel = await self._transport.channel(where, acts=True)
         return streams.Exec(channel)
 
     async def logs(self, project: str, id: str, options: LogOptions = LogOptions()) -> AsyncIterator[LogLine]:
@@ -70,7 +70,7 @@ class InstanceCalls(Calls):
 
     async def put_files(self, project: str, id: str, target: str, parts: AsyncIterator[bytes]) -> None:
         """Unpack a tar stream into directory `target` of the instance; returns when all of it is there."""
-        channel = await self._transport.channel(self._files(project, id, "put", target))
+        channel = await self._transport.channel(self._files(project, id, "put", target), acts=True)
         try:
             await streams.send_files(channel, parts)
         finally:

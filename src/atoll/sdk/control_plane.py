@@ -30,6 +30,9 @@ from atoll.sdk.transport import Transport, path
 CALL_S = 10.0
 """The longest wait for the answer to one call; the agent's loops try again."""
 
+TAKEN_S = 600.0
+"""How long who reads a stream may be about taking the last of it (`PAUSED_S` of the server)."""
+
 SLOW_S = 2.0
 """So long a server may keep the others waiting for the next heartbeat."""
 
@@ -100,7 +103,7 @@ class HttpControlPlane:
         raise Unavailable("the server closed the tunnel")
 
     async def open_stream(self, node: str, id: str) -> Channel:
-        return await self._transport.channel(path("nodes", node, "streams", id))
+        return await self._transport.channel(path("nodes", node, "streams", id), close_s=TAKEN_S)
 
     async def register_ingress(self, ingress: Ingress) -> None:
         await self._call("PUT", path("ingresses", ingress.name), ingress)

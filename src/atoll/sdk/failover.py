@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, TypeVar
 from atoll.model.errors import DeadlineExceeded, OutcomeUnknown, Unavailable
 from atoll.model.membership import API_VERSION
 from atoll.sdk.http import HttpTransport
-from atoll.sdk.transport import CONNECT_S, REQUEST_S, SILENCE_S, Address, Answer, Lines, Transport, Unreachable, addresses_of
+from atoll.sdk.transport import (
+    CLOSE_S,
+    CONNECT_S,
+    REQUEST_S,
+    SILENCE_S,
+    Address,
+    Answer,
+    Lines,
+    Transport,
+    Unreachable,
+    addresses_of,
+)
 from atoll.sdk.trust import Tls
 
 if TYPE_CHECKING:
@@ -94,14 +105,14 @@ class Failover:
                 self._leave(at)
                 raise
 
-    async def channel(self, path: str) -> Channel:
-        return await self._first(lambda one: one.channel(path))
+    async def channel(self, path: str, *, acts: bool = False, close_s: float = CLOSE_S) -> Channel:
+        return await self._first(lambda one: one.channel(path, acts=acts, close_s=close_s))
 
     async def close(self) -> None:
         await asyncio.gather(*(one.close() for one in self._transports))
 
     async def _first(self, begin: Callable[[HttpTransport], Awaitable[T]]) -> T:
-        """Begin a stream at the server in use, or at the next that takes it."""
+        """Begin a stream at the server in use, or at the next that takes it; not where the last may have begun it."""
         error: Unavailable | None = None
         for _ in self._transports:
             at = self._at
@@ -110,6 +121,9 @@ class Failover:
             except Unavailable as unavailable:
                 error = unavailable
                 self._leave(at)
+            except OutcomeUnknown:
+                self._leave(at)
+                raise
         assert error is not None  # noqa: S101 (as above)
         raise error
 

@@ -90,7 +90,7 @@ class FakeApi(FakeCalls):
                 yield codec.encode(line)
         raise Unavailable("the connection was cut")
 
-    async def channel(self, path: str) -> Channel:
+    async def channel(self, path: str, *, acts: bool = False, close_s: float = 0.0) -> Channel:
         self._check_up()
         self.channels.append(path)
         segments, query = _parts(path)

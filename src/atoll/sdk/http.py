@@ -15,6 +15,7 @@ from atoll.sdk import answers
 from atoll.sdk.connection import Connection
 from atoll.sdk.transport import (
     BODY_BYTES_MAX,
+    CLOSE_S,
     CONNECT_S,
     LINE_BYTES_MAX,
     REQUEST_S,
@@ -108,13 +109,15 @@ class HttpTransport:
         finally:
             connection.close()
 
-    async def channel(self, path: str) -> Channel:
-        """Open a WebSocket. Raises the error that the server answers with."""
+    async def channel(self, path: str, *, acts: bool = False, close_s: float = CLOSE_S) -> Channel:
+        """See `transport.Transport`."""
         from atoll.sdk.websocket import dial  # takes 35 ms to import, and most commands need none
 
         context = await self._context()
         reached = await self._reach() if self._connect_s < CONNECT_S else None
-        return await dial(self.address, self._token, path, tls=context, api_version=self._version, reached=reached)
+        return await dial(
+            self.address, self._token, path, tls=context, api_version=self._version, reached=reached, acts=acts, close_s=close_s
+        )
 
     async def close(self) -> None:
         while self._idle:

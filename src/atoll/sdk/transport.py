@@ -15,6 +15,8 @@ from atoll.model.ports.control_plane import Channel
 ADDRESS_DEFAULT = "http://127.0.0.1:7600"
 CONNECT_S = 5.0
 """The longest wait for a connection."""
+CLOSE_S = 2.0
+"""The longest wait for the other end of a channel that is closed to say that it has heard."""
 REQUEST_S = 30.0
 """The longest wait for a whole answer."""
 SILENCE_S = 25.0
@@ -115,8 +117,12 @@ class Transport(Protocol):
         """GET a stream of lines. Raises the error that the server answers with."""
         ...
 
-    async def channel(self, path: str) -> Channel:
-        """Open a WebSocket. Raises the error that the server answers with."""
+    async def channel(self, path: str, *, acts: bool = False, close_s: float = CLOSE_S) -> Channel:
+        """Open a WebSocket. Raises the error that the server answers with.
+
+        With `acts`, to open it is to begin something: it is asked for once, and OutcomeUnknown is raised where that broke. Closing
+        it waits for up to `close_s` until the other end has taken what was sent.
+        """
         ...
 
     async def close(self) -> None: ...

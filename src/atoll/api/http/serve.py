@@ -35,6 +35,12 @@ PAUSED_S = 600.0
 """How long a WebSocket's reader may take nothing."""
 KEEP_ALIVE_S = 75
 PING_S = 20.0
+HERE_S = 4.0
+"""How often a peer of which nothing is read is told that this end is there; ours call one gone after 10 s (`sdk/websocket.py`)."""
+IN_VAIN = 2
+"""A kernel that let so many packets in a row go without an answer is gone."""
+CLIENTS = "/v1/projects/"
+"""Where the streams of clients are; those of agents and servers are elsewhere."""
 GRACE_S = 5
 """How long calls that run may take to end when the server stops."""
 BACKLOG = 1_024
@@ -93,11 +99,15 @@ class _Impatient:
 
 class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     """uvicorn's WebSockets; someone who pauses the output of a command is given longer. Only a peer that is silent is pinged: an
-    agent pings by itself, and of thousands of tunnels nothing else is heard."""
+    agent pings by itself, and of thousands of tunnels nothing else is heard.
+
+    An answer to a ping that does not come says nothing while it may lie unread, here or there."""
 
     patience_s = PAUSED_S
+    here_s = HERE_S
     _shown: Shown | None = None
     _heard_at = float("-inf")
+    _telling: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -107,6 +117,23 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         self._heard_at = self.loop.time()
         super().data_received(data)
+        if self.read_paused and self._telling is None:
+            self._telling = self.loop.call_later(self.here_s, self._tell)
+
+    async def receive(self) -> Any:
+        message = await super().receive()
+        self._heard_at = self.loop.time()  # what was said while nothing was read comes only now
+        return message
+
+    def _tell(self) -> None:
+        """A peer of which nothing is read gets no answer to its pings: tell it unasked that this end is there (RFC 6455, 5.5.3)."""
+        self._telling = None
+        if not self.read_paused or not self.handshake_complete or self.close_sent or self.transport.is_closing():
+            return
+        if self._stuck is None:
+            self.conn.send_pong(b"")
+            self.transport.write(b"".join(self.conn.data_to_send()))
+        self._telling = self.loop.call_later(self.here_s, self._tell)
 
     def send_keepalive_ping(self) -> None:
         left_s = self._heard_at + (self.ping_interval or 0.0) - self.loop.time()
@@ -114,6 +141,34 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
             self.ping_timer = self.loop.call_later(left_s, self.send_keepalive_ping)
         else:
             super().send_keepalive_ping()
+
+    def keepalive_timeout(self) -> None:
+        excused = self.read_paused or self._stuck is not None or self._heard_at > self.ping_sent_at or self._pauses()
+        if excused and not self.transport.is_closing():
+            self.pong_timer = self.pending_ping_payload = None
+            self.schedule_ping()
+        else:
+            super().keepalive_timeout()
+
+    def _pauses(self) -> bool:
+        """Whether a client is silent whose kernel is not: it stands still (`less` holds up what it prints, say), and is given time.
+
+        An agent or another server never stands still for so long. See tcp(7), TCP_INFO: how often was sent or asked again in vain.
+        """
+        line = self.transport.get_extra_info("socket")
+        if line is None or line.family == socket.AF_UNIX or self.transport.is_closing():
+            return False
+        if not self.scope["path"].startswith(CLIENTS) or self.loop.time() - self._heard_at > self.patience_s:
+            return False
+        with socket.socket(fileno=os.dup(line.fileno())) as own:
+            _, _, sent, asked = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 4)
+        return max(sent, asked) < IN_VAIN
+
+    def stop_keepalive(self) -> None:
+        super().stop_keepalive()
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
 
     async def run_asgi(self) -> None:
         if self._shown is not None:
