@@ -13,6 +13,7 @@ import pytest
 from atoll.model import codec
 from atoll.model.errors import (
     BY_CODE,
+    AtollError,
     Compacted,
     Conflict,
     Invalid,
@@ -25,7 +26,7 @@ from atoll.model.errors import (
 from atoll.model.records import Job, Project
 from atoll.model.spec import AppSpec, JobSpec, Port
 from atoll.model.streams import ErrorBody, ExecOptions, Kind, LogLine, LogOptions, pack
-from atoll.model.views import Page, WatchLine
+from atoll.model.views import ErrorAnswer, Page, WatchLine
 from atoll.sdk import answers, context, streams, watching
 from atoll.sdk.client import Client
 from atoll.sdk.fake import FakeApi
@@ -63,6 +64,33 @@ async def test_a_write_whose_answer_was_lost_is_repeated_and_acts_once() -> None
 async def test_a_write_that_is_cut_every_time_says_that_its_outcome_is_unknown() -> None:
     with pytest.raises(OutcomeUnknown):
         await Client(Flaky(99, OutcomeUnknown("cut"))).put_app(SPEC)
+
+
+class Unsure(FakeApi):
+    """Acts, and answers some requests as a server whose store broke meanwhile."""
+
+    def __init__(self, times: int, code: str) -> None:
+        super().__init__()
+        self.times = times
+        self.said = ErrorAnswer(ErrorBody(code=code, message="the store broke"))
+
+    async def request(self, method: str, path: str, **options: Any) -> Answer:
+        answer = await super().request(method, path, **options)
+        self.times -= 1
+        return answer if self.times < 0 else Answer(500, {}, codec.encode(self.said))
+
+
+async def test_a_write_whose_outcome_the_server_does_not_know_is_repeated_and_acts_once() -> None:
+    api = Unsure(2, "outcome-unknown")
+    await Client(api).create_job(JobSpec(name="sum", image="x"))
+    keys = {headers["Idempotency-Key"] for _, _, headers in api.requests}
+    assert (len(api.requests), len(keys)) == (3, 1)
+    with pytest.raises(OutcomeUnknown):
+        await Client(Unsure(3, "outcome-unknown")).create_job(JobSpec(name="sum", image="x"))
+    api = Unsure(1, "internal")
+    with pytest.raises(AtollError, match="the store broke"):
+        await Client(api).create_job(JobSpec(name="sum", image="x"))
+    assert len(api.requests) == 1
 
 
 async def test_nobody_listening_is_told_at_once() -> None:

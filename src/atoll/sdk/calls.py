@@ -60,12 +60,12 @@ class Calls:
         return await self._repeat(lambda: self._transport.request(method, where, headers=headers, body=body))
 
     async def _repeat(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Make a call up to `TRIES_MAX` times while it is cut, or refused for now. Only for what acts once."""
+        """Make a call up to `TRIES_MAX` times while it is cut, refused for now, or of unknown outcome. Only for what acts once."""
         delay = RETRY_DELAY_S
         for _ in range(TRIES_MAX - 1):
             try:
                 answer = await call()
-                if answer.status not in (502, 503):
+                if answer.status not in (502, 503) and not _unknown(answer):
                     return answer
             except Unreachable:
                 raise
@@ -74,3 +74,8 @@ class Calls:
             await asyncio.sleep(delay)
             delay *= 2
         return await call()
+
+
+def _unknown(answer: Answer) -> bool:
+    """Whether the server itself does not know if it acted: its store broke, say."""
+    return answer.status == OutcomeUnknown.status and isinstance(answers.from_answer(answer.status, answer.body), OutcomeUnknown)
