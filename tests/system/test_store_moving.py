@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +252,74 @@ async def test_an_etcd_in_use_or_not_empty_is_refused(tmp_path: Path, backup: Pa
     assert [item.key for item in (await store.range("")).items] == [keys.LEADER]
     assert not (tmp_path / "new.db").exists()
     await store.close()
+
+
+async def put_lasting(store: EtcdStore) -> None:
+    await store.put("apps/p/0001", b"after")
+
+
+async def put_leased(store: EtcdStore) -> None:
+    await store.put("servers/late", b"", lease=(await store.lease_grant(60)).id)
+
+
+async def delete_lasting(store: EtcdStore) -> None:
+    await store.delete("apps/p/0001")
+
+
+@needs_etcd
+@pytest.mark.parametrize("change", [put_lasting, put_leased, delete_lasting])
+async def test_an_etcd_that_was_written_to_meanwhile_is_not_moved_and_nothing_serves_from_the_target(
+    tmp_path: Path, etcd: PrivateEtcd, empty_etcd: Place, change: Callable[[EtcdStore], Awaitable[object]]
+) -> None:
+    await migrate(await filled(tmp_path / "state.db"), empty_etcd)
+    store = await EtcdStore.open(etcd.address)
+    with PrivateEtcd() as other:
+        for target in (tmp_path / "new.db", other.address):
+            async with snapshot_of(empty_etcd, offline=True) as snapshot:
+                await change(store)
+                with pytest.raises(Conflict, match="written to meanwhile"):
+                    await fill(target, snapshot)
+            await store.put("apps/p/0001", b"there")
+        with pytest.raises(Conflict, match="being filled"):
+            await EtcdStore.open(other.address)
+        done = await migrate(empty_etcd, other.address)  # again, to its end
+        assert done.content.items >= len(VALUES)
+        await (await EtcdStore.open(other.address)).close()
+    assert not (tmp_path / "new.db").exists()
+    await store.close()
+
+
+@needs_etcd
+async def test_leases_that_run_out_while_an_etcd_is_moved_away_stop_nothing(
+    tmp_path: Path, etcd: PrivateEtcd, empty_etcd: Place
+) -> None:
+    store = await EtcdStore.open(etcd.address)
+    await store.put("apps/p/1", b"stays")
+    lease = await store.lease_grant(60)
+    await store.put("servers/s1", b"killed", lease=lease.id)
+    async with snapshot_of(empty_etcd, offline=True) as snapshot:
+        await store.lease_revoke(lease.id)  # as its end would
+        assert (await fill(tmp_path / "new.db", snapshot)).content.items == 2
+    await store.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+async def test_who_may_not_read_or_write_a_store_is_told_who_may(tmp_path: Path, backup: Path) -> None:
+    path = tmp_path / "own" / "state.db"
+    path.parent.mkdir(mode=0o700)
+    path.write_bytes((tmp_path / "state.db").read_bytes())
+    whole = BackupSnapshot.open(backup)
+    os.seteuid(65_534)
+    try:
+        calls = [migrate(path, tmp_path / "new.db"), fill(path, whole), fill(path.parent / "below/new.db", whole)]
+        for call in calls:
+            with pytest.raises(Unavailable, match="Permission denied") as refused:
+                await call
+            assert "run as the user that owns" in (refused.value.mend or "")
+        with pytest.raises(Unavailable, match="Permission denied"):
+            SqliteSnapshot(path)
+    finally:
+        os.seteuid(0)
 
 
 class BrokenOff:

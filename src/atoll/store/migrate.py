@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -21,7 +21,7 @@ from atoll.model.ports.store import KeyValue, LeaseId, Revision
 from atoll.store.backup import sync_directory
 from atoll.store.database import SqliteTable, connect, open_file, translate
 from atoll.store.etcd.address import EtcdAddress
-from atoll.store.lock import FileLock
+from atoll.store.lock import FileLock, unavailable
 from atoll.store.place import Place, name_of, open_etcd
 from atoll.store.snapshot import Digest, EtcdSnapshot, Snapshot, SqliteSnapshot, digest_of
 
@@ -44,7 +44,9 @@ async def snapshot_of(place: Place, *, offline: bool) -> AsyncIterator[Snapshot]
     """
     with contextlib.ExitStack() as stack:
         if isinstance(place, Path):
-            if offline and place.exists():
+            with _naming(place):
+                there = place.exists()
+            if offline and there:
                 lock = FileLock.acquire(place.with_name(place.name + ".lock"), what=f"the database {place}")
                 stack.callback(lock.release)
             yield stack.enter_context(SqliteSnapshot(place))
@@ -57,10 +59,7 @@ async def snapshot_of(place: Place, *, offline: bool) -> AsyncIterator[Snapshot]
                 f"the server {leader.value.decode(errors='replace')} leads by {place}",
                 mend="stop every server first; one that was killed is forgotten after a few seconds",
             )
-        snapshot = await EtcdSnapshot.take(store)
-        yield snapshot
-        if offline and await store.revision() != snapshot.revision:
-            raise Conflict(f"{place} was written to meanwhile", mend="stop every server, empty the target, and begin anew")
+        yield await EtcdSnapshot.take(store)
     finally:
         await store.close()
 
@@ -68,8 +67,8 @@ async def snapshot_of(place: Place, *, offline: bool) -> AsyncIterator[Snapshot]
 async def migrate(source: Place, target: Place) -> Filled:
     """Copy everything from a store that nobody uses into one that is empty.
 
-    Raises Conflict: `source` is in use, or `target` is not empty; NotFound, Corrupt, Unavailable. Then nothing serves from
-    `target`: a file is not there, and an etcd stays closed to servers until this was run again to its end.
+    Raises Conflict: `source` is in use, was written to meanwhile, or `target` is not empty; NotFound, Corrupt, Unavailable. Then
+    nothing serves from `target`: a file is not there, and an etcd stays closed to servers until this was run again to its end.
     """
     if source == target:
         raise Conflict("a store cannot be moved to itself")
@@ -80,7 +79,8 @@ async def migrate(source: Place, target: Place) -> Filled:
 async def fill(target: Place, snapshot: Snapshot) -> Filled:
     """Bring `snapshot` into an empty store and compare what is there then. Raises as `migrate`."""
     if isinstance(target, Path):
-        return await _fill_sqlite(target, snapshot)
+        with _naming(target):
+            return await _fill_sqlite(target, snapshot)
     return await _fill_etcd(target, snapshot)
 
 
@@ -99,6 +99,7 @@ async def _fill_sqlite(path: Path, snapshot: Snapshot) -> Filled:
         expected = await _write_sqlite(new, snapshot)
         with SqliteSnapshot(new) as written:
             _compare(name_of(path), expected, await digest_of(written))
+        await _check_source(snapshot)
         _remove(path)
         new.replace(path)
         sync_directory(path.parent)
@@ -143,10 +144,26 @@ async def _fill_etcd(address: EtcdAddress, snapshot: Snapshot) -> Filled:
             expected = await filling.bring(snapshot)
             written = await EtcdSnapshot.take(store)
             _compare(name_of(address), expected, await digest_of(written))
+            await _check_source(snapshot)
             await filling.end()
         return Filled(expected, snapshot.revision, written.revision)
     finally:
         await store.close()
+
+
+async def _check_source(snapshot: Snapshot) -> None:
+    """Raise Conflict where somebody has written to where the snapshot is from; a file's lock keeps everyone away."""
+    if isinstance(snapshot, EtcdSnapshot) and not await snapshot.unchanged():
+        raise Conflict("the source was written to meanwhile", mend="stop every server, and run it again")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have what the operating system refuses name the path, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise unavailable(path, error) from None
 
 
 def _compare(where: str, expected: Digest, found: Digest) -> None:

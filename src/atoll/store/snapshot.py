@@ -14,6 +14,7 @@ from msgspec import Struct
 from atoll.model.errors import Corrupt, NotFound, Unsupported
 from atoll.model.ports.store import Consistency, KeyValue, LeaseId, Revision
 from atoll.store.database import APPLICATION_ID, BUSY_TIMEOUT_MS, SCHEMA_VERSION, SqliteTable, translate
+from atoll.store.lock import unavailable
 
 if TYPE_CHECKING:
     from atoll.store.etcd.store import EtcdStore
@@ -81,7 +82,11 @@ class SqliteSnapshot:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:
+            raise unavailable(path, error) from None
+        if not there:
             raise NotFound(f"there is no store in {path}")
         self._path = path
         self._connection: sqlite3.Connection | None = None
@@ -142,23 +147,37 @@ class EtcdSnapshot:
         self._store = store
         self.revision = revision
         self.leases = leases
+        self._lasting = 0
+        """Its items without a lease."""
 
     @classmethod
     async def take(cls, store: EtcdStore) -> Self:
         """Return the newest state. Leases that have run out meanwhile are as those of their keys: not there."""
         snapshot = cls(store, await store.revision(), {})
         async for item in snapshot.items():
+            snapshot._lasting += not item.lease
             if item.lease and item.lease not in snapshot.leases:
                 snapshot.leases[item.lease] = await store.lease_ttl_s(item.lease) or 1.0
         return snapshot
 
-    async def items(self) -> AsyncIterator[KeyValue]:
+    async def unchanged(self) -> bool:
+        """Whether nobody has written to the etcd since. That leases run out is no change: with the servers, nobody keeps them."""
+        newest = await self._store.revision()
+        lasting = 0
+        async for item in self._items(newest):
+            if item.mod_revision > self.revision:
+                return False
+            lasting += not item.lease
+        return lasting == self._lasting
+
+    def items(self) -> AsyncIterator[KeyValue]:
         """See `Snapshot.items`. Raises Compacted."""
+        return self._items(self.revision)
+
+    async def _items(self, revision: Revision) -> AsyncIterator[KeyValue]:
         after = ""
         while True:
-            page = await self._store.range(
-                "", after=after, limit=PAGE_ITEMS, at=self.revision, consistency=Consistency.SERIALIZABLE
-            )
+            page = await self._store.range("", after=after, limit=PAGE_ITEMS, at=revision, consistency=Consistency.SERIALIZABLE)
             for item in page.items:
                 yield item
             if not page.more:
