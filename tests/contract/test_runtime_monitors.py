@@ -28,6 +28,7 @@ from atoll.runtimes.cgroup import Cgroups
 from atoll.runtimes.cloud_hypervisor import CloudHypervisorRuntime
 from atoll.runtimes.firecracker import FirecrackerRuntime
 from atoll.runtimes.mounts import mounts_below
+from atoll.runtimes.oci_runtime import STARTS_MAX
 from atoll.runtimes.seccomp import capabilities_here
 from atoll.runtimes.snapshots import seal
 from atoll.runtimes.vm import cloud_hypervisor_api, firecracker_api
@@ -147,6 +148,21 @@ async def test_a_paused_machine_is_known_to_be_so_by_the_next_agent(world: World
     await world.runtime.resume("a")
     await world.runtime.signal("a", "SIGTERM")
     assert (await asyncio.wait_for(world.runtime.wait("a"), 10)).code == 0
+
+
+async def test_a_guest_that_does_not_answer_keeps_nobody_else_s_from_starting(world: World) -> None:
+    pid = await world.launch("a", "run")
+    os.kill(pid, signal.SIGSTOP)
+    waiting = [asyncio.create_task(world.runtime.exec("a", ["true"])) for _ in range(STARTS_MAX)]
+    await asyncio.wait(waiting, timeout=0.5)
+    assert not any(task.done() for task in waiting)
+    await asyncio.wait_for(world.launch("b", "run"), 10)
+    assert (await world.shell("b", "exit 5"))[0] == 5
+    assert not any(task.done() for task in waiting)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    os.kill(pid, signal.SIGCONT)
 
 
 async def test_a_monitor_that_nobody_told_anything_is_ended_and_the_instance_can_be_started(world: World) -> None:

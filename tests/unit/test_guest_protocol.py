@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from control_cell import run_virtual
 
-from atoll.model.errors import DeadlineExceeded, Exhausted, RuntimeFailed, Unavailable
+from atoll.model.errors import DeadlineExceeded, Exhausted, RuntimeFailed, TooLarge, Unavailable
 from atoll.runtimes.native import guest_path
 from atoll.runtimes.oci import CAPABILITIES, process
 from atoll.runtimes.users import User
-from atoll.runtimes.vm.channel import FRAME_BYTES_MAX, HEADER, MAGIC, STREAMS_MAX, VERSION, GuestChannel, Kind
+from atoll.runtimes.vm.channel import (
+    FRAME_BYTES_MAX,
+    HEADER,
+    MAGIC,
+    SEND_S_MAX,
+    STREAMS_MAX,
+    VERSION,
+    GuestChannel,
+    Kind,
+)
 from atoll.runtimes.vm.config import (
     CAPABILITY_MASK,
     TRAILER_BYTES,
@@ -198,6 +208,109 @@ class Hostile:
         greeting = await reader.readexactly(28)
         writer.write(greeting[:16] + version.to_bytes(4, "little") + greeting[20:])
         return await opening, writer
+
+
+class Deaf(asyncio.StreamWriter):
+    """The way to a guest that answers the greeting, and then neither reads nor says anything. Time may be virtual."""
+
+    def __init__(self) -> None:
+        self.reader = asyncio.StreamReader()
+        self.reads = True
+        self.aborted = False
+        self.sent: list[int] = []
+
+    @property
+    def transport(self) -> Any:
+        return self
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: Any) -> None:
+        if data.startswith(MAGIC):
+            self.reader.feed_data(data)
+        else:
+            self.sent.append(data[4])
+
+    async def drain(self) -> None:
+        if not self.reads:
+            await asyncio.Event().wait()
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def close(self) -> None:
+        pass
+
+    async def open(self) -> GuestChannel:
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            return self.reader, self
+
+        return await GuestChannel.open(connect, deadline_s=5)
+
+
+def test_a_guest_that_stops_reading_is_cut_off_and_all_who_wait_for_it_are_told() -> None:
+    async def main() -> None:
+        guest = Deaf()
+        channel = await guest.open()
+        running = GuestExecution(channel, *channel.stream(), tty=False)
+        guest.reads = False
+        began = asyncio.get_running_loop().time()
+        starts = [asyncio.ensure_future(start_beside(channel, words("true"), "true", None)) for _ in range(3)]
+        asking = asyncio.ensure_future(channel.ask(Kind.STATS, Kind.STATISTICS, deadline_s=60))
+        told = await asyncio.gather(*starts, asking, return_exceptions=True)
+        assert [type(error) for error in told] == [RuntimeFailed] * 3 + [Unavailable]
+        assert asyncio.get_running_loop().time() - began == pytest.approx(SEND_S_MAX)
+        assert (channel.lost.is_set(), channel.was_cut, guest.aborted) == (True, True, True)
+        assert await running.wait() == 137
+        await running.close()
+        assert guest.sent == [Kind.EXEC]
+
+    run_virtual(main())
+
+
+def test_who_gives_up_a_guest_that_does_not_read_is_free_after_a_few_seconds() -> None:
+    async def main() -> None:
+        guest = Deaf()
+        channel = await guest.open()
+        guest.reads = False
+        starting = asyncio.ensure_future(start_beside(channel, words("true"), "true", None))
+        await asyncio.sleep(1)
+        starting.cancel()
+        began = asyncio.get_running_loop().time()
+        await asyncio.wait([starting])
+        assert starting.cancelled()
+        assert asyncio.get_running_loop().time() - began <= SEND_S_MAX + 3
+        assert channel.lost.is_set()
+
+    run_virtual(main())
+
+
+def test_a_question_that_is_not_answered_is_kept_by_nobody() -> None:
+    async def main() -> None:
+        channel = await Deaf().open()
+        for _ in range(5):
+            with pytest.raises(DeadlineExceeded):
+                await channel.ask(Kind.STATS, Kind.STATISTICS, deadline_s=2)
+        assert not any(channel._answers.values())
+        assert not channel.lost.is_set()
+        await channel.close()
+
+    run_virtual(main())
+
+
+async def test_a_command_that_no_frame_can_hold_is_refused_and_the_others_run_on() -> None:
+    async with session() as channel:
+        beside = await start_beside(channel, words("cat"), "cat", None)
+        room = FRAME_BYTES_MAX - 4 - len(words("true", ""))
+        with pytest.raises(TooLarge, match=str(FRAME_BYTES_MAX)):
+            await start_beside(channel, words("true", "x" * (room + 1)), "true", None)
+        with pytest.raises(RuntimeFailed, match="Argument list too long"):  # the kernel's own bound for one word
+            await start_beside(channel, words("true", "x" * room), "true", None)
+        await beside.write(b"still here")
+        await beside.close_stdin()
+        assert await output_of(beside) == b"still here"
+        await beside.close()
 
 
 async def test_a_guest_of_another_version_is_refused_by_number() -> None:
@@ -380,6 +493,8 @@ def test_an_ending_that_is_no_ending_is_none(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("/etc/passwd")
     assert read_ending(link) is None
+    os.mkfifo(tmp_path / "pipe")  # as a monitor that was taken over could put it there: nobody will ever write to it
+    assert read_ending(tmp_path / "pipe") is None
 
 
 def test_a_guest_s_root_holds_the_same_capabilities_as_a_container_s() -> None:

@@ -178,3 +178,20 @@ async def test_what_is_beyond_its_bound_is_left_to_the_tool(place: Place) -> Non
         busy = [await usher.run(words("cat"), "cat", None) for _ in range(STREAMS_MAX)]
         assert None not in busy
         assert await usher.run(words("true"), "true", None) is None
+
+
+async def test_what_no_frame_can_hold_is_left_to_the_tool(place: Place) -> None:
+    async with usher_in(place) as usher:
+        assert await usher.run(words("true", *["x" * 100_000] * 11), "true", None) is None
+        assert await said(await usher.run(words("echo", "here"), "echo", None)) == "here\n"
+
+
+async def test_one_that_stopped_reading_is_ended_within_its_deadline(place: Place) -> None:
+    async with usher_in(place, answer_s=LATE_S) as usher:
+        pid = await pid_of(usher)
+        os.kill(pid, signal.SIGSTOP)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(DeadlineExceeded):  # more than its pipe holds
+            await usher.run(words("true", *["x" * 100_000] * 9), "true", None)
+        assert asyncio.get_running_loop().time() - began < LATE_S + 1.5
+        assert usher.lost

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from atoll.model.errors import RuntimeFailed
+from atoll.runtimes.loop_disk import copy_written
 from atoll.runtimes.vm.written import clear, keep_base, open_to, take_in
 
 MIB = 1 << 20
@@ -44,6 +45,18 @@ def test_nothing_but_a_file_of_its_own_within_its_bound_is_taken(
     lie(place, secret(tmp_path))
     with pytest.raises(RuntimeFailed):
         take_in(place, "memory", tmp_path / "taken", bytes_max=MIB)
+    assert not (tmp_path / "taken").exists()
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd")], ids=["pipe", "directory", "link"]
+)
+def test_a_disk_in_whose_place_is_something_else_is_not_waited_for(
+    place: Path, tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(place / "disk.img")
+    with pytest.raises(OSError, match=r"disk\.img"):
+        copy_written(place / "disk.img", tmp_path / "taken")
     assert not (tmp_path / "taken").exists()
 
 

@@ -11,10 +11,12 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 import struct
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from atoll.model.errors import Exhausted, RuntimeFailed
@@ -87,13 +89,28 @@ def extents(fd: int, size_bytes: int) -> list[tuple[int, int]]:
 
 
 def copy_written(source: Path, target: Path) -> None:
-    """Copy a file's written blocks into a new one of the same size: shared where the file system can, else one by one."""
-    with descriptor(os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as given:
+    """Copy a file's written blocks into a new one of the same size: shared where the file system can, else one by one.
+
+    Raises OSError, for a source that is no file too: that may be what a monitor which was taken over has made of its disk.
+    """
+    with open_file(source) as given:
         with descriptor(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)) as made:
             with contextlib.suppress(OSError):
                 fcntl.ioctl(made, _FICLONE, given)
                 return
             fill(given, made)
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[int]:
+    """Give a descriptor to read a file with that another may have put something else in the place of: it is never waited for.
+
+    Raises OSError for a link, a pipe, and whatever else is no file.
+    """
+    with descriptor(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)) as fd:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        yield fd
 
 
 def fill(source: int, target: int) -> None:

@@ -21,7 +21,7 @@ from typing import IO
 
 import structlog
 
-from atoll.model.errors import AtollError, DeadlineExceeded, Exhausted, RuntimeFailed
+from atoll.model.errors import AtollError, DeadlineExceeded, Exhausted, RuntimeFailed, TooLarge
 from atoll.runtimes.oci_container import cannot_run
 from atoll.runtimes.oci_launch import Place, make_pipes, prepared, process_of
 from atoll.runtimes.shim import Launch
@@ -60,18 +60,18 @@ class Usher:
 
         Raises CommandNotFound, RuntimeFailed, with the command's name; DeadlineExceeded, and then all that it started is ended.
         """
+        late = asyncio.get_running_loop().call_later(self._answer_s, self._channel.cut)
         try:
-            async with asyncio.timeout(self._answer_s):
-                answer = await try_beside(self._channel, process, name, size)
-        except Exhausted:
+            answer = await try_beside(self._channel, process, name, size)
+        except (Exhausted, TooLarge):
             return None
-        except TimeoutError:
-            self.close()
-            raise DeadlineExceeded(
-                f"what starts commands in the instance did not start {name!r} within {self._answer_s:g} s", mend="try again"
-            ) from None
+        finally:
+            late.cancel()
         if isinstance(answer, GuestExecution):
             return answer
+        if self._channel.was_cut:
+            self.close()
+            raise DeadlineExceeded(f"what starts commands in the instance did not start {name!r} in time", mend="try again")
         if answer == LOST:
             raise RuntimeFailed(f"what starts commands in the instance was ended there; {name!r} may have run", mend="try again")
         if answer.startswith(NOTHING_RAN):

@@ -26,6 +26,8 @@ TEXT_BYTES_MAX = 256
 STREAMS_MAX = 64
 GREETING_S = 0.5
 """How long an answer to a greeting is awaited before it is sent again, behind what ends any frame that was cut off."""
+SEND_S_MAX = 5.0
+"""How long a guest may leave the frames before one unread, with the pipe full; then its channel is cut."""
 ANSWER_S_MAX = 10.0
 LOST = "the instance has ended"
 """Why a command does not run whose guest has gone."""
@@ -93,6 +95,8 @@ class GuestChannel:
         self._next = 1
         self._lock = asyncio.Lock()
         self.lost = asyncio.Event()
+        self.was_cut = False
+        """It is lost because whoever is there was silent for too long."""
         self.first = GuestStream()
         """The instance's own process."""
         self._reading: asyncio.Task[None] | None = None
@@ -258,26 +262,46 @@ class GuestChannel:
         self._streams.pop(id, None)
 
     async def send(self, kind: Kind, stream: int = 0, data: bytes = b"") -> None:
-        """Send a frame; returns when there is room for the next. A guest that has gone is no error."""
-        if self.lost.is_set():
-            return
-        async with self._lock:
-            self._writer.write(HEADER.pack(len(data), kind, 0, stream) + data)
-            with contextlib.suppress(OSError):
-                await self._writer.drain()
+        """Send a frame; returns when there is room for the next. A guest that has gone is no error.
+
+        One that makes no room for SEND_S_MAX is `cut`, so that nobody waits for it any longer.
+        """
+        try:
+            async with asyncio.timeout(SEND_S_MAX), self._lock:
+                if self.lost.is_set():
+                    return
+                self._writer.write(HEADER.pack(len(data), kind, 0, stream) + data)
+                with contextlib.suppress(OSError):
+                    await self._writer.drain()
+        except TimeoutError:
+            self.cut()
 
     async def ask(self, kind: Kind, answer: Kind, data: bytes = b"", *, deadline_s: float = ANSWER_S_MAX) -> bytes:
         """Send a frame that is answered by one of the kind `answer`. Raises Unavailable, DeadlineExceeded."""
         if self.lost.is_set():
             raise Unavailable("the guest has gone")
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._answers.setdefault(answer, []).append(future)
-        await self.send(kind, 0, data)
+        waiting = self._answers.setdefault(answer, [])
+        waiting.append(future)
         try:
             async with asyncio.timeout(deadline_s):
+                await self.send(kind, 0, data)
                 return await future
         except TimeoutError:
             raise DeadlineExceeded(f"the guest did not answer within {deadline_s:.0f} s") from None
+        finally:
+            with contextlib.suppress(ValueError):  # it was answered
+                waiting.remove(future)
+
+    def cut(self) -> None:
+        """Give up a guest that is silent: nothing more is sent, not what waits to be either, and all who wait hear that it has gone."""
+        if self.lost.is_set():
+            return
+        self.was_cut = True
+        self.lost.set()
+        self._writer.transport.abort()
+        if self._reading is not None:
+            self._reading.cancel()
 
     def hang_up(self) -> None:
         """Let the guest see the end of the stream behind all that was sent; `lost` is set once it has ended its own side."""

@@ -14,6 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from atoll.model.errors import Invalid
+from atoll.runtimes.loop_disk import open_file
 from atoll.runtimes.mounts import descriptor
 from atoll.runtimes.snapshots import machine_id
 from atoll.runtimes.vm.tap import GuestLink
@@ -115,7 +116,7 @@ def write_config(disk: Path, disk_bytes: int, config: GuestConfig) -> None:
 def read_ending(disk: Path) -> Ending | None:
     """Return what the guest wrote at its end; None where it did not come to that. Its bytes are the tenant's to forge. Blocking."""
     try:
-        with descriptor(os.open(disk, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as fd:
+        with open_file(disk) as fd:
             size = os.fstat(fd).st_size
             data = os.pread(fd, _ENDING.size, size - TRAILER_BYTES + ENDING_AT) if size >= TRAILER_BYTES else b""
     except OSError:

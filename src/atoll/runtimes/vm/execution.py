@@ -8,10 +8,10 @@ import os
 import signal
 from typing import Any
 
-from atoll.model.errors import DeadlineExceeded
+from atoll.model.errors import DeadlineExceeded, TooLarge
 from atoll.runtimes.oci_container import cannot_run
 from atoll.runtimes.signals import signal_number
-from atoll.runtimes.vm.channel import DATA_BYTES_MAX, INPUT_WINDOW, GuestChannel, GuestStream, Kind
+from atoll.runtimes.vm.channel import DATA_BYTES_MAX, FRAME_BYTES_MAX, INPUT_WINDOW, GuestChannel, GuestStream, Kind
 
 DRAIN_S = 1.0
 """How long output is awaited, in silence, after the command's end: its children may hold the pipes for ever."""
@@ -136,7 +136,8 @@ async def start_beside(
 ) -> GuestExecution:
     """Start `process` (words, see config.py) in the guest; with `size` (rows, columns) it gets a terminal.
 
-    Raises CommandNotFound, RuntimeFailed, with the command's name, for one that cannot be started; DeadlineExceeded; Exhausted.
+    Raises CommandNotFound, RuntimeFailed, with the command's name, for one that cannot be started; DeadlineExceeded; Exhausted;
+    TooLarge.
     """
     execution = await try_beside(channel, process, name, size, kind=kind)
     if isinstance(execution, str):
@@ -147,11 +148,17 @@ async def start_beside(
 async def try_beside(
     channel: GuestChannel, process: bytes, name: str, size: tuple[int, int] | None, *, kind: Kind = Kind.EXEC
 ) -> GuestExecution | str:
-    """As `start_beside`, but return why it cannot be started, in the guest's words. Raises DeadlineExceeded, Exhausted."""
+    """As `start_beside`, but return why it cannot be started in the guest's words. Raises DeadlineExceeded, Exhausted, TooLarge."""
+    frame = (_size(*size) if size else bytes(4)) + process
+    if len(frame) > FRAME_BYTES_MAX:  # else the guest would take it for no frame, and end all that it runs
+        raise TooLarge(
+            f"the command has {len(frame)} bytes with its environment; at most {FRAME_BYTES_MAX} are taken",
+            mend="put large values into files",
+        )
     id, stream = channel.stream()
     execution = GuestExecution(channel, id, stream, tty=size is not None)
     try:
-        await channel.send(kind, id, (_size(*size) if size else bytes(4)) + process)
+        await channel.send(kind, id, frame)
         async with asyncio.timeout(EXEC_S_MAX):
             why = await asyncio.shield(stream.started)
     except TimeoutError:

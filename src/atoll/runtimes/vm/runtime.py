@@ -57,6 +57,8 @@ BOOT_S_MAX = 60.0
 """From the monitor's start to the guest's first word, and as long again to the instance's process."""
 CHANNEL_S_MAX = 10.0
 STATS_S_MAX = 2.0
+ASKED_MAX = 4
+"""Commands that one guest is asked to start at once; more wait. Its silence keeps nobody but its own users waiting."""
 MONITOR_PIDS_MAX = 128
 _STATISTICS = struct.Struct("<5Q")
 _WORDS_MAX = 300
@@ -70,6 +72,7 @@ class VmContainer(Container):
     channel: GuestChannel | None = None
     paused = False
     opening: asyncio.Lock | None = None
+    asking: asyncio.Semaphore | None = None
 
     def read_exit(self) -> Exit:
         found = self.files.read_exit()
@@ -321,7 +324,8 @@ class VmRuntime(OciRuntime):
             raise Exhausted(f"{EXECUTIONS_MAX} commands run beside instances on this node")
         plan = await self._in_thread(load_plan, container.record.directory)
         words = await self._in_thread(command_words, plan, argv, env, workdir, user, tty)
-        async with self._starts:
+        container.asking = container.asking or asyncio.Semaphore(ASKED_MAX)
+        async with container.asking:
             channel = await self._open_channel(container, CHANNEL_S_MAX)
             execution = await start_beside(channel, words, argv[0], (rows, columns) if tty else None)
         self._beside.add(execution)
