@@ -33,6 +33,7 @@ from atoll.network.outward import Outward
 from atoll.network.sysctls import no_ipv6
 from atoll.runtimes.mounts import mounts_below
 from atoll.runtimes.qemu import QemuRuntime
+from atoll.runtimes.vm.qmp import command as qmp
 
 pytestmark = [pytest.mark.system, pytest.mark.asyncio(loop_scope="module")]
 
@@ -604,6 +605,20 @@ async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world:
     for id in found:
         await world.runtime.delete(id)
         assert _traces(world, id) == []
+
+
+async def test_a_machine_that_stands_stays_so_when_the_next_agent_writes_it_down(world: World, kind: str) -> None:
+    if kind != "qemu":
+        pytest.skip("for the others test_runtime_monitors.py says so, over stand-ins too")
+    await world.launch("a", "run")
+    await world.runtime.pause("a")
+    await world.reopen()
+    await world.runtime.recover()
+    await world.runtime.snapshot("a", world.directory / "taken")
+    monitor = world.directory / "instances/a/vm/qmp.sock"
+    assert (await qmp(monitor, "query-status"))["running"] is False
+    await world.runtime.resume("a")
+    assert (await qmp(monitor, "query-status"))["running"] is True
 
 
 async def test_a_damaged_record_is_removed_with_the_machine_that_it_spoke_of(world: World) -> None:

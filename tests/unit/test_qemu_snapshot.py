@@ -7,21 +7,26 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 
-from atoll.model.errors import RuntimeFailed
-from atoll.model.ports.runtime import Limits
+from atoll.model.errors import Exhausted, RuntimeFailed
+from atoll.model.ports.runtime import Compatibility, Limits
+from atoll.model.spec import RuntimeName
+from atoll.runtimes.snapshots import begin, seal
 from atoll.runtimes.vm.boxes import VmPlan
-from atoll.runtimes.vm.qemu_snapshot import save
+from atoll.runtimes.vm.qemu_snapshot import RAM, RESERVE_BYTES, SharedMemories, save
 from atoll.runtimes.vm.qemu_stream import PAGE_BYTES, TIMES_MAX, split
 from atoll.runtimes.vm.sockets import open_socket
 
 PAGES = 8
+MEMORY_BYTES = 256 << 10
 RAM_BYTES = PAGES * PAGE_BYTES
 HEAD = struct.pack(">II", 0x5145564D, 3) + b"\1" + struct.pack(">I", 1) + b"\3ram" + struct.pack(">II", 0, 4)
+LIMITS = Limits(cpu_milli=1000, memory_bytes=1 << 20, disk_bytes=1 << 20, pids=8)
 END = struct.pack(">Q", 0x10) + b"\x7e" + struct.pack(">I", 1) + b"\4"
 """Of the memory's part; then come the devices."""
 
@@ -86,7 +91,7 @@ def test_a_snapshot_that_is_given_up_cuts_off_the_monitor_that_writes_it(tmp_pat
         uid=os.getuid(),
         vcpus=1,
         ram_bytes=RAM_BYTES,
-        limits=Limits(cpu_milli=1000, memory_bytes=1 << 20, disk_bytes=1 << 20, pids=8),
+        limits=LIMITS,
         disk_bytes=1 << 20,
         image="/images/x",
         stdout="/o",
@@ -111,3 +116,59 @@ def test_a_snapshot_that_is_given_up_cuts_off_the_monitor_that_writes_it(tmp_pat
         assert not (own / "snapshot.sock").exists()
 
     asyncio.run(main())
+
+
+def snapshot(directory: Path) -> str:
+    """Write a snapshot whose memory has MEMORY_BYTES that are not zeros, and as many that are."""
+    begin(directory)
+    with (directory / RAM).open("wb") as file:
+        file.write(b"x" * MEMORY_BYTES)
+        file.truncate(2 * MEMORY_BYTES)
+    here = Compatibility(RuntimeName.QEMU, "7.2", "any", "")
+    seal(directory, (RAM,), compatibility=here, image="sha256:0", limits=LIMITS, networked=False)
+    return str(directory)
+
+
+class Node:
+    """How much memory it has to give, but for what its snapshots hold."""
+
+    def __init__(self, memories: int) -> None:
+        self.memories = SharedMemories(1 << 30, self.available)
+        self._bytes = RESERVE_BYTES + memories * MEMORY_BYTES
+
+    def available(self) -> int:
+        return self._bytes - sum(size for _, size in self.memories._held.values())
+
+    def start(self, snapshot: str) -> None:
+        self.memories.take(snapshot)
+        self.memories.give(snapshot)
+
+
+def test_a_memory_that_the_node_has_no_room_for_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    first, second, third = (snapshot(tmp_path / name) for name in ("first", "second", "third"))
+    node = Node(memories=2)
+    node.memories.take(first)
+    node.memories.take(second)
+    with pytest.raises(Exhausted, match="0 MiB to spare"):
+        node.memories.take(third)
+    assert list(node.memories._held) == [first, second]
+    node.memories.give(first)
+    node.memories.take(third)  # what no start is using makes room
+    assert list(node.memories._held) == [second, third]
+    node.memories.close()
+
+
+def test_the_memory_of_a_snapshot_that_was_removed_is_let_go_of(tmp_path: Path) -> None:
+    kept, removed, used = (snapshot(tmp_path / name) for name in ("kept", "removed", "used"))
+    node = Node(memories=3)
+    for each in (kept, removed):
+        node.start(each)
+    node.memories.take(used)
+    for each in (removed, used):
+        shutil.rmtree(each)
+    assert node.memories.let_go_of_removed()
+    assert list(node.memories._held) == [kept, used]
+    node.memories.give(used)
+    shutil.rmtree(kept)
+    assert not node.memories.let_go_of_removed()
+    assert node.available() == RESERVE_BYTES + 3 * MEMORY_BYTES

@@ -17,10 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import structlog
+
 from atoll.model.errors import AtollError, RuntimeFailed, Unsupported
 from atoll.model.ports.devices import DeviceNode
-from atoll.model.ports.runtime import Box, Compatibility, Feature, Started
+from atoll.model.ports.runtime import Box, Compatibility, Feature, Found, Started
 from atoll.model.spec import RuntimeName
+from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.cgroup import Group
 from atoll.runtimes.native import jail_path
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY, OciBoxes
@@ -37,6 +40,7 @@ from atoll.runtimes.vm.qemu_snapshot import (
     OWN_DESCRIPTORS,
     RAM,
     RAM_FD,
+    REMOVED_S,
     STATE,
     STATE_FD,
     SharedMemories,
@@ -71,6 +75,8 @@ _WINDOW_BYTES = 32 << 30
 _MODULES = Path("/usr/lib/x86_64-linux-gnu/qemu")
 _KERNEL_HZ = 250
 
+log = structlog.get_logger()
+
 
 class QemuRuntime(VmRuntime):
     """Runs instances with QEMU for x86-64, 7.0 or newer, as root."""
@@ -99,6 +105,7 @@ class QemuRuntime(VmRuntime):
         self._without_devices = machine
         self._version = ""
         self._memories = SharedMemories(memory_budget_bytes())
+        self._letting_go: asyncio.Task[None] | None = None
 
     async def probe(self) -> str:
         return await asyncio.to_thread(self._probe)
@@ -205,9 +212,19 @@ class QemuRuntime(VmRuntime):
         try:
             return await super()._start(boxes, container)
         finally:
-            self._memories.give(plan.snapshot)
+            await asyncio.shield(self._in_thread(self._memories.give, plan.snapshot))
+            if self._letting_go is None or self._letting_go.done():
+                self._letting_go = asyncio.create_task(self._let_go_of_removed())
+
+    async def _let_go_of_removed(self) -> None:
+        """See that no memory is held for long of a snapshot that was removed, as long as any is held."""
+        while await self._in_thread(self._memories.let_go_of_removed):  # noqa: ASYNC110 - whoever removes one does not tell
+            await asyncio.sleep(REMOVED_S)
 
     async def close(self) -> None:
+        if self._letting_go is not None:
+            self._letting_go.cancel()
+            await asyncio.wait({self._letting_go})
         await super().close()
         self._memories.close()
 
@@ -219,6 +236,17 @@ class QemuRuntime(VmRuntime):
 
     async def resume_machine(self, directory: Path) -> None:
         await qmp(directory / "vm" / MONITOR, "cont")
+
+    async def _adopt(self, boxes: OciBoxes, record: BoxRecord) -> Found:
+        found = await super()._adopt(boxes, record)
+        if found.pid is not None:
+            container = await self._machine(record.id)
+            try:
+                status = await qmp(record.directory / "vm" / MONITOR, "query-status")
+                container.paused = status.get("running") is False
+            except AtollError as error:
+                log.warning("vm.adopted-in-part", instance=record.id, error=str(error))
+        return found
 
 
 def machine(plan: VmPlan, accelerator: str, without_devices: Machine = "microvm") -> list[str]:

@@ -15,15 +15,16 @@ import fcntl
 import functools
 import io
 import os
+import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from atoll.model.errors import Exhausted, RuntimeFailed
-from atoll.runtimes.loop_disk import fill
+from atoll.runtimes.loop_disk import extents, fill
 from atoll.runtimes.mounts import descriptor
-from atoll.runtimes.snapshots import check_content, load
+from atoll.runtimes.snapshots import MANIFEST, check_content, load
 from atoll.runtimes.vm.boxes import VmPlan
 from atoll.runtimes.vm.jail import INSIDE
 from atoll.runtimes.vm.qemu_stream import split
@@ -36,6 +37,10 @@ OWN_DESCRIPTORS, DESCRIPTORS = Path("/proc/self/fd"), Path("/fd")
 """What a monitor has open, and where it sees that in its jail, which has no /proc."""
 SAVE_S_MAX, LOAD_S_MAX, LISTEN_S_MAX = 60.0, 20.0, 10.0
 MEMORIES_MAX = 64
+RESERVE_BYTES = 256 << 20
+"""Of the node's memory, what reading a snapshot's leaves to others."""
+REMOVED_S = 10.0
+"""How often is looked whether a snapshot whose memory is held was removed."""
 _SOCKET = "snapshot.sock"
 _STEP_S = 0.001
 _BANDWIDTH_MAX = 1 << 40
@@ -48,14 +53,22 @@ def memory_budget_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
+def available_bytes() -> int:
+    """Return how much memory this node could give away without swapping (proc(5), MemAvailable)."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
 class SharedMemories:
     """The memories of the snapshots that were last restored, each ready to be mapped by more copies. Calls come from any thread.
 
     A memory that is let go of lives on as long as a copy maps it; the next restore of its snapshot reads it again.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, available: Callable[[], int] = available_bytes) -> None:
+        """`available` says how many bytes the node has to give."""
         self._budget_bytes = budget_bytes
+        self._available = available
         self._lock = threading.Lock()
         self._held: dict[str, tuple[int, int]] = {}
         self._users: dict[str, int] = {}
@@ -78,6 +91,14 @@ class SharedMemories:
                 del self._users[snapshot]
             self._shrink()
 
+    def let_go_of_removed(self) -> bool:
+        """Let go of the memories whose snapshots are there no more; return whether any is held still. Blocking."""
+        with self._lock:
+            for snapshot in self._unused():
+                if not (Path(snapshot) / MANIFEST).exists():
+                    self._let_go(snapshot)
+            return bool(self._held)
+
     def path(self, snapshot: str) -> str:
         """Return where another process of root's can open what was taken."""
         return f"/proc/{os.getpid()}/fd/{self._held[snapshot][0]}"
@@ -89,22 +110,50 @@ class SharedMemories:
             self._held.clear()
 
     def _read(self, directory: Path) -> tuple[int, int]:
-        check_content(directory, load(directory))
-        fd = os.memfd_create("atoll-snapshot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        manifest = load(directory)
         try:
             with descriptor(os.open(directory / RAM, os.O_RDONLY | os.O_CLOEXEC)) as file:
-                fill(file, fd)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            return fd, os.fstat(fd).st_blocks * 512
+                self._make_room(sum(end - start for start, end in extents(file, os.fstat(file).st_size)))
+                check_content(directory, manifest)
+                return _sealed(file)
         except OSError as error:
-            os.close(fd)
             raise Exhausted(f"the snapshot's memory cannot be read: {error}", mend="free memory on the node") from None
 
+    def _make_room(self, wanted_bytes: int) -> None:
+        """Raises Exhausted where the node has not as much memory to give, not even without those that no start is using."""
+        unused = self._unused()
+        while (spare_bytes := self._available() - RESERVE_BYTES) < wanted_bytes:
+            if not unused:
+                raise Exhausted(
+                    f"the snapshot's memory has {wanted_bytes >> 20} MiB, and the node {max(0, spare_bytes) >> 20} MiB to spare",
+                    mend="free memory on the node",
+                )
+            self._let_go(unused.pop(0))
+
     def _shrink(self) -> None:
-        for snapshot in [snapshot for snapshot in self._held if snapshot not in self._users]:
+        for snapshot in self._unused():
             if len(self._held) <= MEMORIES_MAX and sum(size for _, size in self._held.values()) <= self._budget_bytes:
                 return
-            os.close(self._held.pop(snapshot)[0])
+            self._let_go(snapshot)
+
+    def _unused(self) -> list[str]:
+        """Return the snapshots whose memories no start is using, the longest unused first."""
+        return [snapshot for snapshot in self._held if snapshot not in self._users]
+
+    def _let_go(self, snapshot: str) -> None:
+        os.close(self._held.pop(snapshot)[0])
+
+
+def _sealed(file: int) -> tuple[int, int]:
+    """Return a file in memory with what `file` holds, which nobody can change, and the bytes that it takes. Raises OSError."""
+    fd = os.memfd_create("atoll-snapshot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        fill(file, fd)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        return fd, os.fstat(fd).st_blocks * 512
+    except OSError:
+        os.close(fd)
+        raise
 
 
 def shared_memory(plan: VmPlan, name: str) -> list[str]:
