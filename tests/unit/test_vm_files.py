@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from atoll.model.errors import Invalid, RuntimeFailed, TooLarge
+from atoll.model.errors import DeadlineExceeded, Invalid, RuntimeFailed, TooLarge
 from atoll.runtimes.vm.execution import GuestExecution
 from atoll.runtimes.vm.files import GuestFiles
 
@@ -136,3 +136,48 @@ async def test_what_is_copied_in_is_told_with_names_below_the_directory_only() -
         bad.seek(0)
         with pytest.raises(Invalid):
             await asyncio.to_thread(files.unpack, "/to", bad)
+
+
+class Endless(Guest):
+    """Says the same again and again."""
+
+    def __init__(self, head: bytes, number: int, piece: bytes, *, every_s: float = 0.0) -> None:
+        super().__init__([(1, head)] if head else [])
+        self._piece, self._every_s = (number, piece), every_s
+
+    async def read(self) -> tuple[int, bytes] | None:
+        said = await super().read()
+        if said is None:
+            await asyncio.sleep(self._every_s)
+        return said or self._piece
+
+
+async def copy(guest: Guest, way: str, *, idle_s: float) -> None:
+    async def start(way: str, path: str) -> GuestExecution:
+        return guest
+
+    files = GuestFiles(start, asyncio.get_running_loop(), idle_s=idle_s)
+    empty = io.BytesIO()
+    tarfile.open(mode="w", fileobj=empty).close()
+    empty.seek(0)
+    if way == "out":
+        await asyncio.to_thread(files.pack, "/a/top", io.BytesIO())
+    else:
+        await asyncio.to_thread(files.unpack, "/a", empty)
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_guest_that_never_comes_to_an_end_of_what_is_wrong_is_broken_off(way: str, number: int) -> None:
+    guest = Endless(b"", number, b"1" * 1000)
+    with pytest.raises(RuntimeFailed, match="what is none"):
+        await copy(guest, way, idle_s=60)
+    assert guest.left
+
+
+@pytest.mark.parametrize(("way", "number"), [("out", 1), ("out", 2), ("in", 2)])
+async def test_a_guest_that_says_a_byte_at_a_time_for_ever_is_given_up(way: str, number: int) -> None:
+    guest = Endless(record(b"f", b"top", size=1 << 30) if way == "out" else b"", number, b"1", every_s=0.01)
+    with pytest.raises(DeadlineExceeded, match="hardly moved"):
+        await copy(guest, way, idle_s=0.1)
+    assert guest.left

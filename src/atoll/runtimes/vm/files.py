@@ -9,6 +9,7 @@ import asyncio
 import os
 import struct
 import tarfile
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -18,7 +19,8 @@ from atoll.runtimes.vm.execution import GuestExecution
 
 T = TypeVar("T")
 IDLE_S_MAX = 60.0
-"""How long a guest may take for the next bytes."""
+"""How long a guest is waited for, all in all, for every PART_BYTES that it says: who hardly moves keeps a thread no longer than
+that from hearing that the other end of the copy has left."""
 NAME_BYTES_MAX = 4096
 _RECORD = struct.Struct("<c3xIIIQQHH")
 _WORDS_BYTES_MAX = 8 << 10
@@ -30,14 +32,15 @@ Start = Callable[[str, str], Awaitable[GuestExecution]]
 class GuestFiles:
     """See `model.copying.Copier`. Made in the event loop `loop`, used in a thread."""
 
-    def __init__(self, start: Start, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, start: Start, loop: asyncio.AbstractEventLoop, *, idle_s: float = IDLE_S_MAX) -> None:
         self._start = start
         self._loop = loop
+        self._idle_s = idle_s
 
     def pack(self, path: str, sink: Sink) -> None:
         execution = self._wait(_started(self._start, "out", path))
         try:
-            incoming = _Incoming(self, execution)
+            incoming = self._incoming(execution)
             with tarfile.open(mode="w|", fileobj=sink, format=tarfile.PAX_FORMAT, bufsize=PART_BYTES) as archive:  # type: ignore[call-overload]
                 _pack(archive, incoming, top_of(path))
                 self._finish(execution, incoming.words, path)
@@ -49,7 +52,10 @@ class GuestFiles:
         try:
             self._unpack(execution, source)
             self._wait(execution.close_stdin())
-            self._finish(execution, self._words(execution), path)
+            incoming = self._incoming(execution)
+            if incoming.read(1):
+                raise _broken()
+            self._finish(execution, incoming.words, path)
         except tarfile.TarError as error:
             raise Invalid(f"not a tar stream: {error}") from None
         finally:
@@ -72,12 +78,6 @@ class GuestFiles:
                 if execution.ended:
                     return  # it says why
 
-    def _words(self, execution: GuestExecution) -> bytes:
-        words = b""
-        while (part := self._wait(execution.read())) is not None:
-            words = (words + part[1])[:_WORDS_BYTES_MAX]
-        return words
-
     def _finish(self, execution: GuestExecution, words: bytes, path: str) -> None:
         """Raises OSError for what the guest's file system said."""
         status = self._wait(execution.wait())
@@ -88,17 +88,16 @@ class GuestFiles:
             raise OSError(int(number), os.strerror(int(number)), place or path)
         raise RuntimeFailed(f"{path}: the guest broke off the copy (status {status})")
 
-    def read(self, execution: GuestExecution) -> tuple[int, bytes] | None:
-        """Return the guest's next words."""
-        return self._wait(execution.read())
+    def _incoming(self, execution: GuestExecution) -> _Incoming:
+        return _Incoming(lambda within_s: self._wait(execution.read(), within_s), self._idle_s)
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+    def _wait(self, work: Coroutine[Any, Any, T], within_s: float | None = None) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result(IDLE_S_MAX)
+            return future.result(self._idle_s if within_s is None else within_s)
         except TimeoutError:
             future.cancel()
-            raise DeadlineExceeded(f"the guest did not move for {IDLE_S_MAX:.0f} s while it copied") from None
+            raise DeadlineExceeded(f"the guest hardly moved for {self._idle_s:g} s while it copied") from None
 
 
 async def _started(start: Start, way: str, path: str) -> GuestExecution:
@@ -106,25 +105,38 @@ async def _started(start: Start, way: str, path: str) -> GuestExecution:
 
 
 class _Incoming:
-    """A guest's stdout by numbers of bytes; what it says on stderr is kept."""
+    """A guest's stdout by numbers of bytes; what it says on stderr is kept. `read` gives its next words within so many seconds."""
 
-    def __init__(self, files: GuestFiles, execution: GuestExecution) -> None:
-        self._files, self._execution = files, execution
+    def __init__(self, read: Callable[[float], tuple[int, bytes] | None], idle_s: float) -> None:
+        self._read = read
+        self._idle_s = self._left_s = idle_s
+        self._came_bytes = 0
         self._rest = b""
         self.words = b""
 
     def read(self, size: int) -> bytes:
-        """Return up to `size` bytes; none at the end."""
+        """Return up to `size` bytes; none at the end. Raises DeadlineExceeded, and RuntimeFailed for a stderr without end."""
         while not self._rest:
-            part = self._files.read(self._execution)
+            part = self._next()
             if part is None:
                 return b""
             if part[0] == 2:
-                self.words = (self.words + part[1])[:_WORDS_BYTES_MAX]
+                self.words += part[1]
+                if len(self.words) > _WORDS_BYTES_MAX:
+                    raise _broken()
             else:
                 self._rest = part[1]
         data, self._rest = self._rest[:size], self._rest[size:]
         return data
+
+    def _next(self) -> tuple[int, bytes] | None:
+        began = time.monotonic()
+        part = self._read(self._left_s)
+        self._left_s = max(0.0, self._left_s - (time.monotonic() - began))
+        self._came_bytes += len(part[1]) if part else 0
+        if self._came_bytes >= PART_BYTES:
+            self._came_bytes, self._left_s = 0, self._idle_s
+        return part
 
     def exactly(self, size: int) -> bytes:
         """Return `size` bytes, or fewer where the end comes before."""
