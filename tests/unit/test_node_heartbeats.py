@@ -26,6 +26,7 @@ from atoll.node.beating import DEAF_S, HEARTBEAT_S, Beating
 from atoll.node.contact import Contact
 from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs
 from atoll.node.record import MemoryRecord
+from atoll.node.vitals import USAGES_S
 from atoll.runtimes.fake import FakeHost, FakeRuntime
 from atoll.store.cache import State
 from atoll.store.memory import MemoryStore
@@ -38,6 +39,7 @@ class Here:
 
     def __init__(self, net: Net, data: Path, spread_s: float = 0.0, seed: int = 1, control: FakeControlPlane | None = None) -> None:
         self.net = net
+        self.host = FakeHost(clock=net.clock)
         self.control = control or FakeControlPlane()
         net.sites["n1"] = "a"
         epoch = beats.epoch_at(net.clock.now())
@@ -55,7 +57,7 @@ class Here:
         self.agent = Agent(
             node="n1",
             control=self.control,
-            runtimes=[FakeRuntime(FakeHost(clock=net.clock))],
+            runtimes=[FakeRuntime(self.host)],
             images=FakeImages(),
             network=FakeNetwork(FakeNetworkState()),
             clock=net.clock,
@@ -75,6 +77,19 @@ class Here:
         while True:
             await asyncio.sleep(5.0)
             self.control.prefetch()
+
+    def run(self, id: str, spec: AppSpec) -> None:
+        instance = Instance(
+            id=id,
+            project="default",
+            owner_kind=OwnerKind.APP,
+            owner="web",
+            release=1,
+            node="n1",
+            runtime=RuntimeName.RUNC,
+            created_at=self.net.clock.now(),
+        )
+        self.control.assign(Assignment(instance=instance, workload=spec, revision=0))
 
     async def count(self, span_s: float) -> int:
         """Return how many heartbeats come in that time."""
@@ -213,20 +228,28 @@ def test_agents_whose_server_has_died_come_back_over_as_long_as_the_servers_ask_
 def test_a_node_on_which_something_scales_by_what_it_says_is_heard_as_often_as_in_a_small_cell(tmp_path: Path) -> None:
     async def test(here: Here) -> None:
         scale = Scale(replicas=1, max=3, metric="depth", target=5.0)
-        spec = AppSpec(name="web", image="x", ports=(Port(port=80),), metrics=Metrics(port=80), scale=scale)
-        instance = Instance(
-            id="web-1",
-            project="default",
-            owner_kind=OwnerKind.APP,
-            owner="web",
-            release=1,
-            node="n1",
-            runtime=RuntimeName.RUNC,
-            created_at=here.net.clock.now(),
-        )
-        here.control.assign(Assignment(instance=instance, workload=spec, revision=0))
+        here.run("web-1", AppSpec(name="web", image="x", ports=(Port(port=80),), metrics=Metrics(port=80), scale=scale))
         await asyncio.sleep(CALM_S + 1)
         assert await here.count(100) >= 100 / HEARTBEAT_S - 1
+
+    on_agent(tmp_path, test)
+
+
+def test_instances_that_do_not_say_what_they_use_hold_a_heartbeat_up_for_seconds_and_keep_no_other_from_saying_it(
+    tmp_path: Path,
+) -> None:
+    async def silent(call: str, id: str) -> None:
+        if call == "usage" and id.startswith("silent"):
+            await asyncio.sleep(1_000_000)
+
+    async def test(here: Here) -> None:
+        here.host.before = silent
+        talking = {f"web-{number}" for number in range(10)}
+        for id in (*(f"silent-{number}" for number in range(60)), *sorted(talking)):
+            here.run(id, AppSpec(name="web", image="x"))
+        await asyncio.sleep(60)
+        assert await here.count(200) >= 200 / (CALM_S + USAGES_S) - 1
+        assert all({usage.instance for usage in beat.usage} == talking for beat in here.control.heartbeats)
 
     on_agent(tmp_path, test)
 

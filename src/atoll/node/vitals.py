@@ -31,6 +31,9 @@ SKIPS_MAX = 16
 """Each skip is twice as far as the one before: of an agent whose date was set back by up to 180 years."""
 USAGE_S = 2.0
 """Deadline of reading one instance's usage."""
+USAGES_S = 4.0
+"""Deadline of reading that of all: a heartbeat goes without what has not come by then."""
+USAGES_AT_ONCE = 16
 IMAGES_MAX = 64
 """Digests of images in one heartbeat."""
 COLLECT_S = 300.0
@@ -76,6 +79,8 @@ class Vitals:
         self._registered = asyncio.Event()
         self._refused: str | None = None
         """What the last heartbeat was refused for: a field, or a code."""
+        self._silent: set[str] = set()
+        """The instances that did not say what they use when they were asked last; they are asked after all others."""
         if beating is not None:
             beating.on_deaf = self._registered.set
 
@@ -187,14 +192,10 @@ class Vitals:
         found = []
         counters = self._tools.network.counters()
         owners = owners_of(samples, self._runners, self._machine.groups)
-        for runner in list(self._runners.values()):
-            if runner.runtime is None or runner.state.pid is None:
-                continue
-            try:
-                async with asyncio.timeout(USAGE_S):
-                    used = await runner.runtime.usage(runner.id)
-            except (AtollError, TimeoutError) as error:
-                log.debug("no usage", instance=runner.id, error=str(error))
+        runners = list(self._runners.values())
+        answers = await self._ask_usage(runners)
+        for runner in runners:
+            if (used := answers.get(runner.id)) is None:
                 continue
             if grants := runner.assignment.instance.gpus:
                 of_gpus = usage_of(runner.id, grants, samples, owners)
@@ -213,6 +214,30 @@ class Vitals:
                 )
             found.append(used)
         return tuple(found)
+
+    async def _ask_usage(self, runners: Sequence[Runner]) -> dict[str, Usage]:
+        """Ask several at a time, so that those who are silent, as their guests may be, hold the others up for USAGES_S at most."""
+        answers: dict[str, Usage] = {}
+        left = iter(sorted(runners, key=lambda runner: runner.id in self._silent))
+        self._silent &= {runner.id for runner in runners}
+
+        async def ask() -> None:
+            for runner in left:
+                if runner.runtime is None or runner.state.pid is None:
+                    continue
+                try:
+                    async with asyncio.timeout(USAGE_S):
+                        answers[runner.id] = await runner.runtime.usage(runner.id)
+                    self._silent.discard(runner.id)
+                except (AtollError, TimeoutError) as error:
+                    log.debug("no usage", instance=runner.id, error=str(error))
+                    self._silent.add(runner.id)
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(USAGES_S), asyncio.TaskGroup() as tasks:
+                for _ in range(min(USAGES_AT_ONCE, len(runners))):
+                    tasks.create_task(ask())
+        return answers
 
     async def collect(self) -> None:
         """Remove images that no instance uses while the disk is nearly full, for ever."""
