@@ -294,7 +294,7 @@ class GuestChannel:
                 waiting.remove(future)
 
     def cut(self) -> None:
-        """Give up a guest that is silent: nothing more is sent, not what waits to be either, and all who wait hear that it has gone."""
+        """Give up a guest that is silent: what waits to be sent is dropped, and all who wait hear that it has gone."""
         if self.lost.is_set():
             return
         self.was_cut = True
