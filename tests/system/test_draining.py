@@ -19,6 +19,8 @@ from atoll.api.service.context import KINDS
 from atoll.control import world
 from atoll.control.controllers import run_control
 from atoll.ingress.service import Ingress
+from atoll.model import codec, keys
+from atoll.model.fabric import FabricNode
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import Capacity, Heartbeat, Node, Status
 from atoll.model.records import Instance as Record
@@ -82,6 +84,8 @@ async def cell(tmp_path: Path) -> AsyncIterator[Cell]:
     async with AsyncExitStack() as stack:
         store = MemoryStore(clock)
         stack.push_async_callback(store.close)
+        for name in NODES:  # none of which could ask for that
+            await store.put(keys.fabric_node(name), codec.encode(FabricNode(name=name, prefix="127.0.2.0/24")))
         state = await stack.enter_async_context(State(store, {**KINDS, **world.KINDS}))
         service = await stack.enter_async_context(Service(store, state, clock, chance, bytes(32)))
         agents = [Agent(service, name) for name in NODES]

@@ -21,7 +21,9 @@ from atoll.control import world
 from atoll.control.controllers import run_control
 from atoll.ingress import envoy
 from atoll.ingress.service import Ingress
+from atoll.model import codec, keys
 from atoll.model.errors import AtollError, Conflict
+from atoll.model.fabric import FabricNode
 from atoll.model.ports.clock import SystemClock
 from atoll.model.records import App, AppPhase, Capacity, Heartbeat, Node, Status
 from atoll.model.rollouts import RolloutPhase, RolloutStatus
@@ -220,6 +222,8 @@ async def cell(tmp_path: Path) -> AsyncIterator[Cell]:
     async with AsyncExitStack() as stack:
         store = MemoryStore(clock)
         stack.push_async_callback(store.close)
+        loopback = FabricNode(name="n1", prefix="127.0.1.0/24")  # which no agent could ask for
+        await store.put(keys.fabric_node("n1"), codec.encode(loopback))
         state = await stack.enter_async_context(State(store, {**KINDS, **world.KINDS}))
         service = await stack.enter_async_context(Service(store, state, clock, chance, bytes(32)))
         beats = service.heartbeats

@@ -15,9 +15,11 @@ from atoll.ingress.heartbeat import Heart
 from atoll.ingress.probe import Prober
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Invalid, NotFound, TooLarge, Unavailable
+from atoll.model.fabric import FabricNode
 from atoll.model.ports.control_plane import Peers
-from atoll.model.records import Ingress, IngressHeartbeat, Role, RoundTrips, Routing, Site
-from atoll.model.spec import AppSpec, IngressRules, Port, Quota, Rate, Route
+from atoll.model.records import Ingress, IngressHeartbeat, Role, RoundTrips, Routing, Site, Status
+from atoll.model.spec import AppSpec, IngressRules, Port, Quota, Rate, Route, Scale
+from atoll.model.states import Phase
 from atoll.model.views import TokenRequest
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.failover import Failover
@@ -231,6 +233,46 @@ async def test_a_project_s_rate_reaches_the_routing_of_all_its_apps(cell: Cell, 
     assert (await anext(routed))[0].project_rate is None
     await cell.service.projects.set_quota("default", Quota(requests_per_s=50))
     assert (await anext(routed))[0].project_rate == 50
+
+
+@pytest.mark.parametrize("wakes", [False, True])
+@pytest.mark.parametrize(
+    ("prefixes", "address", "led"),
+    [
+        ({"n": "10.64.16.0/20"}, "10.64.16.2", True),
+        ({"n": "10.64.16.0/20"}, "10.64.16.1", False),  # the node itself
+        ({"n": "10.64.16.0/20", "other": "10.64.32.0/20"}, "10.64.32.2", False),
+        ({"n": "10.64.16.0/20"}, "127.0.0.1", False),
+        ({}, "10.64.32.2", True),
+        ({"other": "10.64.32.0/20"}, "10.64.16.2", True),
+        ({"other": "10.64.32.0/20"}, "10.64.32.2", False),
+        ({}, "127.0.0.1", False),
+        ({}, "169.254.169.254", False),
+        ({}, "0.0.0.0", False),
+        ({}, "192.0.2.80", False),
+    ],
+)
+async def test_no_node_can_lead_an_ingress_to_an_address_that_none_of_its_instances_can_have(
+    cell: Cell, prefixes: dict[str, str], address: str, led: bool, wakes: bool
+) -> None:
+    for name, prefix in prefixes.items():
+        await cell.put(keys.fabric_node(name), FabricNode(name=name, prefix=prefix))
+    await cell.runs("i", 2)
+    if wakes:
+        spec = AppSpec(name="web", image="registry.test/web:2", ports=(Port(port=8000),), scale=Scale(replicas=0, max=1))
+        await cell.service.apps.put(SYSTEM, spec)
+    status = Status(instance="i", project="default", node="n", phase=Phase.RUNNING, ready=not wakes, address=address)
+    await cell.put(keys.status("default", "i"), status)
+    routing = cell.routing()
+    found = routing.starting if wakes else routing.endpoints
+    assert [endpoint.address for endpoint in found] == ([address] if led else [])
+
+
+async def test_an_ingress_hears_at_once_that_a_node_has_a_prefix(cell: Cell, routed: AsyncIterator[list[Routing]]) -> None:
+    await cell.runs("i", 2)
+    assert len((await anext(routed))[0].endpoints) == 1
+    await cell.put(keys.fabric_node("n"), FabricNode(name="n", prefix="10.64.16.0/20"))
+    assert (await anext(routed))[0].endpoints == ()
 
 
 async def test_rules_that_contradict_themselves_are_refused_at_the_api(cell: Cell) -> None:

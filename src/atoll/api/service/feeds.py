@@ -19,6 +19,7 @@ from atoll.api.service.lookups import by_node, by_owner
 from atoll.api.service.routing import routing_of
 from atoll.api.service.specs import spec_of
 from atoll.model.errors import Unavailable
+from atoll.model.fabric import FabricNode
 from atoll.model.ports.control_plane import AssignmentBatch, RoutingBatch
 from atoll.model.records import (
     App,
@@ -287,7 +288,7 @@ class Feeds:
                 apps.add(delta.key)
             elif delta.kind is Release and delta.old is None and delta.new is not None:
                 self._apply_release(delta.new.record)
-            elif delta.kind is NodeLiveness or (delta.kind is Node and _moved(delta)):
+            elif delta.kind in (NodeLiveness, FabricNode) or (delta.kind is Node and _moved(delta)):
                 for one in self.of_node(delta.key):
                     apps.add(f"{one.record.project}/{one.record.owner}")
         for app in apps:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 from collections import defaultdict
 from collections.abc import Iterable
 
 from atoll.api.service.claims import Host, hosts_of, listeners_of, preview_of
 from atoll.api.service.specs import release_spec
+from atoll.model.fabric import PRIVATE, FabricNode, node_address
 from atoll.model.records import (
     App,
     AppStatus,
@@ -122,6 +125,8 @@ def endpoint_of(state: State, instance: Instance) -> Endpoint | None:
     draining = instance.desired is Desired.DRAIN
     if status.address is None or status.phase is not Phase.RUNNING or not (status.ready or draining):
         return None
+    if not _has(state, instance.node, status.address):
+        return None
     return _endpoint(state, instance, status.address, draining=draining)
 
 
@@ -147,8 +152,9 @@ def _starting(state: State, app: App, instances: Iterable[Instance], hosts: Iter
         if status is None or status.record.parked or spec is None or spec.health is not None or _ports(hosts, spec) != wanted:
             continue
         comes = status.record.phase in (Phase.STARTING, Phase.RUNNING) and instance.desired is Desired.RUN and not instance.standby
-        if comes and status.record.address is not None and instance.node is not None and not _lost(state, instance.node):
-            found.append(_endpoint(state, instance, status.record.address, draining=False))
+        address, node = status.record.address, instance.node
+        if comes and address is not None and node is not None and not _lost(state, node) and _has(state, node, address):
+            found.append(_endpoint(state, instance, address, draining=False))
     return tuple(sorted(found, key=lambda endpoint: endpoint.instance))
 
 
@@ -166,6 +172,22 @@ def _reachable(state: State, instances: Iterable[Instance]) -> list[Instance]:
 def _lost(state: State, node: str) -> bool:
     liveness = state.get(NodeLiveness, node)
     return liveness is not None and liveness.record.health is NodeHealth.LOST
+
+
+def _has(state: State, node: str, address: str) -> bool:
+    """Return whether an instance of the node can have the address, as no node can give itself another's, and none leads an ingress
+    to itself or to what is near it. Of a node that is in no fabric that is any which nodes can have and no other does."""
+    own = ipaddress.IPv4Address(address)
+    held = state.get(FabricNode, node)
+    if held is not None:
+        return own in _network(held.record.prefix) and address != node_address(held.record.prefix)
+    others = (other.record.prefix for other in state.records(FabricNode).values())
+    return any(own in one for one in PRIVATE) and not any(own in _network(prefix) for prefix in others)
+
+
+@functools.lru_cache(maxsize=1024)
+def _network(prefix: str) -> ipaddress.IPv4Network:
+    return ipaddress.IPv4Network(prefix)
 
 
 def _ports(hosts: Iterable[Host], spec: AppSpec) -> Ports:
