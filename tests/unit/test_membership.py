@@ -744,6 +744,23 @@ async def test_a_certificate_that_cannot_be_kept_is_asked_for_again_once_the_dis
     assert held.ends_at > cell.clock.now() + LIFE_S / 2
 
 
+async def test_a_certificate_that_cannot_be_read_now_is_looked_at_again(cell: Cell, tmp_path: Path) -> None:
+    credentials = held_by(await cell.join("n1"), tmp_path)
+    tls = credentials.tls()
+    credentials.bundle.unlink()
+    credentials.bundle.mkdir()  # as unreadable as when too many files are open
+
+    async def say(code: str, message: str, bad: bool) -> None:
+        raise AssertionError(code)
+
+    with pytest.raises(Unavailable, match="cannot use"):
+        credentials.load()
+    keeping = asyncio.create_task(keep_renewed(credentials, lambda: Way(cell), tls, cell.clock, AtOnce(), say))
+    await asyncio.sleep(0.01)
+    assert not keeping.done()
+    keeping.cancel()
+
+
 async def test_a_server_that_cannot_write_down_the_authorities_says_so_and_goes_on_once_it_can(cell: Cell, tmp_path: Path) -> None:
     config = Config(data=tmp_path)
     certificate = ServerCertificate(config, cell.service, "s1", cell.clock)

@@ -26,6 +26,7 @@ from atoll.runtimes.gvisor import GvisorRuntime
 from atoll.runtimes.oci_box import RUNTIME_DIRECTORY
 from atoll.runtimes.offer import RUNTIMES, AnyRuntime
 from atoll.runtimes.workerd import WorkerdRuntime
+from atoll.sdk.private_file import make_private
 
 
 async def main(config: Config, stop: Stop) -> None:
@@ -43,7 +44,7 @@ async def main(config: Config, stop: Stop) -> None:
     lazy = LazyImages(data / "images" / "lazy", {**(auth.known if auth is not None else {}), **access})
     images = ImageStore(data / "images", registries, lazy=lazy)
     for busy in (data / "instances", data / "volumes", data / "logs", data / "runtimes", data / "network", RUNTIME_DIRECTORY):
-        busy.mkdir(parents=True, exist_ok=True, mode=0o711 if busy == RUNTIME_DIRECTORY else 0o700)
+        make_private(busy, 0o711 if busy == RUNTIME_DIRECTORY else 0o700)
         spread_below(busy)  # a start makes a dozen files, and is not to wait for the disk's search for free ones
     clock = SystemClock()
     control = found.control_plane(node=found.name)

@@ -41,7 +41,7 @@ from atoll.model.ports.store import Store
 from atoll.model.records import Role
 from atoll.model.views import TokenRequest
 from atoll.sdk.context import Saved, save
-from atoll.sdk.private_file import write_private
+from atoll.sdk.private_file import make_private, write_private
 from atoll.store.cache import State
 from atoll.store.place import Place, open_place
 
@@ -59,15 +59,15 @@ log = structlog.get_logger()
 async def main(config: Config, stop: Stop) -> None:
     """Serve until `stop`.
 
-    Raises Unavailable (the port is taken, etcd does not answer), Conflict (the data or the server's id is in use), Corrupt (the
-    data, or the key is not the cell's), Unsupported (the data is of another version), Invalid.
+    Raises Unavailable (the port is taken, the disk is full, etcd does not answer), Conflict (the data or the server's id is in
+    use), Corrupt (the data, or the key is not the cell's), Unsupported (the data is of another version), Invalid.
     """
     secure, life_s = config.secure, certificate_life_s(config)
     listener = listen(*split_address(config.listens, field="--listen"))
     if not secure and not is_loopback(split_address(config.listens, field="--listen")[0]):
         log.warning("others than this machine may come, and nothing is encrypted", listen=config.listens)
     clock, random = SystemClock(), system_random()
-    config.server_data.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(config.server_data)
     place = config.store_place
     kind = "sqlite" if isinstance(place, Path) else "etcd"
     store = await open_place(place, clock)

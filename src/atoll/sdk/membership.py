@@ -23,6 +23,7 @@ from atoll.sdk.failover import transport_to
 from atoll.sdk.private_file import write_private
 from atoll.sdk.transport import Transport
 from atoll.sdk.trust import Tls
+from atoll.store.lock import unavailable
 
 RENEW_AT = 2 / 3
 """Of a certificate's life: a third is left for servers that do not answer."""
@@ -62,12 +63,14 @@ class Credentials:
         self._joining = directory / "joining.pem"
 
     def load(self) -> Held | None:
-        """Return what is held; None where nothing is. Raises Corrupt."""
+        """Return what is held; None where nothing is. Raises Corrupt, Unavailable (it cannot be read now)."""
         try:
             certificate = x509.load_pem_x509_certificate(self._certificate().encode())
             self.bundle.read_text()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise unavailable(self.file, error) from None
         except ValueError as error:
             raise Corrupt(f"{self.file} holds no certificate: {error}", mend="remove it, and join anew with --join") from None
         name = str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
@@ -110,13 +113,17 @@ class Credentials:
     async def renew(self, transport: Transport) -> Certified:
         """Get another certificate for a new key, and keep both. Raises as the server answers, and Unavailable where they cannot be
         kept; then what was held stays."""
-        old = serialization.load_pem_private_key(self.file.read_bytes(), None)
+        try:
+            old = serialization.load_pem_private_key(self.file.read_bytes(), None)
+            certificate = self._certificate()
+        except OSError as error:
+            raise unavailable(self.file, error) from None
         if not isinstance(old, ec.EllipticCurvePrivateKey):
             raise Corrupt(f"{self.file} holds another kind of key", mend="remove it, and join anew with --join")
         key = ec.generate_private_key(ec.SECP256R1())
         csr = _csr(key)
         proof = old.sign(renewal_message(csr), ec.ECDSA(hashes.SHA256()))
-        request = RenewRequest(certificate=self._certificate(), csr=csr, proof=proof)
+        request = RenewRequest(certificate=certificate, csr=csr, proof=proof)
         certified = await _post(transport, "/v1/identity/renew", request)
         self._keep(key, certified)
         return certified
@@ -152,7 +159,12 @@ async def keep_renewed(
     """
     failures = 0
     while True:
-        held = credentials.load()
+        try:
+            held = credentials.load()
+        except Unavailable as error:  # too many open files, say: what is held is there all the same
+            log.warning("the machine's certificate cannot be read; trying again", cause=error.message)
+            await asyncio.sleep(LOOK_S)
+            continue
         if held is None:
             raise Corrupt("the machine's certificate is gone", mend="join anew with --join")
         await asyncio.sleep(wait_s(held, clock.now(), failures, choose))
