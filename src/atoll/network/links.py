@@ -194,9 +194,9 @@ class LinkNetwork:
         # This node's own are cut when their slots go, before anybody has the address again.
         self._uncut |= {one for one in self._policies.see(members) if ipaddress.IPv4Address(one) not in self._addresses.network}
         self._write_policies(opened)
-        cut = tuple(self._uncut)
-        await asyncio.to_thread(opened.maker.cut, cut)
-        self._uncut.difference_update(cut)
+        if cut := tuple(self._uncut):
+            await asyncio.to_thread(opened.maker.cut, cut)
+            self._uncut.difference_update(cut)
 
     def wants_name(self, address: str, name: str) -> str | None:
         """Return the `host` of a rule of the instance at `address` that `name` falls under."""
