@@ -13,7 +13,7 @@ from atoll.cli.session import Session, command
 from atoll.model.errors import AtollError, NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from atoll.model.streams import LogLine
     from atoll.model.views import InstanceView
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 PALETTE = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
 FOLLOWED_MAX = 200
 """Instances whose logs are followed at once."""
+REOPEN_S = 1.0
+"""How long after a log's stream broke it is opened again."""
+LASTED_S = 10.0
+"""A stream that broke after so long was there, though nothing was written."""
 READ_TOGETHER = 16
 """Logs that are read at once without -f."""
 
@@ -111,25 +115,36 @@ async def _follow(session: Session, client: Client, name: str, views: list[Insta
     from atoll.model.errors import Exhausted
 
     followed: set[str] = set()
+    running = 0
     single = bool(views) and views[0].instance.id == name
+    more = not single
+
+    def say(id: str, error: AtollError) -> None:
+        session.output.say(f"[yellow]{id}[/]: {escape(str(error))}")
 
     async def read(id: str, wanted: Any) -> None:
+        nonlocal running
         try:
-            async for line in client.logs(session.project, id, wanted):
+            async for line in _lines(client, session.project, id, wanted, patient=lambda: more, broke=lambda error: say(id, error)):
                 printer.print(line, id)
         except AtollError as error:
             if single:
                 raise
-            session.output.say(f"[yellow]{id}[/]: {escape(str(error))}")
+            say(id, error)
+        finally:
+            running -= 1
 
     async with asyncio.TaskGroup() as group:
 
         def begin(id: str, wanted: Any) -> None:
-            if len(followed) >= FOLLOWED_MAX:
+            nonlocal running
+            if id in followed:
+                return
+            if running >= FOLLOWED_MAX:
                 raise Exhausted(f"'{name}' has more than {FOLLOWED_MAX} instances", mend="follow one instance's log")
-            if id not in followed:
-                followed.add(id)
-                group.create_task(read(id, wanted))
+            followed.add(id)
+            running += 1
+            group.create_task(read(id, wanted))
 
         for view in views:
             if view.status is not None:
@@ -137,6 +152,51 @@ async def _follow(session: Session, client: Client, name: str, views: list[Insta
         if not single:
             async for id in _begun(client, session.project, name):
                 begin(id, replace(options, tail=None))
+            more = False
+
+
+async def _lines(
+    client: Client, project: str, id: str, options: Any, *, patient: Callable[[], bool], broke: Callable[[AtollError], None]
+) -> AsyncIterator[LogLine]:
+    """Yield the lines of an instance, each once, however often the stream of them breaks; `broke` is told of it.
+
+    Raises what keeps it from being read: at once where it never was, else after a time; not while `patient` says that it may wait.
+    """
+    from msgspec.structs import replace
+
+    from atoll.model.errors import Retry
+    from atoll.sdk.watching import GIVE_UP_S
+
+    loop = asyncio.get_running_loop()
+    at, told = 0.0, 0
+    """When the last line was written, and how many lines of that moment have been told."""
+    worked, away_since = False, None
+    while True:
+        began, before, came = loop.time(), told, False
+        try:
+            async for line in client.logs(project, id, options):
+                came = True
+                if line.at != at:
+                    at, told, before = line.at, 0, 0
+                if before:
+                    before -= 1
+                    continue
+                told += 1
+                yield line
+            return
+        except AtollError as error:
+            now = loop.time()
+            if came or now - began >= LASTED_S:
+                worked, away_since = True, None
+            waited_s = now - away_since if away_since is not None else 0.0
+            if error.retry is not Retry.SAFE or (not patient() and (not worked or waited_s > GIVE_UP_S)):
+                raise
+            if away_since is None:
+                away_since = now
+                broke(error)
+        await asyncio.sleep(REOPEN_S)
+        if told:
+            options = replace(options, tail=None, since=at)
 
 
 async def _begun(client: Client, project: str, name: str) -> AsyncIterator[str]:
