@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ SOURCE = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-/* Keeps the state (0 running, 1 locked, 2 checkpointed) in a file, writes each call down, and fails where it is told to. */
+/* Keeps the state (0 running, 1 locked, 2 checkpointed, 3 failed) in a file, writes each call down, fails where it is told to. */
 static int now(void) {
     int s = 0;
     FILE *f = fopen(getenv("STATE"), "r"); if (f) { if (fscanf(f, "%d", &s) != 1) s = 0; fclose(f); } return s; }
@@ -106,6 +107,23 @@ async def test_one_that_an_earlier_try_left_stopped_is_taken_off_all_the_same(dr
     await checkpoint.suspend(PID, driver.environment)
     assert driver.calls == ["checkpoint"]
     assert await checkpoint.state(PID, driver.environment) is CudaState.CHECKPOINTED
+
+
+@pytest.mark.parametrize("move", [checkpoint.suspend, checkpoint.resume])
+async def test_one_that_the_driver_says_has_failed_is_an_error(
+    driver: Driver, move: Callable[[int, Mapping[str, str]], Awaitable[None]]
+) -> None:
+    Path(driver.environment["STATE"]).write_text("3")
+    with pytest.raises(CheckpointError, match="has failed") as caught:
+        await move(PID, driver.environment)
+    assert (driver.calls, caught.value.state) == ([], CudaState.FAILED)
+
+
+async def test_one_that_fails_while_it_is_taken_off_is_an_error(tmp_path: Path) -> None:
+    driver = Driver(tmp_path, SOURCE.replace('step("checkpoint", 1, 2)', 'step("checkpoint", 1, 3)'))
+    with pytest.raises(CheckpointError, match="has failed") as caught:
+        await checkpoint.suspend(PID, driver.environment)
+    assert caught.value.state is CudaState.FAILED
 
 
 async def test_a_program_without_cuda_is_refused(driver: Driver) -> None:

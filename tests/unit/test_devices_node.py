@@ -235,6 +235,23 @@ def test_a_device_of_which_nobody_says_who_uses_it_is_given_away_only_where_its_
     run_virtual(main, random.Random(7))
 
 
+def test_a_device_that_a_stranger_draws_on_is_not_given_away(tmp_path: Path) -> None:
+    class Drawn(FakeHardware):
+        async def samples(self) -> tuple[GpuSample, ...]:
+            first, second = await super().samples()
+            return replace(first, graphics=(77,)), second
+
+    async def main() -> None:
+        async with world(tmp_path, Drawn(count=2, clock=VirtualClock(asyncio.get_running_loop()))) as w:
+            with pytest.raises(Unavailable, match="77"):
+                await w.claim("i-1", w.whole(0))
+            with pytest.raises(Conflict, match="77"):
+                await w.devices.reinstate(w.hardware.ids[0], reset=True)
+            await w.claim("i-1", w.whole(1))
+
+    run_virtual(main, random.Random(7))
+
+
 def test_shares_never_come_to_more_than_the_device(tmp_path: Path) -> None:
     async def story(w: World) -> None:
         await w.claim("i-1", w.share(600))
@@ -710,6 +727,43 @@ def test_an_operators_word_brings_a_device_back_that_was_reset(tmp_path: Path) -
         assert (await w.device()).health is GpuHealth.QUARANTINED
         await w.devices.reinstate(w.hardware.ids[0])
         assert (await w.device()).health is GpuHealth.OK
+
+    in_world(tmp_path, story)
+
+
+# off the device and back
+
+
+def test_one_that_is_given_up_while_it_is_taken_off_is_put_back_and_so_are_those_before_it(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await w.claim("i-1", w.whole())
+        for pid in (1, 2):
+            w.hardware.use(w.hardware.ids[0], pid, GIB)
+        await w.hardware.suspend(1)
+        reached = asyncio.Event()
+        w.hardware.hang_suspends(reached)
+        suspending = asyncio.ensure_future(w.devices.suspend("i-1", [1, 2]))
+        await reached.wait()
+        suspending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await suspending
+        sample, _ = await w.devices.samples()
+        assert set(sample.processes) == {1, 2}
+
+    in_world(tmp_path, story)
+
+
+def test_one_that_stays_off_keeps_no_other_off(tmp_path: Path) -> None:
+    async def story(w: World) -> None:
+        await w.claim("i-1", w.whole())
+        for pid in (1, 2):
+            w.hardware.use(w.hardware.ids[0], pid, GIB)
+        await w.devices.suspend("i-1", [1, 2])
+        w.hardware.failed.add(1)
+        with pytest.raises(Unavailable, match="process 1"):
+            await w.devices.resume("i-1", [1, 2])
+        sample, _ = await w.devices.samples()
+        assert set(sample.processes) == {2}
 
     in_world(tmp_path, story)
 

@@ -686,14 +686,14 @@ async def test_samples_tell_what_every_device_and_partition_does(driver: FakeDri
     made = await hardware.make_partition(THIRD, "1g.10gb", 0)
     with driver.change() as state:
         state["devices"][0] |= {"busy_percent": 42, "processes": {"100": 2 * GIB}, "mps_processes": {"101": GIB, "100": 0}}
-        state["devices"][1]["graphics_processes"] = {"103": GIB}
+        state["devices"][0]["graphics_processes"] = {"100": 0, "103": GIB}
         state["devices"][2]["instances"][0]["processes"] = {"102": GIB}
     samples = {sample.device: sample for sample in await hardware.samples()}
     assert set(samples) == {FIRST, SECOND, THIRD, made.id}
     first = samples[FIRST]
     assert (first.busy_milli, first.memory_bytes, first.power_milliwatts, first.temperature_c) == (420, 2 * GIB, 70_000, 40)
     assert first.processes == {100: 2 * GIB, 101: GIB}
-    assert samples[SECOND].processes == {103: GIB}
+    assert first.graphics == (103,), "100 computes, too"
     assert samples[made.id].processes == {102: GIB}
     assert samples[THIRD].busy_milli == 0, "the driver does not say it of a device in MIG mode"
 
@@ -749,9 +749,39 @@ async def test_nothing_holds_the_devices_while_they_are_let_go(driver: FakeDrive
     assert (event.trouble, event.code) == (Trouble.FAULT, 13)
 
 
-def tool(driver: FakeDriver, words: str, status: int = 0) -> Path:
+@pytest.mark.parametrize("status", [0, 1])
+async def test_the_memory_s_module_is_loaded_once_where_its_file_is_missing(
+    driver: FakeDriver, hardware: NvidiaHardware, status: int
+) -> None:
+    said = tool(driver, "", status, name="nvidia-modprobe")
+    assert len(await hardware.discover()) == 3
+    assert said.read_text().splitlines()[0] == "-u -c=0"
+    said.unlink()
+    assert len(await hardware.discover()) == 3
+    assert not said.exists()
+
+
+async def test_the_memory_s_module_is_left_alone_where_its_file_is_there(driver: FakeDriver, hardware: NvidiaHardware) -> None:
+    said = tool(driver, "", name="nvidia-modprobe")
+    (driver.root / "dev").mkdir()
+    (driver.root / "dev/nvidia-uvm").touch()
+    await hardware.discover()
+    assert not said.exists()
+
+
+async def test_a_module_that_does_not_load_in_time_is_given_up(driver: FakeDriver) -> None:
+    async with opened(driver, Deadlines(load_s=SHORT_S)) as hardware:
+        said = tool(driver, "", name="nvidia-modprobe")
+        (driver.root / "usr/bin/nvidia-modprobe").write_text(f"#!/bin/sh\necho $$ > {said}\nexec sleep 600\n")
+        assert len(await hardware.discover()) == 3
+        async with asyncio.timeout(10):
+            while alive(int(said.read_text())):  # noqa: ASYNC110 (a process that is not ours to wait for)
+                await asyncio.sleep(0.01)
+
+
+def tool(driver: FakeDriver, words: str, status: int = 0, *, name: str = "nvidia-smi") -> Path:
     """Put a program in the place of the driver's tool, which notes how it was called and which workers there were then."""
-    place = driver.root / "usr/bin/nvidia-smi"
+    place = driver.root / "usr/bin" / name
     place.parent.mkdir(parents=True, exist_ok=True)
     said = driver.root / "said"
     place.write_text(

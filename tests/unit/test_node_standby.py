@@ -216,6 +216,31 @@ def test_what_does_not_let_itself_be_taken_off_waits_awake_and_serves_at_once(pl
     play(story)
 
 
+def test_what_was_stopped_and_did_not_leave_its_device_goes_on_there(play: Callable[..., None]) -> None:
+    async def story(world: World) -> None:
+        world.hardware.half_off.add(PID)
+        async with world.agent():
+            world.stand_by()
+            status = await world.until(lambda status: status.ready)
+            assert (status.restarts, await world.used_bytes()) == (0, 8 * GIB)
+
+    play(story)
+
+
+def test_what_can_neither_leave_its_device_nor_go_on_there_is_started_anew(play: Callable[..., None]) -> None:
+    async def story(world: World) -> None:
+        world.hardware.failed.add(PID)
+        async with world.agent():
+            world.stand_by()
+            await world.control.until(lambda _: bool(world.said("wake-failed")), timeout_s=60)
+            world.hardware.failed.clear()
+            assert (await world.parked()).restarts == 1
+            assert "nor could it be put back" in world.said("wake-failed")[0]
+            assert not any(status.ready for status in world.control.history), "it was never said to serve"
+
+    play(story)
+
+
 def test_while_the_driver_does_not_say_who_uses_it_nothing_is_frozen_on_its_device(play: Callable[..., None]) -> None:
     async def story(world: World) -> None:
         async def before(call: str, id: str) -> None:

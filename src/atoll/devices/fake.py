@@ -86,6 +86,10 @@ class FakeHardware:
         """Processes that were taken off their devices."""
         self.stubborn: set[int] = set()
         """Processes that do not let themselves be taken off their device."""
+        self.half_off: set[int] = set()
+        """Processes that are stopped to be taken off, and then do not leave: they wait until they are put back."""
+        self.failed: set[int] = set()
+        """Processes that can be neither taken off nor put back any more."""
         self.suspends = self.vendor is GpuVendor.NVIDIA
         """The driver can take processes off their devices."""
         self._suspending: asyncio.Event | None = None
@@ -146,9 +150,13 @@ class FakeHardware:
             return
         if pid not in self._processes or pid in self.stubborn:
             raise Unavailable(f"cannot stop it (process {pid}): it {'does not stop' if pid in self.stubborn else 'uses no device'}")
+        if pid in self.failed:
+            raise Unavailable(f"cannot suspend it (process {pid}): it has failed")
         process = self._processes.pop(pid)
         self._off[pid] = process
         self._busy[process.device] = 0
+        if pid in self.half_off:
+            raise Unavailable(f"cannot take it off its device (process {pid})")
         if self._suspending is not None:
             self._suspending.set()
             await asyncio.Event().wait()  # for ever, as told
@@ -157,6 +165,8 @@ class FakeHardware:
         await self._enter()
         if not self.suspends:
             raise Unsupported("this driver cannot take a program off its device")
+        if pid in self.failed:
+            raise Unavailable(f"cannot resume it (process {pid}): it has failed")
         process = self._off.get(pid)
         if process is None:
             return

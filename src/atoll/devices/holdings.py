@@ -89,23 +89,33 @@ class Holdings:
             await self._let_go(instance, watches)
 
     async def suspend(self, instance: str, pids: Sequence[int]) -> None:
-        done: list[int] = []
+        tried: list[int] = []
         try:
             for pid in pids:
+                tried.append(pid)
                 for watch in self._holding(instance):
                     await watch.call(watch.hardware.suspend(pid), self._patience.suspend_s)
-                done.append(pid)
-        except AtollError:
+        except (AtollError, asyncio.CancelledError):
+            # The last of them too: its calls to the driver may wait though it never left its device.
             try:
-                await self.resume(instance, done)
-            except AtollError as error:
-                log.error("a process stays off its device", instance=instance, error=str(error))
+                async with asyncio.timeout(self._patience.suspend_s):
+                    await self.resume(instance, tried)
+            except Unsupported:
+                pass  # then none of them was ever taken off
+            except (AtollError, TimeoutError) as error:
+                log.error("a process stays off its device", instance=instance, error=str(error) or "timed out")
             raise
 
     async def resume(self, instance: str, pids: Sequence[int]) -> None:
+        failures: list[AtollError] = []
         for pid in pids:
             for watch in self._holding(instance):
-                await watch.call(watch.hardware.resume(pid), self._patience.suspend_s)
+                try:
+                    await watch.call(watch.hardware.resume(pid), self._patience.suspend_s)
+                except AtollError as error:  # the others are put back all the same
+                    failures.append(error)
+        if failures:
+            raise next((error for error in failures if not isinstance(error, Unsupported)), failures[0])
 
     async def must_be_idle(self, device: str) -> None:
         """Raise Conflict where an instance, or a process of anyone's as far as the driver tells, has the device."""
@@ -114,7 +124,8 @@ class Holdings:
         if holders:
             mend = "end what holds it first: atoll scale APP 0, or atoll jobs cancel JOB"
             raise Conflict(f"{device} is still held by {', '.join(holders)}", mend=mend)
-        pids = sorted({pid for sample in await self._drivers.samples() if sample.device == device for pid in sample.processes})
+        samples = [sample for sample in await self._drivers.samples() if sample.device == device]
+        pids = sorted({pid for sample in samples for pid in (*sample.processes, *sample.graphics)})
         if pids:
             raise Conflict(f"{device} is still used by process {', '.join(map(str, pids))} of the node", mend="end it first")
 

@@ -194,7 +194,9 @@ class GpuSample(_Record, frozen=True, kw_only=True):
     power_milliwatts: int = 0
     temperature_c: int = 0
     processes: dict[int, int] = {}
-    """Process (as the node sees it) → bytes of device memory."""
+    """Process (as the node sees it) that computes → bytes of device memory."""
+    graphics: tuple[int, ...] = ()
+    """Processes that only draw: they use the device, and cannot be taken off it."""
     mig: bool = False
     """MIG mode is on."""
     driver: str = ""

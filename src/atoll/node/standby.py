@@ -49,16 +49,18 @@ async def park(
         return
     if step.again:
         await _let_go_on(runtime, instance.id)
+    off = list(known)
     try:
-        pids, words = await _leave_devices(step, instance, known, runtime, gpus, limit_bytes, tell)
+        words = await _leave_devices(step, instance, off, runtime, gpus, limit_bytes, tell)
     except (AtollError, TimeoutError) as error:
-        tell(ParkFailed(step.run, _words(error)))
+        await _put_back(step, instance, off, gpus, _words(error), tell)
         return
     try:
         async with asyncio.timeout(PAUSE_S):
             await runtime.pause(instance.id)
     except (AtollError, TimeoutError) as error:
-        await _undo(step, instance, pids, runtime, gpus, f"it could not be frozen: {_words(error)}", tell)
+        await _let_go_on(runtime, instance.id)
+        await _put_back(step, instance, off, gpus, f"it could not be frozen: {_words(error)}", tell)
         return
     tell(Parked(step.run, f"parked in {_span(clock.monotonic() - began)}: {words}"))
 
@@ -84,38 +86,39 @@ async def wake(
 
 
 async def _leave_devices(
-    step: Park, instance: Instance, known: Sequence[int], runtime: Runtime, gpus: Gpus | None, limit_bytes: int, tell: Tell
-) -> tuple[tuple[int, ...], str]:
-    """Return the processes that are off their devices now, and what was done in words."""
+    step: Park, instance: Instance, off: list[int], runtime: Runtime, gpus: Gpus | None, limit_bytes: int, tell: Tell
+) -> str:
+    """Return what was done in words. `off` has the processes that may be off their devices, before and afterwards, whatever is
+    raised."""
     if gpus is None or not instance.gpus:
-        return (), "frozen"
+        return "frozen"
     using = await gpus.processes_of(instance)
-    pids = tuple(sorted({*known, *using}))
+    pids = tuple(sorted({*off, *using}))
     if not pids:
-        return (), "frozen; nothing of it was on a device"
+        return "frozen; nothing of it was on a device"
     needed = sum(using.values())
     async with asyncio.timeout(USAGE_S):
         room = limit_bytes - (await runtime.usage(instance.id)).memory_bytes
     if needed > room:
         # The kernel would kill it for going over its limit.
         words = f"{format_bytes(needed)} of it do not fit below resources.memory ({format_bytes(limit_bytes)})"
-        return tuple(known), f"frozen; its memory stays on the device: {words}"
+        return f"frozen; its memory stays on the device: {words}"
     tell(Suspending(step.run, pids))
+    off[:] = pids
     try:
         await gpus.suspend(instance.id, pids)
     except Unsupported as error:
-        return (), f"frozen; its memory stays on the device: {error}"
-    return pids, f"frozen, {format_bytes(needed)} of its memory off the device"
+        off.clear()
+        return f"frozen; its memory stays on the device: {error}"
+    return f"frozen, {format_bytes(needed)} of its memory off the device"
 
 
-async def _undo(
-    step: Park, instance: Instance, pids: Sequence[int], runtime: Runtime, gpus: Gpus | None, why: str, tell: Tell
-) -> None:
-    """Let go on what could not be frozen, and put it back."""
-    await _let_go_on(runtime, instance.id)
+async def _put_back(step: Park, instance: Instance, off: Sequence[int], gpus: Gpus | None, why: str, tell: Tell) -> None:
+    """Put back on its devices what was not parked after all: what would serve with its calls to them blocked is started anew."""
     try:
-        if pids and gpus is not None:
-            await gpus.resume(instance.id, pids)
+        if off and gpus is not None:
+            with contextlib.suppress(Unsupported):  # then none of them was ever taken off
+                await gpus.resume(instance.id, off)
     except (AtollError, TimeoutError) as error:
         tell(WakeFailed(step.run, f"{why}; nor could it be put back: {_words(error)}"))
     else:

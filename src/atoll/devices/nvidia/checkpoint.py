@@ -127,6 +127,8 @@ class _Driver:
 def _act(action: str, pid: int) -> CudaState:
     driver = _Driver(pid)
     now = driver.state()
+    if action != "state" and now is CudaState.FAILED:
+        raise CheckpointError(f"cannot {action} it (process {pid}): the driver says that it has failed", None)
     if action == "suspend" and now in (CudaState.RUNNING, CudaState.LOCKED):
         if now is CudaState.RUNNING:  # else an earlier try was ended half way
             driver.call("Lock", "stop it")
@@ -140,7 +142,10 @@ def _act(action: str, pid: int) -> CudaState:
             driver.call("Restore", "put it back on its device")
         if now is not CudaState.RUNNING:
             driver.call("Unlock", "let it go on")
-    return driver.state()
+    after = driver.state()
+    if action != "state" and after is CudaState.FAILED:
+        raise CheckpointError(f"cannot {action} it (process {pid}): it has failed meanwhile", None)
+    return after
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ import structlog
 from msgspec import Struct
 
 from atoll.devices.known_files import KnownFiles
-from atoll.devices.nvidia import checkpoint, presence, records, resetting
+from atoll.devices.nvidia import checkpoint, memory_module, presence, records, resetting
 from atoll.devices.nvidia.channel import Channel, Refused, command, environment_of
 from atoll.devices.nvidia.watch import Stream, Watch
 from atoll.devices.nvidia_files import nvidia_edits
@@ -60,6 +60,8 @@ class Deadlines(Struct, frozen=True, kw_only=True):
     quiet_s: float = 30.0
     """Of the worker that waits for events: it says every 10 s that it lives."""
     reset_s: float = 60.0
+    load_s: float = 10.0
+    """To load the kernel's module for CUDA's memory."""
     close_s: float = 2.0
     again_s: float = 30.0
     """Between two looks for a driver that was not there when its events were to be waited for."""
@@ -96,6 +98,8 @@ class NvidiaHardware:
         self._instances: dict[str, tuple[int, int]] = {}
         """Partition → its GPU instance and compute instance, which its device files are named by."""
         self._let_go = 0
+        self._asked_to_load = False
+        """For the kernel's module for CUDA's memory, which is asked once."""
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -106,6 +110,9 @@ class NvidiaHardware:
         if not self._is_here():
             self._devices = {}
             return ()
+        if not self._asked_to_load:
+            self._asked_to_load = True
+            await memory_module.load(self._environment(), root=self._root, deadline_s=self._deadlines.load_s)
         answer = await self._call("discover", self._deadlines.discover_s)
         devices = records.devices_of(answer, self._root)
         if answer["lost"]:
@@ -147,19 +154,16 @@ class NvidiaHardware:
         await self._move(checkpoint.resume, pid)
 
     async def _move(self, move: Callable[[int, Mapping[str, str]], Awaitable[None]], pid: int) -> None:
-        directory = presence.library_directory(self._root, os.environ) or ""
         try:
-            await move(pid, environment_of({**os.environ, **self._added}, directory))
+            await move(pid, self._environment())
         except checkpoint.CheckpointUnsupported as error:
             raise Unsupported(str(error)) from None
         except checkpoint.CheckpointError as error:
             raise Unavailable(str(error)) from None
 
     async def reset(self, device: str) -> None:
-        directory = presence.library_directory(self._root, os.environ) or ""
-        environment = environment_of({**os.environ, **self._added}, directory)
         async with self.let_go():
-            await resetting.reset(device, environment, root=self._root, deadline_s=self._deadlines.reset_s)
+            await resetting.reset(device, self._environment(), root=self._root, deadline_s=self._deadlines.reset_s)
         self._retire()
 
     def edits(self, grants: Sequence[GpuGrant], capabilities: Collection[GpuCapability], partitions: Sequence[str]) -> Edits:
@@ -257,8 +261,11 @@ class NvidiaHardware:
         return bool(kernel)
 
     def _start(self, mode: str) -> tuple[list[str], dict[str, str]]:
-        directory = presence.library_directory(self._root, os.environ) or ""
-        return command(self._library, mode), environment_of({**os.environ, **self._added}, directory)
+        return command(self._library, mode), self._environment()
+
+    def _environment(self) -> dict[str, str]:
+        """Return what a process that speaks to the driver runs with."""
+        return environment_of({**os.environ, **self._added}, presence.library_directory(self._root, os.environ) or "")
 
     async def _call(self, call: str, deadline_s: float, **arguments: Any) -> Any:
         if self._let_go:

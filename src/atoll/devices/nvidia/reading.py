@@ -224,13 +224,10 @@ def _sample(nvml: Any, handle: Any) -> dict[str, Any]:
     busy = ask(None, nvml.nvmlDeviceGetUtilizationRates, handle)
     memory = ask(None, nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2) or ask(None, nvml.nvmlDeviceGetMemoryInfo, handle)
     processes: dict[str, int] = {}
-    for function in (
-        nvml.nvmlDeviceGetComputeRunningProcesses_v3,
-        nvml.nvmlDeviceGetGraphicsRunningProcesses_v3,
-        nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3,
-    ):
+    for function in (nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3):
         for process in ask([], function, handle):
             processes[str(process.pid)] = max(processes.get(str(process.pid), 0), process.usedGpuMemory or 0)
+    drawing = {process.pid for process in ask([], nvml.nvmlDeviceGetGraphicsRunningProcesses_v3, handle)}
     return {
         "device": nvml.nvmlDeviceGetUUID(handle),
         "busy_milli": busy.gpu * 10 if busy else 0,
@@ -238,6 +235,7 @@ def _sample(nvml: Any, handle: Any) -> dict[str, Any]:
         "power_milliwatts": ask(0, nvml.nvmlDeviceGetPowerUsage, handle),
         "temperature_c": ask(0, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
         "processes": processes,
+        "graphics": sorted(pid for pid in drawing if str(pid) not in processes),
     }
 
 

@@ -1,8 +1,8 @@
 """Where on a device its MIG partitions go, so that the largest ones stay possible.
 
-A device has memory slices (eight, or twelve), as many as its profiles' places say, and at most seven compute slices. A partition
-takes a run of memory slices that begins at one of its profile's starts, and some compute slices; it is never moved, so where it goes
-decides what still fits beside it.
+A device has as many memory slices as its profiles' places say (eight, or twelve), and at most seven compute slices. A partition
+takes a run of memory slices that begins at one of its profile's starts, and some compute slices; it is never moved, so where it
+goes decides what still fits beside it.
 
 `Table.best_start` takes the start after which most partitions of the largest profile would still fit, then most of the next,
 and so on (`worth` is that order as a number). `mig_measure` says how near this comes to the exact optimum.
