@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from atoll.ingress.activator import APP_SHARE, Activator
+from atoll.ingress.doors import KNOCK_S
 from atoll.ingress.resources import Target
 from atoll.ingress.sleepers import socket_of
 from atoll.ingress.table import RoutingTable
@@ -188,6 +190,34 @@ async def test_an_instance_that_took_a_connection_and_went_is_waited_for_anew(sl
         assert await reader.readexactly(5) == b"hello"
     writer.close()
     server.close()
+
+
+async def test_an_instance_that_is_not_reached_keeps_nobody_from_another_that_opens_later(sleepy: Sleepy) -> None:
+    lost = Endpoint(instance="h", node="m", address="127.0.0.9")
+    took_s: list[float] = []
+    with contextlib.ExitStack() as stack:
+        hole = stack.enter_context(socket.socket())
+        hole.bind((lost.address, sleepy.port))
+        hole.listen(0)
+        for _ in range(4):  # its queue is full, so that nothing answers any more
+            full = stack.enter_context(socket.socket())
+            full.setblocking(False)
+            full.connect_ex((lost.address, sleepy.port))
+        for _ in range(3):
+            sleepy.tell()
+            reader, writer = await sleepy.ask()
+            await until(lambda: sleepy.activator.waiting == {"p/web"})
+            sleepy.tell(starting=(lost, sleepy.place))
+            await asyncio.sleep(0.05)
+            began = asyncio.get_running_loop().time()
+            server = await sleepy.listen()
+            async with asyncio.timeout(LIMIT_S):
+                assert await reader.readexactly(5) == b"hello"
+            took_s.append(asyncio.get_running_loop().time() - began)
+            writer.close()
+            server.close()
+            await until(lambda: not sleepy.activator.busy)
+    assert min(took_s) < KNOCK_S / 2
 
 
 async def test_who_hangs_up_is_waited_for_no_longer_and_leaves_its_place_whatever_it_has_sent(sleepy: Sleepy) -> None:

@@ -1,7 +1,8 @@
 """Which instances of apps that wake take connections already, before anybody has said that they are ready.
 
 An app without a health check is ready when it takes a connection, and where it will be is told before it runs (`Routing.starting`):
-whoever waits for it can knock there by himself, some ms before the control plane could say so. One task knocks for all who wait.
+whoever waits for it can knock there by himself, some ms before the control plane could say so. One task knocks at each instance for
+all who wait, so that one that is not reached delays no other.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Doors:
         self._opened = opened
         self._wanted: dict[str, int] = {}
         """App → the port that somebody waits for."""
-        self._knocking: dict[str, asyncio.Task[None]] = {}
+        self._knocking: dict[tuple[str, str], asyncio.Task[None]] = {}
+        """By app and address."""
         self._open: dict[str, str] = {}
         """App → the address of an instance that takes connections."""
 
@@ -55,8 +57,9 @@ class Doors:
 
     def look(self, app: str) -> None:
         """Begin to knock where somebody waits and an instance starts; call it when either may be so."""
-        if app in self._wanted and app not in self._knocking and self._starting(app):
-            self._knocking[app] = asyncio.ensure_future(self._knock(app, self._wanted[app]))
+        for endpoint in self._starting(app) if app in self._wanted else ():
+            if (door := (app, endpoint.address)) not in self._knocking:
+                self._knocking[door] = asyncio.ensure_future(self._knock(*door, self._wanted[app]))
 
     def stop(self) -> None:
         for task in self._knocking.values():
@@ -65,20 +68,26 @@ class Doors:
     def _starting(self, app: str) -> list[Endpoint]:
         return serving(self._table.starting_of(app))
 
-    async def _knock(self, app: str, port: int) -> None:
+    async def _knock(self, app: str, address: str, port: int) -> None:
         tries, pause_s = 0, AGAIN_FIRST_S
         try:
-            while app in self._wanted and (starting := self._starting(app)):
-                for endpoint in starting:
-                    with contextlib.suppress(OSError, TimeoutError):
-                        async with asyncio.timeout(KNOCK_S):
-                            _, writer = await asyncio.open_connection(endpoint.address, port)
-                        writer.transport.abort()
-                        self._open[app] = endpoint.address
-                        self._opened(app)
-                        return
+            while app in self._wanted and any(endpoint.address == address for endpoint in self._starting(app)):
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(KNOCK_S):
+                        _, writer = await asyncio.open_connection(address, port)
+                    writer.transport.abort()
+                    self._open[app] = address
+                    self._leave(app, address)
+                    self._opened(app)
+                    return
                 await asyncio.sleep(pause_s)
                 tries += 1
                 pause_s = pause_s if tries < KNOCKS_SOON else min(2 * pause_s, AGAIN_MAX_S)
         finally:
-            del self._knocking[app]
+            if self._knocking.get((app, address)) is asyncio.current_task():
+                del self._knocking[app, address]
+
+    def _leave(self, app: str, address: str) -> None:
+        """Knock at none of the app's other doors any more."""
+        for door in [door for door in self._knocking if door[0] == app and door[1] != address]:
+            self._knocking.pop(door).cancel()
