@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import os
 import tarfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -21,6 +21,7 @@ from atoll.model.units import format_bytes
 if TYPE_CHECKING:
     from atoll.sdk.client import Client
 
+T = TypeVar("T")
 PART_BYTES = 65_536
 PARTS_MAX = 16
 """Parts of a tar stream that wait between the disk and the network."""
@@ -148,7 +149,7 @@ def _pack(source: Path, name: str, pipe: _Pipe) -> int:
             archive.add(source, name, filter=plain)
         pipe.end()
     except OSError as error:
-        pipe.end(RuntimeFailed(f"{error.filename or source}: {os.strerror(error.errno or 0).lower()}"))
+        pipe.end(_failed(error, source))
     return size
 
 
@@ -163,9 +164,12 @@ async def _fetch(client: Client, project: str, id: str, source: str, target: Pat
     pipe = _Pipe()
     unpacking = asyncio.create_task(asyncio.to_thread(_unpack, pipe, directory, name))
     try:
-        async for part in client.get_files(project, id, source):
-            count(len(part))
-            await pipe.put(part)
+        async with contextlib.aclosing(client.get_files(project, id, source)) as parts:
+            async for part in parts:
+                count(len(part))
+                await pipe.put(part)
+                if unpacking.done() and unpacking.exception() is not None:
+                    break  # the disk is full, say: what is still to come is of no use
         await pipe.put(b"")
     except BaseException:
         pipe.close()
@@ -183,9 +187,14 @@ def _unpack(pipe: _Pipe, directory: Path, name: str | None) -> int:
     except tarfile.TarError as error:
         raise Invalid(f"the instance did not send a tar stream: {error}") from None
     except OSError as error:
-        raise RuntimeFailed(f"{error.filename or directory}: {os.strerror(error.errno or 0).lower()}") from None
+        raise _failed(error, directory) from None
     finally:
         pipe.close()
+
+
+def _failed(error: OSError, where: Path) -> RuntimeFailed:
+    """Say what went wrong; the pipe's own errors have words and no number."""
+    return RuntimeFailed(f"{error.filename or where}: {os.strerror(error.errno).lower() if error.errno else error}")
 
 
 class _Pipe:
@@ -241,12 +250,20 @@ class _Pipe:
 
     def _put(self, part: bytes | AtollError) -> None:
         if self._closed:
-            raise BrokenPipeError(0, "the copy was ended")
-        asyncio.run_coroutine_threadsafe(self._parts.put(part), self._loop).result(PIPE_S)
+            raise BrokenPipeError("the copy was ended")
+        self._wait(self._parts.put(part))
+
+    def _wait(self, step: Coroutine[Any, Any, T]) -> T:
+        moving = asyncio.run_coroutine_threadsafe(step, self._loop)
+        try:
+            return moving.result(PIPE_S)
+        except TimeoutError:
+            moving.cancel()
+            raise TimeoutError(f"the other side did not move for {PIPE_S:.0f} s") from None
 
     def read(self, size: int) -> bytes:
         while not self._rest and not self._ended and not self._closed:
-            part = asyncio.run_coroutine_threadsafe(self._parts.get(), self._loop).result(PIPE_S)
+            part = self._wait(self._parts.get())
             if isinstance(part, AtollError):
                 raise part
             self._rest, self._ended = part, not part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from atoll.model import codec
 from atoll.model.streams import ExecOptions, FilesOptions, Held, LogLine, LogOptions, NextCommand
@@ -59,7 +59,7 @@ class InstanceCalls(Calls):
         finally:
             await channel.close()
 
-    async def get_files(self, project: str, id: str, source: str) -> AsyncIterator[bytes]:
+    async def get_files(self, project: str, id: str, source: str) -> AsyncGenerator[bytes, None]:
         """Yield a tar stream of a file or directory in the instance."""
         channel = await self._transport.channel(self._files(project, id, "get", source))
         try:
