@@ -20,9 +20,12 @@ import pytest
 from runtime_world import LIMITS, REAL, World, make_layer, real_world
 
 from atoll.model.errors import Exhausted, ImageError, Invalid, RuntimeFailed, Unsupported
-from atoll.model.ports.runtime import Limits, Mount
+from atoll.model.ports.runtime import Found, Limits, Mount
+from atoll.runtimes.box_record import BoxRecord
 from atoll.runtimes.mounts import MNT_DETACH, mounts_below, unmount
 from atoll.runtimes.oci import CAPABILITIES
+from atoll.runtimes.oci_box import OciBoxes
+from atoll.runtimes.oci_runtime import OciRuntime
 from atoll.runtimes.rootfs import remove_root
 from atoll.runtimes.runc import RuncRuntime
 
@@ -461,6 +464,78 @@ async def test_after_kill_9_of_the_agent_all_is_adopted_and_nothing_leaks(world:
         assert _traces(world, id) == []
     await world.runtime.close()
     assert _loops(world) == []
+
+
+_HANGING = """
+    import asyncio, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from runtime_world import REAL, real_world
+
+    async def main():
+        directory = Path({directory!r})
+        world = real_world({name!r}, directory, Path({layer!r}), {cgroup!r})
+        await world.launch("stays", "run")
+        world.make = lambda: REAL[{name!r}](directory / "runtime", cgroup=world.cgroup, binary={tool!r})
+        await (await world.reopen()).recover()
+        for id in ("stuck0", "stuck1"):
+            await world.runtime.create(world.box(id, "run"))
+        starts = [asyncio.create_task(world.runtime.start(id)) for id in ("stuck0", "stuck1")]
+        while not Path({hung!r}).exists() or len(Path({hung!r}).read_text().split()) < 2:
+            await asyncio.sleep(0.02)
+        print("ready", flush=True)
+        await asyncio.wait(starts)
+    asyncio.run(main())
+"""
+
+
+async def test_starts_that_hang_when_the_agent_is_killed_keep_the_next_one_from_nothing(world: World, layer: Path) -> None:
+    name = world.runtime.name
+    settle = type("Impatient", (REAL[name],), {"settle_s": 0.3})
+    world.make = lambda: settle(world.directory / "runtime", cgroup=world.cgroup)
+    await world.reopen()
+    tool, hung = world.directory / "tool", world.directory / "hung"
+    tool.write_text(f"#!/bin/sh\nsleep 1000 & echo $! >> {hung}; wait\n")
+    tool.chmod(0o755)
+    names = {"tests": str(Path(__file__).parent), "directory": str(world.directory), "layer": str(layer), "cgroup": world.cgroup}
+    script = textwrap.dedent(_HANGING).format(**names, name=str(name), tool=str(tool), hung=str(hung))
+    agent = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=subprocess.PIPE)
+    assert agent.stdout is not None
+    assert await agent.stdout.readline() == b"ready\n"
+    agent.kill()
+    await agent.wait()
+
+    found = {entry.id: entry for entry in await world.runtime.recover()}
+    assert {id: (entry.pid is not None, entry.exit) for id, entry in found.items()} == {
+        "stays": (True, None),
+        "stuck0": (False, None),
+        "stuck1": (False, None),
+    }
+    for pid in hung.read_text().split():
+        assert not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_text()  # at most a zombie
+    assert (await world.runtime.start("stuck0")).pid > 0
+    for id in found:
+        await world.runtime.delete(id)
+        assert _traces(world, id) == []
+
+
+async def test_one_box_that_cannot_be_adopted_keeps_no_other_from_it(world: World) -> None:
+    await world.launch("bad", "run")
+    pid = await world.launch("good", "run")
+
+    async def adopt(self: OciRuntime, boxes: OciBoxes, record: BoxRecord) -> Found:
+        if record.id == "bad":
+            raise RuntimeFailed("its plan cannot be read")
+        return await kind._adopt(self, boxes, record)
+
+    kind = REAL[world.runtime.name]
+    careless = type("Careless", (kind,), {"_adopt": adopt})
+    world.make = lambda: careless(world.directory / "runtime", cgroup=world.cgroup)
+    await world.reopen()
+    assert list(await world.runtime.recover()) == [Found("bad", None, None), Found("good", pid, None)]
+    assert (await world.shell("good", "exit 4"))[0] == 4
+    await world.runtime.delete("bad")
+    assert _traces(world, "bad") == []
 
 
 async def _first_bytes(reader: int) -> bytes:

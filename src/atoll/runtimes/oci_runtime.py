@@ -31,7 +31,7 @@ from atoll.runtimes.oci_container import Container, ending_of, failure
 from atoll.runtimes.oci_exec import OciExecution, start_execution
 from atoll.runtimes.oci_filter import BUNDLE, PRESERVE, handed, has_bundle
 from atoll.runtimes.oci_launch import Place, process_of
-from atoll.runtimes.shim import Launch
+from atoll.runtimes.shim import Launch, end_all
 from atoll.runtimes.signals import signal_number
 from atoll.runtimes.snapshots import refuse, why_no_checkpoints
 from atoll.runtimes.usher import Attendance, Usher, bring_usher
@@ -71,6 +71,8 @@ class OciRuntime:
     """Whether the tool takes along what is mounted below an instance's root before its start."""
     boxes_kind: type[OciBoxes] = OciBoxes
     container_kind: type[Container] = Container
+    settle_s = SETTLE_S_MAX
+    """How long a new agent waits for a start that an earlier one began."""
     threads_beside = 0
     """What runs in an instance's control group beside its processes; their limit is raised by as many."""
     features = frozenset({Feature.EXEC, Feature.TTY, Feature.PAUSE, Feature.RESIZE, Feature.FILES, Feature.GPU})
@@ -325,7 +327,7 @@ class OciRuntime:
 
     async def recover(self) -> Sequence[Found]:
         boxes = await self._boxes()
-        found = []
+        records = []
         for id in await self._in_thread(lambda: list(boxes.records.ids())):
             try:
                 record = await self._in_thread(boxes.records.read, id)
@@ -334,22 +336,31 @@ class OciRuntime:
                 boxes.records.remove(id)
                 continue
             if record is not None:
-                found.append(await self._adopt(boxes, record))
+                records.append(record)
+        async with asyncio.TaskGroup() as group:  # side by side, since many starts may hang, of one cause
+            adopting = [group.create_task(self._take_over(boxes, record)) for record in records]
         await self._in_thread(boxes.recover, [container.record for container in self._containers.values()])
         self._tidy_soon(boxes)
-        return found
+        return [task.result() for task in adopting]
+
+    async def _take_over(self, boxes: OciBoxes, record: BoxRecord) -> Found:
+        """Adopt one box. What cannot be adopted is told as one in which nothing runs, which its owner then deletes."""
+        try:
+            return await self._adopt(boxes, record)
+        except (AtollError, OSError) as error:
+            log.error("box.not-adopted", instance=record.id, error=str(error))
+            return Found(id=record.id, pid=None, exit=None)
 
     async def _adopt(self, boxes: OciBoxes, record: BoxRecord) -> Found:
-        """Take one box over. A start that the earlier agent began is waited for, because its shim goes on alone."""
+        """Take one box over. A start that the earlier agent began is waited for, since its shim goes on alone, but not for ever."""
         container = self._containers.setdefault(record.id, self.container_kind(record, boxes.group(record.id)))
         if container.started:
             return Found(id=record.id, pid=container.first.pid if container.first else None, exit=container.exit)
-        files, deadline = container.files, time.monotonic() + SETTLE_S_MAX
+        files, deadline = container.files, time.monotonic() + self.settle_s
         while (shim := files.holder()) is not None and files.read_pid() is None:
             if time.monotonic() > deadline:
-                raise RuntimeFailed(
-                    f"the start of instance {record.id} hangs", mend=f"end process {shim}, and start the agent again"
-                )
+                await self._end_start(boxes, record, shim)
+                return Found(id=record.id, pid=None, exit=None)
             await asyncio.sleep(SETTLE_STEP_S)
         pid = files.read_pid()
         if record.boot_id != boxes.boot_id:
@@ -365,6 +376,18 @@ class OciRuntime:
         if files.read_exit() is None:
             await self._in_thread(boxes.clean, record)
         return Found(id=record.id, pid=None, exit=container.exit)
+
+    async def _end_start(self, boxes: OciBoxes, record: BoxRecord, shim: int) -> None:
+        """End an earlier agent's start that hangs, so that the box is as `make` left it."""
+        log.warning("box.start-hangs", instance=record.id, shim=shim)
+        ending = ending_of(shim)
+        if ending is not None:
+            try:
+                async with asyncio.timeout(END_S_MAX):
+                    await end_all(ending)
+            finally:
+                ending.close()
+        await self._in_thread(boxes.clean, record)
 
     async def close(self) -> None:
         if self._tidying is not None:

@@ -176,27 +176,34 @@ class Launch:
             self._reader = -1
 
     async def abandon(self) -> None:
-        """End what the shim started, then the shim, and let go of it; returns when both have ended.
-
-        What it started goes first: the shim then collects it, where a killed shim would leave that to an init that may be slow.
-        """
-        for _ in range(ABANDON_TRIES):
-            for pid in _descendants(self.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)  # the shim has not ended, so neither is any of these pids a stranger's
-            try:
-                async with asyncio.timeout(ABANDON_STEP_S):
-                    await self.ending.event.wait()
-                break
-            except TimeoutError:
-                continue
-        else:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)  # it leads a session of its own
-            self.ending.signal(signal.SIGKILL)
-            await self.ending.event.wait()  # SIGKILL was sent
+        """End what the shim started, then the shim, and let go of it; returns when both have ended."""
+        await end_all(self.ending)
         self.ending.close()
         self.close()
+
+
+async def end_all(shim: Ending) -> None:
+    """End what a shim started, then the shim, be it ours or adopted; returns when both have ended.
+
+    What it started goes first: the shim then collects it, where a killed shim would leave that to an init that may be slow.
+    """
+    for _ in range(ABANDON_TRIES):
+        found = _descendants(shim.pid)
+        if not shim.over():  # else its pid may be another's by now
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # the shim has not ended, so neither is any of these pids a stranger's
+        try:
+            async with asyncio.timeout(ABANDON_STEP_S):
+                await shim.event.wait()
+            return
+        except TimeoutError:
+            continue
+    if not shim.over():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(shim.pid, signal.SIGKILL)  # it leads a session of its own
+    shim.signal(signal.SIGKILL)
+    await shim.event.wait()  # SIGKILL was sent
 
 
 def _descendants(pid: int) -> list[int]:
