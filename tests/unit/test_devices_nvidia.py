@@ -18,6 +18,7 @@ from atoll.devices.node import NodeDevices
 from atoll.devices.nvidia.channel import Channel, command, environment_of
 from atoll.devices.nvidia.fake_driver import DRIVER, FakeDriver, fake_device
 from atoll.devices.nvidia.hardware import Deadlines, NvidiaHardware
+from atoll.devices.nvidia.watch import Stream, Watch
 from atoll.devices.uevents import Uevent
 from atoll.model.devices import GpuGrant, GpuHealth, GpuSharing, LinkKind
 from atoll.model.errors import Conflict, Invalid, NotFound, Unavailable, Unsupported
@@ -747,6 +748,57 @@ async def test_nothing_holds_the_devices_while_they_are_let_go(driver: FakeDrive
     driver.xid(FIRST, 13)
     event = await next_event(events)
     assert (event.trouble, event.code) == (Trouble.FAULT, 13)
+
+
+async def test_a_call_that_waits_for_its_turn_starts_no_worker_while_the_devices_are_let_go(
+    driver: FakeDriver, hardware: NvidiaHardware
+) -> None:
+    driver.hang("nvmlDeviceGetCount")
+    calls = [asyncio.ensure_future(call()) for call in (hardware.discover, hardware.samples, hardware.samples)]
+    while not hardware.pids:  # noqa: ASYNC110 (until the first of them has its worker)
+        await asyncio.sleep(0.01)
+    async with hardware.let_go():
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
+        assert children() == []
+
+
+async def test_a_worker_that_is_being_started_when_all_are_ended_is_ended_too(driver: FakeDriver) -> None:
+    closing: list[asyncio.Future[None]] = []
+
+    def start() -> tuple[list[str], dict[str, str]]:
+        closing.append(asyncio.ensure_future(channel.close(2.0)))
+        return start_of(driver)
+
+    channel = Channel(start, clock=SystemClock(), start_s=30.0)
+    with pytest.raises(Unavailable, match="let go"):
+        await channel.call("discover", 30.0)
+    await closing[0]
+    assert children() == []
+
+
+async def test_a_worker_that_is_being_started_when_its_watch_pauses_is_ended_too(driver: FakeDriver) -> None:
+    paused: list[asyncio.Future[None]] = []
+
+    async def pause() -> None:
+        watch.pause()
+        await watch.close(2.0)
+        assert children() == []
+
+    def start() -> tuple[list[str], dict[str, str]]:
+        paused.append(asyncio.ensure_future(pause()))
+        return start_of(driver)
+
+    watch = Watch(
+        start, stream=Stream(), known={}, root=driver.root, clock=SystemClock(), start_s=30.0, quiet_s=30.0, uevents=Bus()
+    )
+    running = asyncio.ensure_future(watch.run())
+    while not paused:  # noqa: ASYNC110 (until it begins)
+        await asyncio.sleep(0)
+    await paused[0]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert len(paused) == 1
 
 
 @pytest.mark.parametrize("status", [0, 1])

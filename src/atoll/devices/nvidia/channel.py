@@ -29,7 +29,7 @@ LEFT_MAX = 4
 """Workers that were told to die and still hang: with so many, no new one is started."""
 ANSWER_BYTES_MAX = 8 << 20
 Start = Callable[[], tuple[list[str], dict[str, str]]]
-"""Returns a worker's arguments and environment."""
+"""Returns a worker's arguments and environment. Raises Unavailable where none may run now."""
 _SILENT_MEND = "see the kernel's log (dmesg) for NVRM and XID; reset the GPU or restart the node if it stays so"
 
 
@@ -73,7 +73,7 @@ class Worker:
 
     @classmethod
     async def start(cls, argv: list[str], environment: Mapping[str, str]) -> Self:
-        """Raises OSError."""
+        """Raises OSError. Cancelled, it leaves no worker."""
         ours, theirs = socket.socketpair()
         try:
             # From the loop's own thread: the worker dies with the thread that started it. A group of its own: Ctrl-C is not for it.
@@ -87,7 +87,12 @@ class Worker:
         finally:
             theirs.close()
         ours.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=ANSWER_BYTES_MAX)
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=ANSWER_BYTES_MAX)
+        except BaseException:
+            process.kill()
+            ours.close()
+            raise
         return cls(process, reader, writer)
 
     @property
@@ -145,6 +150,8 @@ class Channel:
         self._left: list[Worker] = []
         self._stale = False
         """The worker knows an older state of the driver: it answers what it was asked, and nothing more."""
+        self._closed = 0
+        """How often all workers were ended: one whose start began before that is ended too."""
         self._failures = 0
         self._not_before = 0.0
 
@@ -191,12 +198,16 @@ class Channel:
         if len(self._left) >= LEFT_MAX:
             raise Unavailable(f"NVIDIA's driver does not answer; {LEFT_MAX} processes hang in it", mend=_SILENT_MEND)
         self.check_pause()
+        closed = self._closed
         try:
-            self._worker = await Worker.start(*self._start())
+            self._worker = worker = await Worker.start(*self._start())
         except OSError as error:
             self._fail()
             raise Unavailable(f"the process that asks NVIDIA's driver cannot be started: {error}") from None
-        return self._worker
+        if closed != self._closed:
+            self._drop()
+            raise Unavailable("NVIDIA's devices were let go of meanwhile")
+        return worker
 
     async def _ask(self, worker: Worker, call: str, deadline_s: float, arguments: Mapping[str, Any]) -> Any:
         try:
@@ -237,15 +248,18 @@ class Channel:
             self._worker = None
 
     async def close(self, deadline_s: float) -> None:
-        """End the worker; one that cannot die within `deadline_s` is left to the kernel."""
+        """End the worker, and one that is being started; one that cannot die within `deadline_s` is left to the kernel."""
+        self._closed += 1
         self._drop()
-        await ended(self._left, deadline_s)
+        await ended(self._left, deadline_s, self._lock)
 
 
-async def ended(workers: list[Worker], deadline_s: float) -> None:
-    """Return when the workers have ended, or the deadline has passed."""
+async def ended(workers: list[Worker], deadline_s: float, starting: asyncio.Lock) -> None:
+    """Return when the workers have ended, those that are being started under `starting` too, or the deadline has passed."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(deadline_s):
+            async with starting:
+                pass
             for worker in workers:
                 await worker.gone.wait()
 

@@ -261,15 +261,19 @@ class NvidiaHardware:
         return bool(kernel)
 
     def _start(self, mode: str) -> tuple[list[str], dict[str, str]]:
+        self._must_hold()
         return command(self._library, mode), self._environment()
+
+    def _must_hold(self) -> None:
+        if self._let_go:
+            raise Unavailable("NVIDIA's devices are set aside for a moment: one is being reset, or given to another driver")
 
     def _environment(self) -> dict[str, str]:
         """Return what a process that speaks to the driver runs with."""
         return environment_of({**os.environ, **self._added}, presence.library_directory(self._root, os.environ) or "")
 
     async def _call(self, call: str, deadline_s: float, **arguments: Any) -> Any:
-        if self._let_go:
-            raise Unavailable("NVIDIA's devices are set aside for a moment: one is being reset, or given to another driver")
+        self._must_hold()
         if self._channel is None:
             self._channel = Channel(lambda: self._start("calls"), clock=self._clock, start_s=self._deadlines.start_s)
         try:

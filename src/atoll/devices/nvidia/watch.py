@@ -72,6 +72,7 @@ class Watch:
         self._again = asyncio.Event()
         """Something came up on the bus: look without delay."""
         self._left: list[Worker] = []
+        self._starting = asyncio.Lock()
         self._wanted = asyncio.Event()
         self._wanted.set()
 
@@ -105,9 +106,12 @@ class Watch:
         self._left = [worker for worker in self._left if not worker.gone.is_set()]
         if len(self._left) >= 2:
             raise Unavailable("NVIDIA's driver does not answer; processes that wait for its events hang in it")
-        worker = await Worker.start(*self._start())
-        self._left.append(worker)
+        async with self._starting:
+            worker = await Worker.start(*self._start())
+            self._left.append(worker)
         try:
+            if not self._wanted.is_set():
+                raise Unavailable("NVIDIA's devices were let go of meanwhile")
             line = await self._line(worker, self._start_s)
             self._on_ready(line["ready"], line["unreadable"])
             devices = set(line["ready"])
@@ -228,4 +232,4 @@ class Watch:
     async def close(self, deadline_s: float) -> None:
         for worker in self._left:
             worker.kill()
-        await ended(self._left, deadline_s)
+        await ended(self._left, deadline_s, self._starting)
