@@ -187,3 +187,20 @@ def test_a_peer_of_which_nothing_is_read_is_told_that_this_end_is_there_and_is_n
         protocol.connection_lost(None)
 
     run_virtual(main())
+
+
+def test_the_end_of_a_stream_waits_for_a_client_that_pauses() -> None:
+    async def main() -> None:
+        async def end(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            await send({"type": "websocket.close"})
+
+        protocol, wire = await connected(application=end)
+        await asyncio.sleep(PAUSED_S - 1)
+        assert not wire.closed
+        await asyncio.sleep(2)
+        assert wire.closed
+        protocol.connection_lost(None)
+
+    run_virtual(main())

@@ -112,6 +112,7 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._shown = shown_by(transport)
+        self.close_timeout = self.patience_s  # closing sooner could cut what a client that pauses has not taken yet
         self.have_the_kernel_watch()
 
     def data_received(self, data: bytes) -> None:
