@@ -1172,6 +1172,46 @@ def test_mps_without_its_program_says_what_is_missing(tmp_path: Path) -> None:
     assert "nvidia-cuda-mps-control is not installed" in NvidiaMps(tmp_path, binary=tmp_path / "none").missing()
 
 
+@pytest.mark.parametrize("hears", [True, False])
+async def test_an_mps_daemon_that_is_ended_takes_its_servers_with_it(short_path: Path, hears: bool) -> None:
+    w = MpsWorld(short_path)
+    (id,) = w.hardware.ids
+    pipe = w.place / "pipe"
+    pipe.mkdir(parents=True)
+    (w.place / "log").mkdir()
+    number = short_path / "server"
+    server = 'bash -c "exec -a nvidia-cuda-mps-server sleep 600"'
+    # one that was told to go and does not, or the child of a daemon that hangs
+    daemon = await asyncio.create_subprocess_exec(
+        "bash", "-c", f"{server} & echo $! > {number}.new; mv {number}.new {number}; exec -a nvidia-cuda-mps-control sleep 600"
+    )
+    async with asyncio.timeout(10):
+        while not number.exists() or b"mps-server" not in _cmdline(int(number.read_text())):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    if hears:
+        (pipe / "control").touch()
+        Path(f"{w.binary}.servers").write_text(number.read_text())
+    else:
+        (pipe / "nvidia-cuda-mps-control.pid").write_text(str(daemon.pid))
+    await NvidiaMps(w.root, binary=w.binary).stop(id)
+    async with asyncio.timeout(10):
+        while _cmdline(int(number.read_text())):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        if hears:
+            daemon.kill()
+        await daemon.wait()
+    assert not w.place.exists()
+    await w.devices.close()
+
+
+def _cmdline(pid: int) -> bytes:
+    """Return how a process was called; nothing of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 # claims soon after a look
 
 

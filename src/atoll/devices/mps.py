@@ -28,6 +28,8 @@ from atoll.model.errors import Unavailable, Unsupported
 from atoll.model.ports.devices import Edits, FileMount
 
 BINARY = "nvidia-cuda-mps-control"
+SERVER = "nvidia-cuda-mps-server"
+"""What the daemon starts for its clients; it holds the device."""
 BINARY_DIRECTORIES = ("/usr/bin", "/usr/local/nvidia/bin", "/run/nvidia/driver/usr/bin", "/usr/local/bin")
 INSIDE = "/run/nvidia-mps"
 """Where an instance finds the pipes; not the daemon's usual place, so that only who is told uses it."""
@@ -146,14 +148,19 @@ class NvidiaMps:
 
     async def _answers(self, place: Path) -> bool:
         """Ask the daemon itself: a process number may be another's by now."""
-        return (place / "pipe").is_dir() and await self._say(place, "get_server_list\n") == 0
+        return (place / "pipe").is_dir() and await self._servers(place) is not None
+
+    async def _servers(self, place: Path) -> tuple[int, ...] | None:
+        """Return the daemon's servers; None where it does not answer."""
+        status, words = await self._ask(place, "get_server_list\n")
+        return tuple(int(word) for word in words.split() if word.isdecimal()) if status == 0 else None
 
     async def _tell(self, place: Path, device: str, percent: int, mebibytes: int) -> bool:
         """Give the daemon's servers, and those that it will start, these limits; False where it does not take all of them."""
-        status, servers = await self._ask(place, "get_server_list\n")
-        if status != 0:
+        servers = await self._servers(place)
+        if servers is None:
             return False
-        for pid in ("", *(word for word in servers.split() if word.isdecimal())):
+        for pid in ("", *map(str, servers)):
             default, server = ("", f"{pid} ") if pid else ("default_", "")
             if await self._say(place, f"set_{default}active_thread_percentage {server}{percent}\n") != 0:
                 return False
@@ -173,9 +180,14 @@ class NvidiaMps:
     async def _end(self, place: Path) -> None:
         if not place.exists():
             return
-        if not self.missing() and await self._answers(place):
+        daemon = _number(place / "pipe" / f"{BINARY}.pid")
+        servers = set(_children(daemon))
+        if not self.missing() and (told := await self._servers(place)) is not None:
+            servers.update(told)
             await self._say(place, f"quit -t {QUIT_S}\n")
-        _kill(place / "pipe" / f"{BINARY}.pid")
+        _kill(daemon, BINARY)
+        for pid in servers:  # none of them ends with a daemon that is killed
+            _kill(pid, SERVER)
         shutil.rmtree(place, ignore_errors=True)
 
 
@@ -183,11 +195,29 @@ def _percent(grant: GpuGrant) -> int:
     return max(1, grant.milli * 100 // MILLI)
 
 
-def _kill(file: Path) -> None:
-    """End a daemon that does not hear."""
-    with contextlib.suppress(OSError, ValueError):
-        pid = int(file.read_text())
-        if pid > 1 and BINARY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+def _number(file: Path) -> int:
+    """Return the process that a file names; 0 for none."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _children(parent: int) -> list[int]:
+    """Return the processes that `parent` started and that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat") if parent > 1 else ():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # after the name, which may have any character: state, parent
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
+def _kill(pid: int, name: str) -> None:
+    """End a process that did not hear, if it is (still) one of this name."""
+    with contextlib.suppress(OSError):
+        if pid > 1 and name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
 
 
