@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import stat
 import tarfile
 import tempfile
@@ -241,6 +242,14 @@ def test_bounds_hold_against_bombs(work: Path) -> None:
         unpack_bytes(work, zstandard.ZstdCompressor().compress(tar_of(entry("a", data=bytes(5 << 20)))), bytes_max=1_000_000)
     with pytest.raises(ImageError, match="more than 10 entries"):
         unpack_bytes(work, tar_of(*(entry(f"f{n}") for n in range(11))), entries_max=10)
+    long = "/".join(["d" * 200] * 15)
+    for entries in ([entry(f"{long}/{n}", tarfile.DIRTYPE) for n in range(100)], [entry(f"{long}/{n}/file") for n in range(100)]):
+        with pytest.raises(ImageError, match="too many directories"):
+            unpack_bytes(work, tar_of(*entries), kept_bytes_max=250_000)
+        unpack_bytes(work, tar_of(*entries), kept_bytes_max=400_000)
+        shutil.rmtree(work / "out")
+    unpack_bytes(work, tar_of(*[entry(long, tarfile.DIRTYPE)] * 100), kept_bytes_max=100_000)  # it is remembered once
+    shutil.rmtree(work / "out")
     info = entry("a")
     info.pax_headers = {"comment": "x" * (2 << 20)}
     with pytest.raises(ImageError, match="header"):

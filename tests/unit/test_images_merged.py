@@ -11,6 +11,7 @@ import pytest
 
 from atoll.images.entries import OPAQUE_ATTRIBUTE
 from atoll.images.merged import merge
+from atoll.model.errors import ImageError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="white-outs are made by root")
 
@@ -83,6 +84,16 @@ def test_its_files_are_the_layers_own_and_the_layers_stay_as_they_are(tmp_path: 
     merge(layers, tmp_path / "tree")
     assert (tmp_path / "tree/kept/model.bin").samefile(layers[0] / "kept/model.bin")
     assert [shown(layer) for layer in layers[:1]] == before
+
+
+def test_more_directories_than_can_be_remembered_are_refused_and_those_of_many_layers_count_once(tmp_path: Path) -> None:
+    layers = [tmp_path / name for name in ("low", "middle", "high")]
+    for layer in layers:
+        for at in range(100):
+            (layer / f"{at}").mkdir(parents=True)
+    merge(layers, tmp_path / "tree", kept_bytes_max=100_000)
+    with pytest.raises(ImageError, match="too many directories"):
+        merge(layers, tmp_path / "other", kept_bytes_max=10_000)
 
 
 def test_an_image_without_layers_is_an_empty_directory(tmp_path: Path) -> None:

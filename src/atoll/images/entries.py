@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 
 from atoll.images.beneath import make_directories, open_beneath
+from atoll.images.kept import KEPT_BYTES_MAX, Kept
 from atoll.images.stream import OUTPUT_CHUNK_BYTES, TarStream
 from atoll.model.errors import ImageError
 
@@ -36,11 +37,14 @@ class Stopped(Exception):
 class Entries:
     """One layer while it is being unpacked. Every path goes through descriptors below the root."""
 
-    def __init__(self, root: int, stream: TarStream, *, entries_max: int, stop: threading.Event) -> None:
+    def __init__(
+        self, root: int, stream: TarStream, *, entries_max: int, stop: threading.Event, kept_bytes_max: int = KEPT_BYTES_MAX
+    ) -> None:
         self._root = root
         self._stream = stream
         self._entries_max = entries_max
         self._stop = stop
+        self._kept = Kept(kept_bytes_max)
         self._times: dict[bytes, int] = {}
         self._parent_path: bytes | None = None
         self._parent_fd = -1
@@ -98,8 +102,10 @@ class Entries:
                 if error.errno in (errno.EXDEV, errno.ELOOP, errno.ENOTDIR):
                     raise ImageError(f"the layer is hostile or damaged: {show(path)} leads out of it, or is no directory") from None
                 raise
-            self.implied.update(made)
             self._parent_path = path
+            for directory in made:
+                self._kept.add(directory)
+            self.implied.update(made)
         return self._parent_fd
 
     def _leave(self) -> None:
@@ -160,6 +166,8 @@ class Entries:
             self._describe(fd, member)
         finally:
             os.close(fd)
+        if path not in self._times:
+            self._kept.add(path)
         self._times[path] = _nanoseconds(member)
 
     def _other(self, parent: int, base: bytes, member: tarfile.TarInfo) -> None:

@@ -13,22 +13,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atoll.images.entries import OPAQUE_ATTRIBUTE
+from atoll.images.kept import KEPT_BYTES_MAX, Kept
 
 
-def merge(layers: Sequence[Path], target: Path) -> None:
+def merge(layers: Sequence[Path], target: Path, *, kept_bytes_max: int = KEPT_BYTES_MAX) -> None:
     """Make `target` show `layers` (lowest first, in overlayfs' own form) as overlayfs would. Blocks for long.
 
-    It must lie on the file system of the layers. Raises OSError; `target` is then half-made.
+    It must lie on the file system of the layers. Raises OSError, ImageError (too many directories); `target` is then half-made.
     """
     target.mkdir(mode=0o755)
-    times: dict[str, tuple[int, int]] = {}
+    kept, times = Kept(kept_bytes_max), dict[str, tuple[int, int]]()
     for layer in layers:
         pending = [(str(layer), str(target))]
         while pending:
             source, shown = pending.pop()
             times[shown] = _describe(source, shown)
             with os.scandir(source) as entries:
-                pending += [pair for entry in entries if (pair := _show(entry, f"{shown}/{entry.name}")) is not None]
+                for entry in entries:
+                    if (pair := _show(entry, f"{shown}/{entry.name}")) is not None:
+                        if pair[1] not in times:
+                            kept.add(pair[1])
+                        pending.append(pair)
     # Last, since each entry that is made in a directory changes its time; and only where a directory is still one, since
     # a file or link in its place belongs to a layer.
     for directory, _, _ in os.walk(target):

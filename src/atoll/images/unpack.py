@@ -16,6 +16,7 @@ import zstandard
 from msgspec import Struct
 
 from atoll.images.entries import Entries, Stopped, show
+from atoll.images.kept import KEPT_BYTES_MAX
 from atoll.images.stream import TarStream
 from atoll.model.errors import Exhausted, ImageError, Unavailable, Unsupported
 
@@ -49,6 +50,7 @@ def unpack(
     diff_id: str | None = None,
     bytes_max: int = UNPACKED_BYTES_MAX,
     entries_max: int = ENTRIES_MAX,
+    kept_bytes_max: int = KEPT_BYTES_MAX,
     on_bytes: Callable[[int], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Unpacked:
@@ -65,7 +67,8 @@ def unpack(
             stream = TarStream(raw, bytes_max=bytes_max, on_bytes=on_bytes)
             root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                layer = Entries(root, stream, entries_max=entries_max, stop=stop or threading.Event())
+                stop = stop or threading.Event()
+                layer = Entries(root, stream, entries_max=entries_max, stop=stop, kept_bytes_max=kept_bytes_max)
                 layer.run()
             finally:
                 os.close(root)
