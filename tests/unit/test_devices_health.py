@@ -108,6 +108,15 @@ def test_a_storm_is_told_once_and_summed_up_once() -> None:
     assert life.state.due is None
 
 
+def test_what_befalls_one_partition_is_told_beside_what_befell_another() -> None:
+    life = Life()
+    for start in (0, 4, 0, 4):
+        life.happens(Told(DeviceEvent(trouble=Trouble.FAULT, device=DEVICE.id, start=start, code=31, message="a fault")))
+    assert [event.start for event in life.told] == [0, 4]
+    life.happens(Tick(), after_s=REPEATS_S)
+    assert [event.start for event in life.told] == [0, 4, 0, 4]
+
+
 def test_a_storm_of_all_codes_at_once_is_bounded_in_events_and_memory() -> None:
     life = Life()
     for code in range(500, 1_500):

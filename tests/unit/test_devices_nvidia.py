@@ -452,6 +452,17 @@ async def test_an_application_fault_arrives_as_one(driver: FakeDriver, hardware:
     assert event.at > 0
 
 
+async def test_a_fault_in_a_partition_says_where_that_begins(driver: FakeDriver, hardware: NvidiaHardware) -> None:
+    await hardware.make_partition(THIRD, "1g.10gb", 0)
+    await hardware.make_partition(THIRD, "3g.40gb", 4)
+    await hardware.remove_partition(THIRD, 0)
+    await hardware.partitions(THIRD)
+    for part in (2, 1, None):
+        driver.xid(THIRD, 31, part=part)
+    events = hardware.events()
+    assert [(await next_event(events)).start for _ in range(3)] == [4, None, None]
+
+
 async def test_a_driver_that_is_loaded_after_the_watch_began_is_watched_too(driver: FakeDriver) -> None:
     version = driver.root / "proc/driver/nvidia/version"
     words = version.read_text()
@@ -790,7 +801,15 @@ async def test_a_worker_that_is_being_started_when_its_watch_pauses_is_ended_too
         return start_of(driver)
 
     watch = Watch(
-        start, stream=Stream(), known={}, root=driver.root, clock=SystemClock(), start_s=30.0, quiet_s=30.0, uevents=Bus()
+        start,
+        stream=Stream(),
+        known={},
+        root=driver.root,
+        clock=SystemClock(),
+        start_s=30.0,
+        quiet_s=30.0,
+        uevents=Bus(),
+        start_of=lambda device, part: None,
     )
     running = asyncio.ensure_future(watch.run())
     while not paused:  # noqa: ASYNC110 (until it begins)

@@ -351,6 +351,28 @@ async def test_an_application_s_own_fault_is_told_and_leaves_the_device_on_offer
 
 
 @virtual
+async def test_a_fault_in_a_partition_is_told_to_its_holder_alone_where_the_driver_says_which(tmp_path: Path) -> None:
+    world = World(tmp_path / "agent", mig=True)
+    assert world.hardware is not None
+    (id,) = world.ids
+    async with world.agent():
+        for start in (0, 4):
+            grant = GpuGrant(device=id, sharing=GpuSharing.MIG, profile="3g.40gb", start=start, size=4)
+            await world.phase(world.app(f"web-{start}", grant, gpu=Gpu(profile="3g.40gb")), Phase.RUNNING)
+        world.hardware.xid(id, 31, start=0)
+        world.hardware.xid(id, 31, start=4)
+        await until(lambda: "gpu-fault" in world.codes("instance/web-4"))
+        assert [world.codes(f"instance/web-{start}").count("gpu-fault") for start in (0, 4)] == [1, 1]
+        assert not any("share the GPU" in event.message for event in world.control.events)
+        world.hardware.xid(id, 13)
+        await until(lambda: world.codes("instance/web-4").count("gpu-fault") == 2)
+        told = [event for event in world.control.events if event.code == "gpu-fault" and "XID 13" in event.message]
+        assert {event.subject for event in told} == {"node/n1", "instance/web-0", "instance/web-4"}
+        doubt = [event.subject for event in told if "does not say which of those that share the GPU it was" in event.message]
+        assert doubt == ["instance/web-0", "instance/web-4"]
+
+
+@virtual
 async def test_a_driver_that_is_changed_under_running_work_is_told_to_it_and_registered(world: World) -> None:
     assert world.hardware is not None
     async with world.agent():

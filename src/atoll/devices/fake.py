@@ -221,20 +221,20 @@ class FakeHardware:
     def ids(self) -> tuple[str, ...]:
         return tuple(self._devices)
 
-    def xid(self, device: str, code: int) -> None:
-        """The driver reports an error number."""
+    def xid(self, device: str, code: int, *, start: int | None = None) -> None:
+        """The driver reports an error number, of the partition that begins at `start` where it says so."""
         meaning = classify_xid(code)
-        self.tell(meaning.trouble, device, f"XID {code}: {meaning.words}", code=code, mend=meaning.mend)
+        self.tell(meaning.trouble, device, f"XID {code}: {meaning.words}", code=code, mend=meaning.mend, start=start)
 
     def storm(self, device: str, n: int, code: int = 31) -> None:
         """The same error `n` times at once."""
         for _ in range(n):
             self.xid(device, code)
 
-    def tell(self, trouble: Trouble, device: str, message: str, *, code: int = 0, mend: str = "") -> None:
+    def tell(self, trouble: Trouble, device: str, message: str, *, code: int = 0, mend: str = "", start: int | None = None) -> None:
         """The driver reports anything."""
         at = self._clock.now()
-        self._told.append(DeviceEvent(trouble=trouble, device=device, code=code, message=message, mend=mend, at=at))
+        self._told.append(DeviceEvent(trouble=trouble, device=device, start=start, code=code, message=message, mend=mend, at=at))
         self._news.set()
 
     def vanish(self, device: str, *, told: bool = True) -> None:

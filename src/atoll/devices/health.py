@@ -218,15 +218,16 @@ def _told(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceSta
 
 def count(state: DeviceState, event: DeviceEvent, now: float) -> tuple[DeviceState, tuple[DeviceEvent, ...]]:
     """Tell the first of a kind as it is, count the others: Tick sums them up. Health stays as it is."""
-    keys = {(repeats.trouble, repeats.code) for repeats in state.repeats}
-    key = event.trouble, event.code
+    keys = {(repeats.trouble, repeats.code, repeats.start) for repeats in state.repeats}
+    key = event.trouble, event.code, event.start
     if key not in keys and len(keys) >= KINDS_MAX:
-        key = Trouble.SUSPECT, -1
+        key = Trouble.SUSPECT, -1, None
     if key not in keys:
-        first = Repeats(trouble=key[0], code=key[1], first=now, message=event.message)
+        first = Repeats(trouble=key[0], code=key[1], start=key[2], first=now, message=event.message)
         return replace(state, repeats=(*state.repeats, first)), (event,)
     counted = tuple(
-        replace(repeats, more=repeats.more + 1) if (repeats.trouble, repeats.code) == key else repeats for repeats in state.repeats
+        replace(repeats, more=repeats.more + 1) if (repeats.trouble, repeats.code, repeats.start) == key else repeats
+        for repeats in state.repeats
     )
     return replace(state, repeats=counted), ()
 
@@ -246,4 +247,4 @@ def _tick(state: DeviceState, now: float) -> tuple[DeviceState, tuple[DeviceEven
 def _sum_up(state: DeviceState, repeats: Repeats, now: float) -> DeviceEvent:
     what = "other troubles" if repeats.code < 0 else repeats.message
     words = f"had {repeats.more} more in {round(now - repeats.first)} s of: {what}"
-    return _event(state, repeats.trouble, words, now, code=max(0, repeats.code))
+    return replace(_event(state, repeats.trouble, words, now, code=max(0, repeats.code)), start=repeats.start)

@@ -49,6 +49,8 @@ class Repeats(Struct, frozen=True, kw_only=True):
     """What came of one kind of trouble since `first`, which was told."""
 
     trouble: Trouble
+    start: int | None = None
+    """The partition's, where it was one."""
     code: int
     """-1: all those that are one too many to be counted apart."""
     first: float

@@ -86,7 +86,7 @@ class Gpus:
         self._file = file
         self._looking = asyncio.Lock()
         self._heard = asyncio.Event()
-        self._told: dict[tuple[Trouble, str, int], float] = {}
+        self._told: dict[tuple[Trouble, str, int, int | None], float] = {}
         self._recovered = asyncio.Event()
         self.known: tuple[GpuDevice, ...] = _read(file)
         """As it was last found out."""
@@ -270,7 +270,7 @@ class Gpus:
 
     def _tell(self, event: DeviceEvent) -> None:
         now = self._clock.monotonic()
-        which = (event.trouble, event.device, event.code)
+        which = (event.trouble, event.device, event.code, event.start)
         if now - self._told.get(which, float("-inf")) < REPEAT_S:
             return
         self._told = {key: at for key, at in self._told.items() if now - at < REPEAT_S}
@@ -281,11 +281,22 @@ class Gpus:
         words = f"{event.message} ({event.mend})" if event.mend else event.message
         log.warning("GPU", node=self._node, device=event.device, trouble=event.trouble.value, xid=event.code, message=event.message)
         self._reporter.event(CELL_PROJECT, f"node/{self._node}", code, words, severity)
-        for instance in self._holders(event.device):
+        meant = _meant(event, self._holders(event.device))
+        if event.trouble is Trouble.FAULT and len(meant) > 1:
+            words = f"{words}; the driver does not say which of those that share the GPU it was"
+        for instance in meant:
             self._reporter.event(instance.project, f"instance/{instance.id}", code, words, severity)
 
     async def close(self) -> None:
         await self._devices.close()
+
+
+def _meant(event: DeviceEvent, holders: Sequence[Instance]) -> Sequence[Instance]:
+    """Return whom an event concerns: what a program did in a partition is the affair of its holder alone."""
+    if event.trouble is not Trouble.FAULT or event.start is None:
+        return holders
+    place = event.device, event.start
+    return [each for each in holders if place in {(grant.device, grant.start) for grant in each.gpus}]
 
 
 def _read(file: Path) -> tuple[GpuDevice, ...]:

@@ -97,6 +97,8 @@ class NvidiaHardware:
         self._devices: dict[str, GpuDevice] = {}
         self._instances: dict[str, tuple[int, int]] = {}
         """Partition → its GPU instance and compute instance, which its device files are named by."""
+        self._starts: dict[tuple[str, int], int] = {}
+        """Device and GPU instance → its first memory slice: the driver's events name it so."""
         self._let_go = 0
         self._asked_to_load = False
         """For the kernel's module for CUDA's memory, which is asked once."""
@@ -130,11 +132,14 @@ class NvidiaHardware:
     async def partitions(self, device: str) -> tuple[GpuPartition, ...]:
         answer = await self._call("partitions", self._deadlines.partitions_s, device=device)
         self._instances |= {each["id"]: tuple(each["instances"]) for each in answer if each["id"]}
+        self._starts = {key: start for key, start in self._starts.items() if key[0] != device}
+        self._starts |= {(device, each["instances"][0]): each["start"] for each in answer}
         return msgspec.convert(answer, tuple[GpuPartition, ...])
 
     async def make_partition(self, device: str, profile: str, start: int) -> GpuPartition:
         answer = await self._call("make_partition", self._deadlines.change_s, device=device, profile=profile, start=start)
         self._instances[answer["id"]] = tuple(answer["instances"])
+        self._starts[device, answer["instances"][0]] = start
         return msgspec.convert(answer, GpuPartition)
 
     async def remove_partition(self, device: str, start: int) -> None:
@@ -244,6 +249,7 @@ class NvidiaHardware:
             start_s=self._deadlines.start_s,
             quiet_s=self._deadlines.quiet_s,
             uevents=self._uevents,
+            start_of=lambda device, instance: self._starts.get((device, instance)),
         )
         self._watches.add(watch)
         if self._let_go:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Stream:
 
 
 class Watch:
-    """Follows the driver and the bus, for as long as `run` runs. `known` is id → PCI address of the devices found so far."""
+    """Follows the driver and the bus, for as long as `run` runs. `known` is id → PCI address of the devices found so far,
+    `start_of` gives the first memory slice of a device's GPU instance, None where it is not known."""
 
     def __init__(
         self,
@@ -62,8 +63,9 @@ class Watch:
         start_s: float,
         quiet_s: float,
         uevents: Uevents,
+        start_of: Callable[[str, int], int | None],
     ) -> None:
-        self._start, self._stream = start, stream
+        self._start, self._stream, self._start_of = start, stream, start_of
         self._known, self._root, self._clock, self._uevents = dict(known), root, clock, uevents
         self._start_s, self._quiet_s = start_s, quiet_s
         self._vanished: set[str] = set()
@@ -175,7 +177,8 @@ class Watch:
         meaning = classify_xid(number)
         where = f" (partition {part})" if part is not None else ""
         text = f"XID {code} on {device}{where}: {meaning.words}" if kind == "xid" else f"{kind} on {device}{where}: {meaning.words}"
-        self._tell(meaning.trouble, device, code=code if kind == "xid" else 0, message=text, mend=meaning.mend)
+        start = self._start_of(device, part) if part is not None else None
+        self._tell(meaning.trouble, device, start=start, code=code if kind == "xid" else 0, message=text, mend=meaning.mend)
 
     async def _follow_bus(self) -> None:
         try:
@@ -216,8 +219,11 @@ class Watch:
             self._silent = True
             self._tell(Trouble.SILENT, message=message, mend=mend)
 
-    def _tell(self, trouble: Trouble, device: str = "", *, code: int = 0, message: str, mend: str = "") -> None:
-        self._stream.put(DeviceEvent(trouble=trouble, device=device, code=code, message=message, mend=mend, at=self._clock.now()))
+    def _tell(
+        self, trouble: Trouble, device: str = "", *, start: int | None = None, code: int = 0, message: str, mend: str = ""
+    ) -> None:
+        now = self._clock.now()
+        self._stream.put(DeviceEvent(trouble=trouble, device=device, start=start, code=code, message=message, mend=mend, at=now))
 
     def pause(self) -> None:
         """Have no process that holds the devices, until `go_on`."""

@@ -82,6 +82,8 @@ class DeviceEvent(Struct, frozen=True, kw_only=True):
 
     trouble: Trouble
     device: str = ""
+    start: int | None = None
+    """The first memory slice of the partition in which it happened; None: in none, or it cannot be told in which."""
     code: int = 0
     message: str
     mend: str = ""
