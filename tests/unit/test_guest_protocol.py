@@ -20,7 +20,9 @@ from atoll.runtimes.native import guest_path
 from atoll.runtimes.oci import CAPABILITIES, process
 from atoll.runtimes.users import User
 from atoll.runtimes.vm.channel import (
+    CONNECTION_S,
     FRAME_BYTES_MAX,
+    GREETING_S,
     HEADER,
     MAGIC,
     SEND_S_MAX,
@@ -215,7 +217,7 @@ class Deaf(asyncio.StreamWriter):
 
     def __init__(self) -> None:
         self.reader = asyncio.StreamReader()
-        self.reads = True
+        self.answers = self.reads = True
         self.aborted = False
         self.sent: list[int] = []
 
@@ -227,8 +229,8 @@ class Deaf(asyncio.StreamWriter):
         return 0
 
     def write(self, data: Any) -> None:
-        if data.startswith(MAGIC):
-            self.reader.feed_data(data)
+        if MAGIC in data:
+            self.reader.feed_data(data if self.answers else b"")
         else:
             self.sent.append(data[4])
 
@@ -265,6 +267,25 @@ def test_a_guest_that_stops_reading_is_cut_off_and_all_who_wait_for_it_are_told(
         assert await running.wait() == 137
         await running.close()
         assert guest.sent == [Kind.EXEC]
+
+    run_virtual(main())
+
+
+def test_a_connection_on_which_no_answer_comes_is_made_anew_with_more_patience_each_time() -> None:
+    async def main() -> None:
+        ways = [Deaf(), Deaf(), Deaf()]
+        for way in ways[:2]:
+            way.answers = False
+        left = iter(ways)
+
+        async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            way = next(left)
+            return way.reader, way
+
+        channel = await GuestChannel.open(connect, deadline_s=10)
+        assert [way.aborted for way in ways] == [True, True, False]
+        assert asyncio.get_running_loop().time() == pytest.approx(3 * CONNECTION_S, abs=GREETING_S)
+        await channel.close()
 
     run_virtual(main())
 

@@ -166,7 +166,7 @@ async def bring_usher(
         async def connect() -> tuple[StreamReader, StreamWriter]:
             return reader, writer
 
-        channel = await GuestChannel.open(connect, deadline_s=greeting_s, given_up=launch.ending.event)
+        channel = await GuestChannel.open(connect, deadline_s=greeting_s, given_up=launch.ending.event, once=True)
         ours.pop_all()
     return Usher(launch, channel, inward, answer_s=answer_s)
 

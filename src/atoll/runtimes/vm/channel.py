@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import math
 import os
 import struct
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,8 @@ TEXT_BYTES_MAX = 256
 STREAMS_MAX = 64
 GREETING_S = 0.5
 """How long an answer to a greeting is awaited before it is sent again, behind what ends any frame that was cut off."""
+CONNECTION_S = 2.0
+"""How long a machine's first connection is greeted before another is made, which has twice as long."""
 SEND_S_MAX = 5.0
 """How long a guest may leave the frames before one unread, with the pipe full; then its channel is cut."""
 ANSWER_S_MAX = 10.0
@@ -103,14 +106,19 @@ class GuestChannel:
         self._rest = b""
 
     @classmethod
-    async def open(cls, connect: Connect, *, deadline_s: float, given_up: asyncio.Event | None = None) -> GuestChannel:
+    async def open(
+        cls, connect: Connect, *, deadline_s: float, given_up: asyncio.Event | None = None, once: bool = False
+    ) -> GuestChannel:
         """Greet the guest until it answers. `given_up` is set when there is no use in waiting any longer.
+
+        `once` says that `connect` can be called once only. Otherwise a connection on which nothing comes is made anew: QEMU 7.2
+        sometimes keeps all that a guest answers which was paused when the connection before was closed.
 
         Raises DeadlineExceeded; Unavailable when `given_up` was set; RuntimeFailed for a guest of another version.
         """
         try:
             async with asyncio.timeout(deadline_s):
-                opening = asyncio.ensure_future(cls._open(connect))
+                opening = asyncio.ensure_future(cls._open(connect, math.inf if once else CONNECTION_S))
                 gone = asyncio.ensure_future((given_up or asyncio.Event()).wait())
                 try:
                     await asyncio.wait({opening, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -125,7 +133,7 @@ class GuestChannel:
             raise DeadlineExceeded(f"the guest did not answer within {deadline_s:.0f} s") from None
 
     @classmethod
-    async def _open(cls, connect: Connect) -> GuestChannel:
+    async def _open(cls, connect: Connect, patience_s: float) -> GuestChannel:
         step_s = 0.002
         while True:  # until the caller's deadline
             try:
@@ -136,7 +144,11 @@ class GuestChannel:
                 continue
             channel = cls(reader, writer)
             try:
-                await channel._greet()
+                await channel._greet(patience_s)
+            except TimeoutError:
+                writer.transport.abort()
+                patience_s *= 2
+                continue
             except (OSError, EOFError):
                 writer.close()
                 await asyncio.sleep(step_s)
@@ -148,7 +160,9 @@ class GuestChannel:
             channel._reading = asyncio.create_task(channel._read())
             return channel
 
-    async def _greet(self) -> None:
+    async def _greet(self, patience_s: float) -> None:
+        """Raises TimeoutError where nothing has come for `patience_s`; OSError, EOFError, RuntimeFailed."""
+        until = asyncio.get_running_loop().time() + patience_s
         nonce = os.urandom(8)
         greeting = MAGIC + struct.pack("<I", VERSION) + nonce
         seen = bytearray()
@@ -158,6 +172,8 @@ class GuestChannel:
                 async with asyncio.timeout(GREETING_S):
                     chunk = await self._reader.read(1 << 16)
             except TimeoutError:
+                if asyncio.get_running_loop().time() >= until:
+                    raise
                 # An earlier agent's frame may wait for the rest of its bytes: these end it, whatever it was.
                 if self._writer.transport.get_write_buffer_size() == 0:
                     self._writer.write(bytes(FRAME_BYTES_MAX // 8) + greeting)
