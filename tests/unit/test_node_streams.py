@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from atoll.node.agent import Agent
 from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLogs, channel_pair
 from atoll.node.record import MemoryRecord
 from atoll.node.report import EVENTS_MAX, STATUSES_MAX, Reporter
+from atoll.node.stdin import AHEAD_BYTES
+from atoll.node.streams import _feed
 from atoll.runtimes.fake import FakeRuntime
+from atoll.runtimes.fake_exec import FakeExecution
 
 LOGS = MemoryLogs()
 
@@ -57,6 +60,12 @@ async def control(tmp_path: Path) -> AsyncIterator[FakeControlPlane]:
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.001)
+
+
 async def ask(control: FakeControlPlane, kind: str, instance: str = "web-1", **options: Any) -> list[tuple[Kind, bytes]]:
     channel = control.request(StreamRequest(f"s{random.random()}", kind, instance, options))
     found = []
@@ -80,6 +89,67 @@ async def test_exec_takes_input(control: FakeControlPlane) -> None:
         found.append(unpack(message))
     assert b"".join(payload for kind, payload in found if kind is Kind.STDOUT) == b"hello"
     assert found[-1] == (Kind.EXIT, b"0")
+
+
+class Deaf(FakeExecution):
+    """A command that reads nothing until it `reads`."""
+
+    def __init__(self) -> None:
+        super().__init__(tty=False, rows=24, columns=80)
+        self.reads = asyncio.Event()
+        self.read_bytes = 0
+        self.signals: list[str] = []
+        self.closed = asyncio.Event()
+
+    async def write(self, data: bytes) -> None:
+        await self.reads.wait()
+        self.read_bytes += len(data)
+
+    async def close_stdin(self) -> None:
+        self.stdin_closed = True
+
+    async def signal(self, name: str) -> None:
+        self.signals.append(name)
+
+    async def close(self) -> None:
+        self.closed.set()
+
+
+PIECE = b"y" * (64 << 10)
+
+
+async def test_a_command_that_does_not_read_hears_signals_and_then_all_its_input() -> None:
+    client, ours = channel_pair()
+    command = Deaf()
+    feeding = asyncio.create_task(_feed(ours, command))  # type: ignore[arg-type]
+    count = AHEAD_BYTES // len(PIECE) - 1
+    for _ in range(count):
+        await client.send(pack(Kind.STDIN, PIECE))
+    await client.send(pack(Kind.STDIN_END))
+    await client.send(pack(Kind.SIGNAL, b"SIGINT"))
+    await eventually(lambda: command.signals == ["SIGINT"])
+    assert not command.stdin_closed
+    command.reads.set()
+    await eventually(lambda: command.stdin_closed)
+    assert command.read_bytes == count * len(PIECE)
+    await client.close()
+    await feeding
+    assert command.closed.is_set()
+
+
+async def test_a_client_that_leaves_ends_its_command_though_that_reads_nothing_of_what_was_sent() -> None:
+    client, ours = channel_pair()
+    command = Deaf()
+    feeding = asyncio.create_task(_feed(ours, command))  # type: ignore[arg-type]
+    for _ in range(2 * AHEAD_BYTES // len(PIECE)):
+        await client.send(pack(Kind.STDIN, PIECE))
+    await asyncio.sleep(0.01)
+    assert not feeding.done()
+    await client.close()
+    async with asyncio.timeout(5):
+        await feeding
+    assert command.closed.is_set()
+    assert command.read_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ class FakeChannel:
     async def receive(self) -> bytes | None:
         return None if self._closed.is_set() else await self._inward.get()
 
+    async def gone(self) -> None:
+        assert self.other is not None  # noqa: S101 (`channel_pair` says so)
+        await self.other._closed.wait()
+
     async def close(self) -> None:
         if not self._closed.is_set():
             self._closed.set()

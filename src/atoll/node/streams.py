@@ -36,6 +36,7 @@ from atoll.node.holding import hold
 from atoll.node.in_root import IdMap
 from atoll.node.runner import Runner
 from atoll.node.snapshots import Snapshots
+from atoll.node.stdin import Stdin
 from atoll.node.tools import Logs
 from atoll.node.transitions import Rest
 
@@ -188,14 +189,15 @@ async def _exec(channel: Channel, runner: Runner, options: ExecOptions) -> None:
 
 async def _feed(channel: Channel, execution: Execution) -> None:
     """Carry what the client sends; when it has gone, end the command, whose output nobody reads any more."""
+    stdin = Stdin(execution)
     try:
         while (message := await channel.receive()) is not None:
             kind, payload = unpack(message)
             match kind:
-                case Kind.STDIN:
-                    await execution.write(payload)
-                case Kind.STDIN_END:
-                    await execution.close_stdin()
+                case Kind.STDIN | Kind.STDIN_END:
+                    stdin.put(payload if kind is Kind.STDIN else None)
+                    if not await stdin.has_room(channel.gone()):
+                        break
                 case Kind.RESIZE:
                     size = codec.decode(payload, Resize)
                     await execution.resize(size.rows, size.columns)
@@ -205,6 +207,8 @@ async def _feed(channel: Channel, execution: Execution) -> None:
                     raise Invalid(f"an exec stream takes no {kind.name} from the client")
     except AtollError as error:
         log.info("exec input ended", error=str(error))
+    finally:
+        stdin.end()
     await execution.close()
 
 

@@ -48,6 +48,8 @@ START_S_MAX = 60.0
 END_S_MAX = 10.0
 SETTLE_S_MAX = 30.0
 SETTLE_STEP_S = 0.01
+ADOPT_PAUSES_S = (1.0, 1.0, 0.0)
+"""After each try to adopt a box: what is in the way may pass."""
 TIDY_DELAY_S = 0.05
 TOOL_LOG = "tool.log"
 """In the box's directory: what the tool says of a start."""
@@ -345,11 +347,13 @@ class OciRuntime:
 
     async def _take_over(self, boxes: OciBoxes, record: BoxRecord) -> Found:
         """Adopt one box. What cannot be adopted is told as one in which nothing runs, which its owner then deletes."""
-        try:
-            return await self._adopt(boxes, record)
-        except (AtollError, OSError) as error:
-            log.error("box.not-adopted", instance=record.id, error=str(error))
-            return Found(id=record.id, pid=None, exit=None)
+        for pause_s in ADOPT_PAUSES_S:
+            try:
+                return await self._adopt(boxes, record)
+            except (AtollError, OSError) as error:
+                log.error("box.not-adopted", instance=record.id, error=str(error))
+            await asyncio.sleep(pause_s)
+        return Found(id=record.id, pid=None, exit=None)
 
     async def _adopt(self, boxes: OciBoxes, record: BoxRecord) -> Found:
         """Take one box over. A start that the earlier agent began is waited for, since its shim goes on alone, but not for ever."""

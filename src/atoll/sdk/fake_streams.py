@@ -33,6 +33,9 @@ class FakeChannel:
     async def receive(self) -> bytes | None:
         return await self._down.get()
 
+    async def gone(self) -> None:
+        await asyncio.wait((self._task,))
+
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

@@ -95,6 +95,9 @@ class WebSocketChannel:
             raise Unavailable("the stream broke") from None
         return message.encode() if isinstance(message, str) else message
 
+    async def gone(self) -> None:
+        await self._socket.wait_closed()
+
     async def close(self) -> None:
         """Wait until the other end has taken what was sent; in a task that is being cancelled, for `CLOSE_S` at most."""
         task = asyncio.current_task()

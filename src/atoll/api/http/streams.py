@@ -246,6 +246,10 @@ class _Requests:
             return codec.encode(request)
         return None
 
+    async def gone(self) -> None:
+        """There is no other end."""
+        await asyncio.Event().wait()
+
     async def close(self) -> None:
         close = getattr(self._requests, "aclose", None)
         if close is not None:

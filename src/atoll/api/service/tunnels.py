@@ -70,6 +70,9 @@ class Pipe:
         self._ended = message is None
         return message
 
+    async def gone(self) -> None:
+        await self._closed.wait()
+
     async def close(self) -> None:
         self._closed.set()
 

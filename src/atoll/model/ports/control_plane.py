@@ -107,6 +107,10 @@ class Channel(Protocol):
         """Return the next message; None when the other end has closed."""
         ...
 
+    async def gone(self) -> None:
+        """Return once the other end hears nothing any more, for who does not receive; it may take some 20 s to be seen."""
+        ...
+
     async def close(self) -> None: ...
 
 
