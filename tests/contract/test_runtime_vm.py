@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -619,6 +620,29 @@ async def test_a_machine_that_stands_stays_so_when_the_next_agent_writes_it_down
     assert (await qmp(monitor, "query-status"))["running"] is False
     await world.runtime.resume("a")
     assert (await world.shell("a", "exit 5"))[0] == 5
+
+
+async def test_the_memory_of_a_snapshot_that_was_removed_is_let_go_of_and_its_copy_runs_on(world: World, kind: str) -> None:
+    if kind != "qemu":
+        pytest.skip("the others' monitors read the snapshot's files themselves")
+    world.runtime.removed_s = 0.05  # type: ignore[attr-defined]
+    await world.launch("a", "run")
+    await world.runtime.snapshot("a", world.directory / "taken")
+    await world.runtime.restore(world.box("b", "run"), world.directory / "taken")
+    assert _memories_held() == 1
+    shutil.rmtree(world.directory / "taken")
+    async with asyncio.timeout(10):
+        while _memories_held():  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.05)
+    assert (await world.shell("b", "exit 5"))[0] == 5
+
+
+def _memories_held() -> int:
+    links = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(str(fd.readlink()))
+    return sum("memfd:atoll-snapshot" in link for link in links)
 
 
 async def test_a_damaged_record_is_removed_with_the_machine_that_it_spoke_of(world: World) -> None:

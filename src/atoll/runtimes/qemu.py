@@ -105,6 +105,7 @@ class QemuRuntime(VmRuntime):
         self._without_devices = machine
         self._version = ""
         self._memories = SharedMemories(memory_budget_bytes())
+        self.removed_s = REMOVED_S
         self._letting_go: asyncio.Task[None] | None = None
 
     async def probe(self) -> str:
@@ -219,7 +220,7 @@ class QemuRuntime(VmRuntime):
     async def _let_go_of_removed(self) -> None:
         """See that no memory is held for long of a snapshot that was removed, as long as any is held."""
         while await self._in_thread(self._memories.let_go_of_removed):  # noqa: ASYNC110 - whoever removes one does not tell
-            await asyncio.sleep(REMOVED_S)
+            await asyncio.sleep(self.removed_s)
 
     async def close(self) -> None:
         if self._letting_go is not None:
