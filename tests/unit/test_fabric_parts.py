@@ -260,7 +260,6 @@ def test_what_could_not_be_written_of_other_nodes_instances_is_made_up_for_the_n
     changes = private.see(others(E1), later)
     assert sizes(next(changes)) == ([51, 51], [])
     assert sizes(next(changes)) == ([], [1, 1])  # and this one fails
-    changes.close()
     assert len(private.projects()) == 549
     assert [sizes(change) for change in private.see(others(E1), later)] == [([], [1, 1])]
     assert list(private.see(others(E1), later)) == []
