@@ -132,9 +132,18 @@ def test_instances_are_listed_with_their_devices_only_where_one_has_any(atoll: A
 def test_holders_of_projects_that_one_does_not_see_have_no_names() -> None:
     grant = GpuGrant(device=H100, sharing=GpuSharing.TIME_SLICE, milli=250, memory_bytes=20 << 30)
     mine = Instance(id="a", project="p", owner_kind=OwnerKind.APP, owner="web", node="n1", gpus=(grant,), created_at=1.0)
-    (holding,) = holdings_of([mine, replace(mine, id="b", project="q")], lambda project: project == "p")
+    (holding,) = holdings_of([mine, replace(mine, id="b", project="q")], DEVICES, lambda project: project == "p")
     assert [holder.instance for holder in holding.holders] == ["", "a"]
     assert (holding.milli, holding.memory_bytes) == (500, 40 << 30)
+
+
+@pytest.mark.parametrize(("starts", "milli"), [((0, 2, 4, 6), 250), ((0, 3, 6, 9), 181)])
+def test_a_partition_is_that_part_of_its_device_which_it_has_of_its_slices(starts: tuple[int, ...], milli: int) -> None:
+    profile = MigProfile(name="1g", compute_slices=1, memory_slices=2, memory_bytes=1, starts=starts, most=4)
+    device = GpuDevice(id=MIG, model="x", memory_bytes=8, mig=True, profiles=(profile,))
+    grant = GpuGrant(device=MIG, sharing=GpuSharing.MIG, profile="1g", start=0, size=2, memory_bytes=1)
+    one = Instance(id="a", project="p", owner_kind=OwnerKind.APP, owner="web", node="n1", gpus=(grant,), created_at=1.0)
+    assert [holding.milli for holding in holdings_of([one], [device])] == [milli]
 
 
 @pytest.mark.parametrize(

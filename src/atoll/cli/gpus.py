@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from atoll.model.devices import MEMORY_SLICES, MILLI, GpuDevice, GpuGrant, GpuHealth, GpuSharing
+from atoll.model.devices import MILLI, GpuDevice, GpuGrant, GpuHealth, GpuSharing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -114,7 +114,7 @@ def _held(device: GpuDevice, holding: GpuHolding | None) -> str:
     if holding is None:
         return "free"
     if device.mig:
-        return f"{sum(holder.grant.size for holder in holding.holders)}/{MEMORY_SLICES} slices"
+        return f"{sum(holder.grant.size for holder in holding.holders)}/{device.memory_slices} slices"
     if any(holder.grant.sharing is GpuSharing.EXCLUSIVE for holder in holding.holders):
         return "whole"
     return f"{holding.milli / MILLI:.0%}"

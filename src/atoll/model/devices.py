@@ -149,6 +149,11 @@ class GpuDevice(_Record, frozen=True, kw_only=True):
     reason: str = ""
     """Why it is not `ok`."""
 
+    @property
+    def memory_slices(self) -> int:
+        """How many it has in MIG mode, by its profiles' places."""
+        return max((start + profile.memory_slices for profile in self.profiles for start in profile.starts), default=MEMORY_SLICES)
+
 
 WALLS = {
     GpuSharing.EXCLUSIVE: "hard: nobody else can open the device",

@@ -519,7 +519,7 @@ class FakeCalls(FakeWorld):
             heartbeat=beat,
             allocated_cpu_milli=500,
             allocated_memory_bytes=1 << 28,
-            gpus=holdings_of(placed),
+            gpus=holdings_of(placed, node.capacity.gpus),
             prefetch=prefetch.images if prefetch is not None else (),
             revision=revision,
         )

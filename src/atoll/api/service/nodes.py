@@ -252,7 +252,7 @@ class Nodes:
             allocated_cpu_milli=cpu_milli,
             allocated_memory_bytes=memory_bytes,
             instances=count,
-            gpus=holdings_of(holding, caller.sees),
+            gpus=holdings_of(holding, held.record.capacity.gpus, caller.sees),
             evacuation=evacuation_of(held.record, policy.record if policy is not None else None, windows),
             prefetch=prefetch.record.images if prefetch is not None and caller.project == EVERY_PROJECT else (),
             revision=held.revision,

@@ -27,7 +27,7 @@ class GpuHolding(Struct, frozen=True, kw_only=True):
 
     device: str
     milli: int
-    """Thousandths of its compute; of a device in MIG mode, memory slices by `MEMORY_SLICES`."""
+    """Thousandths of its compute; of a device in MIG mode, of its memory slices."""
     memory_bytes: int
     holders: tuple[GpuHolder, ...]
 
