@@ -22,7 +22,10 @@ from atoll.sdk.fake import FakeApi
 H100 = "GPU-1111aaaa-0000-0000-0000-000000000001"
 MIG = "GPU-2222bbbb-0000-0000-0000-000000000002"
 SICK = "GPU-3333cccc-0000-0000-0000-000000000003"
-PROFILE = MigProfile(name="1g.10gb", compute_slices=1, memory_slices=1, memory_bytes=10 << 30, starts=(0, 1, 2), most=7)
+PROFILES = (
+    MigProfile(name="1g.10gb", compute_slices=1, memory_slices=1, memory_bytes=10 << 30, starts=tuple(range(7)), most=7),
+    MigProfile(name="7g.80gb", compute_slices=7, memory_slices=8, memory_bytes=80 << 30, starts=(0,), most=1),
+)
 
 
 def device(id: str, **more: Any) -> GpuDevice:
@@ -32,7 +35,7 @@ def device(id: str, **more: Any) -> GpuDevice:
 
 DEVICES = (
     device(H100),
-    device(MIG, mig=True, profiles=(PROFILE,), foreign=(GpuPartition(id="MIG-x", profile="1g.10gb", start=6, size=1),)),
+    device(MIG, mig=True, profiles=PROFILES, foreign=(GpuPartition(id="MIG-x", profile="1g.10gb", start=6, size=1),)),
     device(SICK, health=GpuHealth.QUARANTINED, reason="XID 79: it has fallen off the bus", present=False),
 )
 

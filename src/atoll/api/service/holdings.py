@@ -13,7 +13,7 @@ from atoll.model.views import GpuHolder, GpuHolding
 def holdings_of(
     instances: Iterable[Instance], devices: Iterable[GpuDevice], sees: Callable[[str], bool] = lambda project: True
 ) -> tuple[GpuHolding, ...]:
-    """Return which of a node's `devices` are held, and by whom, by id. Those of projects that the caller does not see have no names."""
+    """Return who holds which of a node's `devices`, by device. Those of projects that the caller does not see have no names."""
     slices = {device.id: device.memory_slices for device in devices}
     holders: dict[str, list[GpuHolder]] = defaultdict(list)
     for instance in instances:
