@@ -93,7 +93,7 @@ def test_a_node_s_gpus_are_shown_with_who_holds_them_and_how_they_fare(atoll: At
     assert "gone" in sick
     assert "free" in sick
     assert f"{SICK[:12]} gone: XID 79: it has fallen off the bus" in parts
-    assert f"{MIG[:12]} can be partitioned as 1g.10gb (up to 7)" in parts
+    assert f"{MIG[:12]} can be partitioned as 1g.10gb (up to 7), 7g.80gb (up to 1)" in parts
     assert f"{MIG[:12]} has partitions that Atoll did not make and leaves alone: 1g.10gb at 6" in parts
 
 
