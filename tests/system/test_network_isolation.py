@@ -468,7 +468,12 @@ async def test_what_was_open_with_an_instance_of_another_node_goes_when_that_has
             client.sendto(b"hello", (member.address, 5353))
     assert tracked(gone.address)
     await network.see(own, there, [stays])
+    await network.cut_gone()
     assert not tracked(gone.address)
+    assert tracked(stays.address)
+    # Nothing is heard of a project that has no instance here any more: those elsewhere run on, and an ingress here leads to them.
+    await network.see(own, there, [])
+    await network.cut_gone()
     assert tracked(stays.address)
 
 

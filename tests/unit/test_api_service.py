@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from atoll.api.http.answers import Lines
 from atoll.api.service import KINDS, SYSTEM, Caller, RequestKey, Service
 from atoll.api.service.events import DATA_BYTES_MAX, MESSAGE_CHARS_MAX, MINUTE_S, PER_MINUTE_MAX, Allowance
+from atoll.api.service.feeds import LEFT_S
 from atoll.api.service.reports import AHEAD_S
 from atoll.api.service.watching import Watch
 from atoll.api.service.workloads import pinned_digests
@@ -851,7 +852,7 @@ async def test_an_event_of_an_agent_is_of_no_later_than_now_and_within_its_bound
     (event,) = kept_events(service)
     assert event.at == clock.at + AHEAD_S
     assert len(event.message) == MESSAGE_CHARS_MAX
-    assert event.data == {"small": 1}
+    assert event.data == {"small": 1, "last": [2]}
     await service.control_plane.report("n1", [], [node_event(clock, 1, at=clock.at - 60, data={"a": "b"})])
     assert [(one.at, one.data) for one in kept_events(service) if one.id == "e1"] == [(clock.at - 60, {"a": "b"})]
 
@@ -890,6 +891,26 @@ async def test_an_agent_writes_events_only_in_the_cell_s_project_and_in_those_th
     await service.control_plane.report("n1", [], events)
     kept = {project: sorted(event.id for event in kept_events(service, project)) for project in ("default", "mine", "theirs")}
     assert kept == {"default": ["e5"], "mine": ["e1", "e2"], "theirs": []}
+
+
+async def test_the_last_words_on_a_project_s_last_instance_on_a_node_are_kept_though_it_is_gone(
+    service: Service, clock: FakeClock
+) -> None:
+    service.feeds.start()
+    await put_node(service)
+    for project in ("mine", "theirs"):
+        await service.projects.put(project)
+    gone = Instance(id="web-1", project="mine", owner_kind=OwnerKind.APP, owner="web", node="n1", created_at=1)
+    await put_record(service, keys.instance("mine", "web-1"), gone)
+    await service.context.reach(await service.context.store.delete(keys.instance("mine", "web-1")))
+    await asyncio.sleep(0.01)
+    last, strange = (node_event(clock, 1, subject="instance/web-1", project=project) for project in ("mine", "theirs"))
+    await service.control_plane.report("n1", [], [last, strange])
+    assert [event.id for event in kept_events(service, "mine")] == [last.id]
+    assert not kept_events(service, "theirs")
+    clock.at += LEFT_S
+    await service.control_plane.report("n1", [], [node_event(clock, 3, subject="instance/web-1", project="mine")])
+    assert len(kept_events(service, "mine")) == 1
 
 
 async def test_an_event_in_a_project_that_this_server_has_not_heard_of_yet_is_taken(clock: FakeClock) -> None:

@@ -131,6 +131,17 @@ def test_a_log_whose_stream_breaks_is_gone_on_with_and_no_line_comes_twice(name:
     assert err.count("sum-1: ") == 3, "each time it breaks is told once"
 
 
+def test_of_a_moment_of_which_only_the_last_lines_were_asked_for_the_others_do_not_come_after_a_break(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cell = Cell(api := Breaking(10))
+    cell.attempt("sum-1", ended=False)
+    api.logs["sum-1"] = [LogLine(at=2.0, stream="stdout", text=f"l{n}") for n in range(12)]
+    cell.end()
+    run_virtual(cell.follow("sum-1", tail=3))
+    assert capsys.readouterr().out.splitlines() == ["l7", "l8", "l9", "l10", "l11"]
+
+
 def test_an_instance_that_cannot_be_read_says_so_at_once_and_one_that_went_away_after_a_while(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

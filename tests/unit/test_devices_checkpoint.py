@@ -144,7 +144,9 @@ async def test_hardware_speaks_of_it_in_the_port_s_errors(driver: Driver, tmp_pa
     await hardware.suspend(PID)
     await hardware.resume(PID)
     assert driver.calls == ["lock", "checkpoint", "restore", "unlock"]
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unsupported, match="cannot say how it stands"):  # it is no program of CUDA's, and was not touched
         await hardware.suspend(PID + 1)
+    with pytest.raises(Unavailable):
+        await hardware.resume(PID + 1)
     with pytest.raises(Unsupported):
         await NvidiaHardware(root=tmp_path / "empty", environment=old.environment).suspend(PID)

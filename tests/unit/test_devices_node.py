@@ -235,7 +235,7 @@ def test_a_device_of_which_nobody_says_who_uses_it_is_given_away_only_where_its_
     run_virtual(main, random.Random(7))
 
 
-def test_a_device_that_a_stranger_draws_on_is_not_given_away(tmp_path: Path) -> None:
+def test_a_device_that_a_stranger_draws_on_is_given_away_by_what_that_holds_and_is_not_reset(tmp_path: Path) -> None:
     class Drawn(FakeHardware):
         async def samples(self) -> tuple[GpuSample, ...]:
             first, second = await super().samples()
@@ -243,11 +243,9 @@ def test_a_device_that_a_stranger_draws_on_is_not_given_away(tmp_path: Path) -> 
 
     async def main() -> None:
         async with world(tmp_path, Drawn(count=2, clock=VirtualClock(asyncio.get_running_loop()))) as w:
-            with pytest.raises(Unavailable, match="77"):
-                await w.claim("i-1", w.whole(0))
             with pytest.raises(Conflict, match="77"):
                 await w.devices.reinstate(w.hardware.ids[0], reset=True)
-            await w.claim("i-1", w.whole(1))
+            await w.claim("i-1", w.whole(0))
 
     run_virtual(main, random.Random(7))
 
@@ -992,6 +990,7 @@ case "$1" in
     [ -e "$state" ] || { echo "cannot find MPS control daemon"; exit 1; }
     read -r line
     echo "$line" >> "$0.said"
+    [ -e "$0.deaf" ] && exit 1
     case "$line" in
       quit*) rm "$state" ;;
       get_server_list) [ -e "$0.servers" ] && cat "$0.servers" ;;
@@ -1088,6 +1087,24 @@ async def test_an_mps_daemon_that_does_not_start_is_said_in_its_own_words_and_le
         await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
     assert not w.place.exists()
     await w.devices.claim("i-2", [GpuGrant(device=w.hardware.ids[0])], Gpu(), RuntimeName.RUNC)
+    await w.devices.close()
+
+
+async def test_an_mps_daemon_that_does_not_answer_is_left_alone_for_those_who_run_by_it(short_path: Path) -> None:
+    w = MpsWorld(short_path)
+    await w.devices.inventory()
+    await w.devices.claim("i-1", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+    Path(f"{w.binary}.deaf").touch()
+    command = ["sh", "-c", "read line", "nvidia-cuda-mps-control"]
+    daemon = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
+    try:
+        (w.place / "pipe" / "nvidia-cuda-mps-control.pid").write_text(str(daemon.pid))
+        with pytest.raises(Unavailable, match="does not answer"):
+            await w.devices.claim("i-2", [w.grant(250)], Gpu(), RuntimeName.RUNC)
+        assert daemon.returncode is None
+        assert w.place.exists()
+    finally:
+        await daemon.communicate(b"end\n")
     await w.devices.close()
 
 

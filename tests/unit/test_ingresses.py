@@ -245,7 +245,7 @@ async def test_a_project_s_rate_reaches_the_routing_of_all_its_apps(cell: Cell, 
         ({"n": "10.64.16.0/20"}, "127.0.0.1", False),
         ({}, "10.64.32.2", True),
         ({"other": "10.64.32.0/20"}, "10.64.16.2", True),
-        ({"other": "10.64.32.0/20"}, "10.64.32.2", False),
+        ({"other": "10.64.32.0/20"}, "10.64.32.2", True),  # two that had one subnet before there was a fabric
         ({}, "127.0.0.1", False),
         ({}, "169.254.169.254", False),
         ({}, "0.0.0.0", False),

@@ -404,6 +404,7 @@ async def test_a_machine_that_was_put_out_is_not_let_in_as_its_successor_by_aski
     token, machine = await cell.token(kind=kind), Machine()
     await cell.join("n1", token, machine)
     (used,) = (held.record for held in cell.service.context.state.records(JoinToken).values())
+    cell.clock.time += 1
     if how.startswith("revoked"):
         await cell.members.revoke(kind, "n1", SYSTEM)
     elif how == "removed" and kind is MemberKind.NODE:
@@ -422,6 +423,17 @@ async def test_a_machine_that_was_put_out_is_not_let_in_as_its_successor_by_aski
     with pytest.raises(Unauthenticated):
         cell.members.caller(machine.shown)
     assert cell.members.caller(successor.shown).subject == "n1"
+
+
+async def test_a_machine_whose_answer_was_lost_by_a_server_of_before_is_let_in_by_asking_a_new_one(cell: Cell) -> None:
+    token, machine = await cell.token(), Machine()
+    await cell.join("n1", token, machine)
+    (used,) = (held.record for held in cell.service.context.state.records(JoinToken).values())
+    await cell.put(keys.join_token(used.id), structs.replace(used, used_enrolment=""))
+    cell.clock.time += 1
+    for _ in range(2):  # the second by what the first has noted
+        again = await cell.join("n1", token, machine)
+        assert cell.members.caller(again.shown).subject == "n1"
 
 
 async def test_a_node_is_removed_only_when_it_is_gone_and_holds_nothing(cell: Cell) -> None:

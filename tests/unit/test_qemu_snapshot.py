@@ -158,6 +158,25 @@ def test_a_memory_that_the_node_has_no_room_for_is_refused_before_it_is_read(tmp
     node.memories.close()
 
 
+def test_memories_that_would_not_make_room_enough_are_kept(tmp_path: Path) -> None:
+    first, second, large = snapshot(tmp_path / "first"), snapshot(tmp_path / "second"), snapshot(tmp_path / "large")
+    node = Node(memories=2)
+    for each in (first, second):
+        node.start(each)
+    node._bytes -= 2 * MEMORY_BYTES  # somebody else's now
+    with pytest.raises(Exhausted):
+        node.memories.take(large)
+    assert list(node.memories._held) == [first, second]
+    mapped = SharedMemories(1 << 30, lambda: RESERVE_BYTES + MEMORY_BYTES - 1)  # copies have them, and nothing comes of letting go
+    for each in (first, second):
+        mapped._held[each] = (os.memfd_create("held"), MEMORY_BYTES)
+    with pytest.raises(Exhausted):
+        mapped.take(large)
+    assert list(mapped._held) == [second]
+    node.memories.close()
+    mapped.close()
+
+
 def test_the_memory_of_a_snapshot_that_was_removed_is_let_go_of(tmp_path: Path) -> None:
     kept, removed, used = (snapshot(tmp_path / name) for name in ("kept", "removed", "used"))
     node = Node(memories=3)

@@ -33,6 +33,7 @@ Application = Callable[["Ends"], Awaitable[None]]
 
 class Protocol(StreamProtocol):
     here_s = PING_S / 4
+    agent_close_s = PING_S
 
 
 class Ends:
@@ -115,6 +116,21 @@ def test_a_server_whose_reader_pauses_gets_all_of_it_later() -> None:
                 await channel.send(PART)
             assert await channel.receive() == b"all came"
             assert await channel.receive() is None
+
+    run(main)
+
+
+def test_an_agent_that_reads_nothing_learns_soon_that_its_client_has_gone() -> None:
+    async def main() -> None:
+        async def leave(end: Ends) -> None:
+            for _ in range(60):
+                await end.send(b"input that nobody reads")
+
+        async with serving(leave) as address:
+            channel = await opened(address, "/v1/nodes/n1/streams/1")
+            async with asyncio.timeout(20 * PING_S):
+                await channel.gone()
+            await channel.close()
 
     run(main)
 

@@ -168,20 +168,22 @@ async def _lines(
     from atoll.sdk.watching import GIVE_UP_S
 
     loop = asyncio.get_running_loop()
-    at, told = 0.0, 0
-    """When the last line was written, and how many lines of that moment have been told."""
+    at: float = 0.0
+    told: list[str] = []
+    """When the last line was written, and what has been told of that moment: before it there may be lines that nobody asked for."""
     worked, away_since = False, None
     while True:
-        began, before, came = loop.time(), told, False
+        began, before, came = loop.time(), told.copy(), False
         try:
             async for line in client.logs(project, id, options):
                 came = True
                 if line.at != at:
-                    at, told, before = line.at, 0, 0
+                    at, told, before = line.at, [], []
                 if before:
-                    before -= 1
+                    if line.text == before[0]:
+                        del before[0]
                     continue
-                told += 1
+                told.append(line.text)
                 yield line
             return
         except AtollError as error:

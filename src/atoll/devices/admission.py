@@ -66,7 +66,8 @@ def _refuse_whole(name: str, device: GpuDevice, others: Sequence[GpuGrant], samp
         return Conflict(f"{name}: another instance holds {'it' if others[0].milli >= MILLI else 'a share of it'}")
     if sample is None:
         return None
-    if users := sorted({*sample.processes, *sample.graphics}):
+    # What only draws may be a desktop that has every device open; what it holds of the memory counts below.
+    if users := sorted(sample.processes):
         pids = ", ".join(map(str, users[:4]))
         return Unavailable(f"{name} is used by a process that is no instance's ({pids})", mend="end it, or " + _ELSEWHERE)
     if sample.memory_bytes > device.memory_bytes // SLACK:

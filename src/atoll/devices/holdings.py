@@ -95,16 +95,22 @@ class Holdings:
                 tried.append(pid)
                 for watch in self._holding(instance):
                     await watch.call(watch.hardware.suspend(pid), self._patience.suspend_s)
+        except Unsupported:
+            await self._put_back(instance, tried[:-1])  # the last was not touched
+            raise
         except (AtollError, asyncio.CancelledError):
             # The last of them too: its calls to the driver may wait though it never left its device.
-            try:
-                async with asyncio.timeout(self._patience.suspend_s):
-                    await self.resume(instance, tried)
-            except Unsupported:
-                pass  # then none of them was ever taken off
-            except (AtollError, TimeoutError) as error:
-                log.error("a process stays off its device", instance=instance, error=str(error) or "timed out")
+            await self._put_back(instance, tried)
             raise
+
+    async def _put_back(self, instance: str, pids: Sequence[int]) -> None:
+        try:
+            async with asyncio.timeout(self._patience.suspend_s):
+                await self.resume(instance, pids)
+        except Unsupported:
+            pass  # then none of them was ever taken off
+        except (AtollError, TimeoutError) as error:
+            log.error("a process stays off its device", instance=instance, error=str(error) or "timed out")
 
     async def resume(self, instance: str, pids: Sequence[int]) -> None:
         failures: list[AtollError] = []

@@ -110,6 +110,9 @@ class NvidiaMps:
                 self._limits.pop(device.id, None)
                 log.info("mps daemon started", device=device.id, options=options)
                 return
+        if _alive(_number(place / "pipe" / f"{BINARY}.pid"), BINARY):
+            # What shares the device runs by its servers, which would end with it.
+            raise Unavailable(f"the MPS daemon of {device.id} does not answer", mend="try again")
         await self._end(place)
         raise Unavailable(f"the MPS daemon of {device.id} does not start: {words or 'it says nothing'}")
 
@@ -214,10 +217,18 @@ def _children(parent: int) -> list[int]:
     return found
 
 
+def _alive(pid: int, name: str) -> bool:
+    """Return whether there is such a process, and it is (still) one of this name."""
+    try:
+        return pid > 1 and name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def _kill(pid: int, name: str) -> None:
     """End a process that did not hear, if it is (still) one of this name."""
-    with contextlib.suppress(OSError):
-        if pid > 1 and name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+    if _alive(pid, name):
+        with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
 

@@ -130,10 +130,12 @@ def _cluster(rules: IngressRules, http2: bool, raw: str, sites: bool, internal: 
         message.outlier_detection.CopyFrom(_outliers(rules, sites=sites, raw=bool(raw)))
     if sites:
         message.connect_timeout.FromMilliseconds(AWAY_CONNECT_MS)
-    if wake_s and not raw and rules.instance_tls is not None:
+    shaking_s = wake_s + WAKE_MARGIN_S if wake_s and not raw and rules.instance_tls is not None else 0.0
+    if shaking_s:
         # It covers the handshake, which begins at the activator and which only an instance can end.
-        message.connect_timeout.FromMilliseconds(round((wake_s + WAKE_MARGIN_S) * 1000))
-    if sites and raw != "udp":
+        message.connect_timeout.FromMilliseconds(round(shaking_s * 1000))
+    if (sites and raw != "udp") or shaking_s:
+        # A machine that is away answers nothing at all, and is given up long before a handshake that an instance may still end.
         message.upstream_bind_config.socket_options.add(
             description="TCP_USER_TIMEOUT",
             level=_TCP,

@@ -7,6 +7,7 @@ for no more than that both directions are closed: who has only said all that the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 from collections.abc import AsyncIterator
@@ -51,7 +52,8 @@ class Hangups:
         finally:
             del self._limits[descriptor]
             if self._epoll is not None:
-                self._epoll.unregister(descriptor)
+                with contextlib.suppress(OSError):  # it was not registered
+                    self._epoll.unregister(descriptor)
             os.close(descriptor)
 
     def _look(self, epoll: select.epoll) -> None:

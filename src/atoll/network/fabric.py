@@ -344,6 +344,7 @@ class NodeFabric:
         for name in via.keys() | before.keys():
             if via.get(name) != before.get(name) and name in nodes:
                 await self._tell_way(name, via.get(name))
+        await self._network.cut_gone()  # the last, since nothing of the above is to wait for that
 
     async def _tell_paths(self) -> None:
         """Let the control plane know of what is not direct, for people who ask."""

@@ -194,7 +194,14 @@ class LinkNetwork:
         # This node's own are cut when their slots go, before anybody has the address again.
         self._uncut |= {one for one in self._policies.see(members) if ipaddress.IPv4Address(one) not in self._addresses.network}
         self._write_policies(opened)
+
+    async def cut_gone(self) -> None:
+        """Delete from the kernel's table of connections what instances of other nodes have left there that `see` found gone.
+
+        Takes as long as the table is large. Safe to repeat. Raises RuntimeFailed.
+        """
         if cut := tuple(self._uncut):
+            opened = await self._open()
             await asyncio.to_thread(opened.maker.cut, cut)
             self._uncut.difference_update(cut)
 

@@ -41,14 +41,18 @@ class Policies:
         return before is not None or rules is not None
 
     def see(self, members: Iterable[Member]) -> set[str]:
-        """Take in all instances of the node's projects, wherever they are; return the addresses whose holder has gone."""
+        """Take in all instances of the node's projects, wherever they are; return the addresses whose holder has gone.
+
+        Of a project that has no instance on the node any more nothing is heard: its instances elsewhere may be there still.
+        """
         before, self._members, self.owners = self.owners, {}, {}
         for member in members:
             self._members.setdefault((member.project, member.owner), []).append(member.address)
             self.owners[member.address] = (member.project, member.owner)
         gone = {address for address, owner in before.items() if self.owners.get(address) != owner}
         self.left |= gone
-        return gone
+        heard = {project for project, _ in self.owners.values()}
+        return {address for address in gone if before[address][0] in heard}
 
     def wants_name(self, address: str, name: str) -> str | None:
         """Return the `host` of a rule of the instance at `address` that `name` falls under."""

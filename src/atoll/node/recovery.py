@@ -18,8 +18,9 @@ from atoll.node.report import retry_delay
 from atoll.node.tools import Tools
 from atoll.node.transitions import Recovered
 
-RECOVER_S = 60.0
-"""Deadline of one try at one part; tries go on until it succeeds, since to go on without it would leak."""
+RECOVER_S = 90.0
+"""Deadline of one try at one part, of which a start that an earlier agent began may take 60 s, and its end 10. Tries go on until
+one succeeds, since to go on without it would leak."""
 
 T = TypeVar("T")
 log = structlog.get_logger()

@@ -200,9 +200,10 @@ class GvisorRuntime(OciRuntime):
                 self._held_back.setdefault(id, []).append(number)
 
     async def pause(self, id: str) -> None:
-        await self._running(id)
+        container = await self._running(id)
         boxes, _ = await self._find(id)
         await self.ask(boxes, id, "pause", id)
+        container.paused = True
 
     async def _is_paused(self, boxes: OciBoxes, id: str) -> bool:
         """Return what runsc's own record says: who had it stand still may have been an earlier agent."""
@@ -210,9 +211,10 @@ class GvisorRuntime(OciRuntime):
         return bool(said) and json.loads(said)["status"] == "paused"
 
     async def resume(self, id: str) -> None:
-        await self._running(id)
+        container = await self._running(id)
         boxes, _ = await self._find(id)
         await self.ask(boxes, id, "resume", id)
+        container.paused = False
         for number in self._held_back.pop(id, ()):
             await self.ask(boxes, id, "kill", id, str(number))
 

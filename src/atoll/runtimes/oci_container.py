@@ -42,6 +42,8 @@ class Container:
         self.exit: Exit | None = None
         self.attendance: Attendance | None = None
         """Who starts commands in it, from the first one on."""
+        self.paused = False
+        """It was made to stand still, as far as this agent knows."""
         self._cpu_us = 0
         self._cpu_at = time.monotonic()
 

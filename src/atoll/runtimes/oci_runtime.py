@@ -46,7 +46,7 @@ EXECUTIONS_MAX = 256
 THREADS_MAX = 8
 START_S_MAX = 60.0
 END_S_MAX = 10.0
-SETTLE_S_MAX = 30.0
+SETTLE_S_MAX = START_S_MAX
 SETTLE_STEP_S = 0.01
 ADOPT_PAUSES_S = (1.0, 1.0, 0.0)
 """After each try to adopt a box: what is in the way may pass."""
@@ -259,7 +259,9 @@ class OciRuntime:
         async def bring() -> Usher:
             async with self._starts:
                 self._foretell(boxes, place)
-                return await bring_usher(place, where or await self._in_thread(boxes.usher_program))
+                usher = await bring_usher(place, where or await self._in_thread(boxes.usher_program))
+                usher.channel.stands_still = lambda: container.paused
+                return usher
 
         container.attendance = container.attendance or Attendance()
         argv, env, workdir = command
@@ -281,10 +283,14 @@ class OciRuntime:
         await self._in_thread(container.group.kill)
 
     async def pause(self, id: str) -> None:
-        await self._in_thread((await self._running(id)).group.freeze)
+        container = await self._running(id)
+        await self._in_thread(container.group.freeze)
+        container.paused = True
 
     async def resume(self, id: str) -> None:
-        await self._in_thread((await self._running(id)).group.thaw)
+        container = await self._running(id)
+        await self._in_thread(container.group.thaw)
+        container.paused = False
 
     async def snapshot(self, id: str, directory: Path) -> Snapshot:
         await self._find(id)

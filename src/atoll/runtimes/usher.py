@@ -46,30 +46,30 @@ class Usher:
 
     def __init__(self, launch: Launch, channel: GuestChannel, inward: ReadTransport, *, answer_s: float = ANSWER_S_MAX) -> None:
         self._launch = launch
-        self._channel = channel
+        self.channel = channel
         self._inward = inward
         self._answer_s = answer_s
         self._closed = False
 
     @property
     def lost(self) -> bool:
-        return self._closed or self._channel.lost.is_set()
+        return self._closed or self.channel.lost.is_set()
 
     async def run(self, process: bytes, name: str, size: tuple[int, int] | None) -> GuestExecution | None:
         """Start a command; None where nothing ran, and another way may do.
 
         Raises CommandNotFound, RuntimeFailed, with the command's name; DeadlineExceeded, and then all that it started is ended.
         """
-        late = asyncio.get_running_loop().call_later(self._answer_s, self._channel.cut)
+        late = asyncio.get_running_loop().call_later(self._answer_s, self._late)
         try:
-            answer = await try_beside(self._channel, process, name, size)
+            answer = await try_beside(self.channel, process, name, size)
         except (Exhausted, TooLarge):
             return None
         finally:
             late.cancel()
         if isinstance(answer, GuestExecution):
             return answer
-        if self._channel.was_cut:
+        if self.channel.was_cut:
             self.close()
             raise DeadlineExceeded(f"what starts commands in the instance did not start {name!r} in time", mend="try again")
         if answer == LOST:
@@ -78,16 +78,20 @@ class Usher:
             return None
         raise cannot_run(name, answer)
 
+    def _late(self) -> None:
+        if not self.channel.stands_still():
+            self.channel.cut()
+
     def close(self) -> None:
         """Hang up: it then ends by itself, and if not its shim ends it."""
         self._closed = True
-        self._channel.hang_up()
+        self.channel.hang_up()
         self._inward.close()
         self._launch.close()
 
     async def end(self) -> None:
         """As `close`, and return when it has ended, or after END_S_MAX."""
-        self._channel.hang_up()
+        self.channel.hang_up()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._launch.ending.event.wait(), END_S_MAX)
         self.close()

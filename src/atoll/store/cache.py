@@ -158,6 +158,13 @@ class State:
         """Return the new revision once it is above `revision`; for level-triggered loops. Raises as `reach`."""
         return await self.reach(Revision(revision + 1))
 
+    def unchanged_since(self, revision: int) -> bool:
+        """Return whether nothing here has changed after `revision`; False where that is too long ago to tell."""
+        try:
+            return not self._window.read(Revision(revision + 1), 1)
+        except Compacted:
+            return False
+
     def changes(self, start: Revision | None = None) -> AsyncIterator[Deltas]:
         """Return all changes from revision `start` on; without it, all after this call.
 

@@ -37,6 +37,8 @@ KEEP_ALIVE_S = 75
 PING_S = 20.0
 HERE_S = 4.0
 """How often a peer of which nothing is read is told that this end is there; ours call one gone after 10 s (`sdk/websocket.py`)."""
+AGENTS = "/v1/nodes/"
+"""Where agents' streams are."""
 IN_VAIN = 2
 """A kernel that let so many packets in a row go without an answer is gone."""
 CLIENTS = "/v1/projects/"
@@ -104,6 +106,8 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     An answer to a ping that does not come says nothing while it may lie unread, here or there."""
 
     patience_s = PAUSED_S
+    agent_close_s = 10.0
+    """How long an agent may leave unread that its stream has ended: until then it does not know that its client has gone."""
     here_s = HERE_S
     _shown: Shown | None = None
     _heard_at = float("-inf")
@@ -174,6 +178,8 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     async def run_asgi(self) -> None:
         if self._shown is not None:
             cast(Any, self.scope)["extensions"][SHOWN] = self._shown
+        if self.scope["path"].startswith(AGENTS):
+            self.close_timeout = self.agent_close_s  # what is sent to an agent whose client has gone is of no use
         await super().run_asgi()
 
     async def send(self, message: Any) -> None:

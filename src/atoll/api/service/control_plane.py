@@ -64,7 +64,7 @@ class LocalControlPlane:
         return self._feeds.assignments(node, keepalive_s)
 
     async def report(self, node: str, statuses: Sequence[Status], events: Sequence[Event] = ()) -> None:
-        await reports.report(self._context, node, statuses, events, self._allowance)
+        await reports.report(self._context, node, statuses, events, self._allowance, self._feeds.had)
 
     async def instance_secrets(self, instance: str, node: str | None = None) -> dict[str, str]:
         """See `ControlPlane`; with `node`, only for an instance of that node."""

@@ -35,8 +35,9 @@ def bounded(event: Event) -> Event:
     data: dict[str, Any] = {}
     left_bytes = DATA_BYTES_MAX
     for name, value in list(event.data.items())[:DATA_ITEMS_MAX]:
-        left_bytes -= len(codec.encode({name: value}))
-        if left_bytes >= 0:
+        size_bytes = len(codec.encode({name: value}))
+        if size_bytes <= left_bytes:
+            left_bytes -= size_bytes
             data[name] = value
     if len(event.message) <= MESSAGE_CHARS_MAX and len(data) == len(event.data):
         return event

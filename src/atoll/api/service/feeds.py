@@ -41,6 +41,8 @@ from atoll.model.states import Desired, Phase
 from atoll.store.cache import Delta, Deltas, Held
 from atoll.store.index import by_project
 
+LEFT_S, LEFT_MAX = 3_600.0, 10_000
+"""How long it is known that a project had an instance on a node, and of how many."""
 ROUTINGS_AT_ONCE = 500
 """Apps whose routing is computed before others get their turn."""
 
@@ -102,6 +104,8 @@ class Feeds:
         self._agents: dict[str, dict[Listener, None]] = defaultdict(dict)  # in the order they came, which repeats
         self._ingresses: dict[Listener, None] = {}
         self._routings: dict[str, Routing | None] = {}
+        self._left: dict[tuple[str, str], float] = {}
+        """(node, project) → when one of the project's instances has gone from there; the last so last."""
         self._following = Following(self._state, "feeds", self._apply, self._rebuild)
 
     def start(self) -> None:
@@ -117,6 +121,11 @@ class Feeds:
         """Return the instances that are placed on `node`."""
         return list(self._state.found(Instance, by_node, node).values())
 
+    def had(self, node: str, project: str) -> bool:
+        """Return whether an instance of the project was on `node` in the last LEFT_S, as far as this server has seen it go."""
+        at = self._left.get((node, project))
+        return at is not None and self._context.clock.monotonic() - at < LEFT_S
+
     async def assignments(self, node: str, keepalive_s: float | None = None) -> AsyncIterator[AssignmentBatch]:
         """See `ControlPlane.assignments`; with `keepalive_s`, an empty batch whenever so long nothing happened.
 
@@ -128,6 +137,7 @@ class Feeds:
             while True:
                 if listener.everything:
                     await self._context.be_current()
+                    await self._following.reach(int(self._state.revision))
                 revision = self._following.revision
                 if listener.everything:
                     listener.everything = listener.prefetch = False
@@ -310,9 +320,17 @@ class Feeds:
         record = either.record
         if record.owner_kind is OwnerKind.APP:
             apps.add(f"{record.project}/{record.owner}")
+        if old is not None and old.record.node is not None and (new is None or new.record.node != old.record.node):
+            self._note_left(old.record.node, record.project)
         for node in {held.record.node for held in (old, new) if held is not None and held.record.node is not None}:
             for listener in self._agents.get(node, ()):
                 listener.mark(key)
+
+    def _note_left(self, node: str, project: str) -> None:
+        self._left.pop((node, project), None)
+        self._left[node, project] = self._context.clock.monotonic()
+        if len(self._left) > LEFT_MAX:
+            del self._left[next(iter(self._left))]
 
 
 def _shares(held: Held[AppStatus] | None) -> object:

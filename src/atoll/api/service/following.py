@@ -25,8 +25,19 @@ class Following:
         self._rebuild = rebuild
         self._task: asyncio.Task[None] | None = None
         self.closed = False
-        self.revision = 0
-        """Up to which all changes were applied. The cache itself may be further on."""
+        self._applied = 0
+        self._moved = asyncio.Event()
+        """Set, and another put in its place, whenever more was applied."""
+
+    @property
+    def revision(self) -> int:
+        """Up to which all changes were applied. The cache may be further on, though not by what changed nothing that it holds."""
+        return int(self._state.revision) if self._state.unchanged_since(self._applied) else self._applied
+
+    async def reach(self, revision: int) -> None:
+        """Return once all changes up to `revision`, which the cache has seen, were applied."""
+        while self.revision < revision:
+            await self._moved.wait()
 
     def start(self) -> None:
         """Begin to follow; safe to repeat. Must be called where the event loop runs."""
@@ -46,7 +57,7 @@ class Following:
             try:
                 async for deltas in changes:
                     self._apply(deltas)
-                    self.revision = int(deltas.revision)
+                    self._note(int(deltas.revision))
             except Unavailable:
                 return
             except Compacted:
@@ -61,5 +72,10 @@ class Following:
         """Take all as it is, and return what changes after that: both in one moment, so that no change falls in between."""
         changes = self._state.changes()
         self._rebuild()
-        self.revision = int(self._state.revision)
+        self._note(int(self._state.revision))
         return changes
+
+    def _note(self, revision: int) -> None:
+        self._applied = revision
+        self._moved.set()
+        self._moved = asyncio.Event()

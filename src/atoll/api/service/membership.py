@@ -194,7 +194,11 @@ class Membership(Expulsions):
             # To ask again is for an answer that was lost, not a way back in; nor into what another machine has joined as since.
             self._not_revoked(token.kind, name)
             held = self._state.get(Identity, f"{token.kind}/{name}")
-            if held is None or not token.used_enrolment or held.record.enrolment != token.used_enrolment:
+            # A server of before says only when it was used, which is when the machine joined unless it has asked again since.
+            same = held is not None and (
+                held.record.enrolment == token.used_enrolment if token.used_enrolment else held.record.joined_at == token.used_at
+            )
+            if not same:
                 said = f"this join token was used already, by '{name}', which was removed or replaced since"
                 raise Conflict(said, mend=_JOIN_MEND)
         if token.subject and token.subject != name:

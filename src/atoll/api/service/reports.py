@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 from msgspec.structs import replace
@@ -40,12 +40,20 @@ def _closure() -> dict[Phase, frozenset[Phase]]:
 REACHABLE = _closure()
 
 
-async def report(context: Context, node: str, statuses: Sequence[Status], events: Sequence[Event], allowance: Allowance) -> None:
+async def report(
+    context: Context,
+    node: str,
+    statuses: Sequence[Status],
+    events: Sequence[Event],
+    allowance: Allowance,
+    had: Callable[[str, str], bool],
+) -> None:
     """Write what `node` says of its instances. Safe to repeat.
 
     What concerns an instance that is gone, or would go back from an end, is left out: the agent is told of removals by its
     assignments. So is a word that comes after a newer one of the same node: a report may have been on its way for long; and an
-    event in a project that has nothing there. Of the events that go beyond `allowance`, only their number is written.
+    event in a project that has nothing there, and by `had` had nothing lately. Of the events that go beyond `allowance`, only
+    their number is written.
     Raises NotFound for a node that has not registered, Forbidden for another node's instance, Conflict when all else is written
     and some of it was not the newest word (an agent whose date was set back says it again, with higher numbers), Invalid, TooLarge,
     Unavailable when this server's cache is too far behind to tell.
@@ -67,10 +75,10 @@ async def report(context: Context, node: str, statuses: Sequence[Status], events
         _check_event(context, node, event)
     unknown = any(context.state.get(Instance, f"{status.project}/{status.instance}") is None for status in newest.values())
     projects = {event.project for event in events}
-    if unknown or not all(_may_write(context, node, project) for project in projects):
+    if unknown or not all(_may_write(context, node, project, had) for project in projects):
         # Gone, or this server has not heard of it yet: the agent may have come from one that has.
         await context.be_current()
-    projects = {project for project in projects if _may_write(context, node, project)}
+    projects = {project for project in projects if _may_write(context, node, project, had)}
     fresh = {f"{event.project}/{event.id}": event for event in events if event.project in projects}
     said = [_event(context, node, event) for key, event in fresh.items() if context.state.get(Event, key) is None]
     with allowance.of(node, len(said)) as (room, left_out):
@@ -140,10 +148,10 @@ def _status(context: Context, node: str, status: Status) -> tuple[list[Compare],
     return [exists, absent(key) if old is None else unchanged(key, old.revision)], Put(key, codec.encode(status))
 
 
-def _may_write(context: Context, node: str, project: str) -> bool:
-    """Whether events of `node` may stand in a project: the cell's own, and each that has an instance there."""
+def _may_write(context: Context, node: str, project: str, had: Callable[[str, str], bool]) -> bool:
+    """Whether events of `node` may stand in a project: the cell's own, and each that has an instance there, or had one lately."""
     there = context.state.found(Instance, by_node, node).values()
-    return project == CELL_PROJECT or any(held.record.project == project for held in there)
+    return project == CELL_PROJECT or any(held.record.project == project for held in there) or had(node, project)
 
 
 def _check_event(context: Context, node: str, event: Event) -> None:

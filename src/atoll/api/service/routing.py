@@ -175,17 +175,16 @@ def _lost(state: State, node: str) -> bool:
 
 
 def _has(state: State, node: str, address: str) -> bool:
-    """Return whether an instance of the node can have the address, as no node can give itself another's, and none leads an ingress
-    to itself or to what is near it. Of a node that is in no fabric that is any which nodes can have and no other does."""
+    """Return whether an instance of the node can have the address: no node of the fabric can give itself another's, and none leads
+    an ingress to itself or to what is near it. Of one that is in no fabric that is any which nodes can have."""
     own = ipaddress.IPv4Address(address)
     held = state.get(FabricNode, node)
     if held is not None:
         return own in _network(held.record.prefix) and address != node_address(held.record.prefix)
-    others = (other.record.prefix for other in state.records(FabricNode).values())
-    return any(own in one for one in PRIVATE) and not any(own in _network(prefix) for prefix in others)
+    return any(own in one for one in PRIVATE)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def _network(prefix: str) -> ipaddress.IPv4Network:
     return ipaddress.IPv4Network(prefix)
 

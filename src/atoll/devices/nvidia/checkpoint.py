@@ -46,7 +46,7 @@ class CheckpointError(Exception):
 
 
 class CheckpointUnsupported(CheckpointError):
-    """There is no driver here that can, whatever the program."""
+    """No driver here can, whatever the program, or it cannot tell how this one stands. The program was not touched."""
 
 
 async def suspend(pid: int, environment: Mapping[str, str] | None = None) -> None:
@@ -126,7 +126,12 @@ class _Driver:
 
 def _act(action: str, pid: int) -> CudaState:
     driver = _Driver(pid)
-    now = driver.state()
+    try:
+        now = driver.state()
+    except CheckpointError as error:
+        if action == "suspend":  # it was not touched, and cannot be
+            raise CheckpointUnsupported(str(error), None) from None
+        raise
     if action != "state" and now is CudaState.FAILED:
         raise CheckpointError(f"cannot {action} it (process {pid}): the driver says that it has failed", None)
     if action == "suspend" and now in (CudaState.RUNNING, CudaState.LOCKED):

@@ -100,6 +100,8 @@ class GuestChannel:
         self.lost = asyncio.Event()
         self.was_cut = False
         """It is lost because whoever is there was silent for too long."""
+        self.stands_still: Callable[[], bool] = lambda: False
+        """Says whether the guest was made to stand still, and so cannot help its silence."""
         self.first = GuestStream()
         """The instance's own process."""
         self._reading: asyncio.Task[None] | None = None
@@ -280,17 +282,22 @@ class GuestChannel:
     async def send(self, kind: Kind, stream: int = 0, data: bytes = b"") -> None:
         """Send a frame; returns when there is room for the next. A guest that has gone is no error.
 
-        One that makes no room for SEND_S_MAX is `cut`, so that nobody waits for it any longer.
+        One that makes no room for SEND_S_MAX is `cut`, so that nobody waits for it any longer, unless it `stands_still`.
         """
-        try:
-            async with asyncio.timeout(SEND_S_MAX), self._lock:
-                if self.lost.is_set():
+        async with self._lock:
+            if self.lost.is_set():
+                return
+            self._writer.write(HEADER.pack(len(data), kind, 0, stream) + data)
+            while True:
+                try:
+                    async with asyncio.timeout(SEND_S_MAX):
+                        with contextlib.suppress(OSError):
+                            await self._writer.drain()
                     return
-                self._writer.write(HEADER.pack(len(data), kind, 0, stream) + data)
-                with contextlib.suppress(OSError):
-                    await self._writer.drain()
-        except TimeoutError:
-            self.cut()
+                except TimeoutError:
+                    if not self.stands_still():
+                        self.cut()
+                        return
 
     async def ask(self, kind: Kind, answer: Kind, data: bytes = b"", *, deadline_s: float = ANSWER_S_MAX) -> bytes:
         """Send a frame that is answered by one of the kind `answer`. Raises Unavailable, DeadlineExceeded."""

@@ -70,7 +70,6 @@ class VmContainer(Container):
     """One machine, as this agent knows it."""
 
     channel: GuestChannel | None = None
-    paused = False
     opening: asyncio.Lock | None = None
     asking: asyncio.Semaphore | None = None
 
@@ -295,6 +294,7 @@ class VmRuntime(OciRuntime):
                 container.channel = await GuestChannel.open(
                     lambda: self.reach(directory), deadline_s=deadline_s, given_up=shim.event if shim else None
                 )
+                container.channel.stands_still = lambda: container.paused
             return container.channel
 
     async def _close_channel(self, container: VmContainer) -> None:
