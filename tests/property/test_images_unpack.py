@@ -20,6 +20,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from atoll.images.entries import DEPTH_MAX
 from atoll.images.unpack import unpack
 from atoll.model.errors import AtollError, ImageError, Unavailable
 
@@ -331,3 +332,10 @@ def test_a_damaged_layer_is_an_error_of_ours_or_unpacks(seed: int, flips: int, p
             unpack_bytes(Path(name), PACKINGS[packing](bytes(data)))
         except AtollError:
             assert not (Path(name) / "out").exists()
+
+
+def test_a_name_that_is_deeper_than_can_be_removed_again_is_refused(work: Path) -> None:
+    with pytest.raises(ImageError, match="257 deep"):
+        unpack_bytes(work, tar_of(entry("a/" * DEPTH_MAX + "b")))
+    out = unpack_bytes(work, tar_of(entry("a/" * (DEPTH_MAX - 1) + "b")))
+    shutil.rmtree(out)

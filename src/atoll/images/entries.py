@@ -27,6 +27,8 @@ XATTR_PREFIX = "SCHILY.xattr."
 XATTRS_KEPT = ("user.", "security.capability")
 """Others are dropped: `trusted.overlay.*` would be an order to overlayfs, not data."""
 SIZE_BYTES_MAX = 1 << 50
+DEPTH_MAX = 256
+"""Directories that a name may lie in: removing what is deeper takes more of Python's stack than it has."""
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -279,6 +281,8 @@ def _split(name: bytes) -> list[bytes]:
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
     if b".." in parts or (name.startswith(b"/") and parts):
         raise ImageError(f"the layer is hostile: the name {show(name)} leads out of it")
+    if len(parts) > DEPTH_MAX:
+        raise ImageError(f"the layer is hostile: the name {show(name)} is {len(parts)} deep; at most {DEPTH_MAX} are taken")
     return parts
 
 
