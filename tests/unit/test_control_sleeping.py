@@ -6,7 +6,7 @@ import asyncio
 import math
 
 import pytest
-from control_cell import Cell, fails, run_virtual
+from control_cell import Cell, LoopClock, fails, run_virtual
 
 from atoll.control.sleeping import FRESH_S, idle_for
 from atoll.model.records import App, AppPhase
@@ -36,6 +36,13 @@ def test_nobody_has_asked_for_so_long_for_certain(
     asked: float, changed: float, began: float, heard: list[float], runs: bool, idle: float
 ) -> None:
     assert idle_for(100.0, asked=asked, changed=changed, began=began, heard=heard, runs=runs) == idle
+
+
+class SetClock(LoopClock):
+    ahead_s = 3600.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead_s
 
 
 class Sleepers(Cell):
@@ -86,6 +93,19 @@ def test_a_deploy_runs_once_then_sleeps_and_a_request_wakes_one_instance_at_once
             assert IDLE_S <= await cell.asleep() - asked_at < IDLE_S + 3
             assert cell.codes().count("app-woken") == 1
             assert cell.codes().count("app-asleep") == 2
+
+    run_virtual(story())
+
+
+def test_one_that_was_deployed_before_the_date_was_set_back_sleeps_all_the_same() -> None:
+    async def story() -> None:
+        async with Sleepers() as cell:
+            cell.clock = clock = SetClock()
+            await cell.begin()
+            await cell.until(lambda: cell.ready() == 1)
+            clock.ahead_s = 0.0
+            set_back_at = clock.monotonic()
+            assert IDLE_S <= await cell.asleep() - set_back_at < IDLE_S + 3
 
     run_virtual(story())
 

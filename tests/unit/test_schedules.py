@@ -35,10 +35,11 @@ def decide(
     overlap: Overlap = Overlap.SKIP,
     late: float | None = None,
     last: JobStatus | None = None,
+    forward_since: float | None = None,
     **more: Any,
 ) -> list[Any]:
     numbers = itertools.count()
-    decision = Decision(now, lambda: f"{next(numbers):06d}")
+    decision = Decision(now, lambda: f"{next(numbers):06d}", forward_since=forward_since)
     spec = structs.replace(SPEC, overlap=overlap, starting_deadline=Seconds(late) if late is not None else None)
     job = Job(project="p", name="report", spec=spec, created_at=since, scheduled_from=since, **more)
     decide_schedule(job, 7, last, runs, decision, taken=False)
@@ -145,6 +146,18 @@ def test_after_an_outage_only_the_last_time_is_run_and_the_rest_is_counted(
         assert (job.name, job.parent) == (run_name("report", ran_for or 0), "report")
         assert (job.spec.name, job.spec.schedule) == (job.name, None)
         check_job(job.spec)
+
+
+@pytest.mark.parametrize("ahead_s", [300.0, 1e9])
+@pytest.mark.parametrize(("made_ahead", "ticked_ahead"), [(True, False), (False, True), (True, True)])
+def test_what_was_stamped_before_the_date_was_set_back_holds_no_run_up(ahead_s: float, made_ahead: bool, ticked_ahead: bool) -> None:
+    since = T + ahead_s if made_ahead else T - 600
+    ticked_at = T + ahead_s if ticked_ahead else None
+    last = JobStatus(project="p", name="report", phase=JobPhase.SCHEDULED, ticked_at=ticked_at)
+    actions = decide(since=since, last=last, forward_since=T - 100)
+    assert [action.job.tick for action in actions if isinstance(action, CreateJob)] == [T]
+    assert status_in(actions).ticked_at == T
+    assert "CreateJob" not in kinds(decide(since=since, last=status_in(actions), now=T + 1, forward_since=T - 100))
 
 
 def test_one_that_is_suspended_makes_none_and_says_so() -> None:

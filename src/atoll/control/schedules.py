@@ -49,7 +49,7 @@ def decide_schedule(job: Job, revision: int, last: JobStatus | None, runs: Seque
     if spec.schedule is None:
         raise AssertionError("only jobs with a schedule are decided here")
     status = last or JobStatus(project=job.project, name=job.name, phase=JobPhase.SCHEDULED)
-    since = max(job.scheduled_from or job.created_at, status.ticked_at or 0.0)
+    since = max(decision.past(job.scheduled_from or job.created_at), decision.past(status.ticked_at or 0.0))
     active = [run for run in runs if run.active]
     made = 0
     if not job.suspended:

@@ -86,7 +86,7 @@ class Sleeping:
         if floor.least:
             return replace(facts, awake=True)
         now, key = self._clock.monotonic(), f"{app.project}/{app.name}"
-        changed = now - max(0.0, decision.now - app.updated_at)
+        changed = now - (decision.now - decision.past(app.updated_at))
         forecast = self._demand.forecasts.get(key) if scale.idle is Idle.PREDICT else None
         idle_s = idle_for(
             now,
