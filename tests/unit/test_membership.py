@@ -6,12 +6,15 @@ import asyncio
 import errno
 import os
 import random
+import ssl
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from control_cell import run_virtual
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -44,6 +47,7 @@ from atoll.model.errors import (
     VersionSkew,
 )
 from atoll.model.membership import (
+    EARLY_S,
     Authority,
     Certified,
     JoinRequest,
@@ -131,6 +135,8 @@ class Cell:
         self.service = service
         self.clock = clock
         self.store = service.context.store
+        self.ways = 0
+        """Dialled for renewals."""
 
     async def put(self, key: str, record: object) -> None:
         await self.service.context.reach(await self.store.put(key, codec.encode(record)))
@@ -154,8 +160,8 @@ class Cell:
         return self.service.membership
 
 
-@pytest.fixture
-async def cell() -> AsyncIterator[Cell]:
+@asynccontextmanager
+async def new_cell() -> AsyncIterator[Cell]:
     clock = FakeClock()
     store = MemoryStore(clock)
     async with State(store, KINDS) as state, Service(store, state, clock, random.Random(1), bytes(32)) as service:
@@ -163,6 +169,12 @@ async def cell() -> AsyncIterator[Cell]:
         await made.put(keys.server("s1"), Server(id="s1", urls=("https://10.0.0.1:7600",), version="0", started_at=0))
         yield made
     await store.close()
+
+
+@pytest.fixture
+async def cell() -> AsyncIterator[Cell]:
+    async with new_cell() as made:
+        yield made
 
 
 async def test_a_machine_joins_with_a_token_and_is_known_by_its_certificate(cell: Cell) -> None:
@@ -714,6 +726,7 @@ class Way(HttpTransport):
     def __init__(self, cell: Cell) -> None:
         super().__init__("http://server")
         self._cell = cell
+        cell.ways += 1
 
     async def request(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: bytes = b"", timeout_s: float = 30.0
@@ -771,6 +784,60 @@ async def test_a_certificate_that_cannot_be_read_now_is_looked_at_again(cell: Ce
     await asyncio.sleep(0.01)
     assert not keeping.done()
     keeping.cancel()
+
+
+def test_a_certificate_that_does_not_count_yet_is_replaced_by_one_that_begins_earlier(tmp_path: Path) -> None:
+    async def nothing_bad(code: str, message: str, bad: bool) -> None:
+        raise AssertionError(code)
+
+    async def story() -> None:
+        async with new_cell() as cell:
+            ours = FakeClock()
+            cell.clock.time = ours.time + EARLY_S + 10
+            credentials = held_by(await cell.join("n1"), tmp_path)
+            before, tls = credentials.file.read_bytes(), credentials.tls()
+            keeping = asyncio.create_task(keep_renewed(credentials, lambda: Way(cell), tls, ours, AtOnce(), nothing_bad))
+            await asyncio.sleep(2.5 * LOOK_S)
+            assert credentials.file.read_bytes() == before, "what begins no earlier helps nobody"
+            assert cell.ways == 2, "one is asked for at each look"
+            cell.clock.time = ours.time
+            await asyncio.sleep(5 * LOOK_S)
+            held = credentials.load()
+            assert held is not None
+            assert (held.begins_at, tls.generation) == (ours.time, 1)
+            assert cell.ways == 3
+            keeping.cancel()
+
+    run_virtual(story())
+
+
+def shown_by(server: ssl.SSLContext) -> x509.Certificate:
+    """Return what a server shows to who comes now."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    to, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client, other = context.wrap_bio(back, to), server.wrap_bio(to, back, server_side=True)
+    for side in (client, other):
+        with pytest.raises(ssl.SSLWantReadError):
+            side.do_handshake()
+    client.do_handshake()
+    shown = client.getpeercert(True)
+    assert shown is not None
+    return x509.load_der_x509_certificate(shown)
+
+
+async def test_a_server_whose_date_was_set_back_shows_a_certificate_that_counts(cell: Cell, tmp_path: Path) -> None:
+    certificate = ServerCertificate(Config(data=tmp_path), cell.service, "s1", cell.clock)
+    await certificate.begin()
+    first = shown_by(certificate.tls.context)
+    await certificate.begin()
+    assert shown_by(certificate.tls.context) == first
+    cell.clock.time -= 3600.0
+    await certificate.begin()
+    second = shown_by(certificate.tls.context)
+    assert second.not_valid_before_utc.timestamp() == cell.clock.now() - EARLY_S
+    await certificate.begin()
+    assert shown_by(certificate.tls.context) == second
 
 
 async def test_a_server_that_cannot_write_down_the_authorities_says_so_and_goes_on_once_it_can(cell: Cell, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_after_an_outage_only_the_last_time_is_run_and_the_rest_is_counted(
 
 @pytest.mark.parametrize("ahead_s", [300.0, 1e9])
 @pytest.mark.parametrize(("made_ahead", "ticked_ahead"), [(True, False), (False, True), (True, True)])
-def test_what_was_stamped_before_the_date_was_set_back_holds_no_run_up(ahead_s: float, made_ahead: bool, ticked_ahead: bool) -> None:
+def test_what_was_stamped_before_the_date_went_back_holds_up_no_run(ahead_s: float, made_ahead: bool, ticked_ahead: bool) -> None:
     since = T + ahead_s if made_ahead else T - 600
     ticked_at = T + ahead_s if ticked_ahead else None
     last = JobStatus(project="p", name="report", phase=JobPhase.SCHEDULED, ticked_at=ticked_at)

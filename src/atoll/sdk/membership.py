@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -52,6 +53,10 @@ class Held(Struct, frozen=True, kw_only=True):
     def renew_at(self) -> float:
         return self.begins_at + RENEW_AT * (self.ends_at - self.begins_at)
 
+    def valid_at(self, now: float) -> bool:
+        """Whether it counts already."""
+        return now >= self.begins_at - EARLY_S
+
 
 class Credentials:
     """The files `identity.pem` (key and certificate, 0600) and `ca.pem` in a directory of mode 0700."""
@@ -65,17 +70,13 @@ class Credentials:
     def load(self) -> Held | None:
         """Return what is held; None where nothing is. Raises Corrupt, Unavailable (it cannot be read now)."""
         try:
-            certificate = x509.load_pem_x509_certificate(self._certificate().encode())
+            certificate = self._certificate()
             self.bundle.read_text()
         except FileNotFoundError:
             return None
         except OSError as error:
             raise unavailable(self.file, error) from None
-        except ValueError as error:
-            raise Corrupt(f"{self.file} holds no certificate: {error}", mend="remove it, and join anew with --join") from None
-        name = str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
-        begins, ends = certificate.not_valid_before_utc.timestamp() + EARLY_S, certificate.not_valid_after_utc.timestamp()
-        return Held(name=name, begins_at=min(begins, ends), ends_at=ends)
+        return _read(certificate, self.file)
 
     def tls(self) -> Tls:
         """Return what connections to the cell are made with. Raises Invalid."""
@@ -110,9 +111,11 @@ class Credentials:
         assert held is not None  # noqa: S101 (it was just written)
         return held
 
-    async def renew(self, transport: Transport) -> Certified:
-        """Get another certificate for a new key, and keep both. Raises as the server answers, and Unavailable where they cannot be
-        kept; then what was held stays."""
+    async def renew(self, transport: Transport, *, before: float = math.inf) -> Certified | None:
+        """Get another certificate for a new key, and keep both; return None, and keep neither, where it begins at `before` or later.
+
+        Raises as the server answers, and Unavailable where they cannot be kept; then what was held stays.
+        """
         try:
             old = serialization.load_pem_private_key(self.file.read_bytes(), None)
             certificate = self._certificate()
@@ -125,6 +128,8 @@ class Credentials:
         proof = old.sign(renewal_message(csr), ec.ECDSA(hashes.SHA256()))
         request = RenewRequest(certificate=certificate, csr=csr, proof=proof)
         certified = await _post(transport, "/v1/identity/renew", request)
+        if _read(certified.certificate, "the server's answer").begins_at >= before:
+            return None
         self._keep(key, certified)
         return certified
 
@@ -154,6 +159,8 @@ async def keep_renewed(
 ) -> None:
     """Renew the certificate when two thirds of its life are over, for ever; `tls` shows the new one from then on.
 
+    One that does not count yet is of a server whose clock was ahead, or this machine's is behind: nobody here knows which. So
+    another is asked for at every look, and kept where it begins earlier.
     `anonymous` gives a way to the servers that shows no certificate: one that has expired would end the handshake, and the
     server takes it in a renewal all the same. What fails is said once, and tried again with growing waits.
     """
@@ -168,11 +175,12 @@ async def keep_renewed(
         if held is None:
             raise Corrupt("the machine's certificate is gone", mend="join anew with --join")
         await asyncio.sleep(wait_s(held, clock.now(), failures, choose))
-        # A clock that was set back to before the certificate began is no reason: a new one would begin later still.
-        if clock.now() < held.renew_at:
+        valid = held.valid_at(clock.now())
+        if valid and clock.now() < held.renew_at:
+            failures = 0
             continue
         try:
-            certified = await _renewed(credentials, anonymous())
+            certified = await _renewed(credentials, anonymous(), math.inf if valid else held.begins_at)
         except AtollError as error:
             failures += 1
             log.warning("the certificate could not be renewed", cause=error.message, mend=error.mend, failures=failures)
@@ -180,13 +188,14 @@ async def keep_renewed(
                 await _said(say, "certificate-not-renewed", f"the certificate could not be renewed: {error.message}", True)
         else:
             failures = 0
-            tls.renewed()
-            log.info("the certificate was renewed", name=certified.name)
+            if certified is not None:
+                tls.renewed()
+                log.info("the certificate was renewed", name=certified.name)
 
 
-async def _renewed(credentials: Credentials, transport: Transport) -> Certified:
+async def _renewed(credentials: Credentials, transport: Transport, before: float) -> Certified | None:
     try:
-        return await credentials.renew(transport)
+        return await credentials.renew(transport, before=before)
     finally:
         await transport.close()
 
@@ -213,6 +222,17 @@ async def _post(transport: Transport, path: str, record: object) -> Certified:
     except Unauthenticated as error:
         mend = "make another join token with 'atoll join-token create' on a machine that may"
         raise Unauthenticated(error.message, mend=mend) from None
+
+
+def _read(certificate: str, where: object) -> Held:
+    """Raises Corrupt."""
+    try:
+        found = x509.load_pem_x509_certificate(certificate.encode())
+    except ValueError as error:
+        raise Corrupt(f"{where} holds no certificate: {error}", mend="remove it, and join anew with --join") from None
+    name = str(found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+    begins, ends = found.not_valid_before_utc.timestamp() + EARLY_S, found.not_valid_after_utc.timestamp()
+    return Held(name=name, begins_at=min(begins, ends), ends_at=ends)
 
 
 def _csr(key: ec.EllipticCurvePrivateKey) -> str:
