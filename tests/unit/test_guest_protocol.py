@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import socket
+import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,56 @@ async def test_much_data_goes_through_both_ways_without_loss() -> None:
         assert await output_of(execution) == data
         await feeding
         await execution.close()
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory that the guest, which is nobody, may write to."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+async def copy_into(channel: GuestChannel, directory: Path) -> GuestExecution:
+    return await start_beside(channel, words("in", str(directory)), "a copy", None, kind=Kind.COPY)
+
+
+def file_record(name: str, size: int) -> bytes:
+    """As native/guest/files.c reads it."""
+    return struct.pack("<c3xIIIQQHH", b"f", 0o644, NOBODY, NOBODY, 9, size, len(name), 0) + name.encode()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():  # noqa: ASYNC110 - another process does it
+            await asyncio.sleep(0.005)
+
+
+async def test_two_copies_into_one_directory_at_a_time_do_not_get_at_each_other_s_files(directory: Path) -> None:
+    async with session() as channel:
+        slow, quick = await copy_into(channel, directory), await copy_into(channel, directory)
+        await slow.write(file_record("a", 4) + b"aa")
+        await until(lambda: bool(list(directory.iterdir())))
+        await quick.write(file_record("b", 4) + b"bbbb")
+        await quick.close_stdin()
+        assert (await output_of(quick), await quick.wait()) == (b"", 0)
+        await slow.write(b"aa")
+        await slow.close_stdin()
+        assert (await output_of(slow), await slow.wait()) == (b"", 0)
+        await slow.close()
+        await quick.close()
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == {"a": b"aaaa", "b": b"bbbb"}
+
+
+async def test_a_copy_that_is_cut_leaves_nothing_half_written(directory: Path) -> None:
+    async with session() as channel:
+        copying = await copy_into(channel, directory)
+        await copying.write(file_record("a", 4) + b"aa")
+        await until(lambda: bool(list(directory.iterdir())))
+        await copying.close_stdin()
+        assert await output_of(copying) == b"%d a" % errno.EPIPE
+        await copying.close()
+    assert list(directory.iterdir()) == []
 
 
 async def test_output_that_nobody_reads_makes_the_command_wait_and_nobody_else() -> None:

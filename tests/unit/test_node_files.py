@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from atoll.model.errors import Invalid, NotFound
+from atoll.model.errors import Invalid, NotFound, Unavailable
+from atoll.node import files
 from atoll.node.files import Ids, pack_files, unpack_files
 from atoll.node.in_root import IdMap, open_in_root
 
@@ -142,6 +145,92 @@ def test_hard_links_point_inside_the_archive(place: tuple[Path, int]) -> None:
     assert (path / "d/one").stat().st_ino == (path / "d/two").stat().st_ino
     with pytest.raises(Invalid):
         unpack_files(root, "/d", IDS, archive(entry("three", kind=tarfile.LNKTYPE, link="../../etc/passwd")))
+
+
+class Between(io.BytesIO):
+    """A stream that does something once, in the middle of its first file."""
+
+    def __init__(self, stream: io.BytesIO, work: Callable[[], None]) -> None:
+        super().__init__(stream.getvalue())
+        self._work: Callable[[], None] | None = work
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell() > 1024 and self._work is not None:
+            work, self._work = self._work, None
+            work()
+        return super().read(min(size or 0, 1024))
+
+
+def test_two_copies_into_one_directory_at_a_time_do_not_get_at_each_other_s_files(place: tuple[Path, int]) -> None:
+    path, root = place
+    second = archive(entry("b", b"b" * 50_000), entry("link", kind=tarfile.SYMTYPE, link="b"))
+    first = Between(archive(entry("a", b"a" * 50_000)), lambda: unpack_files(root, "/", IDS, second))
+    unpack_files(root, "/", IDS, first)
+    assert (path / "a").read_bytes() == b"a" * 50_000
+    assert (path / "b").read_bytes() == b"b" * 50_000
+    assert sorted(child.name for child in path.iterdir()) == ["a", "b", "link"]
+
+
+def test_a_copy_that_is_cut_leaves_nothing_half_written(place: tuple[Path, int]) -> None:
+    path, root = place
+
+    def cut() -> None:
+        assert len(list(path.iterdir())) == 1
+        raise Unavailable("the other end left")
+
+    with pytest.raises(Unavailable):
+        unpack_files(root, "/", IDS, Between(archive(entry("a", b"a" * 50_000)), cut))
+    assert list(path.iterdir()) == []
+
+
+def test_a_second_link_to_the_same_file_leaves_nothing_beside_it(place: tuple[Path, int]) -> None:
+    path, root = place
+    link = entry("two", kind=tarfile.LNKTYPE, link="one")
+    unpack_files(root, "/", IDS, archive(entry("one", b"x"), link, link))
+    assert sorted(child.name for child in path.iterdir()) == ["one", "two"]
+
+
+def test_what_a_killed_copy_left_goes_with_a_later_copy_and_what_one_writes_right_now_stays(
+    place: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, root = place
+    names = (".atoll-copy-0123abcd", "sub/.atoll-copy-00000000", ".atoll-copy-mine", "sub/mine")
+    (path / "sub").mkdir()
+    for name in names:
+        (path / name).touch()
+    again = archive(entry("sub", kind=tarfile.DIRTYPE))
+    unpack_files(root, "/", IDS, again)
+    assert all((path / name).exists() for name in names)
+    later = time.time() + files.LEFTOVER_S + 1
+    monkeypatch.setattr(files.time, "time", lambda: later)
+    again.seek(0)
+    unpack_files(root, "/", IDS, again)
+    assert [name for name in names if (path / name).exists()] == [".atoll-copy-mine", "sub/mine"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_what_is_on_a_file_system_of_the_kernel_s_is_not_copied_either_way(place: tuple[Path, int]) -> None:
+    path, root = place
+    (path / "proc").mkdir()
+    (path / "own").write_text("own")
+    subprocess.run(["mount", "-t", "proc", "proc", path / "proc"], check=True)
+    try:
+        (path / "way").symlink_to("/proc/sys")
+        with pytest.raises(Invalid, match="kernel"):
+            pack_files(root, "/proc/cpuinfo", IDS, io.BytesIO())
+        for name in ("/proc", "/way", "/way/kernel", "/proc/new"):
+            if name != "/proc/new":
+                with pytest.raises(Invalid, match="kernel"):
+                    pack_files(root, name, IDS, io.BytesIO())
+            with pytest.raises(Invalid, match="kernel"):
+                unpack_files(root, name, IDS, archive(entry("f", b"x")))
+        with pytest.raises(Invalid, match="kernel"):
+            unpack_files(root, "/", IDS, archive(entry("proc/sys/kernel/f", b"x")))
+        assert sorted(packed(root, "/")) == [".", "./own", "./proc", "./way"]
+        unpack_files(root, "/", IDS, archive(entry("own", b"new")))
+        assert (path / "own").read_text() == "new"
+    finally:
+        subprocess.run(["umount", path / "proc"], check=True)
 
 
 def test_what_is_not_a_tar_stream_is_said_to_be_none(place: tuple[Path, int]) -> None:

@@ -1,6 +1,7 @@
 """Copying files out of and into an instance's root as a tar stream; runs in a thread, since disks block.
 
-Names are the tenant's: they are resolved in its root only, links are copied as links, devices and pipes not at all.
+Names are the tenant's: they are resolved in its root only, links are copied as links, devices and pipes not at all, nor what
+lies on a file system of the kernel's: it answers whoever asks by his rights, and here the node's root would ask.
 """
 
 from __future__ import annotations
@@ -8,14 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import secrets
 import stat
 import tarfile
+import time
 
 from atoll.model.copying import COPY_BYTES_MAX, DEPTH_MAX, ENTRIES_MAX, PART_BYTES, Sink, Source, parts_of, top_of
 from atoll.model.errors import AtollError, Exhausted, Invalid, NotFound, RuntimeFailed, TooLarge
-from atoll.node.in_root import IdMap, acting_as, open_directory, open_in_root
+from atoll.node.in_root import IdMap, acting_as, is_kernels, open_directory, open_in_root
 
-_TEMPORARY = ".atoll-copy"
+LEFTOVER_S = 300.0
+"""A file without its name yet that nobody has written to for so long is of a copy that was killed: none rests so long."""
+_TEMPORARY = ".atoll-copy-"
+_TEMPORARIES = re.compile(r"\.atoll-copy-[0-9a-f]{8}")
 
 
 class Ids:
@@ -74,14 +81,15 @@ class _Packer:
         self._bytes += about.st_size if stat.S_ISREG(about.st_mode) else 0
         if self._entries > ENTRIES_MAX or self._bytes > COPY_BYTES_MAX or depth > DEPTH_MAX:
             raise TooLarge(f"more than is copied at once: {ENTRIES_MAX} files, {COPY_BYTES_MAX >> 30} GiB, {DEPTH_MAX} deep")
-        if stat.S_ISREG(about.st_mode):
+        if stat.S_ISREG(about.st_mode) and not is_kernels(fd):
             info.size = about.st_size
             with open(f"/proc/self/fd/{fd}", "rb") as file:
                 self._archive.addfile(info, _Exactly(file))  # type: ignore[arg-type]
         elif stat.S_ISDIR(about.st_mode):
             info.type = tarfile.DIRTYPE
             self._archive.addfile(info)
-            self._add_children(fd, name, depth)
+            if not is_kernels(fd):  # of a copy of `/`, /proc and /sys are empty
+                self._add_children(fd, name, depth)
         elif stat.S_ISLNK(about.st_mode):
             info.type, info.linkname = tarfile.SYMTYPE, os.readlink("", dir_fd=fd)
             self._archive.addfile(info)
@@ -129,7 +137,11 @@ def unpack_files(root: int, path: str, ids: Ids, source: Source) -> None:
 
 
 def _unpack_all(root: int, path: str, ids: Ids, source: Source) -> None:
-    os.close(open_directory(root, path))
+    top = open_directory(root, path)
+    try:
+        _remove_leftovers(top, ".")
+    finally:
+        os.close(top)
     with tarfile.open(mode="r|", fileobj=source, bufsize=PART_BYTES) as archive:  # type: ignore[call-overload]
         total = entries = 0
         for member in archive:
@@ -149,19 +161,23 @@ def _unpack(root: int, path: str, archive: tarfile.TarFile, member: tarfile.TarI
         if member.isdir():
             _make_directory(parent, parts[-1], member, owner)
             return
+        temporary = _TEMPORARY + secrets.token_hex(4)
         if member.isreg():
-            _write(parent, archive, member, owner)
+            made = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
         elif member.issym():
-            os.symlink(member.linkname, _TEMPORARY, dir_fd=parent)
-            os.chown(_TEMPORARY, *owner, dir_fd=parent, follow_symlinks=False)
+            os.symlink(member.linkname, temporary, dir_fd=parent)
         elif member.islnk():
-            _link(root, path, parent, member)
+            _link(root, path, parent, member, temporary)
         else:
             raise Invalid(f"{member.name}: only files, directories and links are copied")
-        os.rename(_TEMPORARY, parts[-1], src_dir_fd=parent, dst_dir_fd=parent)
-    except BaseException:
-        _remove_temporary(parent)
-        raise
+        try:
+            if member.isreg():
+                _write(made, archive, member, owner)
+            elif member.issym():
+                os.chown(temporary, *owner, dir_fd=parent, follow_symlinks=False)
+            os.rename(temporary, parts[-1], src_dir_fd=parent, dst_dir_fd=parent)
+        finally:
+            _remove(parent, temporary)  # also where rename(2) did nothing, as both are links to one file
     finally:
         os.close(parent)
 
@@ -172,6 +188,7 @@ def _make_directory(parent: int, name: str, member: tarfile.TarInfo, owner: tupl
     except FileExistsError:
         if not stat.S_ISDIR(os.stat(name, dir_fd=parent).st_mode):
             raise
+        _remove_leftovers(parent, name)
         return  # it keeps its owner and mode
     os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
@@ -181,9 +198,7 @@ def _make_directory(parent: int, name: str, member: tarfile.TarInfo, owner: tupl
         os.close(fd)
 
 
-def _write(parent: int, archive: tarfile.TarFile, member: tarfile.TarInfo, owner: tuple[int, int]) -> None:
-    _remove_temporary(parent)
-    fd = os.open(_TEMPORARY, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)
+def _write(fd: int, archive: tarfile.TarFile, member: tarfile.TarInfo, owner: tuple[int, int]) -> None:
     with os.fdopen(fd, "wb") as file:
         content = archive.extractfile(member)
         while content is not None and (data := content.read(PART_BYTES)):
@@ -194,17 +209,31 @@ def _write(parent: int, archive: tarfile.TarFile, member: tarfile.TarInfo, owner
         os.utime(fd, (member.mtime, member.mtime))
 
 
-def _link(root: int, path: str, parent: int, member: tarfile.TarInfo) -> None:
+def _link(root: int, path: str, parent: int, member: tarfile.TarInfo, name: str) -> None:
     target = parts_of(member.linkname)
     if not target:
         raise Invalid(f"{member.name}: a link to nothing")
     beside = open_directory(root, "/".join((path.rstrip("/"), *target[:-1])) or "/")
     try:
-        os.link(target[-1], _TEMPORARY, src_dir_fd=beside, dst_dir_fd=parent, follow_symlinks=False)
+        os.link(target[-1], name, src_dir_fd=beside, dst_dir_fd=parent, follow_symlinks=False)
     finally:
         os.close(beside)
 
 
-def _remove_temporary(parent: int) -> None:
+def _remove_leftovers(parent: int, name: str) -> None:
+    """Remove what copies that were killed left in the directory `name`, unless that is a link."""
+    with contextlib.suppress(OSError):
+        directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            for child in os.listdir(directory):  # noqa: PTH208 - by descriptor
+                if _TEMPORARIES.fullmatch(child):
+                    changed = os.stat(child, dir_fd=directory, follow_symlinks=False).st_ctime
+                    if time.time() - changed > LEFTOVER_S:
+                        os.unlink(child, dir_fd=directory)
+        finally:
+            os.close(directory)
+
+
+def _remove(parent: int, name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(_TEMPORARY, dir_fd=parent)
+        os.unlink(name, dir_fd=parent)

@@ -11,10 +11,35 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 
+from atoll.model.errors import Invalid
+
 _NR_OPENAT2 = 437
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_IN_ROOT = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
+_STATFS_BYTES = 256
+_KERNELS = {
+    "proc": 0x9FA0,
+    "sysfs": 0x62656572,
+    "cgroup": 0x27E0EB,
+    "cgroup2": 0x63677270,
+    "debugfs": 0x64626720,
+    "tracefs": 0x74726163,
+    "securityfs": 0x73636673,
+    "bpf": 0xCAFE4A11,
+    "configfs": 0x62656570,
+    "pstore": 0x6165676C,
+    "efivarfs": 0xDE5E81E4,
+    "selinuxfs": 0xF97CFF8C,
+    "smackfs": 0x43415D53,
+    "apparmorfs": 0x5A3C69F0,
+    "binfmt_misc": 0x42494E4D,
+    "fusectl": 0x65735543,
+    "resctrl": 0x07655821,
+    "nsfs": 0x6E736673,
+}
+"""File systems whose files are the kernel's answers (f_type of statfs(2), linux/magic.h)."""
+_KERNEL_TYPES = frozenset(_KERNELS.values())
 
 
 class _OpenHow(ctypes.Structure):
@@ -24,21 +49,34 @@ class _OpenHow(ctypes.Structure):
 def open_in_root(root: int, path: str, flags: int) -> int:
     """Return a descriptor of `path` with `root` (a directory's descriptor) as `/`; the caller closes it.
 
-    Symbolic links and `..` never lead out, not even while the tenant renames what they pass. Raises OSError.
+    Symbolic links and `..` never lead out, not even while the tenant renames what they pass. Raises OSError; Invalid for what
+    lies on a file system of the kernel's.
     """
     how = _OpenHow(flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
     name = os.fsencode(path) or b"."
     while True:
         fd = int(_libc.syscall(_NR_OPENAT2, root, name, ctypes.byref(how), ctypes.sizeof(how)))
         if fd >= 0:
-            return fd
+            if not is_kernels(fd):
+                return fd
+            os.close(fd)
+            raise Invalid(f"{path} is on a file system of the kernel's, which is not copied", mend="read or write it by exec")
         error = ctypes.get_errno()
         if error not in (errno.EINTR, errno.EAGAIN):  # EAGAIN: a rename disturbed the resolution
             raise OSError(error, os.strerror(error), path)
 
 
+def is_kernels(fd: int) -> bool:
+    """Whether a descriptor is of a file system like /proc and /sys. Raises OSError."""
+    about = ctypes.create_string_buffer(_STATFS_BYTES)
+    if _libc.fstatfs(fd, about) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return ctypes.c_ulong.from_buffer(about).value & 0xFFFFFFFF in _KERNEL_TYPES
+
+
 def open_directory(root: int, path: str) -> int:
-    """Return a descriptor of the directory `path`, made with its parents where it is not there. Raises OSError."""
+    """Return a descriptor of the directory `path`, made with its parents where it is not there. Raises as `open_in_root`."""
     flags = os.O_RDONLY | os.O_DIRECTORY
     try:
         return open_in_root(root, path, flags)

@@ -15,12 +15,15 @@
 #include <limits.h>
 #include <stdio.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
-#define TEMPORARY ".atoll-copy"
+#define TEMPORARY ".atoll-copy-"
 
-enum { RECORD_BYTES = 36, PART_BYTES = 64 << 10, DEEPEST = 200, DESCRIPTORS_MAX = 1024 };
+/* A file that a copy has not given its name yet, and has not written to for LEFTOVER_S, is of one that was killed. */
+enum { RECORD_BYTES = 36, PART_BYTES = 64 << 10, DEEPEST = 200, DESCRIPTORS_MAX = 1024, LEFTOVER_S = 300 };
 
 struct entry {
     char type, name[PATH_MAX], link[PATH_MAX];
@@ -31,9 +34,13 @@ struct entry {
 };
 
 static unsigned char part[PART_BYTES];
+static char temporary[sizeof TEMPORARY + 8];
+static int made_in = -1; /* the directory where `temporary` is, and is this copy's */
 
 static _Noreturn void give_up(const char *path) {
-    dprintf(2, "%d %s", errno, path);
+    int number = errno;
+    if (made_in >= 0) unlinkat(made_in, temporary, 0);
+    dprintf(2, "%d %s", number, path);
     _exit(1);
 }
 
@@ -157,10 +164,27 @@ static int open_directory(const char *path) {
     return open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
+/* Remove what copies that were killed left in the directory `name`, unless that is a link. */
+static void remove_leftovers(int parent, const char *name) {
+    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *directory = fd < 0 ? NULL : fdopendir(fd);
+    if (directory == NULL) return;
+    for (struct dirent *entry; (entry = readdir(directory));) {
+        const char *end = entry->d_name + sizeof TEMPORARY - 1;
+        struct stat about;
+        if (strncmp(entry->d_name, TEMPORARY, sizeof TEMPORARY - 1) != 0) continue;
+        if (strlen(end) != 8 || strspn(end, "0123456789abcdef") != 8) continue;
+        if (fstatat(fd, entry->d_name, &about, AT_SYMLINK_NOFOLLOW) < 0) continue;
+        if (time(NULL) - about.st_ctime > LEFTOVER_S) unlinkat(fd, entry->d_name, 0);
+    }
+    closedir(directory);
+}
+
 static void make_directory(int parent, const char *name, const struct entry *entry) {
     struct stat about;
     if (mkdirat(parent, name, 0700) < 0) {
         if (errno != EEXIST || fstatat(parent, name, &about, 0) < 0 || !S_ISDIR(about.st_mode)) give_up(entry->name);
+        remove_leftovers(parent, name);
         return; /* it keeps its owner and mode */
     }
     int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -168,10 +192,17 @@ static void make_directory(int parent, const char *name, const struct entry *ent
     close(fd);
 }
 
+static void name_temporary(const struct entry *entry) {
+    unsigned number;
+    if (getrandom(&number, sizeof number, 0) != sizeof number) give_up(entry->name);
+    snprintf(temporary, sizeof temporary, TEMPORARY "%08x", number);
+}
+
 static void take_file(int parent, const struct entry *entry) {
     const struct timespec times[2] = {{.tv_sec = entry->changed}, {.tv_sec = entry->changed}};
-    int fd = openat(parent, TEMPORARY, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    int fd = openat(parent, temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0) give_up(entry->name);
+    made_in = parent;
     for (long long left = entry->size; left > 0;) {
         size_t want = left < (long long)sizeof part ? (size_t)left : sizeof part;
         errno = EPIPE;
@@ -207,6 +238,7 @@ static void copy_in(const char *path) {
     static struct entry entry;
     int top = open_directory(path[0] ? path : "/");
     if (top < 0) give_up(path);
+    remove_leftovers(top, ".");
     close(top);
     while (take_entry(&entry)) {
         char whole[PATH_MAX], other[PATH_MAX];
@@ -220,21 +252,21 @@ static void copy_in(const char *path) {
             close(parent);
             continue;
         }
-        unlinkat(parent, TEMPORARY, 0);
+        name_temporary(&entry);
         if (entry.type == 'f') take_file(parent, &entry);
-        if (entry.type == 'l' && (symlinkat(entry.link, parent, TEMPORARY) < 0 ||
-                                  fchownat(parent, TEMPORARY, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW) < 0))
-            give_up(entry.name);
+        if (entry.type == 'l') {
+            if (symlinkat(entry.link, parent, temporary) < 0) give_up(entry.name);
+            made_in = parent;
+            if (fchownat(parent, temporary, entry.uid, entry.gid, AT_SYMLINK_NOFOLLOW) < 0) give_up(entry.name);
+        }
         if (entry.type == 'h') {
             join(other, path, entry.link);
-            if (linkat(AT_FDCWD, other, parent, TEMPORARY, 0) < 0) give_up(entry.name);
+            if (linkat(AT_FDCWD, other, parent, temporary, 0) < 0) give_up(entry.name);
+            made_in = parent;
         }
-        if (renameat(parent, TEMPORARY, parent, name) < 0) {
-            int number = errno;
-            unlinkat(parent, TEMPORARY, 0);
-            errno = number;
-            give_up(entry.name);
-        }
+        if (renameat(parent, temporary, parent, name) < 0) give_up(entry.name);
+        unlinkat(parent, temporary, 0); /* it is there where rename(2) did nothing, as both are links to one file */
+        made_in = -1;
         close(parent);
     }
 }
