@@ -13,6 +13,7 @@ from control_cell import START, LoopClock, run_virtual
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from msgspec.structs import replace
 
 from atoll.control import certificates as controller
 from atoll.control.certificates import CertificateLoop
@@ -72,13 +73,21 @@ class FlakyStore(MemoryStore):
         return await self._behind.txn(compare, then, otherwise)
 
 
+class SetClock(LoopClock):
+    ahead_s = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead_s
+
+
 class Cell:
     def __init__(self) -> None:
-        self.clock = LoopClock()
+        self.clock = SetClock()
         self.store = MemoryStore(self.clock)
         self.written = FlakyStore(self.store, self.clock)
         self.state = State(self.store, {**WORLD, **controller.KINDS, keys.CERTIFICATE_ROOTS: CertificateRoot})
         self.authority = FakeAuthority(self.signed, self.answered)
+        self.authorities = {"https://ca.test/dir": self.authority}
         self.connected: list[AcmeSettings] = []
         self.signed_by_own = 0
         self.names: Callable[[str], str] = lambda host: host
@@ -117,7 +126,7 @@ class Cell:
 
     def connect(self, settings: AcmeSettings) -> FakeAuthority:
         self.connected.append(settings)
-        return self.authority
+        return self.authorities[settings.directory]
 
     def signed(self, host: str, request: bytes) -> str:
         csr = x509.load_der_x509_csr(request)
@@ -353,6 +362,92 @@ async def test_an_order_that_is_never_decided_is_looked_at_again_later(cell: Cel
     cell.authority.before = None
     await cell.until("a.test", CertificatePhase.VALID)
     assert cell.authority.calls.count("begin") == 1
+
+
+@virtual
+async def test_an_order_of_another_authority_is_left_to_it(cell: Cell) -> None:
+    other = FakeAuthority(cell.signed, cell.answered, base="https://other.test/")
+    cell.authorities["https://other.test/dir"] = other
+    cell.authority.validate, cell.authority.patient = lambda host: "connection refused", True
+    cell.lead()
+    await cell.choose()
+    await cell.wish("a.test", CertificateSource.ACME)
+    failed = await cell.until("a.test", CertificatePhase.FAILED)
+    assert (failed.order, failed.order_at) == ("https://ca.test/order/1", "https://ca.test/dir")
+    await cell.choose("https://other.test/dir")
+    await cell.until("a.test", CertificatePhase.VALID)
+    assert [call for call in other.calls if call != "look"] == ["begin", "answered", "finalize", "fetch"]
+
+
+@virtual
+async def test_what_the_authority_looks_for_is_answered_as_long_as_its_order_lasts(cell: Cell) -> None:
+    cell.authority.validate, cell.authority.patient = lambda host: "connection refused", True
+    cell.lead()
+    await cell.choose()
+    await cell.wish("a.test", CertificateSource.ACME)
+    failed = await cell.until("a.test", CertificatePhase.FAILED)
+    assert failed.error == "the authority has not decided within 180 s: connection refused"
+    assert failed.challenges == {"token-1": "token-1.thumb"}
+    # And shown again where it was withdrawn, though the authority has been told already.
+    await cell.put(keys.certificate_status("a.test"), replace(failed, challenges={}))
+    cell.authority.validate = lambda host: ""
+    valid = await cell.until("a.test", CertificatePhase.VALID)
+    assert valid.challenges == {}
+    assert [cell.authority.calls.count(call) for call in ("begin", "answered")] == [1, 1]
+
+
+@virtual
+async def test_what_was_signed_before_the_date_was_set_back_is_signed_again_at_once(cell: Cell) -> None:
+    cell.clock.ahead_s = DAY_S
+    cell.lead()
+    await cell.choose()
+    for host, source in (("own.test", CertificateSource.OWN), ("acme.test", CertificateSource.ACME)):
+        await cell.wish(host, source)
+        first = await cell.until(host, CertificatePhase.VALID)
+        assert describe(first.chain).not_before > START + DAY_S / 2
+    cell.clock.ahead_s = 0.0
+    await asyncio.sleep(2 * Pace().look_s)
+    for host in ("own.test", "acme.test"):
+        second = await cell.until(host, CertificatePhase.VALID)
+        assert describe(second.chain).not_before <= cell.clock.now()
+    assert cell.signed_by_own == 2, "once is enough"
+    assert cell.authority.calls.count("begin") == 2
+
+
+@virtual
+async def test_what_failed_or_was_said_before_the_date_was_set_back_is_tried_and_said_again(cell: Cell) -> None:
+    cell.clock.ahead_s = 20 * DAY_S
+    cell.authority.validate = lambda host: "connection refused"
+    cell.lead()
+    await cell.choose()
+    await cell.wish("file.test", CertificateSource.FILE, chain="x", sealed=b"x", not_after=START + DAY_S)
+    await cell.wish("acme.test", CertificateSource.ACME)
+    await cell.wish("switched.test", CertificateSource.ACME)
+    await cell.until("file.test", CertificatePhase.VALID)
+    for host in ("acme.test", "switched.test"):
+        await cell.until(host, CertificatePhase.FAILED)
+    cell.clock.ahead_s = 0.0
+    cell.authority.validate = lambda host: ""
+    # Another source in between does not carry a wait of days over.
+    await cell.wish("switched.test", CertificateSource.OWN)
+    await cell.until("switched.test", CertificatePhase.VALID)
+    await cell.wish("switched.test", CertificateSource.ACME)
+    await asyncio.sleep(2 * Pace().look_s)
+    for host in ("acme.test", "switched.test"):
+        status = cell.status(host)
+        assert status is not None
+        assert (status.phase, status.source) == (CertificatePhase.VALID, CertificateSource.ACME)
+    assert len(cell.events("file.test")) == 2
+
+
+@virtual
+async def test_an_authority_that_was_chosen_by_a_clock_that_is_ahead_is_not_asked_without_a_pause(cell: Cell) -> None:
+    cell.authority.validate = lambda host: "connection refused"
+    cell.lead()
+    await cell.put(keys.acme_settings(), AcmeSettings(directory="https://ca.test/dir", sealed=b"", updated_at=START + DAY_S))
+    await cell.wish("a.test", CertificateSource.ACME)
+    await asyncio.sleep(600)
+    assert cell.authority.calls.count("begin") <= 4
 
 
 @virtual

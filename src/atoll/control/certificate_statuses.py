@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from atoll.control.wishes import Wish
 from atoll.control.writer import Unit, Writer
 from atoll.model import codec, keys
+from atoll.model.chains import EARLY_S
 from atoll.model.errors import Conflict
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Delete, Put, absent, unchanged
@@ -47,7 +48,8 @@ class Statuses:
             before = held.record
             status = replace(status, chain=before.chain, sealed=before.sealed, not_after=before.not_after)
             # Another source in between is no way around the wait after a failure.
-            status = replace(status, attempts=before.attempts, retry_at=before.retry_at)
+            if not ahead(before, self._clock.now()):
+                status = replace(status, attempts=before.attempts, retry_at=before.retry_at)
         return status
 
     async def write(self, wish: Wish, status: CertificateStatus, *events: Event) -> None:
@@ -96,6 +98,11 @@ def same(status: CertificateStatus, wish: Wish) -> bool:
     return (status.project, status.source) == (wish.project, wish.source)
 
 
+def ahead(status: CertificateStatus, now: float) -> bool:
+    """Whether a status is from before the date was set back: none of its times says anything."""
+    return status.updated_at > now + EARLY_S
+
+
 def stale(status: CertificateStatus, wish: Wish | None) -> bool:
     """Whether a status is of no use any more: nobody wants the hostname, another project does, or its chain is handed in."""
     return (
@@ -111,7 +118,12 @@ def left_of(status: CertificateStatus, wish: Wish | None, now: float) -> Certifi
     """
     if wish is not None and not stale(status, wish):
         return replace(status, app=wish.app) if wish.app and not status.app else status
-    if status.attempts == 0 or status.retry_at <= now or (wish is not None and wish.project != status.project):
+    if (
+        status.attempts == 0
+        or status.retry_at <= now
+        or ahead(status, now)
+        or (wish is not None and wish.project != status.project)
+    ):
         return None
     # As of ACME, whatever it was of: the cell's own root makes nobody wait.
     rest = replace(status, source=CertificateSource.ACME, phase=CertificatePhase.FAILED, app="", challenges={}, renew_at=0.0)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 import structlog
 from msgspec.structs import replace
 
-from atoll.control.certificate_statuses import DAY_S, Statuses, left_of, same, warning_at
+from atoll.control.certificate_statuses import DAY_S, Statuses, ahead, left_of, same, warning_at
 from atoll.control.leader import Term
 from atoll.control.orders import AcmeFailed, Authority, fulfil, new_key, request_for
 from atoll.control.signers import Signers
@@ -24,7 +24,7 @@ from atoll.control.wishes import Wish, wishes_of
 from atoll.control.writer import Writer
 from atoll.model import keys
 from atoll.model.chains import check_chain
-from atoll.model.errors import AtollError, Compacted, Conflict, DeadlineExceeded, Fenced, Invalid
+from atoll.model.errors import AtollError, Compacted, Conflict, Fenced, Invalid
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Store
 from atoll.model.records import App, Severity
@@ -146,19 +146,17 @@ class CertificateLoop:
         known = status is not None and same(status, wish)
         if wish.source is CertificateSource.FILE:
             added = self._state.get(Certificate, wish.host)
-            warned_at = status.warned_at if status is not None and known else 0.0
+            warned_at = status.warned_at if status is not None and known and not ahead(status, now) else 0.0
             return warning_at(added.record.not_after, warned_at) if added else math.inf
         at = 0.0
-        if status is None:
+        if status is None or ahead(status, now):
             pass
         elif known and status.phase is CertificatePhase.VALID:
             at = status.renew_at
         elif status.phase is CertificatePhase.FAILED if known else wish.source is CertificateSource.ACME and status.attempts:
-            settings = self._state.get(AcmeSettings, "cell")
-            fresh = (
-                wish.source is CertificateSource.ACME and settings is not None and settings.record.updated_at > status.updated_at
-            )
-            at = 0.0 if fresh else status.retry_at
+            at, settings = status.retry_at, self._state.get(AcmeSettings, "cell")
+            if wish.source is CertificateSource.ACME and settings is not None and settings.record.updated_at > status.updated_at:
+                at = min(at, settings.record.updated_at)  # not before that: who wrote it may have a clock that is ahead
         if wish.source is CertificateSource.ACME:
             at = max(at, self._paused_until)
         return at
@@ -201,10 +199,10 @@ class CertificateLoop:
     async def _order(self, wish: Wish) -> None:
         if wish.host.startswith("*."):
             raise Invalid("ACME over HTTP proves no wildcard", mend="add a certificate from files")
-        authority = self._connected()
+        authority, directory = self._connected()
         status = self._statuses.of(wish)
         order = None
-        if status.order:
+        if status.order and status.order_at == directory:  # no other authority knows it
             try:
                 order = await authority.look(status.order)
             except AcmeFailed as error:
@@ -214,7 +212,8 @@ class CertificateLoop:
         if order is None or order.state == "invalid":
             order = await authority.begin(wish.host)
             sealed = self._signers.seal.seal(new_key(), _next(wish.host))
-            status = replace(status, phase=CertificatePhase.ORDERING, order=order.url, next_sealed=sealed, challenges={})
+            status = replace(status, phase=CertificatePhase.ORDERING, next_sealed=sealed, challenges={})
+            status = replace(status, order=order.url, order_at=directory)
             await self._statuses.write(wish, status)
         key = self._signers.seal.open(status.next_sealed, _next(wish.host))
 
@@ -226,21 +225,18 @@ class CertificateLoop:
             if self._signers.answered is not None:
                 await self._signers.answered(wish.host, answers)
 
-        try:
-            async with asyncio.timeout(self._pace.order_s):
-                chain = await fulfil(authority, order, request_for(wish.host, key), self._pace, show)
-        except TimeoutError:
-            raise DeadlineExceeded(f"the authority has not decided within {self._pace.order_s:.0f} s") from None
+        chain = await fulfil(authority, order, request_for(wish.host, key), self._pace, show)
         await self._valid(wish, chain, key)
 
-    def _connected(self) -> Authority:
+    def _connected(self) -> tuple[Authority, str]:
+        """Return the authority, and its directory."""
         settings = self._state.get(AcmeSettings, "cell")
         if settings is None:
             raise Invalid("no ACME authority is chosen for this cell", mend="atoll certificates acme --directory URL")
         if self._authority is None or self._authority[0] != settings.revision:
             self._authority = (settings.revision, self._signers.connect(settings.record))
             self._paused_until = 0.0
-        return self._authority[1]
+        return self._authority[1], settings.record.directory
 
     async def _valid(self, wish: Wish, chain: str, key: bytes) -> None:
         """Check what was signed, seal its key and have ingresses show it."""
@@ -286,12 +282,13 @@ class CertificateLoop:
         failed = replace(
             status,
             phase=CertificatePhase.FAILED,
-            challenges={},
             attempts=attempts,
             retry_at=now + wait_s,
             error=words[:1_000],
             # An order that is refused is over; one that only takes its time, or whose authority is away, goes on.
             order="" if over else status.order,
+            order_at="" if over else status.order_at,
+            challenges={} if over else status.challenges,
             next_sealed=b"" if over else status.next_sealed,
         )
         message = f"no certificate for {wish.host}: {failed.error}; next try in {wait_s:.0f} s"

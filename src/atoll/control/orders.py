@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from msgspec import Struct
 
-from atoll.model.errors import AtollError, Retry
+from atoll.model.errors import AtollError, DeadlineExceeded, Retry
 from atoll.model.records.certificate import AcmeSettings
 
 
@@ -104,29 +104,41 @@ class Pace(Struct, frozen=True, kw_only=True):
 async def fulfil(authority: Authority, order: Order, request: bytes, pace: Pace, show: Show) -> str:
     """Lead an order, whatever its state, to its chain (PEM); `show` has all ingresses answer its challenges.
 
-    Raises AcmeFailed: the order is `INVALID`, or the authority failed; DeadlineExceeded is the caller's to set.
+    Raises AcmeFailed: the order is `INVALID`, or the authority failed; DeadlineExceeded: it is not decided within `pace.order_s`,
+    and may be led on.
     """
+    shown: dict[str, str] = {}
     told: set[str] = set()
-    while True:
-        match order.state:
-            case OrderState.PENDING:
-                open_ones = [one for one in order.challenges if one.pending and one.url not in told]
-                if open_ones:
-                    await show({one.token: one.answer for one in open_ones})
-                    await asyncio.sleep(pace.settle_s)
-                    for one in open_ones:
-                        await authority.answered(one)
-                        told.add(one.url)
-            case OrderState.READY:
-                await authority.finalize(order, request)
-            case OrderState.VALID:
-                return await authority.fetch(order)
-            case OrderState.INVALID:
-                raise AcmeFailed(words_of(order), kind="invalid", retry_after_s=order.retry_after_s)
-            case OrderState.PROCESSING:
-                pass
-        await asyncio.sleep(max(pace.poll_s, order.retry_after_s))
-        order = await authority.look(order.url)
+    try:
+        async with asyncio.timeout(pace.order_s):
+            while True:
+                match order.state:
+                    case OrderState.PENDING:
+                        # Those that it looks at already, too: it may look again for as long as the order lasts (RFC 8555, 8.2).
+                        answers = {one.token: one.answer for one in order.challenges}
+                        if answers != shown:
+                            await show(answers)
+                            shown = answers
+                            await asyncio.sleep(pace.settle_s)
+                        for one in order.challenges:
+                            if one.pending and one.url not in told:
+                                await authority.answered(one)
+                                told.add(one.url)
+                    case OrderState.READY:
+                        await authority.finalize(order, request)
+                    case OrderState.VALID:
+                        return await authority.fetch(order)
+                    case OrderState.INVALID:
+                        why = words_of(order) or "the authority gave no reason"
+                        raise AcmeFailed(why, kind="invalid", retry_after_s=order.retry_after_s)
+                    case OrderState.PROCESSING:
+                        pass
+                await asyncio.sleep(max(pace.poll_s, order.retry_after_s))
+                order = await authority.look(order.url)
+    except TimeoutError:
+        words = words_of(order)
+        late = f"the authority has not decided within {pace.order_s:.0f} s" + (f": {words}" if words else "")
+        raise DeadlineExceeded(late) from None
 
 
 class Show(Protocol):
@@ -134,9 +146,9 @@ class Show(Protocol):
 
 
 def words_of(order: Order) -> str:
-    """Return why an order failed: what the authority found at the hostname says more than the order itself."""
+    """Return what is wrong with an order: what the authority found at the hostname says more than the order itself."""
     found = [one.error for one in order.challenges if one.error]
-    return (found[0] if found else order.error) or "the authority gave no reason"
+    return found[0] if found else order.error
 
 
 def new_key() -> bytes:

@@ -112,7 +112,7 @@ class Credentials:
         return held
 
     async def renew(self, transport: Transport, *, before: float = math.inf) -> Certified | None:
-        """Get another certificate for a new key, and keep both; return None, and keep neither, where it begins at `before` or later.
+        """Get another certificate for a new key, and keep both; None, and neither is kept, where it begins at `before` or later.
 
         Raises as the server answers, and Unavailable where they cannot be kept; then what was held stays.
         """

@@ -62,6 +62,8 @@ class CertificateStatus(Record, frozen=True, kw_only=True):
     renew_at: float = 0.0
     order: str = ""
     """The URL of the order that is under way."""
+    order_at: str = ""
+    """The directory of the authority that has it."""
     next_sealed: bytes = b""
     """The key that the order is for."""
     challenges: dict[str, str] = {}
