@@ -1,4 +1,4 @@
-"""The layer with pip's packages, installed by this machine's pip for the image's Python. Nothing of the image is run."""
+"""The layer with pip's packages, installed by this machine's pip for the image's Python: wheels only, so that nothing is run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from atoll.images.command import Finished, run_tool
 from atoll.images.layer import LayerBlob, LayerWriter
@@ -30,6 +31,20 @@ _UNKNOWN = re.compile(
     r"No matching distribution found for (.+)|Invalid requirement: ?'?([^':]+)"
     r"|Could not find a version that satisfies.*?requirement (\S+)"
 )
+_DIRECT = re.compile(r"(?:[\w.-]+\s*(?:\[[^\]]*\])?\s*@\s*)?(\S*[:/]\S*)(?:\s.*)?")
+"""A requirement that is no name but a place; pip takes `PLACE` and `NAME @ PLACE`."""
+_SOURCE = "only wheels are installed"
+_MEND = "name a version that comes as a wheel, or the URL of one; `pip wheel` makes it of a source that you trust"
+_GUARD = f"""
+import errno, sys
+
+def refuse(event, args):
+    if event == "subprocess.Popen" or event in ("os.system", "os.fork", "os.exec", "os.spawn", "os.posix_spawn"):
+        raise OSError(errno.ECANCELED, "{_SOURCE}")
+
+sys.addaudithook(refuse)
+"""
+"""Python begins with it in pip's process: what is no wheel is fetched and built by other programs, also what a wheel requires."""
 
 
 async def make_pip(
@@ -44,22 +59,28 @@ async def make_pip(
 ) -> StepResult:
     """Build the layer and keep it under `key`. `python` is the image's version (`3.11`); pip's own configuration counts.
 
-    Packages that only come as source are built when this machine runs the same Python, else refused. Raises Invalid
-    for an unknown package, Unavailable without an index, Unsupported without pip.
+    Raises Invalid for an unknown package and for one that only comes as source, Unavailable without an index, Unsupported
+    without pip.
     """
+    for requirement in requirements:
+        check_wheel(requirement)
     same = f"{sys.version_info.major}.{sys.version_info.minor}" == python
     with cache.workplace() as work:
         site = work / f"root/usr/local/lib/python{python}/dist-packages"
         site.mkdir(parents=True)
         (work / "tmp").mkdir()
+        (work / "guard").mkdir()
+        (work / "guard/sitecustomize.py").write_text(_GUARD)
         argv = [*_pip(), "install", "--target", str(site), "--no-compile", "--progress-bar", "off"]
         argv += ["--disable-pip-version-check", "--no-input", "--no-warn-script-location", "--root-user-action", "ignore"]
+        argv.append("--only-binary=:all:")
         if not same:
             argv += _foreign(python, suite, architecture)
         env = {
             **os.environ,
             "PIP_USER": "0",
             "PIP_REQUIRE_VIRTUALENV": "0",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(work / "guard"), os.environ.get("PYTHONPATH")))),
             "TMPDIR": str(work / "tmp"),
             "SOURCE_DATE_EPOCH": str(EPOCH),
         }
@@ -74,6 +95,18 @@ async def make_pip(
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
         layer = work / "layer"
         return cache.keep(key, StepResult(await in_thread(lambda: _pack(work / "root", layer))), layer)
+
+
+def check_wheel(requirement: str) -> None:
+    """Raise Invalid for a requirement that names a place (of a repository, a file, a directory) where no wheel is."""
+    direct = _DIRECT.fullmatch(requirement.partition(";")[0].strip())
+    if direct is None:
+        return
+    place = urlsplit(direct[1])
+    path = unquote(place.path)
+    if path.endswith(".whl") and place.scheme in ("http", "https", "file", "") and not Path(path).is_dir():
+        return
+    raise Invalid(f"build.pip: {requirement!r} is no wheel, and {_SOURCE}", field="build.pip", mend=_MEND)
 
 
 def _pip() -> list[str]:
@@ -93,7 +126,7 @@ def _foreign(python: str, suite: str, architecture: str) -> list[str]:
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(newest, GLIBC_MIN - 1, -1)]
     platforms += [f"manylinux2014_{machine}", f"linux_{machine}"]
     digits = python.replace(".", "")
-    options = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+    options = ["--implementation", "cp", "--python-version", python]
     for abi in (f"cp{digits}", "abi3", "none"):
         options += ["--abi", abi]
     for platform in platforms:
@@ -151,12 +184,15 @@ def _pack(root: Path, target: Path) -> LayerBlob:
 
 def _failure(finished: Finished) -> AtollError:
     words = finished.last("ERROR: ")
+    if _SOURCE in finished.output:
+        return Invalid(f"build.pip: {_SOURCE}, and something that these packages require is none", field="build.pip", mend=_MEND)
     if finished.lacks_network:
         return Unavailable(f"pip reaches no package index: {words}", mend="check the network and pip's configuration")
     unknown = _UNKNOWN.search(finished.output)
     if unknown:
         name = next(group for group in unknown.groups() if group).strip()
-        return Invalid(f"build.pip: there is no package for {name!r}", field="build.pip", mend="check its name and version")
+        mend = f"check its name and version; {_SOURCE}: {_MEND}"
+        return Invalid(f"build.pip: there is no package for {name!r}", field="build.pip", mend=mend)
     if "No space left on device" in finished.output:
         return ImageError("the disk is full", mend="free some space")
     return ImageError(f"pip failed with status {finished.status}: {words}", field="build.pip")
