@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from atoll.api.service import KINDS, SYSTEM, Service
 from atoll.api.service.routing import routing_of
+from atoll.api.service.speakers import LATE_S
 from atoll.model import codec, keys
 from atoll.model.errors import NotFound, TooLarge
 from atoll.model.ports.clock import SystemClock
@@ -25,9 +26,20 @@ SLEEPY = AppSpec(name="web", image="registry.test/web:1", ports=(Port(port=80),)
 STEADY = AppSpec(name="steady", image="registry.test/web:1", ports=(Port(port=80),))
 
 
+class LaterClock(SystemClock):
+    later_s = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.later_s
+
+
 @pytest.fixture
-async def service() -> AsyncIterator[Service]:
-    clock = SystemClock()
+def clock() -> LaterClock:
+    return LaterClock()
+
+
+@pytest.fixture
+async def service(clock: LaterClock) -> AsyncIterator[Service]:
     store = MemoryStore(clock)
     state = State(store, KINDS)
     await state.start()
@@ -104,7 +116,9 @@ async def test_where_an_instance_of_an_app_that_wakes_will_be_is_told_where_a_co
     assert (len(routing.endpoints), routing.starting) == (1, ())
 
 
-async def test_loads_are_kept_of_apps_that_are_there_and_a_late_or_lost_report_takes_nothing_back(service: Service) -> None:
+async def test_loads_are_kept_of_apps_that_are_there_and_a_late_or_lost_report_takes_nothing_back(
+    service: Service, clock: LaterClock
+) -> None:
     await service.apps.put(SYSTEM, STEADY)
     await service.control_plane.register_ingress(Ingress(name="g", http_port=1))
 
@@ -119,6 +133,14 @@ async def test_loads_are_kept_of_apps_that_are_there_and_a_late_or_lost_report_t
     assert service.demand.loads == {"g": {"default/steady": Load(5.0, 6, 30, 2.5)}}
     await say(1, 0, started=9.0)
     assert service.demand.loads["g"]["default/steady"] == Load(9.0, 1, 0, 2.5)
+    await say(8, 40)
+    assert service.demand.loads["g"]["default/steady"] == Load(9.0, 1, 0, 2.5), "the one before has ended"
+    clock.later_s += LATE_S
+    await say(1, 3, started=7.0)
+    assert service.demand.loads["g"]["default/steady"] == Load(7.0, 1, 3, 2.5), "restarted, by a date that was set back"
+    clock.later_s += LATE_S
+    await say(0.5, 2, started=7.0)
+    assert service.demand.loads["g"]["default/steady"] == Load(7.0, 1, 3, 2.5)
     assert service.demand.heard == {}, "loads do not say that the rest is idle"
     loads = (AppLoad("default/steady"),) * (DEMAND_APPS_MAX + 1)
     with pytest.raises(TooLarge):

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from atoll.api.service import KINDS, SYSTEM, Caller, Service
 from atoll.api.service.routing import routing_of
+from atoll.api.service.speakers import LATE_S
 from atoll.api.service.traffic import RECENT_S, Traffic
 from atoll.ingress.resources import SLOTS
 from atoll.model import codec, keys
@@ -233,6 +234,23 @@ def test_reports_of_all_ingresses_add_up_whatever_comes_twice_late_or_after_a_re
     assert traffic.totals()["default/web"] == {1: Counts(42, 2, (42,))}
     with pytest.raises(Invalid):
         traffic.note(report(2.0, Counts(8, 9)))
+
+
+def test_an_ingress_that_was_restarted_by_an_earlier_date_is_heard_once_the_one_before_has_been_silent() -> None:
+    clock = FakeClock()
+    traffic = Traffic(clock)
+    for later_s, started, requests, heard in (
+        (0.0, 5.0, 10, 10),
+        (LATE_S - 1, 5.0, 20, 20),
+        (LATE_S - 1, 4.0, 3, 20),
+        (1.0, 4.0, 3, 23),
+        (0.0, 4.0, 2, 23),
+        (LATE_S, 4.0, 7, 27),
+        (0.0, 6.0, 1, 28),
+    ):
+        clock.at += later_s
+        traffic.note(report(started, Counts(requests)))
+        assert traffic.totals()["default/web"][1].requests == heard
 
 
 def test_what_people_see_is_of_the_last_minute_and_releases_are_bounded() -> None:

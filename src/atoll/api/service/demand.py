@@ -8,6 +8,7 @@ from collections.abc import Callable
 from msgspec import UNSET
 
 from atoll.api.service.context import Context
+from atoll.api.service.speakers import Speakers
 from atoll.model.errors import NotFound, TooLarge
 from atoll.model.records import App, Ingress
 from atoll.model.spec import Idle
@@ -28,6 +29,7 @@ class Demands:
         self.heard: dict[str, float] = {}
         self.forecasts: dict[str, Forecast] = {}
         self.loads: dict[str, dict[str, Load]] = {}
+        self._speakers = Speakers()
 
     def note(self, report: DemandReport) -> None:
         """Take a report over. Safe to repeat. Raises NotFound for an ingress that has not registered, TooLarge."""
@@ -46,7 +48,7 @@ class Demands:
             self.last[app] = now
             self._learn(held.record)
             self.changed(app)
-        if report.loads:
+        if report.loads and self._speakers.hears(report.ingress, report.started, now):
             self._add(report)
         if report.complete:
             self.heard[report.ingress] = now
@@ -76,7 +78,7 @@ class Demands:
         for each in report.loads:
             before = loads.get(each.app)
             fresh = Load(report.started, report.uptime_s, each.requests, each.request_s)
-            late = before is not None and (fresh.started, fresh.uptime_s) < (before.started, before.uptime_s)
+            late = before is not None and fresh.started == before.started and fresh.uptime_s < before.uptime_s
             if not late and state.get(App, each.app) is not None:
                 loads[each.app] = fresh
         if len(loads) > 2 * len(report.loads):
@@ -85,3 +87,4 @@ class Demands:
         if len(self.loads) > len(state.records(Ingress)):
             for gone in [name for name in self.loads if state.get(Ingress, name) is None]:
                 del self.loads[gone]
+            self._speakers.keep(self.loads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 
+from atoll.api.service.speakers import Speakers
 from atoll.model.errors import Invalid, TooLarge
 from atoll.model.ports.clock import Clock
 from atoll.model.traffic import RELEASES_MAX, Counts, TrafficReport
@@ -30,20 +31,21 @@ class Traffic:
         self._said: dict[tuple[str, AppKey], tuple[float, dict[int, Counts]]] = {}
         """(ingress, app) → when that ingress was started, and what it last said."""
         self._points: dict[AppKey, dict[int, deque[tuple[float, Counts]]]] = {}
+        self._speakers = Speakers()
 
     def note(self, report: TrafficReport) -> None:
         """Take a report over; one that comes twice, or late, adds nothing. Raises TooLarge, Invalid."""
         if len(report.releases) > RELEASES_MAX:
             raise TooLarge(f"releases: {len(report.releases)} in one report; at most {RELEASES_MAX}", field="releases")
         now = self._clock.monotonic()
+        if not self._speakers.hears(report.ingress, report.started, now):
+            return
         for each in report.releases:
             if sum(each.counts.classes) < 0 or each.counts.errors > each.counts.requests:
                 raise Invalid("releases.counts: more errors than requests", field="releases")
             key = f"{each.project}/{each.app}"
             started, said = self._said.get((report.ingress, key), (report.started, {}))
-            if report.started < started:
-                continue
-            if report.started > started:
+            if report.started != started:
                 said = {}
             before = said.get(each.release, Counts())
             if each.counts.requests < before.requests:
