@@ -8,7 +8,8 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -66,19 +67,25 @@ class FakeWorld:
 class StoreWorld:
     """The real store; the registry is httpx's own fake transport."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._blobs: dict[str, bytes] = {}
         self._manifests = {"app": self._image(b"app"), "other": self._image(b"other"), "stacked": self._image(b"low", b"high")}
         self._asked: list[str] = []
         self._broken = False
         self.http = httpx.AsyncClient(transport=httpx.MockTransport(self._answer))
-        self.images = ImageStore(directory, Registries(http=self.http, patience=Patience(tries=1)), hold_s=0)
+        registries = Registries(http=self.http, patience=Patience(tries=1))
+        self.images = ImageStore(directory, registries, hold_s=0, monotonic=monotonic)
 
     def pulls(self) -> int:
         return self._asked.count("/v2/app/manifests/1")
 
     def push_again(self) -> None:
         self._manifests["app"] = self._image(b"new")
+
+    def alias(self, name: str) -> str:
+        """Give the image of `REFERENCE` another name."""
+        self._manifests[name] = self._manifests["app"]
+        return f"reg.example/{name}:1"
 
     def break_next(self) -> None:
         self._broken = True
@@ -248,6 +255,38 @@ async def test_a_tree_has_the_files_of_all_layers_without_copies_survives_a_rest
     assert (tree / "low").read_text() == "low"
     await again.collect([])
     assert not tree.exists()
+    await world.http.aclose()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="unpacking layers needs root")
+async def test_all_names_of_one_image_that_come_at_once_are_kept(tmp_path: Path) -> None:
+    world = StoreWorld(tmp_path / "images")
+    names = [REFERENCE, *(world.alias(f"again{number}") for number in range(8))]
+    images = await asyncio.gather(*(world.images.ensure(name) for name in names))
+    assert len({image.digest for image in images}) == 1
+    again = ImageStore(tmp_path / "images", Registries(http=world.http), hold_s=0)
+    for store in (world.images, again):
+        assert [found.reference for name in names if (found := await store.find(name))] == names
+    await world.http.aclose()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="unpacking layers needs root")
+async def test_an_image_that_gets_another_name_is_not_collected_meanwhile(tmp_path: Path) -> None:
+    now = 0.0
+    world = StoreWorld(tmp_path / "images", monotonic=lambda: now)
+    first = await world.images.ensure(REFERENCE)
+    world.push_again()
+    second = await world.images.ensure("reg.example/app:1", digest=await world.images.current(REFERENCE))
+    now = 1.0
+    naming = asyncio.create_task(world.images.ensure(REFERENCE, digest=first.digest))
+    await asyncio.sleep(0)
+    now = 2.0
+    await world.images.collect([])
+    assert (await naming).layers[0].is_dir()
+    again = ImageStore(tmp_path / "images", Registries(http=world.http), hold_s=0)
+    assert again.digests() == world.images.digests()
+    assert first.digest in again.digests()
+    assert second.digest != first.digest
     await world.http.aclose()
 
 

@@ -213,6 +213,18 @@ def test_filling_outlasts_failures(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_filling_ends_where_the_last_piece_comes_for_a_reader_while_it_waits_for_one(tmp_path: Path) -> None:
+    async def main() -> None:
+        world = World(tmp_path / "image")
+        await world.fetcher.need(range(COUNT - 1))
+        reader = asyncio.create_task(world.fetcher.need(range(COUNT - 1, COUNT)))
+        await asyncio.sleep(0)
+        await asyncio.gather(reader, world.fetcher.fill())
+        assert world.pieces.missing == 0
+
+    asyncio.run(main())
+
+
 def test_a_successor_has_what_its_predecessor_fetched(tmp_path: Path) -> None:
     async def main() -> None:
         world = World(tmp_path / "image")

@@ -133,12 +133,15 @@ class Disk:
         directory = os.open(self._records, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             sync_filesystem(directory)
-            making = self._making / f"{hex_of(record.digest)}.json"
-            with making.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            making.rename(self._records / making.name)
+            making = self.new_path()
+            try:
+                with making.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                making.rename(self._records / f"{hex_of(record.digest)}.json")
+            finally:
+                self.release_path(making)
             os.fsync(directory)
         finally:
             os.close(directory)

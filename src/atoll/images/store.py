@@ -76,6 +76,7 @@ class ImageStore:
         self._pulls: dict[str, _Pull] = {}
         self._showing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._trees: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._naming = asyncio.Lock()
         for record in self._disk.recover():
             self._admit(record)
 
@@ -227,7 +228,7 @@ class ImageStore:
                 digest=image.digest, references=(), config=image.config, layers=(name,), layer_bytes=(image.plain_bytes,)
             )
             for reference in image.references:
-                await self._name(self._records.get(image.digest, record), reference)
+                await self._name(record, reference)
         log.info("image ready", reference=image.references[-1], digest=image.digest, bytes=image.plain_bytes, lazily=True)
 
     async def _shared(self, reference: str, source: Source, progress: Progress | None) -> Image:
@@ -294,7 +295,7 @@ class ImageStore:
                     layers=tuple(layer.name for layer in layers),
                     layer_bytes=tuple(layer.size_bytes for layer in layers),
                 )
-                image = await self._name(self._records.get(record.digest, record), reference)
+                image = await self._name(record, reference)
                 self._disk.drop_blobs(layer.digest for layer in resolved.manifest.layers)
                 return image
 
@@ -305,14 +306,26 @@ class ImageStore:
         return parse_config(data, resolved.manifest, f"image {reference}", architecture=self._registries.architecture)
 
     async def _name(self, record: Record, reference: str) -> Image:
-        """Write the record with one more reference, and take that away from the image that had it."""
-        references = (*(name for name in record.references if name != reference), reference)[-REFERENCES_MAX:]
-        before = self._by_reference.get(reference)
-        await self._write(msgspec.structs.replace(record, references=references))
-        if before is not None and before.digest != record.digest and (old := self._records.get(before.digest)):
-            await self._write(msgspec.structs.replace(old, references=tuple(name for name in old.references if name != reference)))
-        self._handed_out[record.digest] = self._monotonic()
-        return self._by_reference[reference]
+        """Write the image's record, `record` where it has none yet, with one more reference, and take that from the image that had it.
+
+        One at a time: a record that is read here must be the one that is replaced. Neither image is collected meanwhile.
+        """
+        with self._layers.relied_on([record.digest]):
+            async with self._naming:
+                record = self._records.get(record.digest, record)
+                references = (*(name for name in record.references if name != reference), reference)[-REFERENCES_MAX:]
+                before = self._by_reference.get(reference)
+                await self._write(msgspec.structs.replace(record, references=references))
+                if before is not None and before.digest != record.digest:
+                    await self._unname(before.digest, reference)
+            self._handed_out[record.digest] = self._monotonic()
+            return self._by_reference[reference]
+
+    async def _unname(self, digest: str, reference: str) -> None:
+        with self._layers.relied_on([digest]):
+            if (record := self._records.get(digest)) is not None:
+                references = tuple(name for name in record.references if name != reference)
+                await self._write(msgspec.structs.replace(record, references=references))
 
     async def _write(self, record: Record) -> None:
         await in_thread(lambda: self._disk.write_record(record))

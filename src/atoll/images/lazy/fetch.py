@@ -93,8 +93,9 @@ class Fetcher:
         while self._pieces.missing:
             await self._idle.wait()
             chunks = self._after(self._next, part)
-            if not chunks:  # what is missing is on its way for a reader
-                await asyncio.wait(list(self._coming.values()), return_when=asyncio.FIRST_COMPLETED)
+            if not chunks:  # what is missing is on its way for a reader, or has come while it was waited for above
+                if self._coming:
+                    await asyncio.wait(list(self._coming.values()), return_when=asyncio.FIRST_COMPLETED)
                 continue
             self._next = chunks[-1] + 1
             began = loop.time()
