@@ -19,8 +19,9 @@ from atoll.model.errors import AtollError, NotFound, RuntimeFailed
 from atoll.model.ports.images import Image, ImageConfig
 from atoll.model.ports.runtime import Box, Limits, Started, WorkerCode
 from atoll.model.records import Exit, Usage
-from atoll.model.worker import Worker
+from atoll.model.worker import MODULES, Worker
 from atoll.runtimes.workerd_making import Processes, ProcessRecord, read_record
+from atoll.runtimes.workerd_members import Process, Unready
 from atoll.runtimes.workerd_output import Output
 from atoll.runtimes.workerd_process import WATCH_S, WorkerProcess
 from atoll.runtimes.workerd_shared import SharedWorkers
@@ -237,6 +238,45 @@ async def test_a_start_that_fails_says_so_and_leaves_no_socket(break_it: Callabl
     assert not processes.exists() or not [*processes.iterdir()]
     assert sharer.exit is not None
     sharer.let_go()
+
+
+class SilentBoxes(FakeBoxes):
+    """Starts processes that run nothing until they are killed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._killed = asyncio.Event()
+        self._control = -1
+
+    async def begin_process(self, box: Box, configuration: str, handed: Sequence[int]) -> Started:
+        self._control = os.dup(handed[-1])
+        return Started(NOBODY, 0.0)
+
+    async def wait(self, id: str) -> Exit:
+        await self._killed.wait()
+        return Exit(code=137, at=0.0, signal="SIGKILL")
+
+    async def kill(self, id: str) -> None:
+        self._killed.set()
+        os.close(self._control)
+
+
+def test_a_process_whose_modules_do_not_run_in_time_says_so(tmp_path: Path) -> None:
+    async def main() -> Process | Unready:
+        asyncio.get_running_loop().set_default_executor(AtOnce())
+        (tmp_path / "processes").mkdir()
+        (tmp_path / "root" / MODULES[1:]).mkdir(parents=True)
+        (tmp_path / "root" / MODULES[1:] / "index.js").touch()
+        sharer = make_sharer(tmp_path, "w", Port())
+        try:
+            return await Processes(SilentBoxes(), tmp_path / "processes", "p", 0, None).make([sharer])
+        finally:
+            sharer.let_go()
+
+    found = run_virtual(main())
+    assert isinstance(found, Unready)
+    assert found.late
+    assert found.exit.why == "its modules had not run within 30 s"
 
 
 class AtOnce(ThreadPoolExecutor):

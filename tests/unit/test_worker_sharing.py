@@ -240,6 +240,24 @@ def test_one_that_does_not_load_ends_and_costs_the_others_nothing() -> None:
     run_virtual(main())
 
 
+def test_one_whose_modules_do_not_run_in_time_ends_in_words_and_is_not_set_apart_for_it() -> None:
+    async def main() -> None:
+        async with shared() as (sharing, making, _):
+            late = Exit(code=137, at=0.0, signal="SIGKILL", why="its modules had not run within 30 s")
+            making.refuse = lambda names: Unready(9, late, frozenset(), late=True)
+            slow = member_of("slow")
+            await sharing.enter(slow)
+            assert slow.exit is not None
+            assert describe_exit(slow.exit) == "its modules had not run within 30 s"
+            making.refuse = lambda names: None
+            await sharing.enter(member_of("a"))
+            await sharing.enter(member_of("slow"))
+            await asyncio.sleep(1)
+            assert making.running == [["a", "slow"]]
+
+    run_virtual(main())
+
+
 def test_of_newcomers_that_fail_without_a_name_each_is_tried_apart() -> None:
     async def main() -> None:
         async with shared("a") as (sharing, making, _):

@@ -102,9 +102,12 @@ class Processes:
                 started = await self._boxes.begin_process(box, text, [*sockets, told])
                 process.pid = started.pid
                 writer.close()
-                if not await self._serves(process, reader, len(sockets)):
-                    exit = await process.remove()
-                    return Unready(started.pid, exit or Exit(code=1, at=time.time()), frozenset(output.blamed))
+                serves = await self._serves(process, reader, len(sockets))
+                if not serves:
+                    exit, late = await process.remove() or Exit(code=1, at=time.time()), serves is None
+                    if late:
+                        exit = structs.replace(exit, why=f"its modules had not run within {READY_S_MAX:.0f} s")
+                    return Unready(started.pid, exit, frozenset(output.blamed), late)
                 write_record(path, structs.replace(record, ready=True))
                 for sharer in sharers:
                     sharer.lead(id)
@@ -113,12 +116,13 @@ class Processes:
                 await asyncio.shield(process.remove())
                 raise
 
-    async def _serves(self, process: WorkerProcess, reader: int, sockets: int) -> bool:
-        """Wait until workerd has said of each socket that it listens, which it does when all modules have run."""
+    async def _serves(self, process: WorkerProcess, reader: int, sockets: int) -> bool | None:
+        """Wait until workerd has said of each socket that it listens, which it does when all modules have run. None: not in time."""
         ended = asyncio.ensure_future(process.ended())
         heard = asyncio.ensure_future(_lines(reader, sockets))
         try:
-            await asyncio.wait({ended, heard}, timeout=READY_S_MAX, return_when=asyncio.FIRST_COMPLETED)
+            if not (await asyncio.wait({ended, heard}, timeout=READY_S_MAX, return_when=asyncio.FIRST_COMPLETED))[0]:
+                return None
             return heard.done() and heard.result() and not ended.done()
         finally:
             ended.cancel()

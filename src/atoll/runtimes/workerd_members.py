@@ -79,6 +79,8 @@ class Unready(Struct, frozen=True):
     exit: Exit
     blamed: frozenset[str]
     """Whose fault that is, as far as workerd says."""
+    late: bool = False
+    """It was ended because it did not serve in time: the node may have been busy."""
 
 
 class Making(Protocol):

@@ -203,7 +203,10 @@ class Sharing:
         for member in blamed:
             if member in new or len(members) == 1:
                 member.begin(Started(process.pid, time.time()))
-                self._fail(member, process.exit)
+                if process.late and member.id not in process.blamed:
+                    self._forget(member, process.exit)
+                else:
+                    self._fail(member, process.exit)
         self._set_apart([member for member in blamed or new or members if member.exit is None])
         return True
 
