@@ -117,7 +117,10 @@ class Processes:
                 raise
 
     async def _serves(self, process: WorkerProcess, reader: int, sockets: int) -> bool | None:
-        """Wait until workerd has said of each socket that it listens, which it does when all modules have run. None: not in time."""
+        """Wait until workerd has said of each socket that it listens, which it does when all modules have run.
+
+        None: not in time.
+        """
         ended = asyncio.ensure_future(process.ended())
         heard = asyncio.ensure_future(_lines(reader, sockets))
         try:
