@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import random
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from atoll.images.fake import FakeImages
 from atoll.model import codec
+from atoll.model.copying import Copier, Sink, Source
 from atoll.model.errors import Invalid, Unavailable
 from atoll.model.ports.clock import SystemClock
 from atoll.model.ports.control_plane import StreamKind, StreamRequest
@@ -25,7 +29,7 @@ from atoll.node.fake import FakeControlPlane, FakeMachine, FakeProber, MemoryLog
 from atoll.node.record import MemoryRecord
 from atoll.node.report import EVENTS_MAX, STATUSES_MAX, Reporter
 from atoll.node.stdin import AHEAD_BYTES
-from atoll.node.streams import _feed
+from atoll.node.streams import FILES_PER_PROJECT, FILES_THREADS, _Bridge, _copy, _feed
 from atoll.runtimes.fake import FakeRuntime
 from atoll.runtimes.fake_exec import FakeExecution
 
@@ -177,6 +181,51 @@ async def test_logs_end_with_an_end(control: FakeControlPlane) -> None:
     messages = await ask(control, StreamKind.LOGS, tail=2)
     assert [codec.decode(payload, LogLine).text for kind, payload in messages if kind is Kind.LOG] == ["3", "4"]
     assert messages[-1][0] is Kind.END
+
+
+class Stuck:
+    """A copier that waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.goes = threading.Event()
+
+    def pack(self, path: str, sink: Sink) -> None:
+        self.running += 1
+        self.goes.wait(10)
+
+    def unpack(self, path: str, source: Source) -> None:
+        raise NotImplementedError
+
+
+class CopyingRuntime(FakeRuntime):
+    def __init__(self, copier: Stuck) -> None:
+        super().__init__()
+        self._copier = copier
+
+    async def copier(self, id: str) -> Copier:
+        return self._copier
+
+
+async def test_copies_of_one_project_that_do_not_move_leave_threads_for_another() -> None:
+    stuck, quick = Stuck(), Stuck()
+    quick.goes.set()
+
+    def begin(project: str, copier: Stuck) -> asyncio.Task[None]:
+        state = SimpleNamespace(pid=1, phase=Phase.RUNNING)
+        runner: Any = SimpleNamespace(id="web-1", project=project, runtime=CopyingRuntime(copier), state=state)
+        return asyncio.create_task(_copy(runner, "/f", lambda *_: None, lambda copier: copier.pack("/f", io.BytesIO()), _Bridge()))
+
+    copies = [begin("slow", stuck) for _ in range(FILES_THREADS)]
+    try:
+        await eventually(lambda: stuck.running == FILES_PER_PROJECT)
+        async with asyncio.timeout(5):
+            await begin("other", quick)
+        assert stuck.running == FILES_PER_PROJECT
+    finally:
+        stuck.goes.set()
+    await asyncio.gather(*copies)
+    assert stuck.running == FILES_THREADS
 
 
 async def test_a_channel_that_is_closed_ends_both_ways() -> None:

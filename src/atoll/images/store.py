@@ -306,7 +306,7 @@ class ImageStore:
         return parse_config(data, resolved.manifest, f"image {reference}", architecture=self._registries.architecture)
 
     async def _name(self, record: Record, reference: str) -> Image:
-        """Write the image's record, `record` where it has none yet, with one more reference, and take that from the image that had it.
+        """Write the image's record (`record` where it has none) with one more reference, and take that from the image that had it.
 
         One at a time: a record that is read here must be the one that is replaced. Neither image is collected meanwhile.
         """

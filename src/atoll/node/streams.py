@@ -39,6 +39,7 @@ from atoll.node.snapshots import Snapshots
 from atoll.node.stdin import Stdin
 from atoll.node.tools import Logs
 from atoll.node.transitions import Rest
+from atoll.node.turns import Turns
 
 OPEN_S = 10.0
 """Deadline of dialling the server for one stream."""
@@ -47,11 +48,14 @@ FILES_IDLE_S = 60.0
 """A copy whose other end does not move for so long is given up."""
 REINSTATED_S = 5.0
 FILES_THREADS = 4
-"""Copies that run at a time; others wait."""
+"""Copies that run at a time; others wait, FILES_WAIT_S at most."""
+FILES_PER_PROJECT = 2
+FILES_WAIT_S = 10.0
 
 T = TypeVar("T")
 log = structlog.get_logger()
 _copiers = ThreadPoolExecutor(FILES_THREADS, thread_name_prefix="atoll-copy")
+_copies = Turns(FILES_THREADS, FILES_PER_PROJECT)
 
 
 async def serve_stream(
@@ -306,6 +310,13 @@ async def _copy(
     runner: Runner, path: str, work: Callable[[int, Ids], None], beyond: Callable[[Copier], None], bridge: _Bridge
 ) -> None:
     """Run `work` in a thread with the instance's root and id maps; `beyond` where its files are beyond the node's reach."""
+    async with _copies.take(runner.project, "copies", within_s=FILES_WAIT_S):
+        await _copy_now(runner, path, work, beyond, bridge)
+
+
+async def _copy_now(
+    runner: Runner, path: str, work: Callable[[int, Ids], None], beyond: Callable[[Copier], None], bridge: _Bridge
+) -> None:
     runtime, pid = _running(runner)
     copier = await runtime.copier(runner.id)
     if copier is not None:

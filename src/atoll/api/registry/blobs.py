@@ -19,6 +19,8 @@ from atoll.model.errors import TooLarge, Unavailable
 BLOB_BYTES_MAX = 64 << 30
 UPLOADS_MAX = 256
 """Uploads under way."""
+PROJECT_UPLOADS_MAX = 64
+"""Those of one project, so that no other has to wait until what one began and left is given up."""
 WRITE_BYTES = 1 << 20
 """Bytes that are gathered before a thread writes and hashes them."""
 READ_BYTES = 1 << 18
@@ -81,14 +83,21 @@ class Blobs:
         return [path for folder in self._blobs.iterdir() if folder.is_dir() for path in folder.iterdir()]
 
     async def begin(self, repository: str) -> Upload:
-        """Raises RegistryError when too many are under way."""
+        """Raises RegistryError when too many are under way, in all or of the repository's project."""
         if len(self._open) >= UPLOADS_MAX:
             raise RegistryError("TOOMANYREQUESTS", 429, f"{UPLOADS_MAX} uploads are under way; try again later")
+        project = repository.partition("/")[0]
+        if sum(upload.repository.startswith(f"{project}/") for upload in self._open.values()) >= PROJECT_UPLOADS_MAX:
+            words = f"{PROJECT_UPLOADS_MAX} uploads of project '{project}' are under way; finish or cancel some, or try again later"
+            raise RegistryError("TOOMANYREQUESTS", 429, words)
         id = secrets.token_hex(16)
-        upload = Upload(id, repository, self._uploads / id)
-        await _disk(upload.path.write_bytes, b"")
-        await _disk(self._owner(id).write_text, repository)
-        self._open[id] = upload
+        upload = self._open[id] = Upload(id, repository, self._uploads / id)
+        try:
+            await _disk(upload.path.write_bytes, b"")
+            await _disk(self._owner(id).write_text, repository)
+        except BaseException:
+            self._open.pop(id, None)
+            raise
         return upload
 
     async def find(self, id: str, repository: str) -> Upload:
