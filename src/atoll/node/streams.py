@@ -50,7 +50,8 @@ REINSTATED_S = 5.0
 FILES_THREADS = 4
 """Copies that run at a time; others wait, FILES_WAIT_S at most."""
 FILES_PER_PROJECT = 2
-FILES_WAIT_S = 10.0
+FILES_WAIT_S = 50.0
+"""Less than an end waits for the other to move."""
 
 T = TypeVar("T")
 log = structlog.get_logger()
