@@ -27,7 +27,7 @@ from atoll.model import codec
 from atoll.model.beats import BeatGrant
 from atoll.model.membership import API_HEADER, API_VERSION
 from atoll.model.ports.datagrams import Udp
-from atoll.model.records import Capacity, Event, Heartbeat, Node, Status, Usage, new_suffix
+from atoll.model.records import Capacity, Event, Heartbeat, Node, Status, Usage, event_id, new_suffix
 from atoll.model.spec import RuntimeName
 from atoll.model.states import Desired, Phase
 from atoll.node.agent import REDIAL_MAX_S
@@ -416,7 +416,7 @@ class Agent:
         at = time.time()
         self._events.append(
             Event(
-                id=f"{int(at * 1000):013d}-{new_suffix(self._chance.choice, 8)}", at=at, project=instance.project,
+                id=event_id(at, new_suffix(self._chance.choice, 8)), at=at, project=instance.project,
                 subject=f"instance/{id}", code="started", message="started as process 4711", node=self.name,
             )
         )  # fmt: skip

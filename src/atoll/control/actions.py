@@ -8,7 +8,19 @@ from typing import Any
 from msgspec import Struct, structs
 
 from atoll.model.evacuation import Evacuation
-from atoll.model.records import AppStatus, Brake, Event, Instance, Job, JobStatus, NodeLiveness, Prefetch, Severity, Status
+from atoll.model.records import (
+    AppStatus,
+    Brake,
+    Event,
+    Instance,
+    Job,
+    JobStatus,
+    NodeLiveness,
+    Prefetch,
+    Severity,
+    Status,
+    event_id,
+)
 from atoll.model.states import Desired, Phase
 
 AGAIN_S = 0.1
@@ -257,9 +269,9 @@ class Decision:
             self._told += 1
             if self._told > EVENTS_PER_DECISION_MAX:
                 return
-        # Ids of events sort as they happened: the time leads, then the place among those of one decision.
+        # Behind the time comes the place among those of one decision.
         event = Event(
-            id=f"{int(self.now * 1000):013d}-{len(self.actions):04d}{self.new_suffix()}",
+            id=event_id(self.now, f"{len(self.actions):04d}{self.new_suffix()}"),
             at=self.now,
             project=project,
             subject=subject,

@@ -16,7 +16,7 @@ from atoll.model.chains import EARLY_S
 from atoll.model.errors import Conflict
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Delete, Put, absent, unchanged
-from atoll.model.records import Event, Severity, new_suffix
+from atoll.model.records import Event, Severity, event_id, new_suffix
 from atoll.model.records.certificate import CertificatePhase, CertificateSource, CertificateStatus
 from atoll.store.cache import Held, State
 
@@ -72,7 +72,7 @@ class Statuses:
     def event(self, wish: Wish, code: str, message: str, severity: Severity) -> Event:
         now = self._clock.now()
         return Event(
-            id=f"{int(now * 1000):013d}-{new_suffix(self._chance.choice, 8)}",
+            id=event_id(now, new_suffix(self._chance.choice, 8)),
             at=now,
             project=wish.project,
             subject=f"certificate/{wish.host}",

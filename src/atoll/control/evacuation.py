@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from atoll.control.actions import Decision, Seen, Tell
 from atoll.model.evacuation import Evacuation, in_words
 from atoll.model.maintenance import Drain
-from atoll.model.records import CELL_PROJECT, Event, Instance
+from atoll.model.records import CELL_PROJECT, Event, Instance, event_id
 from atoll.model.spec import Workload
 from atoll.model.states import Desired
 from atoll.scheduling.demand import holds_volumes
@@ -121,5 +121,5 @@ def drained(name: str, drain: Drain, kept: int, now: float) -> Tell:
 
 
 def _told(node: str, since: float, at: float, code: str, message: str) -> Tell:
-    id = f"{int(since * 1000):013d}-{code}-{node}"
+    id = event_id(since, f"{code}-{node}")
     return Tell(Event(id=id, at=at, project=CELL_PROJECT, subject=f"node/{node}", code=code, message=message, node=node))

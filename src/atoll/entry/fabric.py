@@ -14,7 +14,7 @@ from atoll.entry.config import SUBNET_FORMER, Config, is_loopback
 from atoll.entry.process import Stop
 from atoll.model.fabric import FabricOffer, node_address
 from atoll.model.ports.clock import Clock
-from atoll.model.records import CELL_PROJECT, Event, Severity
+from atoll.model.records import CELL_PROJECT, Event, Severity, event_id
 from atoll.network.checks import ipv6_off
 from atoll.network.claims import hold_subnet
 from atoll.network.fabric import NodeFabric, load, names_served, settle
@@ -68,7 +68,7 @@ async def enter(
     async def say(code: str, message: str, bad: bool) -> None:
         at = clock.now()
         event = Event(
-            id=f"{int(at * 1000):013d}-{node}-{code}",
+            id=event_id(at, f"{node}-{code}"),
             at=at,
             project=CELL_PROJECT,
             subject=f"node/{node}",

@@ -18,7 +18,7 @@ from atoll.model.errors import Invalid, Unauthenticated
 from atoll.model.membership import MemberKind
 from atoll.model.ports.clock import Clock, SystemClock, system_random
 from atoll.model.ports.control_plane import ControlPlane
-from atoll.model.records import CELL_PROJECT, Event, Severity
+from atoll.model.records import CELL_PROJECT, Event, Severity, event_id
 from atoll.sdk.control_plane import HttpControlPlane
 from atoll.sdk.failover import transport_to
 from atoll.sdk.membership import Credentials, keep_renewed
@@ -132,7 +132,7 @@ async def kept(found: Reach, kind: MemberKind, control: ControlPlane) -> AsyncIt
         if kind is not MemberKind.NODE:
             return  # an ingress has no events; its log has it
         at = clock.now()
-        id = f"{int(at * 1000):013d}-{found.name}-{code}"
+        id = event_id(at, f"{found.name}-{code}")
         severity = Severity.WARNING if bad else Severity.INFO
         subject = f"node/{found.name}"
         event = Event(

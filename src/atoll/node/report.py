@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from atoll.model.errors import AtollError, Conflict, Invalid, NotFound, TooLarge
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.control_plane import ControlPlane
-from atoll.model.records import Event, Severity, Status, new_suffix
+from atoll.model.records import Event, Severity, Status, event_id, new_suffix
 from atoll.model.states import Phase
 
 STATUSES_MAX = 256
@@ -120,8 +120,7 @@ class Reporter:
 
     def event(self, project: str, subject: str, code: str, message: str, severity: Severity = Severity.INFO) -> None:
         at = self._clock.now()
-        # The time leads, so that ids sort as they happened.
-        id = f"{int(at * 1000):013d}-{new_suffix(self._choose.choice, 8)}"
+        id = event_id(at, new_suffix(self._choose.choice, 8))
         record = Event(
             id=id, at=at, project=project, subject=subject, code=code, message=message, severity=severity, node=self._node
         )

@@ -16,7 +16,7 @@ from atoll.api.service.projects import require_project
 from atoll.model import codec, keys
 from atoll.model.ports.clock import Clock
 from atoll.model.ports.store import Put
-from atoll.model.records import App, Event
+from atoll.model.records import App, Event, event_id
 from atoll.model.views import Page
 from atoll.store.cache import Held
 from atoll.store.index import by_project
@@ -105,7 +105,7 @@ def told_by(context: Context, caller: Caller, app: App, code: str, message: str)
     Of one app and code there is one event in a second, the last, so that who repeats it in a loop fills no store.
     """
     at = context.clock.now()
-    id = f"{int(at) * 1000:013d}-{app.name}-{code}"
+    id = event_id(int(at), f"{app.name}-{code}")
     who = caller.name or caller.id
     event = Event(
         id=id, at=at, project=app.project, subject=f"app/{app.name}", code=code, message=f"{message}, by {who}", data={"by": who}

@@ -27,6 +27,7 @@ from atoll.model.records import (
     Severity,
     Status,
     Token,
+    event_id,
 )
 from atoll.store.cache import State
 
@@ -129,7 +130,7 @@ class Expulsions:
 
     def _event(self, kind: MemberKind, name: str, code: str, message: str, severity: Severity = Severity.INFO) -> Put:
         at = self._context.clock.now()
-        id = f"{int(at * 1000):013d}-{name}-{code}"
+        id = event_id(at, f"{name}-{code}")
         subject = f"{kind}/{name}"
         node = name if kind is MemberKind.NODE else None
         event = Event(id=id, at=at, project=CELL_PROJECT, subject=subject, code=code, message=message, severity=severity, node=node)

@@ -13,7 +13,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Forbidden, Invalid, NotFound, TooLarge
 from atoll.model.ports.control_plane import Peer, Peers
 from atoll.model.ports.store import Op, Put, absent, unchanged
-from atoll.model.records import App, Event, Ingress, IngressHeartbeat, Node, RoundTrips, Severity, Site
+from atoll.model.records import App, Event, Ingress, IngressHeartbeat, Node, RoundTrips, Severity, Site, event_id
 from atoll.scheduling.geography import Geography
 from atoll.store.cache import Held
 
@@ -114,7 +114,7 @@ class IngressHeartbeats:
                 continue
             project, _, app = key.partition("/")
             event = Event(
-                id=f"{int(now) * 1000:013d}-{app}-route-refused",
+                id=event_id(int(now), f"{app}-route-refused"),
                 at=now,
                 project=project,
                 subject=f"app/{app}",

@@ -10,7 +10,7 @@ from atoll.model import codec, keys
 from atoll.model.errors import Conflict, NotFound
 from atoll.model.membership import Identity, MemberKind
 from atoll.model.ports.store import Compare, Delete, Op, Put, unchanged
-from atoll.model.records import CELL_PROJECT, INGRESS_PROBLEM, Event, Ingress, Role, Token
+from atoll.model.records import CELL_PROJECT, INGRESS_PROBLEM, Event, Ingress, Role, Token, event_id
 from atoll.model.views import IngressView
 
 
@@ -75,7 +75,7 @@ class Ingresses:
 
     def _event(self, name: str, caller: Caller) -> Put:
         at = self._context.clock.now()
-        id = f"{int(at * 1000):013d}-{name}-ingress-forgotten"
+        id = event_id(at, f"{name}-ingress-forgotten")
         message = f"ingress {name} was forgotten, by {caller.name or caller.id}"
         event = Event(id=id, at=at, project=CELL_PROJECT, subject=f"ingress/{name}", code="ingress-forgotten", message=message)
         return Put(keys.event(CELL_PROJECT, id), codec.encode(event))

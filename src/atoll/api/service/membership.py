@@ -34,6 +34,7 @@ from atoll.model.records import (
     Role,
     Severity,
     Token,
+    event_id,
     new_suffix,
 )
 
@@ -219,7 +220,7 @@ class Membership(Expulsions):
         said = name[:60] if name.isprintable() else ""
         log.warning(code.replace("-", " "), name=said, cause=error.message)
         at = self._context.clock.now()
-        id = f"{int(at / REFUSALS_S) * int(REFUSALS_S * 1000):013d}-{code}-{error.code}"
+        id = event_id(int(at / REFUSALS_S) * REFUSALS_S, f"{code}-{error.code}")
         if self._state.get(Event, f"{CELL_PROJECT}/{id}") is not None:
             return
         event = Event(

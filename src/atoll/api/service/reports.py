@@ -15,7 +15,7 @@ from atoll.api.service.lookups import by_node
 from atoll.model import codec, keys
 from atoll.model.errors import Conflict, Forbidden, Invalid, NotFound, TooLarge
 from atoll.model.ports.store import Compare, Op, Put, Target, absent, unchanged
-from atoll.model.records import CELL_PROJECT, Drained, Event, Ingress, Instance, Node, Severity, Status
+from atoll.model.records import CELL_PROJECT, Drained, Event, Ingress, Instance, Node, Severity, Status, event_id
 from atoll.model.states import TRANSITIONS, Desired, Phase
 
 STATUSES_MAX = 1_000
@@ -177,7 +177,7 @@ def _event(context: Context, node: str, event: Event) -> Put:
 def _left_out(context: Context, node: str, count: int) -> Put:
     at = context.clock.now()
     event = Event(
-        id=f"{int(at * 1000):013d}-{node}-events-left-out",
+        id=event_id(at, f"{node}-events-left-out"),
         at=at,
         project=CELL_PROJECT,
         subject=f"node/{node}",

@@ -13,6 +13,7 @@ from atoll.model.records.basis import CELL as CELL
 from atoll.model.records.basis import CELL_PROJECT as CELL_PROJECT
 from atoll.model.records.events import Event as Event
 from atoll.model.records.events import Severity as Severity
+from atoll.model.records.events import event_id as event_id
 from atoll.model.records.instances import Assignment as Assignment
 from atoll.model.records.instances import Booked as Booked
 from atoll.model.records.instances import Exit as Exit

@@ -14,6 +14,11 @@ class Severity(enum.StrEnum):
     ERROR = "error"
 
 
+def event_id(at: float, rest: str) -> str:
+    """Return an event's id: its time leads, so that ids sort as they happened; `rest` tells those of one moment apart."""
+    return f"{int(at * 1000):013d}-{rest}"
+
+
 class Event(Record, frozen=True, kw_only=True):
     """Something that happened to a subject, for people to read. Kept for a bounded time and count.
 
