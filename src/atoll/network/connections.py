@@ -7,7 +7,6 @@ Layouts are those of <linux/netfilter/nfnetlink_conntrack.h>.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Collection
@@ -15,17 +14,14 @@ from collections.abc import Collection
 import structlog
 
 from atoll.model.errors import RuntimeFailed, Unsupported
-from atoll.network.netlink import REPLY_TIMEOUT_S, Request, RequestSocket, attribute, attributes, packed
+from atoll.network.netlink import Refused, Request, RequestSocket, attribute, attributes, dump, packed
 
 FEW = 64
 """Up to so many addresses are looked for in a whole answer of the kernel's, some 160 entries, before any is taken apart."""
 
 _NETFILTER = 12
-_HEADER = struct.Struct("=IHHII")
 _FAMILY = struct.Struct("!BBH")
 _GET, _DELETE = 1 << 8 | 1, 1 << 8 | 2
-_REQUEST_DUMP = 0x1 | 0x300
-_ERROR, _DONE = 2, 3
 _ORIGINAL, _REPLY, _ID, _ZONE = 1, 2, 12, 18
 _ADDRESSES = 1
 _NESTED = 0x8000
@@ -63,33 +59,16 @@ class Connections:
 
 def _entries(near: Collection[bytes]) -> list[Request]:
     """Return what deletes each entry that has one of these addresses. Raises Unsupported, RuntimeFailed, OSError."""
-    found: list[Request] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER) as asking:
-        asking.settimeout(REPLY_TIMEOUT_S)
-        asking.bind((0, 0))
-        body = _FAMILY.pack(socket.AF_UNSPEC, 0, 0)
-        asking.send(_HEADER.pack(_HEADER.size + len(body), _GET, _REQUEST_DUMP, 1, 0) + body)
-        while True:
-            answer = asking.recv(1 << 17)
-            close = len(near) > FEW or any(one in answer for one in near)
-            at = 0
-            while at + _HEADER.size <= len(answer):
-                length, kind, _, _, _ = _HEADER.unpack_from(answer, at)
-                if kind in (_DONE, _ERROR):
-                    _check(-int(struct.unpack_from("=i", answer, at + _HEADER.size)[0]))
-                    return found
-                if close and (request := _deletion(answer[at + _HEADER.size : at + length], near)) is not None:
-                    found.append(request)
-                at += (length + 3) & ~3
-
-
-def _check(number: int) -> None:
-    words = f"cannot list the kernel's connections: {os.strerror(number)}"
-    if number in _ABSENT:
+    everything = _FAMILY.pack(socket.AF_UNSPEC, 0, 0)
+    try:
+        listed = dump(_NETFILTER, _GET, everything, near=near if len(near) <= FEW else ())
+        return [request for _, entry in listed if (request := _deletion(entry, near)) is not None]
+    except Refused as error:
+        words = f"cannot list the kernel's connections: {error.strerror}"
+        if error.errno not in _ABSENT:
+            raise RuntimeFailed(words) from None
         mend = "load the kernel's module nf_conntrack_netlink, and run as root with CAP_NET_ADMIN"
-        raise Unsupported(f"{words}; those of an instance stay after its end", mend=mend)
-    if number:
-        raise RuntimeFailed(words)
+        raise Unsupported(f"{words}; those of an instance stay after its end", mend=mend) from None
 
 
 def _deletion(entry: bytes, near: Collection[bytes]) -> Request | None:

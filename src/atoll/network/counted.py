@@ -16,7 +16,7 @@ from msgspec import structs
 from atoll.model.errors import RuntimeFailed
 from atoll.model.flows import FLOWS_MAX, REFUSALS_MAX, Flow, Flows, Reason, Refusal
 from atoll.network.elements import ElementSocket
-from atoll.network.netlink import REPLY_TIMEOUT_S, attribute, attributes
+from atoll.network.netlink import Refused, attribute, attributes, dump
 
 ELEMENTS_MAX = 4096
 """Of one set, in one look: some 15 ms of the agent's time."""
@@ -34,11 +34,8 @@ DELETED_AT_ONCE = 512
 """Keys of one transaction, which has a bound of 64 KiB."""
 
 _NETFILTER = 12
-_HEADER = struct.Struct("=IHHII")
 _FAMILY = struct.Struct("!BBH")
 _GET, _NEW = 10 << 8 | 13, 10 << 8 | 12
-_REQUEST_DUMP = 0x1 | 0x300
-_ERROR, _DONE = 2, 3
 _INET = 1
 _LIST, _KEY, _VALUE, _EXPRESSION, _EXPRESSIONS, _DATA = 3, 1, 1, 7, 11, 2
 _ELEMENT_KEY = 1
@@ -69,25 +66,17 @@ def read(table: str, name: str, *, most: int = ELEMENTS_MAX, near: Collection[by
     """
     body = _FAMILY.pack(_INET, 0, 0) + attribute(1, table.encode() + b"\0") + attribute(2, name.encode() + b"\0")
     found: list[Counted] = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER) as asking:
-        asking.settimeout(REPLY_TIMEOUT_S)
-        asking.bind((0, 0))
-        asking.send(_HEADER.pack(_HEADER.size + len(body), _GET, _REQUEST_DUMP, 1, 0) + body)
-        while True:
-            try:
-                answer = asking.recv(1 << 17)
-            except OSError as error:
-                raise RuntimeFailed(f"cannot read what the firewall counted: {error}") from None
-            at = 0
-            while at + _HEADER.size <= len(answer):
-                length, kind, _, _, _ = _HEADER.unpack_from(answer, at)
-                if kind in (_DONE, _ERROR) or length < _HEADER.size:
-                    return found, True
-                if kind == _NEW and (not near or any(one in answer[at : at + length] for one in near)):
-                    found += elements_of(answer[at + _HEADER.size + _FAMILY.size : at + length])
-                    if len(found) >= most:
-                        return found[:most], False
-                at += (length + 3) & ~3
+    try:
+        for kind, message in dump(_NETFILTER, _GET, body):
+            if kind == _NEW and (not near or any(one in message for one in near)):
+                found += elements_of(message[_FAMILY.size :])
+                if len(found) >= most:
+                    return found[:most], False
+    except Refused:  # it is not there
+        pass
+    except OSError as error:
+        raise RuntimeFailed(f"cannot read what the firewall counted: {error}") from None
+    return found, True
 
 
 def count(table: str, owners: Mapping[str, tuple[str, str]], ids: Mapping[str, str]) -> Flows:

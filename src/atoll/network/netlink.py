@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -29,8 +29,9 @@ _ROUTE = struct.Struct("=BBBBBBBBI")
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")
 
 _ACK_REQUEST = 0x1 | 0x4
+_DUMP_REQUEST = 0x1 | 0x300
 _CREATE, _EXCLUSIVE, _REPLACE = 0x400, 0x200, 0x100
-_ERROR = 2
+_ERROR, _DONE = 2, 3
 _NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE, _NEWNEIGH = 16, 17, 19, 20, 21, 24, 25, 28
 _IFF_UP = 1
 _SCOPE_LINK, _SCOPE_UNIVERSE = 253, 0
@@ -237,6 +238,38 @@ class RequestSocket:
                     results.append(_refusal(requests[sequence - first], number))
                 answer = answer[(length + 3) & ~3 :]
         return results
+
+
+class Refused(OSError):
+    """The kernel's own no to a request."""
+
+
+def dump(protocol: int, kind: int, body: bytes, *, near: Collection[bytes] = ()) -> Iterator[tuple[int, bytes]]:
+    """Ask for all that there is of something in the network namespace of whoever calls; yield each message's kind and body.
+
+    With `near`, of those that came together in which one of these bytes occurs: looking through them is quick. Blocking.
+    Raises Refused, OSError.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as asking:
+        asking.settimeout(REPLY_TIMEOUT_S)
+        asking.bind((0, 0))
+        asking.send(_HEADER.pack(_HEADER.size + len(body), kind, _DUMP_REQUEST, 1, 0) + body)
+        while True:
+            answer = asking.recv(1 << 17)
+            close = not near or any(one in answer for one in near)
+            at = 0
+            while at + _HEADER.size <= len(answer):
+                length, said, _, _, _ = _HEADER.unpack_from(answer, at)
+                if said in (_DONE, _ERROR):
+                    number = -int(struct.unpack_from("=i", answer, at + _HEADER.size)[0])
+                    if number:
+                        raise Refused(number, os.strerror(number))
+                    return
+                if length < _HEADER.size:
+                    return
+                if close:
+                    yield said, answer[at + _HEADER.size : at + length]
+                at += (length + 3) & ~3
 
 
 class RouteSocket(RequestSocket):
