@@ -116,7 +116,6 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._shown = shown_by(transport)
-        self.close_timeout = self.patience_s  # closing sooner could cut what a client that pauses has not taken yet
         self.have_the_kernel_watch()
 
     def data_received(self, data: bytes) -> None:
@@ -178,8 +177,8 @@ class StreamProtocol(_Impatient, WebSocketsSansIOProtocol):
     async def run_asgi(self) -> None:
         if self._shown is not None:
             cast(Any, self.scope)["extensions"][SHOWN] = self._shown
-        if self.scope["path"].startswith(AGENTS):
-            self.close_timeout = self.agent_close_s  # what is sent to an agent whose client has gone is of no use
+        # Closing sooner could cut what a client that pauses has not taken yet; what an agent has not taken is of no use any more.
+        self.close_timeout = self.agent_close_s if self.scope["path"].startswith(AGENTS) else self.patience_s
         await super().run_asgi()
 
     async def send(self, message: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import structlog
 from msgspec.structs import replace
@@ -74,11 +74,12 @@ async def report(
     for event in events:
         _check_event(context, node, event)
     unknown = any(context.state.get(Instance, f"{status.project}/{status.instance}") is None for status in newest.values())
-    projects = {event.project for event in events}
-    if unknown or not all(_may_write(context, node, project, had) for project in projects):
+    named = {event.project for event in events}
+    projects = _writable(context, node, named, had)
+    if unknown or projects != named:
         # Gone, or this server has not heard of it yet: the agent may have come from one that has.
         await context.be_current()
-    projects = {project for project in projects if _may_write(context, node, project, had)}
+        projects = _writable(context, node, named, had)
     fresh = {f"{event.project}/{event.id}": event for event in events if event.project in projects}
     said = [_event(context, node, event) for key, event in fresh.items() if context.state.get(Event, key) is None]
     with allowance.of(node, len(said)) as (room, left_out):
@@ -148,10 +149,11 @@ def _status(context: Context, node: str, status: Status) -> tuple[list[Compare],
     return [exists, absent(key) if old is None else unchanged(key, old.revision)], Put(key, codec.encode(status))
 
 
-def _may_write(context: Context, node: str, project: str, had: Callable[[str, str], bool]) -> bool:
-    """Whether events of `node` may stand in a project: the cell's own, and each that has an instance there, or had one lately."""
-    there = context.state.found(Instance, by_node, node).values()
-    return project == CELL_PROJECT or any(held.record.project == project for held in there) or had(node, project)
+def _writable(context: Context, node: str, named: Set[str], had: Callable[[str, str], bool]) -> set[str]:
+    """Return in which of these its events may stand: the cell's own, and each that has an instance there, or had one lately."""
+    others = named - {CELL_PROJECT}
+    there = {held.record.project for held in context.state.found(Instance, by_node, node).values()} if others else set()
+    return {project for project in named if project not in others or project in there or had(node, project)}
 
 
 def _check_event(context: Context, node: str, event: Event) -> None:

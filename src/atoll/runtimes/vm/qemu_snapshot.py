@@ -122,17 +122,16 @@ class SharedMemories:
     def _make_room(self, wanted_bytes: int) -> None:
         """Raises Exhausted where the node has not as much memory to give, not even without those that no start is using."""
         unused = self._unused()
-        could_bytes = sum(self._held[snapshot][1] for snapshot in unused)
         before_bytes = -1
         while (spare_bytes := self._available() - RESERVE_BYTES) < wanted_bytes:
+            could_bytes = sum(self._held[snapshot][1] for snapshot in unused)
             # What copies have mapped is not free for being let go of here.
-            if not unused or spare_bytes + could_bytes < wanted_bytes or spare_bytes == before_bytes:
+            if spare_bytes + could_bytes < wanted_bytes or spare_bytes == before_bytes:
                 raise Exhausted(
                     f"the snapshot's memory has {wanted_bytes >> 20} MiB, and the node {max(0, spare_bytes) >> 20} MiB to spare",
                     mend="free memory on the node",
                 )
             before_bytes = spare_bytes
-            could_bytes -= self._held[unused[0]][1]
             self._let_go(unused.pop(0))
 
     def _shrink(self) -> None:
