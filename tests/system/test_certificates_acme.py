@@ -157,6 +157,16 @@ class Cell:
             return (await client.get(f"https://127.0.0.1:{self.management_port}/roots/0")).text
 
 
+async def _listening(port: int) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                return
+            await asyncio.sleep(0.05)
+
+
 @contextlib.asynccontextmanager
 async def authority(cell: Cell, maker: Maker) -> AsyncIterator[None]:
     """Run pebble, which looks for answers at the ingress's plain port."""
@@ -191,6 +201,7 @@ async def authority(cell: Cell, maker: Maker) -> AsyncIterator[None]:
             env={**os.environ, "PEBBLE_VA_NOSLEEP": "1"},
         )
     try:
+        await _listening(cell.management_port)
         yield
     finally:
         process.kill()
